@@ -1,0 +1,110 @@
+# LoopLM: everything here runs in .venv, which the first target that needs it builds from setup.py and constraints.txt.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart test check format bench clean clean-quickstart
+
+# The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
+PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON  ?= $(firstword $(foreach name,python3.12 python3.11 python3.10 python3,\
+             $(shell $(name) -c '$(PROBE)' >/dev/null 2>&1 && command -v $(name))))
+VENV    := .venv
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/.installed
+CONFIGS := configs/quickstart
+RUN     := runs/quickstart
+DONE    := $(RUN)/.done
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+# How long an OpenMP thread spins for its peers before it sleeps. The default is a little faster on an idle machine and
+# several times slower on a shared one (docs/LOG.md).
+export GOMP_SPINCOUNT ?= 3000
+
+help:  ## this list
+	@echo "LoopLM. Start with:  make quickstart"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "A path runs a part of the tests:     make test TESTS=tests/looplm"
+	@echo "Another interpreter (3.10 to 3.12):  make install PYTHON=/path/to/python3.11"
+
+# ---- environment
+
+install: $(READY)  ## build .venv with the pinned packages
+
+$(READY): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 with the venv module was found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "== installing into $(VENV) with $(PYTHON): takes minutes, torch is large"
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(PY) -m pip install --quiet -c constraints.txt setuptools
+	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[data,dev]'
+	@touch $@
+
+# ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
+# it stood; one whose config has changed since is made anew, with all that hangs on it
+
+phase = @echo "== quickstart $(1)"; mkdir -p $(DONE)
+anew  = @if test -e $@; then rm -rf $@ $(RUN)/$(@F); fi
+
+quickstart: $(DONE)/report  ## text to trained, measured, talking model: runs/quickstart/report.html
+	@echo "== quickstart is done: open $(RUN)/report.html  (start over: make clean-quickstart)"
+
+$(DONE)/data: $(CONFIGS)/data.yaml | $(READY)
+	$(call phase,1/6: data)
+	$(anew)
+	@$(PY) -m data_pipeline.tokenize --config $(CONFIGS)/data.yaml
+	@touch $@
+
+$(DONE)/stage1: $(DONE)/data $(CONFIGS)/pretrain.yaml
+	$(call phase,2/6: pretraining)
+	$(anew)
+	@$(PY) -m pretrain.train --config $(CONFIGS)/pretrain.yaml
+	@touch $@
+
+$(DONE)/gate: $(DONE)/stage1 $(CONFIGS)/gate.yaml
+	$(call phase,3/6: exit gate)
+	$(anew)
+	@$(PY) -m pretrain.train --config $(CONFIGS)/pretrain.yaml --config $(CONFIGS)/gate.yaml
+	@touch $@
+
+$(DONE)/evaluation: $(DONE)/gate
+	$(call phase,4/6: evaluation per depth)
+	@$(PY) -m pretrain.evaluate --checkpoint $(RUN)/gate --output $(RUN)/evaluation.json
+	@touch $@
+
+$(DONE)/samples: $(DONE)/gate $(CONFIGS)/prompts.txt
+	$(call phase,5/6: generation)
+	@$(PY) -m looplm.generate --checkpoint $(RUN)/gate --prompts $(CONFIGS)/prompts.txt --output $(RUN)/samples.jsonl --exit_threshold 0.4
+	@touch $@
+
+$(DONE)/report: $(DONE)/evaluation $(DONE)/samples
+	$(call phase,6/6: report)
+	@$(PY) -m pretrain.report $(RUN)
+	@touch $@
+
+# ---- checks
+
+test: $(READY)  ## all tests, in two processes
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
+
+check: $(READY)  ## lint, formatting, types
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+format: $(READY)  ## let ruff mend what it can
+	@$(PY) -m ruff check --fix
+	@$(PY) -m ruff format
+
+bench: $(READY)  ## speed against plain torch, memory of the chunked head
+	@$(PY) -m tools.bench
+
+# ---- clean
+
+clean-quickstart:  ## forget the quickstart's results
+	rm -rf $(RUN)
+
+clean: clean-quickstart  ## also forget .venv and every cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

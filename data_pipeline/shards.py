@@ -1,0 +1,45 @@
+"""From split documents to Megatron shards, one per split file."""
+
+import time
+from functools import cached_property
+from pathlib import Path
+
+from datatrove.io import DataFolder
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import MegatronDocumentTokenizer
+from tokenizers import Tokenizer
+
+from data_pipeline.executor import Stages, say
+
+
+def write_shards(eos_token: str, work: Path, stages: Stages) -> dict[str, list[str]]:
+    """Turn every split file into a shard of its own.
+
+    Returns:
+        Output prefix to its shards, in the order of the tasks that wrote the documents.
+    """
+    started = time.time()
+    shards = work / "shards"
+    names = DataFolder(str(work / "split")).list_files()  # the reader below deals the same list out, one file a task
+    tokenizer = MegatronTokenizer(str(shards), str(work / "final" / "tokenizer.json"), eos_token)
+    counts = stages.run("tokenise", [JsonlReader(str(work / "split")), tokenizer], tasks=len(names))
+    say("tokenise", counts[0]["input_files"], f"{counts[1]['tokens']:,} tokens", started, unit="shards")
+    plan: dict[str, list[str]] = {}
+    for task, name in enumerate(names):
+        plan.setdefault(str(work / "final" / Path(name).parent), []).append(str(shards / f"{task:05d}_tokens"))
+    return plan
+
+
+class MegatronTokenizer(MegatronDocumentTokenizer):
+    """datatrove's writer of Megatron shards; every document ends in eos, and in no other place stands a special id."""
+
+    def __init__(self, output_folder: str, tokenizer: str, eos_token: str) -> None:
+        super().__init__(output_folder, tokenizer_name_or_path=tokenizer, eos_token=eos_token, batch_size=1000)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = super().tokenizer
+        tokenizer.encode_special_tokens = True  # "<|eos|>" in a text is text
+        tokenizer.no_truncation()  # a given tokenizer.json may carry settings of the model it was made for
+        tokenizer.no_padding()
+        return tokenizer

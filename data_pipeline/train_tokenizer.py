@@ -1,0 +1,150 @@
+"""Train a byte-level BPE on the sources of a data config, or check a given tokenizer.json.
+
+The command trains on the filtered sources, duplicates included, and writes one file, to be shared by several data sets
+through ``tokenizer.path``. ``data_pipeline.tokenize`` trains on its own deduplicated training split.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_pipeline.config import PipelineConfig, SourceConfig, TokenizerConfig
+from data_pipeline.filters import build_filters
+from data_pipeline.sources import check_files, find_files, read_documents
+from looplm.cli import UserError, parse_config, require, run_main
+
+
+class SpecialIds(NamedTuple):
+    """Ids of the special tokens; bos is None where a given tokenizer has none."""
+
+    bos: int | None
+    eos: int
+    pad: int
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """A byte-level BPE: digits one by one, no normalisation, so that decoding gives the text back.
+
+    The same texts in the same order give the same tokenizer. Little text may give fewer than ``vocab_size`` tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    assert config.bos_token is not None and config.vocab_size is not None
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[config.bos_token, config.eos_token, config.pad_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The given tokenizer.json, checked.
+
+    Raises:
+        UserError: no such file, not a tokenizer, or special tokens missing or shared.
+    """
+    path = Path(str(config.path))
+    if not path.is_file():
+        raise UserError(f"tokenizer.path: {config.path!r} is not a file; give the path of a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        raise UserError(f"tokenizer.path: {path} is not a tokenizer.json ({error}); give a whole one") from error
+    special_ids(tokenizer, config)
+    count, ids = tokenizer.get_vocab_size(), vocab_size(tokenizer)
+    if count <= 2**16 < ids:  # datatrove chooses uint16 by the count
+        raise UserError(
+            f"tokenizer.path: {path} has {count} tokens but ids up to {ids - 1}; renumber them without gaps"
+        )
+    return tokenizer
+
+
+def special_ids(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialIds:
+    """Ids of bos, eos and pad.
+
+    Raises:
+        UserError: one of them is not in the vocabulary, or eos and pad are one token.
+    """
+
+    def find(key: str, token: str) -> int:
+        found = tokenizer.token_to_id(token)
+        if found is None:
+            raise UserError(f"tokenizer.{key}: {config.path} has no token {token!r}; name one that it has")
+        return int(found)
+
+    bos = None if config.bos_token is None else find("bos_token", config.bos_token)
+    ids = SpecialIds(bos, find("eos_token", config.eos_token), find("pad_token", config.pad_token))
+    require(ids.pad not in (ids.eos, ids.bos), "tokenizer.pad_token", config.pad_token, "pad needs an id of its own")
+    return ids
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: what a model's embedding must hold."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def sample_texts(streams: Sequence[Callable[[], Iterable[str]]], budget: int) -> Iterator[str]:
+    """Texts from every stream up to ``budget`` characters; what a short stream leaves unused goes to the later ones."""
+    for index, stream in enumerate(streams):
+        share = budget / (len(streams) - index)
+        for text in stream():
+            if share <= 0:
+                break
+            yield text
+            share -= len(text)
+            budget -= len(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(PipelineConfig):
+    """The data config, and where the tokenizer goes.
+
+    Args:
+        output: file to write.
+    """
+
+    output: str = "tokenizer.json"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.tokenizer.path is None, "tokenizer.path", self.tokenizer.path, "give vocab_size: here one is trained"
+        )
+
+
+def main(argv: list[str]) -> None:
+    prog = "python -m data_pipeline.train_tokenizer"
+    config = parse_config(TrainTokenizerConfig, argv, prog=prog, description=__doc__ or "")
+    streams = [_texts_of(source) for source in config.sources]
+    tokenizer = train_tokenizer(sample_texts(streams, config.tokenizer.train_chars), config.tokenizer)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(config.output)
+    ids = special_ids(tokenizer, config.tokenizer)
+    print(f"{config.output}: {vocab_size(tokenizer):,} tokens, bos {ids.bos}, eos {ids.eos}, pad {ids.pad}")
+
+
+def _texts_of(source: SourceConfig) -> Callable[[], Iterable[str]]:
+    files = find_files(source)
+    check_files(source, files)
+
+    def texts() -> Iterator[str]:
+        documents = read_documents(source, files)
+        for step in build_filters(source):
+            documents = step.run(documents)
+        return (document.text for document in documents)
+
+    return texts
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,135 @@
+"""The output folder as one atomic whole: built in OUTPUT_DIR.partial, put in place by a rename when it is finished.
+
+``data_pipeline.json`` in it says from which settings and input files it was made, so that a second run knows whether there is
+anything to do.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fasteners import InterProcessLock
+
+from data_pipeline.config import PipelineConfig
+from data_pipeline.executor import StageFailed
+from data_pipeline.sources import common_folder
+from looplm.cli import UserError, to_dict
+from looplm.files import fsync
+
+_IDENTITY = "data_pipeline.json"
+_WITHOUT_EFFECT = ("output_dir", "replace", "verbose")
+
+
+def identity_of(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[str, Any]:
+    """Everything that decides the result: the settings, and name, size and time of every input file."""
+    identity = {key: value for key, value in to_dict(config).items() if key not in _WITHOUT_EFFECT}
+    identity["executor"] = {"tasks": config.executor.tasks}
+    inputs = dict(files)
+    if config.tokenizer.path is not None:
+        inputs["tokenizer"] = [Path(config.tokenizer.path)]
+    identity["inputs"] = {name: _listing_hash(paths) for name, paths in inputs.items()}
+    return identity
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """SHA-256 of the identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(output: Path, identity: dict[str, Any], replace: bool) -> bool:
+    """Whether ``output`` already holds what ``identity`` describes.
+
+    Raises:
+        UserError: it holds something else, and that may not be replaced.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    found = _read_identity(output)
+    if found is None:
+        raise UserError(f"output_dir: {output} holds files that this command did not write; choose another folder")
+    if found == identity:
+        return True
+    changed = ", ".join(_differences(found, identity))
+    if not replace:
+        fix = "add --replace true or choose another folder"
+        raise UserError(f"output_dir: {output} was made with other settings ({changed}); {fix}")
+    print(f"{os.path.relpath(output)}: was made with other settings ({changed}); building it anew")
+    return False
+
+
+@contextmanager
+def workspace(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """A folder to work in; its subfolder ``final`` becomes ``output`` when the block ends well.
+
+    After a crash the folder stays and the next run of the same settings goes on in it. After a mistake in the data it
+    is removed.
+    """
+    work = output.with_name(f"{output.name}.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    lock = InterProcessLock(str(work / ".lock"))
+    if not lock.acquire(blocking=False):
+        raise UserError(f"output_dir: another run is writing {output}; wait for it or choose another folder")
+    try:
+        if _read_identity(work) != identity:
+            for child in work.iterdir():
+                if child.name != ".lock":
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+            (work / _IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        (work / "final").mkdir(exist_ok=True)
+        yield work
+        shutil.copy(work / _IDENTITY, work / "final" / _IDENTITY)
+        _publish(work / "final", output)
+        shutil.rmtree(work)
+    except UserError as error:
+        if not isinstance(error, StageFailed):
+            shutil.rmtree(work)
+        raise
+    finally:
+        lock.release()
+
+
+def _publish(final: Path, output: Path) -> None:
+    for path in [*final.rglob("*"), final]:
+        fsync(path)
+    old = output.with_name(f"{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed in these lines
+    if output.exists():
+        os.rename(output, old)
+    os.rename(final, output)
+    fsync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_identity(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _listing_hash(paths: list[Path]) -> str:
+    digest, folder = hashlib.sha256(), common_folder(paths)
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path.relative_to(folder)}\n{status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, after = dict(_flat(old)), dict(_flat(new))
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [key if key.startswith("inputs.") else f"{key} {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts and lists by their dotted keys."""
+    if isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

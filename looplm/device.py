@@ -1,0 +1,133 @@
+"""The one module that knows CPU from CUDA.
+
+Megatron-core names CUDA in many places although most of it runs anywhere. On a machine without a GPU, :func:`install`
+answers those calls for the CPU, once per process; on CUDA it changes nothing. Everything it changes stands on this page.
+"""
+
+import time
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
+from torch.overrides import TorchFunctionMode
+
+HAS_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
+HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
+BACKEND = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
+
+# Dense bf16 peak in TFLOP/s, from the makers' data sheets; matched against the device's name.
+_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """``device="cuda"``, ``.cuda()`` and ``tensor.type()`` in Megatron-core, as a CPU understands them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")  # optimizers compare with torch.cuda.FloatTensor
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream on a device that has one queue only."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+_installed: list[TorchFunctionMode] = []
+
+
+def install() -> None:
+    """Make Megatron-core run on this machine; a second call, or one on CUDA, does nothing."""
+    if _installed or HAS_CUDA:
+        return
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: DEVICE
+    cuda.synchronize = cuda.empty_cache = lambda *_: None
+    cuda.current_stream = cuda.Stream = _Stream
+    cuda.stream = lambda stream: stream
+    cuda.manual_seed = torch.manual_seed  # one generator serves both: "CUDA" draws are CPU draws
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    if not HAS_TRANSFORMER_ENGINE:
+        # Megatron-core 0.16 takes HAVE_TE as true without Transformer Engine, then fails in isinstance(x, None).
+        multi_latent_attention.HAVE_TE = False
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """The state of this process's random number generators."""
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state()} if HAS_CUDA else states
+
+
+def set_rng_state(states: dict[str, torch.Tensor]) -> None:
+    """Inverse of :func:`rng_state`."""
+    torch.set_rng_state(states["cpu"])
+    if HAS_CUDA and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def bind_local_rank(local_rank: int) -> None:
+    """Let this process use the node's GPU number ``local_rank``."""
+    if HAS_CUDA:
+        torch.cuda.set_device(local_rank)
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next is true."""
+    if HAS_CUDA:
+        torch.cuda.synchronize()
+
+
+def peak_flops() -> float:
+    """FLOP/s of one device: the data sheet's bf16 figure for a known GPU, else the measured fp32 matmul rate.
+
+    Returns 0.0 for a GPU that is not in the table: utilisation is then left out rather than guessed.
+    """
+    if HAS_CUDA:
+        name = torch.cuda.get_device_name()
+        return next((1e12 * tflops for model, tflops in _PEAK_TFLOPS.items() if model in name), 0.0)
+    return matmul_flops(1024)
+
+
+def matmul_flops(size: int, dtype: torch.dtype = torch.float32, repeats: int = 8) -> float:
+    """Best measured FLOP/s of a square matrix product on this device, laid out as a linear layer's."""
+    a = torch.ones(size, size, device=DEVICE, dtype=dtype)  # draws no random number: ranks must stay in step
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        torch.mm(a, a.t())
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

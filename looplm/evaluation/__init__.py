@@ -1,0 +1,1 @@
+"""Measurements of a looped model at every depth."""

@@ -1,0 +1,163 @@
+"""Continue texts with a trained model, in the terminal and into a file.
+
+python -m looplm.generate --checkpoint runs/quickstart/gate --prompt "def parse(" --kv_cache last --exit_threshold 0.9
+"""
+
+import dataclasses
+import io
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from looplm import parallel
+from looplm.checkpoint import open_model
+from looplm.cli import UserError, parse_config, require, run_main
+from looplm.files import write_whole
+from looplm.inference.generate import Generation, GenerationConfig, Generator
+from looplm.inference.text_stream import Token
+
+_SEPARATOR = "---"
+_COLOURS = (39, 45, 49, 118, 190, 220, 208, 196)  # xterm's, from blue (left early) to red (ran long)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(GenerationConfig):
+    """Continue texts with a trained model.
+
+    Args:
+        checkpoint: a training directory (its newest checkpoint is taken) or a step directory.
+        prompt: text to continue.
+        prompts: file of texts to continue, separated by lines of three dashes.
+        output: file to write the samples to, one JSON object a line.
+        num_samples: continuations per prompt, each with a seed of its own.
+        precision: what to compute in, fp32 or bf16.
+    """
+
+    checkpoint: str
+    prompt: str = ""
+    prompts: str = ""
+    output: str | None = None
+    num_samples: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fix = "give either some text or, in prompts, a file of texts"
+        require((self.prompt == "") != (self.prompts == ""), "prompt", self.prompt, fix)
+        require(self.num_samples >= 1, "num_samples", self.num_samples, "give at least 1")
+        if self.output is not None:
+            path = Path(self.output)
+            require(path.parent.is_dir(), "output", self.output, "its directory does not exist; make it first")
+            require(not path.is_dir(), "output", self.output, "it is a directory; name a file")
+
+
+def main(argv: list[str]) -> None:
+    """Generate, show, and write."""
+    config = parse_config(GenerateConfig, argv, prog="python -m looplm.generate", description=str(__doc__))
+    prompts = [config.prompt] if config.prompt else read_prompts(config.prompts)
+    groups = parallel.start(config.seed)
+    try:
+        opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
+        generator = Generator(opened.model, opened.tokenizer, opened.eos_id, opened.gate_trained)
+        trained_loops = opened.config.model.num_loops
+        repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
+        printer = Printer(repeated, trained_loops)
+        alone = len(repeated) == 1
+        start = time.perf_counter()
+        generations = generator.generate(repeated, config, printer.token if alone else None)
+        seconds = time.perf_counter() - start
+    finally:
+        parallel.stop()
+    if not alone:  # side by side they would be written into one another
+        for index, generation in enumerate(generations):
+            for token in generation.tokens:
+                printer.token(index, token)
+    printer.end(generations, seconds)
+    whole = [generation for generation in generations if generation.error is None]
+    if config.output is not None and whole:
+        write_samples(Path(config.output), whole, config, trained_loops)
+    for index, generation in enumerate(generations):
+        if generation.error is not None:
+            raise UserError(f"prompt {index // config.num_samples + 1} of {len(prompts)}: {generation.error}")
+
+
+def read_prompts(path: str) -> list[str]:
+    """The texts of a file, separated by lines of three dashes; the line ends next to a separator are not part of them."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: {path}: cannot be read ({error}); name a UTF-8 text file") from error
+    prompts: list[list[str]] = [[]]
+    for line in lines:
+        if line.rstrip() == _SEPARATOR:
+            prompts.append([])
+        else:
+            prompts[-1].append(line)
+    texts = ["\n".join(prompt) for prompt in prompts]
+    for index, text in enumerate(texts):
+        require(text.strip() != "", f"prompts: {path}: prompt {index + 1} of {len(texts)}", text, "it is empty; write some text or remove a separator")  # fmt: skip
+    return texts
+
+
+def write_samples(path: Path, generations: list[Generation], config: GenerateConfig, trained_loops: int) -> None:
+    """One JSON object a line, whole or not at all."""
+    common = {"settings": _settings(config), "trained_loops": trained_loops}
+    lines = []
+    for generation in generations:
+        tokens = [{"text": token.text, "depth": token.depth} for token in generation.tokens]
+        sample = {"prompt": generation.prompt, "text": generation.text, "tokens": tokens, "finish": generation.finish}
+        lines.append(json.dumps({**sample, **common}, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def _settings(config: GenerateConfig) -> dict[str, Any]:
+    """How the text was made: the keys of :class:`GenerationConfig`."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(GenerationConfig)}
+
+
+class Printer:
+    """Text on the terminal; each token in the colour of its depth if that is a terminal, plain otherwise."""
+
+    def __init__(self, prompts: list[str], trained_loops: int) -> None:
+        self.prompts, self.trained_loops = prompts, trained_loops
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that knows no UTF-8 shows "?", not a traceback
+        self.coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._shown = -1
+
+    def token(self, index: int, token: Token) -> None:
+        """The next token of a prompt; the prompt goes before the first."""
+        if index != self._shown:
+            separator = "" if self._shown < 0 else f"\n{_SEPARATOR}\n"
+            bold, plain = ("\033[1m", "\033[0m") if self.coloured else ("", "")
+            sys.stdout.write(f"{separator}{bold}{self.prompts[index]}{plain}")
+            self._shown = index
+        sys.stdout.write(self._paint(token.text, token.depth))
+        sys.stdout.flush()
+
+    def end(self, generations: list[Generation], seconds: float) -> None:
+        """What the colours mean, and how deep and fast it went."""
+        depths = [token.depth for generation in generations for token in generation.tokens]
+        legend = " ".join(self._paint(str(depth), depth) for depth in sorted(set(depths)))
+        mean = sum(depths) / max(1, len(depths))
+        print(
+            f"\n\n{len(depths)} tokens, {len(depths) / seconds:.1f} per second; "
+            f"mean depth {mean:.2f} of {self.trained_loops} trained loops (depths: {legend})"
+        )
+
+    def _paint(self, text: str, depth: int) -> str:
+        if not self.coloured:
+            return text
+        share = (depth - 1) / max(1, self.trained_loops - 1)
+        return f"\033[38;5;{_COLOURS[min(len(_COLOURS) - 1, int(share * (len(_COLOURS) - 1)))]}m{text}\033[0m"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,277 @@
+"""Our configuration in Megatron-core's terms: its transformer config, and the spec of one block.
+
+A block with sandwich norms (Ouro section 3.1; norms a-d as numbered there)::
+
+    x = x + norm_b(attention(norm_a(x)))
+    x = x + norm_d(mlp(norm_c(x)))
+
+Shapes: S sequence, B batch, D hidden, H heads, K query-key head width, W value head width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from looplm.config import ModelConfig
+from looplm.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE
+from looplm.layout import ParallelConfig
+from looplm.parallel import seeded
+
+
+class RMSNorm(MegatronModule):
+    """``x / rms(x) * weight`` (Zhang & Sennrich 2019). Megatron's torch norm refuses sequence parallelism; this does not."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ReplicatedLinear(MegatronModule):
+    """A linear layer that every tensor-parallel rank holds whole: MLA's down projections.
+
+    Megatron's own local choice is column-parallel and gathers the rotary key, which different heads then use on each
+    rank; the gather's backward splits that gradient without summing it, and the loss hides the error. With this one and
+    sequence parallelism Megatron takes the branch of Transformer Engine's duplicated linears, which is right: each rank
+    sees some positions, and the weight's gradient is summed over the ranks.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Callable[..., Any], **_: Any
+    ) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+# Megatron-core 0.16 accepts listed classes only for these projections; without Transformer Engine this name is free.
+if not HAS_TRANSFORMER_ENGINE:
+    multi_latent_attention.Linear = ReplicatedLinear
+
+
+class SandwichNormAdd(MegatronModule):
+    """Sits in Megatron's bias-dropout-add slot and normalises the sublayer's output before adding it (norms b, d).
+
+    Normalising undoes the usual small start of the residual outputs' weights, so the norm's gain carries it: at 1 the
+    2 L R sublayers that a token passes would drown the token itself, and deeper loops would start out worse.
+    """
+
+    def __init__(self, config: TransformerConfig, depth: int) -> None:
+        super().__init__(config)
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        nn.init.constant_(self.norm.weight, (2 * depth) ** -0.5)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Megatron asks for a function first and calls it with (output, bias), residual and dropout next."""
+        return self._add
+
+    def _add(self, output_with_bias: tuple[Tensor, None], residual_SBD: Tensor, dropout: float) -> Tensor:
+        return residual_SBD + self.norm(output_with_bias[0])
+
+
+class CoreAttention(MegatronModule):
+    """``softmax(q k^T scale + mask) v`` on torch's fused kernels, for equal and unequal head widths.
+
+    Megatron's local one materialises S x S scores and refuses MLA's unequal widths.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, H, K].
+            key: [S, B, groups, K].
+            value: [S, B, groups, W].
+            attention_mask: [B, 1, S, S], added to the scores; None means plainly causal.
+
+        Returns:
+            [S, B, H * W].
+        """
+        q_BHSK, k_BHSK, v_BHSW = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        pad = q_BHSK.size(-1) - v_BHSW.size(-1)
+        if pad > 0:  # unequal widths would leave the flash kernel for one that materialises S x S
+            v_BHSW = F.pad(v_BHSW, (0, pad))
+        out_BHSW = F.scaled_dot_product_attention(
+            q_BHSK,
+            k_BHSK,
+            v_BHSW,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=k_BHSK.size(1) != q_BHSK.size(1),
+        )
+        out_BHSW = out_BHSW[..., : value.size(-1)]
+        return out_BHSW.permute(2, 0, 1, 3).flatten(2)
+
+
+def document_mask(document_start_SB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask that keeps attention causal and inside each token's document: [B, 1, S, S]."""
+    start_BS = document_start_SB.t()
+    position = torch.arange(start_BS.size(1), device=start_BS.device)
+    visible_BSS = (position[None, None, :] <= position[None, :, None]) & (
+        position[None, None, :] >= start_BS[:, :, None]
+    )
+    mask_BSS = torch.zeros(visible_BSS.shape, dtype=dtype, device=start_BS.device)
+    return mask_BSS.masked_fill_(~visible_BSS, float("-inf")).unsqueeze(1)
+
+
+def transformer_config(
+    model: ModelConfig, dtype: torch.dtype = torch.float32, layout: ParallelConfig | None = None
+) -> TransformerConfig:
+    """``model`` as Megatron's config; gradients are normalised by the number of tokens that count, over all ranks."""
+    layout = layout or ParallelConfig()
+    common: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_std,
+        "embedding_init_method_std": model.embedding_std,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "calculate_per_token_loss": True,
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_model_parallel_size": layout.pipeline,
+        # Messages between the same two ranks must keep their order, and gloo still reads a tensor after the call.
+        "overlap_p2p_comm": layout.pipeline > 1,
+        "batch_p2p_comm": False,
+        "deallocate_pipeline_outputs": False,
+        "microbatch_group_size_per_vp_stage": layout.pipeline,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "use_cpu_initialization": not HAS_CUDA,
+    }
+    if model.attention == "mha":
+        return TransformerConfig(**common, kv_channels=model.attention_head_dim, num_query_groups=model.query_groups)
+    return MLATransformerConfig(
+        **common,
+        multi_latent_attention=True,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_nope_head_dim,
+        qk_pos_emb_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        rope_type="rope",
+        rotary_base=model.rope_base,
+        rotary_percent=1.0,
+    )
+
+
+class SeededLayer(TransformerLayer):
+    """A block whose first weights depend on the seed and its place in the stack, not on the rank that holds it."""
+
+    def __init__(self, *args: Any, layer_number: int, first: int, **kwargs: Any) -> None:
+        with seeded(f"layer {first + layer_number}"):
+            super().__init__(*args, layer_number=layer_number, **kwargs)
+
+
+def block_spec(
+    model: ModelConfig, config: TransformerConfig, pipeline: dist.ProcessGroup
+) -> TransformerBlockSubmodules:
+    """This pipeline rank's share of the stack: equal blocks, and the loop-end norm on the last rank."""
+    layers = model.num_layers // pipeline.size()
+    spec = _layer_spec(model, config, first=pipeline.rank() * layers)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> ModuleSpec:
+    add = get_bias_dropout_add
+    if model.sandwich_norm:
+        add = ModuleSpec(module=SandwichNormAdd, params={"config": config, "depth": model.num_layers * model.num_loops})
+    return ModuleSpec(
+        module=SeededLayer,
+        params={"first": first},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_mla_spec() if model.attention == "mla" else _mha_spec(),
+            self_attn_bda=add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_spec(MLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=add,
+        ),
+    )
+
+
+def _mla_spec() -> ModuleSpec:
+    return _spec(
+        MLASelfAttention,
+        MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ReplicatedLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ReplicatedLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
+        ),
+        attn_mask_type=AttnMaskType.causal,
+    )
+
+
+def _mha_spec() -> ModuleSpec:
+    return _spec(
+        SelfAttention,
+        SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+        attn_mask_type=AttnMaskType.causal,
+    )
+
+
+def _spec(module: type, submodules: Any, **params: Any) -> ModuleSpec:
+    """``ModuleSpec`` without the keyword noise."""
+    return ModuleSpec(module=module, submodules=submodules, params=params)

@@ -1,0 +1,176 @@
+"""LoopLM: embedding, one stack of blocks run R times, a norm at the end of every loop, a head and an exit gate.
+
+::
+
+    ids_BS --embed--> h_SBD --+--> shared stack --> norm --> h_SBD --+--> head (looplm.losses)      loop r
+                              |                                      +--> gate --> logit_SB          loop r
+                              +--------- R times, same weights <-----+
+
+The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop.
+"""
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from looplm.config import GateConfig, ModelConfig
+from looplm.exit_gate import build_exit_gate
+from looplm.layers import block_spec, document_mask, transformer_config
+from looplm.layout import ParallelConfig
+from looplm.parallel import seeded
+
+
+class LoopOutput(NamedTuple):
+    """What a forward pass gives: for every loop the normed hidden state [S, B, D], and the gate's logits [R, S, B].
+
+    Under sequence parallelism the hidden states are this rank's part of S; the logits are whole.
+    """
+
+    hidden: tuple[Tensor, ...]
+    gate_logit_RSB: Tensor
+
+
+class LoopLM(LanguageModule):
+    """A looped language model on Megatron-core's own transformer block.
+
+    It computes hidden states and gate logits. Losses are in :mod:`looplm.losses`, sampling in :mod:`looplm.inference`.
+
+    Args:
+        model: its shape.
+        gate: the exit gate's.
+        groups: Megatron's process groups, from :func:`looplm.parallel.start`.
+        dtype: of the parameters; the gate computes in fp32 whatever this is.
+        layout: what the ranks share; None for a whole model on each.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        gate: GateConfig,
+        groups: ProcessGroupCollection,
+        dtype: torch.dtype = torch.float32,
+        layout: ParallelConfig | None = None,
+    ) -> None:
+        config = transformer_config(model, dtype, layout)
+        super().__init__(config, pg_collection=groups)
+        self.shape = model
+        self.pre_process, self.post_process = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        if self.pre_process:
+            with seeded("embedding"):
+                self.embedding = LanguageModelEmbedding(
+                    config,
+                    model.vocab_size,
+                    model.max_sequence_length,
+                    position_embedding_type="rope",
+                    tp_group=groups.tp,
+                )
+        self.rotary = (
+            RotaryEmbedding(
+                model.attention_head_dim,
+                rotary_percent=1.0,
+                rotary_base=model.rope_base,
+                use_cpu_initialization=config.use_cpu_initialization,
+                cp_group=groups.cp,
+            )
+            if model.attention == "mha"
+            else None  # MLA rotates a part of each head, inside the attention module
+        )
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(model, config, groups.pp),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+        )
+        if self.post_process:
+            with seeded("gate"):
+                self.gate = build_exit_gate(config, gate, groups.tp)
+        if self.post_process and not model.tie_embeddings:
+            with seeded("head"):
+                self.output_layer = ColumnParallelLinear(
+                    model.hidden_size,
+                    model.vocab_size,
+                    config=config,
+                    init_method=config.init_method,
+                    bias=False,
+                    gather_output=False,
+                    tp_group=groups.tp,
+                )
+        self.to(next(self.decoder.parameters()).device)
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, D]: the embedding's own when tied."""
+        return self.embedding.word_embeddings.weight if self.shape.tie_embeddings else self.output_layer.weight
+
+    def set_input_tensor(self, input_tensor: object) -> None:
+        """Megatron's schedules hand on a pipeline's activations here; without a pipeline there are none."""
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        num_loops: int | None = None,
+        document_start_SB: Tensor | None = None,
+        frozen_trunk: bool = False,
+    ) -> LoopOutput:
+        """Run the stack ``num_loops`` times.
+
+        Args:
+            ids_BS: token ids.
+            num_loops: how often; None takes ``model.num_loops``. More than in training is allowed.
+            document_start_SB: index of the first position of each token's document; None if a sample is one document.
+            frozen_trunk: run everything but the gate without autograd (stage 2).
+
+        Returns:
+            hidden states after each loop and the gate's logits. The gate's prior is over ``model.num_loops`` loops at
+            any depth; its logits beyond them mean nothing.
+        """
+        num_loops = num_loops or self.shape.num_loops
+        hidden: list[Tensor] = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
+            for _ in range(num_loops):
+                hidden.append(self.run_stage(ids_BS, hidden[-1] if hidden else None, document_start_SB))
+        if frozen_trunk:
+            hidden = [h_SBD.detach() for h_SBD in hidden]  # Megatron re-enables autograd around its residual adds
+        state, logits = None, []
+        for loop, h_SBD in enumerate(hidden):
+            logit_SB, state = self.gate_logit(h_SBD, state, loop, document_start_SB)
+            logits.append(logit_SB)
+        return LoopOutput(tuple(hidden), torch.stack(logits))
+
+    def run_stage(self, ids_BS: Tensor, hidden_SBD: Tensor | None, document_start_SB: Tensor | None) -> Tensor:
+        """This rank's layers once: one loop of the stack, or its part of one under pipeline parallelism.
+
+        Args:
+            ids_BS: token ids, embedded where ``hidden_SBD`` is None.
+            hidden_SBD: from the loop, or the pipeline rank, before.
+            document_start_SB: as in :meth:`forward`.
+        """
+        if hidden_SBD is None:
+            hidden_SBD = self.embedding(ids_BS, position_ids=None)
+        rotary = None if self.rotary is None else self.rotary(ids_BS.size(1))
+        mask = None if document_start_SB is None else document_mask(document_start_SB, hidden_SBD.dtype)
+        self.decoder.set_input_tensor(hidden_SBD)  # what a block reads that is not the pipeline's first
+        return self.decoder(hidden_SBD, attention_mask=mask, rotary_pos_emb=rotary)
+
+    def gate_logit(
+        self, h_SBD: Tensor, state_SBZ: Tensor | None, loop: int, document_start_SB: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gate after loop ``loop`` (0-based): logit [S, B] of the whole sequence, and its state."""
+        logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, self.shape.num_loops, document_start_SB)
+        if self.config.sequence_parallel:
+            # One number per token is cheap to gather; losses, and their gradients, are then the same on every rank.
+            logit_SB = gather_from_sequence_parallel_region(
+                logit_SB, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return logit_SB, state_SBZ

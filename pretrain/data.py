@@ -1,0 +1,234 @@
+"""Training data: checked prefixes in, micro-batches out, in an order that depends on consumed samples alone.
+
+Shapes: B micro-batch, S sequence (model inputs; a sample holds S + 1 tokens).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.num_microbatches_calculator import (
+    ConstantNumMicroBatchesCalculator,
+    NumMicroBatchesCalculator,
+    RampupBatchsizeNumMicroBatchesCalculator,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_pipeline.manifest import Manifest, check_prefix
+from looplm.cli import UserError, require
+from looplm.config import DataConfig, DataSource, RunConfig
+from looplm.device import DEVICE
+
+READ_WHOLE_BYTES = 1 << 28
+
+
+class Batch(NamedTuple):
+    """A micro-batch on its device."""
+
+    ids_BS: Tensor
+    labels_SB: Tensor
+    mask_SB: Tensor  # 1.0 where the label counts
+    document_start_SB: Tensor | None  # None: a sample is one document
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the checked sources have in common."""
+
+    tokenizer: Path
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    fingerprint: str
+
+
+def check_corpus(config: RunConfig) -> Corpus:
+    """Open every source's manifest before any long work starts.
+
+    Raises:
+        UserError: files missing, truncated or not fitting each other, the sequence length or the model's vocabulary.
+    """
+    prefixes = [source.prefix for source in (*config.data.train, *config.data.valid)]
+    checked = [(prefix, check_prefix(prefix, deep=_is_small(prefix))) for prefix in prefixes]
+    first_prefix, first = checked[0]
+    for prefix, manifest in checked:
+        if manifest.tokenizer.sha256 != first.tokenizer.sha256:
+            raise UserError(
+                f"{prefix}: made with another tokenizer than {first_prefix}; tokenise both with the same one"
+            )
+        _require_enough_tokens(prefix, manifest, config.data.seq_length)
+    require(
+        first.vocab_size <= config.model.vocab_size,
+        "model.vocab_size",
+        config.model.vocab_size,
+        f"the tokenizer of {first_prefix} has {first.vocab_size} tokens; give at least as many",
+    )
+    fingerprint = hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest()
+    folder = Path(first_prefix).parent
+    return Corpus(
+        tokenizer=folder / first.tokenizer.path,
+        tokenizer_sha256=first.tokenizer.sha256,
+        vocab_size=first.vocab_size,
+        eos_id=first.tokenizer.eos_id,
+        pad_id=first.tokenizer.pad_id,
+        fingerprint=fingerprint,
+    )
+
+
+def _is_small(prefix: str) -> bool:
+    """Small enough to read whole before every run: ids and hashes too. data_pipeline.verify --deep does it for the rest."""
+    path = Path(f"{prefix}.bin")
+    return path.is_file() and path.stat().st_size <= READ_WHOLE_BYTES
+
+
+def data_order(config: RunConfig, corpus: Corpus) -> str:
+    """Fingerprint of everything that decides which tokens the n-th training sample holds."""
+    weights = [source.weight for source in config.data.train]
+    parts = (corpus.fingerprint, weights, config.data.seq_length, config.seed)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _require_enough_tokens(prefix: str, manifest: Manifest, seq_length: int) -> None:
+    if manifest.tokens <= seq_length:
+        raise UserError(
+            f"{prefix}: holds {manifest.tokens} tokens, fewer than a sample of data.seq_length={seq_length} needs; "
+            "shorten data.seq_length or add data"
+        )
+
+
+class BatchSchedule:
+    """How many samples a step takes: constant, or growing with the samples consumed (data.rampup)."""
+
+    def __init__(self, data: DataConfig, data_parallel_size: int, pipeline: int = 1) -> None:
+        unit = data.micro_batch_size * data_parallel_size * pipeline
+        parts = f"data.micro_batch_size={data.micro_batch_size} x {data_parallel_size} data-parallel ranks"
+        if pipeline > 1:  # Megatron's interleaved schedule deals micro-batches in groups of that many
+            parts += f" x parallel.pipeline={pipeline}"
+        sizes = {"data.global_batch_size": data.global_batch_size}
+        if data.rampup is not None:
+            sizes |= {"data.rampup.start": data.rampup.start, "data.rampup.increment": data.rampup.increment}
+        for key, value in sizes.items():
+            require(value % unit == 0, key, value, f"give a multiple of {parts} = {unit}")
+        common = (data.global_batch_size, data.micro_batch_size, data_parallel_size, False, 0)
+        self._calculator: NumMicroBatchesCalculator
+        if data.rampup is None:
+            self._calculator = ConstantNumMicroBatchesCalculator(*common)
+        else:
+            ramp = data.rampup
+            self._calculator = RampupBatchsizeNumMicroBatchesCalculator(
+                *common, ramp.start, ramp.increment, ramp.samples
+            )
+
+    def at(self, consumed_samples: int) -> tuple[int, int]:
+        """Micro-batches per rank and samples over all ranks of the step that starts at ``consumed_samples``."""
+        self._calculator.update(consumed_samples, consistency_check=False, verbose=False)
+        return self._calculator.get(), self._calculator.get_current_global_batch_size()
+
+    def samples_of(self, steps: int) -> int:
+        """Samples that ``steps`` steps from the start consume."""
+        consumed = 0
+        for _ in range(steps):
+            consumed += self.at(consumed)[1]
+        return consumed
+
+
+class _Tokenizer:
+    """The four things that Megatron's GPTDataset asks of a tokenizer."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.eod, self.pad, self.vocab_size = corpus.eos_id, corpus.pad_id, corpus.vocab_size
+        self.unique_identifiers = {"sha256": corpus.tokenizer_sha256}
+        self.special_tokens_dict = {"eos_token": corpus.eos_id, "pad_token": corpus.pad_id}
+
+
+def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horizon: int) -> Dataset[Any]:
+    """The training mix, in passes of ``horizon`` samples.
+
+    Megatron shuffles all epochs that ``num_samples`` needs together, so a longer run would see another order from the
+    start. The pass length is therefore fixed when a run starts: an extended run appends a pass and leaves the earlier
+    ones as they were.
+    """
+    passes = -(-train_samples // horizon)
+    built = [_build(config, corpus, config.data.train, horizon, config.seed + index) for index in range(passes)]
+    return _Passes(built, horizon)
+
+
+def build_valid_set(config: RunConfig, corpus: Corpus) -> Dataset[Any] | None:
+    """``logging.eval_samples`` validation samples, always the same; None without data.valid."""
+    if not config.data.valid:
+        return None
+    return _build(config, corpus, config.data.valid, config.logging.eval_samples, config.seed)
+
+
+def _build(config: RunConfig, corpus: Corpus, sources: tuple[DataSource, ...], samples: int, seed: int) -> GPTDataset:
+    """Megatron's blended dataset, its indices cached under the data's own fingerprint: a cache outlives its data."""
+    data = config.data
+    cache = Path(data.cache_dir or Path(config.output_dir) / "index_cache") / corpus.fingerprint[:16]
+    dataset_config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=data.seq_length,
+        blend_per_split=[([source.prefix for source in sources], [source.weight for source in sources]), None, None],
+        path_to_cache=str(cache),
+        tokenizer=_Tokenizer(corpus),
+        reset_position_ids=data.document_masking,
+        reset_attention_mask=False,
+        eod_mask_loss=data.document_masking,
+        create_attention_mask=False,
+    )
+    return BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, dataset_config).build()[0]
+
+
+class _Passes(Dataset[Any]):
+    """Sample i is sample ``i % horizon`` of pass ``i // horizon``."""
+
+    def __init__(self, passes: list[GPTDataset], horizon: int) -> None:
+        self.passes, self.horizon = passes, horizon
+
+    def __len__(self) -> int:
+        return len(self.passes) * self.horizon
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.passes[index // self.horizon][index % self.horizon]
+
+
+class _MicroBatches(Sampler[list[int]]):
+    """Consecutive micro-batches dealt to the data-parallel ranks in turn, from ``consumed_samples`` on."""
+
+    def __init__(self, total: int, consumed_samples: int, micro_batch: int, rank: int, ranks: int) -> None:
+        self.total, self.consumed, self.micro, self.rank, self.ranks = total, consumed_samples, micro_batch, rank, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(self.consumed + self.rank * self.micro, self.total, self.micro * self.ranks):
+            if start + self.micro <= self.total:
+                yield list(range(start, start + self.micro))
+
+
+def micro_batches(
+    dataset: Dataset[Any], data: DataConfig, consumed_samples: int, rank: int, ranks: int
+) -> Iterator[Batch]:
+    """This data-parallel rank's micro-batches, on its device."""
+    sampler = _MicroBatches(len(dataset), consumed_samples, data.micro_batch_size, rank, ranks)  # type: ignore[arg-type]
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=data.num_workers)
+    return (_to_batch(sample, data.document_masking) for sample in loader)
+
+
+def _to_batch(sample: dict[str, Tensor], document_masking: bool) -> Batch:
+    ids_BS = sample["tokens"].to(DEVICE)
+    document_start_SB = None
+    if document_masking:  # position ids restart with each document
+        position_BS = torch.arange(ids_BS.size(1)).expand_as(sample["position_ids"])
+        document_start_SB = (position_BS - sample["position_ids"]).t().contiguous().to(DEVICE)
+    return Batch(
+        ids_BS,
+        sample["labels"].t().contiguous().to(DEVICE),
+        sample["loss_mask"].t().contiguous().to(DEVICE),
+        document_start_SB,
+    )

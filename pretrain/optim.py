@@ -1,0 +1,81 @@
+"""Megatron's data-parallel wrapper, optimizer and schedules, set up from our configuration."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from torch import nn
+
+from looplm.config import LossConfig, OptimConfig
+from looplm.model import LoopLM
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def freeze_trunk(model: LoopLM) -> None:
+    """Stage 2: only the gate learns."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if model.post_process:
+        for parameter in model.gate.parameters():
+            parameter.requires_grad_(True)
+
+
+def wrap_data_parallel(model: LoopLM, loss: LossConfig) -> DistributedDataParallel:
+    """Megatron's DDP: gradients in contiguous fp32 buffers, reduced over the data-parallel ranks."""
+    if loss.objective == "adaptive_gate":
+        freeze_trunk(model)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    model.config.no_sync_func = ddp.no_sync
+    # One wrapped model, however many views of it a pipeline's schedule knows.
+    model.config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads([ddp], *args, **kwargs)
+    return ddp
+
+
+def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig) -> MegatronOptimizer:
+    """AdamW with fp32 main weights; weight decay spares norms, biases and the gate."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=optim.precision == "bf16",
+        params_dtype=DTYPES[optim.precision],
+    )
+    spared = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=spared_by_weight_decay))
+    optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})
+    model_config = ddp.module.config
+    model_config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def spared_by_weight_decay(parameter: nn.Parameter, name: str) -> bool:
+    """Norms and biases are vectors; the gate is meant to move freely away from its prior."""
+    return parameter.dim() == 1 or ".gate." in f".{name}"
+
+
+def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:
+    """Megatron's learning-rate schedule, counted in optimizer steps; ``step(1)`` before each step of the optimizer."""
+    style = {"wsd": "WSD" if optim.decay_steps else "constant", "cosine": "cosine", "constant": "constant"}
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=max(optim.train_steps, optim.warmup_steps + 1),
+        lr_decay_style=style[optim.schedule],
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=optim.train_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=optim.decay_steps,
+        lr_wsd_decay_style="linear",
+    )

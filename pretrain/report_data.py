@@ -1,0 +1,167 @@
+"""What a run directory holds, read and checked for the report: metrics, evaluation, samples."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from looplm.cli import UserError
+
+SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
+PER_LOOP = ("loss_per_loop", "exit_distribution")
+
+Columns = dict[str, np.ndarray]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A training directory. Columns are float arrays over its logged steps: [N], or [N, R] for a value per loop."""
+
+    name: str
+    config: str
+    train: Columns
+    valid: Columns
+
+    @property
+    def loops(self) -> int:
+        return self.train["loss_per_loop"].shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """evaluation.json: (depth, loss) points; thresholds by their (mean depth, loss) point."""
+
+    trained_loops: int
+    depths: list[tuple[float, float]]
+    exit_curve: dict[tuple[float, float], list[float]]
+    exit_distribution: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A line of samples.jsonl; tokens are (text, depth)."""
+
+    prompt: str
+    tokens: list[tuple[str, int]]
+    settings: Record
+
+
+def read_stages(run: Path) -> list[Stage]:
+    """Every training directory of ``run`` that has logged a step, oldest first; a gate comes after what it gates."""
+    found = []
+    for path in (run / "metrics.jsonl", *run.glob("*/metrics.jsonl")):
+        records = _read_lines(path)
+        train = [entry for entry in records if entry[1].get("kind") == "train"]
+        valid = [entry for entry in records if entry[1].get("kind") == "valid"]
+        if train:
+            name = path.parent.resolve().name
+            stage = Stage(name=name, config=_config_text(path.parent), train=_columns(train), valid=_columns(valid))
+            is_gate = train[-1][1].get("objective") == "adaptive_gate"
+            found.append((is_gate, path.stat().st_mtime, name, stage))
+    return [stage for *_, stage in sorted(found, key=lambda entry: entry[:3])]
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """The evaluation; None if there is no such file."""
+    if not path.is_file():
+        return None
+    where, record = str(path), _parse(_read_text(path), str(path))
+    curve: dict[tuple[float, float], list[float]] = {}
+    for row in _objects(record, "exit_curve", where):
+        point = round(_number(row, "mean_depth", where), 3), round(_number(row, "loss", where), 5)
+        curve.setdefault(point, []).append(_number(row, "threshold", where))
+    return Evaluation(
+        trained_loops=int(_number(record, "trained_loops", where)),
+        depths=[
+            (_number(row, "depth", where), _number(row, "loss", where)) for row in _objects(record, "depths", where)
+        ],
+        exit_curve=curve,
+        exit_distribution=_numbers(record, "exit_distribution", where),
+    )
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples; none if there is no such file."""
+    samples = []
+    for where, record in _read_lines(path):
+        prompt, settings = record.get("prompt"), record.get("settings", {})
+        if not isinstance(prompt, str) or not isinstance(settings, dict):
+            raise UserError(f"{where}: prompt or settings are not as looplm.generate writes them; write the file again")
+        tokens = []
+        for row in _objects(record, "tokens", where):
+            text, depth = row.get("text"), _number(row, "depth", where)
+            if not isinstance(text, str) or not depth >= 1:
+                raise UserError(f"{where}: tokens: {row!r} is not a text and a depth from 1; write the file again")
+            tokens.append((text, int(depth)))
+        samples.append(Sample(prompt=prompt, tokens=tokens, settings=settings))
+    return samples
+
+
+def _config_text(folder: Path) -> str:
+    """The resolved configuration: the stage's own, or its newest checkpoint's; empty if there is neither."""
+    newest_first = sorted(folder.glob("checkpoints/step_*/config.yaml"), reverse=True)
+    return next((_read_text(path) for path in (folder / "config.yaml", *newest_first) if path.is_file()), "")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); write it again or remove it") from error
+
+
+def _read_lines(path: Path) -> list[tuple[str, Record]]:
+    """The objects of a JSON-lines file, each with its ``file:line``; none if there is no such file."""
+    lines = _read_text(path).split("\n") if path.is_file() else []
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [(where, _parse(line, where)) for where, line in numbered]
+
+
+def _parse(text: str, where: str) -> Record:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); write it again or remove it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; write it again or remove it")
+    return record
+
+
+def _objects(record: Record, key: str, where: str) -> list[Record]:
+    rows = record.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{where}: {key}: not a list of objects; write it again or remove it")
+    return rows
+
+
+def _number(record: Record, key: str, where: str) -> float:
+    """The number under ``key``; null (not known) becomes NaN."""
+    value = record.get(key, "missing")
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{where}: {key}: {value!r} is not a number; write it again or remove it")
+    return float(value)
+
+
+def _numbers(record: Record, key: str, where: str) -> list[float]:
+    values = record.get(key)
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}: {key}: {values!r} is not a list of numbers; write it again or remove it")
+    return [_number({key: value}, key, where) for value in values]
+
+
+def _columns(records: list[tuple[str, Record]]) -> Columns:
+    """Records to columns: the step is a must, other scalars may be missing; rows with fewer loops end in NaN."""
+    columns = {"step": np.array([_number(record, "step", where) for where, record in records])}
+    for key in SCALARS:
+        columns[key] = np.array([_number({key: None, **record}, key, where) for where, record in records])
+    for key in PER_LOOP:
+        rows = [_numbers(record, key, where) for where, record in records]
+        width = max(map(len, rows), default=0)
+        columns[key] = np.array([row + [math.nan] * (width - len(row)) for row in rows]).reshape(len(rows), width)
+    return columns

@@ -1,0 +1,114 @@
+"""Mistakes at the terminal: one line that names what to mend, and nothing left on disk."""
+
+import gzip
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import tokenize
+from looplm.cli import UserError
+
+BASE = """
+output_dir: {folder}/out
+sources:
+  - {{name: a, kind: jsonl, paths: ["{folder}/a.jsonl"]}}
+tokenizer: {{vocab_size: 300}}
+validation_fraction: 0.2
+executor: {{tasks: 2, workers: 1}}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, corpus: Any, jsonl: Callable) -> Callable[..., str]:
+    """Runs the command with text replaced in the config and arguments added; returns the line it ends with."""
+
+    def call(*arguments: str, change: tuple[str, str] = ("", "")) -> str:
+        path = tmp_path / "c.yaml"
+        path.write_text(BASE.format(folder=tmp_path).replace(*change) if change[0] else BASE.format(folder=tmp_path))
+        with pytest.raises(UserError) as caught:
+            tokenize.main(["--config", str(path), *arguments])
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    jsonl("a", corpus.documents(12, 2))
+    return call
+
+
+@pytest.mark.parametrize(
+    ("change", "needles"),
+    [
+        (
+            ("validation_fraction", "validation_fracton"),
+            ["c.yaml", "validation_fracton", "did you mean validation_fraction"],
+        ),
+        (
+            ("kind: jsonl", "kind: jsonl, text_kye: x"),
+            ["c.yaml", "sources[0].text_kye", "did you mean sources[0].text_key"],
+        ),
+        (("kind: jsonl", "kind: jason"), ["kind", "jason"]),
+        (("kind: jsonl", "kind: jsonl, filters: [gopher]"), ["filters", "gopher"]),
+        (("kind: jsonl", "kind: jsonl, min_chars: 0"), ["sources.a.min_chars", "0"]),
+        (("kind: jsonl", "kind: jsonl, limit: 0"), ["sources.a.limit", "0"]),
+        (("name: a", "name: a/b"), ["sources[].name", "a/b"]),
+        (("kind: jsonl", "kind: python-stdlib"), ["sources.a.paths", "leave it out"]),
+        (("a.jsonl", "b.jsonl"), ["sources.a.paths", "b.jsonl", "matches no file"]),
+        (("kind: jsonl", "kind: jsonl, text_key: body"), ["a.jsonl:1", "no key 'body'"]),
+        (("kind: jsonl", "kind: jsonl, min_chars: 99999"), ["sources.a", "no document is left", "12 too_short"]),
+        (("kind: jsonl", "kind: jsonl, filters: [c4], language: qqq"), ["sources.a.language", "qqq"]),
+    ],
+)
+def test_config_and_sources(run: Callable[..., str], change: tuple[str, str], needles: list[str]) -> None:
+    line = run(change=change)
+    assert all(needle in line for needle in needles), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--tokenizer.vocab_size", "100"], ["tokenizer.vocab_size", "100", "259"]),
+        (["--tokenizer.vocab_size", "3000000000"], ["tokenizer.vocab_size", "2147483647"]),
+        (["--tokenizer.path", "t.json"], ["tokenizer.vocab_size", "either"]),
+        (["--tokenizer.vocab_size", "null", "--tokenizer.path", "none.json"], ["tokenizer.path", "none.json"]),
+        (["--tokenizer.pad_token", "<|eos|>"], ["tokenizer.pad_token", "differ"]),
+        (["--validation_fraction", "1.5"], ["validation_fraction", "1.5"]),
+        (["--validation_fraction", "1e-9"], ["sources.a", "valid split"]),
+        (["--validation_fraction", "0.999999999"], ["sources.a", "train split"]),
+        (["--executor.tasks", "0"], ["executor.tasks", "0"]),
+        (["--executor.workers", "two"], ["executor.workers", "two"]),
+        (["--dedup.buckets", "0"], ["dedup.buckets", "0"]),
+        (["--dedup.bukets", "4"], ["dedup.bukets", "did you mean dedup.buckets"]),
+        (["--executor.slurm.partition", "cpu"], ["executor.slurm", "sbatch"]),
+    ],
+)
+def test_values(run: Callable[..., str], arguments: list[str], needles: list[str]) -> None:
+    line = run(*arguments)
+    assert all(needle in line for needle in needles), line
+
+
+def test_truncated_input_found_while_reading(run: Callable[..., str], tmp_path: Path) -> None:
+    packed = gzip.compress((tmp_path / "a.jsonl").read_bytes() * 200)
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:-9])
+    assert "a.jsonl.gz: damaged, truncated" in run(change=("a.jsonl", "a.jsonl.gz"))
+
+
+def test_bad_line_found_by_a_worker_process(run: Callable[..., str], tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write('{"txt": "x"}\n')
+    assert "a.jsonl:13: no key 'text'" in run("--executor.workers", "2")
+
+
+def test_two_runs_at_once(tmp_path: Path, corpus: Any, jsonl: Callable, config: Any) -> None:
+    (tmp_path / "out.partial").mkdir()
+    hold = "import sys, fasteners as f; lock = f.InterProcessLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "out.partial" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another run is writing"):
+            tokenize.build(config({"a": jsonl("a", corpus.documents(9))}))
+        other.communicate("")
+    assert (tmp_path / "out.partial").exists()

@@ -1,0 +1,45 @@
+"""Quality filters: what they drop, and that none of them touches the network."""
+
+import socket
+from typing import Any
+
+import pytest
+from datatrove.data import Document
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.filters import build_filters, check_language
+from looplm.cli import UserError
+
+CODE = "\n".join(f"if x[{index}] == {{'a': {index}}}: y.append(x[{index}])" for index in range(60))
+
+
+def survivors(texts: list[str], **options: Any) -> list[str]:
+    documents = iter([Document(text=text, id=str(index)) for index, text in enumerate(texts)])
+    for step in build_filters(SourceConfig(name="s", kind="text", paths=("x",), **options)):
+        documents = step.run(documents)
+    return [document.text for document in documents]
+
+
+@pytest.mark.parametrize("name", ["gopher_quality", "gopher_repetition", "c4", "fineweb_quality"])
+def test_quality_filters_offline(corpus: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a filter asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    good = corpus.document(12)
+    bad = "\n".join(["the same line of the text that we have with it"] * 40) if "repetition" in name else CODE
+    assert survivors([good, bad], filters=(name,)) == [good]
+
+
+def test_length() -> None:
+    assert survivors(["a", "abc", "abcdef"], min_chars=2, max_chars=5) == ["abc"]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("xyz9", "doesn't have a tokenizer"), ("cmn", "jieba"), ("ben_Latn", "cannot be used|download")],
+)
+def test_languages_that_cannot_be_split_here(code: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        check_language(code, "sources.s.language")
+    check_language("eng", "sources.s.language")

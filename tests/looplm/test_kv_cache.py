@@ -1,0 +1,172 @@
+"""Decoding through a cache against the model's own forward without one, and what a cache costs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from looplm.accounting import cache_values_per_token
+from looplm.config import GateConfig, ModelConfig
+from looplm.device import DEVICE
+from looplm.exit_gate import exit_log_probs, q_exit
+from looplm.inference.decode import Decoder, Step
+from looplm.inference.early_exit import ExitRule
+from looplm.inference.kv_cache import KVCache
+from looplm.model import LoopLM
+from tests.looplm.generation_oracle import GATES, MLA, SHAPES, VOCAB, build
+
+LENGTHS = (21, 1, 9)  # of the prompts, in one batch
+NEW = 10
+OURO = {"vocab_size": 49152, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_layers": 24, "num_attention_heads": 16}
+
+
+def teacher_forced(model: LoopLM, rule: ExitRule, mode: str = "per_loop") -> tuple[torch.Tensor, list[Step]]:
+    """Feed given ids through prefill and decode: the ids [B, S], and a step for each new token."""
+    ids_BS = torch.randint(0, VOCAB, (len(LENGTHS), max(LENGTHS) + NEW), device=DEVICE)
+    length_B = torch.tensor(LENGTHS, device=DEVICE)
+    rows_B = torch.arange(len(LENGTHS), device=DEVICE)
+    decoder = Decoder(model, rule, mode, len(LENGTHS))
+    prompt_BS = ids_BS[:, : max(LENGTHS)].clone()
+    for row, length in enumerate(LENGTHS):
+        prompt_BS[row, length:] = 0
+    steps = [decoder.prefill(prompt_BS, length_B)]
+    steps += [decoder.decode(ids_BS[rows_B, length_B + new], rows_B) for new in range(NEW)]
+    return ids_BS, steps
+
+
+def splitting_threshold(model: LoopLM) -> float:
+    """A threshold that about half of random tokens reach within two loops, whatever the gate's first weights."""
+    with torch.no_grad():
+        logit_RSB = model(torch.randint(0, VOCAB, (4, 16), device=DEVICE)).gate_logit_RSB
+    return float(exit_log_probs(logit_RSB)[:2].exp().sum(0).median())
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_per_loop_is_the_cacheless_model(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
+    """Logits and exit depth of every token, rows of different length side by side."""
+    model = build(SHAPES[shape], GATES[gate], single_process)
+    threshold = splitting_threshold(model)
+    ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4, threshold=threshold))
+    with torch.no_grad():
+        hidden, gate_logit_RSB = model(ids_BS)
+        logits_RSBV = F.linear(torch.stack(hidden), model.head_weight())
+    depth_SB = q_exit(exit_log_probs(gate_logit_RSB), threshold)
+    depths = set()
+    for new, step in enumerate(steps):
+        for row, length in enumerate(LENGTHS):
+            place = length - 1 + new
+            depth = int(depth_SB[place, row])
+            assert int(step.depth_N[row]) == depth
+            torch.testing.assert_close(step.logits_NV[row], logits_RSBV[depth - 1, place, row], rtol=0, atol=1e-4)
+            depths.add(depth)
+    assert len(depths) > 1, "the gate must decide something, or this shows nothing"
+
+
+def test_depth_bounds_clamp_what_the_gate_says(single_process: ProcessGroupCollection) -> None:
+    model = build(MLA, GATES["sequence"], single_process)
+    given = {}
+    for least, most in ((1, 4), (2, 3)):
+        torch.manual_seed(5)
+        _, steps = teacher_forced(model, ExitRule(min_depth=least, max_depth=most, threshold=0.6))
+        given[most] = torch.stack([step.depth_N for step in steps])
+    assert torch.equal(given[3], given[4].clamp(2, 3)) and len(given[4].unique()) > 2
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: ProcessGroupCollection) -> None:
+    model = build(MLA, GATES["lru"], single_process)
+    ids_BS, steps = teacher_forced(model, ExitRule(max_depth=depth))
+    with torch.no_grad():
+        logits_SBV = F.linear(model(ids_BS, num_loops=depth).hidden[-1], model.head_weight())
+    for new, step in enumerate(steps):
+        assert step.depth_N.tolist() == [depth] * len(LENGTHS)
+        places = torch.tensor(LENGTHS) - 1 + new
+        torch.testing.assert_close(step.logits_NV, logits_SBV[places, range(len(LENGTHS))], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["mla", "gqa"])
+def test_bf16(shape: str, single_process: ProcessGroupCollection) -> None:
+    """The order of the products differs (absorbed, one token at a time), so only rounding may."""
+    model = build(SHAPES[shape], GATES["sequence"], single_process, torch.bfloat16)
+    ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4))
+    with torch.no_grad():
+        logits_SBV = F.linear(model(ids_BS).hidden[-1], model.head_weight()).float()
+    wrong = [
+        (steps[-1].logits_NV[row] - logits_SBV[length - 1 + NEW, row]).norm() for row, length in enumerate(LENGTHS)
+    ]
+    assert steps[-1].logits_NV.dtype is torch.float32
+    assert max(wrong) < 0.1 * logits_SBV.norm(dim=-1).mean()
+
+
+@pytest.mark.parametrize("mode", ["last", "mean", "first"])
+def test_one_loop_has_nothing_to_share(mode: str, single_process: ProcessGroupCollection) -> None:
+    model = build(MLA, GATES["lru"], single_process)
+    torch.manual_seed(5)
+    _, exact = teacher_forced(model, ExitRule(max_depth=1))
+    torch.manual_seed(5)
+    _, shared = teacher_forced(model, ExitRule(max_depth=1), mode)
+    assert all(torch.equal(a.logits_NV, b.logits_NV) for a, b in zip(exact, shared, strict=True))
+
+
+@pytest.mark.parametrize("mode, seen_later", [("last", 3.0), ("mean", 2.0), ("first", 1.0)])
+def test_what_a_shared_cache_shows(mode: str, seen_later: float) -> None:
+    """A token with entries 1, 2, 3 in its three loops: itself sees each, the next token sees what the mode says."""
+    cache = KVCache(MLA, mode, 2, 3, torch.float32, DEVICE)
+    width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
+    cache.reserve(2)
+    row, place = torch.tensor([1], device=DEVICE), torch.tensor([0], device=DEVICE)
+    for loop in range(3):
+        entry = torch.full((1, width), loop + 1.0, device=DEVICE)
+        assert cache.update(0, loop, row, place, entry, 1).unique().tolist() == [loop + 1.0]
+    later = cache.update(0, 0, row, place + 1, torch.zeros(1, width, device=DEVICE), 2)
+    assert later[0, 0].unique().tolist() == [seen_later]
+    untouched = cache.update(0, 0, row - 1, place + 1, torch.zeros(1, width, device=DEVICE), 2)
+    assert not untouched.any(), "the other row"
+
+
+def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
+    cache = KVCache(MLA, "per_loop", 2, 2, torch.float32, DEVICE, block=4)
+    rows, width = torch.arange(2, device=DEVICE), MLA.kv_lora_rank + MLA.qk_rope_head_dim
+    entry_SNW = torch.randn(3, 2, width, device=DEVICE)
+    cache.reserve(3)
+    assert cache.capacity == 4
+    for loop in range(2):
+        cache.write_prompt(1, loop, rows, entry_SNW + loop)
+    cache.reserve(9)
+    assert cache.capacity == 12
+    new_NW = torch.randn(2, width, device=DEVICE)
+    seen_NTW = cache.update(1, 1, rows, torch.tensor([3, 3], device=DEVICE), new_NW, 4)
+    assert torch.equal(seen_NTW, torch.cat((entry_SNW.transpose(0, 1) + 1, new_NW[:, None]), dim=1))
+
+
+def measured_bytes_per_token(shape: ModelConfig, mode: str, dtype: torch.dtype) -> int:
+    """From a real allocation of one block for one row."""
+    cache = KVCache(shape, mode, 1, shape.num_loops, dtype, DEVICE, block=16)
+    cache.reserve(1)
+    assert cache.allocated_bytes() == cache.bytes_per_token() * cache.capacity
+    caches = shape.num_loops if mode == "per_loop" else 1
+    assert cache.bytes_per_token() == cache_values_per_token(shape, caches) * dtype.itemsize
+    return cache.allocated_bytes() // cache.capacity
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["last", "mean", "first"])
+def test_a_shared_cache_costs_one_loop(shape: str, mode: str) -> None:
+    per_loop = measured_bytes_per_token(SHAPES[shape], "per_loop", torch.float32)
+    assert measured_bytes_per_token(SHAPES[shape], mode, torch.float32) * SHAPES[shape].num_loops == per_loop
+
+
+def test_latents_and_sharing_at_ouros_shape() -> None:
+    ouro = measured_bytes_per_token(ModelConfig(**OURO, attention="mha"), "per_loop", torch.bfloat16)
+    ours = measured_bytes_per_token(ModelConfig(**OURO, kv_lora_rank=512, qk_rope_head_dim=64), "last", torch.bfloat16)
+    assert ouro == 768 * 1024
+    assert ours * 25 <= ouro
+
+
+def test_a_generation_does_not_touch_what_training_needs(single_process: ProcessGroupCollection) -> None:
+    """Tensors made in inference mode must not stay behind in the model's own caches."""
+    model = build(MLA, GateConfig(), single_process)
+    ids_BS, _ = teacher_forced(model, ExitRule(max_depth=4, threshold=0.5), "last")
+    model(ids_BS).hidden[-1].sum().backward()
+    assert all(p.grad is not None for p in model.decoder.parameters())

@@ -1,0 +1,95 @@
+"""Evaluation per depth: the table and the exit curve against slow loops over the oracle."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from looplm import checkpoint, parallel
+from looplm.cli import UserError
+from looplm.evaluation.depth import DepthMeter
+from pretrain.data import build_valid_set, check_corpus, micro_batches
+from pretrain.evaluate import THRESHOLDS, main
+from pretrain.train import train
+from tests import reference
+from tests.tiny import run_config
+
+
+def test_meter_equals_a_slow_loop(single_process):
+    torch.manual_seed(0)
+    loss, logit = torch.rand(5, 6, 2), torch.randn(5, 6, 2)
+    mask = (torch.rand(6, 2) > 0.3).float()
+    thresholds = [0.2, 0.7, 1.0]
+    meter = DepthMeter([1, 3, 5], 3, thresholds)
+    for half in (slice(0, 3), slice(3, 6)):
+        meter.add(loss[:, half], logit[:, half], mask[half])
+    report = meter.report(single_process.dp)
+
+    p = reference.exit_distribution(logit[:3])
+    kept = [(s, b) for s in range(6) for b in range(2) if mask[s, b]]
+    for row, depth in zip(report["depths"], (1, 3, 5), strict=True):
+        expected = sum(loss[depth - 1, s, b].item() for s, b in kept) / len(kept)
+        assert row["depth"] == depth and row["loss"] == pytest.approx(expected, rel=1e-6)
+        assert row["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    for row, threshold in zip(report["exit_curve"], thresholds, strict=True):
+        depths = {}
+        for s, b in kept:
+            total = 0.0
+            for depth in range(1, 4):
+                total += p[depth - 1, s, b].item()
+                if total >= threshold - 1e-9 or depth == 3:
+                    depths[s, b] = depth
+                    break
+        assert row["mean_depth"] == pytest.approx(sum(depths.values()) / len(kept), rel=1e-6)
+        expected = sum(loss[depth - 1, s, b].item() for (s, b), depth in depths.items()) / len(kept)
+        assert row["loss"] == pytest.approx(expected, rel=1e-6)
+    assert sum(report["exit_distribution"]) == pytest.approx(1)
+
+
+def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single_process, monkeypatch, capsys):
+    config = run_config(corpus, tmp_path / "run")
+    train(config, check_corpus(config), single_process)
+    monkeypatch.setattr(parallel, "stop", lambda: None)  # the session's job goes on
+    main(["--checkpoint", str(tmp_path / "run"), "--depths", "1,3,5", "--samples", "6", "--batch_size", "2"])
+    report = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert report["step"] == 6 and report["trained_loops"] == 3
+    assert [row["depth"] for row in report["depths"]] == [1, 3, 5]
+    assert [row["threshold"] for row in report["exit_curve"]] == THRESHOLDS
+    assert "beyond training" in capsys.readouterr().out
+
+    opened = checkpoint.open_model(str(tmp_path / "run"), single_process)
+    weights = dict(opened.model.named_parameters())
+    samples = run_config(corpus, tmp_path / "run", logging={"eval_samples": 6})
+    total, tokens = torch.zeros(5), 0.0
+    valid_set = build_valid_set(samples, check_corpus(config))
+    batches = micro_batches(valid_set, samples.data, 0, 0, 1)
+    for _ in range(3):
+        batch = next(batches)
+        model, gate = opened.config.model, opened.config.gate
+        output = reference.forward(weights, model, gate, batch.ids_BS, 5, batch.document_start_SB)
+        for loop, hidden in enumerate(output.hidden):
+            losses = reference.token_losses(hidden, reference.head_weight(weights, model), batch.labels_SB)
+            total[loop] += (losses * batch.mask_SB).sum().item()
+        tokens += batch.mask_SB.sum().item()
+    assert report["tokens"] == tokens
+    for row in report["depths"]:
+        assert row["loss"] == pytest.approx(total[row["depth"] - 1].item() / tokens, rel=1e-4)
+    full = report["exit_curve"][-1]
+    assert full["threshold"] == 1.0 and full["mean_depth"] == pytest.approx(3)
+    assert full["loss"] == pytest.approx(report["depths"][1]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere: no whole checkpoint"),
+        (["--checkpoint", "x", "--depths", "0,1"], "depths: '0,1'"),
+        (["--checkpoint", "x", "--depths", ""], "depths: ''"),
+        (["--checkpoint", "x", "--samples", "0"], "samples: 0"),
+        (["--checkpont", "x"], r"--checkpont: unknown key; did you mean checkpoint\?"),
+    ],
+)
+def test_bad_input(argv, words):
+    with pytest.raises(UserError, match=words):
+        main(argv)

@@ -1,0 +1,167 @@
+"""The engine's steps against plain torch: the oracle's loss, torch's AdamW, gradients summed by hand."""
+
+import dataclasses
+from itertools import chain, repeat
+
+import pytest
+import torch
+
+from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig
+from looplm.model import LoopLM
+from pretrain.data import Batch
+from pretrain.optim import build_optimizer, build_scheduler, freeze_trunk, spared_by_weight_decay, wrap_data_parallel
+from pretrain.step import Stepper
+from tests import reference
+from tests.parity import assert_close_relative
+from tests.tiny import MODEL
+
+OPTIM = OptimConfig(train_steps=10, lr=3e-3, min_lr=1e-3, warmup_steps=2, decay_steps=4, precision="fp32")
+GATE = GateConfig(state_size=8)
+
+
+def make_batch(seed: int, masked: int) -> Batch:
+    """Two sequences of 12 tokens; the first ``masked`` positions do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(MODEL.vocab_size, (2, 13), generator=generator)
+    mask_SB = torch.ones(12, 2)
+    mask_SB[:masked] = 0
+    return Batch(ids[:, :-1], ids[:, 1:].t().contiguous(), mask_SB, None)
+
+
+def make_stepper(single_process, loss=LossConfig(), optim=OPTIM, model=MODEL) -> tuple[LoopLM, Stepper]:  # noqa: B008
+    torch.manual_seed(3)
+    looped = LoopLM(model, GATE, single_process)
+    ddp = wrap_data_parallel(looped, loss)
+    optimizer = build_optimizer(ddp, optim)
+    stepper = Stepper(ddp, optimizer, build_scheduler(optimizer, optim), loss, single_process, 12, 2)
+    return looped, stepper
+
+
+def test_steps_equal_plain_torch(single_process):
+    """Three steps of two uneven micro-batches: loss, gradient norm and every weight after them."""
+    loss = LossConfig(beta=0.1, head_chunk_tokens=5)
+    looped, stepper = make_stepper(single_process, loss)
+    weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
+    groups = {True: [], False: []}
+    for name, weight in weights.items():
+        groups[spared_by_weight_decay(weight, name)].append(weight)
+    plain = torch.optim.AdamW(
+        [{"params": groups[False]}, {"params": groups[True], "weight_decay": 0.0}],
+        betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=OPTIM.weight_decay,
+    )  # fmt: skip
+    for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):
+        batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
+        stats, grad_norm, learning_rate = stepper.train(iter(batches), 2)
+        assert learning_rate == pytest.approx(lr)
+
+        tokens = sum(batch.mask_SB.sum() for batch in batches)
+        total = sum(_oracle_loss(weights, batch, loss.beta) * batch.mask_SB.sum() for batch in batches) / tokens
+        plain.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), OPTIM.clip_grad)
+        for group in plain.param_groups:
+            group["lr"] = lr
+        plain.step()
+
+        assert stats.tokens == tokens and stats.loss == pytest.approx(total.item(), rel=1e-5)
+        assert grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    # Adam divides each gradient by its own size, so the rounding of the smallest ones shows.
+    assert_close_relative(dict(looped.named_parameters()), weights, 1e-4)
+
+
+def _oracle_loss(weights: dict, batch: Batch, beta: float) -> torch.Tensor:
+    output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
+    head = reference.head_weight(weights, MODEL)
+    losses = torch.stack([reference.token_losses(h, head, batch.labels_SB) for h in output.hidden])
+    return reference.entropy_regularised_loss(losses, output.gate_logit_RSB, beta, batch.mask_SB)
+
+
+def test_stats_are_those_of_the_oracle(single_process):
+    looped, stepper = make_stepper(single_process)
+    batch = make_batch(5, masked=3)
+    weights = dict(looped.named_parameters())
+    output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
+    losses = torch.stack(
+        [reference.token_losses(h, reference.head_weight(weights, MODEL), batch.labels_SB) for h in output.hidden]
+    )
+    stats = stepper.evaluate(repeat(batch), 1)
+    expected = [reference.masked_mean(loss_SB, batch.mask_SB).item() for loss_SB in losses]
+    assert stats.loss_per_loop == pytest.approx(expected, rel=1e-5)
+    assert stats.exit_distribution == pytest.approx([1 / 3] * 3, abs=1e-6)
+    assert stats.mean_depth == pytest.approx(2.0, abs=1e-5) and stats.entropy == pytest.approx(1.0986123, abs=1e-5)
+
+
+def test_weight_decay_spares_norms_biases_and_gate(single_process):
+    looped, stepper = make_stepper(single_process)
+    decayed = {id(p) for g in stepper.optimizer.param_groups if g["wd_mult"] for p in g["params"]}
+    names = {name for name, parameter in looped.named_parameters() if id(parameter) in decayed}
+    assert names == {n for n, p in looped.named_parameters() if p.dim() == 2 and not n.startswith("gate.")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "constant", "decay_steps": 0}, [1.5, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
+        ({"schedule": "wsd"}, [1.5, 3, 3, 3, 3, 3, 2.5, 2, 1.5, 1]),
+        ({"schedule": "cosine", "decay_steps": 0, "warmup_steps": 0, "train_steps": 4}, [2.7071, 2, 1.2929, 1]),
+        ({"schedule": "constant", "decay_steps": 0, "warmup_steps": 10}, [0.3 * n for n in range(1, 11)]),
+    ],
+)
+def test_schedules(single_process, changes, expected):
+    optim = dataclasses.replace(OPTIM, **changes)
+    _, stepper = make_stepper(single_process, optim=optim)
+    rates = []
+    for _ in range(optim.train_steps):
+        stepper.scheduler.step(1)
+        rates.append(1e3 * stepper.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected, abs=1e-4)
+
+
+def test_gate_stage_equals_the_oracle_and_costs_no_trunk_gradient(single_process):
+    loss = LossConfig(objective="adaptive_gate", target="next")
+    looped, stepper = make_stepper(single_process, loss, dataclasses.replace(OPTIM, clip_grad=0.0))
+    with torch.no_grad():
+        looped.gate.readout.weight.normal_()
+    weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
+    batch = make_batch(1, masked=2)
+    stats, _, _ = stepper.train(repeat(batch), 1)
+
+    output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
+    head = reference.head_weight(weights, MODEL)
+    losses = torch.stack([reference.token_losses(h, head, batch.labels_SB) for h in output.hidden])
+    expected = reference.adaptive_gate_loss(losses, output.gate_logit_RSB, mask_SB=batch.mask_SB, target="next")
+    assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    gate = {name: p.main_grad for name, p in looped.named_parameters() if name.startswith("gate.")}
+    assert_close_relative(gate, {name: weights[name].grad for name in gate})
+    for name, parameter in looped.named_parameters():
+        assert name in gate or not (parameter.requires_grad or hasattr(parameter, "main_grad"))
+
+
+def test_frozen_trunk_builds_no_graph(single_process):
+    torch.manual_seed(0)
+    looped = LoopLM(MODEL, GATE, single_process)
+    freeze_trunk(looped)
+    output = looped(make_batch(0, 0).ids_BS, frozen_trunk=True)
+    assert not any(h.requires_grad for h in output.hidden) and output.gate_logit_RSB.requires_grad
+
+
+def test_accumulation_equals_one_large_batch(single_process):
+    """The mean is over tokens, not over micro-batches."""
+    small = [make_batch(n, masked=3 * n) for n in range(3)]
+    large = Batch(*(torch.cat([b[i] for b in small], 0 if i == 0 else 1) for i in range(3)), None)
+    norms = []
+    for batches in (small, [large]):
+        _, stepper = make_stepper(single_process)
+        norms.append(stepper.train(chain(batches), len(batches))[1])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_sharing_survives_the_engine(single_process):
+    """One tensor per weight however many loops, also inside DDP's buffers and the optimizer."""
+    for loops in (1, 2, 5):
+        model: ModelConfig = dataclasses.replace(MODEL, num_loops=loops)
+        looped, stepper = make_stepper(single_process, model=model)
+        owned = [id(p) for group in stepper.optimizer.param_groups for p in group["params"]]
+        assert len(owned) == len(set(owned)) == len(list(looped.parameters()))
+        assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in LoopLM(MODEL, GATE, single_process).parameters())  # fmt: skip

@@ -1,0 +1,171 @@
+"""Whole runs of a tiny model: resume, stages, golden losses, refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from looplm import checkpoint, parallel
+from looplm.cli import UserError, to_dict
+from looplm.config import RampUpConfig, RunConfig
+from pretrain.data import check_corpus
+from pretrain.train import STOPPED, main, train
+from tests.tiny import run_config, train_rows
+
+EXACT = ("step", "samples", "tokens", "loss", "loss_per_loop", "exit_distribution", "grad_norm", "learning_rate")
+
+
+def run(config: RunConfig) -> list[dict]:
+    """Train in this process, as ``main`` does, and return the training lines."""
+    groups = parallel.start(config.seed)
+    train(config, check_corpus(config), groups)
+    return train_rows(config.output_dir)
+
+
+def exact(rows: list[dict]) -> list[tuple]:
+    return [tuple(json.dumps(row[key]) for key in EXACT) for row in rows]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_six_steps_equal_three_plus_restart_plus_three_bit_for_bit(corpus, tmp_path, single_process, precision):
+    whole = run_config(corpus, tmp_path / "whole", optim={"precision": precision})
+    straight = run(whole)
+
+    halves = dataclasses.replace(whole, output_dir=str(tmp_path / "halves"))
+    halves = dataclasses.replace(halves, checkpoint=dataclasses.replace(halves.checkpoint, save_every=3))
+    run(halves)
+    steps = tmp_path / "halves" / "checkpoints"
+    (steps / "step_00000006" / "manifest.json").unlink()  # as if the run had died before its last save
+    resumed = run(halves)
+
+    assert exact(resumed) == exact(straight)
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6], "each step stands once in metrics.jsonl"
+
+
+def test_resume_with_growing_batch(corpus, tmp_path, single_process):
+    ramp = {"rampup": RampUpConfig(start=2, increment=2, samples=8), "global_batch_size": 6}
+    straight = run(run_config(corpus, tmp_path / "a", data=ramp))
+    assert [row["samples"] for row in straight][:3] != [6, 12, 18], "the batch grows"
+    halves = run_config(corpus, tmp_path / "b", data=ramp, checkpoint={"save_every": 3, "keep": 9})
+    run(halves)
+    (tmp_path / "b/checkpoints/step_00000006/manifest.json").unlink()
+    assert exact(run(halves)) == exact(straight)
+
+
+def test_a_longer_run_keeps_the_order_of_the_shorter_one(corpus, tmp_path, single_process):
+    short = run_config(corpus, tmp_path / "run", optim={"schedule": "constant", "decay_steps": 0})
+    first = run(short)
+    longer = dataclasses.replace(short, optim=dataclasses.replace(short.optim, train_steps=9))
+    assert exact(run(longer)[:6]) == exact(first)
+    assert len(train_rows(longer.output_dir)) == 9
+
+
+def test_golden_losses(corpus, tmp_path, single_process):
+    """A refactor may not move them. Change them only with a reason in the commit message."""
+    rows = run(run_config(corpus, tmp_path))
+    golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
+    assert [row["loss"] for row in rows] == pytest.approx(golden["loss"], rel=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(golden["grad_norm"], rel=1e-4)
+
+
+def test_gate_stage_moves_the_gate_alone(corpus, tmp_path, single_process):
+    stage1 = run_config(corpus, tmp_path / "stage1")
+    run(stage1)
+    gate = run_config(
+        corpus,
+        tmp_path / "gate",
+        loss={"objective": "adaptive_gate"},
+        checkpoint={"initial": stage1.output_dir},
+    )
+    rows = run(gate)
+    assert rows[0]["objective"] == "adaptive_gate"
+    before = checkpoint.open_model(stage1.output_dir, single_process)
+    after = checkpoint.open_model(gate.output_dir, single_process)
+    assert before.gate_trained and after.gate_trained
+    moved = {
+        name
+        for (name, old), new in zip(before.model.named_parameters(), after.model.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert moved and all(name.startswith("gate.") for name in moved), moved
+
+
+def test_a_later_stage_may_change_loops_rope_and_length(corpus, tmp_path, single_process):
+    run(run_config(corpus, tmp_path / "a"))
+    later = run_config(
+        corpus,
+        tmp_path / "b",
+        model={"num_loops": 2, "rope_base": 40_000.0},
+        data={"seq_length": 48},
+        loss={"beta": 0.01},
+        checkpoint={"initial": str(tmp_path / "a")},
+    )
+    assert len(run(later)[0]["loss_per_loop"]) == 2
+
+
+def test_loss_falls(corpus, tmp_path, single_process):
+    rows = run(run_config(corpus, tmp_path, optim={"train_steps": 40, "decay_steps": 10}, data={"seq_length": 48}))
+    assert rows[0]["loss"] - rows[-1]["loss"] > 1.0
+
+
+def test_metrics_name_everything(corpus, tmp_path, single_process):
+    row = run(run_config(corpus, tmp_path))[-1]
+    assert sum(row["exit_distribution"]) == pytest.approx(1, abs=1e-5)
+    assert 1 <= row["mean_depth"] <= 3 and row["entropy"] > 0
+    assert row["tokens"] == 6 * 4 * 32 and row["tokens_per_second"] > 0 and 0 < row["mfu"] < 1
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_refusals_come_before_training(corpus, tmp_path, single_process):
+    run(run_config(corpus, tmp_path / "a"))
+    cases = {
+        "hidden_size": run_config(corpus, tmp_path / "b", model={"hidden_size": 64}, checkpoint={"initial": str(tmp_path / "a")}),
+        "state_size": run_config(corpus, tmp_path / "b", gate={"state_size": 4}, checkpoint={"initial": str(tmp_path / "a")}),
+        "seed": run_config(corpus, tmp_path / "a", seed=5),
+        "objective": run_config(corpus, tmp_path / "a", loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tmp_path / "a")}),
+        "no whole checkpoint": run_config(corpus, tmp_path / "b", checkpoint={"initial": str(tmp_path / "nowhere")}),
+    }  # fmt: skip
+    for word, config in cases.items():
+        with pytest.raises(UserError, match=word):
+            run(config)
+    assert not (tmp_path / "b").exists(), "nothing half-written is left behind"
+
+
+def test_sigterm_saves_and_ends_in_order(corpus, tmp_path):
+    config = run_config(corpus, tmp_path / "run", optim={"train_steps": 100_000, "warmup_steps": 0, "decay_steps": 0})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    command = [sys.executable, "-m", "pretrain.train", "--config", str(path)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == STOPPED
+    saved = checkpoint.newest(tmp_path / "run/checkpoints", print)
+    assert saved is not None
+    assert checkpoint.read_about(saved).step == train_rows(tmp_path / "run")[-1]["step"]
+
+
+def test_the_command_line_reports_a_mistake_in_one_line(corpus, tmp_path):
+    config = run_config(corpus, tmp_path / "run")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    with pytest.raises(UserError, match=r"model\.vocab_size: 100 .*320 tokens"):
+        main(["--config", str(path), "--model.vocab_size", "100"])
+    command = [sys.executable, "-m", "pretrain.train", "--config", str(path), "--optim.learning_rate", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]  # torch itself may warn above it, on a machine with half a CUDA
+    assert last.startswith("error: --optim.learning_rate: unknown key; did you mean optim.")

@@ -1,0 +1,111 @@
+"""The install files and the Makefile's phases, without installing or training anything."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PIN = re.compile(r"^[a-z0-9.-]+==[^ ;]+( ; [^;]+)?$")
+PHASES = [
+    "data_pipeline.tokenize",
+    "pretrain.train",
+    "pretrain.train",
+    "pretrain.evaluate",
+    "looplm.generate",
+    "pretrain.report",
+]
+
+
+def test_every_constraint_is_an_exact_pin() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    assert not [line for line in pins if not PIN.match(line)]
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that merely comes along with another one today would be missing tomorrow."""
+    words = [
+        node.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Constant)
+    ]
+    declared = {re.split(r"[\[<>=]", word)[0].lower() for word in words if isinstance(word, str)}
+    ours = {"looplm", "data_pipeline", "pretrain", "tools"}
+    imported = set()
+    for path in (path for package in ours for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    distributions = packages_distributions()
+    foreign = imported - ours - {"tests"} - set(sys.stdlib_module_names)
+    missing = {name for name in foreign if not {d.lower() for d in distributions.get(name, [name])} & declared}
+    assert not missing, f"imported, but not in setup.py: {sorted(missing)}"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The Makefile beside empty configs, and a .venv whose python only writes down which module it was asked to run.
+
+    It fails for the module that the file ``broken`` names.
+    """
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    configs = tmp_path / "configs/quickstart"
+    configs.mkdir(parents=True)
+    for name in ("setup.py", "constraints.txt", "broken"):
+        (tmp_path / name).touch()
+    for name in ("data.yaml", "pretrain.yaml", "gate.yaml", "prompts.txt"):
+        (configs / name).touch()
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$2" >> ran\n! grep -qx "$2" broken\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv/.installed").touch()
+    return tmp_path
+
+
+def quickstart(checkout: Path) -> tuple[int, list[str]]:
+    """Exit status of ``make quickstart`` and the modules it ran."""
+    (checkout / "ran").write_text("")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(["make", "quickstart"], cwd=checkout, capture_output=True, env=environment, check=False)
+    return done.returncode, (checkout / "ran").read_text().split()
+
+
+def test_quickstart_skips_what_is_done(checkout: Path) -> None:
+    assert quickstart(checkout) == (0, PHASES)
+    assert quickstart(checkout) == (0, [])
+
+
+def test_quickstart_takes_up_a_failed_phase_again(checkout: Path) -> None:
+    (checkout / "broken").write_text("pretrain.evaluate\n")
+    assert quickstart(checkout) == (2, PHASES[:4])
+    assert quickstart(checkout) == (2, PHASES[3:4])
+    (checkout / "broken").write_text("")
+    assert quickstart(checkout) == (0, PHASES[3:])
+
+
+def test_quickstart_makes_anew_what_hangs_on_a_changed_config(checkout: Path) -> None:
+    quickstart(checkout)
+    results = {name: checkout / "runs/quickstart" / name / "result" for name in ("data", "stage1", "gate")}
+    for path in results.values():
+        path.parent.mkdir()
+        path.touch()
+    stamp = (checkout / "runs/quickstart/.done/report").stat().st_mtime
+    os.utime(checkout / "configs/quickstart/pretrain.yaml", (stamp + 10, stamp + 10))
+    (checkout / "broken").write_text("pretrain.train\n")
+    assert quickstart(checkout) == (2, PHASES[1:2])
+    assert [name for name, path in results.items() if path.exists()] == ["data", "gate"]
+    results["stage1"].parent.mkdir()
+    results["stage1"].touch()  # what the phase wrote before it broke: it goes on from there
+    (checkout / "broken").write_text("")
+    os.utime(checkout / "configs/quickstart/pretrain.yaml")
+    assert quickstart(checkout) == (0, PHASES[1:])
+    assert [name for name, path in results.items() if path.exists()] == ["data", "stage1"]

@@ -1,0 +1,100 @@
+"""Every shipped recipe parses, and the parameter count it predicts is the one it gets."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from looplm.accounting import cache_values_per_token, forward_flops_per_token, parameter_counts
+from looplm.cli import parse_config
+from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.model import LoopLM
+from tests.tiny import MODEL
+from tools.count_params import describe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = {
+    "quickstart, stage 1": ["quickstart/pretrain.yaml"],
+    "quickstart, gate stage": ["quickstart/pretrain.yaml", "quickstart/gate.yaml"],
+}
+MHA = ModelConfig(
+    vocab_size=96, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, attention="mha"
+)
+SHAPES = {
+    "mla": MODEL,
+    "mla with a query latent": dataclasses.replace(MODEL, q_lora_rank=12),
+    "mla without sandwich norms": dataclasses.replace(MODEL, sandwich_norm=False),
+    "mla, tied": dataclasses.replace(MODEL, tie_embeddings=True),
+    "mha": MHA,
+    "gqa with wide heads": dataclasses.replace(MHA, num_query_groups=2, head_dim=12),
+}
+GATES = {
+    "lru": GateConfig(state_size=8),
+    "lru with the sequence": GateConfig(state_size=8, sequence_level=True),
+    "linear": GateConfig(kind="linear"),
+}
+
+
+def load(names: list[str]) -> RunConfig:
+    argv = [part for name in names for part in ("--config", str(ROOT / "configs" / name))]
+    return parse_config(RunConfig, argv, prog="test", description="")
+
+
+def count(model: LoopLM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_training_recipe_is_listed_here():
+    shipped = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
+    listed = {name for names in RECIPES.values() for name in names}
+    assert {name for name in shipped if Path(name).name != "data.yaml"} == listed
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_the_predicted_parameters(recipe, single_process):
+    config = load(RECIPES[recipe])
+    built = count(LoopLM(config.model, config.gate, single_process))
+    assert built == sum(parameter_counts(config.model, config.gate).values())
+    assert f"{built:,}" in describe(config)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_predicted_parameters_of_every_shape(shape, gate, single_process):
+    expected = sum(parameter_counts(SHAPES[shape], GATES[gate]).values())
+    for loops in (1, 4):
+        model = dataclasses.replace(SHAPES[shape], num_loops=loops)
+        assert count(LoopLM(model, GATES[gate], single_process)) == expected
+
+
+def test_the_released_ouro_has_its_published_size():
+    ouro = ModelConfig(
+        vocab_size=49_152,
+        hidden_size=2048,
+        ffn_hidden_size=5632,
+        num_layers=24,
+        num_attention_heads=16,
+        attention="mha",
+    )
+    assert sum(parameter_counts(ouro, GateConfig(kind="linear")).values()) == 1_434_652_673
+    assert cache_values_per_token(ouro, 4) * 2 == 768 * 1024  # 768 KiB per token in bf16
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_predicted_flops_are_those_torch_counts(shape, single_process):
+    """On the unfused kernel, where torch counts every token seeing every other; ours counts the causal half."""
+    model, gate, length = SHAPES[shape], GATES["linear"], 16
+    looped = LoopLM(model, gate, single_process)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = looped(torch.zeros(1, length, dtype=torch.long))
+        for hidden in output.hidden:
+            hidden @ looped.head_weight().t()
+    padded = model.attention_head_dim  # narrower values are padded to this width
+    value = model.v_head_dim if model.attention == "mla" else padded
+    scores = 2 * model.num_loops * model.num_layers * model.num_attention_heads * length * length
+    ours = length * forward_flops_per_token(model, gate, length, model.num_loops)
+    ours += scores * (padded + value) / 2 + scores * (padded - value)
+    assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)

@@ -1,0 +1,88 @@
+"""A corpus of a few thousand tokens and a model of a few thousand parameters, for tests that train."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_pipeline.manifest import TokenizerRecord, write_manifest
+from looplm.config import DataConfig, DataSource, GateConfig, ModelConfig, OptimConfig, RunConfig
+from looplm.files import sha256_of
+
+VOCAB = 320
+BOS, EOS, PAD = 0, 1, 2
+TEXTS = [f"def add_{n}(a, b):\n    return a + b * {n}\n\n\nprint(add_{n}({n}, {n * n}))\n" for n in range(200)]
+
+MODEL = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_layers=2,
+    num_loops=3,
+    num_attention_heads=2,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    max_sequence_length=64,
+)
+
+
+def write_corpus(folder: Path) -> None:
+    """``train`` and ``valid`` prefixes with their tokenizer and manifests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<bos>", "<eos>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    record = TokenizerRecord(path=path.name, sha256=sha256_of(path), bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    for split, texts in (("train", TEXTS[:180]), ("valid", TEXTS[180:])):
+        write_prefix(folder / split, [[*tokenizer.encode(text).ids, EOS] for text in texts], record, split)
+
+
+def write_prefix(prefix: Path, documents: list[list[int]], tokenizer: TokenizerRecord, split: str) -> None:
+    """One Megatron prefix with its manifest."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in documents:
+        builder.add_item(torch.tensor(document))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    write_manifest(prefix, source="tiny", split=split, vocab_size=VOCAB, tokenizer=tokenizer, config_sha256="tiny")
+
+
+def run_config(corpus: Path, output: Path, **sections: Any) -> RunConfig:
+    """Six steps on the tiny corpus; ``sections`` replace keys: ``optim={"lr": 1e-3}``."""
+    config = RunConfig(
+        output_dir=str(output),
+        model=MODEL,
+        gate=GateConfig(state_size=8),
+        optim=OptimConfig(train_steps=6, lr=1e-2, warmup_steps=2, decay_steps=2, precision="fp32"),
+        data=DataConfig(
+            train=(DataSource(prefix=str(corpus / "train")),),
+            valid=(DataSource(prefix=str(corpus / "valid")),),
+            seq_length=32,
+            micro_batch_size=2,
+            global_batch_size=4,
+        ),
+    )
+    changed = {
+        key: dataclasses.replace(getattr(config, key), **value) if isinstance(value, dict) else value
+        for key, value in sections.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def train_rows(folder: Path | str) -> list[dict[str, Any]]:
+    """The training lines of a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]

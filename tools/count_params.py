@@ -1,0 +1,33 @@
+"""Count what a recipe's model holds and costs, from arithmetic alone: nothing is built."""
+
+from looplm.accounting import cache_values_per_token, parameter_counts, training_flops_per_token
+from looplm.cli import parse_config, run_main
+from looplm.config import RunConfig
+
+
+def main(argv: list[str]) -> None:
+    """``python -m tools.count_params --config configs/quickstart/pretrain.yaml``"""
+    config = parse_config(RunConfig, argv, prog="python -m tools.count_params", description=str(__doc__))
+    print(describe(config))
+
+
+def describe(config: RunConfig) -> str:
+    """The table that the command prints."""
+    model, gate, length = config.model, config.gate, config.data.seq_length
+    frozen = config.loss.objective == "adaptive_gate"
+    counts = parameter_counts(model, gate)
+    total = sum(counts.values())
+    rows = [f"{part:<16}{count:>16,}{count / total:>9.1%}" for part, count in counts.items()]
+    rows += [f"{'total':<16}{total:>16,}", ""]
+    rows.append(f"{model.num_layers} layers x {model.num_loops} loops, the same weights in every loop; per token:")
+    for loops in sorted({1, 2, 4, 8, model.num_loops}):
+        flops = training_flops_per_token(model, gate, length, loops, frozen_trunk=frozen)
+        mark = "  <- this recipe" if loops == model.num_loops else ""
+        rows.append(f"{loops:>4} loops {flops / 1e6:>14,.1f} training MFLOP at sequence length {length}{mark}")
+    for name, caches in (("per_loop", model.num_loops), ("last", 1)):
+        rows.append(f"{'cache ' + name:<16}{2 * cache_values_per_token(model, caches):>12,} bytes in bf16")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    run_main(main)
