@@ -4,17 +4,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import parallel
 from tests.tiny import write_corpus
 
 
+SEED = 1234
+
+
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[ProcessGroupCollection]:
     """Megatron-core started as a job of one process."""
-    yield parallel.start(seed=1234)
+    yield parallel.start(SEED)
     parallel.stop()
+
+
+@pytest.fixture(autouse=True)
+def seeded_as_a_fresh_job() -> None:
+    """Weights are drawn from the job's seed: without this, from whatever the test before it left."""
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session")
