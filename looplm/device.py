@@ -5,10 +5,12 @@ answers those calls for the CPU, once per process; on CUDA it changes nothing. E
 """
 
 import time
+from collections import deque
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from torch.overrides import TorchFunctionMode
@@ -62,6 +64,20 @@ class _Stream:
 
 
 _installed: list[TorchFunctionMode] = []
+_sends: deque[Any] = deque(maxlen=8)  # Megatron's schedules leave at most one in flight in each direction
+
+
+def _keep_sends_alive() -> None:
+    """A gloo message whose handle is dropped before it is received is never sent: the receiver hangs, or takes the next
+    one for it. Megatron's schedules drop the handle of their last send."""
+    send = dist.isend
+
+    def isend(*args: Any, **kwargs: Any) -> Any:
+        work = send(*args, **kwargs)
+        _sends.append(work)
+        return work
+
+    dist.isend = isend
 
 
 def install() -> None:
@@ -79,6 +95,7 @@ def install() -> None:
     if not HAS_TRANSFORMER_ENGINE:
         # Megatron-core 0.16 takes HAVE_TE as true without Transformer Engine, then fails in isinstance(x, None).
         multi_latent_attention.HAVE_TE = False
+    _keep_sends_alive()
     mode = _CudaMeansCpu()
     mode.__enter__()
     _installed.append(mode)

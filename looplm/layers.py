@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -178,6 +177,8 @@ def transformer_config(
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence_parallel,
         "pipeline_model_parallel_size": layout.pipeline,
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
         # Messages between the same two ranks must keep their order, and gloo still reads a tensor after the call.
         "overlap_p2p_comm": layout.pipeline > 1,
         "batch_p2p_comm": False,
@@ -214,12 +215,12 @@ class SeededLayer(TransformerLayer):
 
 
 def block_spec(
-    model: ModelConfig, config: TransformerConfig, pipeline: dist.ProcessGroup
+    model: ModelConfig, config: TransformerConfig, layout: ParallelConfig, pipeline_rank: int
 ) -> TransformerBlockSubmodules:
     """This pipeline rank's share of the stack: equal blocks, and the loop-end norm on the last rank."""
-    layers = model.num_layers // pipeline.size()
-    spec = _layer_spec(model, config, first=pipeline.rank() * layers)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+    stages = layout.stage_layers(model.num_layers)
+    spec = _layer_spec(model, config, first=sum(stages[:pipeline_rank]))
+    return TransformerBlockSubmodules(layer_specs=[spec] * stages[pipeline_rank], layer_norm=RMSNorm)
 
 
 def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> ModuleSpec:

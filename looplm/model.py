@@ -60,6 +60,7 @@ class LoopLM(LanguageModule):
         dtype: torch.dtype = torch.float32,
         layout: ParallelConfig | None = None,
     ) -> None:
+        layout = layout or ParallelConfig()
         config = transformer_config(model, dtype, layout)
         super().__init__(config, pg_collection=groups)
         self.shape = model
@@ -88,7 +89,7 @@ class LoopLM(LanguageModule):
         )
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, config, groups.pp),
+            block_spec(model, config, layout, groups.pp.rank()),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,

@@ -44,12 +44,13 @@ def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollec
         else:  # no port to agree on, so that two runs on a laptop never collide
             dist.init_process_group(device.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     ranks = dist.get_world_size()
-    product = layout.tensor * layout.pipeline
     fix = f"it must divide the number of ranks, {ranks}"
-    require(ranks % product == 0, "parallel.tensor x parallel.pipeline", product, fix)
+    require(ranks % layout.model_ranks == 0, "parallel.tensor x pipeline x context", layout.model_ranks, fix)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -10,7 +10,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from looplm import parallel
 from tests.tiny import write_corpus
 
-
 SEED = 1234
 
 
