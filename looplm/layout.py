@@ -59,8 +59,8 @@ class ParallelConfig:
 
     def stage_layers(self, num_layers: int) -> list[int]:
         """Layers on each pipeline rank, first to last."""
-        named = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
-        named = {rank: layers for rank, layers in named.items() if layers is not None}
+        given = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        named = {rank: layers for rank, layers in given.items() if layers is not None}
         others = self.pipeline - len(named)
         even = (num_layers - sum(named.values())) // others if others else 0
         return [named.get(rank, even) for rank in range(self.pipeline)]
