@@ -30,7 +30,7 @@ def test_a_run_may_change_its_layout(corpus, tmp_path, single_process):
 
     def config(name: str, layout: ParallelConfig) -> RunConfig:
         saving = {"save_every": 3, "keep": 2}
-        data = {"global_batch_size": 4, "micro_batch_size": 1}
+        data = {"global_batch_size": 4, "micro_batch_size": 2}
         return run_config(corpus, tmp_path / name, model=MLA, gate=LRU, parallel=layout, checkpoint=saving, data=data)
 
     def train_alone(name: str) -> None:

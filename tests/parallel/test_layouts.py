@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import parallel
 from looplm.cli import to_dict
@@ -15,45 +16,61 @@ from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from tests.parallel.launch import launch
-from tests.parity import assert_close_relative
+from tests.parity import assert_close_relative, relative_error
 from tests.tiny import MODEL, run_config
 
-MLA = dataclasses.replace(MODEL, num_layers=4, num_attention_heads=4, q_lora_rank=12)
+MLA = dataclasses.replace(MODEL, num_attention_heads=4, q_lora_rank=12)
 MHA = ModelConfig(
-    vocab_size=MODEL.vocab_size, hidden_size=32, ffn_hidden_size=48, num_layers=4, num_loops=2, num_attention_heads=8,
+    vocab_size=MODEL.vocab_size, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_loops=2, num_attention_heads=8,
     num_query_groups=4, attention="mha", max_sequence_length=64,
 )  # fmt: skip
 LRU = GateConfig(state_size=8, sequence_level=True)
 LINEAR = GateConfig(kind="linear")
 # The gate stage's targets are sigmoids of 50 times a difference of losses: at that slope the test would measure rounding.
 GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
-DOCUMENTS = {"data": {"document_masking": True}}
+ONE_DOCUMENT = {"data": {"document_masking": False}}
 
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
     "mla linear": (MLA, LINEAR, {}),
     "mha lru": (MHA, LRU, {}),
     "mha linear": (MHA, LINEAR, {}),
-    "mla lru documents": (MLA, LRU, DOCUMENTS),
+    "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
 }
 FOUR = ("mla lru", "mla linear", "mha lru", "mha linear")
-LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
-    "TP2 + SP": (2, ParallelConfig(tensor=2)),
-    "PP2": (2, ParallelConfig(pipeline=2)),
-    "DP2": (2, ParallelConfig()),
-    "TP4 + SP": (4, ParallelConfig(tensor=4)),
-    "PP4": (4, ParallelConfig(pipeline=4)),
-    "TP2 + SP x PP2": (4, ParallelConfig(tensor=2, pipeline=2)),
-    "TP2 + SP x DP2": (4, ParallelConfig(tensor=2)),
-    "PP2 x DP2": (4, ParallelConfig(pipeline=2)),
-    "TP2 without SP": (2, ParallelConfig(tensor=2, sequence=False)),
-    "PP2, 3 + 1 layers": (2, ParallelConfig(pipeline=2, first_stage_layers=3)),
+
+
+class Layout(NamedTuple):
+    """Where a case runs; small micro-batches keep a pipeline busy, large ones spare tensor parallelism its messages."""
+
+    ranks: int
+    parallel: ParallelConfig
+    micro_batch: int
+    num_layers: int = 2
+
+
+LAYOUTS = {
+    "alone": Layout(1, ParallelConfig(), 4),
+    "alone, 4 layers": Layout(1, ParallelConfig(), 4, num_layers=4),
+    "TP2 + SP": Layout(2, ParallelConfig(tensor=2), 4),
+    "PP2": Layout(2, ParallelConfig(pipeline=2), 1),
+    "DP2": Layout(2, ParallelConfig(), 1),
+    "TP4 + SP": Layout(4, ParallelConfig(tensor=4), 4),
+    "PP4": Layout(4, ParallelConfig(pipeline=4), 1, num_layers=4),
+    "TP2 + SP x PP2": Layout(4, ParallelConfig(tensor=2, pipeline=2), 2),
+    "CP2": Layout(2, ParallelConfig(context=2), 4),
+    "TP2 + SP x CP2": Layout(4, ParallelConfig(tensor=2, context=2), 4),
+    "TP2 + SP x DP2": Layout(4, ParallelConfig(tensor=2), 2),
+    "PP2 x DP2": Layout(4, ParallelConfig(pipeline=2), 1),
+    "TP2 without SP": Layout(2, ParallelConfig(tensor=2, sequence=False), 4),
+    "PP2, 3 + 1 layers": Layout(2, ParallelConfig(pipeline=2, first_stage_layers=3), 1, num_layers=4),
 }
-EVERY_MODEL = ("TP2 + SP", "PP2", "DP2", "TP4 + SP", "PP4", "TP2 + SP x PP2")
-GATE_LAYOUTS = ("TP2 + SP", "PP2", "DP2", "TP2 + SP x PP2")
-RACES = {"PP2": 19, "TP2 + SP x PP2": 19}  # repeated on the first model
+EVERY_MODEL = ("TP2 + SP", "PP2", "CP2", "DP2", "TP4 + SP", "PP4", "TP2 + SP x PP2", "TP2 + SP x CP2")
+GATE_LAYOUTS = ("TP2 + SP", "PP2", "CP2", "DP2", "TP2 + SP x PP2", "TP2 + SP x CP2")
+REPEATS = 19  # of a step whose bits must not change, in:
+RACES = ("PP2", "TP2 + SP x PP2")
 
 
 class Case(NamedTuple):
@@ -62,19 +79,31 @@ class Case(NamedTuple):
     layout: str
     model: str
 
+    @property
+    def alone(self) -> "Case":
+        """The same model on one process."""
+        return Case("alone" if LAYOUTS[self.layout].num_layers == 2 else "alone, 4 layers", self.model)
+
 
 CASES = [
     *(Case(layout, model) for layout in EVERY_MODEL for model in FOUR),
     *(Case(layout, model) for layout in GATE_LAYOUTS for model in ("mla lru gate stage", "mha linear gate stage")),
-    *(Case(layout, "mla lru documents") for layout in ("TP2 + SP", "PP2", "TP2 + SP x DP2", "PP2 x DP2", "PP2, 3 + 1 layers")),
+    *(Case(layout, "mla lru one document") for layout in ("TP2 + SP", "PP2", "TP2 + SP x DP2", "PP2 x DP2", "PP2, 3 + 1 layers")),
     Case("TP2 without SP", "mha lru"),
 ]  # fmt: skip
 
 
-def config_of(model: str, corpus: Path, folder: Path, layout: ParallelConfig) -> RunConfig:
-    shape, gate, sections = MODELS[model]
-    sections = sections | {"data": sections.get("data", {}) | {"global_batch_size": 4, "micro_batch_size": 1}}
-    return run_config(corpus, folder / "run", model=shape, gate=gate, parallel=layout, **sections)
+def config_of(case: Case, corpus: Path, folder: Path) -> RunConfig:
+    shape, gate, sections = MODELS[case.model]
+    layout = LAYOUTS[case.layout]
+    data = sections.get("data", {}) | {"global_batch_size": 4, "micro_batch_size": layout.micro_batch}
+    model = dataclasses.replace(shape, num_layers=layout.num_layers)
+    sections = sections | {"data": data, "model": model, "gate": gate, "parallel": layout.parallel}
+    return run_config(corpus, folder / "run", **sections)
+
+
+CURED = Case("TP2 + SP", "mla lru")
+STOCK = "stock projections"  # the folder of TP2 + SP with Megatron's own down projections
 
 
 def folder_of(case: Case) -> str:
@@ -85,26 +114,32 @@ def folder_of(case: Case) -> str:
 def results(corpus, tmp_path_factory, single_process) -> Path:
     """What the worker saved of every model alone, and of every case."""
     folder = tmp_path_factory.mktemp("layouts")
-    for number, name in enumerate(MODELS):
-        config = config_of(name, corpus, folder, ParallelConfig())
+    references = sorted({case.alone for case in CASES})
+    for number, case in enumerate(references):
+        config = config_of(case, corpus, folder)
         # A gradient that cancels to nearly nothing would measure rounding; with these seeds none does.
         torch.manual_seed(100 + number)
         model = LoopLM(config.model, config.gate, single_process)
         with torch.no_grad():  # off its start the gate's gradients are not zero
             for parameter in model.gate.parameters():
                 parameter.normal_(std=0.3)
-        weights = folder / name
-        weights.mkdir()
+        weights = folder / "weights" / folder_of(case)
+        weights.mkdir(parents=True)
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))
 
     jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
-    alone = (1, ParallelConfig())
-    for case in [*(Case("alone", name) for name in MODELS), *CASES]:
-        ranks, layout = LAYOUTS.get(case.layout, alone)
-        values = to_dict(config_of(case.model, corpus, folder, layout))
-        repeats = RACES.get(case.layout, 0) if case.model == "mla lru" else 0
-        job = {"kind": "steps", "config": values, "weights": str(folder / case.model), "repeats": repeats}
-        jobs[ranks].append(job | {"output": str(folder / folder_of(case))})
+    for case in [*references, *CASES]:
+        jobs[LAYOUTS[case.layout].ranks].append(
+            {
+                "kind": "steps",
+                "config": to_dict(config_of(case, corpus, folder)),
+                "weights": str(folder / "weights" / folder_of(case.alone)),
+                "output": str(folder / folder_of(case)),
+                "repeats": REPEATS if case.layout in RACES and case.model == "mla lru" else 0,
+            }
+        )
+    cured = next(job for job in jobs[2] if job["output"].endswith(folder_of(CURED)))
+    jobs[2].append(cured | {"stock_projections": True, "output": str(folder / STOCK)})
     for ranks, todo in jobs.items():
         launch(ranks, todo, folder, timeout=600)
     return folder
@@ -118,11 +153,13 @@ def as_affine_maps(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return whole | {"gate read-outs": torch.cat([gradients[key].flatten() for key in readouts])}
 
 
-def read(case: Case, results: Path, corpus: Path, groups) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(
+    case: Case, results: Path, corpus: Path, groups: ProcessGroupCollection, name: str | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Statistics and gradients of a case, as one process holds them."""
-    config = config_of(case.model, corpus, results, ParallelConfig())
+    config = config_of(case.alone, corpus, results)
     model = LoopLM(config.model, config.gate, groups)
-    folder = results / folder_of(case)
+    folder = results / (name or folder_of(case))
     model.load_state_dict(
         dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "state"))["model"]
     )
@@ -132,7 +169,7 @@ def read(case: Case, results: Path, corpus: Path, groups) -> tuple[dict[str, Any
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}: {case.model}")
 def test_gradients_and_ten_losses_equal_those_of_a_single_process(case, results, corpus, single_process):
-    stats, expected = read(Case("alone", case.model), results, corpus, single_process)
+    stats, expected = read(case.alone, results, corpus, single_process)
     found_stats, found = read(case, results, corpus, single_process)
     assert found_stats["tokens"] == stats["tokens"]
     for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution", "losses", "valid"):
@@ -141,6 +178,15 @@ def test_gradients_and_ten_losses_equal_those_of_a_single_process(case, results,
     moving = {key for key, value in expected.items() if value.abs().max() > 0}
     assert len(moving) > 1 and all(found[key].abs().max() == 0 for key in set(expected) - moving)
     assert_close_relative(*(as_affine_maps({key: side[key] for key in moving}) for side in (found, expected)), 1e-5)
+
+
+def test_the_check_sees_the_fault_of_the_stock_mla_projections(results, corpus, single_process):
+    """Without looplm.layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
+    stats, expected = read(CURED.alone, results, corpus, single_process)
+    found_stats, found = read(CURED, results, corpus, single_process, STOCK)
+    assert found_stats["loss"] == pytest.approx(stats["loss"], rel=1e-6)
+    wrong = {name for name in expected if relative_error(found[name], expected[name]) > 1e-4}
+    assert {name for name in expected if "linear_kv_down_proj" in name} <= wrong, sorted(wrong)
 
 
 @pytest.mark.parametrize("layout", RACES)

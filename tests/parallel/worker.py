@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from looplm import parallel
+from looplm import layers, parallel
 from looplm.cli import from_dict
 from looplm.config import RunConfig
 from looplm.model import LoopLM
@@ -24,6 +25,7 @@ from pretrain.step import Stepper
 from pretrain.train import train
 
 STEPS = 10
+REPLICATED = layers.ReplicatedLinear
 
 
 def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> None:
@@ -77,6 +79,7 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         begin = time.monotonic()
         config = from_dict(RunConfig, job["config"], where="job")
+        layers.ReplicatedLinear = ColumnParallelLinear if job.get("stock_projections") else REPLICATED  # type: ignore[misc]
         if job["kind"] == "steps":
             steps(config, job["weights"], Path(job["output"]), job.get("repeats", 0))
         else:
