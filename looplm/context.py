@@ -1,0 +1,67 @@
+"""Context parallelism: how a sequence is dealt over the ranks that share it, and how it is put back.
+
+The sequence is cut into 2 C parts for C ranks; rank r holds parts r and 2 C - 1 - r, an early and a late one, since under
+a causal mask late positions are more work. With C = 2::
+
+    whole   0 1 2 3         rank 0   0 3         rank 1   1 2
+
+This is Megatron's convention: its rotary embeddings are dealt in the same way. Sequence parallelism then splits what a
+rank holds over the tensor-parallel ranks, in order. ``group`` is None, or of one rank, where nothing is dealt.
+
+Shapes: S the whole sequence, P this rank's positions of it.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def size_of(group: Group) -> int:
+    """C, the ranks that share a sequence."""
+    return 1 if group is None else group.size()
+
+
+def deal(whole: Tensor, group: Group, dim: int = 0) -> Tensor:
+    """This rank's positions of ``whole``: [S, ...] to [P, ...] if the sequence is dimension 0.
+
+    Raises:
+        RuntimeError: S is no multiple of 2 C.
+    """
+    if group is None or group.size() == 1:
+        return whole
+    mine = torch.tensor(_parts_of(group.rank(), group.size()), device=whole.device)
+    return whole.unflatten(dim, (2 * group.size(), -1)).index_select(dim, mine).flatten(dim, dim + 1)
+
+
+def restore(mine: Tensor, group: Group) -> Tensor:
+    """The whole sequence on every rank, in order: [P, ...] to [S, ...]. Backward sums what the ranks make of it."""
+    if group is None or group.size() == 1:
+        return mine
+    dealt = gather_from_sequence_parallel_region(mine, group=group)  # any group's first dimension, reduce-scatter back
+    held = [part for rank in range(group.size()) for part in _parts_of(rank, group.size())]
+    order = torch.tensor(held, device=mine.device).argsort()
+    return dealt.unflatten(0, (2 * group.size(), -1)).index_select(0, order).flatten(0, 1)
+
+
+def positions(length: int, group: Group, device: torch.device | None = None) -> Tensor:
+    """Where this rank's positions lie in a sequence of ``length``: [P], int64."""
+    return deal(torch.arange(length, device=device), group)
+
+
+def spans(mine: int, group: Group) -> list[tuple[slice, int]]:
+    """This rank's ``mine`` positions as runs that are consecutive in the whole sequence, each with the position after it:
+    the keys that a causal mask lets the run see any of."""
+    if group is None or group.size() == 1:
+        return [(slice(0, mine), mine)]
+    length = mine // 2
+    return [
+        (slice(place * length, (place + 1) * length), (part + 1) * length)
+        for place, part in enumerate(_parts_of(group.rank(), group.size()))
+    ]
+
+
+def _parts_of(rank: int, ranks: int) -> tuple[int, int]:
+    return rank, 2 * ranks - 1 - rank
