@@ -1,0 +1,209 @@
+"""Context parallelism against the single process: the deal itself, gradients of each parameter, and whole runs."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+
+from looplm import context
+from looplm.cli import to_dict
+from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.layers import document_mask
+from looplm.layout import ParallelConfig
+from looplm.model import LoopLM
+from pretrain.data import check_corpus
+from pretrain.train import train
+from tests.parallel.test_layouts import as_affine_maps, launch
+from tests.parallel.worker import gradients
+from tests.parity import assert_close_relative
+from tests.tiny import MODEL, run_config, train_rows
+
+MLA = dataclasses.replace(MODEL, num_attention_heads=4, q_lora_rank=12)
+GQA = ModelConfig(
+    vocab_size=MODEL.vocab_size, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_loops=3, num_attention_heads=4,
+    attention="mha", num_query_groups=2, max_sequence_length=64,
+)  # fmt: skip
+SEQUENCE = GateConfig(state_size=8, sequence_level=True)
+LINEAR = GateConfig(kind="linear")
+GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
+ONE_DOCUMENT = {"data": {"document_masking": False}}
+
+# name: layout, ranks, model, gate, other sections
+CASES = {
+    "mla lru: CP2": (ParallelConfig(context=2), 2, MLA, SEQUENCE, {}),
+    "mla lru: CP2, one document": (ParallelConfig(context=2), 2, MLA, SEQUENCE, ONE_DOCUMENT),
+    "gqa linear: CP2": (ParallelConfig(context=2), 2, GQA, LINEAR, {}),
+    "gqa linear: CP2, one document": (ParallelConfig(context=2), 2, GQA, LINEAR, ONE_DOCUMENT),
+    "mla lru: CP2, gate stage": (ParallelConfig(context=2), 2, MLA, SEQUENCE, GATE_STAGE),
+    "mla lru: CP4": (ParallelConfig(context=4), 4, MLA, SEQUENCE, {}),
+    "mla lru: CP2 x TP2 + SP": (ParallelConfig(context=2, tensor=2), 4, MLA, SEQUENCE, {}),
+    "gqa lru: CP2 x TP2 without SP": (ParallelConfig(context=2, tensor=2, sequence=False), 4, GQA, SEQUENCE, {}),
+    "mla lru: CP2 x PP2": (ParallelConfig(context=2, pipeline=2), 4, MLA, SEQUENCE, {}),
+    "mla lru: CP2 x PP2, gate stage": (ParallelConfig(context=2, pipeline=2), 4, MLA, SEQUENCE, GATE_STAGE),
+    "gqa linear: CP2 x DP2": (ParallelConfig(context=2), 4, GQA, LINEAR, {}),
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Stands in for a process group, seen from one of its ranks."""
+
+    place: int
+    ranks: int
+
+    def rank(self) -> int:
+        return self.place
+
+    def size(self) -> int:
+        return self.ranks
+
+
+def group_of(ranks: int) -> list[Rank]:
+    return [Rank(place, ranks) for place in range(ranks)]
+
+
+def documents(length: int) -> torch.Tensor:
+    """[S, 2]: one sample of three documents, one of a single one."""
+    starts = torch.zeros(length, 2, dtype=torch.int64)
+    starts[3:, 0], starts[length - 5 :, 0] = 3, length - 5
+    return starts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_what_is_dealt_can_be_put_back(ranks, monkeypatch):
+    whole = torch.randn(8 * ranks, 2, 3)
+    held = [context.deal(whole, rank) for rank in group_of(ranks)]
+    monkeypatch.setattr(context, "gather_from_sequence_parallel_region", lambda mine, group: torch.cat(held))
+    for rank in group_of(ranks):
+        assert torch.equal(context.restore(held[rank.place], rank), whole)
+        assert torch.equal(context.deal(whole.transpose(0, 1), rank, dim=1), held[rank.place].transpose(0, 1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_positions_are_those_of_megatrons_rotary_embedding(ranks, single_process):
+    angles = torch.arange(12.0 * ranks).view(-1, 1, 1, 1)
+    for rank in group_of(ranks):
+        mine = context.positions(12 * ranks, rank)
+        assert torch.equal(get_pos_emb_on_this_cp_rank(angles, 0, rank).flatten(), mine.float())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_spans_are_consecutive_and_see_no_later_key(ranks):
+    work = set()
+    for rank in group_of(ranks):
+        mine, found = context.positions(8 * ranks, rank), []
+        for own, seen in context.spans(len(mine), rank):
+            run = mine[own]
+            assert torch.equal(run, torch.arange(seen - len(run), seen))
+            found.append(run)
+        assert torch.equal(torch.cat(found), mine)
+        work.add(int((mine + 1).sum()))
+    assert len(work) == 1, f"causal work is uneven: {work}"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_ranks_document_mask_is_its_rows_of_the_whole_one(ranks):
+    starts = documents(8 * ranks)
+    whole = document_mask(starts, torch.float32)
+    for rank in group_of(ranks):
+        mine = document_mask(context.deal(starts, rank), torch.float32, rank)
+        assert torch.equal(mine, context.deal(whole, rank, dim=2))
+
+
+def test_a_sequence_that_cannot_be_dealt_is_refused():
+    with pytest.raises(RuntimeError):
+        context.deal(torch.zeros(10, 1), Rank(0, 2))
+
+
+def case_config(name: str, corpus: Path, folder: Path, alone: bool = False) -> RunConfig:
+    layout, _, model, gate, sections = CASES[name]
+    if alone:
+        layout = ParallelConfig()
+    return run_config(corpus, folder / "run", model=model, gate=gate, parallel=layout, **sections)
+
+
+def train_config(name: str, corpus: Path, folder: Path, layout: ParallelConfig) -> RunConfig:
+    saving = {"save_every": 3, "keep": 2}
+    logging = {"eval_every": 3, "eval_samples": 4}
+    return run_config(
+        corpus, folder / name, model=MLA, gate=SEQUENCE, parallel=layout, checkpoint=saving, logging=logging
+    )
+
+
+def lose_the_last_save(run: Path) -> None:
+    (run / "checkpoints/step_00000006/manifest.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def results(corpus, tmp_path_factory, single_process) -> Path:
+    """Gradients of every case, alone and in its layout; runs that change from one process to CP2 and back."""
+    folder = tmp_path_factory.mktemp("context")
+    jobs: dict[int, list[dict]] = {2: [], 4: []}
+    for number, (name, (_, ranks, *_)) in enumerate(CASES.items()):
+        config = case_config(name, corpus, folder)
+        torch.manual_seed(200 + number)
+        model = LoopLM(config.model, config.gate, single_process)
+        with torch.no_grad():  # off its start the gate's gradients are not zero
+            for parameter in model.gate.parameters():
+                parameter.normal_(std=0.3)
+        weights = folder / f"weights{number}"
+        weights.mkdir()
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))
+        gradients(case_config(name, corpus, folder, alone=True), str(weights), folder / f"alone{number}")
+        job = {"kind": "gradients", "config": to_dict(config), "weights": str(weights)}
+        jobs[ranks].append(job | {"output": str(folder / f"layout{number}")})
+
+    alone = train_config("alone", corpus, folder, ParallelConfig())
+    train(alone, check_corpus(alone), single_process)
+    shutil.copytree(folder / "alone", folder / "to_cp2")
+    lose_the_last_save(folder / "to_cp2")
+    for name in ("to_cp2", "from_cp2"):
+        config = train_config(name, corpus, folder, ParallelConfig(context=2))
+        jobs[2].append({"kind": "train", "config": to_dict(config)})
+    for ranks, todo in jobs.items():
+        launch(ranks, todo, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_those_of_a_single_process(name, results, corpus, single_process):
+    number = list(CASES).index(name)
+    config = case_config(name, corpus, results)
+    read = []
+    for side in ("alone", "layout"):
+        model = LoopLM(config.model, config.gate, single_process)
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(results / f"{side}{number}/state"))
+        stats = json.loads((results / f"{side}{number}/stats.json").read_text())
+        model.load_state_dict(state["model"])
+        read.append((stats, {key: value.detach().clone() for key, value in model.named_parameters()}))
+    (stats, expected), (found_stats, found) = read
+    assert found_stats["tokens"] == stats["tokens"]
+    for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution"):
+        assert found_stats[key] == pytest.approx(stats[key], rel=1e-5), key
+    moving = {key for key, value in expected.items() if value.abs().max() > 0}
+    assert len(moving) > 2 and all(found[key].abs().max() == 0 for key in set(expected) - moving)
+    assert_close_relative(*(as_affine_maps({key: side[key] for key in moving}) for side in (found, expected)), 1e-5)
+
+
+def test_a_run_may_change_between_one_process_and_context_ranks(results, corpus, single_process):
+    """Training, validation, saving and resuming at CP2: as if one process had done it all."""
+    lose_the_last_save(results / "from_cp2")
+    resumed = train_config("from_cp2", corpus, results, ParallelConfig())
+    train(resumed, check_corpus(resumed), single_process)
+    expected = [row["loss"] for row in train_rows(results / "alone")]
+    validation = valid_losses(results / "alone")
+    assert len(expected) == 6 and len(validation) == 2
+    for name in ("to_cp2", "from_cp2"):
+        assert [row["loss"] for row in train_rows(results / name)] == pytest.approx(expected, rel=1e-5)
+        assert valid_losses(results / name) == pytest.approx(validation, rel=1e-5)
+
+
+def valid_losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "valid"]
