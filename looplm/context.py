@@ -19,9 +19,9 @@ from torch import Tensor
 Group = dist.ProcessGroup | None
 
 
-def size_of(group: Group) -> int:
-    """C, the ranks that share a sequence."""
-    return 1 if group is None else group.size()
+def place(group: Group) -> tuple[int, int]:
+    """This rank, and C: the ranks that share a sequence."""
+    return (0, 1) if group is None else (group.rank(), group.size())
 
 
 def deal(whole: Tensor, group: Group, dim: int = 0) -> Tensor:
@@ -30,37 +30,38 @@ def deal(whole: Tensor, group: Group, dim: int = 0) -> Tensor:
     Raises:
         RuntimeError: S is no multiple of 2 C.
     """
-    if group is None or group.size() == 1:
+    rank, ranks = place(group)
+    if ranks == 1:
         return whole
-    mine = torch.tensor(_parts_of(group.rank(), group.size()), device=whole.device)
-    return whole.unflatten(dim, (2 * group.size(), -1)).index_select(dim, mine).flatten(dim, dim + 1)
+    mine = torch.tensor(_parts_of(rank, ranks), device=whole.device)
+    return whole.unflatten(dim, (2 * ranks, -1)).index_select(dim, mine).flatten(dim, dim + 1)
 
 
 def restore(mine: Tensor, group: Group) -> Tensor:
     """The whole sequence on every rank, in order: [P, ...] to [S, ...]. Backward sums what the ranks make of it."""
-    if group is None or group.size() == 1:
+    _, ranks = place(group)
+    if ranks == 1:
         return mine
     dealt = gather_from_sequence_parallel_region(mine, group=group)  # any group's first dimension, reduce-scatter back
-    held = [part for rank in range(group.size()) for part in _parts_of(rank, group.size())]
+    held = [part for rank in range(ranks) for part in _parts_of(rank, ranks)]
     order = torch.tensor(held, device=mine.device).argsort()
-    return dealt.unflatten(0, (2 * group.size(), -1)).index_select(0, order).flatten(0, 1)
+    return dealt.unflatten(0, (2 * ranks, -1)).index_select(0, order).flatten(0, 1)
 
 
 def positions(length: int, group: Group, device: torch.device | None = None) -> Tensor:
-    """Where this rank's positions lie in a sequence of ``length``: [P], int64."""
+    """Where this rank's positions lie in a whole sequence of ``length``: [P], int64."""
     return deal(torch.arange(length, device=device), group)
 
 
 def spans(mine: int, group: Group) -> list[tuple[slice, int]]:
-    """This rank's ``mine`` positions as runs that are consecutive in the whole sequence, each with the position after it:
-    the keys that a causal mask lets the run see any of."""
-    if group is None or group.size() == 1:
+    """This rank's ``mine`` positions as runs that are consecutive in the whole sequence, each with where it ends there:
+    a causal mask lets the run see no key from that position on."""
+    rank, ranks = place(group)
+    if ranks == 1:
         return [(slice(0, mine), mine)]
     length = mine // 2
-    return [
-        (slice(place * length, (place + 1) * length), (part + 1) * length)
-        for place, part in enumerate(_parts_of(group.rank(), group.size()))
-    ]
+    early, late = _parts_of(rank, ranks)
+    return [(slice(0, length), (early + 1) * length), (slice(length, mine), (late + 1) * length)]
 
 
 def _parts_of(rank: int, ranks: int) -> tuple[int, int]:

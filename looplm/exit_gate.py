@@ -2,7 +2,8 @@
 
 Two gates, and the pure functions that turn their logits into an exit distribution (Ouro, arXiv 2510.25741, section 3).
 
-Shapes: S sequence, B batch, D hidden, Z gate state, R loops. Loops are counted from 0 in code, depth from 1 in words.
+Shapes: S sequence, T the whole one where S is a rank's part, B batch, D hidden, Z gate state, R loops. Loops are counted
+from 0 in code, depth from 1 in words.
 """
 
 import math
@@ -101,14 +102,14 @@ class LRUExitGate(MegatronModule):
         return logit_SB + uniform_offset(loop, num_loops), state_SBZ
 
     def _document_mean(self, signal_SB: Tensor, document_start_SB: Tensor | None) -> Tensor:
-        """The running mean at this rank's positions; what it runs over may begin on other ranks."""
-        split = self.groups.tp if self.groups is not None and self.config.sequence_parallel else None
-        dealt = None if self.groups is None else self.groups.cp
-        if split is not None:
-            signal_SB = gather_from_sequence_parallel_region(signal_SB, group=split)
-        position_S = context.positions(signal_SB.size(0) * context.size_of(dealt), dealt, signal_SB.device)
-        mean_SB = causal_document_mean(context.restore(signal_SB, dealt), position_S, document_start_SB)
-        return mean_SB if split is None else mean_SB.chunk(split.size())[split.rank()]
+        """The running mean at this rank's positions; what it runs over may lie on other ranks."""
+        groups = self.groups
+        if groups is None:
+            return causal_document_mean(signal_SB, document_start_SB)
+        if self.config.sequence_parallel:
+            signal_SB = gather_from_sequence_parallel_region(signal_SB, group=groups.tp)
+        mean_SB = causal_document_mean(signal_SB, document_start_SB, groups.cp)
+        return mean_SB.chunk(groups.tp.size())[groups.tp.rank()] if self.config.sequence_parallel else mean_SB
 
     def advance(self, h: Tensor, state: Tensor | None) -> Tensor:
         """``z_r`` from ``h_r`` [..., D] and ``z_{r-1}`` [..., Z] (None is zero), in fp32."""
@@ -145,17 +146,23 @@ def uniform_offset(loop: int, num_loops: int) -> float:
     return -math.log(remaining - 1) if remaining > 1 else 0.0
 
 
-def causal_document_mean(x_TB: Tensor, position_S: Tensor, document_start_SB: Tensor | None) -> Tensor:
-    """Mean of ``x_TB`` over ``start..i``, for each position i that is asked for and its document's start: [S, B].
+def causal_document_mean(x_SB: Tensor, document_start_SB: Tensor | None, group: context.Group = None) -> Tensor:
+    """Mean over positions ``start..i`` of each position i's document: [S, B] in, [S, B] out.
 
     Sums run in double: a short document late in a long sample is the small difference of two large sums.
+
+    Args:
+        x_SB: values at this context-parallel rank's positions.
+        document_start_SB: index, in the whole sequence, at which their documents start; None if it is one document.
+        group: the context-parallel ranks; None if S is the whole sequence.
     """
-    before_TB = F.pad(x_TB.double().cumsum(0), (0, 0, 1, 0))  # sum of what lies before each position, and of all
-    end_S1 = position_S.unsqueeze(-1) + 1
-    total_SB = before_TB[end_S1.squeeze(-1)]
-    if document_start_SB is None:
-        return (total_SB / end_S1).to(x_TB.dtype)
-    return ((total_SB - before_TB.gather(0, document_start_SB)) / (end_S1 - document_start_SB)).to(x_TB.dtype)
+    whole_TB = context.restore(x_SB, group)
+    before_TB = F.pad(whole_TB.double().cumsum(0), (0, 0, 1, 0))  # the sum before each position, and at the end of all
+    end_S = context.positions(len(whole_TB), group, x_SB.device) + 1
+    total_SB, count_SB = before_TB[end_S], end_S.unsqueeze(-1)
+    if document_start_SB is not None:
+        total_SB, count_SB = total_SB - before_TB.gather(0, document_start_SB), count_SB - document_start_SB
+    return (total_SB / count_SB).to(x_SB.dtype)
 
 
 def exit_log_probs(logit_RSB: Tensor) -> Tensor:

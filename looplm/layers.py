@@ -163,7 +163,7 @@ def document_mask(document_start_SB: Tensor, dtype: torch.dtype, group: context.
         group: the context-parallel ranks.
     """
     start_BS1 = document_start_SB.t().unsqueeze(-1)
-    key_T = torch.arange(document_start_SB.size(0) * context.size_of(group), device=start_BS1.device)
+    key_T = torch.arange(document_start_SB.size(0) * context.place(group)[1], device=start_BS1.device)
     query_S1 = context.deal(key_T, group).unsqueeze(-1)
     visible_BST = (key_T <= query_S1) & (key_T >= start_BS1)
     mask_BST = torch.zeros(visible_BST.shape, dtype=dtype, device=start_BS1.device)

@@ -37,11 +37,9 @@ ONE_DOCUMENT = {"data": {"document_masking": False}}
 # name: layout, ranks, model, gate, other sections
 CASES = {
     "mla lru: CP2": (ParallelConfig(context=2), 2, MLA, SEQUENCE, {}),
-    "mla lru: CP2, one document": (ParallelConfig(context=2), 2, MLA, SEQUENCE, ONE_DOCUMENT),
-    "gqa linear: CP2": (ParallelConfig(context=2), 2, GQA, LINEAR, {}),
     "gqa linear: CP2, one document": (ParallelConfig(context=2), 2, GQA, LINEAR, ONE_DOCUMENT),
     "mla lru: CP2, gate stage": (ParallelConfig(context=2), 2, MLA, SEQUENCE, GATE_STAGE),
-    "mla lru: CP4": (ParallelConfig(context=4), 4, MLA, SEQUENCE, {}),
+    "mla lru: CP4, one document": (ParallelConfig(context=4), 4, MLA, SEQUENCE, ONE_DOCUMENT),
     "mla lru: CP2 x TP2 + SP": (ParallelConfig(context=2, tensor=2), 4, MLA, SEQUENCE, {}),
     "gqa lru: CP2 x TP2 without SP": (ParallelConfig(context=2, tensor=2, sequence=False), 4, GQA, SEQUENCE, {}),
     "mla lru: CP2 x PP2": (ParallelConfig(context=2, pipeline=2), 4, MLA, SEQUENCE, {}),
