@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,21 +32,37 @@ GQA = ModelConfig(
 )  # fmt: skip
 SEQUENCE = GateConfig(state_size=8, sequence_level=True)
 LINEAR = GateConfig(kind="linear")
-GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
+DOCUMENTS = {"data": {"document_masking": True}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
+# The targets are sigmoids of the slope times a difference of losses: at 50 the test would measure rounding.
+GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
 
-# name: layout, ranks, model, gate, other sections
-CASES = {
-    "mla lru: CP2": (ParallelConfig(context=2), 2, MLA, SEQUENCE, {}),
-    "gqa linear: CP2, one document": (ParallelConfig(context=2), 2, GQA, LINEAR, ONE_DOCUMENT),
-    "mla lru: CP2, gate stage": (ParallelConfig(context=2), 2, MLA, SEQUENCE, GATE_STAGE),
-    "mla lru: CP4, one document": (ParallelConfig(context=4), 4, MLA, SEQUENCE, ONE_DOCUMENT),
-    "mla lru: CP2 x TP2 + SP": (ParallelConfig(context=2, tensor=2), 4, MLA, SEQUENCE, {}),
-    "gqa lru: CP2 x TP2 without SP": (ParallelConfig(context=2, tensor=2, sequence=False), 4, GQA, SEQUENCE, {}),
-    "mla lru: CP2 x PP2": (ParallelConfig(context=2, pipeline=2), 4, MLA, SEQUENCE, {}),
-    "mla lru: CP2 x PP2, gate stage": (ParallelConfig(context=2, pipeline=2), 4, MLA, SEQUENCE, GATE_STAGE),
-    "gqa linear: CP2 x DP2": (ParallelConfig(context=2), 4, GQA, LINEAR, {}),
+MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
+    "mla lru": (MLA, SEQUENCE, DOCUMENTS),
+    "mla lru, one document": (MLA, SEQUENCE, ONE_DOCUMENT),
+    "mla lru, gate stage": (MLA, SEQUENCE, GATE_STAGE),
+    "gqa linear, one document": (GQA, LINEAR, ONE_DOCUMENT),
+    "gqa lru": (GQA, SEQUENCE, DOCUMENTS),
 }
+LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    "CP2": (2, ParallelConfig(context=2)),
+    "CP2 x DP2": (4, ParallelConfig(context=2)),
+    "CP2 x TP2 + SP": (4, ParallelConfig(context=2, tensor=2)),
+    "CP2 x TP2 without SP": (4, ParallelConfig(context=2, tensor=2, sequence=False)),
+    "CP2 x PP2": (4, ParallelConfig(context=2, pipeline=2)),
+    "CP4": (4, ParallelConfig(context=4)),
+}
+CASES = [
+    ("CP2", "mla lru"),
+    ("CP2", "mla lru, gate stage"),
+    ("CP2", "gqa linear, one document"),
+    ("CP2 x DP2", "gqa lru"),
+    ("CP2 x TP2 + SP", "mla lru"),
+    ("CP2 x TP2 without SP", "gqa lru"),
+    ("CP2 x PP2", "mla lru"),
+    ("CP2 x PP2", "mla lru, gate stage"),
+    ("CP4", "mla lru, one document"),
+]
 
 
 @dataclass(frozen=True)
@@ -119,11 +136,9 @@ def test_a_sequence_that_cannot_be_dealt_is_refused():
         context.deal(torch.zeros(10, 1), Rank(0, 2))
 
 
-def case_config(name: str, corpus: Path, folder: Path, alone: bool = False) -> RunConfig:
-    layout, _, model, gate, sections = CASES[name]
-    if alone:
-        layout = ParallelConfig()
-    return run_config(corpus, folder / "run", model=model, gate=gate, parallel=layout, **sections)
+def config_of(model: str, corpus: Path, folder: Path, layout: ParallelConfig) -> RunConfig:
+    shape, gate, sections = MODELS[model]
+    return run_config(corpus, folder / "run", model=shape, gate=gate, parallel=layout, **sections)
 
 
 def train_config(name: str, corpus: Path, folder: Path, layout: ParallelConfig) -> RunConfig:
@@ -140,22 +155,23 @@ def lose_the_last_save(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(corpus, tmp_path_factory, single_process) -> Path:
-    """Gradients of every case, alone and in its layout; runs that change from one process to CP2 and back."""
+    """Gradients of every model alone and of every case; runs that change from one process to CP2 and back."""
     folder = tmp_path_factory.mktemp("context")
-    jobs: dict[int, list[dict]] = {2: [], 4: []}
-    for number, (name, (_, ranks, *_)) in enumerate(CASES.items()):
-        config = case_config(name, corpus, folder)
+    for number, name in enumerate(MODELS):
+        config = config_of(name, corpus, folder, ParallelConfig())
         torch.manual_seed(200 + number)
         model = LoopLM(config.model, config.gate, single_process)
         with torch.no_grad():  # off its start the gate's gradients are not zero
             for parameter in model.gate.parameters():
                 parameter.normal_(std=0.3)
-        weights = folder / f"weights{number}"
-        weights.mkdir()
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))
-        gradients(case_config(name, corpus, folder, alone=True), str(weights), folder / f"alone{number}")
-        job = {"kind": "gradients", "config": to_dict(config), "weights": str(weights)}
-        jobs[ranks].append(job | {"output": str(folder / f"layout{number}")})
+        (folder / name).mkdir()
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(folder / name))
+        gradients(config, str(folder / name), folder / f"alone of {name}")
+    jobs: dict[int, list[dict[str, Any]]] = {2: [], 4: []}
+    for layout, name in CASES:
+        ranks, config = LAYOUTS[layout][0], config_of(name, corpus, folder, LAYOUTS[layout][1])
+        job = {"kind": "gradients", "config": to_dict(config), "weights": str(folder / name)}
+        jobs[ranks].append(job | {"output": str(folder / f"{layout} of {name}")})
 
     alone = train_config("alone", corpus, folder, ParallelConfig())
     train(alone, check_corpus(alone), single_process)
@@ -169,18 +185,22 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_equal_those_of_a_single_process(name, results, corpus, single_process):
-    number = list(CASES).index(name)
-    config = case_config(name, corpus, results)
-    read = []
-    for side in ("alone", "layout"):
-        model = LoopLM(config.model, config.gate, single_process)
-        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(results / f"{side}{number}/state"))
-        stats = json.loads((results / f"{side}{number}/stats.json").read_text())
-        model.load_state_dict(state["model"])
-        read.append((stats, {key: value.detach().clone() for key, value in model.named_parameters()}))
-    (stats, expected), (found_stats, found) = read
+def read(layout: str, name: str, results: Path, corpus: Path, groups) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Statistics and gradients, as one process holds them."""
+    config = config_of(name, corpus, results, ParallelConfig())
+    model = LoopLM(config.model, config.gate, groups)
+    folder = results / f"{layout} of {name}"
+    model.load_state_dict(
+        dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "state"))["model"]
+    )
+    stats = json.loads((folder / "stats.json").read_text())
+    return stats, {key: value.detach().clone() for key, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_gradients_equal_those_of_a_single_process(layout, name, results, corpus, single_process):
+    stats, expected = read("alone", name, results, corpus, single_process)
+    found_stats, found = read(layout, name, results, corpus, single_process)
     assert found_stats["tokens"] == stats["tokens"]
     for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution"):
         assert found_stats[key] == pytest.approx(stats[key], rel=1e-5), key
