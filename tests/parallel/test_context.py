@@ -20,8 +20,9 @@ from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from pretrain.data import check_corpus
 from pretrain.train import train
-from tests.parallel.test_layouts import as_affine_maps, launch
-from tests.parallel.worker import gradients
+from tests.parallel.launch import launch
+from tests.parallel.test_layouts import as_affine_maps
+from tests.parallel.worker import steps
 from tests.parity import assert_close_relative
 from tests.tiny import MODEL, run_config, train_rows
 
@@ -166,11 +167,11 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
                 parameter.normal_(std=0.3)
         (folder / name).mkdir()
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(folder / name))
-        gradients(config, str(folder / name), folder / f"alone of {name}")
+        steps(config, str(folder / name), folder / f"alone of {name}")
     jobs: dict[int, list[dict[str, Any]]] = {2: [], 4: []}
     for layout, name in CASES:
         ranks, config = LAYOUTS[layout][0], config_of(name, corpus, folder, LAYOUTS[layout][1])
-        job = {"kind": "gradients", "config": to_dict(config), "weights": str(folder / name)}
+        job = {"kind": "steps", "config": to_dict(config), "weights": str(folder / name)}
         jobs[ranks].append(job | {"output": str(folder / f"{layout} of {name}")})
 
     alone = train_config("alone", corpus, folder, ParallelConfig())
@@ -181,7 +182,7 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
         config = train_config(name, corpus, folder, ParallelConfig(context=2))
         jobs[2].append({"kind": "train", "config": to_dict(config)})
     for ranks, todo in jobs.items():
-        launch(ranks, todo, folder)
+        launch(ranks, todo, folder, timeout=600)
     return folder
 
 
@@ -198,11 +199,11 @@ def read(layout: str, name: str, results: Path, corpus: Path, groups) -> tuple[d
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)
-def test_gradients_equal_those_of_a_single_process(layout, name, results, corpus, single_process):
+def test_gradients_and_ten_losses_equal_those_of_a_single_process(layout, name, results, corpus, single_process):
     stats, expected = read("alone", name, results, corpus, single_process)
     found_stats, found = read(layout, name, results, corpus, single_process)
     assert found_stats["tokens"] == stats["tokens"]
-    for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution"):
+    for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution", "losses", "valid"):
         assert found_stats[key] == pytest.approx(stats[key], rel=1e-5), key
     moving = {key for key, value in expected.items() if value.abs().max() > 0}
     assert len(moving) > 2 and all(found[key].abs().max() == 0 for key in set(expected) - moving)
