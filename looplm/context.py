@@ -33,8 +33,8 @@ def deal(whole: Tensor, group: Group, dim: int = 0) -> Tensor:
     rank, ranks = place(group)
     if ranks == 1:
         return whole
-    mine = torch.tensor(_parts_of(rank, ranks), device=whole.device)
-    return whole.unflatten(dim, (2 * ranks, -1)).index_select(dim, mine).flatten(dim, dim + 1)
+    parts = whole.unflatten(dim, (2 * ranks, -1))
+    return torch.cat([parts.select(dim, part) for part in _parts_of(rank, ranks)], dim)
 
 
 def restore(mine: Tensor, group: Group) -> Tensor:
@@ -44,8 +44,8 @@ def restore(mine: Tensor, group: Group) -> Tensor:
         return mine
     dealt = gather_from_sequence_parallel_region(mine, group=group)  # any group's first dimension, reduce-scatter back
     held = [part for rank in range(ranks) for part in _parts_of(rank, ranks)]
-    order = torch.tensor(held, device=mine.device).argsort()
-    return dealt.unflatten(0, (2 * ranks, -1)).index_select(0, order).flatten(0, 1)
+    parts = dict(zip(held, dealt.chunk(2 * ranks), strict=True))
+    return torch.cat([parts[part] for part in range(2 * ranks)])
 
 
 def positions(length: int, group: Group, device: torch.device | None = None) -> Tensor:
