@@ -32,7 +32,8 @@ from looplm.parallel import seeded
 class LoopOutput(NamedTuple):
     """What a forward pass gives: for every loop the normed hidden state [S, B, D], and the gate's logits [R, S, B].
 
-    Under sequence parallelism the hidden states are this rank's part of S; the logits are whole.
+    S are the positions of the ids given. Under sequence parallelism the hidden states are this rank's part of them; the
+    logits are whole.
     """
 
     hidden: tuple[Tensor, ...]
@@ -96,7 +97,7 @@ class LoopLM(LanguageModule):
         )
         if self.post_process:
             with seeded("gate"):
-                self.gate = build_exit_gate(config, gate, groups.tp)
+                self.gate = build_exit_gate(config, gate, groups)
         if self.post_process and not model.tie_embeddings:
             with seeded("head"):
                 self.output_layer = ColumnParallelLinear(
@@ -127,9 +128,10 @@ class LoopLM(LanguageModule):
         """Run the stack ``num_loops`` times.
 
         Args:
-            ids_BS: token ids.
+            ids_BS: token ids; under context parallelism this rank's positions (:func:`looplm.context.deal`).
             num_loops: how often; None takes ``model.num_loops``. More than in training is allowed.
-            document_start_SB: index of the first position of each token's document; None if a sample is one document.
+            document_start_SB: index, in the whole sample, of the first position of each token's document; None if a
+                sample is one document.
             frozen_trunk: run everything but the gate without autograd (stage 2).
 
         Returns:
@@ -159,8 +161,11 @@ class LoopLM(LanguageModule):
         """
         if hidden_SBD is None:
             hidden_SBD = self.embedding(ids_BS, position_ids=None)
-        rotary = None if self.rotary is None else self.rotary(ids_BS.size(1))
-        mask = None if document_start_SB is None else document_mask(document_start_SB, hidden_SBD.dtype)
+        # Asked for the whole sequence, Megatron's rotary embedding gives this context-parallel rank its part.
+        rotary = None if self.rotary is None else self.rotary(ids_BS.size(1) * self.cp_group.size())
+        mask = None
+        if document_start_SB is not None:
+            mask = document_mask(document_start_SB, hidden_SBD.dtype, self.cp_group)
         self.decoder.set_input_tensor(hidden_SBD)  # what a block reads that is not the pipeline's first
         return self.decoder(hidden_SBD, attention_mask=mask, rotary_pos_emb=rotary)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipeline.manifest import Manifest, check_prefix
+from looplm import context
 from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig
 from looplm.device import DEVICE
@@ -36,6 +37,16 @@ class Batch(NamedTuple):
     labels_SB: Tensor
     mask_SB: Tensor  # 1.0 where the label counts
     document_start_SB: Tensor | None  # None: a sample is one document
+
+    def deal(self, group: context.Group) -> "Batch":
+        """The positions that this context-parallel rank holds; a document's start still counts from the sample's."""
+        start_SB = self.document_start_SB
+        return Batch(
+            context.deal(self.ids_BS, group, dim=1),
+            context.deal(self.labels_SB, group),
+            context.deal(self.mask_SB, group),
+            None if start_SB is None else context.deal(start_SB, group),
+        )
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,8 @@ class Stepper:
             return self._mean(self._run(batches, num_microbatches, forward_only=True))
 
     def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
-        """Statistics of this data-parallel rank, summed over its micro-batches; zeros off the last pipeline rank."""
+        """Statistics of this rank's tokens, summed over its micro-batches; zeros off the last pipeline rank."""
+        batches = (batch.deal(self.groups.cp) for batch in batches)
         schedule = partial(
             self._forward_backward(),
             forward_step_func=self._forward_step,
@@ -173,7 +174,7 @@ class Stepper:
 
     def _mean(self, sums: Tensor) -> StepStats:
         sums = sums.to(DEVICE)
-        dist.all_reduce(sums, group=self.groups.dp)
+        dist.all_reduce(sums, group=self.groups.dp_cp)
         dist.all_reduce(sums, group=self.groups.pp)  # only the last pipeline rank has any
         tokens, means = int(sums[0]), (sums[1:] / sums[0].clamp(min=1)).tolist()
         num_loops = (len(means) - 2) // 2

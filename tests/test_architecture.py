@@ -15,7 +15,7 @@ ROWS = (
     ("looplm.cli", "looplm.layout", "looplm.config", "looplm.files"),
     ("looplm.accounting",),
     ("looplm.device",),
-    ("looplm.parallel",),
+    ("looplm.parallel", "looplm.context"),
     ("looplm.layers",),
     ("looplm.exit_gate",),
     ("looplm.losses",),
