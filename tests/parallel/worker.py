@@ -28,8 +28,8 @@ def gradients(config: RunConfig, weights: str, output: Path) -> None:
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, weights)["model"])
-    ddp = wrap_data_parallel(model, config.loss)
-    optimizer = build_optimizer(ddp, config.optim)
+    ddp = wrap_data_parallel(model, config.loss, config.parallel)
+    optimizer = build_optimizer(ddp, config.optim, config.parallel)
     scheduler = build_scheduler(optimizer, config.optim)
     data = config.data
     stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
