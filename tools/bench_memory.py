@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from looplm.config import RunConfig
+from looplm.device import DEVICE
 from looplm.layout import Recompute
 from looplm.model import LoopLM
 from pretrain.data import Batch
@@ -80,12 +81,16 @@ def peak_saved_bytes(config: RunConfig, batch: Batch, groups: ProcessGroupCollec
     return count.peak
 
 
-def bench_recompute(recipe: RunConfig, batch: Batch, groups: ProcessGroupCollection) -> None:
-    """Print the peak of every way."""
+def bench_recompute(recipe: RunConfig, batch_size: int, groups: ProcessGroupCollection) -> None:
+    """Print the peak of every way, for the recipe's model and ``batch_size`` samples."""
+    length = recipe.data.seq_length
+    ids_BS = torch.randint(recipe.model.vocab_size, (batch_size, length + 1), device=DEVICE)
+    mask_SB = torch.ones(length, batch_size, device=DEVICE)
+    batch = Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), mask_SB, None)
     modes = get_args(Recompute)
     layouts = {mode: replace(recipe, parallel=replace(recipe.parallel, recompute=mode)) for mode in modes}
     peaks = {mode: peak_saved_bytes(config, batch, groups) for mode, config in layouts.items()}
-    model, shape = recipe.model, " x ".join(str(size) for size in batch.ids_BS.shape)
-    print(f"\nsaved for backward, {recipe.optim.precision}: {shape} tokens, {model.num_layers} layers, {model.num_loops} loops")  # fmt: skip
+    model = recipe.model
+    print(f"\nkept for backward, {recipe.optim.precision}: {batch_size} x {length} tokens, {model.num_layers} layers, {model.num_loops} loops")  # fmt: skip
     for mode, peak in peaks.items():
         print(f"  recompute: {mode:<13}{peak / 2**20:>10,.1f} MiB{peak / peaks['none']:>8.1%}")

@@ -55,27 +55,16 @@ def gradients(config: RunConfig, weights: str, output: Path) -> None:
     dist.barrier()
 
 
-def forget(checkpoint: Path) -> None:
-    """As if the run had died before this save."""
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (checkpoint / "manifest.json").unlink()
-    dist.barrier()
-
-
 def main() -> None:
     """Run every job of the file in turn."""
     optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
     jobs: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
     for job in jobs:
         config = from_dict(RunConfig, job["config"], where="job")
-        groups = parallel.start(config.seed, config.parallel)
         if job["kind"] == "gradients":
             gradients(config, job["weights"], Path(job["output"]))
-        elif job["kind"] == "forget":
-            forget(Path(config.output_dir) / "checkpoints" / job["step"])
         else:
-            train(config, check_corpus(config), groups)
+            train(config, check_corpus(config), parallel.start(config.seed, config.parallel))
         parallel.reset()
     parallel.stop()
 
