@@ -34,7 +34,7 @@ from torch.nn.attention.bias import causal_lower_right
 from looplm import context
 from looplm.config import ModelConfig
 from looplm.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE
-from looplm.layout import ParallelConfig
+from looplm.layout import ParallelConfig, Recompute
 from looplm.parallel import seeded
 
 
@@ -170,6 +170,16 @@ def document_mask(document_start_SB: Tensor, dtype: torch.dtype, group: context.
     return mask_BST.masked_fill_(~visible_BST, float("-inf")).unsqueeze(1)
 
 
+# What Megatron makes again in backward; `loop` is LoopLM's own. Under sequence parallelism what it keeps instead is
+# already this rank's part of the sequence, so there is nothing to distribute any further.
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "loop": {},
+}
+
+
 def transformer_config(
     model: ModelConfig, dtype: torch.dtype = torch.float32, layout: ParallelConfig | None = None
 ) -> TransformerConfig:
@@ -204,6 +214,7 @@ def transformer_config(
         "batch_p2p_comm": False,
         "deallocate_pipeline_outputs": False,
         "microbatch_group_size_per_vp_stage": layout.pipeline,
+        **_RECOMPUTE[layout.recompute],
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,

@@ -21,6 +21,7 @@ ROWS = (
     ("looplm.losses",),
     ("looplm.model",),
     ("looplm.pipeline",),
+    ("looplm.optimizer_state",),
     ("looplm.checkpoint",),
     ("looplm.generate", "looplm.inference"),
     ("looplm.huggingface",),

@@ -29,6 +29,7 @@ from pretrain.data import Batch
 from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
 from tests.reference import ReferenceLM
+from tools.bench_memory import bench_recompute
 
 # A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits are what is measured.
 HEAD_TOKENS, HEAD_VOCAB, HEAD_LOOPS, HEAD_WIDTH = 1024, 49_152, 4, 256
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> None:
     try:
         for precision in ("fp32", "bf16"):
             bench_training(replace(recipe, optim=replace(recipe.optim, precision=precision)), config, groups)
+        bench_recompute(recipe, config.batch, groups)
     finally:
         parallel.stop()
 

@@ -7,24 +7,29 @@ resharding checkpoint, so that the test can read them as one process would hold 
 import json
 import sys
 import time
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from looplm import layers, parallel
 from looplm.cli import from_dict
 from looplm.config import RunConfig
 from looplm.model import LoopLM
+from pretrain import optim
 from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_batches
-from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
 from pretrain.train import train
+from tests.parallel.gradients import whole_gradients
 
 STEPS = 10
+# Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
+BUCKET_SIZE = 5000
 REPLICATED = layers.ReplicatedLinear
 
 
@@ -35,9 +40,9 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel)
     model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, weights)["model"])
-    ddp = wrap_data_parallel(model, config.loss)
-    optimizer = build_optimizer(ddp, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim)
+    ddp = optim.wrap_data_parallel(model, config.loss, config.parallel)
+    optimizer = optim.build_optimizer(ddp, config.optim, config.parallel)
+    scheduler = optim.build_scheduler(optimizer, config.optim)
     data = config.data
     stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
     count, samples = BatchSchedule(data, groups.dp.size(), config.parallel.pipeline).at(0)
@@ -45,15 +50,15 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
 
     batches = micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size())
     first = list(islice(batches, count))
+    if config.parallel.overlap_grad_reduce:  # Megatron counts the gradients in a first step and overlaps from then on
+        stepper.backward(iter([*first, *first]), 2 * count)
     stats = stepper.backward(iter(first), count)
-    gradients = {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    gradients = whole_gradients(ddp, groups)
     different = 0
     for _ in range(repeats):
-        again = stepper.backward(iter(first), count)
-        same = again == stats and all(
-            torch.equal(p.main_grad, gradients[name]) for name, p in model.named_parameters() if p.requires_grad
-        )
-        different += not same
+        same = stepper.backward(iter(first), count) == stats
+        again = whole_gradients(ddp, groups)
+        different += not (same and all(torch.equal(again[name], value) for name, value in gradients.items()))
     all_different = torch.tensor([different])
     dist.all_reduce(all_different)
 
@@ -76,6 +81,7 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
 
 def main() -> None:
     """Run every job of the file in turn, in one set of processes: starting them costs more than the jobs."""
+    optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)  # type: ignore[misc,assignment]
     for job in json.loads(Path(sys.argv[1]).read_text()):
         begin = time.monotonic()
         config = from_dict(RunConfig, job["config"], where="job")
