@@ -16,6 +16,7 @@ from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from tests.parallel.launch import launch
+from tests.parallel.worker import sharded
 from tests.parity import assert_close_relative, relative_error
 from tests.tiny import MODEL, run_config
 
@@ -150,7 +151,7 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
                 parameter.normal_(std=0.3)
         weights = folder / "weights" / folder_of(case)
         weights.mkdir(parents=True)
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))
+        dist_checkpointing.save({"model": sharded(model)}, str(weights))
 
     jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for case in [*references, *CASES]:

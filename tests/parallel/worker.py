@@ -10,6 +10,7 @@ import time
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
     corpus = check_corpus(config)
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel)
-    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, weights)["model"])
+    model.load_state_dict(dist_checkpointing.load({"model": sharded(model)}, weights)["model"], strict=False)
     ddp = optim.wrap_data_parallel(model, config.loss, config.parallel)
     optimizer = optim.build_optimizer(ddp, config.optim, config.parallel)
     scheduler = optim.build_scheduler(optimizer, config.optim)
@@ -75,8 +76,13 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
         (output / "stats.json").write_text(json.dumps(vars(stats) | found))
         (output / "state").mkdir()
     dist.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(output / "state"))
+    dist_checkpointing.save({"model": sharded(model)}, str(output / "state"))
     dist.barrier()
+
+
+def sharded(model: LoopLM) -> dict[str, Any]:
+    """The weights alone: Megatron's linears also have an empty extra state, ours have none."""
+    return {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 
 def main() -> None:
