@@ -88,10 +88,11 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 test: $(READY)  ## all tests, in two processes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
-check: $(READY)  ## lint, formatting, types
+check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
+	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/*
 
 format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix
