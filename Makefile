@@ -88,16 +88,17 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 test: $(READY)  ## all tests, in two processes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
-check: $(READY)  ## lint, formatting, types
+check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
+	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/*
 
 format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-bench: $(READY)  ## speed against plain torch, memory of the chunked head
+bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble
 	@$(PY) -m tools.bench
 
 # ---- clean

@@ -1,4 +1,4 @@
-"""Measure this machine: the engine against plain torch, and the memory of the chunked head.
+"""Measure this machine: the engine against plain torch, the memory of the chunked head, a pipeline's bubble.
 
 Everything that is compared is measured in one run, in turns: machines are noisy, ratios are not. The plain-torch model is
 the oracle of ``tests/reference.py`` with torch's fused attention, its own parameters and torch's AdamW.
@@ -29,6 +29,7 @@ from pretrain.data import Batch
 from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
 from tests.reference import ReferenceLM
+from tools import bench_pipeline
 from tools.bench_memory import bench_recompute
 
 # A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits are what is measured.
@@ -67,6 +68,7 @@ def main(argv: list[str]) -> None:
         bench_recompute(recipe, config.batch, groups)
     finally:
         parallel.stop()
+    bench_pipeline.launch(config.repeats)
 
 
 def bench_head() -> None:

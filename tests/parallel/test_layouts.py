@@ -186,9 +186,8 @@ def read(
     config = config_of(case.alone, corpus, results)
     model = LoopLM(config.model, config.gate, groups)
     folder = results / (name or folder_of(case))
-    model.load_state_dict(
-        dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "state"))["model"]
-    )
+    state = dist_checkpointing.load({"model": sharded(model)}, str(folder / "state"))
+    model.load_state_dict(state["model"], strict=False)
     stats = json.loads((folder / "stats.json").read_text())
     return stats, {key: value.detach().clone() for key, value in model.named_parameters()}
 
