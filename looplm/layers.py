@@ -68,7 +68,7 @@ class ReplicatedLinear(MegatronModule):
         return F.linear(x, self.weight), None
 
 
-# Megatron-core 0.16 accepts listed classes only for these projections; without Transformer Engine this name is free.
+# Megatron-core accepts listed classes only for these projections; without Transformer Engine this name is free.
 if not HAS_TRANSFORMER_ENGINE:
     multi_latent_attention.Linear = ReplicatedLinear
 
@@ -195,6 +195,7 @@ def transformer_config(
     return MLATransformerConfig(
         **common,
         multi_latent_attention=True,
+        qk_layernorm=True,  # of the latents; Megatron-core 0.19 wants it said here as well as in the spec
         q_lora_rank=model.q_lora_rank,
         kv_lora_rank=model.kv_lora_rank,
         qk_head_dim=model.qk_nope_head_dim,
