@@ -73,6 +73,15 @@ if not HAS_TRANSFORMER_ENGINE:
     multi_latent_attention.Linear = ReplicatedLinear
 
 
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-head latent attention, built as its spec says in every release."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Megatron-core 0.19 asks this before it builds. Its own answer, off Transformer Engine, refuses a normed
+        key-value latent beside queries without a latent (``q_lora_rank: null``), which DeepSeek's small models have."""
+        return vars(submodules)
+
+
 class SandwichNormAdd(MegatronModule):
     """Sits in Megatron's bias-dropout-add slot and normalises the sublayer's output before adding it (norms b, d).
 
@@ -195,7 +204,6 @@ def transformer_config(
     return MLATransformerConfig(
         **common,
         multi_latent_attention=True,
-        qk_layernorm=True,  # of the latents; Megatron-core 0.19 wants it said here as well as in the spec
         q_lora_rank=model.q_lora_rank,
         kv_lora_rank=model.kv_lora_rank,
         qk_head_dim=model.qk_nope_head_dim,
@@ -244,7 +252,7 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> Mo
 
 def _mla_spec() -> ModuleSpec:
     return _spec(
-        MLASelfAttention,
+        LatentAttention,
         MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ReplicatedLinear,
