@@ -72,9 +72,18 @@ class ReplicatedLinear(MegatronModule):
         return F.linear(x, self.weight), None
 
 
-# Megatron-core 0.16 accepts listed classes only for these projections; without Transformer Engine this name is free.
+# Megatron-core accepts listed classes only for these projections; without Transformer Engine this name is free.
 if not HAS_TRANSFORMER_ENGINE:
     multi_latent_attention.Linear = ReplicatedLinear
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-head latent attention, built as its spec says in every release."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Megatron-core 0.19 asks this before it builds. Its own answer, off Transformer Engine, refuses a normed
+        key-value latent beside queries without a latent (``q_lora_rank: null``), which DeepSeek's small models have."""
+        return vars(submodules)
 
 
 class SandwichNormAdd(MegatronModule):
@@ -274,7 +283,7 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> Mo
 
 def _mla_spec() -> ModuleSpec:
     return _spec(
-        MLASelfAttention,
+        LatentAttention,
         MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ReplicatedLinear,

@@ -22,7 +22,7 @@ from looplm.device import DEVICE
 from looplm.exit_gate import exit_entropy, exit_log_probs
 from looplm.losses import adaptive_gate_loss, entropy_regularised_loss, geometric_prior, token_losses
 from looplm.model import LoopLM
-from looplm.pipeline import LoopStage, as_virtual_stages, loop_stages
+from looplm.pipeline import LoopStage, loop_stages
 from pretrain.data import Batch
 
 
@@ -164,9 +164,10 @@ class Stepper:
         if self._stages is None:
             sums = schedule(data_iterator=batches, model=[self.ddp])
         else:
-            with as_virtual_stages(self._stages):
-                copies = list(tee(islice(batches, num_microbatches), len(self._stages)))
-                sums = schedule(data_iterator=copies, model=self._stages)
+            for stage in self._stages:
+                stage.restart()
+            copies = list(tee(islice(batches, num_microbatches), len(self._stages)))
+            sums = schedule(data_iterator=copies, model=self._stages)
         return torch.stack(sums).sum(0) if sums else torch.zeros(3 + 2 * self._num_loops, dtype=torch.float64)
 
     def _forward_backward(self) -> Callable[..., list[Tensor]]:
