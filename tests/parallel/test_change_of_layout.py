@@ -122,5 +122,6 @@ def test_resume_in_the_same_layout_changes_no_bit(name, runs):
 @pytest.mark.parametrize("name", ["DP2 bf16 to DP2 dist bf16", "DP2 dist overlap bf16 to DP2 bf16"])
 def test_bf16_main_weights_pass_between_the_optimizers(name, runs):
     """bf16 weights alone would have forgotten what the main weights hold."""
+    before = name.split(" to ")[0]
     assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
-    assert [row["loss"] for row in runs[name]] == pytest.approx([row["loss"] for row in runs["DP2 bf16"]], rel=1e-5)
+    assert [row["loss"] for row in runs[name]] == pytest.approx([row["loss"] for row in runs[before]], rel=1e-4)

@@ -40,7 +40,8 @@ def make_stepper(single_process, loss=LossConfig(), optim=OPTIM, model=MODEL) ->
 def test_steps_equal_plain_torch(single_process):
     """Three steps of two uneven micro-batches: loss, gradient norm and every weight after them."""
     loss = LossConfig(beta=0.1, head_chunk_tokens=5)
-    looped, stepper = make_stepper(single_process, loss)
+    # Adam divides each gradient by its own size: with small first weights the rounding of the smallest ones would show.
+    looped, stepper = make_stepper(single_process, loss, model=dataclasses.replace(MODEL, init_std=0.1))
     weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
     groups = {True: [], False: []}
     for name, weight in weights.items():
@@ -65,8 +66,7 @@ def test_steps_equal_plain_torch(single_process):
 
         assert stats.tokens == tokens and stats.loss == pytest.approx(total.item(), rel=1e-5)
         assert grad_norm == pytest.approx(norm.item(), rel=1e-5)
-    # Adam divides each gradient by its own size, so the rounding of the smallest ones shows.
-    assert_close_relative(dict(looped.named_parameters()), weights, 1e-4)
+    assert_close_relative(dict(looped.named_parameters()), weights, 5e-5)
 
 
 def _oracle_loss(weights: dict, batch: Batch, beta: float) -> torch.Tensor:
