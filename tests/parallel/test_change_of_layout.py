@@ -23,7 +23,7 @@ from tests.tiny import run_config, train_rows
 
 DATA = {"micro_batch_size": 2, "global_batch_size": 8}
 PLAIN = ParallelConfig()
-CP2 = ParallelConfig(context=2)
+CP2, PP2 = ParallelConfig(context=2), ParallelConfig(pipeline=2)
 DIST = ParallelConfig(distributed_optimizer=True)
 BOTH = ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True)
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
@@ -66,10 +66,19 @@ def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
         config = run_of(corpus, path, PLAIN)
         train(config, check_corpus(config), parallel.start(config.seed))
 
+    def with_fewer_loops(path: Path, layout: ParallelConfig) -> RunConfig:
+        """A next stage that starts from the weights of ``alone`` and runs 2 of its 3 loops."""
+        config, fewer = run_of(corpus, path, layout), dataclasses.replace(MLA, num_loops=2)
+        initial = dataclasses.replace(config.checkpoint, initial=str(folder / "alone"))
+        return dataclasses.replace(config, model=fewer, checkpoint=initial)
+
     alone(folder / "alone")
+    config = with_fewer_loops(folder / "fewer loops", PLAIN)
+    train(config, check_corpus(config), parallel.start(config.seed))
     whole = {"DP2": PLAIN, "CP2": CP2, "DP2 dist overlap": BOTH}
     jobs = [job(folder / name, layout) for name, layout in whole.items()]
     jobs += [job(folder / "DP2 bf16", PLAIN, "bf16"), job(folder / "DP2 dist overlap bf16", BOTH, "bf16")]
+    jobs += [{"kind": "train", "config": to_dict(with_fewer_loops(folder / "fewer loops at PP2", PP2))}]
     jobs += [job(begun("alone", "DP2 dist overlap"), BOTH), job(begun("alone", "CP2"), CP2)]
     launch(2, jobs, folder)
 
@@ -110,6 +119,13 @@ def test_a_run_in_another_layout_goes_on_as_if_never_interrupted(name, runs):
     assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in runs[name]] == pytest.approx([row[key] for row in runs["alone"]], rel=1e-5), key
+
+
+def test_a_stage_of_fewer_loops_runs_under_a_pipeline_too(runs):
+    found, expected = runs["fewer loops at PP2"], runs["fewer loops"]
+    assert len(expected) == 6 and all(len(row["loss_per_loop"]) == 2 for row in found)
+    assert expected[0]["loss"] < runs["alone"][0]["loss"], "it did not start from trained weights"
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["DP2 dist overlap", "DP2 dist overlap bf16"])
