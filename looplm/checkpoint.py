@@ -285,7 +285,18 @@ def _fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
                     f"{step}: made with {section}.{field.name}={have}, this run has {want}; "
                     f"set {section}.{field.name} to {have} or start from another checkpoint"
                 )
-    return read_about(step)
+    about = read_about(step)
+    writer, reader = about.versions["megatron-core"], version("megatron-core")
+    if _release(writer) > _release(reader) and not (step / "state/common.pt").exists():
+        raise UserError(
+            f"{step}: written by megatron-core {writer}, which {reader} cannot read; install {writer} or newer"
+        )
+    return about
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """0.16.1 → (0, 16)"""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 class _NoCode(pickle.Unpickler):

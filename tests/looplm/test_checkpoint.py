@@ -48,6 +48,18 @@ def test_a_step_directory_stands_alone(trained, single_process):
     assert about.samples == 24 and about.tokens == 24 * 32
 
 
+def test_one_that_only_a_newer_megatron_can_read_is_refused(run, single_process):
+    step = run / "checkpoints/step_00000006"
+    about = json.loads((step / "about.json").read_text())
+    about["versions"]["megatron-core"] = "0.99.1"
+    (step / "about.json").write_text(json.dumps(about))
+    (step / "state/common.pt").unlink(missing_ok=True)
+    files = {str(path.relative_to(step)): checkpoint._fingerprint(path) for path in checkpoint._files(step)}
+    (step / "manifest.json").write_text(json.dumps(files))
+    with pytest.raises(UserError, match=r"written by megatron-core 0\.99\.1, which .* cannot read"):
+        checkpoint.open_model(str(step), single_process)
+
+
 def test_only_the_newest_are_kept(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path / "run", checkpoint={"save_every": 1, "keep": 2})
     train(config, check_corpus(config), single_process)
