@@ -89,7 +89,9 @@ class ExitGateReader:
         self._bias = gate.readout.bias.detach().float()
         self._offset_R = self._mean_weight = None
         if isinstance(gate, LRUExitGate):
-            self._offset_R = torch.tensor([uniform_offset(loop, num_loops) for loop in range(num_loops)], device=weight.device)
+            self._offset_R = torch.tensor(
+                [uniform_offset(loop, num_loops) for loop in range(num_loops)], device=weight.device
+            )
             if gate.sequence_readout is not None:
                 self._mean_weight = gate.sequence_readout.weight.detach().float()
                 self._sum_RBZ = weight.new_zeros(num_loops, rows, weight.size(1))
@@ -104,7 +106,9 @@ class ExitGateReader:
     def begin(self, tokens: int, length: int = 1) -> None:
         """Forget the tokens so far: these many new ones enter loop 1 (S of them in a row, in a prompt)."""
         self._log_survival_N = self._weight.new_zeros(tokens)
-        self._state_SNZ = self._weight.new_zeros(length, tokens, self._weight.size(1)) if self._offset_R is not None else None
+        self._state_SNZ = (
+            self._weight.new_zeros(length, tokens, self._weight.size(1)) if self._offset_R is not None else None
+        )
 
     def regroup(self, order_N: Tensor, new: int) -> None:
         """Set up the next pass: ``new`` tokens join at the end, then this order is taken of all."""
@@ -112,9 +116,7 @@ class ExitGateReader:
         if self._state_SNZ is not None:
             self._state_SNZ = F.pad(self._state_SNZ, (0, 0, 0, new))[:, order_N]
 
-    def score(
-        self, h_SND: Tensor, rows: Sequence[int], loops: Sequence[int], length_N: Tensor | None = None
-    ) -> Tensor:
+    def score(self, h_SND: Tensor, rows: Sequence[int], loops: Sequence[int], length_N: Tensor | None = None) -> Tensor:
         """Probability [N] that the tokens have left by the end of the loop they are in.
 
         Args:
@@ -148,7 +150,7 @@ class ExitGateReader:
     def _mean(self, state_SNZ: Tensor, rows_N: Tensor, loop_N: Tensor, length_N: Tensor | None) -> Tensor:
         """Count these states too, and return the mean of each token's row and loop."""
         if length_N is None:
-            total_NZ, count_N = state_SNZ.sum(0), 1
+            total_NZ, count_N = state_SNZ[0], torch.ones_like(rows_N)
         else:
             own_SN1 = (torch.arange(len(state_SNZ), device=state_SNZ.device)[:, None] < length_N).unsqueeze(-1)
             total_NZ, count_N = (state_SNZ * own_SN1).sum(0), length_N

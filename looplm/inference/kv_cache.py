@@ -33,11 +33,13 @@ CacheMode = Literal["per_loop", "last", "mean", "first"]
 class Places(NamedTuple):
     """Where the tokens of a pass lie, worked out once for all layers."""
 
-    index: tuple[Tensor, Tensor]  # lane and position of each token: [N] and [N], or [N, 1] and [N, S]
+    token: tuple[Tensor, Tensor]  # lane and position of each token: [N] and [N], or [N, 1] and [N, S]
     position_SN: Tensor
     seen: slice | Tensor  # the lanes they read: a slice is a view, a tensor makes a copy
     span: int  # positions they look at
-    weight: Tensor | None  # what a shared cache's blend needs of each token: 1 / depth, or whether this is its first loop
+    weight: (
+        Tensor | None
+    )  # what a shared cache's blend needs of each token: 1 / depth, or whether this is its first loop
 
 
 class KVCache:
@@ -110,11 +112,11 @@ class KVCache:
         adjacent = lanes == list(range(lanes[0], lanes[0] + len(lanes)))
         seen = slice(lanes[0], lanes[0] + len(lanes)) if adjacent else lane_N
         if length == 1:
-            index, position_SN = (lane_N, position_N), position_N.unsqueeze(0)
+            token, position_SN = (lane_N, position_N), position_N.unsqueeze(0)
         else:
             position_NS = position_N[:, None] + torch.arange(length, device=device)
-            index, position_SN = (lane_N[:, None], position_NS), position_NS.t()
-        return Places(index, position_SN, seen, span, self._weight(loops))
+            token, position_SN = (lane_N[:, None], position_NS), position_NS.t()
+        return Places(token, position_SN, seen, span, self._weight(loops))
 
     def enter(self, layer: int, places: Places, entry_SNW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Put down the tokens' entries of the loop they are in.
@@ -124,14 +126,14 @@ class KVCache:
             be handed to :meth:`settle` once they have looked.
         """
         store_XTW = self._layers[layer]
-        entry = entry_SNW[0] if places.index[0].dim() == 1 else entry_SNW.transpose(0, 1)
-        kept = None if places.weight is None else self._blend(store_XTW[places.index], entry, places.weight)
-        store_XTW[places.index] = entry
+        entry = entry_SNW[0] if places.token[0].dim() == 1 else entry_SNW.transpose(0, 1)
+        kept = None if places.weight is None else self._blend(store_XTW[places.token], entry, places.weight)
+        store_XTW[places.token] = entry
         return store_XTW[places.seen, : places.span], kept
 
     def settle(self, layer: int, places: Places, kept: Tensor) -> None:
         """Put down what later tokens see."""
-        self._layers[layer][places.index] = kept
+        self._layers[layer][places.token] = kept
 
     def write_prompt(self, layer: int, loop: int, start: int, entry_SNW: Tensor) -> None:
         """Put down a piece of the prompts of all rows: entries of one loop, from position ``start``."""

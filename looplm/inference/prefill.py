@@ -46,7 +46,13 @@ class Prefill:
     """
 
     def __init__(
-        self, model: LoopLM, stack: LoopedStack, rule: ExitRule, mode: CacheMode, prompts: Sequence[Sequence[int]], piece: int
+        self,
+        model: LoopLM,
+        stack: LoopedStack,
+        rule: ExitRule,
+        mode: CacheMode,
+        prompts: Sequence[Sequence[int]],
+        piece: int,
     ) -> None:
         self.lengths = [len(prompt) for prompt in prompts]
         self._stack, rows, longest, device = stack, len(prompts), max(self.lengths), stack.device
