@@ -15,6 +15,7 @@ from looplm import generate as command
 from looplm.cli import UserError
 from looplm.config import ModelConfig
 from looplm.device import DEVICE
+from looplm.inference.early_exit import certainty, confidence, steadiness
 from looplm.inference.generate import Generation, GenerationConfig, Generator
 from looplm.inference.sampling import choose, penalise
 from looplm.inference.text_stream import TextStream, Token
@@ -74,6 +75,35 @@ def test_shared_caches_and_early_exit_the_slow_way(
         assert depths(generation) == expected.depths
         seen |= set(expected.depths)
     assert len(seen) > 1, "the gate must decide something, or this shows nothing"
+
+
+@pytest.mark.parametrize(
+    "signal, threshold, mode, loops",
+    [("confidence", 0.06, "last", 6), ("entropy", 0.12, "mean", 4), ("change", 0.4, "last", 6)],
+)
+def test_exits_that_ask_no_gate_the_slow_way(
+    signal: str, threshold: float, mode: str, loops: int, single_process: ProcessGroupCollection
+) -> None:
+    """Also beyond the trained depth, where the gate has no say."""
+    model = build(MLA, GATES["lru"], single_process)
+    generator = Generator(model, TOKENIZER, NEVER, gate_trained=False)
+    config = replace(GREEDY, kv_cache=mode, exit_threshold=threshold, exit_signal=signal, max_depth=loops)
+    seen = set[int]()
+    for generation in generator.generate(PROMPTS, config):
+        slow = SlowGenerator(model, GATES["lru"], mode, threshold, signal, loops)
+        expected = slow.generate(TOKENIZER.encode(generation.prompt).ids, len(generation.tokens))
+        assert (generation.ids, generation.depths) == tuple(expected)
+        assert generation.beyond_training == sum(depth > 4 for depth in expected.depths)
+        seen |= set(expected.depths)
+    assert len(seen) > 1, "the score must decide something, or this shows nothing"
+
+
+def test_scores_are_between_0_and_1_and_reach_both() -> None:
+    flat, sure = torch.zeros(1, 50), torch.tensor([[1e4] + [0.0] * 49])
+    assert confidence(torch.cat((flat, sure))).tolist() == pytest.approx([0.02, 1.0])
+    assert certainty(torch.cat((flat, sure))).tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    h_ND = torch.tensor([[3.0, 4.0]]).expand(3, -1)
+    assert steadiness(torch.stack((h_ND[0], -h_ND[0], h_ND[0])), h_ND, [1, 1, 0]).tolist() == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("threshold", [None, 0.6])

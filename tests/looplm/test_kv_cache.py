@@ -86,6 +86,24 @@ def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: Pro
         torch.testing.assert_close(step.logits_NV, logits_SBV[places, range(len(LENGTHS))], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
+@pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
+def test_a_prompt_in_pieces_is_the_prompt_at_once(
+    shape: str, gate: str, mode: str, single_process: ProcessGroupCollection
+) -> None:
+    """What is drawn after it, and what every later token sees of it."""
+    model = build(SHAPES[shape], GATES[gate], single_process)
+    rule, steps = ExitRule(max_depth=4, threshold=splitting_threshold(model)), {}
+    for piece in (1000, 3, 12):  # 3 and 12 tokens of 3 prompts: 1 and 4 positions at a time
+        torch.manual_seed(5)
+        _, steps[piece] = teacher_forced(model, rule, mode, piece)
+    for piece in (3, 12):
+        for whole, pieces in zip(steps[1000], steps[piece], strict=True):
+            assert pieces.depths == whole.depths
+            # Where tokens see each other's last loops, rounding goes round too.
+            torch.testing.assert_close(pieces.logits_NV, whole.logits_NV, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", ["mla", "gqa"])
 def test_bf16(shape: str, single_process: ProcessGroupCollection) -> None:
     """The order of the products differs (absorbed, one token at a time), so only rounding may."""
