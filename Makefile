@@ -97,7 +97,7 @@ format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-bench: $(READY)  ## speed against plain torch, memory of the chunked head
+bench: $(READY)  ## speed against plain torch, memory of the chunked head, speed of decoding
 	@$(PY) -m tools.bench
 
 # ---- clean

@@ -49,13 +49,18 @@ class DepthBatch:
         rule: when tokens leave.
         mode: what the cache keeps.
         rows: texts side by side.
+
+    Attributes:
+        cache: what is kept of the past.
+        meter: judges who leaves.
+        runs_on: whether a token that has left stays in the compute up to the last loop.
     """
 
     def __init__(self, model: LoopLM, stack: LoopedStack, rule: ExitRule, mode: CacheMode, rows: int) -> None:
         self._stack, self._rule = stack, rule
         self.cache = KVCache(stack.shape, mode, rows, rule.max_depth, stack.dtype, stack.device)
         self._gate = ExitGateReader(model.gate, stack.shape.num_loops, rows)
-        self._meter = ExitMeter(rule, self._gate, stack.head)
+        self.meter = ExitMeter(rule, self._gate, stack.head)
         self.runs_on = mode == "per_loop"
         self._next = [0] * rows  # position of each row's next token
         self._flights: list[_Flight] = []
@@ -108,7 +113,7 @@ class DepthBatch:
         places = self.cache.places(rows, loops, [flight.position for flight in flights])
         before_1ND = self._h_1ND
         self._h_1ND = run_cached(self._stack, self.cache, places, before_1ND)
-        verdict = self._meter.judge(before_1ND[0], self._h_1ND, rows, loops)
+        verdict = self.meter.judge(before_1ND[0], self._h_1ND, rows, loops)
         leaving = [index for index, leaves in enumerate(verdict.leaves) if leaves and not flights[index].read]
         for flight, leaves in zip(flights, verdict.leaves, strict=True):
             flight.loop += 1
