@@ -1,4 +1,4 @@
-"""Speed of decoding: with a cache against without, early exit in three ways, absorbed against expanded MLA, drafts.
+"""Speed of decoding: with a cache against without, early exit in three ways, absorbed against expanded MLA.
 
 Early exit follows a pattern of depths that is drawn beforehand, half of the trained loops on average, because what is
 compared is how a given saving is used. Three ways: *select-after* runs all loops and reads the state at the exit;
@@ -29,6 +29,8 @@ PROMPT, NEW = 64, 64
 BATCHES = (1, 16)
 DEPTHS_OF_4 = (1, 1, 1, 2, 2, 3, 4)  # most leave early, some do not: 2 on average
 
+Prepare = Callable[[], Callable[[], object]]  # sets up a run that is timed
+
 
 class _Pattern(ExitMeter):
     """Tokens leave at depths that were drawn beforehand; the gate is asked all the same, and not listened to."""
@@ -47,7 +49,7 @@ class _Pattern(ExitMeter):
         self._asked.judge(before_ND, h_SND, rows, loops, length_N)
         for row, loop in zip(rows, loops, strict=True):
             self._place[row] += loop == 0
-        depths = [self._depths[row][self._place[row]] for row in rows]
+        depths = [self._depths[row][self._place[row] % NEW] for row in rows]
         return Verdict([loop + 1 >= depth for loop, depth in zip(loops, depths, strict=True)])
 
 
@@ -59,33 +61,42 @@ def bench_decode(model: ModelConfig, gate: GateConfig, groups: ProcessGroupColle
     )
     for rows in BATCHES:
         _show(f"batch {rows}", _timed(_exits(built, rows), rows * NEW, repeats))
-    _show("batch 1, a cache for each loop", _timed(_others(built), NEW, repeats))
+    _show("batch 1, a cache for each loop", _timed(_caches(built), NEW, repeats))
     if model.attention == "mla":
         _show("one layer's attention, 16 tokens over 512 entries", _timed(_attentions(built), 16, repeats))
 
 
-def _exits(model: LoopLM, rows: int) -> dict[str, Callable[[], object]]:
+def _exits(model: LoopLM, rows: int) -> dict[str, Prepare]:
     """Full depth, and early exit in three ways."""
     dice, loops = random.Random(0), model.shape.num_loops
     depths = [[max(1, round(dice.choice(DEPTHS_OF_4) * loops / 4)) for _ in range(NEW)] for _ in range(rows)]
     mean = statistics.mean(depth for row in depths for depth in row)
     print(f"  early exit at mean depth {mean:.2f}")
     return {
-        "full depth": lambda: _drive(model, rows, None, continuous=True),
-        "select-after": lambda: _drive(model, rows, depths, continuous=False, runs_on=True),
-        "compaction": lambda: _drive(model, rows, depths, continuous=False),
-        "continuous depth batching": lambda: _drive(model, rows, depths, continuous=True),
+        "full depth": _drive(model, rows, None, continuous=True),
+        "select-after": _drive(model, rows, depths, continuous=False, runs_on=True),
+        "compaction": _drive(model, rows, depths, continuous=False),
+        "continuous depth batching": _drive(model, rows, depths, continuous=True),
     }
 
 
-@torch.inference_mode()
 def _drive(
     model: LoopLM, rows: int, depths: Sequence[Sequence[int]] | None, continuous: bool, runs_on: bool = False
-) -> None:
-    """Greedy ids in all rows; ``runs_on``: tokens that left stay in the compute until the last loop."""
-    with device.adapter_off():
-        stack = LoopedStack(model)
-        rule = ExitRule(max_depth=model.shape.num_loops, threshold=1.0 if depths is None else 0.5)
+) -> Prepare:
+    """Greedy ids in all rows, prompts read beforehand, until there are ``rows * NEW``: as in the middle of a long stream.
+
+    Args:
+        model: any.
+        rows: texts side by side.
+        depths: at which tokens leave, for each row and place, over and over; None for full depth.
+        continuous: rows go their own pace, or wait for each other after every token.
+        runs_on: tokens that left stay in the compute until the last loop.
+    """
+    stack = LoopedStack(model)
+    rule = ExitRule(max_depth=model.shape.num_loops, threshold=1.0 if depths is None else 0.5)
+
+    @torch.inference_mode()
+    def prepare() -> Callable[[], object]:
         batch = DepthBatch(model, stack, rule, "last", rows)
         job = Prefill(model, stack, rule, "last", [range(PROMPT)] * rows, rows * PROMPT)
         while not job.done:
@@ -94,23 +105,30 @@ def _drive(
             batch.seat(row, job, row)
         if depths is not None:
             batch.runs_on, batch.meter = runs_on, _Pattern(batch.meter, depths)
-        ids, left = [0] * rows, [NEW] * rows
-        batch.start(range(rows), ids)
-        while batch.in_flight:
-            step = batch.advance()
-            for row, token_id in zip(step.rows, step.logits_NV.argmax(-1).tolist() if step.rows else (), strict=True):
-                ids[row], left[row] = token_id, left[row] - 1
-            ready = step.rows if continuous else [] if batch.in_flight else range(rows)
-            ready = [row for row in ready if left[row]]
-            if ready:
-                batch.start(ready, [ids[row] for row in ready])
+        return lambda: decode(batch)
+
+    @torch.inference_mode()
+    def decode(batch: DepthBatch) -> None:
+        ids, left = [0] * rows, rows * NEW
+        with device.adapter_off():
+            batch.start(range(rows), ids)
+            while left > 0:
+                step = batch.advance()
+                for row, token_id in zip(
+                    step.rows, step.logits_NV.argmax(-1).tolist() if step.rows else (), strict=True
+                ):
+                    ids[row], left = token_id, left - 1
+                ready = step.rows if continuous else [] if batch.in_flight else range(rows)
+                if ready:
+                    batch.start(ready, [ids[row] for row in ready])
+
+    return prepare
 
 
-def _others(model: LoopLM) -> dict[str, Callable[[], object]]:
-    """Without a cache, with one, and with drafts."""
+def _caches(model: LoopLM) -> dict[str, Prepare]:
+    """Without a cache, and with one."""
     generator = Generator(model, _NoText(), eos_id=-1)  # type: ignore[arg-type]
     config = GenerationConfig(temperature=0.0, max_new_tokens=NEW)
-    draft = GenerationConfig(temperature=0.0, max_new_tokens=NEW, speculate=4)
 
     @torch.no_grad()
     def cacheless() -> None:
@@ -121,17 +139,17 @@ def _others(model: LoopLM) -> dict[str, Callable[[], object]]:
 
     prompt = [list(range(PROMPT))]
     return {
-        "without a cache": cacheless,
-        "with a cache": lambda: generator.generate(prompt, config),
-        "with drafts of 4 tokens": lambda: generator.generate(prompt, draft),
+        "without a cache": lambda: cacheless,
+        "with a cache": lambda: lambda: generator.generate(prompt, config),
     }
 
 
-def _timed(contenders: dict[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
+def _timed(contenders: dict[str, Prepare], tokens: int, repeats: int) -> dict[str, float]:
     """Tokens per second of each, in turns, from the median."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
-        for name, run in contenders.items():
+        for name, prepare in contenders.items():
+            run = prepare()
             device.synchronize()
             start = time.perf_counter()
             run()
@@ -156,7 +174,7 @@ class _NoText:
         return ""
 
 
-def _attentions(model: LoopLM) -> dict[str, Callable[[], object]]:
+def _attentions(model: LoopLM) -> dict[str, Prepare]:
     """A token over cached entries: in the latent space, or with every entry expanded to heads."""
     shape, lanes, span = model.shape, 16, 512
     attention = LatentAttention(model.decoder.layers[0].self_attention, shape)
@@ -173,4 +191,4 @@ def _attentions(model: LoopLM) -> dict[str, Callable[[], object]]:
     def expanded() -> Tensor:
         return attention.attend_prompt((nope, rope), entry_NTW.transpose(0, 1), visible_11ST)
 
-    return {"expanded": expanded, "absorbed": absorbed}
+    return {"expanded": lambda: expanded, "absorbed": lambda: absorbed}
