@@ -2,15 +2,18 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test check format bench clean clean-quickstart
+.PHONY: help install quickstart test test-newest check format bench clean clean-quickstart
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
-PYTHON  ?= $(firstword $(foreach name,python3.12 python3.11 python3.10 python3,\
-             $(shell $(name) -c '$(PROBE)' >/dev/null 2>&1 && command -v $(name))))
+running = $(firstword $(foreach name,$(1),$(shell $(name) -c '$(PROBE)' >/dev/null 2>&1 && command -v $(name))))
+PYTHON  ?= $(call running,python3.12 python3.11 python3.10 python3)
 VENV    := .venv
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/.installed
+# Megatron-core from 0.17 on needs Python 3.12: the newest release has an environment of its own.
+PYTHON312 ?= $(call running,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12)))
+NEWEST  := .venv-newest
 CONFIGS := configs/quickstart
 RUN     := runs/quickstart
 DONE    := $(RUN)/.done
@@ -33,13 +36,26 @@ help:  ## this list
 
 install: $(READY)  ## build .venv with the pinned packages
 
+# $(call build,python,environment,constraints)
+define build
+	@echo "== installing into $(2) with $(1): takes minutes, torch is large"
+	@"$(1)" -m venv $(2)
+	@$(2)/bin/python -m pip install --quiet -c $(3) setuptools
+	@$(2)/bin/python -m pip install --quiet --no-build-isolation -c $(3) -e '.[data,dev]'
+	@touch $@
+endef
+
 $(READY): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 with the venv module was found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
-	@echo "== installing into $(VENV) with $(PYTHON): takes minutes, torch is large"
-	@"$(PYTHON)" -m venv $(VENV)
-	@$(PY) -m pip install --quiet -c constraints.txt setuptools
-	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[data,dev]'
-	@touch $@
+	$(call build,$(PYTHON),$(VENV),constraints.txt)
+
+$(NEWEST)/constraints.txt: constraints.txt constraints-newest.txt  # the pins of the first, but for those of the second
+	@mkdir -p $(@D)
+	@awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' constraints-newest.txt constraints.txt > $@
+
+$(NEWEST)/.installed: setup.py $(NEWEST)/constraints.txt
+	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 with the venv module was found; install one or name it: make test-newest PYTHON312=/path/to/python3.12" >&2; exit 2; }
+	$(call build,$(PYTHON312),$(NEWEST),$(NEWEST)/constraints.txt)
 
 # ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
 # it stood; one whose config has changed since is made anew, with all that hangs on it
@@ -86,18 +102,22 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 # ---- checks
 
 test: $(READY)  ## all tests, in two processes
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(TESTS)
 
-check: $(READY)  ## lint, formatting, types
+test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its newest release on Python 3.12
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(or $(TESTS),tests/parallel tests/looplm tests/pretrain)
+
+check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
+	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/*
 
 format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-bench: $(READY)  ## speed against plain torch, memory of the chunked head, speed of decoding
+bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
 	@$(PY) -m tools.bench
 
 # ---- clean
@@ -105,6 +125,6 @@ bench: $(READY)  ## speed against plain torch, memory of the chunked head, speed
 clean-quickstart:  ## forget the quickstart's results
 	rm -rf $(RUN)
 
-clean: clean-quickstart  ## also forget .venv and every cache
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: clean-quickstart  ## also forget the environments and every cache
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

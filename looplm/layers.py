@@ -5,7 +5,8 @@ A block with sandwich norms (Ouro section 3.1; norms a-d as numbered there)::
     x = x + norm_b(attention(norm_a(x)))
     x = x + norm_d(mlp(norm_c(x)))
 
-Shapes: S sequence, B batch, D hidden, H heads, K query-key head width, W value head width.
+Shapes: S sequence, B batch, D hidden, H heads, K query-key head width, W value head width, T positions attended to: S,
+or under context parallelism the sequence of which S is this rank's part.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -27,10 +29,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
+from looplm import context
 from looplm.config import ModelConfig
 from looplm.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE
-from looplm.layout import ParallelConfig
+from looplm.layout import ParallelConfig, Recompute
 from looplm.parallel import seeded
 
 
@@ -68,9 +72,18 @@ class ReplicatedLinear(MegatronModule):
         return F.linear(x, self.weight), None
 
 
-# Megatron-core 0.16 accepts listed classes only for these projections; without Transformer Engine this name is free.
+# Megatron-core accepts listed classes only for these projections; without Transformer Engine this name is free.
 if not HAS_TRANSFORMER_ENGINE:
     multi_latent_attention.Linear = ReplicatedLinear
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-head latent attention, built as its spec says in every release."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Megatron-core 0.19 asks this before it builds. Its own answer, off Transformer Engine, refuses a normed
+        key-value latent beside queries without a latent (``q_lora_rank: null``), which DeepSeek's small models have."""
+        return vars(submodules)
 
 
 class SandwichNormAdd(MegatronModule):
@@ -97,6 +110,9 @@ class CoreAttention(MegatronModule):
     """``softmax(q k^T scale + mask) v`` on torch's fused kernels, for equal and unequal head widths.
 
     Megatron's local one materialises S x S scores and refuses MLA's unequal widths.
+
+    Under context parallelism every rank gathers the keys and values of all positions and attends from its own. They come
+    as heads, MLA's too: gathering its latent, before the up-projection, would move and keep fewer bytes.
     """
 
     def __init__(
@@ -105,11 +121,13 @@ class CoreAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config)
         self.softmax_scale = softmax_scale
+        self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """Attend.
@@ -118,37 +136,57 @@ class CoreAttention(MegatronModule):
             query: [S, B, H, K].
             key: [S, B, groups, K].
             value: [S, B, groups, W].
-            attention_mask: [B, 1, S, S], added to the scores; None means plainly causal.
+            attention_mask: [B, 1, S, T], added to the scores; None means plainly causal.
 
         Returns:
             [S, B, H * W].
         """
-        q_BHSK, k_BHSK, v_BHSW = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        pad = q_BHSK.size(-1) - v_BHSW.size(-1)
-        if pad > 0:  # unequal widths would leave the flash kernel for one that materialises S x S
-            v_BHSW = F.pad(v_BHSW, (0, pad))
-        out_BHSW = F.scaled_dot_product_attention(
-            q_BHSK,
-            k_BHSK,
-            v_BHSW,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=k_BHSK.size(1) != q_BHSK.size(1),
-        )
-        out_BHSW = out_BHSW[..., : value.size(-1)]
-        return out_BHSW.permute(2, 0, 1, 3).flatten(2)
+        widths = [key.size(-1), value.size(-1)]
+        if self.context.size() > 1:  # both in one message
+            key, value = context.restore(torch.cat((key, value), -1), self.context).split(widths, -1)
+        q_BHSK, k_BHTK, v_BHTW = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        pad = widths[0] - widths[1]
+        if pad > 0:  # unequal widths would leave the flash kernel for one that materialises S x T
+            v_BHTW = F.pad(v_BHTW, (0, pad))
+        runs = []
+        for own, seen in context.spans(query.size(0), self.context):
+            mask = causal_lower_right(own.stop - own.start, seen)  # of a whole sequence this is is_causal
+            out_BHSW = F.scaled_dot_product_attention(
+                q_BHSK[:, :, own],
+                k_BHTK[:, :, :seen],
+                v_BHTW[:, :, :seen],
+                attn_mask=mask if attention_mask is None else attention_mask[:, :, own, :seen],
+                scale=self.softmax_scale,
+                enable_gqa=key.size(2) != query.size(2),
+            )
+            runs.append(out_BHSW[..., : widths[1]].permute(2, 0, 1, 3).flatten(2))
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
-def document_mask(document_start_SB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask that keeps attention causal and inside each token's document: [B, 1, S, S]."""
-    start_BS = document_start_SB.t()
-    position = torch.arange(start_BS.size(1), device=start_BS.device)
-    visible_BSS = (position[None, None, :] <= position[None, :, None]) & (
-        position[None, None, :] >= start_BS[:, :, None]
-    )
-    mask_BSS = torch.zeros(visible_BSS.shape, dtype=dtype, device=start_BS.device)
-    return mask_BSS.masked_fill_(~visible_BSS, float("-inf")).unsqueeze(1)
+def document_mask(document_start_SB: Tensor, dtype: torch.dtype, group: context.Group = None) -> Tensor:
+    """Additive mask that keeps attention causal and inside each token's document: [B, 1, S, T].
+
+    Args:
+        document_start_SB: position in the whole sequence at which each token's document starts, for this rank's tokens.
+        dtype: of the scores.
+        group: the context-parallel ranks.
+    """
+    start_BS1 = document_start_SB.t().unsqueeze(-1)
+    key_T = torch.arange(document_start_SB.size(0) * context.place(group)[1], device=start_BS1.device)
+    query_S1 = context.deal(key_T, group).unsqueeze(-1)
+    visible_BST = (key_T <= query_S1) & (key_T >= start_BS1)
+    mask_BST = torch.zeros(visible_BST.shape, dtype=dtype, device=start_BS1.device)
+    return mask_BST.masked_fill_(~visible_BST, float("-inf")).unsqueeze(1)
+
+
+# What Megatron makes again in backward; `loop` is LoopLM's own. Under sequence parallelism what it keeps instead is
+# already this rank's part of the sequence, so there is nothing to distribute any further.
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "loop": {},
+}
 
 
 def transformer_config(
@@ -176,6 +214,7 @@ def transformer_config(
         "calculate_per_token_loss": True,
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence_parallel,
+        "context_parallel_size": layout.context,
         "pipeline_model_parallel_size": layout.pipeline,
         "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
         "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
@@ -184,6 +223,7 @@ def transformer_config(
         "batch_p2p_comm": False,
         "deallocate_pipeline_outputs": False,
         "microbatch_group_size_per_vp_stage": layout.pipeline,
+        **_RECOMPUTE[layout.recompute],
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -243,7 +283,7 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> Mo
 
 def _mla_spec() -> ModuleSpec:
     return _spec(
-        MLASelfAttention,
+        LatentAttention,
         MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ReplicatedLinear,

@@ -12,6 +12,7 @@ The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the
 from typing import NamedTuple
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -32,7 +33,8 @@ from looplm.parallel import seeded
 class LoopOutput(NamedTuple):
     """What a forward pass gives: for every loop the normed hidden state [S, B, D], and the gate's logits [R, S, B].
 
-    Under sequence parallelism the hidden states are this rank's part of S; the logits are whole.
+    S are the positions of the ids given. Under sequence parallelism the hidden states are this rank's part of them; the
+    logits are whole.
     """
 
     hidden: tuple[Tensor, ...]
@@ -64,6 +66,7 @@ class LoopLM(LanguageModule):
         config = transformer_config(model, dtype, layout)
         super().__init__(config, pg_collection=groups)
         self.shape = model
+        self.recompute_loops = layout.recompute == "loop"
         self.pre_process, self.post_process = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_embeddings
@@ -96,7 +99,7 @@ class LoopLM(LanguageModule):
         )
         if self.post_process:
             with seeded("gate"):
-                self.gate = build_exit_gate(config, gate, groups.tp)
+                self.gate = build_exit_gate(config, gate, groups)
         if self.post_process and not model.tie_embeddings:
             with seeded("head"):
                 self.output_layer = ColumnParallelLinear(
@@ -127,9 +130,10 @@ class LoopLM(LanguageModule):
         """Run the stack ``num_loops`` times.
 
         Args:
-            ids_BS: token ids.
+            ids_BS: token ids; under context parallelism this rank's positions (:func:`looplm.context.deal`).
             num_loops: how often; None takes ``model.num_loops``. More than in training is allowed.
-            document_start_SB: index of the first position of each token's document; None if a sample is one document.
+            document_start_SB: index, in the whole sample, of the first position of each token's document; None if a
+                sample is one document.
             frozen_trunk: run everything but the gate without autograd (stage 2).
 
         Returns:
@@ -159,10 +163,19 @@ class LoopLM(LanguageModule):
         """
         if hidden_SBD is None:
             hidden_SBD = self.embedding(ids_BS, position_ids=None)
-        rotary = None if self.rotary is None else self.rotary(ids_BS.size(1))
-        mask = None if document_start_SB is None else document_mask(document_start_SB, hidden_SBD.dtype)
-        self.decoder.set_input_tensor(hidden_SBD)  # what a block reads that is not the pipeline's first
-        return self.decoder(hidden_SBD, attention_mask=mask, rotary_pos_emb=rotary)
+
+        def layers(h_SBD: Tensor) -> Tensor:
+            # Asked for the whole sequence, Megatron's rotary embedding gives this context-parallel rank its part.
+            rotary = None if self.rotary is None else self.rotary(ids_BS.size(1) * self.cp_group.size())
+            mask = None
+            if document_start_SB is not None:
+                mask = document_mask(document_start_SB, h_SBD.dtype, self.cp_group)
+            self.decoder.set_input_tensor(h_SBD)  # what a block reads that is not the pipeline's first
+            return self.decoder(h_SBD, attention_mask=mask, rotary_pos_emb=rotary)
+
+        if self.recompute_loops and self.training and torch.is_grad_enabled():
+            return tensor_parallel.checkpoint(layers, False, hidden_SBD)
+        return layers(hidden_SBD)
 
     def gate_logit(
         self, h_SBD: Tensor, state_SBZ: Tensor | None, loop: int, document_start_SB: Tensor | None

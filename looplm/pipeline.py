@@ -11,8 +11,8 @@ backward hands the leaves' gradients back. Loop r + 1's backward always runs fir
 Shapes: S sequence, B micro-batch, D hidden, R loops.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -68,8 +68,13 @@ class LoopStage(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Megatron's config, which its schedules look for on every chunk."""
-        return self.inner.config
+        """Megatron's config as its schedules see it, which count the views as virtual stages.
+
+        A copy: Megatron's layers must go on seeing one share of the stack on this rank.
+        """
+        config = copy(self.inner.config)
+        config.virtual_pipeline_model_parallel_size = self.inner.shape.num_loops
+        return config
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Called by the schedule with what the stage before sent."""
@@ -140,19 +145,3 @@ def loop_stages(ddp: DistributedDataParallel) -> list[LoopStage]:
     """This rank's R views, in the order of the loops."""
     carried: dict[int, _Carried] = {}
     return [LoopStage(ddp, loop, carried) for loop in range(ddp.module.shape.num_loops)]
-
-
-@contextmanager
-def as_virtual_stages(stages: list[LoopStage]) -> Iterator[None]:
-    """While Megatron's interleaved schedule runs: its config counts the views as virtual stages.
-
-    At any other time the rank has one share of the layers, which is what Megatron's layer numbering must see.
-    """
-    config = stages[0].config
-    for stage in stages:
-        stage.restart()
-    config.virtual_pipeline_model_parallel_size = len(stages)
-    try:
-        yield
-    finally:
-        config.virtual_pipeline_model_parallel_size = None

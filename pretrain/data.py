@@ -13,15 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.num_microbatches_calculator import (
-    ConstantNumMicroBatchesCalculator,
-    NumMicroBatchesCalculator,
-    RampupBatchsizeNumMicroBatchesCalculator,
-)
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipeline.manifest import Manifest, check_prefix
+from looplm import context
 from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig
 from looplm.device import DEVICE
@@ -36,6 +32,16 @@ class Batch(NamedTuple):
     labels_SB: Tensor
     mask_SB: Tensor  # 1.0 where the label counts
     document_start_SB: Tensor | None  # None: a sample is one document
+
+    def deal(self, group: context.Group) -> "Batch":
+        """The positions that this context-parallel rank holds; a document's start still counts from the sample's."""
+        start_SB = self.document_start_SB
+        return Batch(
+            context.deal(self.ids_BS, group, dim=1),
+            context.deal(self.labels_SB, group),
+            context.deal(self.mask_SB, group),
+            None if start_SB is None else context.deal(start_SB, group),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,10 @@ def _require_enough_tokens(prefix: str, manifest: Manifest, seq_length: int) -> 
 
 
 class BatchSchedule:
-    """How many samples a step takes: constant, or growing with the samples consumed (data.rampup)."""
+    """How many samples a step takes: constant, or growing with the samples consumed (data.rampup).
+
+    Megatron-core had this as a calculator until 0.17; from 0.18 on it has another, of other steps.
+    """
 
     def __init__(self, data: DataConfig, data_parallel_size: int, pipeline: int = 1) -> None:
         unit = data.micro_batch_size * data_parallel_size * pipeline
@@ -117,20 +126,15 @@ class BatchSchedule:
             sizes |= {"data.rampup.start": data.rampup.start, "data.rampup.increment": data.rampup.increment}
         for key, value in sizes.items():
             require(value % unit == 0, key, value, f"give a multiple of {parts} = {unit}")
-        common = (data.global_batch_size, data.micro_batch_size, data_parallel_size, False, 0)
-        self._calculator: NumMicroBatchesCalculator
-        if data.rampup is None:
-            self._calculator = ConstantNumMicroBatchesCalculator(*common)
-        else:
-            ramp = data.rampup
-            self._calculator = RampupBatchsizeNumMicroBatchesCalculator(
-                *common, ramp.start, ramp.increment, ramp.samples
-            )
+        self._data, self._samples_per_microbatch = data, data.micro_batch_size * data_parallel_size
 
     def at(self, consumed_samples: int) -> tuple[int, int]:
         """Micro-batches per rank and samples over all ranks of the step that starts at ``consumed_samples``."""
-        self._calculator.update(consumed_samples, consistency_check=False, verbose=False)
-        return self._calculator.get(), self._calculator.get_current_global_batch_size()
+        size, ramp = self._data.global_batch_size, self._data.rampup
+        if ramp is not None and consumed_samples < ramp.samples:
+            rises = (size - ramp.start) // ramp.increment
+            size = ramp.start + (consumed_samples * rises // ramp.samples) * ramp.increment
+        return size // self._samples_per_microbatch, size
 
     def samples_of(self, steps: int) -> int:
         """Samples that ``steps`` steps from the start consume."""

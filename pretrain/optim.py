@@ -8,6 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from torch import nn
 
 from looplm.config import LossConfig, OptimConfig
+from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,19 +23,37 @@ def freeze_trunk(model: LoopLM) -> None:
             parameter.requires_grad_(True)
 
 
-def wrap_data_parallel(model: LoopLM, loss: LossConfig) -> DistributedDataParallel:
-    """Megatron's DDP: gradients in contiguous fp32 buffers, reduced over the data-parallel ranks."""
-    if loss.objective == "adaptive_gate":
+def wrap_data_parallel(
+    model: LoopLM, loss: LossConfig, layout: ParallelConfig | None = None
+) -> DistributedDataParallel:
+    """Megatron's DDP: gradients in contiguous buffers, reduced over the data-parallel ranks.
+
+    With ``layout.distributed_optimizer`` a rank's ``main_grad`` afterwards holds true sums only in that rank's share.
+    """
+    layout = layout or ParallelConfig()
+    frozen = loss.objective == "adaptive_gate"
+    if frozen:
         freeze_trunk(model)
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=layout.accumulate_fp32,
+        # The gate's stage has next to nothing to reduce, and under a pipeline no schedule that marks the last backward.
+        overlap_grad_reduce=layout.overlap_grad_reduce and not frozen,
+        use_distributed_optimizer=layout.distributed_optimizer,
+    )
+    ddp = DistributedDataParallel(model.config, config, model)
     model.config.no_sync_func = ddp.no_sync
     # One wrapped model, however many views of it a pipeline's schedule knows.
     model.config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads([ddp], *args, **kwargs)
     return ddp
 
 
-def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig) -> MegatronOptimizer:
-    """AdamW with fp32 main weights; weight decay spares norms, biases and the gate."""
+def build_optimizer(
+    ddp: DistributedDataParallel, optim: OptimConfig, layout: ParallelConfig | None = None
+) -> MegatronOptimizer:
+    """AdamW with fp32 main weights; weight decay spares norms, biases and the gate.
+
+    With ``layout.distributed_optimizer`` each data-parallel rank holds main weights and moments of its share alone.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -46,6 +65,7 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig) -> Megatro
         clip_grad=optim.clip_grad,
         bf16=optim.precision == "bf16",
         params_dtype=DTYPES[optim.precision],
+        use_distributed_optimizer=layout is not None and layout.distributed_optimizer,
     )
     spared = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=spared_by_weight_decay))
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})

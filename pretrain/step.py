@@ -22,7 +22,7 @@ from looplm.device import DEVICE
 from looplm.exit_gate import exit_entropy, exit_log_probs
 from looplm.losses import adaptive_gate_loss, entropy_regularised_loss, geometric_prior, token_losses
 from looplm.model import LoopLM
-from looplm.pipeline import LoopStage, as_virtual_stages, loop_stages
+from looplm.pipeline import LoopStage, loop_stages
 from pretrain.data import Batch
 
 
@@ -152,7 +152,8 @@ class Stepper:
             return self._mean(self._run(batches, num_microbatches, forward_only=True))
 
     def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
-        """Statistics of this data-parallel rank, summed over its micro-batches; zeros off the last pipeline rank."""
+        """Statistics of this rank's tokens, summed over its micro-batches; zeros off the last pipeline rank."""
+        batches = (batch.deal(self.groups.cp) for batch in batches)
         schedule = partial(
             self._forward_backward(),
             forward_step_func=self._forward_step,
@@ -163,9 +164,10 @@ class Stepper:
         if self._stages is None:
             sums = schedule(data_iterator=batches, model=[self.ddp])
         else:
-            with as_virtual_stages(self._stages):
-                copies = list(tee(islice(batches, num_microbatches), len(self._stages)))
-                sums = schedule(data_iterator=copies, model=self._stages)
+            for stage in self._stages:
+                stage.restart()
+            copies = list(tee(islice(batches, num_microbatches), len(self._stages)))
+            sums = schedule(data_iterator=copies, model=self._stages)
         return torch.stack(sums).sum(0) if sums else torch.zeros(3 + 2 * self._num_loops, dtype=torch.float64)
 
     def _forward_backward(self) -> Callable[..., list[Tensor]]:
@@ -173,7 +175,7 @@ class Stepper:
 
     def _mean(self, sums: Tensor) -> StepStats:
         sums = sums.to(DEVICE)
-        dist.all_reduce(sums, group=self.groups.dp)
+        dist.all_reduce(sums, group=self.groups.dp_cp)
         dist.all_reduce(sums, group=self.groups.pp)  # only the last pipeline rank has any
         tokens, means = int(sums[0]), (sums[1:] / sums[0].clamp(min=1)).tolist()
         num_loops = (len(means) - 2) // 2

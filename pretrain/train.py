@@ -103,8 +103,8 @@ def build(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     initial = None
     if config.checkpoint.initial is not None:
         initial = checkpoint.load_weights(config.checkpoint.initial, model, config.gate)
-    ddp = wrap_data_parallel(model, config.loss)
-    optimizer = build_optimizer(ddp, config.optim)
+    ddp = wrap_data_parallel(model, config.loss, config.parallel)
+    optimizer = build_optimizer(ddp, config.optim, config.parallel)
     scheduler = build_scheduler(optimizer, config.optim)
     data = config.data
     stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)

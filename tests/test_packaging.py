@@ -30,6 +30,30 @@ def test_every_constraint_is_an_exact_pin() -> None:
     assert not [line for line in pins if not PIN.match(line)]
 
 
+def test_the_newest_constraints_name_the_newest_megatron_core_that_is_declared() -> None:
+    pins = [line for line in (ROOT / "constraints-newest.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(pins) == 1 and PIN.match(pins[0]), "a pin beside megatron-core would test another difference too"
+    version = [int(part) for part in pins[0].removeprefix("megatron-core==").split(".")]
+    found = re.search(r"megatron-core>=([\d.]+),<([\d.]+)", (ROOT / "setup.py").read_text())
+    assert found
+    oldest, beyond = ([int(part) for part in bound.split(".")] for bound in found.groups())
+    assert oldest <= version < beyond and version[1] + 1 == beyond[1], "and constraints.txt holds the oldest"
+    assert f"megatron-core=={found[1]}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_newest_environment_takes_every_other_pin_from_constraints(checkout: Path) -> None:
+    shutil.copy(ROOT / "constraints.txt", checkout)
+    shutil.copy(ROOT / "constraints-newest.txt", checkout)
+    subprocess.run(["make", "-s", ".venv-newest/constraints.txt"], cwd=checkout, check=True)
+
+    def pins(name: str) -> list[str]:
+        return [line for line in (checkout / name).read_text().splitlines() if "==" in line and line[0] != "#"]
+
+    changed = pins("constraints-newest.txt")
+    others = [pin for pin in pins("constraints.txt") if not pin.startswith("megatron-core==")]
+    assert sorted(pins(".venv-newest/constraints.txt")) == sorted(changed + others)
+
+
 def test_what_is_imported_is_declared() -> None:
     """A package that merely comes along with another one today would be missing tomorrow."""
     words = [

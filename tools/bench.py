@@ -1,4 +1,4 @@
-"""Measure this machine: the engine against plain torch, the memory of the chunked head, and the speed of decoding.
+"""Measure this machine: the engine against plain torch, the memory of the chunked head, decoding, a pipeline's bubble.
 
 Everything that is compared is measured in one run, in turns: machines are noisy, ratios are not. The plain-torch model is
 the oracle of ``tests/reference.py`` with torch's fused attention, its own parameters and torch's AdamW.
@@ -29,7 +29,9 @@ from pretrain.data import Batch
 from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
 from tests.reference import ReferenceLM
+from tools import bench_pipeline
 from tools.bench_decode import bench_decode
+from tools.bench_memory import bench_recompute
 
 # A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits are what is measured.
 HEAD_TOKENS, HEAD_VOCAB, HEAD_LOOPS, HEAD_WIDTH = 1024, 49_152, 4, 256
@@ -64,9 +66,11 @@ def main(argv: list[str]) -> None:
     try:
         for precision in ("fp32", "bf16"):
             bench_training(replace(recipe, optim=replace(recipe.optim, precision=precision)), config, groups)
+        bench_recompute(recipe, config.batch, groups)
         bench_decode(recipe.model, recipe.gate, groups, config.repeats)
     finally:
         parallel.stop()
+    bench_pipeline.launch(config.repeats)
 
 
 def bench_head() -> None:

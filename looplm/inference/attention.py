@@ -33,6 +33,35 @@ def rotate(x_SNHK: Tensor, turn_SN1K: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn_SN1K).flatten(-2).to(x_SNHK.dtype)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask_11ST: Tensor | None, scale: float | None = None) -> Tensor:
+    """Attend over a prompt.
+
+    Args:
+        query: [S, N, H, K].
+        key: [T, N, G, K].
+        value: [T, N, G, V].
+        mask_11ST: added to the scores; None for plainly causal, with S = T.
+        scale: of the scores; None for 1 / sqrt(K).
+
+    Returns:
+        [S, N, H * V].
+    """
+    width, wider = value.size(-1), key.size(-1) - value.size(-1)
+    if wider > 0:  # unequal widths would leave the flash kernel for one that materialises S x T
+        value = F.pad(value, (0, wider))
+    query_NHSK, key_NGTK, value_NGTV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    mixed_NHSV = F.scaled_dot_product_attention(
+        query_NHSK,
+        key_NGTK,
+        value_NGTV,
+        attn_mask=mask_11ST,
+        is_causal=mask_11ST is None,
+        scale=scale,
+        enable_gqa=key.size(2) != query.size(2),
+    )
+    return mixed_NHSV[..., :width].permute(2, 0, 1, 3).flatten(2)
+
+
 class LatentAttention:
     """MLA. The absorbed matrices are views of the model's weights.
 
@@ -42,7 +71,7 @@ class LatentAttention:
     """
 
     def __init__(self, module: Any, shape: ModelConfig) -> None:
-        self.core, self.scale, self.eps = module.core_attention, module.softmax_scale, shape.norm_eps
+        self.scale, self.eps = module.softmax_scale, shape.norm_eps
         self.heads, self.latent = shape.num_attention_heads, shape.kv_lora_rank
         self.nope, self.rope, self.value = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
         self.queries_per_entry = self.heads
@@ -79,7 +108,7 @@ class LatentAttention:
         grown = F.linear(latent, self._up).unflatten(-1, (self.heads, -1))
         nope, value = grown.split([self.nope, self.value], dim=-1)
         key = torch.cat((nope, key_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
-        return self.core(torch.cat(query, dim=-1), key, value, mask_11ST)
+        return attend(torch.cat(query, dim=-1), key, value, mask_11ST, self.scale)
 
     def attend_cached(self, query: Query, entry_NTW: Tensor, mask_N1QT: Tensor | None) -> Tensor:
         """Tokens over their lanes' entries: contexts [S, N, H * V]; Q is S * H."""
@@ -100,7 +129,6 @@ class HeadAttention:
     """MHA and GQA: the cache holds keys and values of each key-value head."""
 
     def __init__(self, module: Any, shape: ModelConfig) -> None:
-        self.core = module.core_attention
         self.groups, self.width = shape.query_groups, shape.attention_head_dim
         self.queries_per_entry = shape.num_attention_heads // shape.query_groups
         self._qkv = module.linear_qkv.weight.detach()
@@ -118,7 +146,7 @@ class HeadAttention:
     def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:
         """The last S of T positions over themselves and those before them: contexts [S, N, H * K]."""
         key, value = entry_TNW.unflatten(-1, (2, self.groups, self.width)).unbind(2)
-        return self.core(query[0].flatten(2, 3), key, value, mask_11ST)
+        return attend(query[0].flatten(2, 3), key, value, mask_11ST)
 
     def attend_cached(self, query: Query, entry_NTW: Tensor, mask_N1QT: Tensor | None) -> Tensor:
         """Tokens over their lanes' entries: contexts [S, N, H * K]; Q is S * P."""

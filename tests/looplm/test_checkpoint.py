@@ -73,7 +73,7 @@ FAULTS = {
     "missing shard": (lambda step: next((step / "state").glob("*.distcp")).unlink(), "is missing"),
     "missing manifest": (lambda step: (step / "manifest.json").unlink(), "cannot be read"),
     "garbled manifest": (lambda step: (step / "manifest.json").write_text("{"), "cannot be read"),
-    "empty common.pt": (lambda step: (step / "state/common.pt").write_bytes(b""), "bytes instead of"),
+    "empty metadata": (lambda step: (step / "state/.metadata").write_bytes(b""), "bytes instead of"),
 }
 
 

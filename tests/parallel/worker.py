@@ -1,62 +1,103 @@
-"""What each rank of a parity test does: one optimizer step's gradients, or a few whole steps, in a given layout.
+"""What each rank of a parity test does, in a given layout: a step's gradients and ten steps' losses, or a training run.
 
-``torchrun tests/parallel/worker.py JOB.json``. Gradients are saved as if they were weights, through Megatron's own
+``torchrun -m tests.parallel.worker JOBS.json``. Gradients are saved as if they were weights, through Megatron's own
 resharding checkpoint, so that the test can read them as one process would hold them.
 """
 
 import json
 import sys
+import time
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from looplm import parallel
+from looplm import layers, parallel
 from looplm.cli import from_dict
 from looplm.config import RunConfig
 from looplm.model import LoopLM
+from pretrain import optim
 from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_batches
-from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
 from pretrain.train import train
+from tests.parallel.gradients import whole_gradients
+
+STEPS = 10
+# Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
+BUCKET_SIZE = 5000
+REPLICATED = layers.ReplicatedLinear
 
 
-def gradients(config: RunConfig, weights: str, output: Path) -> None:
-    """Load ``weights``, run one step's forward and backward, and save the loss and every gradient under ``output``."""
+def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> None:
+    """Load ``weights``; save the statistics and every gradient of the first step, the loss of ten, and the validation
+    loss after them. ``repeats`` more backward passes of the first step are first compared with it bit by bit."""
     corpus = check_corpus(config)
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel)
-    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, weights)["model"])
-    ddp = wrap_data_parallel(model, config.loss)
-    optimizer = build_optimizer(ddp, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim)
+    model.load_state_dict(dist_checkpointing.load({"model": sharded(model)}, weights)["model"], strict=False)
+    ddp = optim.wrap_data_parallel(model, config.loss, config.parallel)
+    optimizer = optim.build_optimizer(ddp, config.optim, config.parallel)
+    scheduler = optim.build_scheduler(optimizer, config.optim)
     data = config.data
     stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
-    count, batch = BatchSchedule(config.data, groups.dp.size()).at(0)
-    train_set = build_train_set(config, corpus, batch, batch)
-    batches = micro_batches(train_set, config.data, 0, groups.dp.rank(), groups.dp.size())
-    stats = stepper.backward(batches, count)
+    count, samples = BatchSchedule(data, groups.dp.size(), config.parallel.pipeline).at(0)
+    train_set = build_train_set(config, corpus, STEPS * samples, STEPS * samples)
+
+    batches = micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size())
+    first = list(islice(batches, count))
+    if config.parallel.overlap_grad_reduce:  # Megatron counts the gradients in a first step and overlaps from then on
+        stepper.backward(iter([*first, *first]), 2 * count)
+    stats = stepper.backward(iter(first), count)
+    gradients = whole_gradients(ddp, groups)
+    different = 0
+    for _ in range(repeats):
+        same = stepper.backward(iter(first), count) == stats
+        again = whole_gradients(ddp, groups)
+        different += not (same and all(torch.equal(again[name], value) for name, value in gradients.items()))
+    all_different = torch.tensor([different])
+    dist.all_reduce(all_different)
+
+    batches = chain(first, batches)
+    losses = [stepper.train(batches, count)[0].loss for _ in range(STEPS)]
+    valid = stepper.evaluate(micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size()), count)
+
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(gradients.get(name, torch.zeros_like(parameter)))
     if dist.get_rank() == 0:
         output.mkdir(parents=True)
-        (output / "stats.json").write_text(json.dumps(vars(stats)))
+        found = {"losses": losses, "valid": valid.loss, "different": int(all_different)}
+        (output / "stats.json").write_text(json.dumps(vars(stats) | found))
         (output / "state").mkdir()
     dist.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(output / "state"))
+    dist_checkpointing.save({"model": sharded(model)}, str(output / "state"))
     dist.barrier()
+
+
+def sharded(model: LoopLM) -> dict[str, Any]:
+    """The weights alone: Megatron's linears also have an empty extra state, ours have none."""
+    return {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 
 def main() -> None:
     """Run every job of the file in turn, in one set of processes: starting them costs more than the jobs."""
+    optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)  # type: ignore[misc,assignment]
     for job in json.loads(Path(sys.argv[1]).read_text()):
+        begin = time.monotonic()
         config = from_dict(RunConfig, job["config"], where="job")
-        if job["kind"] == "gradients":
-            gradients(config, job["weights"], Path(job["output"]))
+        layers.ReplicatedLinear = ColumnParallelLinear if job.get("stock_projections") else REPLICATED  # type: ignore[misc]
+        if job["kind"] == "steps":
+            steps(config, job["weights"], Path(job["output"]), job.get("repeats", 0))
         else:
             train(config, check_corpus(config), parallel.start(config.seed, config.parallel))
+        if dist.get_rank() == 0:
+            print(f"{job.get('output', config.output_dir)}: {time.monotonic() - begin:.1f} s", flush=True)
         parallel.reset()
     parallel.stop()
 

@@ -1,0 +1,126 @@
+"""A run may change its layout between two steps: nothing but speed changes.
+
+A whole run and one that made three steps in one layout and three in another, fp32 and bf16; Megatron's plain and
+distributed optimizers read each other's state.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from looplm import parallel
+from looplm.cli import to_dict
+from looplm.config import RunConfig
+from looplm.layout import ParallelConfig
+from pretrain.data import check_corpus
+from pretrain.train import train
+from tests.parallel.launch import launch
+from tests.parallel.test_layouts import LRU, MLA
+from tests.tiny import run_config, train_rows
+
+DATA = {"micro_batch_size": 2, "global_batch_size": 8}
+PLAIN = ParallelConfig()
+CP2 = ParallelConfig(context=2)
+DIST = ParallelConfig(distributed_optimizer=True)
+BOTH = ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True)
+TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
+LAST = "step_00000006"
+
+
+def run_of(corpus: Path, folder: Path, layout: ParallelConfig, precision: str = "fp32") -> RunConfig:
+    """Six steps, with a save after three."""
+    return run_config(
+        corpus,
+        folder,
+        model=MLA,
+        gate=LRU,
+        parallel=layout,
+        data=DATA,
+        checkpoint={"save_every": 3, "keep": 2},
+        logging={"tensorboard": False, "peak_tflops": 1.0},
+        optim={"precision": precision},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
+    """Training lines of each run: whole ones by their layout; ``A to B`` made three steps in A and three in B."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def begun(source: str, target: str) -> Path:
+        """A copy of a whole run that died before its last save."""
+        copy = folder / f"{source} to {target}"
+        shutil.copytree(folder / source, copy)
+        (copy / "checkpoints" / LAST / "manifest.json").unlink()
+        lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (copy / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 3))
+        return copy
+
+    def job(path: Path, layout: ParallelConfig, precision: str = "fp32") -> dict:
+        return {"kind": "train", "config": to_dict(run_of(corpus, path, layout, precision))}
+
+    def alone(path: Path) -> None:
+        config = run_of(corpus, path, PLAIN)
+        train(config, check_corpus(config), parallel.start(config.seed))
+
+    alone(folder / "alone")
+    whole = {"DP2": PLAIN, "CP2": CP2, "DP2 dist overlap": BOTH}
+    jobs = [job(folder / name, layout) for name, layout in whole.items()]
+    jobs += [job(folder / "DP2 bf16", PLAIN, "bf16"), job(folder / "DP2 dist overlap bf16", BOTH, "bf16")]
+    jobs += [job(begun("alone", "DP2 dist overlap"), BOTH), job(begun("alone", "CP2"), CP2)]
+    launch(2, jobs, folder)
+
+    jobs = [job(folder / "TP2 PP2", TP2_PP2), job(begun("alone", "TP2 PP2"), TP2_PP2)]
+    jobs += [job(begun("DP2 dist overlap", "TP2 PP2"), TP2_PP2)]
+    jobs += [job(begun("DP2 dist overlap", "TP2 DP2 dist"), dataclasses.replace(DIST, tensor=2))]
+    launch(4, jobs, folder)
+
+    jobs = [job(begun("TP2 PP2", "DP2 dist overlap"), BOTH), job(begun("DP2", "DP2 dist"), DIST)]
+    jobs += [job(begun("DP2 dist overlap", "DP2"), PLAIN), job(begun("DP2 dist overlap", "the same"), BOTH)]
+    jobs += [job(begun("DP2 bf16", "DP2 dist bf16"), DIST, "bf16")]
+    jobs += [job(begun("DP2 dist overlap bf16", "DP2 bf16"), PLAIN, "bf16")]
+    jobs += [job(begun("DP2 dist overlap bf16", "the same"), BOTH, "bf16")]
+    launch(2, jobs, folder)
+
+    for source in ("CP2", "DP2 dist overlap", "TP2 PP2"):
+        alone(begun(source, "alone"))
+    return {path.name: train_rows(path) for path in folder.iterdir() if (path / "metrics.jsonl").exists()}
+
+
+RESHARDED = [
+    "CP2 to alone",
+    "DP2 to DP2 dist",
+    "DP2 dist overlap to DP2",
+    "DP2 dist overlap to TP2 DP2 dist",
+    "DP2 dist overlap to TP2 PP2",
+    "DP2 dist overlap to alone",
+    "TP2 PP2 to DP2 dist overlap",
+    "TP2 PP2 to alone",
+    "alone to CP2",
+    "alone to DP2 dist overlap",
+    "alone to TP2 PP2",
+]
+
+
+@pytest.mark.parametrize("name", [*RESHARDED, "CP2", "DP2", "DP2 dist overlap", "TP2 PP2"])
+def test_a_run_in_another_layout_goes_on_as_if_never_interrupted(name, runs):
+    assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in runs[name]] == pytest.approx([row[key] for row in runs["alone"]], rel=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["DP2 dist overlap", "DP2 dist overlap bf16"])
+def test_resume_in_the_same_layout_changes_no_bit(name, runs):
+    for key in ("step", "loss", "loss_per_loop", "exit_distribution", "grad_norm", "learning_rate"):
+        found, expected = runs[f"{name} to the same"], runs[name]
+        assert [json.dumps(row[key]) for row in found] == [json.dumps(row[key]) for row in expected], key
+
+
+@pytest.mark.parametrize("name", ["DP2 bf16 to DP2 dist bf16", "DP2 dist overlap bf16 to DP2 bf16"])
+def test_bf16_main_weights_pass_between_the_optimizers(name, runs):
+    """bf16 weights alone would have forgotten what the main weights hold."""
+    assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in runs[name]] == pytest.approx([row["loss"] for row in runs["DP2 bf16"]], rel=1e-5)

@@ -1,0 +1,131 @@
+"""parallel.recompute and parallel.accumulate_fp32 in one process: gradients, and the memory they are for."""
+
+import dataclasses
+from functools import partial
+from itertools import repeat
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+
+from looplm.accounting import checkpointed_values_per_token
+from looplm.config import GateConfig, LossConfig, OptimConfig
+from looplm.layout import ParallelConfig
+from looplm.model import LoopLM
+from pretrain.data import Batch
+from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
+from pretrain.step import Stepper
+from tests.parity import assert_close_relative
+from tests.tiny import MODEL, run_config
+from tools.bench_memory import peak_saved_bytes
+
+MHA = dataclasses.replace(MODEL, attention="mha", num_query_groups=2)
+TOKENS = (2, 32)  # [B, S]
+
+
+def batch(seed: int = 0, batch_size: int = 2) -> Batch:
+    """Samples of two documents each: attention then has a mask."""
+    ids_BS = torch.randint(MODEL.vocab_size, (batch_size, 33), generator=torch.Generator().manual_seed(seed))
+    start_S = torch.tensor([0] * 10 + [10] * 22)
+    return Batch(
+        ids_BS[:, :-1],
+        ids_BS[:, 1:].t().contiguous(),
+        torch.ones(32, batch_size),
+        start_S[:, None].expand(-1, batch_size).contiguous(),
+    )
+
+
+def stepper_of(groups, layout, model=MODEL, dtype=torch.float32, loss=None) -> Stepper:
+    loss = loss or LossConfig()
+    torch.manual_seed(5)
+    optim = OptimConfig(
+        train_steps=6, decay_steps=2, warmup_steps=2, precision="fp32" if dtype is torch.float32 else "bf16"
+    )
+    ddp = wrap_data_parallel(LoopLM(model, GateConfig(state_size=8), groups, dtype, layout), loss, layout)
+    optimizer = build_optimizer(ddp, optim, layout)
+    return Stepper(ddp, optimizer, build_scheduler(optimizer, optim), loss, groups, 32, 2)
+
+
+def gradients(stepper: Stepper, microbatches: int) -> dict[str, torch.Tensor]:
+    stepper.backward(map(batch, range(microbatches)), microbatches)
+    return {key: value.main_grad.clone() for key, value in stepper.ddp.module.named_parameters() if value.requires_grad}
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    assert set(found) == set(expected)
+    return [key for key in expected if not torch.equal(found[key], expected[key])]
+
+
+@pytest.mark.parametrize("model", [MODEL, MHA], ids=["mla", "mha"])
+@pytest.mark.parametrize("mode", ["selective", "full", "loop"])
+def test_gradients_equal_those_without_recomputing(mode, model, single_process, monkeypatch):
+    calls = []
+    original = megatron_random.CheckpointFunction.backward
+    counted = staticmethod(lambda ctx, *args: calls.append(ctx) or original(ctx, *args))
+    monkeypatch.setattr(megatron_random.CheckpointFunction, "backward", counted)
+    expected = stepper_of(single_process, ParallelConfig(), model)
+    found = stepper_of(single_process, ParallelConfig(recompute=mode), model)
+    one = gradients(expected, 1)
+    assert calls == [] and all(value.any() for key, value in one.items() if "gate" not in key)
+    again = gradients(found, 1)
+    assert len(calls) == {"selective": 6, "full": 6, "loop": 3}[mode]  # 2 layers, 3 loops
+    if mode == "selective":
+        assert differing(again, one) == []
+    # Else sums differ in their order: a block's two ways back meet before they join the head's, and each loop's gradient
+    # is added to the buffer by itself.
+    assert_close_relative(again, one, 1e-6)
+    assert_close_relative(gradients(found, 3), gradients(expected, 3), 1e-6)
+
+
+def test_nothing_is_recomputed_where_nothing_is_learned(single_process, monkeypatch):
+    """Under the gate's stage the trunk has no backward; in evaluation nothing has."""
+    monkeypatch.setattr(megatron_random.CheckpointFunction, "backward", None)
+    frozen = LossConfig(objective="adaptive_gate")
+    expected = gradients(stepper_of(single_process, ParallelConfig(), loss=frozen), 1)
+    for mode in ("full", "loop"):
+        stepper = stepper_of(single_process, ParallelConfig(recompute=mode), loss=frozen)
+        assert differing(gradients(stepper, 1), expected) == []
+        assert stepper.evaluate(repeat(batch()), 2).tokens == 128
+
+
+def test_overlap_of_one_rank_changes_no_bit_over_steps(single_process):
+    """From the second step on Megatron knows how many gradients to wait for, one of a parameter for each recomputation."""
+    for mode in ("none", "full", "loop"):
+        rows = []
+        for overlap in (False, True):
+            stepper = stepper_of(single_process, ParallelConfig(recompute=mode, overlap_grad_reduce=overlap))
+            rows.append([stepper.train(map(batch, range(2)), 2) for _ in range(3)])
+        assert rows[0] == rows[1]
+
+
+def test_accumulating_in_bf16_costs_precision(single_process):
+    """Sixteen micro-batches of bf16 weights, recomputed so that each loop's gradient is added by itself."""
+    layout = ParallelConfig(recompute="loop")
+    exact = gradients(stepper_of(single_process, layout, dtype=torch.bfloat16), 16)
+    coarse = gradients(
+        stepper_of(single_process, dataclasses.replace(layout, accumulate_fp32=False), dtype=torch.bfloat16), 16
+    )
+    assert {value.dtype for value in exact.values()} == {torch.float32}
+    assert {value.dtype for value in coarse.values()} == {torch.bfloat16}
+    moving = [key for key in exact if exact[key].abs().max() > 0]
+    errors = {key: ((coarse[key].float() - exact[key]).norm() / exact[key].norm()).item() for key in moving}
+    assert 1e-3 < sum(errors.values()) / len(errors) < 5e-2, errors
+
+
+def test_memory_falls_as_predicted(single_process, tmp_path):
+    """Every loop more costs what accounting says, and the ways keep their order."""
+
+    def peak(mode: str, num_loops: int, num_layers: int = 4) -> float:
+        config = run_config(tmp_path, tmp_path, parallel=ParallelConfig(recompute=mode))
+        model = dataclasses.replace(MODEL, num_loops=num_loops, num_layers=num_layers)
+        plain = batch()._replace(document_start_SB=None)
+        return peak_saved_bytes(dataclasses.replace(config, model=model), plain, single_process) / 64 / 4
+
+    peaks = {mode: [peak(mode, loops) for loops in (3, 4)] for mode in ("none", "selective", "full", "loop")}
+    three = {mode: values[0] for mode, values in peaks.items()}
+    assert three["full"] < three["loop"] < three["selective"] < three["none"]
+    model = dataclasses.replace(MODEL, num_layers=4)
+    for mode in ("full", "loop"):
+        predicted = partial(checkpointed_values_per_token, model, recompute=mode)
+        grown = predicted(num_loops=4) - predicted(num_loops=3)
+        assert peaks[mode][1] - peaks[mode][0] == pytest.approx(grown, rel=0.02), mode
