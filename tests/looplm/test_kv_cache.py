@@ -64,14 +64,17 @@ def test_per_loop_is_the_cacheless_model(shape: str, gate: str, single_process: 
     assert len(depths) > 1, "the gate must decide something, or this shows nothing"
 
 
-def test_depth_bounds_clamp_what_the_gate_says(single_process: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("threshold, outside", [(0.45, 1), (0.6, 4)])
+def test_depth_bounds_clamp_what_the_gate_says(
+    threshold: float, outside: int, single_process: ProcessGroupCollection
+) -> None:
     model = build(MLA, GATES["sequence"], single_process)
     given = {}
     for least, most in ((1, 4), (2, 3)):
         torch.manual_seed(5)
-        _, steps = teacher_forced(model, ExitRule(min_depth=least, max_depth=most, threshold=0.6))
+        _, steps = teacher_forced(model, ExitRule(min_depth=least, max_depth=most, threshold=threshold))
         given[most] = torch.tensor([step.depths for step in steps])
-    assert torch.equal(given[3], given[4].clamp(2, 3)) and len(given[4].unique()) > 2
+    assert torch.equal(given[3], given[4].clamp(2, 3)) and outside in given[4]
 
 
 @pytest.mark.parametrize("depth", [1, 3, 6])
