@@ -9,6 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,15 @@ from torch import Tensor
 from looplm import device
 from looplm.config import GateConfig, ModelConfig
 from looplm.inference.attention import LatentAttention
-from looplm.inference.depth_batch import DepthBatch
+from looplm.inference.depth_batch import DepthBatch, Left
 from looplm.inference.early_exit import ExitMeter, ExitRule, Verdict
 from looplm.inference.generate import GenerationConfig, Generator
 from looplm.inference.prefill import Prefill
 from looplm.inference.stack import LoopedStack
 from looplm.model import LoopLM
 
+# The recipe's blocks, so many that the stack outweighs the head, as it does in models that are meant to be used.
+LAYERS = 12
 PROMPT, NEW = 64, 64
 BATCHES = (1, 16)
 DEPTHS_OF_4 = (1, 1, 1, 2, 2, 3, 4)  # most leave early, some do not: 2 on average
@@ -55,9 +58,9 @@ class _Pattern(ExitMeter):
 
 def bench_decode(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, repeats: int) -> None:
     """Print the tables; everything in turns, from the median."""
-    built = LoopLM(model, gate, groups).eval()
+    built = LoopLM(replace(model, num_layers=LAYERS), gate, groups).eval()
     print(
-        f"\ndecoding, fp32: prompts of {PROMPT} tokens, {NEW} new ones, {model.num_loops} loops, cache of the last loop"
+        f"\ndecoding, fp32, {LAYERS} layers: prompts of {PROMPT} tokens, {NEW} new ones, {model.num_loops} loops, cache of the last loop"
     )
     for rows in BATCHES:
         _show(f"batch {rows}", _timed(_exits(built, rows), rows * NEW, repeats))
@@ -112,15 +115,15 @@ def _drive(
         ids, left = [0] * rows, rows * NEW
         with device.adapter_off():
             batch.start(range(rows), ids)
+            exits: list[Left] = []
             while left > 0:
-                step = batch.advance()
-                for row, token_id in zip(
-                    step.rows, step.logits_NV.argmax(-1).tolist() if step.rows else (), strict=True
-                ):
+                exits.append(batch.advance())
+                if not (exits[-1].rows if continuous else not batch.in_flight):
+                    continue
+                step, exits = batch.read(exits), []
+                for row, token_id in zip(step.rows, step.logits_NV.argmax(-1).tolist(), strict=True):
                     ids[row], left = token_id, left - 1
-                ready = step.rows if continuous else [] if batch.in_flight else range(rows)
-                if ready:
-                    batch.start(ready, [ids[row] for row in ready])
+                batch.start(step.rows, [ids[row] for row in step.rows])
 
     return prepare
 

@@ -96,17 +96,17 @@ class LatentAttention:
             down = F.linear(x_SND, self._query_down)
             down = torch.rms_norm(down, self._query_norm.shape, self._query_norm, self.eps)
         query = F.linear(down, self._query).unflatten(-1, (self.heads, -1))
-        nope, rope = query.split([self.nope, self.rope], dim=-1)
-        latent, key_rope = F.linear(x_SND, self._down).split([self.latent, self.rope], dim=-1)
+        nope, rope = query.split_with_sizes([self.nope, self.rope], -1)
+        latent, key_rope = F.linear(x_SND, self._down).split_with_sizes([self.latent, self.rope], -1)
         turned = rotate(torch.cat((rope, key_rope.unsqueeze(2)), dim=2), turn_SN1K)
         latent = torch.rms_norm(latent, self._norm.shape, self._norm, self.eps)
         return (nope, turned[:, :, : self.heads]), torch.cat((latent, turned[:, :, self.heads]), dim=-1)
 
     def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:
         """The last S of T positions over themselves and those before them: contexts [S, N, H * V]."""
-        latent, key_rope = entry_TNW.split([self.latent, self.rope], dim=-1)
+        latent, key_rope = entry_TNW.split_with_sizes([self.latent, self.rope], -1)
         grown = F.linear(latent, self._up).unflatten(-1, (self.heads, -1))
-        nope, value = grown.split([self.nope, self.value], dim=-1)
+        nope, value = grown.split_with_sizes([self.nope, self.value], -1)
         key = torch.cat((nope, key_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
         return attend(torch.cat(query, dim=-1), key, value, mask_11ST, self.scale)
 

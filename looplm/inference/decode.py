@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from looplm import device
-from looplm.inference.depth_batch import DepthBatch
+from looplm.inference.depth_batch import DepthBatch, Left
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.kv_cache import CacheMode, KVCache
 from looplm.inference.prefill import Prefill, Step
@@ -64,10 +64,7 @@ class Decoder:
         """
         with device.adapter_off():
             self.batch.start(rows, ids)
-            steps: list[Step] = []
-            while sum(len(step.rows) for step in steps) < len(rows):
-                steps.append(self.batch.advance())
-        found = [place for step in steps for place in zip(step.rows, step.depths, strict=True)]
-        order = sorted(range(len(found)), key=lambda index: found[index])
-        logits_NV = torch.cat([step.logits_NV for step in steps if step.rows])[order]
-        return Step([found[index][0] for index in order], logits_NV, [found[index][1] for index in order])
+            left: list[Left] = []
+            while sum(len(some.rows) for some in left) < len(rows):
+                left.append(self.batch.advance())
+            return self.batch.read(left)

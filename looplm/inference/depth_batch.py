@@ -17,6 +17,7 @@ Shapes: N tokens in the pass, each its own lane (S = 1), D hidden, V vocabulary,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,15 @@ class _Flight:
     loop: int = 0  # it runs in the next pass
     read: bool = False  # it has left, and runs on for its entries only
     gone: bool = False
+
+
+class Left(NamedTuple):
+    """Tokens that left in a pass: rows, depths, hidden states, and logits if the rule has asked for them."""
+
+    rows: list[int]
+    depths: list[int]
+    h_ND: Tensor
+    logits_NV: Tensor | None
 
 
 class DepthBatch:
@@ -101,12 +111,8 @@ class DepthBatch:
             if flight.row == source:
                 flight.row = target
 
-    def advance(self) -> Step:
-        """One pass: every token in flight runs its next loop.
-
-        Returns:
-            what the next tokens of the rows whose token left are drawn from.
-        """
+    def advance(self) -> Left:
+        """One pass: every token in flight runs its next loop. Returns those that left, for :meth:`read`."""
         self._regroup()
         flights = self._flights
         rows, loops = [flight.row for flight in flights], [flight.loop for flight in flights]
@@ -119,14 +125,29 @@ class DepthBatch:
             flight.loop += 1
             flight.read |= leaves
             flight.gone = flight.read and not (self.runs_on and flight.loop < self._rule.max_depth)
-        if not leaving:
-            return Step([], self._h_1ND.new_empty(0), [])
         everyone = len(leaving) == len(flights)
-        if verdict.logits_NV is not None:
-            logits_NV = verdict.logits_NV if everyone else verdict.logits_NV[leaving]
+        h_ND = self._h_1ND[0] if everyone else self._h_1ND[0, leaving]
+        logits_NV = verdict.logits_NV if everyone or verdict.logits_NV is None else verdict.logits_NV[leaving]
+        return Left([rows[index] for index in leaving], [loops[index] + 1 for index in leaving], h_ND, logits_NV)
+
+    def read(self, left: Sequence[Left]) -> Step:
+        """The head, once over the tokens that left in some passes; in the order of their rows."""
+        found = sorted(
+            (row, depth, index)
+            for index, (row, depth) in enumerate(
+                pair for some in left for pair in zip(some.rows, some.depths, strict=True)
+            )
+        )
+        order = [index for *_, index in found]
+        known = [some.logits_NV for some in left if some.logits_NV is not None and some.rows]
+        # Where the score was made from logits, all tokens have them but those of a pass in which all were at the end.
+        if len(known) == sum(bool(some.rows) for some in left):
+            logits_NV = torch.cat(known)
         else:
-            logits_NV = self._stack.head(self._h_1ND[0] if everyone else self._h_1ND[0, leaving])
-        return Step([rows[index] for index in leaving], logits_NV, [loops[index] + 1 for index in leaving])
+            logits_NV = self._stack.head(torch.cat([some.h_ND for some in left]))
+        if order != list(range(len(order))):
+            logits_NV = logits_NV[order]
+        return Step([row for row, *_ in found], logits_NV, [depth for _, depth, _ in found])
 
     def _regroup(self) -> None:
         """Tokens that are gone make way, new ones join; in the order of their rows, so that the cache need not be copied."""

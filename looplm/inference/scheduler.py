@@ -86,9 +86,10 @@ class Scheduler:
     def _decode(self) -> list[Emission]:
         if isinstance(self._batch, Speculation):
             return self._batch.round()
-        step = self._batch.advance()
-        if not step.rows:
+        left = self._batch.advance()
+        if not left.rows:
             return []
+        step = self._batch.read([left])
         drawn = self._sampler.draw(step.rows, step.logits_NV)
         rows = zip(step.rows, drawn.ids, step.depths, drawn.sound, strict=True)
         return [Emission(row, [token_id], depth, sound) for row, token_id, depth, sound in rows]
