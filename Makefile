@@ -117,7 +117,7 @@ format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble
+bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
 	@$(PY) -m tools.bench
 
 # ---- clean

@@ -6,6 +6,8 @@ answers those calls for the CPU, once per process; on CUDA it changes nothing. E
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -99,6 +101,13 @@ def install() -> None:
     mode = _CudaMeansCpu()
     mode.__enter__()
     _installed.append(mode)
+
+
+@contextmanager
+def adapter_off() -> Iterator[None]:
+    """For code that calls torch alone and often, such as decoding: the adapter looks at every call, which costs time."""
+    with torch._C.DisableTorchFunction():
+        yield
 
 
 def rng_state() -> dict[str, torch.Tensor]:

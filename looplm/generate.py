@@ -1,6 +1,7 @@
 """Continue texts with a trained model, in the terminal and into a file.
 
 python -m looplm.generate --checkpoint runs/quickstart/gate --prompt "def parse(" --kv_cache last --exit_threshold 0.9
+python -m looplm.generate --checkpoint runs/quickstart/gate --interactive true --temperature 0.7
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from looplm import parallel
 from looplm.checkpoint import open_model
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.files import write_whole
-from looplm.inference.generate import Generation, GenerationConfig, Generator
+from looplm.inference.generate import Generation, GenerationConfig, Generator, Request
 from looplm.inference.text_stream import Token
 
 _SEPARATOR = "---"
@@ -35,6 +36,8 @@ class GenerateConfig(GenerationConfig):
         checkpoint: a training directory (its newest checkpoint is taken) or a step directory.
         prompt: text to continue.
         prompts: file of texts to continue, separated by lines of three dashes.
+        interactive: read lines from the terminal and continue the growing text after each; /reset forgets it, /quit or
+            the end of input leaves, Ctrl-C ends an answer.
         output: file to write the samples to, one JSON object a line.
         num_samples: continuations per prompt, each with a seed of its own.
         precision: what to compute in, fp32 or bf16.
@@ -43,14 +46,17 @@ class GenerateConfig(GenerationConfig):
     checkpoint: str
     prompt: str = ""
     prompts: str = ""
+    interactive: bool = False
     output: str | None = None
     num_samples: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fix = "give either some text or, in prompts, a file of texts"
-        require((self.prompt == "") != (self.prompts == ""), "prompt", self.prompt, fix)
+        given = [self.prompt != "", self.prompts != "", self.interactive]
+        fix = "give some text, or in prompts a file of texts, or interactive; one of the three"
+        require(sum(given) == 1, "prompt", self.prompt, fix)
+        require(not self.interactive or self.output is None, "output", self.output, "it belongs to prompt and prompts; leave it out with interactive")  # fmt: skip
         require(self.num_samples >= 1, "num_samples", self.num_samples, "give at least 1")
         if self.output is not None:
             path = Path(self.output)
@@ -61,31 +67,85 @@ class GenerateConfig(GenerationConfig):
 def main(argv: list[str]) -> None:
     """Generate, show, and write."""
     config = parse_config(GenerateConfig, argv, prog="python -m looplm.generate", description=str(__doc__))
-    prompts = [config.prompt] if config.prompt else read_prompts(config.prompts)
+    prompts = [config.prompt] if config.prompt else read_prompts(config.prompts) if config.prompts else []
     groups = parallel.start(config.seed)
     try:
         opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
         generator = Generator(opened.model, opened.tokenizer, opened.eos_id, opened.gate_trained)
-        trained_loops = opened.config.model.num_loops
-        repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
-        printer = Printer(repeated, trained_loops)
-        alone = len(repeated) == 1
-        start = time.perf_counter()
-        generations = generator.generate(repeated, config, printer.token if alone else None)
-        seconds = time.perf_counter() - start
+        printer = Printer(opened.config.model.num_loops)
+        if config.interactive:
+            converse(generator, config, printer)
+        else:
+            _continue_prompts(generator, config, prompts, printer)
     finally:
         parallel.stop()
+
+
+def _continue_prompts(generator: Generator, config: GenerateConfig, prompts: list[str], printer: "Printer") -> None:
+    repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    alone = len(repeated) == 1
+
+    def show(index: int, token: Token) -> None:
+        printer.token(token)
+
+    start = time.perf_counter()
+    if alone:
+        printer.prompt(repeated[0])
+    generations = generator.generate(repeated, config, show if alone else None)
+    seconds = time.perf_counter() - start
     if not alone:  # side by side they would be written into one another
-        for index, generation in enumerate(generations):
+        for generation in generations:
+            printer.prompt(generation.prompt)
             for token in generation.tokens:
-                printer.token(index, token)
+                printer.token(token)
     printer.end(generations, seconds)
     whole = [generation for generation in generations if generation.error is None]
     if config.output is not None and whole:
-        write_samples(Path(config.output), whole, config, trained_loops)
+        write_samples(Path(config.output), whole, config, printer.trained_loops)
     for index, generation in enumerate(generations):
         if generation.error is not None:
             raise UserError(f"prompt {index // config.num_samples + 1} of {len(prompts)}: {generation.error}")
+
+
+def converse(generator: Generator, config: GenerateConfig, printer: "Printer") -> None:
+    """Lines in, continuations of the whole text so far out, until the input ends.
+
+    The oldest part of a text that leaves no room for an answer is forgotten.
+    """
+    config.exit_rule(printer.trained_loops, generator.gate_trained)  # refused before the first line is asked for
+    context, text, turn = generator.model.shape.max_sequence_length, list[int](), 0
+    room = max(1, context - config.max_new_tokens)
+    while (line := _ask()) not in (None, "/quit"):
+        if line == "/reset":
+            text = []
+            continue
+        text = (text + generator.tokenizer.encode(f"{line}\n", add_special_tokens=False).ids)[-room:]
+        answer = list[Token]()
+
+        def hear(_: int, token: Token, answer: list[Token] = answer) -> None:
+            answer.append(token)
+            printer.token(token)
+
+        start = time.perf_counter()
+        try:
+            [generation] = generator.generate([Request(text, seed=config.seed + turn)], config, hear)
+            if generation.error is not None:
+                print(f"error: {generation.error}", file=sys.stderr)
+            else:
+                printer.end([generation], time.perf_counter() - start)
+        except KeyboardInterrupt:
+            print()
+        text += [token.id for token in answer]
+        if answer and not answer[-1].text.endswith("\n"):
+            text += generator.tokenizer.encode("\n", add_special_tokens=False).ids
+        turn += 1
+
+
+def _ask() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
 
 
 def read_prompts(path: str) -> list[str]:
@@ -125,32 +185,41 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
 class Printer:
     """Text on the terminal; each token in the colour of its depth if that is a terminal, plain otherwise."""
 
-    def __init__(self, prompts: list[str], trained_loops: int) -> None:
-        self.prompts, self.trained_loops = prompts, trained_loops
+    def __init__(self, trained_loops: int) -> None:
+        self.trained_loops = trained_loops
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that knows no UTF-8 shows "?", not a traceback
         self.coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        self._shown = -1
+        self._first = True
 
-    def token(self, index: int, token: Token) -> None:
-        """The next token of a prompt; the prompt goes before the first."""
-        if index != self._shown:
-            separator = "" if self._shown < 0 else f"\n{_SEPARATOR}\n"
-            bold, plain = ("\033[1m", "\033[0m") if self.coloured else ("", "")
-            sys.stdout.write(f"{separator}{bold}{self.prompts[index]}{plain}")
-            self._shown = index
+    def prompt(self, text: str) -> None:
+        """What the next tokens continue."""
+        separator = "" if self._first else f"\n{_SEPARATOR}\n"
+        bold, plain = ("\033[1m", "\033[0m") if self.coloured else ("", "")
+        sys.stdout.write(f"{separator}{bold}{text}{plain}")
+        sys.stdout.flush()
+        self._first = False
+
+    def token(self, token: Token) -> None:
+        """The next token."""
         sys.stdout.write(self._paint(token.text, token.depth))
         sys.stdout.flush()
 
     def end(self, generations: list[Generation], seconds: float) -> None:
         """What the colours mean, and how deep and fast it went."""
-        depths = [token.depth for generation in generations for token in generation.tokens]
+        depths = [depth for generation in generations for depth in generation.depths]
         legend = " ".join(self._paint(str(depth), depth) for depth in sorted(set(depths)))
         mean = sum(depths) / max(1, len(depths))
         print(
             f"\n\n{len(depths)} tokens, {len(depths) / seconds:.1f} per second; "
             f"mean depth {mean:.2f} of {self.trained_loops} trained loops (depths: {legend})"
         )
+        beyond, drafted = (sum(getattr(g, key) for g in generations) for key in ("beyond_training", "drafted"))
+        if beyond:
+            print(f"{beyond} of them ran deeper than the model was trained")
+        if drafted:
+            accepted = sum(generation.accepted for generation in generations)
+            print(f"{accepted} of {drafted} drafted tokens accepted ({accepted / drafted:.0%})")
 
     def _paint(self, text: str, depth: int) -> str:
         if not self.coloured:

@@ -1,14 +1,15 @@
-"""Measure a checkpoint at every depth, beyond the trained one too, and along the exit gate's thresholds.
+"""Measure a checkpoint at every depth, beyond the trained one too, and along the exit gate's thresholds; with --kv_caches
+also as it generates, token by token through each cache.
 
 Prints a table and writes it as JSON. Validation data are the checkpoint's own (data.valid) unless others are named.
 """
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,8 +18,11 @@ from tqdm import tqdm
 from looplm import checkpoint, parallel
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import DataSource, LossConfig, RunConfig
+from looplm.evaluation.decoding import decoding_report, texts_of
 from looplm.evaluation.depth import DepthMeter
 from looplm.files import write_whole
+from looplm.inference.early_exit import ExitRule, ExitSignal
+from looplm.inference.kv_cache import CacheMode
 from looplm.model import LoopLM
 from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
 from pretrain.step import loop_losses
@@ -37,6 +41,11 @@ class EvaluateConfig:
         batch_size: sequences in one forward pass.
         valid: prefix of validation data; null takes the checkpoint's own.
         output: JSON file to write; null writes CHECKPOINT/evaluation.json.
+        kv_caches: caches to decode the same samples through, separated by commas: per_loop, last, mean, first; none if
+            empty.
+        exit_thresholds: with kv_caches: thresholds to decode at; 1 is full depth.
+        exit_signal: with kv_caches: the score that is held against the thresholds.
+        prompt_tokens: with kv_caches: tokens of each text that are read as a prompt; those after them are measured.
     """
 
     checkpoint: str
@@ -45,11 +54,19 @@ class EvaluateConfig:
     batch_size: int = 4
     valid: str | None = None
     output: str | None = None
+    kv_caches: str = ""
+    exit_thresholds: str = "1"
+    exit_signal: ExitSignal = "gate"
+    prompt_tokens: int = 32
 
     def __post_init__(self) -> None:
         require(self.samples > 0, "samples", self.samples, "give a number above 0")
         require(self.batch_size > 0, "batch_size", self.batch_size, "give a number above 0")
         require(bool(self.depth_list), "depths", self.depths, "give whole numbers above 0, such as 1,2,4,8")
+        modes = set(get_args(CacheMode))
+        require(modes.issuperset(self.cache_list), "kv_caches", self.kv_caches, "give some of per_loop,last,mean,first")
+        require(bool(self.threshold_list), "exit_thresholds", self.exit_thresholds, "give numbers from 0 to 1, such as 0.5,0.9,1")  # fmt: skip
+        require(self.prompt_tokens > 0, "prompt_tokens", self.prompt_tokens, "give a number above 0")
 
     @property
     def depth_list(self) -> list[int]:
@@ -57,14 +74,29 @@ class EvaluateConfig:
         parts = [part.strip() for part in self.depths.split(",")]
         return sorted({int(part) for part in parts}) if all(part.isdigit() and int(part) > 0 for part in parts) else []
 
+    @property
+    def cache_list(self) -> list[str]:
+        """Caches in the order given."""
+        return [part.strip() for part in self.kv_caches.split(",") if part.strip()]
+
+    @property
+    def threshold_list(self) -> list[float]:
+        """Thresholds in the order given; empty when they cannot be read."""
+        try:
+            values = [float(part) for part in self.exit_thresholds.split(",")]
+        except ValueError:
+            return []
+        return values if all(0 <= value <= 1 for value in values) else []
+
 
 def main(argv: list[str]) -> None:
     """``python -m pretrain.evaluate --checkpoint DIR --depths 1,2,3,4,6,8``"""
     config = parse_config(EvaluateConfig, argv, prog="python -m pretrain.evaluate", description=str(__doc__))
     found = checkpoint.locate(config.checkpoint)
     run = _validation_run(config, checkpoint.read_config(found))
-    corpus = check_corpus(run)
-    if corpus.tokenizer_sha256 != checkpoint.read_about(found).tokenizer_sha256:
+    corpus, about = check_corpus(run), checkpoint.read_about(found)
+    _check_decoding(config, run, about.gate_trained)
+    if corpus.tokenizer_sha256 != about.tokenizer_sha256:
         raise UserError(
             f"{run.data.valid[0].prefix}: made with another tokenizer than {found}; use {found}/tokenizer.json"
         )
@@ -73,9 +105,12 @@ def main(argv: list[str]) -> None:
         opened = checkpoint.open_model(str(found), groups)
         valid_set = build_valid_set(run, corpus)
         assert valid_set is not None  # _validation_run saw to it
-        batches = micro_batches(valid_set, run.data, 0, groups.dp.rank(), groups.dp.size())
+        count = -(-config.samples // (config.batch_size * groups.dp.size()))
+        batches = list(islice(micro_batches(valid_set, run.data, 0, groups.dp.rank(), groups.dp.size()), count))
         report = {"checkpoint": str(found), "step": opened.step}
         report |= measure(opened.model, batches, config, groups, run.loss)
+        if config.cache_list:
+            report["decoding"] = measure_decoding(opened.model, batches, config, groups)
     finally:
         parallel.stop()
     if parallel.is_rank_0():
@@ -98,19 +133,40 @@ def _validation_run(config: EvaluateConfig, trained: RunConfig) -> RunConfig:
 
 @torch.no_grad()
 def measure(
-    model: LoopLM, batches: Iterator[Batch], config: EvaluateConfig, groups: ProcessGroupCollection, loss: LossConfig
+    model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection, loss: LossConfig
 ) -> dict[str, Any]:
     """Run every validation batch to the deepest depth asked for; see :class:`DepthMeter` for what comes back."""
     trained, depths = model.shape.num_loops, config.depth_list
     deepest = max(trained, *depths)
     meter = DepthMeter(sorted({*depths, deepest}), trained, THRESHOLDS)
-    count = -(-config.samples // (config.batch_size * groups.dp.size()))
-    for _ in tqdm(range(count), unit="batch", disable=not (parallel.is_rank_0() and sys.stderr.isatty())):
-        batch = next(batches)
+    for batch in tqdm(batches, unit="batch", disable=not (parallel.is_rank_0() and sys.stderr.isatty())):
         meter.add(*loop_losses(model, batch, loss, num_loops=deepest), batch.mask_SB)
     report = meter.report(groups.dp)
     report["depths"] = [row for row in report["depths"] if row["depth"] in depths]
     return report
+
+
+def measure_decoding(
+    model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection
+) -> list[dict[str, Any]]:
+    """The same samples token by token, through each cache at each threshold."""
+    texts = [text for batch in batches for text in texts_of(*batch)]
+    rules = [
+        ExitRule(max_depth=model.shape.num_loops, threshold=threshold, signal=config.exit_signal)
+        for threshold in config.threshold_list
+    ]
+    modes = cast(list[CacheMode], config.cache_list)
+    return decoding_report(model, texts, config.prompt_tokens, config.batch_size, modes, rules, groups.dp)
+
+
+def _check_decoding(config: EvaluateConfig, run: RunConfig, gate_trained: bool) -> None:
+    """What only the checkpoint can tell of the decoding that is asked for."""
+    if not config.cache_list:
+        return
+    by_gate = config.exit_signal == "gate" and min(config.threshold_list) < 1
+    require(gate_trained or not by_gate, "exit_thresholds", config.exit_thresholds, "this checkpoint's gate was never trained; run the gate stage, give 1, or another exit_signal")  # fmt: skip
+    length = run.data.seq_length
+    require(config.prompt_tokens < length, "prompt_tokens", config.prompt_tokens, f"samples have {length} tokens; leave some to measure")  # fmt: skip
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -124,6 +180,13 @@ def _show(report: dict[str, Any]) -> None:
     print(f"{'threshold':>10} {'loss':>9} {'mean depth':>11}")
     for row in report["exit_curve"]:
         print(f"{row['threshold']:>10} {row['loss']:>9.4f} {row['mean_depth']:>11.2f}")
+    if "decoding" in report:
+        print(f"{'cache':>10} {'loss':>9} {'perplexity':>11} {'threshold':>10} {'mean depth':>11}")
+    for row in report.get("decoding", []):
+        print(
+            f"{row['kv_cache']:>10} {row['loss']:>9.4f} {row['perplexity']:>11.2f} {row['exit_threshold']:>10} "
+            f"{row['mean_depth']:>11.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure this machine: the engine against plain torch, the memory of the chunked head, a pipeline's bubble.
+"""Measure this machine: the engine against plain torch, the memory of the chunked head, decoding, a pipeline's bubble.
 
 Everything that is compared is measured in one run, in turns: machines are noisy, ratios are not. The plain-torch model is
 the oracle of ``tests/reference.py`` with torch's fused attention, its own parameters and torch's AdamW.
@@ -30,6 +30,7 @@ from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_p
 from pretrain.step import Stepper
 from tests.reference import ReferenceLM
 from tools import bench_pipeline
+from tools.bench_decode import bench_decode
 from tools.bench_memory import bench_recompute
 
 # A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits are what is measured.
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> None:
         for precision in ("fp32", "bf16"):
             bench_training(replace(recipe, optim=replace(recipe.optim, precision=precision)), config, groups)
         bench_recompute(recipe, config.batch, groups)
+        bench_decode(recipe.model, recipe.gate, groups, config.repeats)
     finally:
         parallel.stop()
     bench_pipeline.launch(config.repeats)

@@ -1,1 +1,1 @@
-"""Measurements of a looped model at every depth."""
+"""Measurements of a looped model: at every depth, and as it decodes."""

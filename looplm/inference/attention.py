@@ -9,115 +9,150 @@ A prompt is attended to as in training: causally, heads expanded. A later token 
 expands them: since ``q . (U c) = (U^T q) . c``, queries go down into the latent space, the softmax runs over entries as
 they lie in the cache, and one up-projection per token makes the values (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
 
-Shapes: S sequence, N tokens side by side (one per row), D hidden, H heads, G key-value heads, K query-key width,
-V value width, C latent, W entry, T cached positions.
+The weights are the model's own, in plain torch calls: one token is so little work that a module's wrapping would show.
+Rotated channels lie in pairs here, whatever their order in training: queries and keys agree, so their products do.
+
+Shapes: S tokens of a lane, one after another, N lanes, D hidden, H heads, G key-value heads, P query heads per key-value
+head, K query-key width, V value width, C latent, W entry, T cached positions.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.config import ModelConfig
-from looplm.model import LoopLM
+
+Query = tuple[Tensor, ...]
 
 
-class Rotary(NamedTuple):
-    """Cosine and sine of every token's angles, [S, N, 1, K]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def rotate(self, x_SNHK: Tensor) -> Tensor:
-        """Half-split rotation, as the training path's (Megatron's ``_apply_rotary_pos_emb_bshd``)."""
-        first, second = x_SNHK.chunk(2, dim=-1)
-        return x_SNHK * self.cos + torch.cat((-second, first), dim=-1) * self.sin
-
-    def rotate_pairs(self, x_SNHK: Tensor) -> Tensor:
-        """The same for channels that lie in pairs (0,1), (2,3), ...: MLA's."""
-        return self.rotate(torch.cat((x_SNHK[..., 0::2], x_SNHK[..., 1::2]), dim=-1))
+def rotate(x_SNHK: Tensor, turn_SN1K: Tensor) -> Tensor:
+    """Turn the pairs of channels (0,1), (2,3), ... by the angles of ``turn`` (complex, [S, N, 1, K/2])."""
+    pairs = torch.view_as_complex(x_SNHK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn_SN1K).flatten(-2).to(x_SNHK.dtype)
 
 
-def rotary_at(position_SN: Tensor, frequency_K: Tensor, dtype: torch.dtype) -> Rotary:
-    """The angles at these positions, from the model's own frequencies; rounded to the model's type as in training."""
-    angle = position_SN[..., None, None].float() * frequency_K.to(position_SN.device)
-    angle = torch.cat((angle, angle), dim=-1)
-    return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
+def attend(query: Tensor, key: Tensor, value: Tensor, mask_11ST: Tensor | None, scale: float | None = None) -> Tensor:
+    """Attend over a prompt.
+
+    Args:
+        query: [S, N, H, K].
+        key: [T, N, G, K].
+        value: [T, N, G, V].
+        mask_11ST: added to the scores; None for plainly causal, with S = T.
+        scale: of the scores; None for 1 / sqrt(K).
+
+    Returns:
+        [S, N, H * V].
+    """
+    width, wider = value.size(-1), key.size(-1) - value.size(-1)
+    if wider > 0:  # unequal widths would leave the flash kernel for one that materialises S x T
+        value = F.pad(value, (0, wider))
+    query_NHSK, key_NGTK, value_NGTV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    mixed_NHSV = F.scaled_dot_product_attention(
+        query_NHSK,
+        key_NGTK,
+        value_NGTV,
+        attn_mask=mask_11ST,
+        is_causal=mask_11ST is None,
+        scale=scale,
+        enable_gqa=key.size(2) != query.size(2),
+    )
+    return mixed_NHSV[..., :width].permute(2, 0, 1, 3).flatten(2)
 
 
 class LatentAttention:
-    """MLA. Built on the model's own module; the absorbed matrices are views of its weights."""
+    """MLA. The absorbed matrices are views of the model's weights.
+
+    Args:
+        module: Megatron's.
+        shape: the model's.
+    """
 
     def __init__(self, module: Any, shape: ModelConfig) -> None:
-        self.module = module
+        self.scale, self.eps = module.softmax_scale, shape.norm_eps
         self.heads, self.latent = shape.num_attention_heads, shape.kv_lora_rank
         self.nope, self.rope, self.value = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
-        up_HXC = module.linear_kv_up_proj.weight.view(self.heads, self.nope + self.value, self.latent)
-        self.key_up_HKC, self.value_up_HVC = up_HXC.split([self.nope, self.value], dim=1)
-
-    def project(self, x_SND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Queries [S, N, H, K] and entries [S, N, W]."""
-        m = self.module
-        if m.config.q_lora_rank is None:
-            query = m.linear_q_proj(x_SND)[0]
+        self.queries_per_entry = self.heads
+        self._has_query_latent = shape.q_lora_rank is not None
+        if self._has_query_latent:
+            self._query_down = module.linear_q_down_proj.weight.detach()
+            self._query_norm = module.q_layernorm.weight.detach()
+            self._query = module.linear_q_up_proj.weight.detach()
         else:
-            query = m.linear_q_up_proj(m.q_layernorm(m.linear_q_down_proj(x_SND)[0]))[0]
-        nope, rope = query.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
-        latent, key_rope = m.linear_kv_down_proj(x_SND)[0].split([self.latent, self.rope], dim=-1)
-        entry_SNW = torch.cat((m.kv_layernorm(latent), rotary.rotate_pairs(key_rope.unsqueeze(2)).squeeze(2)), dim=-1)
-        return torch.cat((nope, rotary.rotate_pairs(rope)), dim=-1), entry_SNW
+            self._query = module.linear_q_proj.weight.detach()
+        self._down = module.linear_kv_down_proj.weight.detach()
+        self._norm = module.kv_layernorm.weight.detach()
+        self._up = module.linear_kv_up_proj.weight.detach()
+        up_HXC = self._up.view(self.heads, self.nope + self.value, self.latent)
+        self._key_up_HKC, value_up_HVC = up_HXC.split([self.nope, self.value], dim=1)
+        self._value_up_HCV = value_up_HVC.transpose(1, 2)
 
-    def attend_prompt(self, query_SNHK: Tensor, entry_SNW: Tensor) -> Tensor:
-        """Each position over itself and those before it: contexts [S, N, H * V]."""
-        latent, key_rope = entry_SNW.split([self.latent, self.rope], dim=-1)
-        grown = self.module.linear_kv_up_proj(latent)[0].unflatten(-1, (self.heads, -1))
-        nope, value = grown.split([self.nope, self.value], dim=-1)
+    def project(self, x_SND: Tensor, turn_SN1K: Tensor) -> tuple[Query, Tensor]:
+        """Queries ([S, N, H, K] without and with position) and entries [S, N, W]."""
+        down = x_SND
+        if self._has_query_latent:
+            down = F.linear(x_SND, self._query_down)
+            down = torch.rms_norm(down, self._query_norm.shape, self._query_norm, self.eps)
+        query = F.linear(down, self._query).unflatten(-1, (self.heads, -1))
+        nope, rope = query.split_with_sizes([self.nope, self.rope], -1)
+        latent, key_rope = F.linear(x_SND, self._down).split_with_sizes([self.latent, self.rope], -1)
+        turned = rotate(torch.cat((rope, key_rope.unsqueeze(2)), dim=2), turn_SN1K)
+        latent = torch.rms_norm(latent, self._norm.shape, self._norm, self.eps)
+        return (nope, turned[:, :, : self.heads]), torch.cat((latent, turned[:, :, self.heads]), dim=-1)
+
+    def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:
+        """The last S of T positions over themselves and those before them: contexts [S, N, H * V]."""
+        latent, key_rope = entry_TNW.split_with_sizes([self.latent, self.rope], -1)
+        grown = F.linear(latent, self._up).unflatten(-1, (self.heads, -1))
+        nope, value = grown.split_with_sizes([self.nope, self.value], -1)
         key = torch.cat((nope, key_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
-        return self.module.core_attention(query_SNHK, key, value, None)
+        return attend(torch.cat(query, dim=-1), key, value, mask_11ST, self.scale)
 
-    def attend_cached(self, query_1NHK: Tensor, entry_NTW: Tensor, visible_N11T: Tensor | None) -> Tensor:
-        """One token per row over that row's entries: contexts [1, N, H * V]."""
-        nope, rope = query_1NHK[0].split([self.nope, self.rope], dim=-1)
-        query_NHW = torch.cat((torch.einsum("nhk,hkc->nhc", nope, self.key_up_HKC), rope), dim=-1)
-        # All heads share the entries: for the kernel they are H queries of one head. Values are the entries' first C.
+    def attend_cached(self, query: Query, entry_NTW: Tensor, mask_N1QT: Tensor | None) -> Tensor:
+        """Tokens over their lanes' entries: contexts [S, N, H * V]; Q is S * H."""
+        nope, rope = query
+        length, lanes = nope.shape[:2]
+        lowered_HXC = torch.bmm(nope.flatten(0, 1).transpose(0, 1), self._key_up_HKC)
+        query_SNHW = torch.cat((lowered_HXC.transpose(0, 1).unflatten(0, (length, lanes)), rope), dim=-1)
+        # All heads share the entries: for the kernel they are queries of one head. Values are the entries' first C.
+        query_N1QW = query_SNHW.transpose(0, 1).flatten(1, 2).unsqueeze(1)
         entry_N1TW = entry_NTW.unsqueeze(1)
-        mixed_N1HW = F.scaled_dot_product_attention(
-            query_NHW.unsqueeze(1), entry_N1TW, entry_N1TW, visible_N11T, scale=self.module.softmax_scale
-        )
-        mixed_NHC = mixed_N1HW[:, 0, :, : self.latent]
-        return torch.einsum("nhc,hvc->nhv", mixed_NHC, self.value_up_HVC).flatten(1).unsqueeze(0)
+        mixed_N1QW = F.scaled_dot_product_attention(query_N1QW, entry_N1TW, entry_N1TW, mask_N1QT, scale=self.scale)
+        mixed_NSHC = mixed_N1QW[:, 0, :, : self.latent].unflatten(1, (length, self.heads))
+        mixed_HXC = mixed_NSHC.transpose(0, 1).flatten(0, 1).transpose(0, 1)
+        return torch.bmm(mixed_HXC, self._value_up_HCV).transpose(0, 1).reshape(length, lanes, -1)
 
 
 class HeadAttention:
     """MHA and GQA: the cache holds keys and values of each key-value head."""
 
     def __init__(self, module: Any, shape: ModelConfig) -> None:
-        self.module = module
         self.groups, self.width = shape.query_groups, shape.attention_head_dim
+        self.queries_per_entry = shape.num_attention_heads // shape.query_groups
+        self._qkv = module.linear_qkv.weight.detach()
 
-    def project(self, x_SND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Queries [S, N, H, K] and entries [S, N, W]."""
-        query, key, value = self.module.get_query_key_value_tensors(x_SND)[:3]
-        return rotary.rotate(query), torch.cat((rotary.rotate(key).flatten(2), value.flatten(2)), dim=-1)
+    def project(self, x_SND: Tensor, turn_SN1K: Tensor) -> tuple[Query, Tensor]:
+        """Queries [S, N, G, P, K] and entries [S, N, W]."""
+        per = self.queries_per_entry
+        grouped = F.linear(x_SND, self._qkv).unflatten(-1, (self.groups, per + 2, self.width))
+        # The model turns channel i together with i + K/2: bring such pairs side by side.
+        pairs = grouped[:, :, :, : per + 1].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        turned = rotate(pairs, turn_SN1K.unsqueeze(2))
+        key, value = turned[:, :, :, per], grouped[:, :, :, per + 1]
+        return (turned[:, :, :, :per],), torch.cat((key.flatten(2), value.flatten(2)), dim=-1)
 
-    def attend_prompt(self, query_SNHK: Tensor, entry_SNW: Tensor) -> Tensor:
-        """Each position over itself and those before it: contexts [S, N, H * K]."""
-        key, value = entry_SNW.unflatten(-1, (2, self.groups, self.width)).unbind(2)
-        return self.module.core_attention(query_SNHK, key, value, None)
+    def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:
+        """The last S of T positions over themselves and those before them: contexts [S, N, H * K]."""
+        key, value = entry_TNW.unflatten(-1, (2, self.groups, self.width)).unbind(2)
+        return attend(query[0].flatten(2, 3), key, value, mask_11ST)
 
-    def attend_cached(self, query_1NHK: Tensor, entry_NTW: Tensor, visible_N11T: Tensor | None) -> Tensor:
-        """One token per row over that row's entries: contexts [1, N, H * K]."""
+    def attend_cached(self, query: Query, entry_NTW: Tensor, mask_N1QT: Tensor | None) -> Tensor:
+        """Tokens over their lanes' entries: contexts [S, N, H * K]; Q is S * P."""
         key, value = entry_NTW.unflatten(-1, (2, self.groups, self.width)).permute(2, 0, 3, 1, 4)
-        query_NGQK = query_1NHK[0].unflatten(1, (self.groups, -1))
-        mixed_NGQK = F.scaled_dot_product_attention(query_NGQK, key, value, visible_N11T)
-        return mixed_NGQK.flatten(1).unsqueeze(0)
-
-
-def cached_attentions(model: LoopLM) -> tuple[list[LatentAttention | HeadAttention], Tensor]:
-    """One per layer, and the rotary frequencies that the model was trained with."""
-    modules = [layer.self_attention for layer in model.decoder.layers]
-    if model.shape.attention == "mla":
-        return [LatentAttention(module, model.shape) for module in modules], modules[0].rotary_pos_emb.inv_freq
-    assert model.rotary is not None
-    return [HeadAttention(module, model.shape) for module in modules], model.rotary.inv_freq
+        (query_SNGPK,) = query
+        query_NGQK = query_SNGPK.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        mixed_NGQK = F.scaled_dot_product_attention(query_NGQK, key, value, mask_N1QT)
+        mixed_NGSPK = mixed_NGQK.unflatten(2, (-1, self.queries_per_entry))
+        return mixed_NGSPK.permute(2, 0, 1, 3, 4).flatten(2)

@@ -12,10 +12,14 @@ nearly everything (Ouro, arXiv 2510.25741).
 In every mode a token sees *its own* entry of the loop it is in; the mode says what it sees of others. A
 token that left early has no hole to fill: a shared cache holds what it last computed.
 
-Shapes: S sequence, N rows taking part, B rows in all, W entry, T positions, X lanes: a cache of a row each.
+Tokens that share a pass may be in different loops. Each reads one *lane*: its row's cache, of its loop if there is one
+per loop.
+
+Shapes: N lanes read in a pass, S tokens of each, W entry, T positions, X lanes in all: caches times rows.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +30,25 @@ from looplm.config import ModelConfig
 CacheMode = Literal["per_loop", "last", "mean", "first"]
 
 
+class Places(NamedTuple):
+    """Where the tokens of a pass lie, worked out once for all layers."""
+
+    token: tuple[Tensor, Tensor]  # lane and position of each token: [N] and [N], or [N, 1] and [N, S]
+    position_SN: Tensor
+    seen: slice | Tensor  # the lanes they read: a slice is a view, a tensor makes a copy
+    span: int  # positions they look at
+    weight: (
+        Tensor | None
+    )  # what a shared cache's blend needs of each token: 1 / depth, or whether this is its first loop
+
+
 class KVCache:
     """Entries of ``rows`` rows, preallocated and grown by blocks of positions.
 
     Args:
         shape: the model's.
         mode: see above.
-        rows: how many texts are generated side by side (B).
+        rows: how many texts are generated side by side.
         num_loops: most loops a token will run.
         dtype: of the entries.
         device: where they lie.
@@ -78,37 +94,85 @@ class KVCache:
             self._layers[index] = old.new_zeros(old.size(0), capacity, old.size(2))
             self._layers[index][:, : old.size(1)] = old
 
-    def write_prompt(self, layer: int, loop: int, rows_N: Tensor, entry_SNW: Tensor) -> None:
-        """Put down a prompt's entries of one loop, from position 0."""
-        store_XTW, place = self._layers[layer], (self._lanes(rows_N, loop), slice(entry_SNW.size(0)))
-        store_XTW[place] = self._blend(store_XTW, place, entry_SNW.transpose(0, 1), loop)
+    def places(self, rows: Sequence[int], loops: Sequence[int], positions: Sequence[int], length: int = 1) -> Places:
+        """Plan a pass, and make room for it.
 
-    def update(self, layer: int, loop: int, rows_N: Tensor, position_N: Tensor, entry_NW: Tensor, span: int) -> Tensor:
-        """Put down one token's entry per row, and return what these tokens see.
+        Args:
+            rows: of each lane's tokens.
+            loops: they are in, 0-based.
+            positions: of each lane's first token.
+            length: tokens of each lane (S), at consecutive positions.
+        """
+        device = self._layers[0].device
+        span = max(positions) + length
+        self.reserve(span)
+        offset = self.rows if self.mode == "per_loop" else 0
+        lanes = [row + loop * offset for row, loop in zip(rows, loops, strict=True)]
+        lane_N, position_N = torch.tensor([lanes, list(positions)], device=device)
+        adjacent = lanes == list(range(lanes[0], lanes[0] + len(lanes)))
+        seen = slice(lanes[0], lanes[0] + len(lanes)) if adjacent else lane_N
+        if length == 1:
+            token, position_SN = (lane_N, position_N), position_N.unsqueeze(0)
+        else:
+            position_NS = position_N[:, None] + torch.arange(length, device=device)
+            token, position_SN = (lane_N[:, None], position_NS), position_NS.t()
+        return Places(token, position_SN, seen, span, self._weight(loops))
+
+    def enter(self, layer: int, places: Places, entry_SNW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Put down the tokens' entries of the loop they are in.
 
         Returns:
-            entries [N, ``span``, W]: others' as the mode keeps them, the token's own as of this loop.
+            what the tokens see, [N, ``span``, W]; and, if that is not what later tokens shall see of them, what is to
+            be handed to :meth:`settle` once they have looked.
         """
-        store_XTW, lane_N = self._layers[layer], self._lanes(rows_N, loop)
-        kept_NW = self._blend(store_XTW, (lane_N, position_N), entry_NW, loop)
-        store_XTW[lane_N, position_N] = kept_NW
-        if rows_N.numel() == self.rows:  # all rows, in order: a view; some of them: a copy
-            start = loop * self.rows if self.mode == "per_loop" else 0
-            seen_NTW = store_XTW[start : start + self.rows, :span]
-        else:
-            seen_NTW = store_XTW[lane_N, :span]
-        if kept_NW is not entry_NW:
-            seen_NTW = seen_NTW.clone()
-            seen_NTW[torch.arange(len(rows_N), device=rows_N.device), position_N] = entry_NW
-        return seen_NTW
+        store_XTW = self._layers[layer]
+        entry = entry_SNW[0] if places.token[0].dim() == 1 else entry_SNW.transpose(0, 1)
+        kept = None if places.weight is None else self._blend(store_XTW[places.token], entry, places.weight)
+        store_XTW[places.token] = entry
+        return store_XTW[places.seen, : places.span], kept
 
-    def _lanes(self, rows_N: Tensor, loop: int) -> Tensor:
-        """Where rows lie in the first dimension: cache after cache, row after row."""
-        return rows_N + loop * self.rows if self.mode == "per_loop" else rows_N
+    def settle(self, layer: int, places: Places, kept: Tensor) -> None:
+        """Put down what later tokens see."""
+        self._layers[layer][places.token] = kept
 
-    def _blend(self, store_XTW: Tensor, place: tuple[Tensor, Tensor | slice], new: Tensor, loop: int) -> Tensor:
-        """What is kept of tokens that lie at ``place`` and now have the entries ``new``."""
-        if loop == 0 or self.mode in ("per_loop", "last"):
-            return new
-        old = store_XTW[place]
-        return old if self.mode == "first" else old + (new - old) / (loop + 1)
+    def write_prompt(self, layer: int, loop: int, start: int, entry_SNW: Tensor) -> None:
+        """Put down a piece of the prompts of all rows: entries of one loop, from position ``start``."""
+        entry_NSW, store_NTW = entry_SNW.transpose(0, 1), self._loop(layer, loop)
+        place_NSW = store_NTW[:, start : start + entry_NSW.size(1)]
+        weight = self._weight([loop])
+        place_NSW.copy_(entry_NSW if weight is None else self._blend(place_NSW, entry_NSW, weight))
+
+    def read_prompt(self, layer: int, loop: int, end: int) -> Tensor:
+        """What lies at the first positions of all rows, [T, N, W]."""
+        return self._loop(layer, loop)[:, :end].transpose(0, 1)
+
+    def adopt(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
+        """Take over a row of another cache of the same mode."""
+        self.reserve(length)
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine[row :: self.rows, :length] = theirs[other_row :: other.rows, :length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row over another."""
+        self.adopt(target, self, source, length)
+
+    def clear(self, row: int) -> None:
+        """Forget a row that holds numbers that are none."""
+        for layer in self._layers:
+            layer[row :: self.rows] = 0
+
+    def _loop(self, layer: int, loop: int) -> Tensor:
+        start = loop * self.rows if self.mode == "per_loop" else 0
+        return self._layers[layer][start : start + self.rows]
+
+    def _weight(self, loops: Sequence[int]) -> Tensor | None:
+        if self.mode in ("per_loop", "last") or not any(loops):
+            return None
+        dtype, device = self._layers[0].dtype, self._layers[0].device
+        if self.mode == "first":
+            return torch.tensor([[loop == 0] for loop in loops], device=device)
+        return torch.tensor([[1 / (loop + 1)] for loop in loops], dtype=dtype, device=device)
+
+    def _blend(self, old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+        """What is kept of tokens that had the entries ``old`` and now have ``new``."""
+        return torch.where(weight, new, old) if self.mode == "first" else torch.lerp(old, new, weight)

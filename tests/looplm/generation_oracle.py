@@ -4,6 +4,7 @@ The slow way is one row, one token, one loop at a time, in double precision, on 
 padding, no mask, no absorbed projections, and a cache that is a Python list.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -70,12 +71,14 @@ class Slow(NamedTuple):
 
 @dataclass
 class SlowGenerator:
-    """Greedy generation of one row with a shared cache and Q-exit, as their definitions read."""
+    """Greedy generation of one row with a shared cache and early exit, as their definitions read."""
 
     model: LoopLM
     gate_config: GateConfig
     mode: str
     threshold: float
+    signal: str = "gate"
+    loops: int = 0  # 0: as trained
     past: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)  # per layer and token: key and value [H, K]
     states: list[list[Tensor]] = field(default_factory=list)  # per loop: gate states of the positions that ran it
 
@@ -83,7 +86,8 @@ class SlowGenerator:
         self.shape = self.model.shape
         self.params = {name: p.detach() for name, p in oracle_copy(dict(self.model.named_parameters())).items()}
         self.past = [[] for _ in range(self.shape.num_layers)]
-        self.states = [[] for _ in range(self.shape.num_loops)]
+        self.loops = self.loops or self.shape.num_loops
+        self.states = [[] for _ in range(self.loops)]
 
     def generate(self, prompt: list[int], new_tokens: int) -> Slow:
         token, depth = self.read_prompt(prompt)
@@ -97,9 +101,10 @@ class SlowGenerator:
     def read_prompt(self, prompt: list[int]) -> tuple[int, int]:
         """All loops for all positions, each loop over its own keys and values; then what the mode keeps of them."""
         view = self.view(torch.arange(len(prompt)))
-        h_SD, hidden, logits, state = self.embed(prompt), [], [], None
+        h_SD, logits, state = self.embed(prompt), [], None
+        hidden = [h_SD[-1]]
         kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.past]
-        for loop in range(self.shape.num_loops):
+        for loop in range(self.loops):
             for layer, p in enumerate(self.layers()):
                 query, key, value = self.project(p, h_SD, view)
                 kept[layer].append((key, value))
@@ -116,8 +121,23 @@ class SlowGenerator:
             for place in range(len(prompt)):
                 mine = [(key[place, 0], value[place, 0]) for key, value in loops]
                 self.past[layer].append(self.blend(mine))
-        depth = int(reference.q_exit(reference.exit_distribution(torch.stack(logits)), self.threshold))
-        return self.read_out(hidden[depth - 1]), depth
+        if self.signal == "gate":
+            depth = int(reference.q_exit(reference.exit_distribution(torch.stack(logits)), self.threshold))
+        else:
+            scores = [self.score(hidden[loop], hidden[loop + 1], loop) for loop in range(self.loops)]
+            enough = [depth for depth, score in enumerate(scores, 1) if score >= self.threshold]
+            depth = min([*enough, self.loops])
+        return self.read_out(hidden[depth]), depth
+
+    def score(self, before_1D: Tensor, after_1D: Tensor, loop: int) -> float:
+        """How settled a token is, without a gate."""
+        p_V = (after_1D[0] @ reference.head_weight(self.params, self.shape).T).softmax(-1)
+        if self.signal == "confidence":
+            return float(p_V.max())
+        if self.signal == "entropy":
+            return 1 + float((p_V * p_V.log()).sum()) / math.log(self.shape.vocab_size)
+        change = float((after_1D - before_1D).norm() / after_1D.norm())
+        return 0.0 if loop == 0 else max(0.0, 1 - change)
 
     def read_token(self, token: int, place: int) -> tuple[int, int]:
         """Loop after loop until the gate says so; past tokens as the mode keeps them, its own key and value as they are."""
@@ -125,7 +145,8 @@ class SlowGenerator:
         h_SD, state = self.embed([token]), None
         mine: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.past]
         survival, mass = 1.0, 0.0
-        for loop in range(self.shape.num_loops):
+        for loop in range(self.loops):
+            before_SD = h_SD
             for layer, p in enumerate(self.layers()):
                 query, key, value = self.project(p, h_SD, view)
                 mine[layer].append((key[0, 0], value[0, 0]))
@@ -134,10 +155,13 @@ class SlowGenerator:
                 everything = view._replace(visible_BSS=torch.ones(1, 1, len(seen), dtype=torch.bool))
                 h_SD = self.finish_block(p, h_SD, reference.attend(query, keys, values, everything))
             h_SD = self.loop_end(h_SD)
-            logit, state = self.ask_gate(h_SD, state, loop)
-            mass += survival * torch.sigmoid(logit).item()
-            survival *= torch.sigmoid(-logit).item()
-            if (self.threshold < 1 and mass >= self.threshold) or loop + 1 == self.shape.num_loops:
+            if self.signal == "gate":
+                logit, state = self.ask_gate(h_SD, state, loop)
+                mass += survival * torch.sigmoid(logit).item()
+                survival *= torch.sigmoid(-logit).item()
+            else:
+                mass = self.score(before_SD[-1], h_SD[-1], loop)
+            if (self.threshold < 1 and mass >= self.threshold) or loop + 1 == self.loops:
                 break
         for layer, loops in enumerate(mine):
             self.past[layer].append(self.blend(loops))

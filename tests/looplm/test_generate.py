@@ -1,8 +1,6 @@
-"""Generation: rows among rows, early exit against the slow way, sampling, text, bad input, the command line."""
+"""Generation: rows among rows, early exit against the slow way, sampling, text, bad input."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -10,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm import cli, parallel
-from looplm import generate as command
 from looplm.cli import UserError
-from looplm.config import ModelConfig
 from looplm.device import DEVICE
+from looplm.inference.early_exit import certainty, confidence, steadiness
 from looplm.inference.generate import Generation, GenerationConfig, Generator
 from looplm.inference.sampling import choose, penalise
 from looplm.inference.text_stream import TextStream, Token
@@ -45,16 +41,17 @@ def depths(generation: Generation) -> list[int]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_text_is_the_cacheless_models(shape: str, single_process: ProcessGroupCollection) -> None:
-    """Each of 64 tokens is the likeliest one by a forward pass over all that precedes it."""
-    generator = generator_of(single_process, shape)
-    generations = generator.generate(PROMPTS, replace(GREEDY, max_new_tokens=64))
+    """Each of 200 tokens is the likeliest one by a forward pass over all that precedes it."""
+    roomy = replace(SHAPES[shape], max_sequence_length=256)
+    generator = Generator(build(roomy, GATES["lru"], single_process), TOKENIZER, NEVER)
+    generations = generator.generate(PROMPTS, replace(GREEDY, max_new_tokens=200))
     for generation in generations:
         prompt_ids = TOKENIZER.encode(generation.prompt).ids
         ids_BS = torch.tensor([prompt_ids + generation.ids], device=DEVICE)
         with torch.no_grad():
             logits_SV = F.linear(generator.model(ids_BS).hidden[-1], generator.model.head_weight())[:, 0]
         assert logits_SV.argmax(-1)[len(prompt_ids) - 1 : -1].tolist() == generation.ids
-        assert depths(generation) == [4] * 64
+        assert depths(generation) == [4] * 200
     assert len({i for generation in generations for i in generation.ids}) > 16, "one token for ever would show little"
 
 
@@ -74,6 +71,35 @@ def test_shared_caches_and_early_exit_the_slow_way(
         assert depths(generation) == expected.depths
         seen |= set(expected.depths)
     assert len(seen) > 1, "the gate must decide something, or this shows nothing"
+
+
+@pytest.mark.parametrize(
+    "signal, threshold, mode, loops",
+    [("confidence", 0.06, "last", 6), ("entropy", 0.12, "mean", 4), ("change", 0.4, "last", 6)],
+)
+def test_exits_that_ask_no_gate_the_slow_way(
+    signal: str, threshold: float, mode: str, loops: int, single_process: ProcessGroupCollection
+) -> None:
+    """Also beyond the trained depth, where the gate has no say."""
+    model = build(MLA, GATES["lru"], single_process)
+    generator = Generator(model, TOKENIZER, NEVER, gate_trained=False)
+    config = replace(GREEDY, kv_cache=mode, exit_threshold=threshold, exit_signal=signal, max_depth=loops)
+    seen = set[int]()
+    for generation in generator.generate(PROMPTS, config):
+        slow = SlowGenerator(model, GATES["lru"], mode, threshold, signal, loops)
+        expected = slow.generate(TOKENIZER.encode(generation.prompt).ids, len(generation.tokens))
+        assert (generation.ids, generation.depths) == tuple(expected)
+        assert generation.beyond_training == sum(depth > 4 for depth in expected.depths)
+        seen |= set(expected.depths)
+    assert len(seen) > 1, "the score must decide something, or this shows nothing"
+
+
+def test_scores_are_between_0_and_1_and_reach_both() -> None:
+    flat, sure = torch.zeros(1, 50), torch.tensor([[1e4] + [0.0] * 49])
+    assert confidence(torch.cat((flat, sure))).tolist() == pytest.approx([0.02, 1.0])
+    assert certainty(torch.cat((flat, sure))).tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    h_ND = torch.tensor([[3.0, 4.0]]).expand(3, -1)
+    assert steadiness(torch.stack((h_ND[0], -h_ND[0], h_ND[0])), h_ND, [1, 1, 0]).tolist() == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("threshold", [None, 0.6])
@@ -271,6 +297,11 @@ def test_a_row_whose_logits_break_ends_alone(single_process: ProcessGroupCollect
         ({"exit_threshold": 0.5, "max_depth": 5}, "max_depth"),
         ({"exit_threshold": 0.5, "min_depth": 5}, "min_depth"),
         ({"exit_threshold": 0.5, "max_depth": 2, "min_depth": 3}, "min_depth"),
+        ({"exit_threshold": 0.5, "exit_signal": "mood"}, "exit_signal"),
+        ({"exit_signal": "entropy"}, "exit_signal"),
+        ({"exit_threshold": 0.5, "max_depth": 0}, "max_depth"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"prefill_chunk": 0}, "prefill_chunk"),
         ({"min_depth": 2}, "min_depth"),
         ({"max_depth": 2}, "max_depth"),
         ({"depth": 0}, "depth"),
@@ -294,104 +325,3 @@ def test_early_exit_needs_a_trained_gate(generator: Generator) -> None:
     with pytest.raises(UserError, match="never trained"):
         untrained.generate(PROMPTS, replace(GREEDY, exit_threshold=0.9))
     assert untrained.generate(PROMPTS[:1], replace(GREEDY, exit_threshold=1.0, max_new_tokens=1))[0].error is None
-
-
-# ------------------------------------------------------------------------------------------------------- command line
-
-
-class Opened(NamedTuple):
-    """What `open_model` would give."""
-
-    model: object
-    config: object
-    gate_trained: bool = True
-    tokenizer: object = TOKENIZER
-    eos_id: int = EOS
-    step: int = 1
-
-
-class Config(NamedTuple):
-    model: ModelConfig = MLA
-
-
-@pytest.fixture
-def checkpoint(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The command's checkpoint is the small model; the job of this test process goes on after it."""
-    monkeypatch.setattr(command, "open_model", lambda *_: Opened(generator.model, Config()))
-    monkeypatch.setattr(parallel, "stop", lambda: None)
-    return "--checkpoint=runs/any"
-
-
-def test_command_writes_samples(
-    checkpoint: str, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prompts, output = tmp_path / "prompts.txt", tmp_path / "samples.jsonl"
-    prompts.write_text("def f(x):\n    return\n---\nnaïve\n", encoding="utf-8")
-    command.main(
-        [checkpoint, f"--prompts={prompts}", f"--output={output}", "--num_samples=2", "--max_new_tokens=9",
-         "--kv_cache=last", "--exit_threshold=0.6", '--stop=["\\n\\n\\n", "zzz"]']
-    )  # fmt: skip
-    samples = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert [sample["prompt"] for sample in samples] == ["def f(x):\n    return"] * 2 + ["naïve"] * 2
-    assert samples[0]["text"] != samples[1]["text"]
-    for sample in samples:
-        assert "".join(token["text"] for token in sample["tokens"]) == sample["text"]
-        assert {token["depth"] for token in sample["tokens"]} <= {1, 2, 3, 4}
-        assert sample["trained_loops"] == 4 and sample["settings"]["exit_threshold"] == 0.6
-        assert sample["settings"]["stop"] == ["\n\n\n", "zzz"] and "checkpoint" not in sample["settings"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "samples.jsonl"]
-    printed = capsys.readouterr().out
-    assert "\033" not in printed and printed.count("\n---\n") == 3 and "of 4 trained loops" in printed
-
-
-@pytest.mark.parametrize("prompt", ["a", "[1, 2]", "x: y", "{", "null"])
-def test_command_streams_one_prompt(
-    prompt: str, checkpoint: str, generator: Generator, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command.main([checkpoint, f"--prompt={prompt}", "--max_new_tokens=4", "--temperature=0"])
-    [generation] = generator.generate([prompt], replace(GREEDY, max_new_tokens=4))
-    assert capsys.readouterr().out.startswith(prompt + generation.text + "\n\n4 tokens")
-
-
-def test_colours_on_a_terminal(
-    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    command.main([checkpoint, "--prompt=a", "--max_new_tokens=2", "--depth=1"])
-    assert capsys.readouterr().out.startswith("\033[1ma\033[0m\033[38;5;39m")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "prompt: "),
-        (["--prompt=a", "--prompts=b"], "prompt: "),
-        (["--prompt="], "prompt: "),
-        (["--prompts={tmp}/absent.txt"], "absent.txt"),
-        (["--prompts={tmp}/hole.txt"], "prompt 2 of 3"),
-        (["--prompt=a", "--kv_cache=shared"], "kv_cache"),
-        (["--prompt=a", "--exit_threshold=2"], "exit_threshold: 2.0"),
-        (["--prompt=a", "--exit_treshold=0.5"], "did you mean exit_threshold?"),
-        (["--prompt=a", "--output={tmp}/no/samples.jsonl"], "output: "),
-        (["--prompt=a", "--output={tmp}"], "output: "),
-        (["--prompts={tmp}/long.txt", "--output={tmp}/samples.jsonl", "--max_new_tokens=2"], "prompt 1 of 1: the prompt has 128"),
-    ],
-)  # fmt: skip
-def test_command_refuses_in_one_line(
-    arguments: list[str], message: str, checkpoint: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    (tmp_path / "hole.txt").write_text("a\n---\n\n---\nb\n")
-    (tmp_path / "long.txt").write_text("x" * 128)
-    monkeypatch.setattr("sys.argv", ["generate", checkpoint, *(a.format(tmp=tmp_path) for a in arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.run_main(command.main)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("error: ")
-    assert not (tmp_path / "samples.jsonl").exists()
-
-
-def test_quickstart_prompts() -> None:
-    prompts = command.read_prompts(str(Path(__file__).parents[2] / "configs" / "quickstart" / "prompts.txt"))
-    assert len(prompts) == 4 and any("\n" in prompt for prompt in prompts)

@@ -20,17 +20,18 @@ NEW = 10
 OURO = {"vocab_size": 49152, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_layers": 24, "num_attention_heads": 16}
 
 
-def teacher_forced(model: LoopLM, rule: ExitRule, mode: str = "per_loop") -> tuple[torch.Tensor, list[Step]]:
+def teacher_forced(
+    model: LoopLM, rule: ExitRule, mode: str = "per_loop", piece: int = 1000
+) -> tuple[torch.Tensor, list[Step]]:
     """Feed given ids through prefill and decode: the ids [B, S], and a step for each new token."""
     ids_BS = torch.randint(0, VOCAB, (len(LENGTHS), max(LENGTHS) + NEW), device=DEVICE)
-    length_B = torch.tensor(LENGTHS, device=DEVICE)
-    rows_B = torch.arange(len(LENGTHS), device=DEVICE)
-    decoder = Decoder(model, rule, mode, len(LENGTHS))
-    prompt_BS = ids_BS[:, : max(LENGTHS)].clone()
-    for row, length in enumerate(LENGTHS):
-        prompt_BS[row, length:] = 0
-    steps = [decoder.prefill(prompt_BS, length_B)]
-    steps += [decoder.decode(ids_BS[rows_B, length_B + new], rows_B) for new in range(NEW)]
+    texts = ids_BS.tolist()
+    decoder = Decoder(model, rule, mode, len(LENGTHS), piece)
+    steps = [decoder.prefill([text[:length] for text, length in zip(texts, LENGTHS, strict=True)])]
+    for new in range(NEW):
+        ids = [text[length + new] for text, length in zip(texts, LENGTHS, strict=True)]
+        steps.append(decoder.decode(ids, range(len(LENGTHS))))
+    assert all(step.rows == list(range(len(LENGTHS))) for step in steps)
     return ids_BS, steps
 
 
@@ -57,20 +58,23 @@ def test_per_loop_is_the_cacheless_model(shape: str, gate: str, single_process: 
         for row, length in enumerate(LENGTHS):
             place = length - 1 + new
             depth = int(depth_SB[place, row])
-            assert int(step.depth_N[row]) == depth
+            assert step.depths[row] == depth
             torch.testing.assert_close(step.logits_NV[row], logits_RSBV[depth - 1, place, row], rtol=0, atol=1e-4)
             depths.add(depth)
     assert len(depths) > 1, "the gate must decide something, or this shows nothing"
 
 
-def test_depth_bounds_clamp_what_the_gate_says(single_process: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("threshold, outside", [(0.45, 1), (0.6, 4)])
+def test_depth_bounds_clamp_what_the_gate_says(
+    threshold: float, outside: int, single_process: ProcessGroupCollection
+) -> None:
     model = build(MLA, GATES["sequence"], single_process)
     given = {}
     for least, most in ((1, 4), (2, 3)):
         torch.manual_seed(5)
-        _, steps = teacher_forced(model, ExitRule(min_depth=least, max_depth=most, threshold=0.6))
-        given[most] = torch.stack([step.depth_N for step in steps])
-    assert torch.equal(given[3], given[4].clamp(2, 3)) and len(given[4].unique()) > 2
+        _, steps = teacher_forced(model, ExitRule(min_depth=least, max_depth=most, threshold=threshold))
+        given[most] = torch.tensor([step.depths for step in steps])
+    assert torch.equal(given[3], given[4].clamp(2, 3)) and outside in given[4]
 
 
 @pytest.mark.parametrize("depth", [1, 3, 6])
@@ -80,9 +84,27 @@ def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: Pro
     with torch.no_grad():
         logits_SBV = F.linear(model(ids_BS, num_loops=depth).hidden[-1], model.head_weight())
     for new, step in enumerate(steps):
-        assert step.depth_N.tolist() == [depth] * len(LENGTHS)
+        assert step.depths == [depth] * len(LENGTHS)
         places = torch.tensor(LENGTHS) - 1 + new
         torch.testing.assert_close(step.logits_NV, logits_SBV[places, range(len(LENGTHS))], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
+@pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
+def test_a_prompt_in_pieces_is_the_prompt_at_once(
+    shape: str, gate: str, mode: str, single_process: ProcessGroupCollection
+) -> None:
+    """What is drawn after it, and what every later token sees of it."""
+    model = build(SHAPES[shape], GATES[gate], single_process)
+    rule, steps = ExitRule(max_depth=4, threshold=splitting_threshold(model)), {}
+    for piece in (1000, 3, 12):  # 3 and 12 tokens of 3 prompts: 1 and 4 positions at a time
+        torch.manual_seed(5)
+        _, steps[piece] = teacher_forced(model, rule, mode, piece)
+    for piece in (3, 12):
+        for whole, pieces in zip(steps[1000], steps[piece], strict=True):
+            assert pieces.depths == whole.depths
+            # Where tokens see each other's last loops, rounding goes round too.
+            torch.testing.assert_close(pieces.logits_NV, whole.logits_NV, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", ["mla", "gqa"])
@@ -115,29 +137,41 @@ def test_what_a_shared_cache_shows(mode: str, seen_later: float) -> None:
     cache = KVCache(MLA, mode, 2, 3, torch.float32, DEVICE)
     width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
     cache.reserve(2)
-    row, place = torch.tensor([1], device=DEVICE), torch.tensor([0], device=DEVICE)
     for loop in range(3):
-        entry = torch.full((1, width), loop + 1.0, device=DEVICE)
-        assert cache.update(0, loop, row, place, entry, 1).unique().tolist() == [loop + 1.0]
-    later = cache.update(0, 0, row, place + 1, torch.zeros(1, width, device=DEVICE), 2)
+        entry = torch.full((1, 1, width), loop + 1.0, device=DEVICE)
+        assert look(cache, [1], [loop], [0], entry).unique().tolist() == [loop + 1.0]
+    later = look(cache, [1, 0], [0, 0], [1, 1], torch.zeros(1, 2, width, device=DEVICE))
     assert later[0, 0].unique().tolist() == [seen_later]
-    untouched = cache.update(0, 0, row - 1, place + 1, torch.zeros(1, width, device=DEVICE), 2)
-    assert not untouched.any(), "the other row"
+    assert not later[1].any(), "the other row"
+    mixed = look(cache, [0, 1], [0, 2], [2, 1], torch.ones(1, 2, width, device=DEVICE))
+    assert mixed[1, 0].unique().tolist() == [seen_later] and mixed[1, 1].unique().tolist() == [1.0]
+
+
+def look(
+    cache: KVCache, rows: list[int], loops: list[int], positions: list[int], entry_1NW: torch.Tensor
+) -> torch.Tensor:
+    """What tokens see in layer 0 while they pass."""
+    places = cache.places(rows, loops, positions)
+    seen_NTW, kept = cache.enter(0, places, entry_1NW)
+    seen_NTW = seen_NTW.clone()
+    if kept is not None:
+        cache.settle(0, places, kept)
+    return seen_NTW
 
 
 def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
     cache = KVCache(MLA, "per_loop", 2, 2, torch.float32, DEVICE, block=4)
-    rows, width = torch.arange(2, device=DEVICE), MLA.kv_lora_rank + MLA.qk_rope_head_dim
+    width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
     entry_SNW = torch.randn(3, 2, width, device=DEVICE)
     cache.reserve(3)
     assert cache.capacity == 4
     for loop in range(2):
-        cache.write_prompt(1, loop, rows, entry_SNW + loop)
+        cache.write_prompt(1, loop, 0, entry_SNW + loop)
     cache.reserve(9)
     assert cache.capacity == 12
-    new_NW = torch.randn(2, width, device=DEVICE)
-    seen_NTW = cache.update(1, 1, rows, torch.tensor([3, 3], device=DEVICE), new_NW, 4)
-    assert torch.equal(seen_NTW, torch.cat((entry_SNW.transpose(0, 1) + 1, new_NW[:, None]), dim=1))
+    new_1NW = torch.randn(1, 2, width, device=DEVICE)
+    seen_NTW, _ = cache.enter(1, cache.places([0, 1], [1, 1], [3, 3]), new_1NW)
+    assert torch.equal(seen_NTW.transpose(0, 1), torch.cat((entry_SNW + 1, new_1NW)))
 
 
 def measured_bytes_per_token(shape: ModelConfig, mode: str, dtype: torch.dtype) -> int:

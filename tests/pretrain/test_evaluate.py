@@ -1,5 +1,6 @@
 """Evaluation per depth: the table and the exit curve against slow loops over the oracle."""
 
+import dataclasses
 import json
 import math
 
@@ -51,12 +52,28 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     config = run_config(corpus, tmp_path / "run")
     train(config, check_corpus(config), single_process)
     monkeypatch.setattr(parallel, "stop", lambda: None)  # the session's job goes on
-    main(["--checkpoint", str(tmp_path / "run"), "--depths", "1,3,5", "--samples", "6", "--batch_size", "2"])
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--depths", "1,3,5", "--samples", "6", "--batch_size", "2"]
+    decoding = ["--kv_caches=per_loop,last", "--prompt_tokens=6", "--exit_signal=confidence", "--exit_thresholds=0.5,1"]
+    main([*arguments, *decoding])
     report = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert report["step"] == 6 and report["trained_loops"] == 3
     assert [row["depth"] for row in report["depths"]] == [1, 3, 5]
     assert [row["threshold"] for row in report["exit_curve"]] == THRESHOLDS
-    assert "beyond training" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "beyond training" in printed and "  per_loop " in printed
+    rows = report["decoding"]
+    assert [(row["kv_cache"], row["exit_threshold"]) for row in rows] == [
+        ("per_loop", 0.5), ("per_loop", 1.0), ("last", 0.5), ("last", 1.0),
+    ]  # fmt: skip
+    assert all(0 < row["tokens"] < report["tokens"] and 1 <= row["mean_depth"] <= 3 for row in rows)
+    assert abs(rows[1]["loss"] - report["depths"][1]["loss"]) < 0.5, "the same samples, but for their first tokens"
+
+    with pytest.raises(UserError, match="prompt_tokens: 32"):  # no token would be left to measure
+        main([*arguments, "--kv_caches=last", "--prompt_tokens=32"])
+    untrained = dataclasses.replace(checkpoint.read_about(checkpoint.locate(str(tmp_path / "run"))), gate_trained=False)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"exit_thresholds: '0.5'.*never trained"):
+        patched.setattr(checkpoint, "read_about", lambda step: untrained)
+        main([*arguments, "--kv_caches=last", "--prompt_tokens=6", "--exit_thresholds=0.5"])
 
     opened = checkpoint.open_model(str(tmp_path / "run"), single_process)
     weights = dict(opened.model.named_parameters())
@@ -87,6 +104,10 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
         (["--checkpoint", "x", "--depths", "0,1"], "depths: '0,1'"),
         (["--checkpoint", "x", "--depths", ""], "depths: ''"),
         (["--checkpoint", "x", "--samples", "0"], "samples: 0"),
+        (["--checkpoint", "x", "--kv_caches", "last,lost"], "kv_caches: 'last,lost'"),
+        (["--checkpoint", "x", "--exit_thresholds", "0.5,2"], "exit_thresholds: '0.5,2'"),
+        (["--checkpoint", "x", "--exit_thresholds", "high"], "exit_thresholds: 'high'"),
+        (["--checkpoint", "x", "--prompt_tokens", "0"], "prompt_tokens: 0"),
         (["--checkpont", "x"], r"--checkpont: unknown key; did you mean checkpoint\?"),
     ],
 )

@@ -1,0 +1,99 @@
+"""The shared stack as generation runs it: once over whatever tokens share a pass, with a cache in between.
+
+Megatron's inference context keys its cache by layer only and holds no latents, so the blocks are run here from their own
+weights, in the same order as ``TransformerLayer.forward``. Which loop a token is in shows nowhere: the weights are the
+same in all of them. Only the cache knows, through ``attend``.
+
+Shapes: S tokens of a lane, one after another, N lanes, D hidden, F feed-forward, V vocabulary, T positions, K rotary width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from looplm.config import ModelConfig
+from looplm.inference.attention import HeadAttention, LatentAttention, Query
+from looplm.model import LoopLM
+
+Attention = LatentAttention | HeadAttention
+Attend = Callable[[int, Attention, Query, Tensor], Tensor]  # layer, its attention, queries, entries -> contexts
+_TABLE_BLOCK = 1024
+
+
+class LoopedStack:
+    """A model's embedding, blocks, loop-end norm and head.
+
+    Args:
+        model: whole on this process; its weights are read, not copied.
+    """
+
+    def __init__(self, model: LoopLM) -> None:
+        self.shape = model.shape
+        self._embedding_VD = model.embedding.word_embeddings.weight.detach()
+        self._head_VD = model.head_weight().detach()
+        self.dtype, self.device = self._head_VD.dtype, self._head_VD.device
+        self._blocks = [_Block(layer, model.shape) for layer in model.decoder.layers]
+        self._end_norm = model.decoder.final_layernorm.weight.detach()
+        first = model.decoder.layers[0].self_attention
+        rotary = first.rotary_pos_emb if model.shape.attention == "mla" else model.rotary
+        assert rotary is not None
+        self._frequency_K = rotary.inv_freq.to(self.device)
+        self._turn_TK = torch.empty(0, len(self._frequency_K), dtype=torch.complex64, device=self.device)
+
+    @property
+    def queries_per_entry(self) -> int:
+        """Query heads that read the same entry."""
+        return self._blocks[0].attention.queries_per_entry
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[...] to [..., D]."""
+        return F.embedding(ids, self._embedding_VD)
+
+    def turns(self, position: Tensor, end: int) -> Tensor:
+        """The rotary angles of positions below ``end``, [...] to [..., 1, K/2], rounded to the model's type as in
+        training."""
+        if end > len(self._turn_TK):
+            place_T = torch.arange(-(-end // _TABLE_BLOCK) * _TABLE_BLOCK, device=self.device)
+            angle_TK = place_T[:, None].float() * self._frequency_K
+            cos_TK, sin_TK = (part.to(self.dtype).float() for part in (angle_TK.cos(), angle_TK.sin()))
+            self._turn_TK = torch.complex(cos_TK, sin_TK)
+        return self._turn_TK[position].unsqueeze(-2)
+
+    def run(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
+        """One loop: every layer once, then the loop-end norm."""
+        for layer, block in enumerate(self._blocks):
+            query, entry_SNW = block.attention.project(block.norm(h_SND, block.before_attention), turn_SN1K)
+            context = attend(layer, block.attention, query, entry_SNW)
+            h_SND = h_SND + block.norm(F.linear(context, block.out), block.after_attention)
+            gate, up = F.linear(block.norm(h_SND, block.before_mlp), block.fc1).chunk(2, dim=-1)
+            h_SND = h_SND + block.norm(F.linear(F.silu(gate) * up, block.fc2), block.after_mlp)
+        return torch.rms_norm(h_SND, self._end_norm.shape, self._end_norm, self.shape.norm_eps)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits [..., V] in fp32."""
+        return F.linear(h, self._head_VD).float()
+
+
+class _Block:
+    """The weights of one block."""
+
+    def __init__(self, layer: Any, shape: ModelConfig) -> None:
+        attention = LatentAttention if shape.attention == "mla" else HeadAttention
+        self.attention: Attention = attention(layer.self_attention, shape)
+        self.out = layer.self_attention.linear_proj.weight.detach()
+        self.fc1, self.fc2 = layer.mlp.linear_fc1.weight.detach(), layer.mlp.linear_fc2.weight.detach()
+        self.before_attention = layer.input_layernorm.weight.detach()
+        self.before_mlp = layer.pre_mlp_layernorm.weight.detach()
+        self.after_attention: Tensor | None = None
+        self.after_mlp: Tensor | None = None
+        if shape.sandwich_norm:
+            self.after_attention = layer.self_attn_bda.norm.weight.detach()
+            self.after_mlp = layer.mlp_bda.norm.weight.detach()
+        self._eps = shape.norm_eps
+
+    def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """RMSNorm with this weight; without one, ``x`` as it is."""
+        return x if weight is None else torch.rms_norm(x, weight.shape, weight, self._eps)

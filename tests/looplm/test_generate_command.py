@@ -1,0 +1,193 @@
+"""``python -m looplm.generate``: prompts, files of prompts, conversation, what is shown and what is written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from looplm import cli, parallel
+from looplm import generate as command
+from looplm.config import ModelConfig
+from looplm.inference import generate as library
+from looplm.inference.generate import Generation, GenerationConfig, Generator, Request
+from looplm.inference.text_stream import Token
+from tests.looplm.generation_oracle import EOS, GATES, MLA, build, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def generator(single_process: ProcessGroupCollection) -> Generator:
+    return Generator(build(MLA, GATES["lru"], single_process), TOKENIZER, EOS)
+
+
+class Opened(NamedTuple):
+    """What `open_model` would give."""
+
+    model: object
+    config: object
+    gate_trained: bool = True
+    tokenizer: object = TOKENIZER
+    eos_id: int = EOS
+    step: int = 1
+
+
+class Config(NamedTuple):
+    model: ModelConfig = MLA
+
+
+@pytest.fixture
+def checkpoint(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The command's checkpoint is the small model; the job of this test process goes on after it."""
+    for module in (command, library):
+        monkeypatch.setattr(module, "open_model", lambda *_: Opened(generator.model, Config()))
+    monkeypatch.setattr(parallel, "stop", lambda: None)
+    return "--checkpoint=runs/any"
+
+
+def test_command_writes_samples(
+    checkpoint: str, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "samples.jsonl"
+    prompts.write_text("def f(x):\n    return\n---\nnaïve\n", encoding="utf-8")
+    command.main(
+        [checkpoint, f"--prompts={prompts}", f"--output={output}", "--num_samples=2", "--max_new_tokens=9",
+         "--kv_cache=last", "--exit_threshold=0.6", '--stop=["\\n\\n\\n", "zzz"]']
+    )  # fmt: skip
+    samples = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["def f(x):\n    return"] * 2 + ["naïve"] * 2
+    assert samples[0]["text"] != samples[1]["text"]
+    for sample in samples:
+        assert "".join(token["text"] for token in sample["tokens"]) == sample["text"]
+        assert {token["depth"] for token in sample["tokens"]} <= {1, 2, 3, 4}
+        assert sample["trained_loops"] == 4 and sample["settings"]["exit_threshold"] == 0.6
+        assert sample["settings"]["stop"] == ["\n\n\n", "zzz"] and "checkpoint" not in sample["settings"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "samples.jsonl"]
+    printed = capsys.readouterr().out
+    assert "\033" not in printed and printed.count("\n---\n") == 3 and "of 4 trained loops" in printed
+
+
+def test_command_says_what_was_drafted_and_what_ran_deep(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main([checkpoint, "--prompt=ab", "--max_new_tokens=8", "--temperature=0", "--speculate=2", "--depth=5"])
+    printed = capsys.readouterr().out
+    assert "8 of them ran deeper than the model was trained" in printed and "drafted tokens accepted (" in printed
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """Lines at the terminal, then the end of input."""
+    coming = iter([*lines, EOFError])
+
+    def ask(_: str) -> str:
+        line = next(coming)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", ask)
+
+
+def test_conversation(
+    checkpoint: str, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each answer continues all that was said before; /reset forgets it."""
+    typed(monkeypatch, "def f(x):", "return", "/reset", "return")
+    command.main([checkpoint, "--interactive=true", "--max_new_tokens=5", "--temperature=0"])
+    config = replace(GREEDY, max_new_tokens=5)
+    said, answers = list[int](), []
+    for line in ("def f(x):\n", "return\n"):
+        said += TOKENIZER.encode(line).ids
+        [answer] = generator.generate([said], config)
+        said += answer.ids + ([] if answer.text.endswith("\n") else TOKENIZER.encode("\n").ids)
+        answers.append(answer.text)
+    answers.append(generator.generate(["return\n"], config)[0].text)
+    printed = capsys.readouterr().out
+    assert printed.count("5 tokens, ") == 3
+    for text in answers:
+        _, found, printed = printed.partition(text + "\n\n5 tokens, ")
+        assert found
+
+
+def test_conversation_forgets_the_oldest_and_survives_an_interrupted_answer(
+    checkpoint: str, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[int]] = []
+    generate = Generator.generate
+
+    def watched(self: Generator, prompts: list[Request], config: GenerationConfig, hear: object) -> list[Generation]:
+        asked.append(list(prompts[0].prompt))
+        if len(asked) == 2:
+            hear(0, Token(65, "b", 4))  # type: ignore[operator]
+            raise KeyboardInterrupt
+        return generate(self, prompts, config, hear)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Generator, "generate", watched)
+    typed(monkeypatch, "x" * 500, "y", "z")
+    command.main([checkpoint, "--interactive=true", "--max_new_tokens=20"])
+    assert [len(ids) for ids in asked] == [108] * 3
+    newline = TOKENIZER.encode("\n").ids
+    assert asked[2][-4:] == [65, *newline, *TOKENIZER.encode("z").ids, *newline]
+
+
+def test_generator_of_a_checkpoint(checkpoint: str, generator: Generator) -> None:
+    opened = Generator.open(checkpoint)
+    assert opened.generate(["ab"], GREEDY) == generator.generate(["ab"], GREEDY)
+    assert opened.generate(["ab"])[0].error is None, "settings may be left out"
+
+
+@pytest.mark.parametrize("prompt", ["a", "[1, 2]", "x: y", "{", "null"])
+def test_command_streams_one_prompt(
+    prompt: str, checkpoint: str, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main([checkpoint, f"--prompt={prompt}", "--max_new_tokens=4", "--temperature=0"])
+    [generation] = generator.generate([prompt], replace(GREEDY, max_new_tokens=4))
+    assert capsys.readouterr().out.startswith(prompt + generation.text + "\n\n4 tokens")
+
+
+def test_colours_on_a_terminal(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    command.main([checkpoint, "--prompt=a", "--max_new_tokens=2", "--depth=1"])
+    assert capsys.readouterr().out.startswith("\033[1ma\033[0m\033[38;5;39m")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "prompt: "),
+        (["--prompt=a", "--prompts=b"], "prompt: "),
+        (["--prompt="], "prompt: "),
+        (["--prompt=a", "--interactive=true"], "prompt: "),
+        (["--interactive=true", "--output={tmp}/samples.jsonl"], "output: "),
+        (["--prompts={tmp}/absent.txt"], "absent.txt"),
+        (["--prompts={tmp}/hole.txt"], "prompt 2 of 3"),
+        (["--prompt=a", "--kv_cache=shared"], "kv_cache"),
+        (["--prompt=a", "--exit_threshold=2"], "exit_threshold: 2.0"),
+        (["--prompt=a", "--exit_treshold=0.5"], "did you mean exit_threshold?"),
+        (["--prompt=a", "--output={tmp}/no/samples.jsonl"], "output: "),
+        (["--prompt=a", "--output={tmp}"], "output: "),
+        (["--prompts={tmp}/long.txt", "--output={tmp}/samples.jsonl", "--max_new_tokens=2"], "prompt 1 of 1: the prompt has 128"),
+    ],
+)  # fmt: skip
+def test_command_refuses_in_one_line(
+    arguments: list[str], message: str, checkpoint: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "hole.txt").write_text("a\n---\n\n---\nb\n")
+    (tmp_path / "long.txt").write_text("x" * 128)
+    monkeypatch.setattr("sys.argv", ["generate", checkpoint, *(a.format(tmp=tmp_path) for a in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.run_main(command.main)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_quickstart_prompts() -> None:
+    prompts = command.read_prompts(str(Path(__file__).parents[2] / "configs" / "quickstart" / "prompts.txt"))
+    assert len(prompts) == 4 and any("\n" in prompt for prompt in prompts)
