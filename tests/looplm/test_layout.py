@@ -52,7 +52,7 @@ def test_an_illegal_layout_is_refused_with_the_nearest_legal_one(keys, message):
 
 
 def test_tied_embeddings_do_not_span_a_pipeline():
-    with pytest.raises(UserError, match="model.tie_embeddings"):
+    with pytest.raises(UserError, match=r"model\.tie_embeddings"):
         check(ParallelConfig(pipeline=2), tied=True)
 
 
