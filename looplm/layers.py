@@ -150,12 +150,16 @@ class CoreAttention(MegatronModule):
             v_BHTW = F.pad(v_BHTW, (0, pad))
         runs = []
         for own, seen in context.spans(query.size(0), self.context):
-            mask = causal_lower_right(own.stop - own.start, seen)  # of a whole sequence this is is_causal
+            mask = None if attention_mask is None else attention_mask[:, :, own, :seen]
+            before = seen - (own.stop - own.start)
+            if mask is None and before:  # is_causal would align the mask with the first key, not with the last
+                mask = causal_lower_right(own.stop - own.start, seen)
             out_BHSW = F.scaled_dot_product_attention(
                 q_BHSK[:, :, own],
                 k_BHTK[:, :, :seen],
                 v_BHTW[:, :, :seen],
-                attn_mask=mask if attention_mask is None else attention_mask[:, :, own, :seen],
+                attn_mask=mask,
+                is_causal=mask is None,
                 scale=self.softmax_scale,
                 enable_gqa=key.size(2) != query.size(2),
             )

@@ -1,4 +1,4 @@
-"""What each rank of a parity test does, in a given layout: a step's gradients and ten steps' losses, or a training run.
+"""What each rank of a parity test does, in a given layout: a step's gradients and some steps' losses, or a training run.
 
 ``torchrun -m tests.parallel.worker JOBS.json``. Gradients are saved as if they were weights, through Megatron's own
 resharding checkpoint, so that the test can read them as one process would hold them.
@@ -28,15 +28,15 @@ from pretrain.step import Stepper
 from pretrain.train import train
 from tests.parallel.gradients import whole_gradients
 
-STEPS = 10
 # Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
 BUCKET_SIZE = 5000
 REPLICATED = layers.ReplicatedLinear
 
 
 def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> None:
-    """Load ``weights``; save the statistics and every gradient of the first step, the loss of ten, and the validation
-    loss after them. ``repeats`` more backward passes of the first step are first compared with it bit by bit."""
+    """Load ``weights``; save the statistics and every gradient of the first step, the loss of ``optim.train_steps``, and
+    the validation loss after them. ``repeats`` more backward passes of the first step are first compared with it bit by
+    bit."""
     corpus = check_corpus(config)
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel)
@@ -44,10 +44,10 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
     ddp = optim.wrap_data_parallel(model, config.loss, config.parallel)
     optimizer = optim.build_optimizer(ddp, config.optim, config.parallel)
     scheduler = optim.build_scheduler(optimizer, config.optim)
-    data = config.data
+    data, train_steps = config.data, config.optim.train_steps
     stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
     count, samples = BatchSchedule(data, groups.dp.size(), config.parallel.pipeline).at(0)
-    train_set = build_train_set(config, corpus, STEPS * samples, STEPS * samples)
+    train_set = build_train_set(config, corpus, train_steps * samples, train_steps * samples)
 
     batches = micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size())
     first = list(islice(batches, count))
@@ -64,7 +64,7 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
     dist.all_reduce(all_different)
 
     batches = chain(first, batches)
-    losses = [stepper.train(batches, count)[0].loss for _ in range(STEPS)]
+    losses = [stepper.train(batches, count)[0].loss for _ in range(train_steps)]
     valid = stepper.evaluate(micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size()), count)
 
     with torch.no_grad():
