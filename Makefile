@@ -41,7 +41,7 @@ define build
 	@echo "== installing into $(2) with $(1): takes minutes, torch is large"
 	@"$(1)" -m venv $(2)
 	@$(2)/bin/python -m pip install --quiet -c $(3) setuptools
-	@$(2)/bin/python -m pip install --quiet --no-build-isolation -c $(3) -e '.[data,dev]'
+	@$(2)/bin/python -m pip install --quiet --no-build-isolation -c $(3) -e '.[data,dev,eval,hf]'
 	@touch $@
 endef
 

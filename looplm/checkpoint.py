@@ -1,21 +1,19 @@
-"""Checkpoints that are whole or absent, and are checked before they are trusted.
+"""What a checkpoint holds: a run's whole state, or weights alone.
 
 A checkpoint is a directory ``step_00000300/``::
 
     state/          weights, optimizer, schedule, random state: Megatron's sharded torch_dist format
-    config.yaml     the resolved configuration
+    config.yaml     the resolved configuration; of weights alone, its sections model and gate
     about.json      step, consumed samples, versions, git revision, fingerprints of tokenizer and data order
     tokenizer.json  the tokenizer itself, so that the directory stands alone
+    companions/     what came with imported weights and goes out with them again: a chat template, say
     manifest.json   size and sha256 of every other file; written last
 
-It is written aside, fsynced and renamed; ``latest`` is replaced, never rewritten. A kill at any moment leaves either the
-old state or the new one.
+Whole or absent: :mod:`looplm.step_folder`. ``latest`` names the newest; it is replaced, never rewritten.
 """
 
 import dataclasses
 import json
-import os
-import pickle
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -34,27 +32,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer
 
-from looplm import device, optimizer_state, parallel
+from looplm import device, optimizer_state, parallel, step_folder
 from looplm.cli import UserError, from_dict, to_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
-from looplm.files import fsync, sha256_of, write_whole
+from looplm.files import write_whole
 from looplm.model import LoopLM
+from looplm.step_folder import locate
 
-# All that torch and Megatron name in .metadata.
-_PICKLE_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-    "megatron.core.dist_checkpointing.strategies",
-)
-_PICKLE_NAMES = {
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-}
+COMPANIONS = "companions"
+WEIGHTS_ONLY = "weights"  # in place of an objective, where no run has made the checkpoint
 
 # What may change between a checkpoint and the run that starts from it; everything else shapes the weights.
 CHANGEABLE = {"num_loops", "rope_base", "max_sequence_length", "norm_eps", "init_std", "embedding_init_std"}
@@ -62,7 +48,7 @@ CHANGEABLE = {"num_loops", "rope_base", "max_sequence_length", "norm_eps", "init
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself; an id is None, and the type empty, where an older one did not say."""
 
     step: int
     samples: int
@@ -75,6 +61,9 @@ class About:
     data_order: str
     versions: dict[str, str]
     git_revision: str
+    bos_id: int | None = None
+    pad_id: int | None = None
+    dtype: str = ""
 
 
 class Trained(NamedTuple):
@@ -89,46 +78,82 @@ class OpenedModel(NamedTuple):
     """A model read for evaluation or generation."""
 
     model: LoopLM
-    config: RunConfig
-    step: int
-    gate_trained: bool
+    gate: GateConfig
+    about: About
     tokenizer: Tokenizer
-    eos_id: int
+    folder: Path
 
 
-def save(folder: Path, trained: Trained, config: RunConfig, about: About, tokenizer: Path, keep: int) -> Path:
+class Shape(NamedTuple):
+    """What shapes a checkpoint's weights, and what they mean."""
+
+    model: ModelConfig
+    gate: GateConfig
+
+
+def save(
+    folder: Path,
+    trained: Trained,
+    config: RunConfig,
+    about: About,
+    tokenizer: Path,
+    keep: int,
+    companions: Path | None = None,
+) -> Path:
     """Write ``folder/step_XXXXXXXX`` whole, point ``latest`` at it, and drop all but the ``keep`` newest.
 
-    Collective: every rank calls it. The tokenizer is a file to copy.
+    Collective: every rank calls it.
+
+    Args:
+        folder: of all the run's checkpoints.
+        trained: whose state is saved.
+        config: the run's.
+        about: what it says of itself.
+        tokenizer: file to copy.
+        keep: how many stay.
+        companions: folder to copy, if it exists.
     """
     final = folder / f"step_{about.step:08d}"
-    aside = folder / f".{final.name}.partial"
+    _write(final, _state(trained, is_loading=False), to_dict(config), about, tokenizer, companions)
     if parallel.is_rank_0():
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "state").mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_state(trained, is_loading=False), str(aside / "state"))
-    dist.barrier()
-    if parallel.is_rank_0():
-        write_whole(aside / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        write_whole(aside / "about.json", json.dumps(dataclasses.asdict(about), indent=1))
-        shutil.copyfile(tokenizer, aside / "tokenizer.json")
-        files = {str(path.relative_to(aside)): _fingerprint(path) for path in _files(aside)}
-        write_whole(aside / "manifest.json", json.dumps(files, indent=1))
-        for path in (*_files(aside), aside / "state", aside):
-            fsync(path)
-        replaced = folder / f".{final.name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():  # the same step again, after falling back from it: gone only once the new one is there
-            os.rename(final, replaced)
-        os.rename(aside, final)
-        shutil.rmtree(replaced, ignore_errors=True)
         write_whole(folder / "latest", final.name + "\n")
-        fsync(folder)
-        for old in _steps(folder)[keep:]:
+        for old in step_folder.steps_in(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
+
+
+def save_weights(
+    final: Path, model: LoopLM, gate: GateConfig, about: About, tokenizer: Path, companions: Path | None = None
+) -> None:
+    """Write the directory ``final`` whole: weights that a run may start from (``checkpoint.initial``), or be measured.
+
+    Collective. ``about.objective`` is :data:`WEIGHTS_ONLY`.
+    """
+    shape = {"model": to_dict(model.shape), "gate": to_dict(gate)}
+    _write(final, {"model": model.sharded_state_dict()}, shape, about, tokenizer, companions)
+
+
+def _write(
+    final: Path, state: dict[str, Any], config: dict[str, Any], about: About, tokenizer: Path, companions: Path | None
+) -> None:
+    partial = [step_folder.aside(final) if parallel.is_rank_0() else None]
+    dist.broadcast_object_list(partial, src=0)
+    assert partial[0] is not None
+    folder = partial[0]
+    if parallel.is_rank_0():
+        (folder / "state").mkdir()
+    dist.barrier()
+    dist_checkpointing.save(state, str(folder / "state"))
+    dist.barrier()
+    if parallel.is_rank_0():
+        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_whole(folder / "about.json", json.dumps(dataclasses.asdict(about), indent=1))
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        if companions is not None and companions.is_dir():
+            shutil.copytree(companions, folder / COMPANIONS)
+        step_folder.publish(folder, final)
+    dist.barrier()
 
 
 def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str], None]) -> About | None:
@@ -137,10 +162,12 @@ def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str
     Raises:
         UserError: it belongs to a model of another shape or to another stage.
     """
-    found = newest(folder, say)
+    found = step_folder.newest(folder, say)
     if found is None:
         return None
     about = _fit(found, config.model, config.gate)
+    if about.objective == WEIGHTS_ONLY:
+        raise UserError(f"{found}: holds weights alone, no run to resume; name it in checkpoint.initial")
     if about.objective != config.loss.objective:
         raise UserError(
             f"{found}: belongs to the stage loss.objective={about.objective}, not {config.loss.objective}; "
@@ -158,7 +185,10 @@ def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str
 
 def load_weights(directory: str, model: LoopLM, gate: GateConfig) -> About:
     """Weights only, from a training directory or from one step of it, into a model of the same shape."""
-    found = locate(directory)
+    return _load_weights(locate(directory), model, gate)
+
+
+def _load_weights(found: Path, model: LoopLM, gate: GateConfig) -> About:
     about = _fit(found, model.shape, gate)
     weights = {"model": model.sharded_state_dict()}
     state = dist_checkpointing.load(weights, str(found / "state"))
@@ -166,70 +196,23 @@ def load_weights(directory: str, model: LoopLM, gate: GateConfig) -> About:
     return about
 
 
-def open_model(directory: str, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32) -> OpenedModel:
+def open_model(
+    directory: str, groups: ProcessGroupCollection, dtype: torch.dtype | None = torch.float32
+) -> OpenedModel:
     """Build the model a checkpoint describes, in eval mode.
 
     Args:
         directory: a training directory (its newest whole checkpoint is taken) or one of its step directories.
         groups: from :func:`looplm.parallel.start`.
-        dtype: to compute in.
+        dtype: to compute in; None for what the weights are stored in.
     """
     found = locate(directory)
-    config = read_config(found)
-    model = LoopLM(config.model, config.gate, groups, dtype)
-    about = load_weights(str(found), model, config.gate)
+    shape, about = read_shape(found), read_about(found)
+    dtype = dtype or getattr(torch, about.dtype or "float32")
+    model = LoopLM(shape.model, shape.gate, groups, dtype)
+    _load_weights(found, model, shape.gate)
     tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
-    return OpenedModel(model.eval(), config, about.step, about.gate_trained, tokenizer, about.eos_id)
-
-
-def locate(directory: str) -> Path:
-    """The whole checkpoint that ``directory`` is or holds.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    path = Path(directory)
-    if (path / "manifest.json").exists():
-        fault = find_fault(path)
-        if fault:
-            raise UserError(f"{path}: {fault}; take another step directory")
-        return path
-    found = newest(path / "checkpoints", lambda message: None)
-    if found is None:
-        raise UserError(f"{path}: no whole checkpoint here; give a training directory or a step directory of one")
-    return found
-
-
-def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of ``folder`` that is whole; broken ones are named through ``say`` and passed over."""
-    found: list[Path | None] = [None]
-    if parallel.is_rank_0():
-        for step in _steps(folder):
-            fault = find_fault(step)
-            if fault is None:
-                found = [step]
-                break
-            say(f"{step}: {fault}; falling back to the checkpoint before it")
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-def find_fault(step: Path) -> str | None:
-    """What is wrong with a step directory, in words; None if every file has the size and hash it was written with."""
-    try:
-        manifest = json.loads((step / "manifest.json").read_text())
-        for name, (size, sha256) in manifest.items():
-            path = step / name
-            if not path.exists():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if _fingerprint(path)[1] != sha256:
-                return f"{name} has changed since it was written"
-        return _unsafe_pickle(step / "state" / ".metadata")
-    except (OSError, ValueError) as error:
-        return f"manifest.json cannot be read ({error})"
+    return OpenedModel(model.eval(), shape.gate, about, tokenizer, found)
 
 
 def read_about(step: Path) -> About:
@@ -238,10 +221,21 @@ def read_about(step: Path) -> About:
     return from_dict(About, json.loads(path.read_text()), where=str(path))
 
 
-def read_config(step: Path) -> RunConfig:
-    """The configuration the checkpoint was made with."""
-    path = step / "config.yaml"
-    return from_dict(RunConfig, yaml.safe_load(path.read_text()), where=str(path))
+def read_config(step: Path) -> RunConfig | None:
+    """The configuration of the run that made the checkpoint; None of weights alone."""
+    values, path = _read_yaml(step), step / "config.yaml"
+    return from_dict(RunConfig, values, where=str(path)) if "output_dir" in values else None
+
+
+def read_shape(step: Path) -> Shape:
+    """What its weights are."""
+    values, path = _read_yaml(step), str(step / "config.yaml")
+    model = from_dict(ModelConfig, values.get("model", {}), where=path)
+    return Shape(model, from_dict(GateConfig, values.get("gate", {}), where=path))
+
+
+def _read_yaml(step: Path) -> dict[str, Any]:
+    return yaml.safe_load((step / "config.yaml").read_text())
 
 
 def versions() -> dict[str, str]:
@@ -276,7 +270,7 @@ def _state(trained: Trained, is_loading: bool) -> dict[str, Any]:
 
 def _fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
     """Refuse a checkpoint of another shape, naming the first key that differs."""
-    saved = read_config(step)
+    saved = read_shape(step)
     for section, ours, theirs in (("model", model, saved.model), ("gate", gate, saved.gate)):
         for field in dataclasses.fields(ours):
             have, want = getattr(theirs, field.name), getattr(ours, field.name)
@@ -297,39 +291,3 @@ def _fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
 def _release(version: str) -> tuple[int, ...]:
     """0.16.1 → (0, 16)"""
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-class _NoCode(pickle.Unpickler):
-    """Reads what torch writes into ``.metadata`` and refuses every other name: a pickle can run any code it names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if "." not in name and (module.startswith(_PICKLE_MODULES) or (module, name) in _PICKLE_NAMES):
-            return super().find_class(module, name)
-        found = None if module != "torch" else getattr(torch, name, None)
-        if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
-            return found
-        raise UserError(f"names {module}.{name}, which a checkpoint has no need of")
-
-
-def _unsafe_pickle(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            _NoCode(file).load()
-    except UserError as error:
-        return f"{path.name} {error}; it may run code and is not opened"
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-        return f"{path.name} cannot be read ({error})"
-    return None
-
-
-def _steps(folder: Path) -> list[Path]:
-    """Step directories, newest first."""
-    return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-
-
-def _fingerprint(path: Path) -> tuple[int, str]:
-    return path.stat().st_size, sha256_of(path)

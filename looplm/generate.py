@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
     groups = parallel.start(config.seed)
     try:
         opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
-        generator = Generator(opened.model, opened.tokenizer, opened.eos_id, opened.gate_trained)
-        printer = Printer(opened.config.model.num_loops)
+        generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
+        printer = Printer(opened.model.shape.num_loops)
         if config.interactive:
             converse(generator, config, printer)
         else:

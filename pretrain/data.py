@@ -51,6 +51,7 @@ class Corpus:
     tokenizer: Path
     tokenizer_sha256: str
     vocab_size: int
+    bos_id: int | None
     eos_id: int
     pad_id: int
     fingerprint: str
@@ -83,6 +84,7 @@ def check_corpus(config: RunConfig) -> Corpus:
         tokenizer=folder / first.tokenizer.path,
         tokenizer_sha256=first.tokenizer.sha256,
         vocab_size=first.vocab_size,
+        bos_id=first.tokenizer.bos_id,
         eos_id=first.tokenizer.eos_id,
         pad_id=first.tokenizer.pad_id,
         fingerprint=fingerprint,

@@ -15,9 +15,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
-from looplm import checkpoint, parallel
+from looplm import checkpoint, parallel, step_folder
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.config import DataSource, LossConfig, RunConfig
+from looplm.config import DataConfig, DataSource, LossConfig, OptimConfig, RunConfig
 from looplm.evaluation.decoding import decoding_report, texts_of
 from looplm.evaluation.depth import DepthMeter
 from looplm.files import write_whole
@@ -40,6 +40,7 @@ class EvaluateConfig:
         samples: validation sequences.
         batch_size: sequences in one forward pass.
         valid: prefix of validation data; null takes the checkpoint's own.
+        seq_length: tokens of a sequence; null takes the training's, or of weights that no run has made at most 1024.
         output: JSON file to write; null writes CHECKPOINT/evaluation.json.
         kv_caches: caches to decode the same samples through, separated by commas: per_loop, last, mean, first; none if
             empty.
@@ -53,6 +54,7 @@ class EvaluateConfig:
     samples: int = 64
     batch_size: int = 4
     valid: str | None = None
+    seq_length: int | None = None
     output: str | None = None
     kv_caches: str = ""
     exit_thresholds: str = "1"
@@ -62,6 +64,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.samples > 0, "samples", self.samples, "give a number above 0")
         require(self.batch_size > 0, "batch_size", self.batch_size, "give a number above 0")
+        require(self.seq_length is None or self.seq_length > 0, "seq_length", self.seq_length, "give null or a number above 0")  # fmt: skip
         require(bool(self.depth_list), "depths", self.depths, "give whole numbers above 0, such as 1,2,4,8")
         modes = set(get_args(CacheMode))
         require(modes.issuperset(self.cache_list), "kv_caches", self.kv_caches, "give some of per_loop,last,mean,first")
@@ -92,8 +95,8 @@ class EvaluateConfig:
 def main(argv: list[str]) -> None:
     """``python -m pretrain.evaluate --checkpoint DIR --depths 1,2,3,4,6,8``"""
     config = parse_config(EvaluateConfig, argv, prog="python -m pretrain.evaluate", description=str(__doc__))
-    found = checkpoint.locate(config.checkpoint)
-    run = _validation_run(config, checkpoint.read_config(found))
+    found = step_folder.locate(config.checkpoint)
+    run = _validation_run(config, found)
     corpus, about = check_corpus(run), checkpoint.read_about(found)
     _check_decoding(config, run, about.gate_trained)
     if corpus.tokenizer_sha256 != about.tokenizer_sha256:
@@ -107,7 +110,7 @@ def main(argv: list[str]) -> None:
         assert valid_set is not None  # _validation_run saw to it
         count = -(-config.samples // (config.batch_size * groups.dp.size()))
         batches = list(islice(micro_batches(valid_set, run.data, 0, groups.dp.rank(), groups.dp.size()), count))
-        report = {"checkpoint": str(found), "step": opened.step}
+        report = {"checkpoint": str(found), "step": opened.about.step}
         report |= measure(opened.model, batches, config, groups, run.loss)
         if config.cache_list:
             report["decoding"] = measure_decoding(opened.model, batches, config, groups)
@@ -120,13 +123,17 @@ def main(argv: list[str]) -> None:
         )
 
 
-def _validation_run(config: EvaluateConfig, trained: RunConfig) -> RunConfig:
-    """The training configuration, reading ``samples`` validation sequences."""
-    valid = (DataSource(prefix=config.valid),) if config.valid else trained.data.valid
+def _validation_run(config: EvaluateConfig, found: Path) -> RunConfig:
+    """The run that made the checkpoint, or a plain one of its shape, reading ``samples`` validation sequences."""
+    trained, shape = checkpoint.read_config(found), checkpoint.read_shape(found)
+    valid = (DataSource(prefix=config.valid),) if config.valid else trained.data.valid if trained else ()
     if not valid:
-        raise UserError("valid: the checkpoint was trained without data.valid; name a prefix with --valid")
+        raise UserError("valid: the checkpoint was made without data.valid; name a prefix with --valid")
+    if trained is None:
+        plain = DataConfig(train=valid, seq_length=min(1024, shape.model.max_sequence_length))
+        trained = RunConfig(output_dir=str(found), data=plain, optim=OptimConfig(train_steps=1), **shape._asdict())
     data = replace(trained.data, train=valid, valid=valid, micro_batch_size=config.batch_size, rampup=None,
-                   global_batch_size=config.batch_size)  # fmt: skip
+                   global_batch_size=config.batch_size, seq_length=config.seq_length or trained.data.seq_length)  # fmt: skip
     samples = max(config.samples, config.batch_size)
     return replace(trained, data=data, logging=replace(trained.logging, eval_samples=samples))
 

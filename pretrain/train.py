@@ -3,6 +3,7 @@
 One stage of training: what it minimises, reads and starts from are configuration (see ``--help``).
 """
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils.data import Dataset
 
-from looplm import checkpoint, parallel
-from looplm.checkpoint import About, Trained
+from looplm import checkpoint, parallel, step_folder
+from looplm.checkpoint import COMPANIONS, About, Trained
 from looplm.cli import UserError, parse_config, run_main, to_dict
 from looplm.config import RunConfig
 from looplm.device import DEVICE
@@ -68,6 +69,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     log = RunLog(config, folder, parallel.is_rank_0(), step, dist.get_world_size())
     if parallel.is_rank_0():
         write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        _take_companions(config)
     log.say(f"{folder}: {'resuming after' if done else 'starting at'} step {step} of {config.optim.train_steps}")
     with StopRequest() as stop:
         while step < config.optim.train_steps:
@@ -81,7 +83,9 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
                 log.valid(step, validate(stepper, valid_set, config, groups))
             if _due(step, config.checkpoint.save_every, last):
                 about = _about(config, corpus, step, samples, tokens, horizon)
-                saved = checkpoint.save(checkpoints, trained, config, about, corpus.tokenizer, config.checkpoint.keep)
+                saved = checkpoint.save(
+                    checkpoints, trained, config, about, corpus.tokenizer, config.checkpoint.keep, folder / COMPANIONS
+                )
                 log.say(f"step {step}/{config.optim.train_steps}  saved {saved}")
                 log.restart_clock()
             if last:
@@ -154,6 +158,15 @@ def _refuse_other_data(done: About | None, initial: About | None, corpus: Corpus
         )
 
 
+def _take_companions(config: RunConfig) -> None:
+    """What came with the weights that this stage starts from stays with it."""
+    own = Path(config.output_dir) / COMPANIONS
+    if config.checkpoint.initial is not None and not own.exists():
+        theirs = step_folder.locate(config.checkpoint.initial) / COMPANIONS
+        if theirs.is_dir():
+            shutil.copytree(theirs, own)
+
+
 def _about(config: RunConfig, corpus: Corpus, step: int, samples: int, tokens: int, horizon: int) -> About:
     return About(
         step=step,
@@ -167,6 +180,9 @@ def _about(config: RunConfig, corpus: Corpus, step: int, samples: int, tokens: i
         data_order=data_order(config, corpus),
         versions=checkpoint.versions(),
         git_revision=checkpoint.git_revision(),
+        bos_id=corpus.bos_id,
+        pad_id=corpus.pad_id,
+        dtype=str(DTYPES[config.optim.precision]).removeprefix("torch."),
     )
 
 

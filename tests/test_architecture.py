@@ -22,6 +22,7 @@ ROWS = (
     ("looplm.model",),
     ("looplm.pipeline",),
     ("looplm.optimizer_state",),
+    ("looplm.step_folder",),
     ("looplm.checkpoint",),
     ("looplm.generate", "looplm.inference"),
     ("looplm.huggingface",),

@@ -64,7 +64,7 @@ class Generator:
             UserError: there is none, or it is damaged.
         """
         opened = open_model(directory, parallel.start(seed=0), dtype)
-        return cls(opened.model, opened.tokenizer, opened.eos_id, opened.gate_trained)
+        return cls(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
 
     def generate(
         self, prompts: Iterable[Prompt], config: GenerationConfig | None = None, on_token: OnToken | None = None

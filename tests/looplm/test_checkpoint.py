@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from looplm import checkpoint, parallel
+from looplm import checkpoint, parallel, step_folder
 from looplm.cli import UserError
 from pretrain.data import check_corpus
 from pretrain.train import train
@@ -39,7 +39,7 @@ def test_a_step_directory_stands_alone(trained, single_process):
     assert (trained / "checkpoints/latest").read_text().strip() == step.name
     assert not list((trained / "checkpoints").glob(".*partial"))
     opened = checkpoint.open_model(str(step), single_process)
-    assert opened.step == 6 and opened.gate_trained and opened.eos_id == 1
+    assert opened.about.step == 6 and opened.about.gate_trained and opened.about.eos_id == 1
     assert opened.tokenizer.decode(opened.tokenizer.encode("def f():").ids) == "def f():"
     about = checkpoint.read_about(step)
     assert (
@@ -54,7 +54,7 @@ def test_one_that_only_a_newer_megatron_can_read_is_refused(run, single_process)
     about["versions"]["megatron-core"] = "0.99.1"
     (step / "about.json").write_text(json.dumps(about))
     (step / "state/common.pt").unlink(missing_ok=True)
-    files = {str(path.relative_to(step)): checkpoint._fingerprint(path) for path in checkpoint._files(step)}
+    files = {str(path.relative_to(step)): step_folder.fingerprint(path) for path in step_folder.files_in(step)}
     (step / "manifest.json").write_text(json.dumps(files))
     with pytest.raises(UserError, match=r"written by megatron-core 0\.99\.1, which .* cannot read"):
         checkpoint.open_model(str(step), single_process)
@@ -94,20 +94,20 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before_and_says_so(run, fault
     damage, words = FAULTS[fault]
     damage(run / "checkpoints/step_00000006")
     said: list[str] = []
-    assert checkpoint.newest(run / "checkpoints", said.append) == run / "checkpoints/step_00000004"
+    assert step_folder.newest(run / "checkpoints", said.append) == run / "checkpoints/step_00000004"
     assert len(said) == 1 and "step_00000006" in said[0] and words in said[0]
 
 
 def test_naming_a_broken_step_is_an_error(run):
     _flip_a_byte(run / "checkpoints/step_00000006")
     with pytest.raises(UserError, match="has changed since it was written"):
-        checkpoint.locate(str(run / "checkpoints/step_00000006"))
+        step_folder.locate(str(run / "checkpoints/step_00000006"))
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    assert checkpoint.newest(tmp_path, print) is None
+    assert step_folder.newest(tmp_path, print) is None
     with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoint.locate(str(tmp_path))
+        step_folder.locate(str(tmp_path))
 
 
 class _Payload:
@@ -120,11 +120,11 @@ def test_a_pickle_that_runs_code_is_refused_even_with_a_matching_manifest(run):
     metadata = step / "state/.metadata"
     metadata.write_bytes(pickle.dumps(_Payload()))
     manifest = json.loads((step / "manifest.json").read_text())
-    manifest["state/.metadata"] = checkpoint._fingerprint(metadata)
+    manifest["state/.metadata"] = step_folder.fingerprint(metadata)
     (step / "manifest.json").write_text(json.dumps(manifest))
     Path("/tmp/looplm_payload_ran").unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"names posix\.system, which a checkpoint has no need of"):
-        checkpoint.locate(str(step))
+        step_folder.locate(str(step))
     assert not Path("/tmp/looplm_payload_ran").exists()
 
 
@@ -150,7 +150,7 @@ def test_kill_during_save_leaves_the_old_state(corpus, run):
     folder = run / "checkpoints"
     assert (folder / ".step_00000007.partial").exists(), "killed in the middle of saving"
     assert (folder / "latest").read_text().strip() == "step_00000006"
-    assert checkpoint.newest(folder, print) == folder / "step_00000006"
+    assert step_folder.newest(folder, print) == folder / "step_00000006"
 
 
 def test_weights_survive_the_round_trip(trained, corpus, tmp_path, single_process):

@@ -10,7 +10,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import cli, parallel
 from looplm import generate as command
-from looplm.config import ModelConfig
 from looplm.inference import generate as library
 from looplm.inference.generate import Generation, GenerationConfig, Generator, Request
 from looplm.inference.text_stream import Token
@@ -25,26 +24,24 @@ def generator(single_process: ProcessGroupCollection) -> Generator:
     return Generator(build(MLA, GATES["lru"], single_process), TOKENIZER, EOS)
 
 
+class About(NamedTuple):
+    gate_trained: bool = True
+    eos_id: int = EOS
+
+
 class Opened(NamedTuple):
     """What `open_model` would give."""
 
     model: object
-    config: object
-    gate_trained: bool = True
+    about: About = About()
     tokenizer: object = TOKENIZER
-    eos_id: int = EOS
-    step: int = 1
-
-
-class Config(NamedTuple):
-    model: ModelConfig = MLA
 
 
 @pytest.fixture
 def checkpoint(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> str:
     """The command's checkpoint is the small model; the job of this test process goes on after it."""
     for module in (command, library):
-        monkeypatch.setattr(module, "open_model", lambda *_: Opened(generator.model, Config()))
+        monkeypatch.setattr(module, "open_model", lambda *_: Opened(generator.model))
     monkeypatch.setattr(parallel, "stop", lambda: None)
     return "--checkpoint=runs/any"
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from looplm import checkpoint, parallel
+from looplm import checkpoint, parallel, step_folder
 from looplm.cli import UserError
 from looplm.evaluation.depth import DepthMeter
 from pretrain.data import build_valid_set, check_corpus, micro_batches
@@ -70,7 +70,9 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
 
     with pytest.raises(UserError, match="prompt_tokens: 32"):  # no token would be left to measure
         main([*arguments, "--kv_caches=last", "--prompt_tokens=32"])
-    untrained = dataclasses.replace(checkpoint.read_about(checkpoint.locate(str(tmp_path / "run"))), gate_trained=False)
+    untrained = dataclasses.replace(
+        checkpoint.read_about(step_folder.locate(str(tmp_path / "run"))), gate_trained=False
+    )
     with monkeypatch.context() as patched, pytest.raises(UserError, match=r"exit_thresholds: '0.5'.*never trained"):
         patched.setattr(checkpoint, "read_about", lambda step: untrained)
         main([*arguments, "--kv_caches=last", "--prompt_tokens=6", "--exit_thresholds=0.5"])
@@ -83,7 +85,7 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     batches = micro_batches(valid_set, samples.data, 0, 0, 1)
     for _ in range(3):
         batch = next(batches)
-        model, gate = opened.config.model, opened.config.gate
+        model, gate = opened.model.shape, opened.gate
         output = reference.forward(weights, model, gate, batch.ids_BS, 5, batch.document_start_SB)
         for loop, hidden in enumerate(output.hidden):
             losses = reference.token_losses(hidden, reference.head_weight(weights, model), batch.labels_SB)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from looplm import checkpoint, parallel
+from looplm import checkpoint, parallel, step_folder
 from looplm.cli import UserError, to_dict
 from looplm.config import RampUpConfig, RunConfig
 from pretrain.data import check_corpus
@@ -89,7 +89,7 @@ def test_gate_stage_moves_the_gate_alone(corpus, tmp_path, single_process):
     assert rows[0]["objective"] == "adaptive_gate"
     before = checkpoint.open_model(stage1.output_dir, single_process)
     after = checkpoint.open_model(gate.output_dir, single_process)
-    assert before.gate_trained and after.gate_trained
+    assert before.about.gate_trained and after.about.gate_trained
     moved = {
         name
         for (name, old), new in zip(before.model.named_parameters(), after.model.parameters(), strict=True)
@@ -152,7 +152,7 @@ def test_sigterm_saves_and_ends_in_order(corpus, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == STOPPED
-    saved = checkpoint.newest(tmp_path / "run/checkpoints", print)
+    saved = step_folder.newest(tmp_path / "run/checkpoints", print)
     assert saved is not None
     assert checkpoint.read_about(saved).step == train_rows(tmp_path / "run")[-1]["step"]
 
