@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-newest check format bench clean clean-quickstart
+.PHONY: help install quickstart caches test test-newest check format bench clean clean-quickstart
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -99,6 +99,17 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 	@$(PY) -m pretrain.report $(RUN)
 	@touch $@
 
+# ---- experiments: slow, their results are in docs/LOG.md
+
+LONGER  := runs/longer
+STAGE1  := --config $(CONFIGS)/pretrain.yaml --config configs/longer/pretrain.yaml
+CACHES  := --batch_size 16 --kv_caches per_loop,last,mean,first --exit_thresholds 1,0.4,0.3
+
+caches: $(DONE)/gate  ## what a shared cache costs: decodes the quickstart's model and one trained longer (an hour)
+	@$(PY) -m pretrain.train $(STAGE1)
+	@$(PY) -m pretrain.train $(STAGE1) --config $(CONFIGS)/gate.yaml --config configs/longer/gate.yaml
+	@for run in $(RUN) $(LONGER); do $(PY) -m pretrain.evaluate --checkpoint $$run/gate $(CACHES) --output $$run/caches.json || exit; done
+
 # ---- checks
 
 test: $(READY)  ## all tests, in two processes
@@ -117,8 +128,11 @@ format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
+# The trained model whose gate decides when tokens leave: of these the first that is there.
+BENCHED = $(firstword $(wildcard runs/longer/gate runs/quickstart/gate))
+
 bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
-	@$(PY) -m tools.bench
+	@$(PY) -m tools.bench $(if $(BENCHED),--checkpoint $(BENCHED))
 
 # ---- clean
 

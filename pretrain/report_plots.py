@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
@@ -50,7 +51,7 @@ _STYLE: dict[Any, Any] = {
 _DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1.0, "linestyle": (0, (3, 3))}
 _LEGEND: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "handlelength": 1.5}
 _AROUND = ((6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"))
-_ABOVE_BELOW = ((0, 6, "center", "bottom"), (0, -6, "center", "top"))
+_ABOVE_BELOW = ((0, 6, "center", "bottom"), (0, -6, "center", "top"), *_AROUND)
 _MOST_POINTS = 150  # of a curve: more steps than this are averaged in as many groups
 
 
@@ -250,12 +251,17 @@ def _label(
     places: Sequence[tuple[float, float, str, str]],
     avoid: Points = (),
 ) -> None:
-    """Label each point at the first of ``places`` (points off, alignment) that is free; with none free, not at all."""
+    """Label each point at the first of ``places`` (points off, alignment) that is free of marks, labels and the line
+    through the points; with none free, not at all."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # settles the layout, so that boxes are where they will be
     marks = [axes.transData.transform(point) for point in (*points, *avoid)]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
+    for start, end in pairwise(marks[: len(points)]):
+        steps = int(np.hypot(*(end - start)) // 3)
+        line = (start + (end - start) * step / max(1, steps) for step in range(steps))
+        taken += [Bbox.from_extents(x - 1, y - 1, x + 1, y + 1) for x, y in line]
     for point, name in zip(points, names, strict=True):
         for dx, dy, ha, va in places:
             label = axes.annotate(name, point, (dx, dy), textcoords="offset points", ha=ha, va=va)

@@ -19,6 +19,13 @@ ROOT = Path(__file__).parent.parent
 RECIPES = {
     "quickstart, stage 1": ["quickstart/pretrain.yaml"],
     "quickstart, gate stage": ["quickstart/pretrain.yaml", "quickstart/gate.yaml"],
+    "longer, stage 1": ["quickstart/pretrain.yaml", "longer/pretrain.yaml"],
+    "longer, gate stage": [
+        "quickstart/pretrain.yaml",
+        "longer/pretrain.yaml",
+        "quickstart/gate.yaml",
+        "longer/gate.yaml",
+    ],
 }
 MHA = ModelConfig(
     vocab_size=96, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, attention="mha"

@@ -31,6 +31,7 @@ from pretrain.step import Stepper
 from tests.reference import ReferenceLM
 from tools import bench_pipeline
 from tools.bench_decode import bench_decode
+from tools.bench_exit import bench_exit, drawn_setting, trained_setting
 from tools.bench_memory import bench_recompute
 
 # A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits are what is measured.
@@ -45,11 +46,13 @@ class BenchConfig:
         recipe: training recipe whose model and batch are timed.
         repeats: timed steps of each contender, in turns.
         batch: sequences in a step.
+        checkpoint: a trained model whose gate decides when tokens leave; without one depths are drawn.
     """
 
     recipe: str = "configs/quickstart/pretrain.yaml"
     repeats: int = 5
     batch: int = 4
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         require(self.repeats > 0, "repeats", self.repeats, "give a number above 0")
@@ -67,7 +70,12 @@ def main(argv: list[str]) -> None:
         for precision in ("fp32", "bf16"):
             bench_training(replace(recipe, optim=replace(recipe.optim, precision=precision)), config, groups)
         bench_recompute(recipe, config.batch, groups)
-        bench_decode(recipe.model, recipe.gate, groups, config.repeats)
+        if config.checkpoint is None:
+            setting = drawn_setting(recipe.model, recipe.gate, groups)
+        else:
+            setting = trained_setting(config.checkpoint, groups)
+        bench_exit(setting, config.repeats)
+        bench_decode(setting.model, config.repeats)
     finally:
         parallel.stop()
     bench_pipeline.launch(config.repeats)

@@ -7,14 +7,18 @@ Shapes: B samples, S sequence, N rows side by side, V vocabulary.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+from looplm import parallel
 from looplm.inference.decode import Decoder
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.kv_cache import CacheMode
@@ -94,22 +98,21 @@ def decoding_report(
     group: dist.ProcessGroup,
 ) -> list[dict[str, Any]]:
     """Each cache under each rule: means over the tokens of every rank of ``group``, as evaluation.json holds them."""
-    report = []
-    for mode in modes:
-        for rule in rules:
-            sums = torch.tensor(decode_texts(model, texts, prompt, rows, mode, rule), dtype=torch.float64)
-            dist.all_reduce(sums, group=group)
-            tokens, loss, depth = sums.tolist()
-            loss, depth = loss / max(1, tokens), depth / max(1, tokens)
-            report.append(
-                {
-                    "kv_cache": mode,
-                    "exit_signal": rule.signal,
-                    "exit_threshold": rule.threshold,
-                    "tokens": int(tokens),
-                    "loss": loss,
-                    "perplexity": math.exp(min(loss, 700.0)),
-                    "mean_depth": depth,
-                }
-            )
+    report, hidden = [], not (parallel.is_rank_0() and sys.stderr.isatty())
+    for mode, rule in tqdm(list(product(modes, rules)), desc="decoding", unit="setting", disable=hidden):
+        sums = torch.tensor(decode_texts(model, texts, prompt, rows, mode, rule), dtype=torch.float64)
+        dist.all_reduce(sums, group=group)
+        tokens, loss, depth = sums.tolist()
+        loss, depth = loss / max(1, tokens), depth / max(1, tokens)
+        report.append(
+            {
+                "kv_cache": mode,
+                "exit_signal": rule.signal,
+                "exit_threshold": rule.threshold,
+                "tokens": int(tokens),
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "mean_depth": depth,
+            }
+        )
     return report
