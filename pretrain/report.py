@@ -70,6 +70,8 @@ def build_page(run: Path) -> str:
         body += _exits(stages, evaluation)
     if evaluation:
         body += _depths(evaluation)
+    if evaluation and evaluation.decoding:
+        body += _caches(evaluation)
     if samples:
         body += _sample_text(samples, deepest)
     body += _configs(stages)
@@ -166,6 +168,14 @@ def _depths(evaluation: Evaluation) -> list[str]:
             plots.loss_per_depth(evaluation.depths, evaluation.trained_loops) if evaluation.depths else "",
             plots.exit_curve(evaluation.exit_curve, trained) if evaluation.exit_curve else "",
         ),
+    ]
+
+
+def _caches(evaluation: Evaluation) -> list[str]:
+    return [
+        "<h2>Caches</h2><p>Loss of text that is decoded token by token: with a cache for each loop, or with one that the "
+        "loops share. The deepest point of each runs all loops, the others leave early.</p>",
+        _grid("plots", plots.cache_curves(evaluation.decoding)),
     ]
 
 

@@ -33,12 +33,14 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """evaluation.json: (depth, loss) points; thresholds by their (mean depth, loss) point."""
+    """evaluation.json: (depth, loss) points; thresholds by their (mean depth, loss) point; the (mean depth, loss) points
+    of each cache that was decoded through."""
 
     trained_loops: int
     depths: list[tuple[float, float]]
     exit_curve: dict[tuple[float, float], list[float]]
     exit_distribution: list[float]
+    decoding: dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,10 @@ def read_evaluation(path: Path) -> Evaluation | None:
     for row in _objects(record, "exit_curve", where):
         point = round(_number(row, "mean_depth", where), 3), round(_number(row, "loss", where), 5)
         curve.setdefault(point, []).append(_number(row, "threshold", where))
+    decoding: dict[str, list[tuple[float, float]]] = {}
+    for row in _objects({"decoding": [], **record}, "decoding", where):
+        cache = str(row.get("kv_cache"))
+        decoding.setdefault(cache, []).append((_number(row, "mean_depth", where), _number(row, "loss", where)))
     return Evaluation(
         trained_loops=int(_number(record, "trained_loops", where)),
         depths=[
@@ -81,6 +87,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
         ],
         exit_curve=curve,
         exit_distribution=_numbers(record, "exit_distribution", where),
+        decoding={cache: sorted(points) for cache, points in decoding.items()},
     )
 
 

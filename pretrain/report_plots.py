@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
@@ -52,6 +52,12 @@ _DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1.0, "linestyle": (0, (
 _LEGEND: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "handlelength": 1.5}
 _AROUND = ((6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"))
 _ABOVE_BELOW = ((0, 6, "center", "bottom"), (0, -6, "center", "top"), *_AROUND)
+_CACHE_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": _INK, "linestyle": "-", "marker": "o"},
+    {"color": _INK, "linestyle": "--", "marker": "s", "markerfacecolor": _PAPER},
+    {"color": _MUTED, "linestyle": "-", "marker": "^"},
+    {"color": _MUTED, "linestyle": ":", "marker": "v"},
+)
 _MOST_POINTS = 150  # of a curve: more steps than this are averaged in as many groups
 
 
@@ -177,6 +183,16 @@ def exit_curve(axes: Axes, curve: Mapping[tuple[float, float], Sequence[float]],
     axes.figure.legend(**_LEGEND)
     names = [f"{min(q):g}" if len(q) == 1 else f"{min(q):g}–{max(q):g}" for q in curve.values()]
     _label(axes, list(curve), names, _AROUND, avoid=depths)
+
+
+@_figure("Loss through each cache", "nats per token")
+def cache_curves(axes: Axes, decoding: Mapping[str, Points]) -> None:
+    """Points (mean depth, loss) of each cache."""
+    for (cache, points), style in zip(decoding.items(), cycle(_CACHE_STYLES)):
+        axes.plot(*zip(*points, strict=True), **style, markersize=5, label=cache)
+    axes.set_xlabel("mean depth (loops run per token)")
+    axes.margins(x=0.08, y=0.12)
+    axes.figure.legend(**_LEGEND)
 
 
 def small_multiple(stages: Sequence[Stage], key: str, title: str, unit: str, log: bool = False) -> str:

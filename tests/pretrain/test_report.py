@@ -85,6 +85,11 @@ def evaluation(loops: int) -> dict[str, Any]:
         "depths": [{"depth": depth, "loss": loss, "perplexity": math.exp(loss)} for depth, loss in losses.items()],
         "exit_curve": [{"threshold": q, "mean_depth": m, "loss": 3.94 + 0.8 * 0.4**m} for q, m in means.items()],
         "exit_distribution": [value / sum(share) for value in share],
+        "decoding": [
+            {"kv_cache": cache, "exit_threshold": q, "mean_depth": means[q], "loss": 4.0 + worse}
+            for worse, cache in enumerate(("per_loop", "last", "mean", "first"))
+            for q in (1.0, 0.5)
+        ],
     }
 
 
@@ -154,7 +159,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report.main([str(run)])
     assert capsys.readouterr().out == f"report: {run}/report.html\n"
     page = Page((run / "report.html").read_text(encoding="utf-8"))
-    assert page.tags.count("figure") == 10
+    assert page.tags.count("figure") == 11
     assert "script" not in page.tags
     assert {reference[0] for reference in page.references} == {"#", "d"}  # within the page, or data:, (no icon)
     for words in (
@@ -167,6 +172,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "seed: 0",
         "seed: 2",
         "stage1 614\xa0K + gate 123\xa0K",
+        "per_loop",  # the legend of the caches
     ):
         assert words in page.text
     lines = metrics(300, 4)
@@ -177,7 +183,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 10), (1, 1, 7), (400, 8, 10)])
+@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 11), (1, 1, 8), (400, 8, 11)])
 def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
     page = Page(report.build_page(write_run(tmp_path, steps, loops)))
     assert page.tags.count("figure") == figures
