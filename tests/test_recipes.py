@@ -9,9 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from looplm.accounting import cache_values_per_token, forward_flops_per_token, parameter_counts
+from looplm.checkpoint import CHANGEABLE
 from looplm.cli import parse_config
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.model import LoopLM
+from pretrain.data import BatchSchedule
 from tests.tiny import MODEL
 from tools.count_params import describe
 
@@ -26,6 +28,24 @@ RECIPES = {
         "quickstart/gate.yaml",
         "longer/gate.yaml",
     ],
+}
+# Ouro's stages, each on top of those before it; the larger model joins at 1b with twice the layers.
+STAGES = ("stage1a", "stage1b", "stage2", "stage3", "stage4", "gate")
+TOKENS = {"stage1a": 3e12, "stage1b": 3e12, "stage2": 1.4e12, "stage3": 20e9, "stage4": 300e9}
+
+
+def ouro(size: str, kind: str, stage: str) -> list[str]:
+    """The files of a stage."""
+    names = [f"ouro-1.4b/{kind}.yaml"]
+    names += [f"ouro-1.4b/{before}.yaml" for before in STAGES[: STAGES.index(stage) + 1]]
+    return names if size == "1.4b" else [*names, f"ouro-2.6b/{kind}.yaml", f"ouro-2.6b/{stage}.yaml"]
+
+
+OURO = {
+    (size, kind, stage): ouro(size, kind, stage)
+    for size in ("1.4b", "2.6b")
+    for kind in ("mha", "mla")
+    for stage in STAGES[size == "2.6b" :]
 }
 MHA = ModelConfig(
     vocab_size=96, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, attention="mha"
@@ -56,16 +76,58 @@ def count(model: LoopLM) -> int:
 
 def test_every_training_recipe_is_listed_here():
     shipped = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
-    listed = {name for names in RECIPES.values() for name in names}
+    listed = {name for names in (*RECIPES.values(), *OURO.values()) for name in names}
     assert {name for name in shipped if Path(name).name != "data.yaml"} == listed
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_has_the_predicted_parameters(recipe, single_process):
     config = load(RECIPES[recipe])
-    built = count(LoopLM(config.model, config.gate, single_process))
+    with torch.device("meta"):
+        built = count(LoopLM(config.model, config.gate, single_process))
     assert built == sum(parameter_counts(config.model, config.gate).values())
     assert f"{built:,}" in describe(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "expected"),
+    [
+        ("1.4b", "mha", 1_434_652_673),
+        ("1.4b", "mla", 1_437_964_737),
+        ("2.6b", "mha", 2_667_974_657),
+        ("2.6b", "mla", None),
+    ],
+)
+def test_ouro_has_the_predicted_parameters(size, kind, expected, single_process):
+    config = load(OURO[size, kind, "stage1b"])
+    with torch.device("meta"):
+        built = count(LoopLM(config.model, config.gate, single_process))
+    predicted = sum(parameter_counts(config.model, config.gate).values())
+    assert built == predicted
+    assert expected is None or built == expected
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+@pytest.mark.parametrize("size", ["1.4b", "2.6b"])
+def test_ouro_is_a_chain_of_stages_with_the_published_tokens(size, kind):
+    before = None
+    for stage in STAGES[size == "2.6b" :]:
+        config = load(OURO[size, kind, stage])
+        schedule = BatchSchedule(config.data, 1, config.parallel.pipeline)
+        if stage in TOKENS:
+            ramp = config.data.rampup
+            grown = 0 if ramp is None else schedule.samples_of(ramp.samples // ramp.start)
+            steps = config.optim.train_steps - (0 if ramp is None else ramp.samples // ramp.start)
+            tokens = (grown + steps * config.data.global_batch_size) * config.data.seq_length
+            assert tokens == pytest.approx(TOKENS[stage], rel=1e-3), stage
+        assert config.model.num_loops == (8 if stage == "stage1a" else 4)
+        assert config.loss.beta == (0.1 if stage == "stage1a" else 0.05)
+        if before is not None:
+            assert config.checkpoint.initial == before.output_dir
+            shapes = [dataclasses.asdict(one.model) for one in (before, config)]
+            changed = {key for key in shapes[0] if shapes[0][key] != shapes[1][key]}
+            assert changed <= CHANGEABLE, "these cannot change between stages"
+        before = config
 
 
 @pytest.mark.parametrize("gate", GATES)
