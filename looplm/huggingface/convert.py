@@ -33,6 +33,8 @@ from looplm.huggingface.names import Shape, entries
 from looplm.huggingface.weight_files import Stored
 from looplm.model import LoopLM
 
+SOURCE_CARD = "README.source.md"  # of the model that training started from
+
 
 class Source(NamedTuple):
     """A Hugging Face directory that was found sound."""
@@ -154,9 +156,10 @@ def export_model(opened: OpenedModel, final: Path, layout: str, dtype: torch.dty
         weight_files.write_tensors(partial, their_shapes(described), written, limit, _parts(opened))
         cast = dtype is not None or not imported
         companions.write_all(partial, beside, opened.folder / TOKENIZER, described, written, cast)
-        if imported and (beside / CARD).is_file():
-            shutil.copyfile(beside / CARD, partial / CARD)
-        else:
+        carried = beside / CARD
+        if carried.is_file():
+            shutil.copyfile(carried, partial / (CARD if imported else SOURCE_CARD))
+        if not (partial / CARD).is_file():
             (partial / CARD).write_text(model_card(final.name, opened, described, written), encoding="utf-8")
         step_folder.settle(partial, final)
     finally:
