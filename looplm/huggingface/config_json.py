@@ -249,7 +249,7 @@ def _typed(cls: type, keys: Mapping[str, str], values: Mapping[str, Any], where:
 
 def _token_id(values: Mapping[str, Any], generation: Mapping[str, Any], key: str, where: Path) -> int | None:
     """Of several ends of text the first."""
-    found = generation.get(key, values.get(key))
+    found = values.get(key) if generation.get(key) is None else generation[key]
     found = found[0] if isinstance(found, list) and found else found
     limit = values["vocab_size"]
     if found is not None and (type(found) is not int or not 0 <= found < limit):
