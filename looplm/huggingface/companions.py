@@ -19,22 +19,27 @@ from looplm.huggingface.config_json import CONFIG, LOOPLM, Described, TokenIds, 
 
 GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
-CODE = tuple(Path(__file__).with_name(f"{kind}_looplm.py") for kind in ("configuration", "modeling"))
+CODE = tuple(sorted(Path(__file__).parent.glob("*_looplm.py")))  # what travels inside an export of our own layout
 _CARRIED = {".jinja", ".json", ".md", ".model", ".py", ".txt", ""}  # of text; weights in whatever format stay behind
 
 
 def gather(source: Path, into: Path) -> list[str]:
     """Copy what travels with the weights of ``source`` to a new folder; returns the names of what does not.
 
-    Code is copied like any file. It is not run, here or on the way out.
+    Code is copied like any file. It is not run, here or on the way out. A link is followed inside the directory and in
+    Hugging Face's cache, whose files are links to ``blobs``; one that leads elsewhere could fetch anything.
     """
+    place = source.resolve()
+    roots = (place, place.parent.parent / "blobs")
     written = {TOKENIZER, *(path.name for path in CODE)}  # the tokenizer has its place; our code goes out as it now is
     files = [path for path in sorted(source.iterdir()) if path.name[0] != "." and path.name not in written]
-    travels = [path for path in files if path.is_file() and path.suffix in _CARRIED and ".safetensors" not in path.name]
+    files = [path for path in files if ".safetensors" not in path.name]
+    travels = [path for path in files if path.is_file() and path.suffix in _CARRIED]
+    travels = [path for path in travels if any(root in path.resolve().parents for root in roots)]
     into.mkdir()
     for path in travels:
-        shutil.copyfile(path, into / path.name)  # also of a link, as Hugging Face's cache has them
-    return [path.name for path in files if path not in travels and ".safetensors" not in path.name]
+        shutil.copyfile(path, into / path.name)
+    return [path.name for path in files if path not in travels]
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

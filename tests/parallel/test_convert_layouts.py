@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from looplm import checkpoint
-from looplm.checkpoint import WEIGHTS_ONLY, About
 from looplm.cli import to_dict
 from looplm.huggingface import companions
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source
@@ -16,7 +15,7 @@ from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from tests.parallel.launch import launch
 from tests.parallel.test_layouts import LINEAR, LRU, MHA, MLA
-from tests.tiny import BOS, EOS, PAD, run_config
+from tests.tiny import about_weights, run_config
 
 MODELS = {"ouro": (dataclasses.replace(MHA, num_query_groups=4), LINEAR), "looplm": (MLA, LRU)}
 LAYOUTS = {"TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}
@@ -33,22 +32,14 @@ def export(directory, final, groups):
 def exports(corpus, tmp_path_factory, single_process):
     """Of each model: its directory, imported and exported by one process, and after two ranks had it in between."""
     folder, found = tmp_path_factory.mktemp("layouts"), {}
-    stubs = tuple(folder / path.name for path in companions.CODE)
-    for path in stubs:
-        path.touch()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(companions, "CODE", stubs)
+        patched.setattr(companions, "CODE", ())  # what travels is not the matter here
         for name, (shape, gate) in MODELS.items():
-            about = About(
-                step=0, samples=0, tokens=0, horizon_samples=0, objective=WEIGHTS_ONLY, gate_trained=True,
-                tokenizer_sha256="", eos_id=EOS, data_order="", versions=checkpoint.versions(), git_revision="",
-                bos_id=BOS, pad_id=PAD, dtype="bfloat16",
-            )  # fmt: skip
             model = LoopLM(shape, gate, single_process, torch.bfloat16)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.normal_()  # norms and gates too: ones and zeros would look alike on any rank
-            checkpoint.save_weights(folder / name, model, gate, about, corpus / "tokenizer.json")
+            checkpoint.save_weights(folder / name, model, gate, about_weights("bfloat16"), corpus / "tokenizer.json")
             found[name] = export(folder / name, folder / f"{name} hf", single_process)
             import_source(examine(found[name]), folder / f"{name} imported", single_process)
         jobs = []

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from looplm import checkpoint, step_folder
-from looplm.checkpoint import WEIGHTS_ONLY, About
+from looplm.checkpoint import WEIGHTS_ONLY
 from looplm.cli import to_dict
 from looplm.config import GateConfig
 from looplm.files import sha256_of
@@ -21,7 +20,7 @@ from pretrain.data import check_corpus
 from pretrain.train import train
 from tests import ouro_reference as ouro
 from tests.test_recipes import GATES, SHAPES
-from tests.tiny import BOS, EOS, MODEL, PAD, VOCAB, run_config
+from tests.tiny import BOS, EOS, MODEL, PAD, VOCAB, about_weights, run_config
 
 BIG = 10**9
 LINEAR = GateConfig(kind="linear")
@@ -32,7 +31,7 @@ MHA = dataclasses.replace(MODEL, attention="mha", num_attention_heads=4)
 def code(tmp_path_factory, monkeypatch):
     """Stand-ins for the code that an export of our own layout takes along."""
     folder = tmp_path_factory.mktemp("code")
-    paths = tuple(folder / path.name for path in companions.CODE)
+    paths = tuple(folder / f"{kind}_looplm.py" for kind in ("configuration", "modeling"))
     for path in paths:
         path.write_text("raise SystemExit('this is data')")
     monkeypatch.setattr(companions, "CODE", paths)
@@ -79,10 +78,11 @@ def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_pa
     (source / "generation_config.json").write_text('{"eos_token_id": [1, 2], "pad_token_id": 2}')
     (source / "README.md").write_text("# Theirs\n")
     (source / "pytorch_model.bin").write_bytes(b"never opened")
-    shutil.copytree(source, tmp_path / "link", symlinks=False)
+    (tmp_path / "secret").write_text("not in the directory")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
 
     left = import_source(examine(source), tmp_path / "ours", single_process)
-    assert left == ["pytorch_model.bin"]
+    assert left == ["notes.txt", "pytorch_model.bin"]
     about = checkpoint.read_about(tmp_path / "ours")
     assert (about.objective, about.dtype, about.step) == (WEIGHTS_ONLY, config["torch_dtype"], 0)
     assert (about.bos_id, about.eos_id, about.pad_id) == (0, 1, 2)
@@ -92,7 +92,7 @@ def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_pa
     export(tmp_path / "ours", tmp_path / "back", single_process, limit=BIG if shards == 1 else 20_000)
     assert_same_bits(tensors_of(tmp_path / "back"), tensors)
     for path in source.iterdir():
-        if "safetensors" not in path.name and path.name != "pytorch_model.bin":
+        if "safetensors" not in path.name and path.name not in left:
             assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
     assert not (tmp_path / "ran").exists(), "code that came along was run"
     assert not list(tmp_path.glob(".*"))
@@ -114,12 +114,7 @@ OWN = {
 def test_a_checkpoint_of_ours_comes_back_as_it_was(case, corpus, tmp_path, single_process):
     shape, gate, layout = OWN[case]
     model = LoopLM(shape, gate, single_process, torch.bfloat16)
-    about = About(
-        step=0, samples=0, tokens=0, horizon_samples=0, objective=WEIGHTS_ONLY, gate_trained=True, tokenizer_sha256="",
-        eos_id=EOS, data_order="", versions=checkpoint.versions(), git_revision="", bos_id=BOS, pad_id=PAD,
-        dtype="bfloat16",
-    )  # fmt: skip
-    checkpoint.save_weights(tmp_path / "ours", model, gate, about, corpus / "tokenizer.json")
+    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("bfloat16"), corpus / "tokenizer.json")
     assert export(tmp_path / "ours", tmp_path / "hf", single_process, limit=5000).layout == layout
     import_source(examine(tmp_path / "hf"), tmp_path / "again", single_process)
     assert_same_bits(weights_of(tmp_path / "again", single_process), weights_of(tmp_path / "ours", single_process))
@@ -188,6 +183,19 @@ def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
     assert (generation.eos_token_id, generation.pad_token_id) == (EOS, PAD)
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_max_length"] == 64
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == VOCAB
+
+
+def test_a_directory_of_hugging_faces_cache(corpus, tmp_path, single_process):
+    """Its files are links to blobs beside it."""
+    blobs = ouro.write_folder(tmp_path / "blobs", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")  # fmt: skip
+    snapshot = tmp_path / "snapshots/0123"
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert import_source(examine(snapshot), tmp_path / "ours", single_process) == []
+    assert {path.name for path in (tmp_path / "ours/companions").iterdir()} == {
+        "chat_template.jinja", "config.json", "tokenizer_config.json",
+    }  # fmt: skip
 
 
 def test_special_tokens_that_no_file_gives_an_id(corpus, tmp_path, single_process):
