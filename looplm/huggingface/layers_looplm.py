@@ -1,0 +1,238 @@
+"""The block and the gates of a LoopLM. They travel inside an export and need torch and transformers alone.
+
+Shapes: B batch, S tokens of this call, T tokens seen: those before and these, D hidden, H heads, G key-value heads, K
+query-key width, W value width, C latent, R loops, Z gate state. Loops count from 0.
+
+Sources: loops, sandwich norms, linear gate: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2 (2405.04434).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .cache_looplm import View
+from .configuration_looplm import LoopLMConfig
+
+
+class LoopLMRMSNorm(nn.Module):
+    """``x / rms(x) * weight``."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LoopLMMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+
+
+class LoopLMHeadAttention(nn.Module):
+    """MHA, or GQA where a key-value head serves several queries. Channels i and i + K/2 turn together, as in Llama."""
+
+    def __init__(self, config: LoopLMConfig, block: int) -> None:
+        super().__init__()
+        self.block, self.width = block, config.head_dim
+        rows = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+        for name, heads in rows.items():
+            self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, heads * self.width, bias=False))
+        self.o_proj = nn.Linear(config.num_attention_heads * self.width, config.hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (linear(x_BSD).unflatten(-1, (-1, self.width)).transpose(1, 2) for linear in projections)
+        query, key = rotate(query, view), rotate(key, view)
+        if view.cache is not None:
+            key, value = view.cache.enter(loop, self.block, key, value, view.rows)
+        return self.o_proj(attend(query, key, value, view.visible_B1ST, self.width**-0.5))
+
+
+class LoopLMLatentAttention(nn.Module):
+    """MLA: keys and values of all heads grow from one latent, and one rotary key is shared by the heads.
+
+    Channels (0, 1), (2, 3), ... of the rotary part turn together, as in DeepSeek. Latent and rotary key are what is
+    cached. Later tokens do not grow the past's keys again: since ``q . (U c) = (U^T q) . c``, queries go down into the
+    latent space instead, and the mixed latents come up as values.
+    """
+
+    def __init__(self, config: LoopLMConfig, block: int) -> None:
+        super().__init__()
+        self.block, self.heads, self.latent = block, config.num_attention_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.scale = (self.nope + self.rope) ** -0.5
+        hidden, query_rows = config.hidden_size, self.heads * (self.nope + self.rope)
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_rows, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, self.q_lora_rank, bias=False)
+            self.q_a_layernorm = LoopLMRMSNorm(self.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, query_rows, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
+        self.kv_a_layernorm = LoopLMRMSNorm(self.latent, config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+
+    def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
+        if self.q_lora_rank is None:
+            query = self.q_proj(x_BSD)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        nope, rope = query.unflatten(-1, (self.heads, -1)).transpose(1, 2).split([self.nope, self.rope], -1)
+        latent, key_rope = self.kv_a_proj_with_mqa(x_BSD).unsqueeze(1).split([self.latent, self.rope], -1)
+        rope, key_rope = rotate(evens_then_odds(rope), view), rotate(evens_then_odds(key_rope), view)
+        latent = self.kv_a_layernorm(latent)
+        if view.cache is not None:
+            latent, key_rope = view.cache.enter(loop, self.block, latent, key_rope, view.rows)
+        # Adapters and quantisation put other modules here, offloading leaves no weight: their own forward must be run.
+        plain = type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
+        if plain and latent.size(2) > x_BSD.size(1):
+            return self.o_proj(self._attend_latents(nope, rope, latent, key_rope, view.visible_B1ST))
+        grown = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).squeeze(1).transpose(1, 2)
+        key_nope, value = grown.split([self.nope, self.value], -1)
+        key = torch.cat((key_nope, key_rope.expand(-1, self.heads, -1, -1)), -1)
+        return self.o_proj(attend(torch.cat((nope, rope), -1), key, value, view.visible_B1ST, self.scale))
+
+    def _attend_latents(
+        self, nope: Tensor, rope: Tensor, latent_B1TC: Tensor, key_rope_B1TK: Tensor, visible_B1ST: Tensor | None
+    ) -> Tensor:
+        """The absorbed form; for the kernel the heads are queries of one head, which has the entries."""
+        up_HXC = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
+        key_up_HKC, value_up_HWC = up_HXC.split([self.nope, self.value], 1)
+        length = nope.size(2)
+        query_B1QK = torch.cat((torch.einsum("bhsk,hkc->bhsc", nope, key_up_HKC), rope), -1).flatten(1, 2).unsqueeze(1)
+        entry_B1TK = torch.cat((latent_B1TC, key_rope_B1TK), -1)
+        mask = None if visible_B1ST is None else visible_B1ST.repeat(1, 1, self.heads, 1)
+        mixed = F.scaled_dot_product_attention(query_B1QK, entry_B1TK, entry_B1TK, attn_mask=mask, scale=self.scale)
+        mixed_BHSC = mixed[:, 0, :, : self.latent].unflatten(1, (self.heads, length))
+        return torch.einsum("bhsc,hwc->bshw", mixed_BHSC, value_up_HWC).flatten(2)
+
+
+class LoopLMBlock(GradientCheckpointingLayer):
+    """``x + norm_b(attention(norm_a(x)))``, then ``x + norm_d(mlp(norm_c(x)))``; b and d are the sandwich norms."""
+
+    def __init__(self, config: LoopLMConfig, block: int) -> None:
+        super().__init__()
+        attention = LoopLMLatentAttention if config.attention == "mla" else LoopLMHeadAttention
+        self.self_attn, self.mlp = attention(config, block), LoopLMMLP(config)
+        sandwich = ("input_layernorm_2", "post_attention_layernorm_2") if config.sandwich_norm else ()
+        self.sandwich_norm = config.sandwich_norm
+        for name in ("input_layernorm", "post_attention_layernorm", *sandwich):
+            self.add_module(name, LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
+        y_BSD = self.self_attn(self.input_layernorm(x_BSD), view, loop)
+        x_BSD = x_BSD + (self.input_layernorm_2(y_BSD) if self.sandwich_norm else y_BSD)
+        y_BSD = self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD + (self.post_attention_layernorm_2(y_BSD) if self.sandwich_norm else y_BSD)
+
+
+def rotate(x_BHSK: Tensor, view: View) -> Tensor:
+    """Turn the channels i and i + K/2 together, by the angles of the tokens' positions."""
+    first, second = x_BHSK.chunk(2, -1)
+    cos, sin = view.cos_B1SK, view.sin_B1SK
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BHSK.dtype)
+
+
+def evens_then_odds(x: Tensor) -> Tensor:
+    """Channels (0, 1), (2, 3), ... to where :func:`rotate` looks for pairs; queries and keys agree on the order."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """[B, H, S, K], [B, G, T, K], [B, G, T, W] and [B, 1, S, T] to [B, S, H * W]."""
+    width = value.size(-1)
+    if key.size(-1) > width:  # unequal widths would leave the flash kernel for one that materialises S x T
+        value = F.pad(value, (0, key.size(-1) - width))
+    causal, grouped = visible is None and query.size(2) > 1, key.size(1) != query.size(1)
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return mixed[..., :width].transpose(1, 2).flatten(2)
+
+
+# ------------------------------------------------------------------------------------------------------------ the gate
+
+
+class LoopLMLinearGate(nn.Linear):
+    """Ouro's: ``a_r = w . h_r + b``."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__(config.hidden_size, 1)
+
+    def forward(self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor | None]:
+        return linear_fp32(h_BSD, self).squeeze(-1), None
+
+
+class LoopLMRecurrentGate(nn.Module):
+    """A GRU state carried over the loops.
+
+    ::
+
+        z_r = GRUCell(W_u h_r, z_{r-1}),  z_0 = 0
+        a_r = w . z_r + b  (+ w_s . mean_{j<=i} z_r[j])  + logit(1 / (R - r + 1))
+
+    The last constant makes an untrained gate (w = b = 0) leave after each loop with the same probability 1/R.
+    """
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__()
+        width = config.gate_state_size
+        self.num_loops = config.total_ut_steps
+        self.input_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.cell = nn.GRUCell(width, width)
+        self.readout = nn.Linear(width, 1)
+        self.sequence_readout = nn.Linear(width, 1, bias=False) if config.gate_sequence_level else None
+
+    def forward(self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor]:
+        u_BSZ = linear_fp32(h_BSD, self.input_proj)
+        state_BSZ = torch.zeros_like(u_BSZ) if state_BSZ is None else state_BSZ
+        cell = self.cell
+        weights = [weight.float() for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+        state_BSZ = torch.gru_cell(u_BSZ.flatten(0, 1), state_BSZ.flatten(0, 1), *weights).view_as(u_BSZ)
+        logit_BS = linear_fp32(state_BSZ, self.readout).squeeze(-1)
+        if self.sequence_readout is not None:
+            # The read-out of a mean is the mean of read-outs, and those are one number per token to keep.
+            logit_BS = logit_BS + running_mean(linear_fp32(state_BSZ, self.sequence_readout).squeeze(-1), view, loop)
+        remaining = self.num_loops - loop
+        return logit_BS - (math.log(remaining - 1) if remaining > 1 else 0.0), state_BSZ
+
+
+def linear_fp32(x: Tensor, linear: nn.Linear) -> Tensor:
+    """Exit probabilities are products of R small numbers: fp32 whatever the weights are stored in."""
+    return F.linear(x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float())
+
+
+def running_mean(signal_BS: Tensor, view: View, loop: int) -> Tensor:
+    """Of each row's tokens up to each one, without the padding, those of earlier calls too. Sums run in double."""
+    counts_BS = view.counts_BS.to(signal_BS.dtype)
+    signal_BT, counts_BT = signal_BS, counts_BS
+    if view.cache is not None:
+        signal_BT, counts_BT = view.cache.remember(loop, signal_BS, counts_BS, view.rows)
+    total_BT = (signal_BT * counts_BT).double().cumsum(-1)
+    mean_BT = total_BT / counts_BT.double().cumsum(-1).clamp(min=1)
+    return mean_BT[:, -signal_BS.size(1) :].to(signal_BS.dtype)
+
+
+def exit_log_probs(logit_RBS: Tensor) -> Tensor:
+    """``log p_r = logsigmoid(a_r) + sum_{j<r} logsigmoid(-a_j)``; the last loop takes what is left. [R, ...] both ways."""
+    stay = F.logsigmoid(-logit_RBS[:-1]).cumsum(0)
+    nothing = torch.zeros_like(logit_RBS[:1])
+    return torch.cat((F.logsigmoid(logit_RBS[:-1]), nothing)) + torch.cat((nothing, stay))

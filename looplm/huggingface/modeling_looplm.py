@@ -1,0 +1,384 @@
+"""LoopLM in transformers: one stack of blocks run several times, a norm at the end of every loop, an exit gate.
+
+It travels inside an export and needs torch and transformers alone (4.54 and later)::
+
+    input_ids --embed--> h --+--> shared stack --> norm --> h --+--> lm_head              loop r
+                             |                                  +--> early_exit_gate      loop r
+                             +------- R times, same weights <---+
+
+Shapes: B batch, N rows of it still in the loops, S tokens of this call, T tokens seen: those before and these, D hidden,
+V vocabulary, R loops. Loops count from 0, depth from 1.
+
+Sources: loops, loss, Q-exit, shared caches: Ouro (arXiv 2510.25741).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .cache_looplm import LoopLMCache, View
+from .configuration_looplm import LoopLMConfig
+from .layers_looplm import (
+    LoopLMBlock,
+    LoopLMLinearGate,
+    LoopLMRecurrentGate,
+    LoopLMRMSNorm,
+    exit_log_probs,
+)
+
+
+@dataclass
+class LoopLMModelOutput(ModelOutput):
+    """What the stack gives.
+
+    Args:
+        last_hidden_state: [B, S, D], of each token after the loop it left.
+        past_key_values: the cache, if one is used.
+        hidden_states: on request, R tensors [B, S, D]: the normed state after each loop.
+        gate_logits: on request, [R, B, S] in fp32: the logit of leaving after each loop.
+        exit_depths: below a threshold of 1, [B, S]: how many loops each token ran before it left.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: "LoopLMCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    gate_logits: Tensor | None = None
+    exit_depths: Tensor | None = None
+
+
+@dataclass
+class LoopLMCausalOutput(ModelOutput):
+    """As :class:`LoopLMModelOutput`, with ``logits`` [B, S, V] of the loop each token left, and the ``loss``."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: "LoopLMCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    gate_logits: Tensor | None = None
+    exit_depths: Tensor | None = None
+
+
+class LoopLMPreTrainedModel(PreTrainedModel):
+    """First weights, and what transformers must know."""
+
+    config_class = LoopLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LoopLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in pretraining. Children come before their parents, which know better."""
+        config, init = self.config, nn.init
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # An untied embedding has the scale of the loop-end norm's output, which every later loop reads.
+            std = config.initializer_range if config.tie_word_embeddings else 1.0
+            init.normal_(module.weight, std=config.embedding_initializer_range or std)
+        elif isinstance(module, LoopLMRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.GRUCell):
+            for weight in module.parameters():
+                init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+        elif isinstance(module, LoopLMBlock) and module.sandwich_norm:
+            # A sandwich norm undoes a small start of the sublayer's output, so its gain starts small instead.
+            for norm in (module.input_layernorm_2, module.post_attention_layernorm_2):
+                init.constant_(norm.weight, (2 * config.num_hidden_layers * config.total_ut_steps) ** -0.5)
+        if isinstance(module, LoopLMLinearGate):
+            init.zeros_(module.weight)
+        elif isinstance(module, LoopLMRecurrentGate):
+            init.normal_(module.input_proj.weight, std=config.hidden_size**-0.5)
+            for readout in (module.readout, module.sequence_readout):
+                if readout is not None:
+                    init.zeros_(readout.weight)
+
+
+class LoopLMModel(LoopLMPreTrainedModel):
+    """Embedding, shared stack, loop-end norm, exit gate."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LoopLMBlock(config, block) for block in range(config.num_hidden_layers))
+        self.norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        gate = LoopLMRecurrentGate if config.early_exit_gate == "lru" else LoopLMLinearGate
+        self.early_exit_gate = gate(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LoopLMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        early_exit_threshold: float | None = None,
+        output_hidden_states: bool | None = None,
+        output_gate_logits: bool = False,
+        **kwargs: Any,
+    ) -> LoopLMModelOutput:
+        """Run the loops.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, T], 0 at padding, on either side; of the tokens in the cache too.
+            position_ids: [B, S]; None counts each row's tokens.
+            past_key_values: of the tokens before.
+            inputs_embeds: [B, S, D] in place of ``input_ids``.
+            use_cache: None takes the config's, and none while gradients are recorded.
+            num_loops: how deep; None takes the config's.
+            early_exit_threshold: None takes the config's.
+            output_hidden_states: whether to return the state after each loop.
+            output_gate_logits: whether to return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
+            kwargs: what a release of transformers hands to every model; not used.
+
+        Raises:
+            ValueError: arguments that do not go together, in one line.
+        """
+        depth, threshold = self._plan(num_loops, early_exit_threshold)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: give these or inputs_embeds, one of the two")
+        h_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.begin(depth)
+        view = self._view(h_BSD, attention_mask, position_ids, cache, past)
+
+        # In a shared cache a past token is seen as of its last loop: one that leaves need not be run any further.
+        leaving = threshold < 1 and past > 0 and h_BSD.size(1) == 1 and cache.shared
+        if leaving and (output_hidden_states or output_gate_logits):
+            raise ValueError(
+                "output_hidden_states: with kv_cache=last a token that leaves has no later ones; "
+                "give early_exit_threshold=1, or a cache per loop"
+            )
+        reads_text = self.config.gate_sequence_level and cache is not None  # it must see every token, asked or not
+        exits = Exits(h_BSD, threshold, depth) if threshold < 1 else None
+        hidden, logits, state_NSZ = [], [], None
+        for loop in range(depth):
+            for block in self.layers:
+                h_BSD = block(h_BSD, view, loop)
+            h_BSD = self.norm(h_BSD)
+            if output_hidden_states:
+                hidden.append(h_BSD)
+            if exits is None and not output_gate_logits and not reads_text:
+                continue
+            with torch.autocast(h_BSD.device.type, enabled=False):
+                logit_NS, state_NSZ = self.early_exit_gate(h_BSD, state_NSZ, view, loop)
+            logits.append(logit_NS)
+            stay_N = None if exits is None else exits.judge(h_BSD, logit_NS, loop, view.rows)
+            if leaving and not stay_N.all():
+                if not stay_N.any():
+                    cache.skip(range(loop + 1, depth))
+                    break
+                view, h_BSD = view.narrow(stay_N), h_BSD[stay_N]
+                state_NSZ = None if state_NSZ is None else state_NSZ[stay_N]
+        return LoopLMModelOutput(
+            last_hidden_state=h_BSD if exits is None else exits.h_BSD,
+            past_key_values=cache,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+            gate_logits=torch.stack(logits) if output_gate_logits else None,
+            exit_depths=None if exits is None else exits.depth_BS,
+        )
+
+    def _plan(self, num_loops: int | None, threshold: float | None) -> tuple[int, float]:
+        """The depth, and the threshold."""
+        config = self.config
+        num_loops = config.num_loops if num_loops is None else num_loops
+        threshold = config.early_exit_threshold if threshold is None else threshold
+        depth = config.total_ut_steps if num_loops is None else num_loops
+        if depth < 1:
+            raise ValueError(f"num_loops: {depth} is not allowed; give at least 1")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"early_exit_threshold: {threshold} is not allowed; give a number from 0 to 1")
+        if threshold < 1 and not config.gate_trained:
+            raise ValueError(
+                f"early_exit_threshold: {threshold} is not allowed; this model's gate was never trained; give 1"
+            )
+        if threshold < 1 and depth > config.total_ut_steps:
+            raise ValueError(
+                f"num_loops: {depth} is not allowed with early_exit_threshold below 1; "
+                f"the gate knows loops 1 to {config.total_ut_steps}"
+            )
+        return depth, threshold
+
+    def _cache(self, given: LoopLMCache | None, use_cache: bool | None) -> LoopLMCache | None:
+        if self.gradient_checkpointing and self.training:
+            return None  # what is made again in backward would be entered again
+        if given is not None and not isinstance(given, LoopLMCache):
+            raise ValueError(
+                f"past_key_values: {type(given).__name__} is not allowed; a loop needs entries of its own; "
+                "give LoopLMCache(model.config), or nothing"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        return LoopLMCache(self.config) if given is None and use_cache else given
+
+    def _view(
+        self, h_BSD: Tensor, mask_BT: Tensor | None, position_BS: Tensor | None, cache: LoopLMCache | None, past: int
+    ) -> View:
+        (rows, length, _), config, device = h_BSD.shape, self.config, h_BSD.device
+        if mask_BT is None:
+            mask_BT = torch.ones(rows, past + length, dtype=torch.bool, device=device)
+        elif mask_BT.shape != (rows, past + length):
+            raise ValueError(
+                f"attention_mask: {list(mask_BT.shape)} is not allowed; give [{rows}, {past + length}]: "
+                "of every token, those in the cache too"
+            )
+        mask_BT = mask_BT.bool()
+        if position_BS is None:
+            position_BS = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        width = config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
+        speed_K = config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+        angle_B1SK = position_BS[:, None, :, None].float() * speed_K
+        cos_B1SK, sin_B1SK = angle_B1SK.cos().to(h_BSD.dtype), angle_B1SK.sin().to(h_BSD.dtype)
+        visible_B1ST = None
+        if not mask_BT.all() or 1 < length <= past + length - 1:
+            key_T = torch.arange(past + length, device=device)
+            query_S1 = key_T[past:, None]
+            # Padding sees itself: a row that sees nothing would be NaN, and NaN times a weight of 0 is NaN.
+            visible_BST = (key_T <= query_S1) & mask_BT[:, None] | (key_T == query_S1)
+            visible_B1ST = visible_BST.unsqueeze(1)
+        return View(cos_B1SK, sin_B1SK, visible_B1ST, mask_BT[:, past:], cache)
+
+
+class Exits:
+    """Where each token leaves: after the first loop by which its summed exit probability reaches the threshold.
+
+    Attributes:
+        h_BSD: the state after that loop.
+        depth_BS: how many loops that were.
+    """
+
+    def __init__(self, h_BSD: Tensor, threshold: float, depth: int) -> None:
+        self.h_BSD, self.depth_BS = torch.zeros_like(h_BSD), h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.int64)
+        self._threshold, self._depth = threshold, depth
+        self._log_survival_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
+
+    def judge(self, h_NSD: Tensor, logit_NS: Tensor, loop: int, rows: Tensor | None) -> Tensor:
+        """Take note of the tokens that leave after this loop; whether each row has others, [N]."""
+        here = slice(None) if rows is None else rows
+        log_survival_NS = self._log_survival_BS[here] + F.logsigmoid(-logit_NS.detach())
+        self._log_survival_BS[here] = log_survival_NS
+        leaves_NS = -torch.expm1(log_survival_NS) >= self._threshold
+        if loop + 1 == self._depth:
+            leaves_NS = torch.ones_like(leaves_NS)
+        new_NS = leaves_NS & (self.depth_BS[here] == 0)
+        self.h_BSD[here] = torch.where(new_NS.unsqueeze(-1), h_NSD, self.h_BSD[here])
+        self.depth_BS[here] = self.depth_BS[here].masked_fill(new_NS, loop + 1)
+        return ~leaves_NS.all(-1)
+
+
+class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
+    """The model with its head: what ``AutoModelForCausalLM`` gives."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__(config)
+        self.model = LoopLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """``generate`` shall make no cache: its own has no room for loops. The first forward pass makes one."""
+        return False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LoopLMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_loops: int | None = None,
+        early_exit_threshold: float | None = None,
+        output_hidden_states: bool | None = None,
+        output_gate_logits: bool = False,
+        **kwargs: Any,
+    ) -> LoopLMCausalOutput:
+        """As :meth:`LoopLMModel.forward`, and the head.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, T].
+            position_ids: [B, S].
+            past_key_values: of the tokens before.
+            inputs_embeds: [B, S, D].
+            labels: [B, S], the tokens themselves, -100 where they do not count. The loss is that of pretraining's first
+                stage without its entropy term: the expectation of the loops' cross-entropies under the exit
+                distribution, not the cross-entropy of mixed predictions; a mean over the tokens that count.
+            use_cache: whether to return a cache.
+            logits_to_keep: of the last tokens, or of those at these indices; 0 is all.
+            num_loops: how deep. Loops beyond ``total_ut_steps`` have no part in the loss.
+            early_exit_threshold: which loop's logits.
+            output_hidden_states: whether to return the state after each loop.
+            output_gate_logits: whether to return the gate's logits.
+            kwargs: ``num_items_in_batch``, by which Trainer divides the loss of a part of a batch.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_loops=num_loops,
+            early_exit_threshold=early_exit_threshold,
+            output_hidden_states=output_hidden_states or labels is not None,
+            output_gate_logits=output_gate_logits or labels is not None,
+            return_dict=True,
+        )
+        loss = None
+        if labels is not None:
+            loss = self._expected_loss(output.hidden_states, output.gate_logits, labels, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return LoopLMCausalOutput(
+            loss=loss,
+            logits=self.lm_head(output.last_hidden_state[:, kept]),
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states if output_hidden_states else None,
+            gate_logits=output.gate_logits if output_gate_logits else None,
+            exit_depths=output.exit_depths,
+        )
+
+    def _expected_loss(
+        self,
+        hidden: tuple[Tensor, ...],
+        gate_logit_RBS: Tensor,
+        labels_BS: Tensor,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        trained = min(len(hidden), self.config.total_ut_steps)
+        target_BS = labels_BS[:, 1:].to(hidden[0].device)
+        losses = [
+            checkpoint(self._token_loss, h_BSD[:, :-1], target_BS, use_reentrant=False) for h_BSD in hidden[:trained]
+        ]
+        p_RBS = exit_log_probs(gate_logit_RBS[:trained, :, :-1]).exp()
+        total = (p_RBS * torch.stack(losses)).sum()  # a label that does not count has a loss of 0 in every loop
+        counted = (target_BS != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return total / counted
+
+    def _token_loss(self, h_BSD: Tensor, target_BS: Tensor) -> Tensor:
+        """[B, S] in fp32. Under :func:`checkpoint`, so that no more than one loop's logits exist at once."""
+        logits_NV = self.lm_head(h_BSD).float().flatten(0, 1)
+        loss_N = F.cross_entropy(logits_NV, target_BS.flatten(), ignore_index=-100, reduction="none")
+        return loss_N.view_as(target_BS)

@@ -1,0 +1,110 @@
+"""``generate()``: the text of our own generator, with every cache; batches, beams, sampling; what is refused."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from looplm.huggingface.cache_looplm import LoopLMCache
+from looplm.huggingface.modeling_looplm import LoopLMForCausalLM
+from looplm.inference.generate import GenerationConfig, Generator
+from tests.looplm.generation_oracle import GATES, MLA, SHAPES, VOCAB, build, byte_tokenizer
+from tests.looplm.huggingface.hf_models import hf_model, random_ids
+
+NEVER = -1  # no token ends a text
+PAIRS = [("mla", "lru"), ("mla-query-latent", "sequence"), ("mha", "linear"), ("gqa", "sequence")]
+PROMPTS = [random_ids(1, length, VOCAB, seed=length)[0].tolist() for length in (5, 1, 9)]
+
+
+def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
+    """Side by side, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def new_ids(model: LoopLMForCausalLM, prompts: list[list[int]], **settings: object) -> list[list[int]]:
+    inputs = padded(prompts)
+    with torch.no_grad():
+        found = model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings})
+    return found[:, inputs["input_ids"].size(1) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def pairs(single_process: ProcessGroupCollection) -> dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]]:
+    """Our generator and the exported model, of the same weights."""
+    found = {}
+    for shape, gate in PAIRS:
+        ours = build(SHAPES[shape], GATES[gate], single_process)
+        found[shape, gate] = Generator(ours, byte_tokenizer(), NEVER), hf_model(ours, GATES[gate])
+    return found
+
+
+@pytest.fixture
+def model(pairs: dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]]) -> Iterator[LoopLMForCausalLM]:
+    """MLA with a gate that reads the text so far; a test may set its config."""
+    found = pairs["mla-query-latent", "sequence"][1]
+    before = dict(vars(found.config))
+    yield found
+    vars(found.config).update(before)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.6])
+@pytest.mark.parametrize("mode", ["per_loop", "last"])
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_greedy_text_is_that_of_our_generator(
+    pair: tuple[str, str],
+    mode: str,
+    threshold: float,
+    pairs: dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]],
+) -> None:
+    generator, model = pairs[pair]
+    config = GenerationConfig(temperature=0.0, max_new_tokens=12, kv_cache=mode, exit_threshold=threshold)
+    expected = generator.generate(PROMPTS, config)
+    depths: list[list[int]] = []
+
+    def watch(module: object, args: object, output: object) -> None:
+        if output.exit_depths is not None:
+            depths.append(output.exit_depths[:, -1].tolist())
+
+    handle = model.model.register_forward_hook(watch)
+    cache = LoopLMCache(model.config, mode)
+    found = new_ids(model, PROMPTS, early_exit_threshold=threshold, past_key_values=cache)
+    handle.remove()
+    assert found == [answer.ids for answer in expected]
+    if threshold < 1:
+        assert list(map(list, zip(*depths, strict=True))) == [answer.depths for answer in expected]
+        assert len({depth for answer in expected for depth in answer.depths}) > 1, "no test of tokens that leave apart"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "top_k": 5},
+        {"num_loops": 6},
+        {"num_loops": 2},
+        {"early_exit_threshold": 0.6},
+        {"early_exit_threshold": 0.6, "num_beams": 3},
+    ],
+    ids=str,
+)
+def test_with_a_cache_as_without(settings: dict[str, object], model: LoopLMForCausalLM) -> None:
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        texts.append(new_ids(model, PROMPTS, use_cache=use_cache, **settings))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.6])
+@pytest.mark.parametrize("mode", ["per_loop", "last"])
+def test_a_row_in_a_padded_batch_is_the_row_alone(mode: str, threshold: float, model: LoopLMForCausalLM) -> None:
+    model.config.kv_cache, model.config.early_exit_threshold = mode, threshold
+    together = new_ids(model, PROMPTS)
+    assert together == [new_ids(model, [prompt])[0] for prompt in PROMPTS]
