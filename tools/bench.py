@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         else:
             setting = trained_setting(config.checkpoint, groups)
         bench_exit(setting, config.repeats)
-        bench_decode(setting.model, config.repeats)
+        bench_decode(setting, config.repeats)
     finally:
         parallel.stop()
     bench_pipeline.launch(config.repeats)

@@ -1,47 +1,104 @@
-"""Speed of decoding: with a cache against without, absorbed against expanded MLA."""
+"""Speed of decoding: with a cache against without, with drafts, against Hugging Face; absorbed against expanded MLA.
 
+Hugging Face's ``generate`` runs the same weights, exported with the code that travels with them, on the same prompts.
+"""
+
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from looplm import device
+from looplm.checkpoint import OpenedModel
+from looplm.huggingface.config_json import LOOPLM
+from looplm.huggingface.convert import export_model
 from looplm.inference.attention import LatentAttention
 from looplm.inference.generate import GenerationConfig, Generator
 from looplm.model import LoopLM
+from tools.bench_exit import BATCHES, CACHE, NEW, PROMPT, Setting
 from tools.bench_timing import Prepare, show, timed
 
-PROMPT, NEW = 64, 64
 LANES, SPAN = 16, 512
+DRAFT = {"speculate": 3, "draft_depth": 2}
 
 
-def bench_decode(model: LoopLM, repeats: int) -> None:
+def bench_decode(setting: Setting, repeats: int) -> None:
     """Print the tables; everything in turns, from the median."""
+    model, prompts = setting.model, [list(text[:PROMPT]) for text in setting.texts]
     print(f"\ndecoding, fp32, {model.shape.num_layers} layers: prompts of {PROMPT} tokens, {NEW} new ones")
-    show("batch 1, a cache for each loop", timed(_caches(model), NEW, repeats))
+    show("batch 1, a cache for each loop", timed(_caches(model, prompts[:1]), NEW, repeats))
+    if setting.opened is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            exported = _exported(setting.opened, Path(folder) / "export")
+        for rows in BATCHES:
+            side_by_side = [prompts[row % len(prompts)] for row in range(rows)]
+            show(
+                f"batch {rows}, against Hugging Face",
+                timed(_against(setting, exported, side_by_side), rows * NEW, repeats),
+            )
+        generator, config = (
+            Generator(model, _NoText(), eos_id=-1),
+            GenerationConfig(temperature=0.0, max_new_tokens=NEW, **DRAFT),
+        )  # type: ignore[arg-type]
+        generations = generator.generate(prompts[: max(BATCHES)], config)
+        drafted, accepted = (sum(getattr(one, key) for one in generations) for key in ("drafted", "accepted"))
+        print(f"  {accepted} of {drafted} drafted tokens accepted, {accepted / drafted:.0%} ({DRAFT})")
     if model.shape.attention == "mla":
         title = f"one layer's attention, {LANES} tokens over {SPAN} entries"
         show(title, timed(_attentions(model), LANES, repeats))
 
 
-def _caches(model: LoopLM) -> dict[str, Prepare]:
+def _caches(model: LoopLM, prompts: list[list[int]]) -> dict[str, Prepare]:
     """Without a cache, and with one."""
-    generator = Generator(model, _NoText(), eos_id=-1)  # type: ignore[arg-type]
-    config = GenerationConfig(temperature=0.0, max_new_tokens=NEW)
 
     @torch.no_grad()
     def cacheless() -> None:
-        ids = list(range(PROMPT))
+        ids = list(prompts[0])
         for _ in range(NEW):
             h_1D = model(torch.tensor([ids], device=device.DEVICE)).hidden[-1][-1]
             ids.append(int(F.linear(h_1D, model.head_weight()).argmax()))
 
-    prompt = [list(range(PROMPT))]
     return {
         "without a cache": lambda: cacheless,
-        "with a cache": lambda: lambda: generator.generate(prompt, config),
+        "with a cache": _ours(model, prompts, GenerationConfig(temperature=0.0, max_new_tokens=NEW)),
+        "and drafts": _ours(model, prompts, GenerationConfig(temperature=0.0, max_new_tokens=NEW, **DRAFT)),
     }
+
+
+def _exported(opened: OpenedModel, folder: Path) -> torch.nn.Module:
+    """The same weights as transformers run them."""
+    export_model(opened, folder, LOOPLM, None, 1 << 40)
+    logging.disable_progress_bar()
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device.DEVICE).eval()
+    exported.generation_config.eos_token_id = None  # every text has the same length
+    return exported
+
+
+def _against(setting: Setting, exported: torch.nn.Module, prompts: list[list[int]]) -> dict[str, Prepare]:
+    """Greedy text from both, and from ours with what it is made for."""
+    ids_BS, full = torch.tensor(prompts, device=device.DEVICE), {"temperature": 0.0, "max_new_tokens": NEW}
+    early = {"kv_cache": CACHE, "exit_threshold": setting.rule.threshold}
+
+    @torch.no_grad()
+    def theirs() -> None:
+        with device.adapter_off():
+            exported.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=NEW, do_sample=False)
+
+    return {
+        "Hugging Face generate": lambda: theirs,
+        "ours, full depth": _ours(setting.model, prompts, GenerationConfig(**full)),
+        "ours, early exit": _ours(setting.model, prompts, GenerationConfig(**full, **early)),
+    }
+
+
+def _ours(model: LoopLM, prompts: list[list[int]], config: GenerationConfig) -> Prepare:
+    generator = Generator(model, _NoText(), eos_id=-1)  # type: ignore[arg-type]
+    return lambda: lambda: generator.generate(prompts, config)
 
 
 class _NoText:

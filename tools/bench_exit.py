@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from looplm import checkpoint, device
+from looplm.checkpoint import OpenedModel
 from looplm.config import GateConfig, ModelConfig
 from looplm.evaluation.decoding import Text, decode_texts, texts_of
 from looplm.inference.depth_batch import DepthBatch, Left
@@ -52,12 +53,14 @@ class Setting:
         texts: token ids, longer than the prompt.
         rule: asks the gate.
         depths: at which tokens leave, for each text and place, over and over; None where the gate decides.
+        opened: the checkpoint that the model is from; None if it is untrained.
     """
 
     model: LoopLM
     texts: Sequence[Sequence[int]]
     rule: ExitRule
     depths: Sequence[Sequence[int]] | None = None
+    opened: OpenedModel | None = None
 
 
 def trained_setting(directory: str, groups: ProcessGroupCollection) -> Setting:
@@ -79,7 +82,7 @@ def trained_setting(directory: str, groups: ProcessGroupCollection) -> Setting:
         f"\nearly exit by the gate of {opened.folder}: at threshold {rule.threshold} loss {exited.loss / exited.tokens:.4f}, "
         f"mean depth {exited.depth / exited.tokens:.2f}; at full depth {measured.loss / measured.tokens:.4f}"
     )
-    return Setting(opened.model, [text.ids for text in texts], rule)
+    return Setting(opened.model, [text.ids for text in texts], rule, opened=opened)
 
 
 def drawn_setting(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection) -> Setting:
