@@ -5,7 +5,9 @@ Hugging Face's ``generate`` runs the same weights, exported with the code that t
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,8 @@ from tools.bench_exit import BATCHES, CACHE, NEW, PROMPT, Setting
 from tools.bench_timing import Prepare, show, timed
 
 LANES, SPAN = 16, 512
-DRAFT = {"speculate": 3, "draft_depth": 2}
+GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=NEW)
+DRAFTED = replace(GREEDY, speculate=3, draft_depth=2)
 
 
 def bench_decode(setting: Setting, repeats: int) -> None:
@@ -41,13 +44,10 @@ def bench_decode(setting: Setting, repeats: int) -> None:
                 f"batch {rows}, against Hugging Face",
                 timed(_against(setting, exported, side_by_side), rows * NEW, repeats),
             )
-        generator, config = (
-            Generator(model, _NoText(), eos_id=-1),
-            GenerationConfig(temperature=0.0, max_new_tokens=NEW, **DRAFT),
-        )  # type: ignore[arg-type]
-        generations = generator.generate(prompts[: max(BATCHES)], config)
+        generations = _generator(model).generate(prompts[: max(BATCHES)], DRAFTED)
         drafted, accepted = (sum(getattr(one, key) for one in generations) for key in ("drafted", "accepted"))
-        print(f"  {accepted} of {drafted} drafted tokens accepted, {accepted / drafted:.0%} ({DRAFT})")
+        kept = f"{accepted} of {drafted} drafted tokens stand the check, {accepted / drafted:.0%}"
+        print(f"  {kept} ({DRAFTED.speculate} at a time, by {DRAFTED.draft_depth} loops)")
     if model.shape.attention == "mla":
         title = f"one layer's attention, {LANES} tokens over {SPAN} entries"
         show(title, timed(_attentions(model), LANES, repeats))
@@ -65,24 +65,23 @@ def _caches(model: LoopLM, prompts: list[list[int]]) -> dict[str, Prepare]:
 
     return {
         "without a cache": lambda: cacheless,
-        "with a cache": _ours(model, prompts, GenerationConfig(temperature=0.0, max_new_tokens=NEW)),
-        "and drafts": _ours(model, prompts, GenerationConfig(temperature=0.0, max_new_tokens=NEW, **DRAFT)),
+        "with a cache": _ours(model, prompts, GREEDY),
+        "and drafts": _ours(model, prompts, DRAFTED),
     }
 
 
-def _exported(opened: OpenedModel, folder: Path) -> torch.nn.Module:
-    """The same weights as transformers run them."""
+def _exported(opened: OpenedModel, folder: Path) -> Any:
+    """The same weights as transformers runs them."""
     export_model(opened, folder, LOOPLM, None, 1 << 40)
     logging.disable_progress_bar()
-    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device.DEVICE).eval()
+    exported: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     exported.generation_config.eos_token_id = None  # every text has the same length
-    return exported
+    return exported.to(device.DEVICE).eval()
 
 
-def _against(setting: Setting, exported: torch.nn.Module, prompts: list[list[int]]) -> dict[str, Prepare]:
+def _against(setting: Setting, exported: Any, prompts: list[list[int]]) -> dict[str, Prepare]:
     """Greedy text from both, and from ours with what it is made for."""
-    ids_BS, full = torch.tensor(prompts, device=device.DEVICE), {"temperature": 0.0, "max_new_tokens": NEW}
-    early = {"kv_cache": CACHE, "exit_threshold": setting.rule.threshold}
+    ids_BS = torch.tensor(prompts, device=device.DEVICE)
 
     @torch.no_grad()
     def theirs() -> None:
@@ -91,14 +90,20 @@ def _against(setting: Setting, exported: torch.nn.Module, prompts: list[list[int
 
     return {
         "Hugging Face generate": lambda: theirs,
-        "ours, full depth": _ours(setting.model, prompts, GenerationConfig(**full)),
-        "ours, early exit": _ours(setting.model, prompts, GenerationConfig(**full, **early)),
+        "ours, full depth": _ours(setting.model, prompts, GREEDY),
+        "ours, early exit": _ours(
+            setting.model, prompts, replace(GREEDY, kv_cache=CACHE, exit_threshold=setting.rule.threshold)
+        ),
     }
 
 
 def _ours(model: LoopLM, prompts: list[list[int]], config: GenerationConfig) -> Prepare:
-    generator = Generator(model, _NoText(), eos_id=-1)  # type: ignore[arg-type]
-    return lambda: lambda: generator.generate(prompts, config)
+    return lambda: lambda: _generator(model).generate(prompts, config)
+
+
+def _generator(model: LoopLM) -> Generator:
+    """One whose texts do not end early."""
+    return Generator(model, _NoText(), eos_id=-1)  # type: ignore[arg-type]
 
 
 class _NoText:
