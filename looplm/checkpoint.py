@@ -209,7 +209,7 @@ def open_model(
     found = locate(directory)
     shape, about = read_shape(found), read_about(found)
     dtype = dtype or getattr(torch, about.dtype or "float32")
-    model = LoopLM(shape.model, shape.gate, groups, dtype)
+    model = LoopLM(shape.model, shape.gate, groups, dtype, draw=False)
     _load_weights(found, model, shape.gate)
     tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
     return OpenedModel(model.eval(), shape.gate, about, tokenizer, found)

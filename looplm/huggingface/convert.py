@@ -111,17 +111,21 @@ def import_source(source: Source, final: Path, groups: ProcessGroupCollection) -
         pad_id=ids.pad,
         dtype=str(dtype).removeprefix("torch."),
     )
-    model = LoopLM(shape, gate, groups, dtype)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for entry in entries(shape, gate):
-            parts = [weight_files.read_tensor(name, source.tensors[name]) for name in entry.theirs]
-            parameters[entry.ours].copy_(entry.join(parts))
+    model = LoopLM(shape, gate, groups, dtype, draw=False)
+    _read_into(model, source)
     with tempfile.TemporaryDirectory() as place:
         beside = Path(place) / COMPANIONS
         left = companions.gather(source.folder, beside)
         checkpoint.save_weights(final, model, gate, about, source.tokenizer, beside)
     return left
+
+
+@torch.no_grad()
+def _read_into(model: LoopLM, source: Source) -> None:
+    parameters = dict(model.named_parameters())
+    for entry in entries(source.described.model, source.described.gate):
+        parts = [weight_files.read_tensor(name, source.tensors[name]) for name in entry.theirs]
+        parameters[entry.ours].copy_(entry.join(parts))
 
 
 def choose_layout(asked: str, shape: CheckpointShape) -> str:

@@ -185,6 +185,18 @@ def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == VOCAB
 
 
+def test_weights_that_are_read_are_not_drawn_first(corpus, tmp_path, single_process, monkeypatch):
+    """Drawing takes fp32 copies, which a model that just fits in memory has no room for."""
+    source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")  # fmt: skip
+
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("a weight was drawn")
+
+    monkeypatch.setattr(torch.nn.init, "normal_", drawn)
+    import_source(examine(source), tmp_path / "ours", single_process)
+    assert checkpoint.open_model(str(tmp_path / "ours"), single_process)
+
+
 def test_a_directory_of_hugging_faces_cache(corpus, tmp_path, single_process):
     """Its files are links to blobs beside it."""
     blobs = ouro.write_folder(tmp_path / "blobs", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")  # fmt: skip
