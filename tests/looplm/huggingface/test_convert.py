@@ -176,7 +176,7 @@ def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path / "run", model=MHA, gate=LINEAR, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})  # fmt: skip
     train(config, check_corpus(config), single_process)
     export(tmp_path / "run", tmp_path / "out", single_process)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, EOS, PAD)
     assert tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
