@@ -83,8 +83,8 @@ def complete_ids(ids: TokenIds, folder: Path, tokenizer: Tokenizer) -> TokenIds:
     return TokenIds(*(find(name) if value is None else value for name, value in ids._asdict().items()))
 
 
-def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, dtype: torch.dtype, cast: bool) -> None:
-    """Everything that stands beside the weights but the card.
+def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, dtype: torch.dtype, cast: bool) -> bool:
+    """Everything that stands beside the weights but the card; returns whether ``config.json`` is as it came.
 
     Args:
         target: folder to write to.
@@ -117,6 +117,7 @@ def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, d
     if now.layout == LOOPLM:
         for path in CODE:
             shutil.copyfile(path, target / path.name)
+    return then is not None and (target / CONFIG).read_bytes() == (companions / CONFIG).read_bytes()
 
 
 def _described_then(companions: Path, layout: str, tokenizer: Tokenizer) -> Described | None:

@@ -69,7 +69,7 @@ def test_every_parameter_has_its_place(single_process):
             assert torch.equal(entry.join(parts), parameters[name])
 
 
-@pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3)])
+@pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 1)])
 def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_path, single_process):
     config = ouro.CONFIG | {"torch_dtype": str(dtype).removeprefix("torch."), "num_key_value_heads": 2}
     tensors = {name: value.to(dtype) for name, value in ouro.random_tensors(config).items()}
