@@ -37,6 +37,7 @@ from looplm.cli import UserError, from_dict, to_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.files import write_whole
 from looplm.model import LoopLM
+from looplm.sharded_weights import sharded_weights
 from looplm.step_folder import locate
 
 COMPANIONS = "companions"
@@ -131,7 +132,7 @@ def save_weights(
     Collective. ``about.objective`` is :data:`WEIGHTS_ONLY`.
     """
     shape = {"model": to_dict(model.shape), "gate": to_dict(gate)}
-    _write(final, {"model": model.sharded_state_dict()}, shape, about, tokenizer, companions)
+    _write(final, {"model": sharded_weights(model)}, shape, about, tokenizer, companions)
 
 
 def _write(
@@ -190,7 +191,7 @@ def load_weights(directory: str, model: LoopLM, gate: GateConfig) -> About:
 
 def _load_weights(found: Path, model: LoopLM, gate: GateConfig) -> About:
     about = _fit(found, model.shape, gate)
-    weights = {"model": model.sharded_state_dict()}
+    weights = {"model": sharded_weights(model)}
     state = dist_checkpointing.load(weights, str(found / "state"))
     model.load_state_dict(state["model"])
     return about
@@ -209,7 +210,7 @@ def open_model(
     found = locate(directory)
     shape, about = read_shape(found), read_about(found)
     dtype = dtype or getattr(torch, about.dtype or "float32")
-    model = LoopLM(shape.model, shape.gate, groups, dtype)
+    model = LoopLM(shape.model, shape.gate, groups, dtype, draw=False)
     _load_weights(found, model, shape.gate)
     tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
     return OpenedModel(model.eval(), shape.gate, about, tokenizer, found)

@@ -194,9 +194,12 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 
 
 def transformer_config(
-    model: ModelConfig, dtype: torch.dtype = torch.float32, layout: ParallelConfig | None = None
+    model: ModelConfig, dtype: torch.dtype = torch.float32, layout: ParallelConfig | None = None, draw: bool = True
 ) -> TransformerConfig:
-    """``model`` as Megatron's config; gradients are normalised by the number of tokens that count, over all ranks."""
+    """``model`` as Megatron's config; gradients are normalised by the number of tokens that count, over all ranks.
+
+    ``draw`` gives the matrices their random start.
+    """
     layout = layout or ParallelConfig()
     common: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -233,6 +236,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "use_cpu_initialization": not HAS_CUDA,
+        "perform_initialization": draw,
     }
     if model.attention == "mha":
         return TransformerConfig(**common, kv_channels=model.attention_head_dim, num_query_groups=model.query_groups)

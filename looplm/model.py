@@ -52,6 +52,8 @@ class LoopLM(LanguageModule):
         groups: Megatron's process groups, from :func:`looplm.parallel.start`.
         dtype: of the parameters; the gate computes in fp32 whatever this is.
         layout: what the ranks share; None for a whole model on each.
+        draw: give the matrices their random start; without it they hold anything until weights are loaded, and the fp32
+            copies in which they are drawn are spared.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class LoopLM(LanguageModule):
         groups: ProcessGroupCollection,
         dtype: torch.dtype = torch.float32,
         layout: ParallelConfig | None = None,
+        draw: bool = True,
     ) -> None:
         layout = layout or ParallelConfig()
-        config = transformer_config(model, dtype, layout)
+        config = transformer_config(model, dtype, layout, draw)
         super().__init__(config, pg_collection=groups)
         self.shape = model
         self.recompute_loops = layout.recompute == "loop"

@@ -39,10 +39,19 @@ _PICKLE_NAMES = {
 
 def aside(final: Path) -> Path:
     """An empty folder to write ``final`` into, until :func:`publish` renames it."""
-    partial = final.parent / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(final)
+    partial = _partial(final)
     partial.mkdir(parents=True)
     return partial
+
+
+def discard(final: Path) -> None:
+    """Remove what was written aside for ``final`` and not published."""
+    shutil.rmtree(_partial(final), ignore_errors=True)
+
+
+def _partial(final: Path) -> Path:
+    return final.parent / f".{final.name}.partial"
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -21,7 +21,7 @@ ROWS = (
     ("looplm.losses",),
     ("looplm.model",),
     ("looplm.pipeline",),
-    ("looplm.optimizer_state",),
+    ("looplm.optimizer_state", "looplm.sharded_weights"),
     ("looplm.step_folder",),
     ("looplm.checkpoint",),
     ("looplm.generate", "looplm.inference"),

@@ -83,8 +83,8 @@ def complete_ids(ids: TokenIds, folder: Path, tokenizer: Tokenizer) -> TokenIds:
     return TokenIds(*(find(name) if value is None else value for name, value in ids._asdict().items()))
 
 
-def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, dtype: torch.dtype, cast: bool) -> None:
-    """Everything that stands beside the weights but the card.
+def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, dtype: torch.dtype, cast: bool) -> bool:
+    """Everything that stands beside the weights but the card; returns whether ``config.json`` is as it came.
 
     Args:
         target: folder to write to.
@@ -96,8 +96,8 @@ def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, d
     """
     tokens = Tokenizer.from_file(str(tokenizer))
     then = _described_then(companions, now.layout, tokens)
-    ids = then.ids if then else now.ids
-    same = ids == now.ids
+    same = then is not None and then.ids == now.ids
+    ids, tokens_now = _ids(now.ids), _tokens(now.ids, tokens)
     skipped = {CONFIG, GENERATION, TOKENIZER_CONFIG, CARD} | (set() if same else {SPECIAL_TOKENS})
     for path in sorted(companions.glob("*")):
         if path.name not in skipped and (then is not None or path.suffix != ".py"):  # code is of its layout
@@ -110,13 +110,14 @@ def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, d
     else:
         before = _dtype_named(companions / CONFIG) if cast else dtype
         _carry(companions / CONFIG, target, config_json.compose(then, before or dtype), config)
-    _carry(companions / GENERATION, target, _ids(ids) if same else {}, _ids(now.ids))
+    _carry(companions / GENERATION, target, ids if same else {}, ids)
     fresh = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     fresh |= {"model_max_length": now.model.max_sequence_length}
-    _carry(companions / TOKENIZER_CONFIG, target, _tokens(ids, tokens) if same else {}, _tokens(now.ids, tokens), fresh)
+    _carry(companions / TOKENIZER_CONFIG, target, tokens_now if same else {}, tokens_now, fresh)
     if now.layout == LOOPLM:
         for path in CODE:
             shutil.copyfile(path, target / path.name)
+    return then is not None and (target / CONFIG).read_bytes() == (companions / CONFIG).read_bytes()
 
 
 def _described_then(companions: Path, layout: str, tokenizer: Tokenizer) -> Described | None:

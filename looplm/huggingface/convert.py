@@ -111,17 +111,24 @@ def import_source(source: Source, final: Path, groups: ProcessGroupCollection) -
         pad_id=ids.pad,
         dtype=str(dtype).removeprefix("torch."),
     )
-    model = LoopLM(shape, gate, groups, dtype)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for entry in entries(shape, gate):
-            parts = [weight_files.read_tensor(name, source.tensors[name]) for name in entry.theirs]
-            parameters[entry.ours].copy_(entry.join(parts))
+    model = LoopLM(shape, gate, groups, dtype, draw=False)
+    _read_into(model, source)
     with tempfile.TemporaryDirectory() as place:
         beside = Path(place) / COMPANIONS
         left = companions.gather(source.folder, beside)
-        checkpoint.save_weights(final, model, gate, about, source.tokenizer, beside)
+        try:
+            checkpoint.save_weights(final, model, gate, about, source.tokenizer, beside)
+        finally:
+            step_folder.discard(final)  # gone already, unless something went wrong
     return left
+
+
+@torch.no_grad()
+def _read_into(model: LoopLM, source: Source) -> None:
+    parameters = dict(model.named_parameters())
+    for entry in entries(source.described.model, source.described.gate):
+        parts = [weight_files.read_tensor(name, source.tensors[name]) for name in entry.theirs]
+        parameters[entry.ours].copy_(entry.join(parts))
 
 
 def choose_layout(asked: str, shape: CheckpointShape) -> str:
@@ -155,15 +162,15 @@ def export_model(opened: OpenedModel, final: Path, layout: str, dtype: torch.dty
     try:
         weight_files.write_tensors(partial, their_shapes(described), written, limit, _parts(opened))
         cast = dtype is not None or not imported
-        companions.write_all(partial, beside, opened.folder / TOKENIZER, described, written, cast)
+        as_it_came = companions.write_all(partial, beside, opened.folder / TOKENIZER, described, written, cast)
         carried = beside / CARD
         if carried.is_file():
-            shutil.copyfile(carried, partial / (CARD if imported else SOURCE_CARD))
+            shutil.copyfile(carried, partial / (CARD if imported and as_it_came else SOURCE_CARD))
         if not (partial / CARD).is_file():
             (partial / CARD).write_text(model_card(final.name, opened, described, written), encoding="utf-8")
         step_folder.settle(partial, final)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
+        step_folder.discard(final)  # gone already, unless something went wrong
     return described
 
 

@@ -60,7 +60,7 @@ def _loading(described: Described) -> str:
     return (
         "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)  # it reads config.json first\n```\n\n'
         f"The layout is `{described.layout}`; `auto_map` in config.json names its code. `total_ut_steps` is the number of loops, "
         "`early_exit_threshold` the summed exit probability at which a token leaves (1 runs all loops)."
     )

@@ -192,13 +192,16 @@ def test_a_layout_that_cannot_hold_the_model(ours, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_export_that_fails_midway_leaves_nothing(ours, tmp_path, monkeypatch):
+def test_what_fails_midway_leaves_nothing(released, ours, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("looplm.huggingface.companions.write_all", full)
     with pytest.raises(OSError, match="no space"):
         main(["export", "--checkpoint", str(ours), "--output", str(tmp_path / "hf")])
+    monkeypatch.setattr("looplm.step_folder.publish", full)
+    with pytest.raises(OSError, match="no space"):
+        main(["import", "--input", str(released), "--output", str(tmp_path / "again")])
     assert not list(tmp_path.iterdir())
 
 

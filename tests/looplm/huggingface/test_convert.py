@@ -69,7 +69,7 @@ def test_every_parameter_has_its_place(single_process):
             assert torch.equal(entry.join(parts), parameters[name])
 
 
-@pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3)])
+@pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 1)])
 def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_path, single_process):
     config = ouro.CONFIG | {"torch_dtype": str(dtype).removeprefix("torch."), "num_key_value_heads": 2}
     tensors = {name: value.to(dtype) for name, value in ouro.random_tensors(config).items()}
@@ -176,13 +176,25 @@ def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path / "run", model=MHA, gate=LINEAR, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})  # fmt: skip
     train(config, check_corpus(config), single_process)
     export(tmp_path / "run", tmp_path / "out", single_process)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, EOS, PAD)
     assert tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.eos_token_id, generation.pad_token_id) == (EOS, PAD)
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_max_length"] == 64
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == VOCAB
+
+
+def test_weights_that_are_read_are_not_drawn_first(corpus, tmp_path, single_process, monkeypatch):
+    """Drawing takes fp32 copies, which a model that just fits in memory has no room for."""
+    source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")  # fmt: skip
+
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("a weight was drawn")
+
+    monkeypatch.setattr(torch.nn.init, "normal_", drawn)
+    import_source(examine(source), tmp_path / "ours", single_process)
+    assert checkpoint.open_model(str(tmp_path / "ours"), single_process)
 
 
 def test_a_directory_of_hugging_faces_cache(corpus, tmp_path, single_process):
