@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.manifest import TokenizerRecord, write_manifest
+from looplm.checkpoint import WEIGHTS_ONLY, About, versions
 from looplm.config import DataConfig, DataSource, GateConfig, ModelConfig, OptimConfig, RunConfig
 from looplm.files import sha256_of
 
@@ -86,3 +87,11 @@ def train_rows(folder: Path | str) -> list[dict[str, Any]]:
     """The training lines of a run's metrics.jsonl."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]
+
+
+def about_weights(dtype: str) -> About:
+    """What weights that no run has made say of themselves."""
+    return About(
+        step=0, samples=0, tokens=0, horizon_samples=0, objective=WEIGHTS_ONLY, gate_trained=True, tokenizer_sha256="",
+        eos_id=EOS, data_order="", versions=versions(), git_revision="", bos_id=BOS, pad_id=PAD, dtype=dtype,
+    )  # fmt: skip

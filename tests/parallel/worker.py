@@ -1,4 +1,5 @@
-"""What each rank of a parity test does, in a given layout: a step's gradients and some steps' losses, or a training run.
+"""What each rank of a parity test does, in a given layout: a step's gradients and some steps' losses, a training run, or
+weights read and written.
 
 ``torchrun -m tests.parallel.worker JOBS.json``. Gradients are saved as if they were weights, through Megatron's own
 resharding checkpoint, so that the test can read them as one process would hold them.
@@ -18,7 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from looplm import layers, parallel
+from looplm import checkpoint, layers, parallel
 from looplm.cli import from_dict
 from looplm.config import RunConfig
 from looplm.model import LoopLM
@@ -80,6 +81,17 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
     dist.barrier()
 
 
+def reshard(config: RunConfig, weights: str, output: Path) -> None:
+    """Load ``weights`` in this layout, and save them in it."""
+    groups = parallel.start(config.seed, config.parallel)
+    model = LoopLM(config.model, config.gate, groups, torch.bfloat16, config.parallel)
+    about = checkpoint.load_weights(weights, model, config.gate)
+    folder = Path(weights)
+    checkpoint.save_weights(
+        output, model, config.gate, about, folder / "tokenizer.json", folder / checkpoint.COMPANIONS
+    )
+
+
 def sharded(model: LoopLM) -> dict[str, Any]:
     """The weights alone: Megatron's linears also have an empty extra state, ours have none."""
     return {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
@@ -94,6 +106,8 @@ def main() -> None:
         layers.ReplicatedLinear = ColumnParallelLinear if job.get("stock_projections") else REPLICATED  # type: ignore[misc]
         if job["kind"] == "steps":
             steps(config, job["weights"], Path(job["output"]), job.get("repeats", 0))
+        elif job["kind"] == "reshard":
+            reshard(config, job["weights"], Path(job["output"]))
         else:
             train(config, check_corpus(config), parallel.start(config.seed, config.parallel))
         if dist.get_rank() == 0:

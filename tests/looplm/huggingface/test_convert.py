@@ -1,0 +1,214 @@
+"""Round trips between Hugging Face directories and checkpoints of ours: no bit and no key is lost, no code is run."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from looplm import checkpoint, step_folder
+from looplm.checkpoint import WEIGHTS_ONLY
+from looplm.cli import to_dict
+from looplm.config import GateConfig
+from looplm.files import sha256_of
+from looplm.huggingface import companions
+from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
+from looplm.huggingface.names import entries
+from looplm.model import LoopLM
+from pretrain.data import check_corpus
+from pretrain.train import train
+from tests import ouro_reference as ouro
+from tests.test_recipes import GATES, SHAPES
+from tests.tiny import BOS, EOS, MODEL, PAD, VOCAB, about_weights, run_config
+
+BIG = 10**9
+LINEAR = GateConfig(kind="linear")
+MHA = dataclasses.replace(MODEL, attention="mha", num_attention_heads=4)
+
+
+@pytest.fixture(autouse=True)
+def code(tmp_path_factory, monkeypatch):
+    """Stand-ins for the code that an export of our own layout takes along."""
+    folder = tmp_path_factory.mktemp("code")
+    paths = tuple(folder / f"{kind}_looplm.py" for kind in ("configuration", "modeling"))
+    for path in paths:
+        path.write_text("raise SystemExit('this is data')")
+    monkeypatch.setattr(companions, "CODE", paths)
+
+
+def export(directory, final, groups, layout="auto", dtype=None, limit=BIG):
+    opened = checkpoint.open_model(str(directory), groups, dtype=None)
+    shape = checkpoint.Shape(opened.model.shape, opened.gate)
+    return export_model(opened, final, choose_layout(layout, shape), dtype, limit)
+
+
+def tensors_of(folder):
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype is value.dtype and torch.equal(found[name], value), name
+
+
+def weights_of(directory, groups):
+    return dict(checkpoint.open_model(str(directory), groups, dtype=None).model.named_parameters())
+
+
+def test_every_parameter_has_its_place(single_process):
+    for shape, gate in ((shape, gate) for shape in SHAPES.values() for gate in GATES.values()):
+        model = LoopLM(shape, gate, single_process)
+        parameters = dict(model.named_parameters())
+        mapped = {entry.ours: entry for entry in entries(shape, gate)}
+        assert mapped.keys() == parameters.keys()
+        for name, entry in mapped.items():
+            parts = entry.split(parameters[name])
+            assert [tuple(part.shape) for part in parts] == list(entry.theirs.values())
+            assert torch.equal(entry.join(parts), parameters[name])
+
+
+@pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3)])
+def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_path, single_process):
+    config = ouro.CONFIG | {"torch_dtype": str(dtype).removeprefix("torch."), "num_key_value_heads": 2}
+    tensors = {name: value.to(dtype) for name, value in ouro.random_tensors(config).items()}
+    source = ouro.write_folder(tmp_path / "hf", tensors, config, corpus / "tokenizer.json", shards)
+    (source / "modeling_ouro.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 2], "pad_token_id": 2}')
+    (source / "README.md").write_text("# Theirs\n")
+    (source / "pytorch_model.bin").write_bytes(b"never opened")
+    (tmp_path / "secret").write_text("not in the directory")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+
+    left = import_source(examine(source), tmp_path / "ours", single_process)
+    assert left == ["notes.txt", "pytorch_model.bin"]
+    about = checkpoint.read_about(tmp_path / "ours")
+    assert (about.objective, about.dtype, about.step) == (WEIGHTS_ONLY, config["torch_dtype"], 0)
+    assert (about.bos_id, about.eos_id, about.pad_id) == (0, 1, 2)
+    assert (about.gate_trained, about.tokenizer_sha256) == (True, sha256_of(corpus / "tokenizer.json"))
+    assert step_folder.find_fault(tmp_path / "ours") is None
+
+    export(tmp_path / "ours", tmp_path / "back", single_process, limit=BIG if shards == 1 else 20_000)
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors)
+    for path in source.iterdir():
+        if "safetensors" not in path.name and path.name not in left:
+            assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not (tmp_path / "ran").exists(), "code that came along was run"
+    assert not list(tmp_path.glob(".*"))
+
+
+OWN = {
+    "mla, lru": (dataclasses.replace(MODEL, q_lora_rank=12), GateConfig(state_size=8, sequence_level=True), "looplm"),
+    "mla, linear, tied": (dataclasses.replace(MODEL, tie_embeddings=True, embedding_init_std=0.5), LINEAR, "looplm"),
+    "mha, lru, plain norms": (
+        dataclasses.replace(MHA, sandwich_norm=False, num_query_groups=2),
+        GateConfig(),
+        "looplm",
+    ),
+    "mha, linear": (MHA, LINEAR, "ouro"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_checkpoint_of_ours_comes_back_as_it_was(case, corpus, tmp_path, single_process):
+    shape, gate, layout = OWN[case]
+    model = LoopLM(shape, gate, single_process, torch.bfloat16)
+    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("bfloat16"), corpus / "tokenizer.json")
+    assert export(tmp_path / "ours", tmp_path / "hf", single_process, limit=5000).layout == layout
+    import_source(examine(tmp_path / "hf"), tmp_path / "again", single_process)
+    assert_same_bits(weights_of(tmp_path / "again", single_process), weights_of(tmp_path / "ours", single_process))
+    before, after = (checkpoint.read_shape(tmp_path / name) for name in ("ours", "again"))
+    if layout == "looplm":
+        assert after == before
+    checkpoint.load_weights(str(tmp_path / "again"), model, gate)  # whatever keys of another attention it was made with
+    export(tmp_path / "again", tmp_path / "hf2", single_process, limit=5000)
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {path.name for path in (tmp_path / "hf2").iterdir()}
+    for path in (tmp_path / "hf").iterdir():
+        assert (tmp_path / "hf2" / path.name).read_bytes() == path.read_bytes(), path.name
+    code = {path.name for path in companions.CODE}
+    assert {path.name for path in (tmp_path / "hf").glob("*.py")} == (code if layout == "looplm" else set())
+
+
+def test_an_import_is_trained_on_and_goes_out_with_what_has_changed(corpus, tmp_path, single_process):
+    tensors = ouro.random_tensors(ouro.CONFIG)
+    shared = ouro.CONFIG | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # as released
+    source = ouro.write_folder(tmp_path / "hf", tensors, shared, corpus / "tokenizer.json")
+    (source / "README.md").write_text("# Theirs\n")
+    (source / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.9}')
+    import_source(examine(source), tmp_path / "ours", single_process)
+    shape = checkpoint.read_shape(tmp_path / "ours")
+    model = dataclasses.replace(shape.model, num_loops=2, head_dim=8, num_query_groups=4)
+    config = run_config(corpus, tmp_path / "run", model=model, gate=LINEAR, checkpoint={"initial": str(tmp_path / "ours")})  # fmt: skip
+    assert train(config, check_corpus(config), single_process)
+
+    step = tmp_path / "run/checkpoints/step_00000006"
+    report = {
+        "checkpoint": str(step), "step": 6, "tokens": 1234, "trained_loops": 2,
+        "depths": [{"depth": 1, "loss": 2.5, "perplexity": 12.2}, {"depth": 3, "loss": 2.25, "perplexity": 9.5}],
+        "exit_curve": [{"threshold": 0.5, "loss": 2.4, "mean_depth": 1.25}],
+    }  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    export(tmp_path / "run", tmp_path / "out", single_process, dtype=torch.bfloat16)
+    after = json.loads((tmp_path / "out/config.json").read_text())
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    assert after == ouro.CONFIG | ids | {"total_ut_steps": 2, "torch_dtype": "bfloat16"}
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == ids | {"top_p": 0.9}
+    named = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert (named["eos_token"], named["pad_token"], named["extra"]) == ("<eos>", "<pad>", [1])
+    trained = tensors_of(tmp_path / "out")
+    assert {value.dtype for value in trained.values()} == {torch.bfloat16} and trained.keys() == tensors.keys()
+    assert not torch.equal(trained["lm_head.weight"], tensors["lm_head.weight"].bfloat16())
+    card = (tmp_path / "out/README.md").read_text()
+    for words in ("# out", "38,209 (bfloat16)", "| `train` | 100.0% |", "| steps, tokens | 6, 768 |", "| `ours` |",
+                  "1,234 validation tokens", "| 1 | 2.5000 | 12.20 |", "| 3 (beyond training) | 2.2500 | 9.50 |",
+                  "| 0.5 | 1.25 | 2.4000 |"):  # fmt: skip
+        assert words in card, words
+    assert (tmp_path / "out/README.source.md").read_text() == "# Theirs\n"
+
+    (tmp_path / "evaluation.json").write_text(json.dumps(report | {"checkpoint": "another/run/step_00000006"}))
+    export(tmp_path / "run", tmp_path / "out2", single_process)
+    assert "validation tokens" not in (tmp_path / "out2/README.md").read_text(), "another checkpoint's figures"
+
+
+def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
+    transformers = pytest.importorskip("transformers")
+    config = run_config(corpus, tmp_path / "run", model=MHA, gate=LINEAR, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})  # fmt: skip
+    train(config, check_corpus(config), single_process)
+    export(tmp_path / "run", tmp_path / "out", single_process)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, EOS, PAD)
+    assert tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.pad_token_id) == (EOS, PAD)
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_max_length"] == 64
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == VOCAB
+
+
+def test_a_directory_of_hugging_faces_cache(corpus, tmp_path, single_process):
+    """Its files are links to blobs beside it."""
+    blobs = ouro.write_folder(tmp_path / "blobs", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")  # fmt: skip
+    snapshot = tmp_path / "snapshots/0123"
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert import_source(examine(snapshot), tmp_path / "ours", single_process) == []
+    assert {path.name for path in (tmp_path / "ours/companions").iterdir()} == {
+        "chat_template.jinja", "config.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_special_tokens_that_no_file_gives_an_id(corpus, tmp_path, single_process):
+    """tokenizer_config.json names the token; or the user does, and an export says so in every file."""
+    config = {key: value for key, value in ouro.CONFIG.items() if not key.endswith("_token_id")}
+    source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(config), config, corpus / "tokenizer.json")
+    found = examine(source)
+    assert found.described.ids == (BOS, EOS, PAD)
+    swapped = with_tokens(found, {"bos": None, "eos": "<pad>", "pad": "<eos>"})
+    import_source(swapped, tmp_path / "ours", single_process)
+    export(tmp_path / "ours", tmp_path / "out", single_process)
+    after = json.loads((tmp_path / "out/config.json").read_text())
+    assert after == config | {"eos_token_id": PAD, "pad_token_id": EOS}
+    named = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert (named["bos_token"], named["eos_token"], named["pad_token"]) == ("<bos>", "<pad>", "<eos>")
+    assert to_dict(checkpoint.read_about(tmp_path / "ours"))["eos_id"] == PAD

@@ -1,0 +1,129 @@
+"""Safetensors, tensor by tensor: what the safetensors package itself reads from our files, and every kind of damage."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from looplm.cli import UserError
+from looplm.huggingface.weight_files import check_shapes, common_dtype, find_tensors, read_tensor, write_tensors
+
+SHAPES = {"a.weight": (4, 6), "b.weight": (3,), "c.weight": (2, 50), "d.bias": (1,)}
+
+
+def values(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("limit", "files"), [(10**6, 1), (60, 3)])
+def test_what_is_written_is_read_to_the_bit(dtype, limit, files, tmp_path):
+    tensors, asked = values(dtype), []
+
+    def one_by_one():
+        for name, tensor in tensors.items():
+            asked.append(name)
+            yield tensor
+
+    write_tensors(tmp_path, SHAPES, dtype, limit if files == 1 else limit * dtype.itemsize, one_by_one())
+    assert asked == list(SHAPES)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    assert len(paths) == files
+    theirs = {name: value for path in paths for name, value in load_file(path).items()}
+    found = find_tensors(tmp_path)
+    check_shapes(found, SHAPES, tmp_path)
+    assert theirs.keys() == found.keys() == tensors.keys() and common_dtype(found) is dtype
+    for name, tensor in tensors.items():
+        assert torch.equal(theirs[name], tensor) and theirs[name].dtype is dtype
+        assert torch.equal(read_tensor(name, found[name]), tensor)
+    if files > 1:
+        assert [path.name for path in paths] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+        assert {name: found[name].path.name for name in found} == index["weight_map"]
+
+
+def test_a_tensor_is_written_before_the_next_one_is_asked_for(tmp_path):
+    sizes = []
+
+    def watch():
+        for tensor in values(torch.float32).values():
+            sizes.append(sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")))
+            yield tensor
+
+    write_tensors(tmp_path, SHAPES, torch.float32, 1, watch())
+    assert sizes == sorted(set(sizes)), "files do not grow while tensors are asked for"
+
+
+def test_two_types_become_the_one_that_holds_both(tmp_path):
+    save_file({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float16)}, tmp_path / "model.safetensors")  # fmt: skip
+    assert common_dtype(find_tensors(tmp_path)) is torch.float32
+
+
+def sharded(folder):
+    write_tensors(folder, SHAPES, torch.float32, 60, iter(values(torch.float32).values()))
+
+
+def rewrite_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def cut(folder):
+    path = folder / "model-00002-of-00004.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+    "cut": (cut, "model-00002-of-00004.safetensors: truncated, or not in safetensors format"),
+    "missing": (lambda f: (f / "model-00003-of-00004.safetensors").unlink(), "model-00003-of-00004.safetensors: missing, although"),
+    "garbage": (lambda f: (f / "model-00001-of-00004.safetensors").write_bytes(b"x" * 99), "truncated, or not in safetensors"),
+    "absent file named": (lambda f: rewrite_index(f, lambda m: m.update(e="model-9.safetensors")), "model-9.safetensors: missing, although"),
+    "path in index": (lambda f: rewrite_index(f, lambda m: m.update(e="../x.safetensors")), "names '../x.safetensors', which is no"),
+    "pickle in index": (lambda f: rewrite_index(f, lambda m: m.update(e="pytorch_model.bin")), "names 'pytorch_model.bin', which is no"),
+    "tensor that no shard has": (lambda f: rewrite_index(f, lambda m: m.update(e="model-00001-of-00004.safetensors")), "of e, the shards say nothing"),
+    "tensor that the index has not": (lambda f: rewrite_index(f, lambda m: m.pop("a.weight") and m.update({"b.weight": "model-00001-of-00004.safetensors"})), "says nothing of a.weight"),
+    "no index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not an index of safetensors"),
+    "nothing": (lambda f: [p.unlink() for p in f.iterdir()], "neither model.safetensors nor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(damage, tmp_path):
+    sharded(tmp_path)
+    find_tensors(tmp_path)
+    harm, words = DAMAGE[damage]
+    harm(tmp_path)
+    with pytest.raises(UserError) as raised:
+        find_tensors(tmp_path)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"a is stored as I8.*not quantised"):
+        find_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_a_pickle_is_refused_unopened(name, tmp_path):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError, match=f"{name}: a pickle can run any code.*give model.safetensors"):
+        find_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("expected", "words"),
+    [
+        (SHAPES | {"e": (1,), "f": (1,)}, "e and 1 more are missing"),
+        ({name: shape for name, shape in SHAPES.items() if name != "b.weight"}, "b.weight is here"),
+        (SHAPES | {"a.weight": (6, 4)}, r"a.weight has the shape \[4, 6\], but config.json asks for \[6, 4\]"),
+    ],
+)
+def test_other_tensors_than_the_config_asks_for(expected, words, tmp_path):
+    sharded(tmp_path)
+    with pytest.raises(UserError, match=words):
+        check_shapes(find_tensors(tmp_path), expected, tmp_path)

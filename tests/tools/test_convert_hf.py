@@ -1,0 +1,208 @@
+"""The command: both ways, what it says, and every mistake in one line with nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from looplm import parallel, step_folder
+from looplm.cli import UserError
+from looplm.huggingface.weight_files import find_tensors
+from looplm.inference.generate import GenerationConfig, Generator
+from tests import ouro_reference as ouro
+from tools.convert_hf import main
+
+CONFIG = ouro.CONFIG | {"eos_token_id": 0}  # bos and eos are one token, as released
+
+
+@pytest.fixture(autouse=True)
+def one_job(single_process, monkeypatch):
+    monkeypatch.setattr(parallel, "stop", lambda: None)  # the session's job goes on
+
+
+@pytest.fixture(scope="module")
+def released(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("released") / "hf"
+    return ouro.write_folder(folder, ouro.random_tensors(CONFIG), CONFIG, corpus / "tokenizer.json", shards=2)
+
+
+@pytest.fixture
+def source(released, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return shutil.copytree(released, tmp_path / "hf")
+
+
+@pytest.fixture(scope="module")
+def ours(released, tmp_path_factory, single_process) -> Path:
+    output = tmp_path_factory.mktemp("ours") / "weights"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parallel, "stop", lambda: None)
+        main(["import", "--input", str(released), "--output", str(output)])
+    return output
+
+
+def test_in_out_and_looked_at(released, tmp_path, capsys):
+    main(["import", "--input", str(released), "--output", str(tmp_path / "new/ours")])
+    said = capsys.readouterr()
+    assert "note: bos and eos are one token" in said.err and "left behind" not in said.err
+    shown = dict(line.split(maxsplit=1) for line in said.out.splitlines())
+    assert shown["directory"].endswith("ours: checkpoint, weights alone") and shown["whole"] == "yes"
+    assert shown["parameters"] == "38,209 (float32)" and shown["export"] == "layout ouro"
+    assert shown["tokens"] == "bos 0, eos 0, pad 2" and "chat_template.jinja" in shown["beside"]
+
+    main(
+        [
+            "export",
+            "--checkpoint",
+            str(tmp_path / "new/ours"),
+            "--output",
+            str(tmp_path / "back"),
+            "--max_shard_gb=1e-4",
+        ]
+    )
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["directory"].endswith("back: Hugging Face, layout ouro") and shown["weights"] == "0.2 MB in 2 files"
+    assert shown["parameters"] == "38,209 (float32)" and shown["gate"] == "linear, trained"
+    assert (tmp_path / "back/config.json").read_bytes() == (released / "config.json").read_bytes()
+    main(["export", "--checkpoint", str(tmp_path / "new/ours"), "--output", str(tmp_path / "half"), "--dtype=bfloat16"])
+    assert "38,209 (bfloat16)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_imported_weights_generate(ours):
+    generator = Generator.open(str(ours))
+    (answer,) = generator.generate(["def f"], GenerationConfig(temperature=0.0, max_new_tokens=3))
+    assert len(answer.tokens) == 3 or answer.finish == "eos"
+
+
+def test_inspect_of_a_run_and_of_damage(ours, source, corpus, tmp_path, capsys):
+    run = tmp_path / "run/checkpoints"
+    run.mkdir(parents=True)
+    for step in (1, 2):
+        shutil.copytree(ours, run / f"step_0000000{step}")
+    (run / "step_00000002/config.yaml").unlink()
+    main(["inspect", "--input", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "step_00000001: checkpoint" in out and "whole        yes; " in out and "config.yaml is missing" in out
+    main(["inspect", "--input", str(run / "step_00000002")])
+    assert "whole        no: config.yaml is missing" in capsys.readouterr().out
+    (source / "model-00002-of-00002.safetensors").unlink()
+    main(["inspect", "--input", str(source)])
+    out = capsys.readouterr().out
+    assert "layout ouro" in out and "model-00002-of-00002.safetensors: missing" in out
+    with pytest.raises(UserError, match="neither a Hugging Face directory"):
+        main(["inspect", "--input", str(tmp_path)])
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def change_tensor(folder: Path, change) -> None:
+    stored = find_tensors(folder)["model.norm.weight"].path
+    tensors = load_file(stored)
+    change(tensors)
+    save_file(tensors, stored)
+    index = folder / "model.safetensors.index.json"
+    where = {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
+    index.write_text(json.dumps({"weight_map": where}))
+
+
+def only_a_pickle(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+
+
+MISTAKES = {
+    "no such directory": (lambda f: shutil.rmtree(f), "hf: not a directory"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json here"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+    "another model": (lambda f: rewrite(f, model_type="llama"), "model_type: 'llama'"),
+    "scaled rope": (lambda f: rewrite(f, rope_scaling={"rope_type": "yarn"}), "rope_scaling: "),
+    "cut": (cut, "model-00001-of-00002.safetensors: truncated"),
+    "shard missing": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "00002.safetensors: missing"),
+    "tensor missing": (lambda f: change_tensor(f, lambda t: t.pop("model.norm.weight")), "model.norm.weight is missing"),
+    "tensor too many": (lambda f: change_tensor(f, lambda t: t.update(x=t["model.norm.weight"] + 1)), "x is here, for which"),
+    "wrong shape": (lambda f: rewrite(f, intermediate_size=64), r"the shape [48, 32], but config.json asks for [64, 32]"),
+    "pickle": (only_a_pickle, "pytorch_model.bin: a pickle can run any code"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing; name a tokenizer.json with --tokenizer"),
+    "tokenizer is none": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer.json"),
+    "tokenizer too large": (lambda f: rewrite_vocab(f, 300), "has ids up to 319, the model's vocab_size is 300"),
+    "no end of text": (lambda f: (f / "tokenizer_config.json").unlink() or rewrite(f, eos_token_id=None), "name it with --eos_token"),
+}  # fmt: skip
+
+
+def rewrite_vocab(folder: Path, size: int) -> None:
+    rewrite(folder, vocab_size=size)
+    for path in folder.glob("model-*.safetensors"):
+        tensors = {name: t[:size].contiguous() if t.shape[0] == 320 else t for name, t in load_file(path).items()}
+        save_file(tensors, path)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, source, tmp_path):
+    harm, words = MISTAKES[mistake]
+    harm(source)
+    with pytest.raises(UserError) as raised:
+        main(["import", "--input", str(source), "--output", str(tmp_path / "ours")])
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["hf"]) and not Path("ran").exists()
+
+
+def test_mistakes_on_the_command_line(released, ours, corpus, tmp_path, capsys):
+    exists = str(tmp_path)
+    for argv, words in (
+        (["convert"], "convert: no such command; give one of import, export, inspect"),
+        (["import", "--input", str(released), "--output", exists], "it exists already"),
+        (["import", "--inptu", "x"], "unknown key; did you mean input"),
+        (["import", "--input", str(released), "--output", "x", "--eos_token", "<end>"], "eos_token: '<end>' is not a token of"),
+        (["import", "--input", str(released), "--output", "x", "--tokenizer", "nowhere.json"], "nowhere.json: missing"),
+        (["export", "--checkpoint", str(ours), "--output", exists], "it exists already"),
+        (["export", "--checkpoint", "nowhere", "--output", "x"], "nowhere: no whole checkpoint here"),
+        (["export", "--checkpoint", str(ours), "--output", "x", "--max_shard_gb", "0"], "max_shard_gb: 0"),
+        (["export", "--checkpoint", str(ours), "--output", "x", "--layout", "llama"], "layout"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as raised:
+            main(argv)
+        assert words in str(raised.value), raised.value
+    assert not Path("x").exists()
+    main([])
+    assert "python -m tools.convert_hf export" in capsys.readouterr().out
+
+
+def test_a_layout_that_cannot_hold_the_model(ours, tmp_path):
+    step = shutil.copytree(ours, tmp_path / "ours")
+    text = (step / "config.yaml").read_text()
+    (step / "config.yaml").write_text(text.replace("kind: linear", "kind: lru"))
+    (step / "manifest.json").unlink()
+    step_folder.publish(step, tmp_path / "lru")
+    with pytest.raises(UserError, match=r"layout: 'ouro' does not hold this model \(gate.kind=lru is not linear\)"):
+        main(["export", "--checkpoint", str(tmp_path / "lru"), "--output", str(tmp_path / "hf"), "--layout", "ouro"])
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_export_that_fails_midway_leaves_nothing(ours, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("looplm.huggingface.companions.write_all", full)
+    with pytest.raises(OSError, match="no space"):
+        main(["export", "--checkpoint", str(ours), "--output", str(tmp_path / "hf")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_exit_status_of_a_mistake(tmp_path):
+    command = [sys.executable, "-m", "tools.convert_hf", "inspect", "--input", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
