@@ -10,7 +10,7 @@ from torch import Tensor
 from looplm.huggingface.cache_looplm import LoopLMCache
 from looplm.huggingface.modeling_looplm import LoopLMForCausalLM
 from looplm.inference.generate import GenerationConfig, Generator
-from tests.looplm.generation_oracle import GATES, MLA, SHAPES, VOCAB, build, byte_tokenizer
+from tests.looplm.generation_oracle import GATES, SHAPES, VOCAB, build, byte_tokenizer
 from tests.looplm.huggingface.hf_models import hf_model, random_ids
 
 NEVER = -1  # no token ends a text
