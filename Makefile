@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer test test-newest check format bench clean clean-quickstart
+.PHONY: help install quickstart longer test test-newest test-hf-oldest check format bench clean clean-quickstart
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -14,6 +14,8 @@ READY   := $(VENV)/.installed
 # Megatron-core from 0.17 on needs Python 3.12: the newest release has an environment of its own.
 PYTHON312 ?= $(call running,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12)))
 NEWEST  := .venv-newest
+# The oldest transformers that an export is promised to run with; the packages of [eval] want newer ones beside it.
+HF_OLDEST := .venv-hf-oldest
 CONFIGS := configs/quickstart
 RUN     := runs/quickstart
 DONE    := $(RUN)/.done
@@ -38,26 +40,35 @@ help:  ## this list
 
 install: $(READY)  ## build .venv with the pinned packages
 
-# $(call build,python,environment,constraints)
+comma  := ,
+EXTRAS := data,dev,eval,hf
+need_python = @test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 with the venv module was found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+
+# $(call build,python,environment,constraints,extras)
 define build
 	@echo "== installing into $(2) with $(1): takes minutes, torch is large"
 	@"$(1)" -m venv $(2)
 	@$(2)/bin/python -m pip install --quiet -c $(3) setuptools
-	@$(2)/bin/python -m pip install --quiet --no-build-isolation -c $(3) -e '.[data,dev,eval,hf]'
+	@$(2)/bin/python -m pip install --quiet --no-build-isolation -c $(3) -e '.[$(4)]'
 	@touch $@
 endef
 
 $(READY): setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 with the venv module was found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
-	$(call build,$(PYTHON),$(VENV),constraints.txt)
+	$(need_python)
+	$(call build,$(PYTHON),$(VENV),constraints.txt,$(EXTRAS))
 
-$(NEWEST)/constraints.txt: constraints.txt constraints-newest.txt  # the pins of the first, but for those of the second
+# The pins of the first file, but for those of the second.
+$(NEWEST)/constraints.txt $(HF_OLDEST)/constraints.txt: .venv-%/constraints.txt: constraints.txt constraints-%.txt
 	@mkdir -p $(@D)
-	@awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' constraints-newest.txt constraints.txt > $@
+	@awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' constraints-$*.txt constraints.txt > $@
 
 $(NEWEST)/.installed: setup.py $(NEWEST)/constraints.txt
 	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 with the venv module was found; install one or name it: make test-newest PYTHON312=/path/to/python3.12" >&2; exit 2; }
-	$(call build,$(PYTHON312),$(NEWEST),$(NEWEST)/constraints.txt)
+	$(call build,$(PYTHON312),$(NEWEST),$(NEWEST)/constraints.txt,$(EXTRAS))
+
+$(HF_OLDEST)/.installed: setup.py $(HF_OLDEST)/constraints.txt
+	$(need_python)
+	$(call build,$(PYTHON),$(HF_OLDEST),$(HF_OLDEST)/constraints.txt,dev$(comma)hf)
 
 # ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
 # it stood; one whose config has changed since is made anew, with all that hangs on it
@@ -120,6 +131,9 @@ test: $(READY)  ## all tests, in two processes
 test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its newest release on Python 3.12
 	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(or $(TESTS),tests/parallel tests/looplm tests/pretrain)
 
+test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export, with the oldest transformers
+	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)
+
 check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
@@ -142,5 +156,5 @@ clean-quickstart:  ## forget the quickstart's results
 	rm -rf $(RUN)
 
 clean: clean-quickstart  ## also forget the environments and every cache
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

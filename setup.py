@@ -21,8 +21,8 @@ EXTRAS = {
     ],
     # Running what is exported to Hugging Face; the conversion itself needs none of it.
     "hf": ["transformers>=4.54"],
-    # Downstream benchmarks.
-    "eval": ["lm-eval>=0.4.9"],
+    # Downstream benchmarks; the harness's own Hugging Face model needs accelerate.
+    "eval": ["accelerate>=1.0", "lm-eval>=0.4.9"],
     "dev": [
         "mypy>=1.14",
         "pytest>=8.3",

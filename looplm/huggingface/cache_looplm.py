@@ -4,7 +4,7 @@ Shapes: B batch, N rows of it still in the loops, S tokens of this call, T token
 width. Loops count from 0, depth from 1.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class LoopLMCache(DynamicCache):
         self.shared = (kv_cache or config.kv_cache) == "last"
         self.blocks, self.stride = config.num_hidden_layers, config.num_hidden_layers + config.gate_sequence_level
         self.depth: int | None = None
+        self.layers: list[Any]  # DynamicLayer each, made as they are needed
 
     def begin(self, depth: int) -> int:
         """Refuse another depth than that of the tokens in it; how many those are."""
@@ -96,5 +97,5 @@ class View(NamedTuple):
         """That of some of the rows."""
         rows = torch.arange(len(stay_N), device=stay_N.device) if self.rows is None else self.rows
         visible = self.visible_B1ST if self.visible_B1ST is None else self.visible_B1ST[stay_N]
-        parts = [x[stay_N] if len(x) > 1 else x for x in (self.cos_B1SK, self.sin_B1SK)]
-        return View(*parts, visible, self.counts_BS[stay_N], self.cache, rows[stay_N])
+        cos, sin = (x[stay_N] if len(x) > 1 else x for x in (self.cos_B1SK, self.sin_B1SK))
+        return View(cos, sin, visible, self.counts_BS[stay_N], self.cache, rows[stay_N])

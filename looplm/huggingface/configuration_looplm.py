@@ -132,10 +132,6 @@ class LoopLMConfig(PretrainedConfig):
                 f"num_key_value_heads: {self.num_key_value_heads} is not allowed; "
                 f"num_attention_heads={num_attention_heads} must be a multiple of it"
             )
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            **kwargs,
-        )
+        ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        kwargs |= {**ids, "tie_word_embeddings": tie_word_embeddings}
+        super().__init__(**kwargs)

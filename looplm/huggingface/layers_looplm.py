@@ -19,15 +19,15 @@ from .configuration_looplm import LoopLMConfig
 
 
 class LoopLMRMSNorm(nn.Module):
-    """``x / rms(x) * weight``."""
+    """``x / rms(x) * weight``; the weight starts at ``start``."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, start: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), start))
+        self.eps, self.start = eps, start
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 class LoopLMMLP(nn.Module):
@@ -50,10 +50,11 @@ class LoopLMHeadAttention(nn.Module):
     def __init__(self, config: LoopLMConfig, block: int) -> None:
         super().__init__()
         self.block, self.width = block, config.head_dim
-        rows = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-        for name, heads in rows.items():
-            self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, heads * self.width, bias=False))
-        self.o_proj = nn.Linear(config.num_attention_heads * self.width, config.hidden_size, bias=False)
+        hidden, width = config.hidden_size, self.width
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * width, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * width, hidden, bias=False)
 
     def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -132,10 +133,13 @@ class LoopLMBlock(GradientCheckpointingLayer):
         super().__init__()
         attention = LoopLMLatentAttention if config.attention == "mla" else LoopLMHeadAttention
         self.self_attn, self.mlp = attention(config, block), LoopLMMLP(config)
-        sandwich = ("input_layernorm_2", "post_attention_layernorm_2") if config.sandwich_norm else ()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.post_attention_layernorm = LoopLMRMSNorm(width, eps), LoopLMRMSNorm(width, eps)
         self.sandwich_norm = config.sandwich_norm
-        for name in ("input_layernorm", "post_attention_layernorm", *sandwich):
-            self.add_module(name, LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps))
+        if self.sandwich_norm:  # it undoes a small start of the sublayer's output, so its gain starts small instead
+            start = (2 * config.num_hidden_layers * config.total_ut_steps) ** -0.5
+            self.input_layernorm_2 = LoopLMRMSNorm(width, eps, start)
+            self.post_attention_layernorm_2 = LoopLMRMSNorm(width, eps, start)
 
     def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
         y_BSD = self.self_attn(self.input_layernorm(x_BSD), view, loop)
@@ -171,14 +175,30 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, sc
 # ------------------------------------------------------------------------------------------------------------ the gate
 
 
-class LoopLMLinearGate(nn.Linear):
+class LoopLMGateLinear(nn.Linear):
+    """In fp32 whatever its weights are stored in: exit probabilities are products of R small numbers.
+
+    Its weight starts at standard deviation ``start_std``; at 0 an untrained gate has no opinion.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, start_std: float = 0.0) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.start_std = start_std
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class LoopLMLinearGate(LoopLMGateLinear):
     """Ouro's: ``a_r = w . h_r + b``."""
 
     def __init__(self, config: LoopLMConfig) -> None:
         super().__init__(config.hidden_size, 1)
 
-    def forward(self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor | None]:
-        return linear_fp32(h_BSD, self).squeeze(-1), None
+    def forward(  # type: ignore[override]
+        self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().forward(h_BSD).squeeze(-1), None
 
 
 class LoopLMRecurrentGate(nn.Module):
@@ -196,28 +216,22 @@ class LoopLMRecurrentGate(nn.Module):
         super().__init__()
         width = config.gate_state_size
         self.num_loops = config.total_ut_steps
-        self.input_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.input_proj = LoopLMGateLinear(config.hidden_size, width, bias=False, start_std=config.hidden_size**-0.5)
         self.cell = nn.GRUCell(width, width)
-        self.readout = nn.Linear(width, 1)
-        self.sequence_readout = nn.Linear(width, 1, bias=False) if config.gate_sequence_level else None
+        self.readout = LoopLMGateLinear(width, 1)
+        self.sequence_readout = LoopLMGateLinear(width, 1, bias=False) if config.gate_sequence_level else None
 
     def forward(self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor]:
-        u_BSZ = linear_fp32(h_BSD, self.input_proj)
+        u_BSZ, cell = self.input_proj(h_BSD), self.cell
         state_BSZ = torch.zeros_like(u_BSZ) if state_BSZ is None else state_BSZ
-        cell = self.cell
         weights = [weight.float() for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
         state_BSZ = torch.gru_cell(u_BSZ.flatten(0, 1), state_BSZ.flatten(0, 1), *weights).view_as(u_BSZ)
-        logit_BS = linear_fp32(state_BSZ, self.readout).squeeze(-1)
+        logit_BS = self.readout(state_BSZ).squeeze(-1)
         if self.sequence_readout is not None:
             # The read-out of a mean is the mean of read-outs, and those are one number per token to keep.
-            logit_BS = logit_BS + running_mean(linear_fp32(state_BSZ, self.sequence_readout).squeeze(-1), view, loop)
+            logit_BS = logit_BS + running_mean(self.sequence_readout(state_BSZ).squeeze(-1), view, loop)
         remaining = self.num_loops - loop
         return logit_BS - (math.log(remaining - 1) if remaining > 1 else 0.0), state_BSZ
-
-
-def linear_fp32(x: Tensor, linear: nn.Linear) -> Tensor:
-    """Exit probabilities are products of R small numbers: fp32 whatever the weights are stored in."""
-    return F.linear(x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float())
 
 
 def running_mean(signal_BS: Tensor, view: View, loop: int) -> Tensor:

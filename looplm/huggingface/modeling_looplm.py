@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_looplm import LoopLMCache, View
@@ -67,40 +67,30 @@ class LoopLMCausalOutput(ModelOutput):
 class LoopLMPreTrainedModel(PreTrainedModel):
     """First weights, and what transformers must know."""
 
+    config: LoopLMConfig
     config_class = LoopLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LoopLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["LoopLMBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As in pretraining. Children come before their parents, which know better."""
-        config, init = self.config, nn.init
+        """As in pretraining. A module that starts out otherwise than its like says so itself."""
+        config = self.config
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=config.initializer_range)
+            nn.init.normal_(module.weight, std=getattr(module, "start_std", config.initializer_range))
             if module.bias is not None:
-                init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             # An untied embedding has the scale of the loop-end norm's output, which every later loop reads.
             std = config.initializer_range if config.tie_word_embeddings else 1.0
-            init.normal_(module.weight, std=config.embedding_initializer_range or std)
+            nn.init.normal_(module.weight, std=config.embedding_initializer_range or std)
         elif isinstance(module, LoopLMRMSNorm):
-            init.ones_(module.weight)
+            nn.init.constant_(module.weight, module.start)
         elif isinstance(module, nn.GRUCell):
             for weight in module.parameters():
-                init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
-        elif isinstance(module, LoopLMBlock) and module.sandwich_norm:
-            # A sandwich norm undoes a small start of the sublayer's output, so its gain starts small instead.
-            for norm in (module.input_layernorm_2, module.post_attention_layernorm_2):
-                init.constant_(norm.weight, (2 * config.num_hidden_layers * config.total_ut_steps) ** -0.5)
-        if isinstance(module, LoopLMLinearGate):
-            init.zeros_(module.weight)
-        elif isinstance(module, LoopLMRecurrentGate):
-            init.normal_(module.input_proj.weight, std=config.hidden_size**-0.5)
-            for readout in (module.readout, module.sequence_readout):
-                if readout is not None:
-                    init.zeros_(readout.weight)
+                nn.init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
 
 
 class LoopLMModel(LoopLMPreTrainedModel):
@@ -158,8 +148,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
         view = self._view(h_BSD, attention_mask, position_ids, cache, past)
 
         # In a shared cache a past token is seen as of its last loop: one that leaves need not be run any further.
-        leaving = threshold < 1 and past > 0 and h_BSD.size(1) == 1 and cache.shared
-        if leaving and (output_hidden_states or output_gate_logits):
+        shared = cache if cache is not None and cache.shared and past > 0 and h_BSD.size(1) == 1 else None
+        if shared is not None and threshold < 1 and (output_hidden_states or output_gate_logits):
             raise ValueError(
                 "output_hidden_states: with kv_cache=last a token that leaves has no later ones; "
                 "give early_exit_threshold=1, or a cache per loop"
@@ -178,10 +168,12 @@ class LoopLMModel(LoopLMPreTrainedModel):
             with torch.autocast(h_BSD.device.type, enabled=False):
                 logit_NS, state_NSZ = self.early_exit_gate(h_BSD, state_NSZ, view, loop)
             logits.append(logit_NS)
-            stay_N = None if exits is None else exits.judge(h_BSD, logit_NS, loop, view.rows)
-            if leaving and not stay_N.all():
+            if exits is None:
+                continue
+            stay_N = exits.judge(h_BSD, logit_NS, loop, view.rows)
+            if shared is not None and not stay_N.all():
                 if not stay_N.any():
-                    cache.skip(range(loop + 1, depth))
+                    shared.skip(range(loop + 1, depth))
                     break
                 view, h_BSD = view.narrow(stay_N), h_BSD[stay_N]
                 state_NSZ = None if state_NSZ is None else state_NSZ[stay_N]
@@ -284,7 +276,7 @@ class Exits:
 class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
     """The model with its head: what ``AutoModelForCausalLM`` gives."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: LoopLMConfig) -> None:
         super().__init__(config)
@@ -294,8 +286,15 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """``generate`` shall make no cache: its own has no room for loops. The first forward pass makes one."""
+        """The cache that ``generate`` makes by itself has no room for loops."""
         return False
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = LoopLMCache(self.config)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,242 @@
+"""The exported model as transformers handles it: loaded by its own code, saved, trained, resized; what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from looplm import checkpoint
+from looplm.huggingface.cache_looplm import LoopLMCache
+from looplm.huggingface.convert import export_model
+from looplm.huggingface.modeling_looplm import LoopLMForCausalLM
+from tests.looplm.generation_oracle import EOS, GATES, MLA, SHAPES, VOCAB, build, byte_tokenizer
+from tests.looplm.huggingface.hf_models import hf_config, hf_model, random_ids
+from tests.parity import TOLERANCE, assert_close_relative, relative_error
+from tests.tiny import about_weights
+
+IDS_BS = random_ids(2, 9, VOCAB)
+
+
+@pytest.fixture(scope="module")
+def model(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
+    """Of MLA with a gate that reads the text so far; read it, do not change it."""
+    return hf_model(build(MLA, GATES["sequence"], single_process), GATES["sequence"])
+
+
+@pytest.fixture
+def fresh(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
+    """The same, to be changed."""
+    return hf_model(build(MLA, GATES["sequence"], single_process), GATES["sequence"])
+
+
+def load(folder: Path, **keys: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto", **keys).eval()
+
+
+# ------------------------------------------------------------------------------------------------------ into and out of
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["mla", "gqa"])
+def test_an_export_is_loaded_by_its_own_code_and_saved_again(
+    shape: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    single_process: ProcessGroupCollection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ours = build(SHAPES[shape], GATES["sequence"], single_process, dtype)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    about = about_weights(str(dtype).removeprefix("torch."))
+    checkpoint.save_weights(tmp_path / "step", ours, GATES["sequence"], about, tmp_path / "tokenizer.json")
+    opened = checkpoint.open_model(str(tmp_path / "step"), single_process, dtype=None)
+    export_model(opened, tmp_path / "first", "looplm", None, 10**9)
+
+    first = load(tmp_path / "first")
+    assert type(first) is not LoopLMForCausalLM and type(first).__name__ == "LoopLMForCausalLM"
+    first.save_pretrained(tmp_path / "second")
+    second, expected = load(tmp_path / "second"), hf_model(ours, GATES["sequence"])
+    for loaded in (first, second):
+        assert loaded.dtype == dtype
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(loaded.get_parameter(name), parameter), name
+        assert torch.equal(loaded(IDS_BS).logits, expected(IDS_BS).logits)
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == SHAPES[shape].tie_embeddings
+    chosen = load(tmp_path / "second", num_loops=3, early_exit_threshold=0.6, kv_cache="last")
+    assert (chosen.config.num_loops, chosen.config.kv_cache) == (3, "last")
+    found = chosen(IDS_BS)
+    assert torch.equal(found.logits, expected(IDS_BS, num_loops=3, early_exit_threshold=0.6).logits)
+    assert len(found.exit_depths.unique()) > 1 and found.exit_depths.max() == 3
+
+
+def test_first_weights_are_those_of_pretraining() -> None:
+    config = hf_config(MLA, GATES["sequence"], vocab_size=4000)
+    untrained = LoopLMForCausalLM(config)
+    logit_RBS = untrained(IDS_BS, output_gate_logits=True).gate_logits
+    uniform = torch.tensor([1 / 4, 1 / 3, 1 / 2, 1 / 2])  # the last loop's is not used
+    assert torch.allclose(logit_RBS.sigmoid(), uniform[:, None, None].expand_as(logit_RBS))
+    assert untrained.model.embed_tokens.weight.std().item() == pytest.approx(1, rel=0.02)
+    assert untrained.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    block = untrained.model.layers[1]
+    assert torch.equal(block.input_layernorm_2.weight, torch.full((32,), (2 * 2 * 4) ** -0.5))
+    assert torch.equal(block.input_layernorm.weight, torch.ones(32))
+
+
+# ----------------------------------------------------------------------------------------------------------- in training
+
+
+def gradients_of(model: LoopLMForCausalLM, **inputs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(IDS_BS, labels=IDS_BS, **inputs).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_gradients_are_the_gradients(reentrant: bool, fresh: LoopLMForCausalLM) -> None:
+    expected = gradients_of(fresh.train())
+    fresh.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_close_relative(gradients_of(fresh, use_cache=True), expected)
+
+
+def test_parts_of_a_batch_add_up_to_its_loss(model: LoopLMForCausalLM) -> None:
+    labels = IDS_BS.clone()
+    labels[0, 3:] = -100
+    whole = model(IDS_BS, labels=labels).loss
+    parts = [model(IDS_BS[[row]], labels=labels[[row]], num_items_in_batch=2 + 8).loss for row in (0, 1)]
+    assert relative_error(parts[0] + parts[1], whole) < TOLERANCE
+    assert model(IDS_BS, labels=torch.full_like(IDS_BS, -100)).loss == 0
+    deeper = model(IDS_BS, labels=labels, num_loops=6)
+    assert relative_error(deeper.loss, whole) < TOLERANCE, "loops beyond training have no exit probability"
+
+
+def test_the_gate_is_fp32_under_autocast(model: LoopLMForCausalLM) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(IDS_BS, labels=IDS_BS, output_gate_logits=True)
+        assert output.gate_logits.dtype == torch.float32 and output.loss.isfinite()
+        assert model.generate(IDS_BS, max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
+@pytest.mark.parametrize("shape", ["mla", "gqa"])
+def test_more_tokens_fit(shape: str, single_process: ProcessGroupCollection) -> None:
+    grown = hf_model(build(SHAPES[shape], GATES["lru"], single_process), GATES["lru"])
+    before = grown(IDS_BS).logits
+    grown.resize_token_embeddings(VOCAB + 5)
+    after = grown(torch.cat((IDS_BS, torch.full((2, 1), VOCAB + 4)), 1)).logits
+    assert after.size(-1) == grown.config.vocab_size == VOCAB + 5
+    assert relative_error(after[:, :-1, :VOCAB], before) < TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------------------ one call or many
+
+
+def test_padding_positions_and_embeddings(model: LoopLMForCausalLM) -> None:
+    """Padding on either side, embeddings in place of ids, positions that are given, the last logits alone."""
+    with torch.no_grad():
+        expected = model(IDS_BS, early_exit_threshold=0.6)
+        left = torch.cat((torch.zeros(2, 3, dtype=torch.int64), IDS_BS), 1)
+        mask = (torch.arange(12) >= 3).long().expand(2, -1)
+        others = {
+            "left": model(left, attention_mask=mask, early_exit_threshold=0.6).logits[:, 3:],
+            "right": model(left.roll(-3, 1), attention_mask=mask.flip(1), early_exit_threshold=0.6).logits[:, :9],
+            "embedded": model(inputs_embeds=model.model.embed_tokens(IDS_BS), early_exit_threshold=0.6).logits,
+            "placed": model(IDS_BS, position_ids=torch.arange(9)[None] + 50, early_exit_threshold=0.6).logits,
+        }
+        assert_close_relative(others, dict.fromkeys(others, expected.logits))
+        assert torch.equal(model(IDS_BS, logits_to_keep=2).logits, model(IDS_BS).logits[:, -2:])
+        assert len(expected.exit_depths.unique()) > 1
+
+
+@pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
+def test_pieces_of_a_text_are_the_text(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
+    """Through a cache per loop, in pieces of several tokens too; and at every token the same exit."""
+    pieces = hf_model(build(SHAPES[shape], GATES[gate], single_process), GATES[gate])
+    with torch.no_grad():
+        whole = pieces(IDS_BS, early_exit_threshold=0.6, use_cache=False)
+        cache, found = LoopLMCache(pieces.config), []
+        for part in IDS_BS.split([3, 1, 4, 1], 1):
+            found.append(pieces(part, past_key_values=cache, early_exit_threshold=0.6))
+    assert whole.past_key_values is None and cache.get_seq_length() == 9
+    assert relative_error(torch.cat([output.logits for output in found], 1), whole.logits) < TOLERANCE
+    assert torch.equal(torch.cat([output.exit_depths for output in found], 1), whole.exit_depths)
+
+
+def test_the_cache_has_a_slot_per_loop_or_shares_it(model: LoopLMForCausalLM) -> None:
+    for mode, slots in (("per_loop", 4 * 3), ("last", 2 + 4)):  # the gate's memory is one more in each loop
+        cache = LoopLMCache(model.config, mode)
+        with torch.no_grad():
+            model(IDS_BS, past_key_values=cache)
+        assert len(cache.layers) == slots
+        assert cache.layers[0].keys.shape == (2, 1, 9, MLA.kv_lora_rank)
+        assert cache.layers[0].values.shape == (2, 1, 9, MLA.qk_rope_head_dim)
+
+
+def test_drafts_by_prompt_lookup_change_no_text(model: LoopLMForCausalLM) -> None:
+    prompt, settings = IDS_BS[:1].repeat(1, 3), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS}
+    plain = model.generate(prompt, **settings)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **settings), plain)
+
+
+def test_an_adapter_in_the_value_projection_is_run(fresh: LoopLMForCausalLM) -> None:
+    """A cached step must not read past it to the weight."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 1.5
+
+    for block in fresh.model.layers:
+        weight = block.self_attn.kv_b_proj.weight
+        block.self_attn.kv_b_proj = Adapted(weight.size(1), weight.size(0), bias=False)
+        block.self_attn.kv_b_proj.weight = weight
+    texts = [fresh.generate(IDS_BS, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_loops": 0}, "num_loops: 0 is not allowed; give at least 1"),
+        ({"early_exit_threshold": 1.5}, "early_exit_threshold: 1.5 is not allowed"),
+        ({"early_exit_threshold": 0.5, "num_loops": 6}, "the gate knows loops 1 to 4"),
+        ({"attention_mask": torch.ones(2, 5)}, "attention_mask: [2, 5] is not allowed; give [2, 9]"),
+        ({"past_key_values": DynamicCache()}, "past_key_values: DynamicCache is not allowed"),
+        ({"inputs_embeds": torch.zeros(2, 9, 32)}, "give these or inputs_embeds"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(arguments: dict[str, Any], message: str, model: LoopLMForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+        model(IDS_BS, **arguments)
+    assert message in str(caught.value)
+
+
+def test_what_only_a_state_can_tell(fresh: LoopLMForCausalLM) -> None:
+    with torch.no_grad():
+        cache = fresh(IDS_BS, num_loops=2).past_key_values
+        with pytest.raises(ValueError, match="num_loops: 4 is not allowed; the tokens in past_key_values ran 2 loops"):
+            fresh(IDS_BS[:, :1], past_key_values=cache)
+        cache = LoopLMCache(fresh.config, "last")
+        fresh(IDS_BS, past_key_values=cache)
+        with pytest.raises(ValueError, match="output_hidden_states: with kv_cache=last"):
+            fresh(IDS_BS[:, :1], past_key_values=cache, early_exit_threshold=0.6, output_hidden_states=True)
+        fresh.config.gate_trained = False
+        with pytest.raises(ValueError, match="gate was never trained"):
+            fresh(IDS_BS, early_exit_threshold=0.6)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"attention": "mqa"}, {"kv_cache": "first"}, {"early_exit_gate": "gru"}, {"num_key_value_heads": 3}],
+    ids=str,
+)
+def test_a_config_that_cannot_be(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(keys))):
+        hf_config(SHAPES["gqa"], GATES["lru"], **keys)

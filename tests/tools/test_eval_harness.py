@@ -1,0 +1,106 @@
+"""lm-evaluation-harness on a checkpoint and on its export: the same answers at any depth; mistakes in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from looplm import checkpoint
+from looplm.config import GateConfig
+from looplm.huggingface.convert import export_model
+from tests.looplm.generation_oracle import build
+from tests.tiny import MODEL, TEXTS, about_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+GATE = GateConfig(state_size=8, sequence_level=True)
+KINDS = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_target": "answer",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "tiny_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "tiny_text": {
+        "output_type": "generate_until",
+        "doc_to_target": "text",
+        "generation_kwargs": {"until": ["z"], "max_gen_toks": 10},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+def write_tasks(folder: Path) -> None:
+    """Task files on local data; one of them without its data, one that asks for more tokens than the context has."""
+    folder.mkdir()
+    data = folder / "documents.jsonl"
+    with data.open("w") as file:
+        for index, text in enumerate(TEXTS[:5]):
+            document = {"question": text[:12], "text": text * (1 + 2 * (index == 1))}  # one is longer than the context
+            file.write(json.dumps({**document, "choices": ["\n    return", " a", "b):"], "answer": index % 3}) + "\n")
+    long = {**KINDS["tiny_text"], "generation_kwargs": {"until": ["z"], "max_gen_toks": 64}}
+    for name, kind in {**KINDS, "tiny_long": long, "broken": KINDS["tiny_choice"]}.items():
+        files = {"test": "missing.jsonl" if name == "broken" else str(data)}
+        question = "" if name == "tiny_rolling" else "{{question}}"
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, "doc_to_text": question, **kind}))
+
+
+@pytest.fixture(scope="module")
+def found(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, single_process: ProcessGroupCollection
+) -> dict[str, Any]:
+    """What the worker found, of a model with opinions; and the report of the command."""
+    folder = tmp_path_factory.mktemp("harness")
+    model = build(replace(MODEL, num_loops=4), GATE, single_process)
+    checkpoint.save_weights(folder / "step", model, GATE, about_weights("float32"), corpus / "tokenizer.json")
+    opened = checkpoint.open_model(str(folder / "step"), single_process, dtype=None)
+    export_model(opened, folder / "export", "looplm", None, 10**9)
+    write_tasks(folder / "tasks")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HOME": str(folder / "hf"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "tests.tools.harness_worker", "step", "export", "tasks", "found.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((folder / "report.json").read_text())
+    return {**json.loads((folder / "found.json").read_text()), "report": report, "shown": done.stdout}
+
+
+def approximately(value: Any) -> Any:
+    """Numbers to 1e-4, anything else exactly."""
+    if isinstance(value, list):
+        return [approximately(item) for item in value]
+    return pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+
+
+def test_a_checkpoint_and_its_export_answer_alike(found: dict[str, Any]) -> None:
+    for one in found["alike"]:
+        assert one["ours"]["tiny_text"] == one["theirs"]["tiny_text"]
+        for name in ("tiny_choice", "tiny_rolling"):
+            assert one["ours"][name] == approximately(one["theirs"][name])
+    for name in KINDS:
+        assert len({str(one["theirs"][name]) for one in found["alike"]}) > 2, "depth and threshold change something"
+
+
+def test_the_command_shows_and_writes_results(found: dict[str, Any]) -> None:
+    report = found["report"]
+    assert 0 <= report["results"]["tiny_choice"]["acc,none"] <= 1
+    assert report["n-samples"]["tiny_text"]["effective"] == 5 and report["depth"] == 4
+    assert "tiny_choice" in found["shown"]
+
+
+def test_mistakes_are_named_in_one_line(found: dict[str, Any]) -> None:
+    expected = ["tiny_chioce: no such task", "broken: cannot be loaded", "depth: 2", "exit_threshold: 2", "limit: 0", "max_gen_toks: 64"]  # fmt: skip
+    for message, part in zip(found["mistakes"], expected, strict=True):
+        assert part in message and "\n" not in message, message
