@@ -74,9 +74,7 @@ class ModelConfig:
         _positive("model", self, "num_loops", "rope_base", "max_sequence_length", "norm_eps", "init_std")
         if self.attention == "mla":
             _positive("model", self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-            require(
-                self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim", self.qk_rope_head_dim, "give an even number"
-            )
+            require(self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim", self.qk_rope_head_dim, "give an even number")  # fmt: skip
             require(self.q_lora_rank is None or self.q_lora_rank > 0, "model.q_lora_rank", self.q_lora_rank, "give null or a number above 0")  # fmt: skip
             for key in ("num_query_groups", "head_dim"):
                 require(getattr(self, key) is None, f"model.{key}", getattr(self, key), "it belongs to model.attention=mha; leave it null")  # fmt: skip
@@ -170,9 +168,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require(self.beta >= 0, "loss.beta", self.beta, "give a number of at least 0")
-        require(
-            0 < self.geometric_rate < 1, "loss.geometric_rate", self.geometric_rate, "give a number between 0 and 1"
-        )
+        require(0 < self.geometric_rate < 1, "loss.geometric_rate", self.geometric_rate, "give a number between 0 and 1")  # fmt: skip
         _positive("loss", self, "slope", "head_chunk_tokens")
 
 
@@ -287,26 +283,18 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            len(self.train) > 0, "data.train", list(self.train), "name at least one source: [{prefix: PATH, weight: 1}]"
-        )
+        require(len(self.train) > 0, "data.train", list(self.train), "name at least one source: [{prefix: PATH, weight: 1}]")  # fmt: skip
         _positive("data", self, "seq_length", "micro_batch_size", "global_batch_size")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "give 0 or more")
         require(self.horizon_samples is None or self.horizon_samples > 0, "data.horizon_samples", self.horizon_samples, "give null or a number above 0")  # fmt: skip
         batch, micro = self.global_batch_size, self.micro_batch_size
-        require(
-            batch % micro == 0, "data.global_batch_size", batch, f"give a multiple of data.micro_batch_size={micro}"
-        )
+        require(batch % micro == 0, "data.global_batch_size", batch, f"give a multiple of data.micro_batch_size={micro}")  # fmt: skip
         if self.rampup is not None:
             grown = batch - self.rampup.start
             for key in ("start", "increment"):
                 value = getattr(self.rampup, key)
-                require(
-                    value % micro == 0, f"data.rampup.{key}", value, f"give a multiple of data.micro_batch_size={micro}"
-                )
-            require(
-                grown >= 0, "data.rampup.start", self.rampup.start, f"it must not exceed data.global_batch_size={batch}"
-            )
+                require(value % micro == 0, f"data.rampup.{key}", value, f"give a multiple of data.micro_batch_size={micro}")  # fmt: skip
+            require(grown >= 0, "data.rampup.start", self.rampup.start, f"it must not exceed data.global_batch_size={batch}")  # fmt: skip
             require(grown % self.rampup.increment == 0, "data.rampup.increment", self.rampup.increment, f"it must divide global_batch_size - start = {grown}")  # fmt: skip
 
 
@@ -319,16 +307,19 @@ class CheckpointConfig:
         keep: how many of the newest checkpoints stay on disk.
         resume: go on from the newest whole checkpoint of output_dir, if there is one.
         initial: directory of an earlier stage (or of one of its steps) whose weights this stage starts from.
+        initial_optimizer: take Adam's moments over from there too; the schedule starts anew.
     """
 
     save_every: int = 0
     keep: int = 2
     resume: bool = True
     initial: str | None = None
+    initial_optimizer: bool = False
 
     def __post_init__(self) -> None:
         require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "give 0 or more steps")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
+        require(self.initial is not None or not self.initial_optimizer, "checkpoint.initial_optimizer", True, "name the stage it comes from in checkpoint.initial")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
