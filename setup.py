@@ -19,8 +19,8 @@ EXTRAS = {
         "xxhash>=3.5,<4",
         "zstandard>=0.23",
     ],
-    # Import and export of Hugging Face checkpoints.
-    "hf": ["safetensors>=0.4.5", "transformers>=4.54"],
+    # Running what is exported to Hugging Face; the conversion itself needs none of it.
+    "hf": ["transformers>=4.54"],
     # Downstream benchmarks.
     "eval": ["lm-eval>=0.4.9"],
     "dev": [
@@ -49,6 +49,7 @@ setup(
         "numpy>=1.26",
         "psutil>=6",
         "pyyaml>=6",
+        "safetensors>=0.4.5",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
         "torch>=2.6",

@@ -305,12 +305,13 @@ def _fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
     """Refuse a checkpoint of another shape, naming the first key that differs."""
     saved = read_shape(step)
     for section, ours, theirs in (("model", model, saved.model), ("gate", gate, saved.gate)):
-        for field in dataclasses.fields(ours):
-            have, want = getattr(theirs, field.name), getattr(ours, field.name)
-            if field.name not in CHANGEABLE and have != want:
+        said = _shaping(theirs)
+        for key, want in _shaping(ours).items():
+            have = said.get(key)
+            if have != want:
                 raise UserError(
-                    f"{step}: made with {section}.{field.name}={have}, this run has {want}; "
-                    f"set {section}.{field.name} to {have} or start from another checkpoint"
+                    f"{step}: made with {section}.{key}={have}, this run has {want}; "
+                    f"set {section}.{key} to {have} or start from another checkpoint"
                 )
     about = read_about(step)
     writer, reader = about.versions["megatron-core"], version("megatron-core")
@@ -319,6 +320,17 @@ def _fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
             f"{step}: written by megatron-core {writer}, which {reader} cannot read; install {writer} or newer"
         )
     return about
+
+
+def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
+    """What shapes weights: null as the number it stands for, and nothing of the other kind of attention or gate."""
+    values, silent = dataclasses.asdict(config), set(CHANGEABLE)
+    if isinstance(config, GateConfig):
+        silent |= set() if config.kind == "lru" else {"state_size"}
+    elif config.attention == "mha":
+        values |= {"num_query_groups": config.query_groups, "head_dim": config.attention_head_dim}
+        silent |= {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+    return {key: value for key, value in values.items() if key not in silent}
 
 
 def _release(version: str) -> tuple[int, ...]:

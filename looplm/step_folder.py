@@ -46,9 +46,14 @@ def aside(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Write the manifest of what :func:`aside` gave, wait for the disk, and rename it."""
+    """Write the manifest of what :func:`aside` gave, and :func:`settle` it."""
     files = {str(path.relative_to(partial)): fingerprint(path) for path in files_in(partial)}
     write_whole(partial / "manifest.json", json.dumps(files, indent=1))
+    settle(partial, final)
+
+
+def settle(partial: Path, final: Path) -> None:
+    """Wait for the disk, and rename a whole folder to where it belongs."""
     folders = [path for path in partial.rglob("*") if path.is_dir()]
     for path in (*files_in(partial), *folders, partial):
         fsync(path)

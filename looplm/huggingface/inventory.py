@@ -1,0 +1,118 @@
+"""What a directory holds, of either kind, as a table: from headers alone, no weight is read into a model."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing import load_tensors_metadata
+
+from looplm import checkpoint, step_folder
+from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY
+from looplm.cli import UserError
+from looplm.config import GateConfig, ModelConfig
+from looplm.huggingface.companions import describe_folder
+from looplm.huggingface.config_json import CONFIG, TokenIds, ouro_fault
+from looplm.huggingface.convert import examine
+from looplm.huggingface.names import entries
+from looplm.huggingface.weight_files import find_tensors
+
+Row = tuple[str, str]
+
+
+def inspect(path: Path) -> str:
+    """The table of a Hugging Face directory, a training directory, or a step directory.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        rows = _checkpoint(path)
+    elif (path / CONFIG).is_file():
+        rows = _hugging_face(path)
+    else:
+        raise UserError(f"{path}: neither a Hugging Face directory ({CONFIG}) nor a checkpoint (manifest.json, checkpoints/)")  # fmt: skip
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+def _hugging_face(folder: Path) -> list[Row]:
+    described = describe_folder(folder)
+    rows = [("directory", f"{folder}: Hugging Face, layout {described.layout}")]
+    rows += _model(described.model, described.gate, described.gate_trained)
+    try:
+        tensors = find_tensors(folder)
+        rows.append(("parameters", _counts((stored.shape, stored.dtype) for stored in tensors.values())))
+        files = Counter(stored.path for stored in tensors.values())
+        size = sum(path.stat().st_size for path in files)
+        rows.append(("weights", f"{size / 1e6:,.1f} MB in {len(files)} file{'s' if len(files) > 1 else ''}"))
+        described = examine(folder).described
+        whole = "yes"
+    except UserError as error:
+        whole = f"no: {error}"
+    return [*rows, ("tokens", _ids(described.ids)), ("beside", _names(folder)), ("whole", whole)]
+
+
+def _checkpoint(path: Path) -> list[Row]:
+    faults: list[str] = []
+    if (path / "manifest.json").is_file():
+        fault = step_folder.find_fault(path)
+        step = path if fault is None else None
+        faults = [] if fault is None else [fault]
+    else:
+        step = step_folder.newest(path / "checkpoints", faults.append)
+    if step is None:
+        return [("directory", f"{path}: checkpoint"), ("whole", f"no: {'; '.join(faults) or 'there is none'}")]
+    about, (model, gate) = checkpoint.read_about(step), checkpoint.read_shape(step)
+    made = "weights alone" if about.objective == WEIGHTS_ONLY else f"{about.objective}, step {about.step}, {about.tokens:,} tokens"  # fmt: skip
+    fault = ouro_fault(model, gate)
+    return [
+        ("directory", f"{step}: checkpoint, {made}"),
+        *_model(model, gate, about.gate_trained),
+        ("parameters", _counts(stored_tensors(step, model, gate))),
+        ("export", f"layout {'ouro' if fault is None else f'looplm ({fault})'}"),
+        ("tokens", _ids(TokenIds(about.bos_id, about.eos_id, about.pad_id))),
+        ("beside", _names(step / COMPANIONS)),
+        ("whole", "; ".join(["yes", *faults])),
+    ]
+
+
+def stored_tensors(step: Path, model: ModelConfig, gate: GateConfig) -> Iterable[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each of the model's tensors, from a checkpoint's metadata; Megatron stacks those of the layers."""
+    ours = {entry.ours for entry in entries(model, gate)}
+    names = {".".join(part for part in name.split(".") if not part.isdigit()) for name in ours}
+    found = load_tensors_metadata(str(step / "state"))
+    return [(tuple(found[name].global_shape), found[name].dtype) for name in found if name in names]
+
+
+def _model(model: ModelConfig, gate: GateConfig, gate_trained: bool) -> list[Row]:
+    heads = f"{model.num_attention_heads} heads of {model.attention_head_dim}"
+    kept = (
+        f"a latent of {model.kv_lora_rank}" if model.attention == "mla" else f"{model.query_groups} for keys and values"
+    )
+    norms = "sandwich norms" if model.sandwich_norm else "no sandwich norms"
+    head = "tied to the embedding" if model.tie_embeddings else "of its own"
+    signal = ", with the sequence's" if gate.sequence_level else ""
+    state = "" if gate.kind == "linear" else f", a state of {gate.state_size}{signal}"
+    return [
+        ("model", f"{model.num_layers} layers x {model.num_loops} loops, hidden {model.hidden_size:,}, feed-forward {model.ffn_hidden_size:,}, {norms}"),
+        ("attention", f"{model.attention}, {heads}, {kept}; RoPE base {model.rope_base:,.0f}, {model.max_sequence_length:,} positions"),
+        ("head", f"{head}, {model.vocab_size:,} tokens"),
+        ("gate", f"{gate.kind}{state}, {'trained' if gate_trained else 'untrained'}"),
+    ]  # fmt: skip
+
+
+def _counts(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    total: Counter[str] = Counter()
+    for shape, dtype in tensors:
+        total[str(dtype).removeprefix("torch.")] += torch.Size(shape).numel()
+    kinds = ", ".join(total) if len(total) < 2 else ", ".join(f"{count:,} {kind}" for kind, count in total.items())
+    return f"{sum(total.values()):,} ({kinds})"
+
+
+def _ids(ids: TokenIds) -> str:
+    return ", ".join(f"{name} {'-' if value is None else value}" for name, value in ids._asdict().items())
+
+
+def _names(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*") if ".safetensors" not in path.name and path.name != CONFIG)
+    return ", ".join(names) or "nothing"

@@ -1,0 +1,121 @@
+"""The model card (``README.md``) of an export: shape, how to load it, data, recipe, and what was measured.
+
+It says what the checkpoint knows, and nothing else.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from looplm.accounting import parameter_counts
+from looplm.checkpoint import About, OpenedModel, read_config
+from looplm.config import RunConfig
+from looplm.huggingface.config_json import Described
+
+_HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- looped-transformer
+- early-exit
+---
+"""
+
+
+def model_card(name: str, opened: OpenedModel, described: Described, dtype: torch.dtype) -> str:
+    """The card of an export called ``name``."""
+    run, measured = read_config(opened.folder), _evaluation_of(opened.folder)
+    parts = [_HEAD, f"# {name}", _shape(described, dtype), _loading(described)]
+    parts += _training(run, opened.about) if run is not None else []
+    parts += _measured(measured) if measured is not None else []
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _shape(described: Described, dtype: torch.dtype) -> str:
+    _, model, gate, gate_trained, _ = described
+    count = sum(parameter_counts(model, gate).values())
+    attention = {
+        "mla": f"latent (MLA), a latent of {model.kv_lora_rank}",
+        "mha": f"{model.query_groups} key-value heads",
+    }
+    rows = [
+        ("parameters", f"{count:,} ({str(dtype).removeprefix('torch.')})"),
+        ("layers x loops", f"{model.num_layers} x {model.num_loops}, the same weights in every loop"),
+        ("hidden, feed-forward", f"{model.hidden_size:,}, {model.ffn_hidden_size:,}"),
+        ("attention", f"{model.num_attention_heads} heads, {attention[model.attention]}"),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("context", f"{model.max_sequence_length:,} tokens, RoPE base {model.rope_base:,.0f}"),
+        ("exit gate", f"{gate.kind}, {'trained' if gate_trained else 'untrained'}"),
+    ]
+    return (
+        "A looped language model: one stack of transformer blocks runs several times before a token is predicted, and "
+        "an exit gate says after each loop how likely the token is to leave.\n\n" + _table(("", ""), rows)
+    )
+
+
+def _loading(described: Described) -> str:
+    return (
+        "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n\n'
+        f"The layout is `{described.layout}`; `auto_map` in config.json names its code. `total_ut_steps` is the number of loops, "
+        "`early_exit_threshold` the summed exit probability at which a token leaves (1 runs all loops)."
+    )
+
+
+def _training(run: RunConfig, about: About) -> list[str]:
+    optim, loss, data = run.optim, run.loss, run.data
+    whole = sum(source.weight for source in data.train)
+    sources = [(f"`{Path(source.prefix).name}`", f"{source.weight / whole:.1%}") for source in data.train]
+    recipe = [
+        ("stage", loss.objective + (f", beta {loss.beta:g}" if loss.objective == "entropy_regularised" else "")),
+        ("steps, tokens", f"{about.step:,}, {about.tokens:,}"),
+        ("batch, sequence", f"{data.global_batch_size} sequences of {data.seq_length:,} tokens"),
+        ("AdamW", f"lr {optim.lr:g}, {optim.schedule} to {optim.min_lr:g}, betas {optim.beta1:g}, {optim.beta2:g}, "
+                  f"weight decay {optim.weight_decay:g}, clip {optim.clip_grad:g}"),
+        ("precision", optim.precision),
+        ("started from", f"`{Path(run.checkpoint.initial).name}`" if run.checkpoint.initial else "random weights"),
+        ("software", ", ".join(f"{name} {version}" for name, version in about.versions.items() if version != "absent")),
+        ("code", f"LoopLM {about.git_revision}"),
+    ]  # fmt: skip
+    return [
+        "## Data of the last stage\n\n" + _table(("source", "share of the samples"), sources),
+        "## Recipe of the last stage\n\n" + _table(("", ""), recipe),
+    ]
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    trained = report["trained_loops"]
+    depths = [
+        (str(row["depth"]) + ("" if row["depth"] <= trained else " (beyond training)"), f"{row['loss']:.4f}", f"{row['perplexity']:.2f}")
+        for row in report["depths"]
+    ]  # fmt: skip
+    curve = [
+        (f"{row['threshold']:g}", f"{row['mean_depth']:.2f}", f"{row['loss']:.4f}") for row in report["exit_curve"]
+    ]
+    return [
+        f"## Measured on {report['tokens']:,} validation tokens\n\nEvery token runs to one depth:\n\n"
+        + _table(("depth (loops)", "loss", "perplexity"), depths)
+        + "\n\nEach token leaves at the first loop by which its exit probability reaches the threshold:\n\n"
+        + _table(("threshold", "mean depth", "loss"), curve),
+    ]
+
+
+def _evaluation_of(step: Path) -> dict[str, Any] | None:
+    """The evaluation.json of this very checkpoint, in its run's directory or the one above."""
+    place = step.resolve()
+    for folder in (place, *place.parents[1:3]):
+        try:
+            report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            if Path(report["checkpoint"]).parts[-3:] == place.parts[-3:]:  # a run may have moved since
+                return report
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
