@@ -5,13 +5,14 @@ The first word says how; `python -m tools.upcycle KIND --help` has its keys:
     depth   copy layers: a deeper stack, with Adam's moments
     loops   another number of loops of the same weights
     gate    a fresh exit gate
+    dense   layers of a dense Llama-style Hugging Face model become the shared stack of a looped one
 
 A training checkpoint becomes a training directory that pretrain.train resumes at the same step; where there are no moments
 to go on with, the result is weights alone, for checkpoint.initial. Losses before and after are measured with --data.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from looplm import parallel
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import GateConfig
 from pretrain.data import Batch
+from tools.upcycling.dense import loop_layers, open_dense
 from tools.upcycling.depth import How, deepen
 from tools.upcycling.loops import change_gate, change_loops
 from tools.upcycling.measure import Sample, measure
@@ -113,6 +115,31 @@ class FreshGateConfig(FromCheckpoint):
     sequence_level: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(Output):
+    """Layers of a dense Llama-style model become the shared stack of a looped one.
+
+    Args:
+        input: a Hugging Face directory: config.json, safetensors, tokenizer.json.
+        layers: which, as FIRST:END, counted from 0 and without END; null takes all.
+        loops: of the result; 1 over all layers is the dense model.
+        gate: the fresh exit gate's.
+        tokenizer: a tokenizer.json in place of the directory's own.
+        eos_token: the token that ends a text, where no file names it.
+    """
+
+    input: str
+    layers: str | None = None
+    loops: int = 4
+    gate: GateConfig = field(default_factory=GateConfig)
+    tokenizer: str | None = None
+    eos_token: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.loops > 0, "loops", self.loops, "give a number above 0")
+
+
 def depth(config: DepthConfig, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
     """Copied layers."""
     source = open_source(config.checkpoint, groups)
@@ -132,6 +159,13 @@ def gate(config: FreshGateConfig, groups: ProcessGroupCollection) -> tuple[Sourc
     return source, change_gate(source.parts, fresh)
 
 
+def dense(config: DenseConfig, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
+    """From Hugging Face."""
+    tokenizer = None if config.tokenizer is None else Path(config.tokenizer)
+    source = open_dense(Path(config.input), tokenizer, config.eos_token)
+    return source, loop_layers(source.parts, config.layers, config.loops, config.gate)
+
+
 class Kind(NamedTuple):
     """A first word: the keys that follow it, and what it does."""
 
@@ -139,7 +173,12 @@ class Kind(NamedTuple):
     run: Callable[[Any, ProcessGroupCollection], tuple[Source, Upcycled]]
 
 
-KINDS = {"depth": Kind(DepthConfig, depth), "loops": Kind(LoopsConfig, loops), "gate": Kind(FreshGateConfig, gate)}
+KINDS = {
+    "depth": Kind(DepthConfig, depth),
+    "loops": Kind(LoopsConfig, loops),
+    "gate": Kind(FreshGateConfig, gate),
+    "dense": Kind(DenseConfig, dense),
+}
 
 
 def main(argv: list[str]) -> None:

@@ -5,7 +5,6 @@ One process holds the model whole, on the CPU. Every kind of upcycling is a func
 """
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +59,7 @@ class Source(NamedTuple):
         parts: what was found there.
         about: what the checkpoint says of itself.
         tokenizer: file to copy.
-        companions: folder to copy, if it exists.
+        companions: files to carry along.
         run: the run that made them, with the state of its ``scheduler``; None where none can go on.
     """
 
@@ -68,7 +67,7 @@ class Source(NamedTuple):
     parts: Parts
     about: About
     tokenizer: Path
-    companions: Path
+    companions: tuple[Path, ...]
     run: RunConfig | None = None
     scheduler: dict[str, Any] | None = None
 
@@ -83,17 +82,16 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
     if run is None or about.objective != "entropy_regularised":
         opened = checkpoint.open_model(str(found), groups)
         parts = Parts(opened.model.shape, opened.gate, _weights(opened.model))
-        return Source(found, parts, about, found / "tokenizer.json", found / COMPANIONS)
+        return Source(found, parts, about, found / "tokenizer.json", _companions(found))
     trained = _build_trained(LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision]), run)
     checkpoint.load_run(found, trained)
     weights, moments = _weights(trained.model), {}
     for name, state in optimizer_state.plain_state(trained.optimizer, trained.model).items():
-        weights[name] = state.pop(
-            optimizer_state.MAIN, weights[name]
-        ).detach()  # bf16 weights are a shadow of the optimizer's
+        if optimizer_state.MAIN in state:  # bf16 weights are a shadow of the optimizer's
+            weights[name] = state.pop(optimizer_state.MAIN).detach()
         moments[name] = state
     parts, schedule = Parts(run.model, run.gate, weights, moments), trained.scheduler.state_dict()
-    return Source(found, parts, about, found / "tokenizer.json", found / COMPANIONS, run, schedule)
+    return Source(found, parts, about, found / "tokenizer.json", _companions(found), run, schedule)
 
 
 def assemble(parts: Parts, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32) -> LoopLM:
@@ -123,8 +121,9 @@ def write(output: Path, source: Source, parts: Parts, record: Any, groups: Proce
     )
     with TemporaryDirectory() as folder:
         companions = Path(folder) / COMPANIONS
-        if source.companions.is_dir():
-            shutil.copytree(source.companions, companions)
+        companions.mkdir()
+        for path in source.companions:
+            shutil.copyfile(path, companions / path.name)
         earlier = json.loads((companions / RECORD).read_text()) if (companions / RECORD).exists() else []
         write_whole(companions / RECORD, json.dumps([*earlier, record], indent=1) + "\n")
         if source.run is None or parts.moments is None:
@@ -150,7 +149,7 @@ def _write_run(
     checkpoint.save(partial / "checkpoints", trained, run, about, source.tokenizer, run.checkpoint.keep, companions)
     shutil.copytree(companions, partial / COMPANIONS)
     write_whole(partial / "config.yaml", yaml.safe_dump(to_dict(run), sort_keys=False))
-    os.rename(partial, output)
+    step_folder.settle(partial, output)
 
 
 def _state_of(name: str, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
@@ -165,6 +164,10 @@ def _build_trained(model: LoopLM, run: RunConfig) -> Trained:
     ddp = wrap_data_parallel(model, run.loss)
     optimizer = build_optimizer(ddp, run.optim)
     return Trained(model, optimizer, build_scheduler(optimizer, run.optim))
+
+
+def _companions(step: Path) -> tuple[Path, ...]:
+    return tuple(sorted((step / COMPANIONS).glob("*")))
 
 
 def _weights(model: LoopLM) -> dict[str, Tensor]:
