@@ -329,7 +329,14 @@ def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
         silent |= set() if config.kind == "lru" else {"state_size"}
     elif config.attention == "mha":
         values |= {"num_query_groups": config.query_groups, "head_dim": config.attention_head_dim}
-        silent |= {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+        silent |= {
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "qk_rope_period",
+            "v_head_dim",
+        }
     return {key: value for key, value in values.items() if key not in silent}
 
 

@@ -6,6 +6,7 @@ The first word says how; `python -m tools.upcycle KIND --help` has its keys:
     loops   another number of loops of the same weights
     gate    a fresh exit gate
     dense   layers of a dense Llama-style Hugging Face model become the shared stack of a looped one
+    latent  plain attention becomes multi-head latent attention, by a low-rank factorisation
 
 A training checkpoint becomes a training directory that pretrain.train resumes at the same step; where there are no moments
 to go on with, the result is weights alone, for checkpoint.initial. Losses before and after are measured with --data.
@@ -22,8 +23,10 @@ from looplm import parallel
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import GateConfig
 from pretrain.data import Batch
+from tools.upcycling.calibrate import second_moments
 from tools.upcycling.dense import loop_layers, open_dense
 from tools.upcycling.depth import How, deepen
+from tools.upcycling.latent import to_latent
 from tools.upcycling.loops import change_gate, change_loops
 from tools.upcycling.measure import Sample, measure
 from tools.upcycling.parts import Source, Upcycled, open_source, write
@@ -140,6 +143,22 @@ class DenseConfig(Output):
         require(self.loops > 0, "loops", self.loops, "give a number above 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(FromCheckpoint):
+    """Multi-head latent attention in place of plain or grouped attention.
+
+    Args:
+        kv_lora_rank: width of the latent; hidden_size is exact.
+        qk_rope_head_dim: width of the rotary keys that are kept, a multiple of the head's width; null keeps those of all
+            key-value heads, which is exact. One head's width gives the usual layout, a single shared key.
+        calibrate: prefix of data on which the factorisation is best, --samples of it; null takes the weights alone.
+    """
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int | None = None
+    calibrate: str | None = None
+
+
 def depth(config: DepthConfig, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
     """Copied layers."""
     source = open_source(config.checkpoint, groups)
@@ -166,6 +185,15 @@ def dense(config: DenseConfig, groups: ProcessGroupCollection) -> tuple[Source, 
     return source, loop_layers(source.parts, config.layers, config.loops, config.gate)
 
 
+def latent(config: LatentConfig, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
+    """Latent attention."""
+    source = open_source(config.checkpoint, groups)
+    moments_LDD = None
+    if config.calibrate is not None:
+        moments_LDD = second_moments(source.parts, config.read(config.calibrate, source, groups), groups)
+    return source, to_latent(source.parts, config.kv_lora_rank, config.qk_rope_head_dim, moments_LDD)
+
+
 class Kind(NamedTuple):
     """A first word: the keys that follow it, and what it does."""
 
@@ -178,6 +206,7 @@ KINDS = {
     "loops": Kind(LoopsConfig, loops),
     "gate": Kind(FreshGateConfig, gate),
     "dense": Kind(DenseConfig, dense),
+    "latent": Kind(LatentConfig, latent),
 }
 
 
