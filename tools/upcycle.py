@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
     config = parse_config(kind.config, argv[1:], prog=prog, description=str(kind.config.__doc__).partition("\n")[0])
     groups = parallel.start(SEED)
     try:
-        if groups.dp_cp.size() * groups.tp.size() * groups.pp.size() > 1:
+        if groups.dp.size() > 1:
             raise UserError(f"{prog}: runs in one process; start it without torchrun")
         upcycle(word, config, groups)
     finally:
@@ -249,25 +249,18 @@ def describe(record: dict[str, Any]) -> list[str]:
     """The report that the command prints, line by line."""
     lines = [f"{record['source']} -> {record['settings']['output']}"]
     for word in ("exact", "approximate"):
-        lines += [f"{word if first else '':<14}{line}" for first, line in _firsts(record[word])]
+        lines += [f"{'' if number else word:<14}{line}" for number, line in enumerate(record[word])]
     if "before" not in record:
         return [*lines, "losses were not measured: no --data was named"]
     before, after = record["before"], record["after"]
-    lines += [
-        "",
-        f"{before['tokens']:,} tokens of {record['settings']['data']}",
-        f"{'depth':>8}{'before':>10}{'after':>10}",
-    ]
+    lines += ["", f"loss on {before['tokens']:,} tokens of {record['settings']['data']}"]
+    lines.append(f"{'depth':>8}{'before':>10}{'after':>10}")
     pairs = zip(before["loss_per_depth"], after["loss_per_depth"], strict=True)
     lines += [f"{number:>8}{old:>10.4f}{new:>10.4f}" for number, (old, new) in enumerate(pairs, start=1)]
     for when in ("before", "after"):
         exits = " ".join(f"{share:.3f}" for share in record[when]["exit_distribution"])
         lines.append(f"tokens leaving after each loop, {when}: {exits}")
     return lines
-
-
-def _firsts(lines: list[str]) -> list[tuple[bool, str]]:
-    return [(number == 0, line) for number, line in enumerate(lines)]
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def assemble(parts: Parts, groups: ProcessGroupCollection, dtype: torch.dtype = 
     return model
 
 
-def write(output: Path, source: Source, parts: Parts, record: Any, groups: ProcessGroupCollection) -> None:
+def write(output: Path, source: Source, parts: Parts, record: dict[str, Any], groups: ProcessGroupCollection) -> None:
     """Write ``output`` whole.
 
     Where the parts hold moments it is a training directory that ``pretrain.train`` resumes at the source's step; else
