@@ -23,7 +23,7 @@ def second_moments(parts: Parts, batches: list[Batch], groups: ProcessGroupColle
 
     def add(sum_DD: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         u_ND = F.rms_norm(args[0], (width,), eps=shape.norm_eps).flatten(0, 1).double()
-        sum_DD += u_ND.mT @ u_ND
+        sum_DD += (u_ND.mT @ u_ND).cpu()
 
     hooks = [
         layer.input_layernorm.register_forward_pre_hook(lambda *seen, sum_DD=sum_DD: add(sum_DD, *seen))

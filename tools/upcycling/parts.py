@@ -88,7 +88,7 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
     weights, moments = _weights(trained.model), {}
     for name, state in optimizer_state.plain_state(trained.optimizer, trained.model).items():
         if optimizer_state.MAIN in state:  # bf16 weights are a shadow of the optimizer's
-            weights[name] = state.pop(optimizer_state.MAIN).detach()
+            weights[name] = state.pop(optimizer_state.MAIN).detach().cpu()
         moments[name] = state
     parts, schedule = Parts(run.model, run.gate, weights, moments), trained.scheduler.state_dict()
     return Source(found, parts, about, found / "tokenizer.json", _companions(found), run, schedule)
@@ -171,4 +171,4 @@ def _companions(step: Path) -> tuple[Path, ...]:
 
 
 def _weights(model: LoopLM) -> dict[str, Tensor]:
-    return {name: weight.detach().float() for name, weight in model.named_parameters()}
+    return {name: weight.detach().float().cpu() for name, weight in model.named_parameters()}
