@@ -85,6 +85,17 @@ def test_the_losses_reported_are_those_of_the_oracle(tiny_run, corpus, tmp_path,
         assert record[when]["loss_per_depth"] == pytest.approx(means, rel=1e-5)
 
 
+def test_a_loop_of_a_stack_is_two_loops_without_the_norm_between(tiny_run, single_process):
+    parts = open_source(str(tiny_run), single_process).parts
+    deep = assemble(deepen(parts, 4, "stack").parts, single_process)
+    view = reference.View.of(MODEL, IDS_BS, None, fused=False)
+    h_SBD = parts.weights["embedding.word_embeddings.weight"][IDS_BS.T]
+    for layer in (0, 1, 0, 1):
+        h_SBD = reference.block(reference.scope(parts.weights, f"decoder.layers.{layer}."), MODEL, h_SBD, view)
+    h_SBD = reference.rms_norm(h_SBD, parts.weights["decoder.final_layernorm.weight"], MODEL.norm_eps)
+    assert_close_relative({"loop": deep(IDS_BS, num_loops=1).hidden[0]}, {"loop": h_SBD})
+
+
 def test_without_sandwich_norms_the_scale_goes_into_the_output_matrices():
     model = dataclasses.replace(MODEL, sandwich_norm=False)
     weights = {name: torch.randn(shape) for name, shape in reference.parameter_shapes(model, GateConfig()).items()}

@@ -4,6 +4,9 @@
 
     stack       0 1 2 3  0 1 2 3        one loop passes what two loops passed, without the loop-end norm between them
     interleave  0 0 1 1  2 2 3 3        each layer runs twice in its place
+
+Copies that each add their share alone (``residual_scale`` = 4/8) nearly keep the function, interleaved ones most: of the
+quickstart's model made twice as deep the loss rose by 0.01 nats at most, against 0.25 unscaled.
 """
 
 from collections.abc import Mapping
@@ -40,11 +43,11 @@ def deepen(parts: Parts, layers: int, how: How, residual_scale: float = 1.0) -> 
     moments = None if parts.moments is None else copy_layers(parts.moments, origins)
     model = replace(parts.model, num_layers=layers)
     exact = ["embedding, norms, head, gate and every copied layer, with Adam's moments where the source has them"]
-    if how == "stack":
-        exact = [*exact, f"a loop is {layers // have} loops of the source, but for the loop-end norm between them"]
-    approximate = ["the function: no layer was trained in the place of its copy"]
     if residual_scale != 1:
         exact[0] += f"; what a sublayer adds is multiplied by {residual_scale:g}"
+    elif how == "stack":
+        exact.append(f"a loop is {layers // have} loops of the source without the loop-end norm between them")
+    approximate = ["the function: no layer was trained in the place of its copy"]
     return Upcycled(Parts(model, parts.gate, weights, moments), exact, approximate)
 
 

@@ -108,11 +108,11 @@ def convert(plain: Attention, model: ModelConfig, moment_DD: Tensor, eps: float)
     heads, groups = len(plain.query_HKD), len(plain.key_GKD)
     kept = model.qk_rope_head_dim // model.v_head_dim
     key_GFD, query_HFD = _complex(plain.key_GKD), _complex(plain.query_HKD)
-    mix_FGG = _principal(key_GFD, moment_DD)[:, :, :kept]  # [F, G, M]: z_g = sum_m mix_gm y_m, and y = mix^H z
-    rotary_FMD = mix_FGG.mH @ key_GFD.transpose(0, 1)
+    mix_FGM = _principal(key_GFD, moment_DD)[:, :, :kept]  # of keys z: z_g = sum_m mix_gm y_m, and y = mix^H z
+    rotary_FMD = mix_FGM.mH @ key_GFD.transpose(0, 1)
     group_H = torch.arange(heads) // (heads // groups)
-    turned_HMFD = torch.einsum("fhm,hfd->hmfd", mix_FGG[:, group_H].conj(), query_HFD)
-    left_GFD = (key_GFD - (mix_FGG @ rotary_FMD).transpose(0, 1)) * _mean_turn(model)[:, None]
+    turned_HMFD = torch.einsum("fhm,hfd->hmfd", mix_FGM[:, group_H].conj(), query_HFD)
+    left_GFD = (key_GFD - (mix_FGM @ rotary_FMD).transpose(0, 1)) * _mean_turn(model)[:, None]
 
     grown_GND = plain.value_GKD
     query_HND = _pairs(turned_HMFD.flatten(1, 2))
