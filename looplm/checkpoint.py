@@ -65,6 +65,12 @@ class About:
     bos_id: int | None = None
     pad_id: int | None = None
     dtype: str = ""
+    optimizer_step: int | None = None
+
+    @property
+    def steps_of_optimizer(self) -> int:
+        """Steps that Adam's moments are made of: more than this run's where it took them over from another."""
+        return self.step if self.optimizer_step is None else self.optimizer_step
 
 
 class Trained(NamedTuple):
@@ -174,14 +180,41 @@ def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str
             f"{found}: belongs to the stage loss.objective={about.objective}, not {config.loss.objective}; "
             "give this stage an output_dir of its own and name the other in checkpoint.initial"
         )
-    state = dist_checkpointing.load(
-        _state(trained, is_loading=True), str(found / "state"), strict=StrictHandling.RAISE_ALL
-    )
+    load_run(found, trained)
+    return about
+
+
+def load_run(step: Path, trained: Trained) -> None:
+    """A run's whole state, from one of its step directories into parts of the same shape."""
+    wanted = _state(trained, is_loading=True)
+    state = dist_checkpointing.load(wanted, str(step / "state"), strict=StrictHandling.RAISE_ALL)
     trained.model.load_state_dict(state["model"])
-    optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], about.step)
+    steps = read_about(step).steps_of_optimizer
+    optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], steps)
     trained.scheduler.load_state_dict(state["scheduler"])
     device.set_rng_state(state["rng"])
-    return about
+
+
+def load_optimizer(directory: str, trained: Trained, config: RunConfig) -> None:
+    """The optimizer's state alone, for a stage that goes on with the moments of the one before it.
+
+    Raises:
+        UserError: there is none, or it is not of the parameters or of the precision that this stage trains.
+    """
+    found = locate(directory)
+    about, objective = read_about(found), config.loss.objective
+    where, fix = f"checkpoint.initial_optimizer: {found}", "leave it false"
+    if about.objective == WEIGHTS_ONLY:
+        raise UserError(f"{where} holds weights alone, no moments; {fix}")
+    if about.objective == "adaptive_gate" != objective:
+        raise UserError(f"{where} holds moments of the gate alone, loss.objective={objective} trains all; {fix}")
+    dtype = str(trained.model.config.params_dtype).removeprefix("torch.")
+    if about.dtype not in ("", dtype):
+        raise UserError(f"{where} was trained in {about.dtype}, this stage in {dtype}; change optim.precision or {fix}")
+    weights = trained.model.sharded_state_dict()
+    wanted = optimizer_state.sharded_state(trained.optimizer, trained.model, weights, is_loading=True)
+    state = dist_checkpointing.load({"optimizer": wanted}, str(found / "state"))
+    optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], about.steps_of_optimizer)
 
 
 def load_weights(directory: str, model: LoopLM, gate: GateConfig) -> About:
@@ -297,7 +330,14 @@ def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
         silent |= set() if config.kind == "lru" else {"state_size"}
     elif config.attention == "mha":
         values |= {"num_query_groups": config.query_groups, "head_dim": config.attention_head_dim}
-        silent |= {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+        silent |= {
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "qk_rope_period",
+            "v_head_dim",
+        }
     return {key: value for key, value in values.items() if key not in silent}
 
 

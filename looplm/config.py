@@ -33,8 +33,10 @@ class ModelConfig:
         head_dim: mha only: width of a head; null means hidden_size / num_attention_heads.
         q_lora_rank: mla only: width of the query's latent; null projects the query directly.
         kv_lora_rank: mla only: width of the latent that keys and values are made from, and that is cached.
-        qk_nope_head_dim: mla only: width of a query or key head that carries no position.
+        qk_nope_head_dim: mla only: width of a query or key head that carries no position; may be 0.
         qk_rope_head_dim: mla only: width of the rotary part; the key's is shared by all heads.
+        qk_rope_period: mla only: width after which its frequencies begin anew, so that it holds several rotary keys side
+            by side, as a model converted from mha has them; null means qk_rope_head_dim: one key.
         v_head_dim: mla only: width of a value head.
         rope_base: base of the rotary frequencies (theta).
         max_sequence_length: longest context the model may be trained on or generate in, in tokens.
@@ -59,6 +61,7 @@ class ModelConfig:
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
+    qk_rope_period: int | None = None
     v_head_dim: int = 128
     rope_base: float = 10_000.0
     max_sequence_length: int = 4096
@@ -73,10 +76,11 @@ class ModelConfig:
         require(self.embedding_init_std is None or self.embedding_init_std > 0, "model.embedding_init_std", self.embedding_init_std, "give null or a number above 0")  # fmt: skip
         _positive("model", self, "num_loops", "rope_base", "max_sequence_length", "norm_eps", "init_std")
         if self.attention == "mla":
-            _positive("model", self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-            require(
-                self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim", self.qk_rope_head_dim, "give an even number"
-            )
+            _positive("model", self, "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")
+            require(self.qk_nope_head_dim >= 0, "model.qk_nope_head_dim", self.qk_nope_head_dim, "give 0 or more")
+            require(self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim", self.qk_rope_head_dim, "give an even number")  # fmt: skip
+            whole = self.rope_period > 0 and self.rope_period % 2 == 0 and self.qk_rope_head_dim % self.rope_period == 0
+            require(whole, "model.qk_rope_period", self.qk_rope_period, f"give null or an even divisor of model.qk_rope_head_dim={self.qk_rope_head_dim}")  # fmt: skip
             require(self.q_lora_rank is None or self.q_lora_rank > 0, "model.q_lora_rank", self.q_lora_rank, "give null or a number above 0")  # fmt: skip
             for key in ("num_query_groups", "head_dim"):
                 require(getattr(self, key) is None, f"model.{key}", getattr(self, key), "it belongs to model.attention=mha; leave it null")  # fmt: skip
@@ -89,12 +93,7 @@ class ModelConfig:
             f"model.hidden_size={self.hidden_size} must be a multiple of it, or give model.head_dim",
         )
         require(self.attention_head_dim % 2 == 0, "model.head_dim", self.attention_head_dim, "rotary positions need an even width")  # fmt: skip
-        require(
-            heads % self.query_groups == 0,
-            "model.num_query_groups",
-            self.query_groups,
-            f"model.num_attention_heads={heads} must be a multiple of it",
-        )
+        require(heads % self.query_groups == 0, "model.num_query_groups", self.query_groups, f"model.num_attention_heads={heads} must be a multiple of it")  # fmt: skip
 
     @property
     def embedding_std(self) -> float:
@@ -109,6 +108,11 @@ class ModelConfig:
         if self.attention == "mla":
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_period(self) -> int:
+        """Width of one rotary key (mla): its frequencies are rope_base^(-2k / rope_period)."""
+        return self.qk_rope_head_dim if self.qk_rope_period is None else self.qk_rope_period
 
     @property
     def tensor_parallel_widths(self) -> dict[str, int]:
@@ -170,9 +174,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require(self.beta >= 0, "loss.beta", self.beta, "give a number of at least 0")
-        require(
-            0 < self.geometric_rate < 1, "loss.geometric_rate", self.geometric_rate, "give a number between 0 and 1"
-        )
+        require(0 < self.geometric_rate < 1, "loss.geometric_rate", self.geometric_rate, "give a number between 0 and 1")  # fmt: skip
         _positive("loss", self, "slope", "head_chunk_tokens")
 
 
@@ -287,26 +289,18 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            len(self.train) > 0, "data.train", list(self.train), "name at least one source: [{prefix: PATH, weight: 1}]"
-        )
+        require(len(self.train) > 0, "data.train", list(self.train), "name at least one source: [{prefix: PATH, weight: 1}]")  # fmt: skip
         _positive("data", self, "seq_length", "micro_batch_size", "global_batch_size")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "give 0 or more")
         require(self.horizon_samples is None or self.horizon_samples > 0, "data.horizon_samples", self.horizon_samples, "give null or a number above 0")  # fmt: skip
         batch, micro = self.global_batch_size, self.micro_batch_size
-        require(
-            batch % micro == 0, "data.global_batch_size", batch, f"give a multiple of data.micro_batch_size={micro}"
-        )
+        require(batch % micro == 0, "data.global_batch_size", batch, f"give a multiple of data.micro_batch_size={micro}")  # fmt: skip
         if self.rampup is not None:
             grown = batch - self.rampup.start
             for key in ("start", "increment"):
                 value = getattr(self.rampup, key)
-                require(
-                    value % micro == 0, f"data.rampup.{key}", value, f"give a multiple of data.micro_batch_size={micro}"
-                )
-            require(
-                grown >= 0, "data.rampup.start", self.rampup.start, f"it must not exceed data.global_batch_size={batch}"
-            )
+                require(value % micro == 0, f"data.rampup.{key}", value, f"give a multiple of data.micro_batch_size={micro}")  # fmt: skip
+            require(grown >= 0, "data.rampup.start", self.rampup.start, f"it must not exceed data.global_batch_size={batch}")  # fmt: skip
             require(grown % self.rampup.increment == 0, "data.rampup.increment", self.rampup.increment, f"it must divide global_batch_size - start = {grown}")  # fmt: skip
 
 
@@ -319,16 +313,19 @@ class CheckpointConfig:
         keep: how many of the newest checkpoints stay on disk.
         resume: go on from the newest whole checkpoint of output_dir, if there is one.
         initial: directory of an earlier stage (or of one of its steps) whose weights this stage starts from.
+        initial_optimizer: take Adam's moments over from there too; the schedule starts anew.
     """
 
     save_every: int = 0
     keep: int = 2
     resume: bool = True
     initial: str | None = None
+    initial_optimizer: bool = False
 
     def __post_init__(self) -> None:
         require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "give 0 or more steps")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
+        require(self.initial is not None or not self.initial_optimizer, "checkpoint.initial_optimizer", True, "name the stage it comes from in checkpoint.initial")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

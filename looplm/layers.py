@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
@@ -78,7 +79,19 @@ if not HAS_TRANSFORMER_ENGINE:
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's multi-head latent attention, built as its spec says in every release."""
+    """Megatron's multi-head latent attention, built as its spec says in every release.
+
+    Args:
+        rope_period: width after which the frequencies of the rotary part begin anew (``model.qk_rope_period``).
+    """
+
+    def __init__(self, *args: Any, rope_period: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        width = self.config.qk_pos_emb_head_dim
+        one_key = RotaryEmbedding(
+            rope_period, rotary_percent=1.0, rotary_base=self.config.rotary_base, cp_group=self.pg_collection.cp
+        )
+        self.rotary_pos_emb.inv_freq = one_key.inv_freq.repeat(width // rope_period)
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         """Megatron-core 0.19 asks this before it builds. Its own answer, off Transformer Engine, refuses a normed
@@ -280,7 +293,7 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> Mo
         params={"first": first},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_mla_spec() if model.attention == "mla" else _mha_spec(),
+            self_attention=_mla_spec(model) if model.attention == "mla" else _mha_spec(),
             self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_spec(MLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
@@ -289,7 +302,7 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> Mo
     )
 
 
-def _mla_spec() -> ModuleSpec:
+def _mla_spec(model: ModelConfig) -> ModuleSpec:
     return _spec(
         LatentAttention,
         MLASelfAttentionSubmodules(
@@ -304,6 +317,7 @@ def _mla_spec() -> ModuleSpec:
             kv_layernorm=RMSNorm,
         ),
         attn_mask_type=AttnMaskType.causal,
+        rope_period=model.rope_period,
     )
 
 

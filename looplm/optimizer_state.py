@@ -18,8 +18,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-_MAIN = "fp32_param"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN = "fp32_param"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def sharded_state(
@@ -51,6 +51,12 @@ def sharded_state(
         for index, (parameter_name, parameter) in enumerate(trained.items())
         if parameter in values
     }
+
+
+def plain_state(optimizer: MegatronOptimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The state as plain tensors, in the form that :func:`load_state` takes; of one process, with a whole model."""
+    whole = _whole(_core(optimizer), _trained(model))
+    return {name: whole[parameter] for name, parameter in _trained(model).items()}
 
 
 @torch.no_grad()
@@ -87,7 +93,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _names(parameter: nn.Parameter) -> tuple[str, ...]:
-    return _MOMENTS if parameter.dtype is torch.float32 else (*_MOMENTS, _MAIN)
+    return MOMENTS if parameter.dtype is torch.float32 else (*MOMENTS, MAIN)
 
 
 def _empty(parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -110,7 +116,7 @@ def _main(core: MegatronOptimizer, parameter: nn.Parameter) -> tuple[Tensor, int
 
 
 def _tensor(core: MegatronOptimizer, main: Tensor, name: str) -> Tensor:
-    return main if name == _MAIN else core.optimizer.state[main][name]
+    return main if name == MAIN else core.optimizer.state[main][name]
 
 
 def _whole(core: MegatronOptimizer, trained: dict[str, nn.Parameter]) -> dict[nn.Parameter, dict[str, Tensor]]:

@@ -61,6 +61,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     _refuse_other_data(done, initial, corpus, config)
 
     step, samples, tokens = (done.step, done.samples, done.tokens) if done else (0, 0, 0)
+    taken_over = _optimizer_steps_taken_over(done, initial, config)
     total_samples = schedule.samples_of(config.optim.train_steps)
     horizon = done.horizon_samples if done else config.data.horizon_samples or total_samples
     train_set, valid_set = build_train_set(config, corpus, total_samples, horizon), build_valid_set(config, corpus)
@@ -82,7 +83,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
             if valid_set is not None and _due(step, config.logging.eval_every, last):
                 log.valid(step, validate(stepper, valid_set, config, groups))
             if _due(step, config.checkpoint.save_every, last):
-                about = _about(config, corpus, step, samples, tokens, horizon)
+                about = _about(config, corpus, step, samples, tokens, horizon, step + taken_over)
                 saved = checkpoint.save(
                     checkpoints, trained, config, about, corpus.tokenizer, config.checkpoint.keep, folder / COMPANIONS
                 )
@@ -102,7 +103,7 @@ def validate(stepper: Stepper, valid_set: Dataset[Any], config: RunConfig, group
 
 
 def build(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> tuple[Trained, Stepper, About | None]:
-    """Model, optimizer and schedule; weights come from ``checkpoint.initial`` where that is given."""
+    """Model, optimizer and schedule; weights, and at will moments, come from ``checkpoint.initial``."""
     model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], config.parallel)
     initial = None
     if config.checkpoint.initial is not None:
@@ -112,7 +113,10 @@ def build(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     scheduler = build_scheduler(optimizer, config.optim)
     data = config.data
     stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
-    return Trained(model, optimizer, scheduler), stepper, initial
+    trained = Trained(model, optimizer, scheduler)
+    if config.checkpoint.initial is not None and config.checkpoint.initial_optimizer:
+        checkpoint.load_optimizer(config.checkpoint.initial, trained, config)
+    return trained, stepper, initial
 
 
 class StopRequest:
@@ -158,6 +162,13 @@ def _refuse_other_data(done: About | None, initial: About | None, corpus: Corpus
         )
 
 
+def _optimizer_steps_taken_over(done: About | None, initial: About | None, config: RunConfig) -> int:
+    """Steps of other runs that Adam's moments are made of: its bias correction counts them too."""
+    if done is not None:
+        return done.steps_of_optimizer - done.step
+    return initial.steps_of_optimizer if initial is not None and config.checkpoint.initial_optimizer else 0
+
+
 def _take_companions(config: RunConfig) -> None:
     """What came with the weights that this stage starts from stays with it."""
     own = Path(config.output_dir) / COMPANIONS
@@ -167,7 +178,9 @@ def _take_companions(config: RunConfig) -> None:
             shutil.copytree(theirs, own)
 
 
-def _about(config: RunConfig, corpus: Corpus, step: int, samples: int, tokens: int, horizon: int) -> About:
+def _about(
+    config: RunConfig, corpus: Corpus, step: int, samples: int, tokens: int, horizon: int, optimizer_step: int
+) -> About:
     return About(
         step=step,
         samples=samples,
@@ -183,6 +196,7 @@ def _about(config: RunConfig, corpus: Corpus, step: int, samples: int, tokens: i
         bos_id=corpus.bos_id,
         pad_id=corpus.pad_id,
         dtype=str(DTYPES[config.optim.precision]).removeprefix("torch."),
+        optimizer_step=optimizer_step,
     )
 
 

@@ -144,7 +144,11 @@ class View(NamedTuple):
     def of(cls, cfg: Any, ids_BS: Tensor, document_start_SB: Tensor | None, fused: bool) -> "View":
         width = cfg.qk_rope_head_dim if cfg.attention == "mla" else mha_head_dim(cfg)
         place_S = torch.arange(ids_BS.shape[1], device=ids_BS.device, dtype=torch.float64)
-        speed_K = cfg.rope_base ** (-torch.arange(0, width, 2, device=ids_BS.device, dtype=torch.float64) / width)
+        period = (
+            cfg.qk_rope_period if cfg.attention == "mla" else None
+        ) or width  # several keys side by side: each anew
+        speed_K = cfg.rope_base ** (-torch.arange(0, period, 2, device=ids_BS.device, dtype=torch.float64) / period)
+        speed_K = speed_K.repeat(width // period)
         angle_SK, packed = torch.outer(place_S, speed_K), document_start_SB is not None
         return cls(angle_SK.cos(), angle_SK.sin(), visible(place_S, document_start_SB), packed, fused)
 

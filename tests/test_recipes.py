@@ -55,6 +55,7 @@ SHAPES = {
     "mla with a query latent": dataclasses.replace(MODEL, q_lora_rank=12),
     "mla without sandwich norms": dataclasses.replace(MODEL, sandwich_norm=False),
     "mla, tied": dataclasses.replace(MODEL, tie_embeddings=True),
+    "mla with two rotary keys": dataclasses.replace(MODEL, qk_rope_head_dim=8, qk_rope_period=4),
     "mha": MHA,
     "gqa with wide heads": dataclasses.replace(MHA, num_query_groups=2, head_dim=12),
 }

@@ -46,6 +46,7 @@ _OWN_KEYS = {
     "kv_lora_rank": "kv_lora_rank",
     "qk_nope_head_dim": "qk_nope_head_dim",
     "qk_rope_head_dim": "qk_rope_head_dim",
+    "qk_rope_period": "qk_rope_period",
     "v_head_dim": "v_head_dim",
 }
 _GATE_KEYS = {"kind": "early_exit_gate", "state_size": "gate_state_size", "sequence_level": "gate_sequence_level"}

@@ -27,6 +27,7 @@ class LoopLMConfig(PretrainedConfig):
         kv_lora_rank: mla only: width of the latent that keys and values are made from, and that is cached.
         qk_nope_head_dim: mla only: width of a query or key head that carries no position.
         qk_rope_head_dim: mla only: width of the rotary part; the key's is shared by all heads.
+        qk_rope_period: mla only: width after which its frequencies begin anew; None means qk_rope_head_dim.
         v_head_dim: mla only: width of a value head.
         total_ut_steps: how often the stack ran in training (R); the exit distribution is over these loops.
         num_loops: how often it runs now, more than in training if you like; None for ``total_ut_steps``.
@@ -72,6 +73,7 @@ class LoopLMConfig(PretrainedConfig):
         kv_lora_rank: int = 512,
         qk_nope_head_dim: int = 128,
         qk_rope_head_dim: int = 64,
+        qk_rope_period: int | None = None,
         v_head_dim: int = 128,
         total_ut_steps: int = 4,
         num_loops: int | None = None,
@@ -107,6 +109,7 @@ class LoopLMConfig(PretrainedConfig):
         self.kv_lora_rank = kv_lora_rank
         self.qk_nope_head_dim = qk_nope_head_dim
         self.qk_rope_head_dim = qk_rope_head_dim
+        self.qk_rope_period = qk_rope_period
         self.v_head_dim = v_head_dim
         self.total_ut_steps = total_ut_steps
         self.num_loops = num_loops

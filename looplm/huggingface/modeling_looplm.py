@@ -233,7 +233,9 @@ class LoopLMModel(LoopLMPreTrainedModel):
         if position_BS is None:
             position_BS = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, past:]
         width = config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
-        speed_K = config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+        period = config.qk_rope_period or width if config.attention == "mla" else width
+        speed_K = config.rope_theta ** (-torch.arange(0, period, 2, dtype=torch.float32, device=device) / period)
+        speed_K = speed_K.repeat(width // period)  # several rotary keys side by side
         angle_B1SK = position_BS[:, None, :, None].float() * speed_K
         cos_B1SK, sin_B1SK = angle_B1SK.cos().to(h_BSD.dtype), angle_B1SK.sin().to(h_BSD.dtype)
         visible_B1ST = None

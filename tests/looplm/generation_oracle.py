@@ -27,7 +27,7 @@ MLA = ModelConfig(
 MHA = replace(MLA, attention="mha")
 SHAPES = {
     "mla": MLA,
-    "mla-query-latent": replace(MLA, q_lora_rank=14, sandwich_norm=False),
+    "mla-query-latent": replace(MLA, q_lora_rank=14, sandwich_norm=False, qk_rope_period=2),
     "mha": replace(MHA, head_dim=12),
     "gqa": replace(MHA, num_query_groups=2, tie_embeddings=True),
 }

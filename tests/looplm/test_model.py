@@ -37,6 +37,8 @@ CASES = {
     "mla-no-sandwich": (replace(MLA, sandwich_norm=False), SEQUENCE),
     "mla-wide-values": (replace(MLA, v_head_dim=20), LRU),
     "mla-long-waves": (replace(MLA, rope_base=1e6, norm_eps=1e-2), LRU),
+    "mla-two-rotary-keys": (replace(MLA, qk_rope_head_dim=8, qk_rope_period=4), LRU),
+    "mla-nothing-but-rotary": (replace(MLA, qk_rope_head_dim=12, qk_rope_period=4, qk_nope_head_dim=0), LINEAR),
     "mha": (MHA, LINEAR),
     "mha-grouped": (replace(MHA, num_query_groups=2), SEQUENCE),
     "mha-one-group-wide-heads": (replace(MHA, num_query_groups=1, head_dim=12), LRU),

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from looplm import checkpoint, parallel, step_folder
+from looplm import checkpoint, optimizer_state, parallel, step_folder
 from looplm.cli import UserError, to_dict
 from looplm.config import RampUpConfig, RunConfig
 from pretrain.data import check_corpus
-from pretrain.train import STOPPED, main, train
+from pretrain.train import STOPPED, build, main, train
 from tests.tiny import run_config, train_rows
 
 EXACT = ("step", "samples", "tokens", "loss", "loss_per_loop", "exit_distribution", "grad_norm", "learning_rate")
@@ -109,6 +109,58 @@ def test_a_later_stage_may_change_loops_rope_and_length(corpus, tmp_path, single
         checkpoint={"initial": str(tmp_path / "a")},
     )
     assert len(run(later)[0]["loss_per_loop"]) == 2
+
+
+def test_a_later_stage_may_take_the_moments_along(corpus, tmp_path, single_process):
+    """Its first step is then beta times the old moments plus what a step without them makes of the same gradient."""
+    first = run_config(corpus, tmp_path / "first")
+    run(first)
+
+    def moments(folder: str) -> dict[str, dict[str, torch.Tensor]]:
+        config = run_config(corpus, tmp_path / folder)
+        trained, _, _ = build(config, check_corpus(config), single_process)
+        assert checkpoint.resume(tmp_path / folder / "checkpoints", trained, config, print) is not None
+        return optimizer_state.plain_state(trained.optimizer, trained.model)
+
+    one = {"train_steps": 1, "warmup_steps": 0, "decay_steps": 0}
+    for folder, taken in (("with", True), ("without", False)):
+        start = {"initial": first.output_dir, "initial_optimizer": taken}
+        run(run_config(corpus, tmp_path / folder, optim=one, checkpoint=start))
+    old, taken, fresh = (moments(folder) for folder in ("first", "with", "without"))
+    for name in old:
+        for moment, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.95)):
+            assert old[name][moment].any() or name.startswith("gate.cell"), name
+            expected = beta * old[name][moment] + fresh[name][moment]
+            torch.testing.assert_close(taken[name][moment], expected, rtol=1e-4, atol=1e-9)
+    about = checkpoint.read_about(step_folder.locate(str(tmp_path / "with")))
+    assert about.step == 1 and about.steps_of_optimizer == 7, "Adam's bias correction counts the steps of both"
+
+
+def test_a_stage_with_moments_taken_along_resumes_bit_for_bit(corpus, tmp_path, single_process):
+    run(run_config(corpus, tmp_path / "first"))
+    start = {"initial": str(tmp_path / "first"), "initial_optimizer": True, "save_every": 2}
+    straight = run(run_config(corpus, tmp_path / "a", optim={"train_steps": 4, "warmup_steps": 0}, checkpoint=start))
+    halves = run_config(corpus, tmp_path / "b", optim={"train_steps": 4, "warmup_steps": 0}, checkpoint=start)
+    run(halves)
+    (tmp_path / "b/checkpoints/step_00000004/manifest.json").unlink()
+    assert exact(run(halves)) == exact(straight)
+
+
+def test_moments_that_do_not_fit_are_refused(corpus, tmp_path, single_process):
+    run(run_config(corpus, tmp_path / "stage1"))
+    start = {"initial": str(tmp_path / "stage1")}
+    run(run_config(corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint=start))
+    cases = {
+        "was trained in float32, this stage in bfloat16": ("stage1", {"precision": "bf16"}),
+        "moments of the gate alone": ("gate", {}),
+    }
+    for words, (folder, optim) in cases.items():
+        start = {"initial": str(tmp_path / folder), "initial_optimizer": True}
+        with pytest.raises(UserError, match=words):
+            run(run_config(corpus, tmp_path / "next", optim=optim, checkpoint=start))
+    with pytest.raises(UserError, match=r"checkpoint\.initial_optimizer: True is not allowed; name the stage"):
+        run_config(corpus, tmp_path / "next", checkpoint={"initial_optimizer": True})
+    assert not (tmp_path / "next").exists()
 
 
 def test_loss_falls(corpus, tmp_path, single_process):

@@ -1,0 +1,24 @@
+"""What the tests of upcycling start from."""
+
+from pathlib import Path
+
+import pytest
+
+from looplm import parallel
+from pretrain.data import check_corpus
+from pretrain.train import train
+from tests.tiny import run_config
+
+
+@pytest.fixture(scope="session")
+def tiny_run(corpus, tmp_path_factory, single_process) -> Path:
+    """A finished run of the tiny model; read it, do not write to it."""
+    config = run_config(corpus, tmp_path_factory.mktemp("source") / "run")
+    train(config, check_corpus(config), single_process)
+    return Path(config.output_dir)
+
+
+@pytest.fixture
+def job_goes_on(monkeypatch, single_process):
+    """A command leaves the job when it is done; the tests' job goes on."""
+    monkeypatch.setattr(parallel, "stop", lambda: None)
