@@ -28,6 +28,7 @@ def hf_config(shape: ModelConfig, gate: GateConfig, **keys: Any) -> LoopLMConfig
         "kv_lora_rank": shape.kv_lora_rank,
         "qk_nope_head_dim": shape.qk_nope_head_dim,
         "qk_rope_head_dim": shape.qk_rope_head_dim,
+        "qk_rope_period": shape.qk_rope_period,
         "v_head_dim": shape.v_head_dim,
         "total_ut_steps": shape.num_loops,
         "early_exit_gate": gate.kind,
