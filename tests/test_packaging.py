@@ -41,17 +41,27 @@ def test_the_newest_constraints_name_the_newest_megatron_core_that_is_declared()
     assert f"megatron-core=={found[1]}\n" in (ROOT / "constraints.txt").read_text()
 
 
-def test_the_newest_environment_takes_every_other_pin_from_constraints(checkout: Path) -> None:
-    shutil.copy(ROOT / "constraints.txt", checkout)
-    shutil.copy(ROOT / "constraints-newest.txt", checkout)
-    subprocess.run(["make", "-s", ".venv-newest/constraints.txt"], cwd=checkout, check=True)
+def test_the_oldest_constraints_name_the_oldest_transformers_that_is_declared() -> None:
+    lines = (ROOT / "constraints-hf-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if PIN.match(line))
+    assert set(pins) == {"huggingface-hub", "tokenizers", "transformers"}, "and what that one forces"
+    found = re.search(r"transformers>=([\d.]+)", (ROOT / "setup.py").read_text())
+    assert found and re.fullmatch(rf"{re.escape(found[1])}(\.0)*", pins["transformers"])
+
+
+@pytest.mark.parametrize("name", ["newest", "hf-oldest"])
+def test_another_environment_takes_every_other_pin_from_constraints(name: str, checkout: Path) -> None:
+    for path in ("constraints.txt", f"constraints-{name}.txt"):
+        shutil.copy(ROOT / path, checkout)
+    subprocess.run(["make", "-s", f".venv-{name}/constraints.txt"], cwd=checkout, check=True)
 
     def pins(name: str) -> list[str]:
         return [line for line in (checkout / name).read_text().splitlines() if "==" in line and line[0] != "#"]
 
-    changed = pins("constraints-newest.txt")
-    others = [pin for pin in pins("constraints.txt") if not pin.startswith("megatron-core==")]
-    assert sorted(pins(".venv-newest/constraints.txt")) == sorted(changed + others)
+    changed = pins(f"constraints-{name}.txt")
+    packages = {pin.split("==")[0] for pin in changed}
+    others = [pin for pin in pins("constraints.txt") if pin.split("==")[0] not in packages]
+    assert sorted(pins(f".venv-{name}/constraints.txt")) == sorted(changed + others)
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -70,7 +80,11 @@ def test_what_is_imported_is_declared() -> None:
                 imported.add(node.module.split(".")[0])
     distributions = packages_distributions()
     foreign = imported - ours - {"tests"} - set(sys.stdlib_module_names)
-    missing = {name for name in foreign if not {d.lower() for d in distributions.get(name, [name])} & declared}
+    missing = {
+        name
+        for name in foreign
+        if not {d.lower().replace("_", "-") for d in distributions.get(name, [name])} & declared
+    }
     assert not missing, f"imported, but not in setup.py: {sorted(missing)}"
 
 

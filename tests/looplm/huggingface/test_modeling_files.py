@@ -1,5 +1,7 @@
 """The exported model as transformers handles it: loaded by its own code, saved, trained, resized; what is refused."""
 
+import ast
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from looplm import checkpoint
 from looplm.huggingface.cache_looplm import LoopLMCache
+from looplm.huggingface.companions import CODE
 from looplm.huggingface.convert import export_model
 from looplm.huggingface.modeling_looplm import LoopLMForCausalLM
 from tests.looplm.generation_oracle import EOS, GATES, MLA, SHAPES, VOCAB, build, byte_tokenizer
@@ -39,6 +42,20 @@ def load(folder: Path, **keys: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ into and out of
+
+
+def test_what_travels_needs_torch_and_transformers_alone() -> None:
+    imports = [
+        node
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    inside = {node.module for node in imports if isinstance(node, ast.ImportFrom) and node.level}
+    assert inside <= {path.stem for path in CODE}, "what is imported travels too"
+    outside = {node.module for node in imports if isinstance(node, ast.ImportFrom) and not node.level}
+    outside |= {name.name for node in imports if isinstance(node, ast.Import) for name in node.names}
+    assert {name.split(".")[0] for name in outside if name} - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
