@@ -105,18 +105,27 @@ def test_a_key_without_position_is_damped_as_its_turning_would_damp_it(rope_base
     assert_close_relative({"keys": keys[0]}, {"keys": keys[1] * torch.tensor(expected)[:, None]}, tolerance=1e-4)
 
 
-def test_calibration_serves_the_directions_that_occur():
+def test_heads_with_one_key_between_them_need_one_rotary_key():
+    parts = random_parts(MHA)
+    name = "decoder.layers.{}.self_attention.linear_qkv.weight"
+    for layer in range(2):
+        qkv = parts.weights[name.format(layer)].view(4, 3, 8, 32)  # each head's query, key and value
+        qkv[:, 1] = qkv[0, 1]
+    assert_close_relative(
+        {"hidden": hidden(to_latent(parts, 32, 8, None).parts)}, {"hidden": hidden(parts)}, tolerance=1e-4
+    )
+
+
+def test_a_factorisation_is_the_best_there_is_for_its_second_moment():
+    """Eckart and Young: what is lost is the singular values beyond the rank, of the target on whitened input."""
     generator = torch.Generator().manual_seed(0)
-    target_ND = torch.randn(6, 12, generator=generator, dtype=torch.float64)
-    occurs_12 = torch.tensor([30.0] * 3 + [0.01] * 9, dtype=torch.float64)
-    x_BD = torch.randn(500, 12, generator=generator, dtype=torch.float64) * occurs_12.sqrt()
-
-    def error(moment_DD: torch.Tensor) -> float:
-        down_CD, up_NC = factorise(target_ND, moment_DD, 3)
-        assert torch.allclose(down_CD @ down_CD.mT, torch.eye(3, dtype=torch.float64))
-        return (x_BD @ (up_NC @ down_CD - target_ND).mT).square().mean().item()
-
-    assert error(occurs_12.diag()) < error(torch.eye(12, dtype=torch.float64)) / 10
+    target_ND, half_DD = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (6, 12))
+    moment_DD = half_DD @ half_DD.mT
+    down_CD, up_NC = factorise(target_ND, moment_DD, 3)
+    torch.testing.assert_close(down_CD @ down_CD.mT, torch.eye(3, dtype=torch.float64))
+    lost_ND = up_NC @ down_CD - target_ND
+    beyond = torch.linalg.svdvals(target_ND @ torch.linalg.cholesky(moment_DD))[3:].square().sum()
+    torch.testing.assert_close((lost_ND @ moment_DD @ lost_ND.mT).trace(), beyond)
 
 
 def test_second_moments_are_those_of_what_attention_reads(corpus, single_process):
