@@ -144,6 +144,7 @@ def test_a_stage_with_moments_taken_along_resumes_bit_for_bit(corpus, tmp_path, 
     run(halves)
     (tmp_path / "b/checkpoints/step_00000004/manifest.json").unlink()
     assert exact(run(halves)) == exact(straight)
+    assert checkpoint.read_about(step_folder.locate(str(tmp_path / "b"))).steps_of_optimizer == 10
 
 
 def test_moments_that_do_not_fit_are_refused(corpus, tmp_path, single_process):
