@@ -239,7 +239,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
         angle_B1SK = position_BS[:, None, :, None].float() * speed_K
         cos_B1SK, sin_B1SK = angle_B1SK.cos().to(h_BSD.dtype), angle_B1SK.sin().to(h_BSD.dtype)
         visible_B1ST = None
-        if not mask_BT.all() or 1 < length <= past + length - 1:
+        if not mask_BT.all() or (past > 0 and length > 1):
             key_T = torch.arange(past + length, device=device)
             query_S1 = key_T[past:, None]
             # Padding sees itself: a row that sees nothing would be NaN, and NaN times a weight of 0 is NaN.
