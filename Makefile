@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer test test-newest test-hf-oldest check format bench clean clean-quickstart
+.PHONY: help install quickstart longer test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -128,8 +128,11 @@ longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data 
 test: $(READY)  ## all tests, in two processes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(TESTS)
 
+test-layouts: $(READY)  ## every parallel layout, of which `make test` takes a sample (10 to 15 minutes)
+	@LAYOUTS=all OMP_NUM_THREADS=1 $(PY) -m pytest tests/parallel
+
 test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its newest release on Python 3.12
-	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(or $(TESTS),tests/parallel tests/looplm tests/pretrain)
+	@LAYOUTS=all OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(or $(TESTS),tests/parallel tests/looplm tests/pretrain)
 
 test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export, with the oldest transformers
 	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)

@@ -195,15 +195,14 @@ def load_run(step: Path, trained: Trained) -> None:
     device.set_rng_state(state["rng"])
 
 
-def load_optimizer(directory: str, trained: Trained, config: RunConfig) -> None:
-    """The optimizer's state alone, for a stage that goes on with the moments of the one before it.
+def load_optimizer(step: Path, trained: Trained, config: RunConfig) -> None:
+    """The optimizer's state alone, from a step directory, for a stage that goes on with the moments of the one before.
 
     Raises:
         UserError: there is none, or it is not of the parameters or of the precision that this stage trains.
     """
-    found = locate(directory)
-    about, objective = read_about(found), config.loss.objective
-    where, fix = f"checkpoint.initial_optimizer: {found}", "leave it false"
+    about, objective = read_about(step), config.loss.objective
+    where, fix = f"checkpoint.initial_optimizer: {step}", "leave it false"
     if about.objective == WEIGHTS_ONLY:
         raise UserError(f"{where} holds weights alone, no moments; {fix}")
     if about.objective == "adaptive_gate" != objective:
@@ -213,19 +212,15 @@ def load_optimizer(directory: str, trained: Trained, config: RunConfig) -> None:
         raise UserError(f"{where} was trained in {about.dtype}, this stage in {dtype}; change optim.precision or {fix}")
     weights = trained.model.sharded_state_dict()
     wanted = optimizer_state.sharded_state(trained.optimizer, trained.model, weights, is_loading=True)
-    state = dist_checkpointing.load({"optimizer": wanted}, str(found / "state"))
+    state = dist_checkpointing.load({"optimizer": wanted}, str(step / "state"))
     optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], about.steps_of_optimizer)
 
 
-def load_weights(directory: str, model: LoopLM, gate: GateConfig) -> About:
-    """Weights only, from a training directory or from one step of it, into a model of the same shape."""
-    return _load_weights(locate(directory), model, gate)
-
-
-def _load_weights(found: Path, model: LoopLM, gate: GateConfig) -> About:
-    about = _fit(found, model.shape, gate)
+def load_weights(step: Path, model: LoopLM, gate: GateConfig) -> About:
+    """Weights only, from a step directory (:func:`looplm.step_folder.locate`), into a model of the same shape."""
+    about = _fit(step, model.shape, gate)
     weights = {"model": sharded_weights(model)}
-    state = dist_checkpointing.load(weights, str(found / "state"))
+    state = dist_checkpointing.load(weights, str(step / "state"))
     model.load_state_dict(state["model"])
     return about
 
@@ -244,7 +239,7 @@ def open_model(
     shape, about = read_shape(found), read_about(found)
     dtype = dtype or getattr(torch, about.dtype or "float32")
     model = LoopLM(shape.model, shape.gate, groups, dtype, draw=False)
-    _load_weights(found, model, shape.gate)
+    load_weights(found, model, shape.gate)
     tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
     return OpenedModel(model.eval(), shape.gate, about, tokenizer, found)
 

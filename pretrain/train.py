@@ -58,10 +58,11 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     folder, checkpoints = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
     trained, stepper, initial = build(config, corpus, groups)
     done = checkpoint.resume(checkpoints, trained, config, print) if config.checkpoint.resume else None
-    _refuse_other_data(done, initial, corpus, config)
+    begun = None if initial is None else checkpoint.read_about(initial)
+    _refuse_other_data(done, begun, corpus, config)
 
     step, samples, tokens = (done.step, done.samples, done.tokens) if done else (0, 0, 0)
-    taken_over = _optimizer_steps_taken_over(done, initial, config)
+    taken_over = _optimizer_steps_taken_over(done, begun, config)
     total_samples = schedule.samples_of(config.optim.train_steps)
     horizon = done.horizon_samples if done else config.data.horizon_samples or total_samples
     train_set, valid_set = build_train_set(config, corpus, total_samples, horizon), build_valid_set(config, corpus)
@@ -70,7 +71,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     log = RunLog(config, folder, parallel.is_rank_0(), step, dist.get_world_size())
     if parallel.is_rank_0():
         write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        _take_companions(config)
+        _take_companions(initial, folder)
     log.say(f"{folder}: {'resuming after' if done else 'starting at'} step {step} of {config.optim.train_steps}")
     with StopRequest() as stop:
         while step < config.optim.train_steps:
@@ -102,20 +103,20 @@ def validate(stepper: Stepper, valid_set: Dataset[Any], config: RunConfig, group
     return stepper.evaluate(batches, max(1, config.logging.eval_samples // (config.data.micro_batch_size * ranks)))
 
 
-def build(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> tuple[Trained, Stepper, About | None]:
-    """Model, optimizer and schedule; weights, and at will moments, come from ``checkpoint.initial``."""
+def build(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> tuple[Trained, Stepper, Path | None]:
+    """Model, optimizer and schedule; and the step directory that weights, and at will moments, come from."""
     model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], config.parallel)
-    initial = None
-    if config.checkpoint.initial is not None:
-        initial = checkpoint.load_weights(config.checkpoint.initial, model, config.gate)
+    initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
+    if initial is not None:
+        checkpoint.load_weights(initial, model, config.gate)
     ddp = wrap_data_parallel(model, config.loss, config.parallel)
     optimizer = build_optimizer(ddp, config.optim, config.parallel)
     scheduler = build_scheduler(optimizer, config.optim)
     data = config.data
     stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
     trained = Trained(model, optimizer, scheduler)
-    if config.checkpoint.initial is not None and config.checkpoint.initial_optimizer:
-        checkpoint.load_optimizer(config.checkpoint.initial, trained, config)
+    if initial is not None and config.checkpoint.initial_optimizer:
+        checkpoint.load_optimizer(initial, trained, config)
     return trained, stepper, initial
 
 
@@ -169,13 +170,11 @@ def _optimizer_steps_taken_over(done: About | None, initial: About | None, confi
     return initial.steps_of_optimizer if initial is not None and config.checkpoint.initial_optimizer else 0
 
 
-def _take_companions(config: RunConfig) -> None:
+def _take_companions(initial: Path | None, folder: Path) -> None:
     """What came with the weights that this stage starts from stays with it."""
-    own = Path(config.output_dir) / COMPANIONS
-    if config.checkpoint.initial is not None and not own.exists():
-        theirs = step_folder.locate(config.checkpoint.initial) / COMPANIONS
-        if theirs.is_dir():
-            shutil.copytree(theirs, own)
+    own = folder / COMPANIONS
+    if initial is not None and (initial / COMPANIONS).is_dir() and not own.exists():
+        shutil.copytree(initial / COMPANIONS, own)
 
 
 def _about(

@@ -8,6 +8,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import parallel
+from tests.parallel.launch import spare_the_spawn
 from tests.tiny import write_corpus
 
 SEED = 1234
@@ -16,6 +17,7 @@ SEED = 1234
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[ProcessGroupCollection]:
     """Megatron-core started as a job of one process."""
+    spare_the_spawn()
     yield parallel.start(SEED)
     parallel.stop()
 

@@ -1,13 +1,24 @@
 """Start :mod:`tests.parallel.worker` on several processes."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
 ROOT = Path(__file__).parent.parent.parent
+# Four processes on two cores spend most of their time waiting for each other: `make test` takes a sample of what they do,
+# `make test-layouts` all of it.
+EVERYTHING = os.environ.get("LAYOUTS") == "all"
+
+
+def spare_the_spawn() -> None:
+    """Megatron's first save starts a process that holds a queue, and that imports all that this one has. A fork is it."""
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
 
 
 def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout: int = 600) -> None:

@@ -28,6 +28,7 @@ from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_ba
 from pretrain.step import Stepper
 from pretrain.train import train
 from tests.parallel.gradients import whole_gradients
+from tests.parallel.launch import spare_the_spawn
 
 # Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
 BUCKET_SIZE = 5000
@@ -85,8 +86,8 @@ def reshard(config: RunConfig, weights: str, output: Path) -> None:
     """Load ``weights`` in this layout, and save them in it."""
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, torch.bfloat16, config.parallel)
-    about = checkpoint.load_weights(weights, model, config.gate)
     folder = Path(weights)
+    about = checkpoint.load_weights(folder, model, config.gate)
     checkpoint.save_weights(
         output, model, config.gate, about, folder / "tokenizer.json", folder / checkpoint.COMPANIONS
     )
@@ -99,6 +100,7 @@ def sharded(model: LoopLM) -> dict[str, Any]:
 
 def main() -> None:
     """Run every job of the file in turn, in one set of processes: starting them costs more than the jobs."""
+    spare_the_spawn()
     optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)  # type: ignore[misc,assignment]
     for job in json.loads(Path(sys.argv[1]).read_text()):
         begin = time.monotonic()

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_ours_comes_back_as_it_was(case, corpus, tmp_path, singl
     before, after = (checkpoint.read_shape(tmp_path / name) for name in ("ours", "again"))
     if layout == "looplm":
         assert after == before
-    checkpoint.load_weights(str(tmp_path / "again"), model, gate)  # whatever keys of another attention it was made with
+    checkpoint.load_weights(tmp_path / "again", model, gate)  # whatever keys of another attention it was made with
     export(tmp_path / "again", tmp_path / "hf2", single_process, limit=5000)
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {path.name for path in (tmp_path / "hf2").iterdir()}
     for path in (tmp_path / "hf").iterdir():
