@@ -20,7 +20,7 @@ CONFIGS := configs/quickstart
 RUN     := runs/quickstart
 DONE    := $(RUN)/.done
 # Evaluation decodes through every cache too, at full depth and where the gate lets tokens leave.
-CACHES  := --batch_size 16 --kv_caches per_loop,last,mean,first --exit_thresholds 1,0.4,0.3
+CACHES  := --batch_size 16 --kv_caches per_loop,last,mean,first --exit_thresholds 1,0.4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
