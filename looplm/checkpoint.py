@@ -34,9 +34,10 @@ from tokenizers import Tokenizer
 
 from looplm import device, optimizer_state, parallel, step_folder
 from looplm.cli import UserError, from_dict, to_dict
-from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.config import RunConfig
 from looplm.files import write_whole
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from looplm.sharded_weights import sharded_weights
 from looplm.step_folder import locate
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from looplm import context
-from looplm.config import GateConfig
+from looplm.model_config import GateConfig
 
 
 class LinearExitGate(MegatronModule):

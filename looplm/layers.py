@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from looplm import context
-from looplm.config import ModelConfig
 from looplm.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE
 from looplm.layout import ParallelConfig, Recompute
+from looplm.model_config import ModelConfig
 from looplm.parallel import seeded
 
 

@@ -23,10 +23,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from looplm.config import GateConfig, ModelConfig
 from looplm.exit_gate import build_exit_gate
 from looplm.layers import block_spec, document_mask, transformer_config
 from looplm.layout import ParallelConfig
+from looplm.model_config import GateConfig, ModelConfig
 from looplm.parallel import seeded
 
 

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.manifest import TokenizerRecord, write_manifest
 from looplm.checkpoint import WEIGHTS_ONLY, About, versions
-from looplm.config import DataConfig, DataSource, GateConfig, ModelConfig, OptimConfig, RunConfig
+from looplm.config import DataConfig, DataSource, OptimConfig, RunConfig
 from looplm.files import sha256_of
+from looplm.model_config import GateConfig, ModelConfig
 
 VOCAB = 320
 BOS, EOS, PAD = 0, 1, 2

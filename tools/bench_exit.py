@@ -22,7 +22,6 @@ from torch import Tensor
 
 from looplm import checkpoint, device
 from looplm.checkpoint import OpenedModel
-from looplm.config import GateConfig, ModelConfig
 from looplm.evaluation.decoding import Text, decode_texts, texts_of
 from looplm.inference.depth_batch import DepthBatch, Left
 from looplm.inference.early_exit import ExitMeter, ExitRule, Verdict
@@ -30,6 +29,7 @@ from looplm.inference.kv_cache import CacheMode
 from looplm.inference.prefill import Prefill
 from looplm.inference.stack import LoopedStack
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from pretrain.data import build_valid_set, check_corpus, micro_batches
 from tools.bench_timing import Prepare, show, timed
 

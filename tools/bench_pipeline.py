@@ -22,10 +22,11 @@ from torch import Tensor
 
 from looplm import parallel
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig
+from looplm.config import LossConfig, OptimConfig
 from looplm.device import DEVICE
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from looplm.pipeline import LoopStage
 from pretrain.data import Batch
 from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel

@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import parallel
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.config import GateConfig
+from looplm.model_config import GateConfig
 from pretrain.data import Batch
 from tools.upcycling.calibrate import second_moments
 from tools.upcycling.dense import loop_layers, open_dense

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.config import ModelConfig
 from looplm.inference.attention import HeadAttention, LatentAttention, Query
 from looplm.model import LoopLM
+from looplm.model_config import ModelConfig
 
 Attention = LatentAttention | HeadAttention
 Attend = Callable[[int, Attention, Query, Tensor], Tensor]  # layer, its attention, queries, entries -> contexts

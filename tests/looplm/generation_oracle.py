@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from looplm.config import GateConfig, ModelConfig
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from tests import reference
 from tests.parity import oracle_copy
 

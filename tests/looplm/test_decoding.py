@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm.config import GateConfig
 from looplm.evaluation.decoding import decode_texts, decoding_report, texts_of
 from looplm.exit_gate import exit_log_probs, q_exit
 from looplm.inference.early_exit import ExitRule
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig
 from tests.looplm.generation_oracle import GATES, SHAPES, VOCAB, SlowGenerator, build
 
 PROMPT = 5

@@ -5,8 +5,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from looplm.config import GateConfig
 from looplm.exit_gate import build_exit_gate, exit_entropy, exit_log_probs, q_exit
+from looplm.model_config import GateConfig
 from tests import reference
 from tests.parity import assert_close_relative, gradients, oracle_copy, relative_error
 

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.accounting import cache_values_per_token
-from looplm.config import GateConfig, ModelConfig
 from looplm.device import DEVICE
 from looplm.exit_gate import exit_log_probs, q_exit
 from looplm.inference.decode import Decoder, Step
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.kv_cache import KVCache
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from tests.looplm.generation_oracle import GATES, MLA, SHAPES, VOCAB, build
 
 LENGTHS = (21, 1, 9)  # of the prompts, in one batch

@@ -8,9 +8,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 
-from looplm.config import GateConfig, LossConfig, OptimConfig
+from looplm.config import LossConfig, OptimConfig
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig
 from looplm.optimizer_state import load_state, sharded_state
 from pretrain import optim
 from pretrain.data import Batch

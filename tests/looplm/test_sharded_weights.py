@@ -4,8 +4,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from looplm.config import GateConfig
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig
 from looplm.sharded_weights import sharded_weights
 from tests.tiny import MODEL
 

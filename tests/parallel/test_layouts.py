@@ -12,9 +12,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import parallel
 from looplm.cli import to_dict
-from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.config import RunConfig
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from tests.parallel.launch import EVERYTHING, launch
 from tests.parallel.worker import sharded
 from tests.parity import assert_close_relative, relative_error

@@ -9,9 +9,10 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
 from looplm.accounting import checkpointed_values_per_token
-from looplm.config import GateConfig, LossConfig, OptimConfig
+from looplm.config import LossConfig, OptimConfig
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig
 from pretrain.data import Batch
 from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from looplm.cli import UserError, to_dict
-from looplm.config import DataConfig, DataSource, ModelConfig, OptimConfig, RunConfig
+from looplm.config import DataConfig, DataSource, OptimConfig, RunConfig
+from looplm.model_config import ModelConfig
 from pretrain import report
 from pretrain.report_plots import loop_colours
 

@@ -6,8 +6,9 @@ from itertools import chain, repeat
 import pytest
 import torch
 
-from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig
+from looplm.config import LossConfig, OptimConfig
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from pretrain.data import Batch
 from pretrain.optim import build_optimizer, build_scheduler, freeze_trunk, spared_by_weight_decay, wrap_data_parallel
 from pretrain.step import Stepper

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from looplm.config import GateConfig
 from looplm.evaluation.decoding import decode_texts
 from looplm.inference.early_exit import ExitRule
+from looplm.model_config import GateConfig
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.tiny import MODEL, run_config

@@ -13,8 +13,8 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import checkpoint
-from looplm.config import GateConfig
 from looplm.huggingface.convert import export_model
+from looplm.model_config import GateConfig
 from tests.looplm.generation_oracle import build
 from tests.tiny import MODEL, TEXTS, about_weights
 

@@ -11,9 +11,10 @@ import yaml
 from data_pipeline.manifest import TokenizerRecord
 from looplm import checkpoint
 from looplm.cli import UserError, from_dict
-from looplm.config import GateConfig, RunConfig
+from looplm.config import RunConfig
 from looplm.exit_gate import exit_log_probs
 from looplm.files import sha256_of
+from looplm.model_config import GateConfig
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests import reference

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from looplm import checkpoint
 from looplm.cli import UserError
-from looplm.config import GateConfig
+from looplm.model_config import GateConfig
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.parity import assert_close_relative

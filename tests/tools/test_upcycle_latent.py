@@ -9,8 +9,8 @@ import torch
 
 from looplm import checkpoint
 from looplm.cli import UserError
-from looplm.config import GateConfig, ModelConfig
 from looplm.inference.generate import GenerationConfig, Generator
+from looplm.model_config import GateConfig, ModelConfig
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests import reference

@@ -19,9 +19,10 @@ from torch import Tensor
 from looplm import checkpoint, optimizer_state, step_folder
 from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, Trained
 from looplm.cli import to_dict
-from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.config import RunConfig
 from looplm.files import write_whole
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
 
 RECORD = "upcycle.json"

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looplm.config import GateConfig, ModelConfig
 from looplm.huggingface.configuration_looplm import LoopLMConfig
 from looplm.huggingface.modeling_looplm import LoopLMForCausalLM
 from looplm.huggingface.names import entries
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig, ModelConfig
 
 
 def hf_config(shape: ModelConfig, gate: GateConfig, **keys: Any) -> LoopLMConfig:

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from looplm import checkpoint, step_folder
 from looplm.checkpoint import WEIGHTS_ONLY
 from looplm.cli import to_dict
-from looplm.config import GateConfig
 from looplm.files import sha256_of
 from looplm.huggingface import companions
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
 from looplm.huggingface.names import entries
 from looplm.model import LoopLM
+from looplm.model_config import GateConfig
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests import ouro_reference as ouro
