@@ -10,7 +10,7 @@ from looplm.model_config import GateConfig, ModelConfig
 def parameter_counts(model: ModelConfig, gate: GateConfig) -> dict[str, int]:
     """Parameters by part. The number of loops does not appear: the stack is one set of weights."""
     d = model.hidden_size
-    norms = (4 * d if model.sandwich_norm else 2 * d) + _latent_norms(model)
+    norms = (4 * d if model.sandwich_norm else 2 * d) + _attention_vectors(model)
     return {
         "embedding": model.vocab_size * d,
         "layers": model.num_layers * (_layer_matrices(model) + norms),
@@ -34,8 +34,13 @@ def _attention_matrices(model: ModelConfig) -> int:
     return queries + keys_values + heads * model.v_head_dim * d
 
 
-def _latent_norms(model: ModelConfig) -> int:
-    return 0 if model.attention == "mha" else model.kv_lora_rank + (model.q_lora_rank or 0)
+def _attention_vectors(model: ModelConfig) -> int:
+    """Norms of MLA's latents; norms of heads and biases of MHA."""
+    if model.attention == "mla":
+        return model.kv_lora_rank + (model.q_lora_rank or 0)
+    width = model.attention_head_dim
+    biases = width * (model.num_attention_heads + 2 * model.query_groups)
+    return model.qk_norm * 2 * width + model.qkv_bias * biases
 
 
 def _gate_matrices(model: ModelConfig, gate: GateConfig) -> int:

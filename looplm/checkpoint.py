@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from looplm import device, optimizer_state, parallel, step_folder
 from looplm.cli import UserError, from_dict, to_dict
 from looplm.config import RunConfig
-from looplm.files import write_whole
+from looplm.files import sha256_of, write_whole
 from looplm.model import LoopLM
 from looplm.model_config import GateConfig, ModelConfig
 from looplm.sharded_weights import sharded_weights
@@ -67,6 +67,34 @@ class About:
     pad_id: int | None = None
     dtype: str = ""
     optimizer_step: int | None = None
+
+    @classmethod
+    def of_weights(
+        cls,
+        tokenizer: Path,
+        eos_id: int,
+        bos_id: int | None,
+        pad_id: int | None,
+        gate_trained: bool,
+        dtype: torch.dtype,
+    ) -> "About":
+        """Of weights that come from elsewhere: no run of ours made them, so there is nothing to resume."""
+        return cls(
+            step=0,
+            samples=0,
+            tokens=0,
+            horizon_samples=0,
+            objective=WEIGHTS_ONLY,
+            gate_trained=gate_trained,
+            tokenizer_sha256=sha256_of(tokenizer),
+            eos_id=eos_id,
+            data_order="",
+            versions=versions(),
+            git_revision=git_revision(),
+            bos_id=bos_id,
+            pad_id=pad_id,
+            dtype=str(dtype).removeprefix("torch."),
+        )
 
     @property
     def steps_of_optimizer(self) -> int:

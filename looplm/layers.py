@@ -252,7 +252,13 @@ def transformer_config(
         "perform_initialization": draw,
     }
     if model.attention == "mha":
-        return TransformerConfig(**common, kv_channels=model.attention_head_dim, num_query_groups=model.query_groups)
+        return TransformerConfig(
+            **common,
+            kv_channels=model.attention_head_dim,
+            num_query_groups=model.query_groups,
+            add_qkv_bias=model.qkv_bias,
+            qk_layernorm=model.qk_norm,  # tensor-parallel ranks then sum the gradients of these norms, with or without SP
+        )
     return MLATransformerConfig(
         **common,
         multi_latent_attention=True,
@@ -293,7 +299,7 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> Mo
         params={"first": first},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_mla_spec(model) if model.attention == "mla" else _mha_spec(),
+            self_attention=_mla_spec(model) if model.attention == "mla" else _mha_spec(model),
             self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_spec(MLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
@@ -321,15 +327,16 @@ def _mla_spec(model: ModelConfig) -> ModuleSpec:
     )
 
 
-def _mha_spec() -> ModuleSpec:
+def _mha_spec(model: ModelConfig) -> ModuleSpec:
+    head_norm = RMSNorm if model.qk_norm else IdentityOp
     return _spec(
         SelfAttention,
         SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=CoreAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
         attn_mask_type=AttnMaskType.causal,
     )

@@ -58,6 +58,7 @@ SHAPES = {
     "mla, tied": dataclasses.replace(MODEL, tie_embeddings=True),
     "mla with two rotary keys": dataclasses.replace(MODEL, qk_rope_head_dim=8, qk_rope_period=4),
     "mha": MHA,
+    "gqa with biases and normed heads": dataclasses.replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True),
     "gqa with wide heads": dataclasses.replace(MHA, num_query_groups=2, head_dim=12),
 }
 GATES = {

@@ -42,6 +42,7 @@ CASES = {
     "mha": (MHA, LINEAR),
     "mha-grouped": (replace(MHA, num_query_groups=2), SEQUENCE),
     "mha-one-group-wide-heads": (replace(MHA, num_query_groups=1, head_dim=12), LRU),
+    "mha-biases-normed-heads": (replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True), LRU),
     "mha-tied-no-sandwich": (replace(MHA, tie_embeddings=True, sandwich_norm=False, num_loops=2), LRU),
 }
 

@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla linear": (MLA, LINEAR, {}),
     "mha lru": (MHA, LRU, {}),
     "mha linear": (MHA, LINEAR, {}),
+    "mha biases, normed heads": (dataclasses.replace(MHA, qkv_bias=True, qk_norm=True), LINEAR, {}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -115,6 +116,7 @@ CASES = [
     *(Case(layout, "mla lru in brief") for layout in ("TP2 + SP, selective", "TP2 + SP, full", "PP2, loop", "CP2, full")),
     *(Case(layout, "mha linear in brief") for layout in ("TP2 + SP, loop", "PP2, full")),
     Case("TP2 without SP", "mha lru"),
+    *(Case(layout, "mha biases, normed heads") for layout in ("TP2 + SP", "TP2 without SP", "PP2")),
 ]  # fmt: skip
 FOUR_RANK_SAMPLE = {
     Case("TP2 + SP x PP2", "mla lru"),
