@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
+.PHONY: help install quickstart longer fp8-study test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -31,7 +31,7 @@ export GOMP_SPINCOUNT ?= 3000
 help:  ## this list
 	@echo "LoopLM. Start with:  make quickstart"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "A path runs a part of the tests:     make test TESTS=tests/looplm"
 	@echo "Another interpreter (3.10 to 3.12):  make install PYTHON=/path/to/python3.11"
@@ -122,6 +122,9 @@ longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data 
 	@$(PY) -m pretrain.train $(STAGE1) --config $(CONFIGS)/gate.yaml --config configs/longer/gate.yaml
 	@$(PY) -m pretrain.evaluate --checkpoint $(LONGER)/gate --output $(LONGER)/evaluation.json $(CACHES) --exit_thresholds 1,0.4,0.3
 	@$(PY) -m pretrain.report $(LONGER)
+
+fp8-study: $(DONE)/data  ## what FP8 costs in loss, emulated: the quickstart's stage 1 in six formats from three seeds (hours)
+	@$(PY) -m tools.fp8_study
 
 # ---- checks
 

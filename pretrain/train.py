@@ -73,6 +73,8 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
         write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         _take_companions(initial, folder)
     log.say(f"{folder}: {'resuming after' if done else 'starting at'} step {step} of {config.optim.train_steps}")
+    if config.engine.emulated:
+        log.say(f"EMULATED: engine.fp8={config.engine.fp8}. Linears round their operands and multiply in fp32; only the loss means anything")  # fmt: skip
     with StopRequest() as stop:
         while step < config.optim.train_steps:
             num_microbatches, batch_size = schedule.at(samples)
@@ -105,7 +107,8 @@ def validate(stepper: Stepper, valid_set: Dataset[Any], config: RunConfig, group
 
 def build(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> tuple[Trained, Stepper, Path | None]:
     """Model, optimizer and schedule; and the step directory that weights, and at will moments, come from."""
-    model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], config.parallel)
+    dtype = DTYPES[config.optim.precision]
+    model = LoopLM(config.model, config.gate, groups, dtype, config.parallel, engine=config.engine)
     initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
     if initial is not None:
         checkpoint.load_weights(initial, model, config.gate)

@@ -8,8 +8,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from looplm.attention import document_mask
 from looplm.device import DEVICE
-from looplm.layers import document_mask
 from looplm.losses import adaptive_gate_loss, entropy_regularised_loss, token_losses
 from looplm.model import LoopLM, LoopOutput
 from looplm.model_config import GateConfig, ModelConfig

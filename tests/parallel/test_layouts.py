@@ -17,7 +17,6 @@ from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from looplm.model_config import GateConfig, ModelConfig
 from tests.parallel.launch import EVERYTHING, launch
-from tests.parallel.worker import sharded
 from tests.parity import assert_close_relative, relative_error
 from tests.tiny import MODEL, run_config
 
@@ -169,7 +168,7 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
                 parameter.normal_(std=0.3)
         weights = folder / "weights" / folder_of(case)
         weights.mkdir(parents=True)
-        dist_checkpointing.save({"model": sharded(model)}, str(weights))
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))
 
     jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for case in [*references, *CASES]:
@@ -205,7 +204,7 @@ def read(
     config = config_of(case.alone, corpus, results)
     model = LoopLM(config.model, config.gate, groups)
     folder = results / (name or folder_of(case))
-    state = dist_checkpointing.load({"model": sharded(model)}, str(folder / "state"))
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "state"))
     model.load_state_dict(state["model"], strict=False)
     stats = json.loads((folder / "stats.json").read_text())
     return stats, {key: value.detach().clone() for key, value in model.named_parameters()}
@@ -231,7 +230,7 @@ def test_ways_to_reduce_gradients_agree_to_the_last_bit(one, other, results, cor
 
 
 def test_the_check_sees_the_fault_of_the_stock_mla_projections(results, corpus, single_process):
-    """Without looplm.layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
+    """Without looplm.local_layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
     stats, expected = read(CURED.alone, results, corpus, single_process)
     found_stats, found = read(CURED, results, corpus, single_process, STOCK)
     assert found_stats["loss"] == pytest.approx(stats["loss"], rel=1e-6)
