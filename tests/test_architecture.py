@@ -12,7 +12,15 @@ MAX_LINES = 400
 
 # Top to bottom as in the design: a module belongs to the row whose longest name is its own name or an ancestor's.
 ROWS = (
-    ("looplm.cli", "looplm.layout", "looplm.model_config", "looplm.engine", "looplm.config", "looplm.files"),
+    (
+        "looplm.cli",
+        "looplm.layout",
+        "looplm.model_config",
+        "looplm.engine",
+        "looplm.config",
+        "looplm.files",
+        "looplm.chat",
+    ),
     ("looplm.accounting",),
     ("looplm.device",),
     ("looplm.parallel", "looplm.context"),
