@@ -57,6 +57,16 @@ class ParallelConfig:
         """Ranks that together hold one replica of the model."""
         return self.tensor * self.pipeline * self.context
 
+    def replicas(self, ranks: int) -> int:
+        """Data-parallel replicas on that many ranks.
+
+        Raises:
+            UserError: a replica does not divide them.
+        """
+        fix = f"it must divide the number of ranks, {ranks}"
+        require(ranks % self.model_ranks == 0, "parallel.tensor x pipeline x context", self.model_ranks, fix)
+        return ranks // self.model_ranks
+
     def stage_layers(self, num_layers: int) -> list[int]:
         """Layers on each pipeline rank, first to last."""
         given = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}

@@ -16,7 +16,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from looplm import device
-from looplm.cli import require
 from looplm.layout import ParallelConfig
 
 TIMEOUT = timedelta(minutes=30)
@@ -43,9 +42,7 @@ def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollec
             dist.init_process_group(device.BACKEND, timeout=TIMEOUT)
         else:  # no port to agree on, so that two runs on a laptop never collide
             dist.init_process_group(device.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
-    ranks = dist.get_world_size()
-    fix = f"it must divide the number of ranks, {ranks}"
-    require(ranks % layout.model_ranks == 0, "parallel.tensor x pipeline x context", layout.model_ranks, fix)
+    layout.replicas(dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,

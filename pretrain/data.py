@@ -181,6 +181,15 @@ class BatchSchedule:
         return consumed
 
 
+def schedule_on(config: RunConfig, ranks: int) -> BatchSchedule:
+    """The batch on that many ranks.
+
+    Raises:
+        UserError: the layout, or the batch of one step, does not divide into them.
+    """
+    return BatchSchedule(config.data, config.parallel.replicas(ranks), config.parallel.pipeline)
+
+
 class _Tokenizer:
     """The four things that Megatron's GPTDataset asks of a tokenizer."""
 

@@ -51,11 +51,13 @@ require_slurm() {
     [[ ${SLURM_JOB_ID:-} || ${DRY_RUN:-} ]] || die "SLURM_JOB_ID: not inside of a Slurm job; start with sbatch $launcher, or look first with DRY_RUN=1 bash $launcher"
 }
 
-# Slurm's answers: job, nodes, gpus (on each node), cpus (on each node, may be empty), master.
+# Slurm's answers: job, nodes, gpus (on each node), cpus (on each node, may be empty), master. Without Slurm, a dry run takes
+# those of the header, or of a size that it is asked about.
 read_slurm() {
     require_slurm
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
-        job=0 nodes=$(header nodes) gpus=$(header gpus-per-node) cpus="" master=first-node
+        job=0 cpus="" master=first-node
+        nodes=${SLURM_NNODES:-$(header nodes)} gpus=${SLURM_GPUS_PER_NODE:-$(header gpus-per-node)}
         return
     fi
     job=$SLURM_JOB_ID nodes=${SLURM_NNODES:-1}
@@ -83,11 +85,57 @@ show() {
     echo "$line"
 }
 
-# Without an activated environment, take the one that `make` builds.
+# Where the command finds its packages. CONTAINER=IMAGE names what pretrain/container makes: a .sif is run by Apptainer,
+# anything else is srun's to open (pyxis). Both see this folder at its own path, and what CONTAINER_MOUNTS names besides
+# (/data:/data,...). Sets image_options, which belong to srun, and image_program, which stands before the command.
+read_container() {
+    image_options=() image_program=()
+    [[ ${CONTAINER:-} ]] || return 0
+    local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    if [[ $CONTAINER == *.sif ]]; then
+        image_program=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$CONTAINER")
+    else
+        image_options=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
+    fi
+}
+
+# The environment of the trainers. What you have set yourself wins.
+set_environment() {
+    # A failure's cause and NCCL's version, and nothing while all is well. INFO shows which network it found.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # A collective that takes longer than looplm.parallel.TIMEOUT, or fails, ends its process: that is torch's default
+    # (TORCH_NCCL_ASYNC_ERROR_HANDLING=3), so it is not set here. What a hang was about is written down first: the last
+    # collectives of each rank go to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank, /tmp/nccl_trace_rank_0 unless set.
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+    # Tensor parallelism overlaps its messages with the matrix products. Megatron-core starts the message first and relies on
+    # a single queue to keep that order; with more, the product may take the whole GPU before. It warns when this is not 1.
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    # torchrun's own choice for several ranks on a node, made here so that it does not warn about it.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # Lines reach the log when they are written, and a process that is aborted says where it was.
+    export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1} PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
+}
+
+# Without a container or an activated environment, take the one that `make` builds.
 find_environment() {
+    [[ ! ${CONTAINER:-} ]] || return 0
     command -v torchrun >/dev/null && return
     [[ -x .venv/bin/torchrun ]] || die "torchrun: neither on PATH nor in .venv; activate your environment, or run make install"
     PATH="$PWD/.venv/bin:$PATH"
+}
+
+# torchrun_everywhere MODULE ARGUMENT...: one torchrun on each node. Only there is the node's number known, so a shell on the
+# node puts it in. A node's ranks follow one another, in the order of the nodes, so that tensor-parallel ranks share a node.
+# The node that ends first gives the others a minute: --kill-on-bad-exit would cut off what they still write.
+torchrun_everywhere() {
+    read_container
+    # shellcheck disable=SC2016  # SLURM_NODEID is for the shell on the node
+    launch srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${cpus:+"--cpus-per-task=$cpus"} \
+        --kill-on-bad-exit=0 --wait=60 "${image_options[@]}" "${image_program[@]}" \
+        bash -c 'exec torchrun --node-rank="$SLURM_NODEID" "$@"' torchrun \
+        --nnodes="$nodes" --nproc-per-node="$gpus" --master-addr="$master" --master-port="$(port_of "$job")" \
+        --rdzv-id="$job" --shutdown-timeout="$shutdown_seconds" -m "$@"
 }
 
 # launch COMMAND...: print it, run it, hand signals on, and requeue the job where it was only interrupted.
@@ -95,6 +143,7 @@ launch() {
     show "$@"
     [[ ! ${DRY_RUN:-} ]] || exit 0
     find_environment
+    set_environment
     local child status
     warned="" cancelled="" cut_short=""
     trap 'warned=1 cut_short=1; kill -TERM "$child" 2>/dev/null || true' USR1

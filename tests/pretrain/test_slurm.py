@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "pretrain/slurm"
-LAUNCHERS = ["single_node", "multi_node", "preprocess"]
+LAUNCHERS = ["single_node", "multi_node", "preprocess", "preflight"]
 SECONDS = 60
 
 # Runs the task once for each node, as srun does, and ends with the status that the file `status` asks for.
@@ -26,7 +26,7 @@ while [[ $1 == -* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#--nodes=}; shift; do
 for ((node = 0; node < nodes; node++)); do SLURM_NODEID=$node "$@"; done
 exit "$(cat "$RECORD/status")"
 """
-TORCHRUN = '#!/bin/bash\nprintf "%s\\n" "$@" >"$RECORD/torchrun${SLURM_NODEID:-}"\n'
+TORCHRUN = '#!/bin/bash\nprintf "%s\\n" "$@" >"$RECORD/torchrun${SLURM_NODEID:-}"; env >"$RECORD/environment"\n'
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then [[ $3 == 'n[07-09]' ]] && printf 'n07\\nn08\\nn09\\n'; else echo "$@" >>"$RECORD/scontrol"; fi
 """
@@ -59,7 +59,9 @@ class Cluster:
         self.config = folder / "a b.yaml"  # a space, to see that it stays one argument
         self.config.touch()
         plain = {
-            key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "DRY_RUN"))
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM_", "SBATCH_", "DRY_RUN", "CONTAINER", "NCCL_", "TORCH_", "CUDA_", "OMP_"))
         }
         self.outside = plain | {"PATH": f"{self.bin}:{os.environ['PATH']}", "RECORD": str(self.record)}
         self.job = self.outside | {
@@ -151,8 +153,83 @@ def test_a_dry_run_outside_of_slurm_takes_the_headers_numbers(cluster: Cluster, 
         "single_node": "srun --nodes=1 --ntasks=1 torchrun --standalone --nproc-per-node=8 ",
         "multi_node": "--nnodes=2 --nproc-per-node=8 --master-addr=first-node --master-port=10000 --rdzv-id=0 ",
         "preprocess": "python -m data_pipeline.tokenize --config ",
+        "preflight": "srun --nodes=1 --ntasks=1 --ntasks-per-node=1 ",
     }
     assert expected[launcher] in done.stdout
+
+
+def test_a_dry_run_outside_of_slurm_can_be_asked_about_a_size(cluster: Cluster) -> None:
+    size = {"DRY_RUN": "1", "SLURM_NNODES": "64", "SLURM_GPUS_PER_NODE": "4"}
+    done = cluster.run("multi_node", "--config", str(cluster.config), env=cluster.outside | size)
+    assert "torchrun --nnodes=64 --nproc-per-node=4 " in done.stdout
+
+
+def test_a_preflight_runs_on_every_node(cluster: Cluster) -> None:
+    done = cluster.run("preflight", "--config", str(cluster.config), env=cluster.job)
+    assert (done.returncode, done.stderr) == (0, "")
+    for node in range(3):
+        assert cluster.read(f"torchrun{node}")[-4:] == ["-m", "pretrain.preflight", "--config", str(cluster.config)]
+
+
+def test_a_task_is_one_process_of_any_command(cluster: Cluster) -> None:
+    cluster.install("python", '#!/bin/bash\nprintf "%s\\n" "$@" "$OMP_NUM_THREADS" >"$RECORD/python"\n')
+    done = cluster.run("task", "tools.upcycle", "depth", "--layers", "48", env=cluster.one_node)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cluster.read("python") == ["-m", "tools.upcycle", "depth", "--layers", "48", "96"]
+    for arguments, told in (((), "module: ''"), (("tools.up",), "module: 'tools.up' is not one of this repository's")):
+        wrong = cluster.run("task", *arguments, env=cluster.one_node)
+        assert (wrong.returncode, wrong.stderr.count("\n"), wrong.stderr.startswith(f"error: {told}")) == (2, 1, True)
+
+
+DEFAULTS = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
+
+
+@pytest.mark.parametrize("launcher", ["single_node", "multi_node", "preflight"])
+def test_what_is_set_for_the_trainers_and_that_ones_own_settings_win(cluster: Cluster, launcher: str) -> None:
+    def environment(own: dict[str, str]) -> dict[str, str]:
+        cluster.run(launcher, "--config", str(cluster.config), env=cluster.one_node | own)
+        told = dict(line.split("=", 1) for line in cluster.read("environment") if "=" in line)
+        return {name: told[name] for name in DEFAULTS}
+
+    assert environment({}) == DEFAULTS
+    own = dict.fromkeys(DEFAULTS, "0")
+    assert environment(own) == own
+
+
+@pytest.mark.parametrize("launcher", ["single_node", "multi_node", "preflight", "task"])
+def test_a_container_stands_between_srun_and_the_command(cluster: Cluster, launcher: str) -> None:
+    arguments = ["tools.upcycle"] if launcher == "task" else ["--config", str(cluster.config)]
+    dry = cluster.one_node | {"DRY_RUN": "1", "CONTAINER_MOUNTS": "/data:/data"}
+    program = {"single_node": "torchrun --standalone", "task": "python -m"}.get(launcher, "bash -c ")
+    pyxis = cluster.run(launcher, *arguments, env=dry | {"CONTAINER": "/images/looplm.sqsh"}).stdout
+    mounts = f"{ROOT}:{ROOT},/data:/data"
+    options = f"--container-image=/images/looplm.sqsh --container-mounts={mounts} --container-workdir={ROOT}"
+    assert pyxis.startswith("srun --nodes=1 ") and f" {options} {program}" in pyxis
+    apptainer = cluster.run(launcher, *arguments, env=dry | {"CONTAINER": "/images/looplm.sif"}).stdout
+    assert f" apptainer exec --nv --bind {mounts} --pwd {ROOT} /images/looplm.sif {program}" in apptainer
+
+
+def test_a_container_brings_its_own_packages(cluster: Cluster, tmp_path: Path) -> None:
+    """No torchrun outside of it, and none is asked for."""
+    (cluster.bin / "torchrun").unlink()
+    lonely = cluster.one_node | {"PATH": f"{cluster.bin}:/usr/bin:/bin", "CONTAINER": "image"}
+    for name in ("single_node.sbatch", "common.sh"):
+        (tmp_path / "pretrain/slurm").mkdir(parents=True, exist_ok=True)
+        shutil.copy(FOLDER / name, tmp_path / "pretrain/slurm")
+    command = ["bash", "pretrain/slurm/single_node.sbatch", "--config", str(cluster.config)]
+    inside = subprocess.run(command, cwd=tmp_path, env=lonely, capture_output=True, text=True)
+    assert "torchrun: neither on PATH" not in inside.stderr and cluster.read("srun")
+    outside = subprocess.run(command, cwd=tmp_path, env=lonely | {"CONTAINER": ""}, capture_output=True, text=True)
+    assert (outside.returncode, outside.stderr.count("\n")) == (2, 1)
+    assert outside.stderr.startswith("error: torchrun: neither on PATH nor in .venv")
 
 
 @pytest.mark.parametrize("given", [{"SLURM_GPUS_PER_NODE": "h100:6"}, {"SLURM_GPUS_PER_NODE": "6"}, {"SLURM_GPUS_ON_NODE": "6"}])  # fmt: skip
@@ -258,7 +335,7 @@ def test_an_odd_allocation_is_one_line(cluster: Cluster, launcher: str, changed:
 def test_headers(launcher: str) -> None:
     text = (FOLDER / f"{launcher}.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, flags=re.MULTILINE))
-    if launcher == "preprocess":  # arrays that it submitted may still run
+    if launcher in ("preprocess", "preflight"):  # arrays that it submitted may still run; nothing to go on with
         assert "no-requeue" in options
         return
     waits = int(re.search(r"^shutdown_seconds=(\d+)$", (FOLDER / "common.sh").read_text(), re.MULTILINE)[1])  # type: ignore[index]
