@@ -24,16 +24,20 @@ def peak_activation_bytes(candidate: Candidate, rank: int) -> float:
     layers, whole_layer = candidate.stages()[rank], layer_bytes(candidate)
     hidden = candidate.shard_tokens * config.model.hidden_size * candidate.number_bytes
     mask, norm = mask_bytes(candidate), _norm(candidate, config.model.hidden_size) * last
-    if mode == "full":  # what enters each layer; one layer is made again at a time
-        kept, again = layers * hidden + mask + norm, whole_layer
+    losses, deepest = (_losses(candidate), _deepest(candidate)) if last else (0.0, 0.0)
+    # Backward goes through the losses first: without a pipeline those of all loops are gone before anything is made again.
+    gone = losses * (passes if config.parallel.pipeline == 1 else 1) + deepest
+    # What is made again begins with a norm that keeps its input, which is there already; an fp32 copy of it is not.
+    again = -hidden if candidate.fused_norms or candidate.number_bytes == FP32 else 0.0
+    if (
+        mode == "full"
+    ):  # what enters each layer; one layer is made again at a time, the loop-end norm's backward is over
+        kept, again, gone = layers * hidden + mask + norm, again + whole_layer, gone + norm
     elif mode == "loop":  # what enters the pass; all of it is made again
-        kept, again = hidden, layers * whole_layer + mask + norm
+        kept, again = hidden, again + layers * whole_layer + mask + norm
     else:
         kept, again = layers * whole_layer + mask + norm, 0.0
-    losses = _losses(candidate) if last else 0.0
-    # Backward goes through the losses first: without a pipeline those of all loops are gone before anything is made again.
-    gone = losses * (passes if config.parallel.pipeline == 1 else 1)
-    return passes * (kept + losses) + max(0.0, again - gone) + (_deepest(candidate) if last else 0.0)
+    return passes * (kept + losses) + deepest + max(0.0, again - gone)
 
 
 def in_flight(candidate: Candidate, rank: int) -> int:

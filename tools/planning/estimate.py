@@ -21,7 +21,6 @@ from tools.planning.communication import (
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
 from tools.planning.hardware import ADAM_BYTES, LOGIT_BYTES, Cluster
 from tools.planning.memory import FP32, Memory, fullest_rank, optimizer_shards
-from tools.schedule import virtual_stage_bubble
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +164,9 @@ def step_time(candidate: Candidate, cluster: Cluster, batch: int) -> StepTime:
     busiest = max(ranks, key=lambda rank: sum(way.total for way in ways[rank]))
     forward, backward = ways[busiest]
     work, passes = forward + backward, loops * micro_batches
-    bubble = virtual_stage_bubble(layout.pipeline, loops, micro_batches) * work.total * passes
+    # A pass of each other rank, forward while the pipeline fills and backward while it empties; for equal ranks this is
+    # (P - 1) / (R M) of the work (Narayanan et al. 2021, arXiv 2104.04473, section 2.2.2, with R for its v).
+    bubble = sum(way.total for rank in ranks if rank != busiest for way in ways[rank])
     bubble += 2 * (layout.pipeline - 1) * pipeline_message(candidate, cluster).seconds
     reduction = gradient_traffic(candidate, busiest, cluster).seconds
     hidden = backward.total if layout.overlap_grad_reduce and not candidate.frozen else 0.0
