@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer fp8-study test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
+.PHONY: help install quickstart longer fp8-study plan-check test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -155,6 +155,9 @@ BENCHED = $(firstword $(wildcard runs/longer/gate runs/quickstart/gate))
 
 bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
 	@$(PY) -m tools.bench $(if $(BENCHED),--checkpoint $(BENCHED))
+
+plan-check: $(READY)  ## the planner's memory against training steps on this CPU, up to four processes
+	@OMP_NUM_THREADS=1 $(PY) -m tools.plan_check
 
 # ---- clean
 

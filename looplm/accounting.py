@@ -3,7 +3,6 @@
 Every figure is a formula over :class:`ModelConfig`; tests hold them against real modules and real allocations.
 """
 
-from looplm.layout import Recompute
 from looplm.model_config import GateConfig, ModelConfig
 
 
@@ -87,17 +86,3 @@ def cache_values_per_token(model: ModelConfig, num_caches: int) -> int:
     else:
         per_layer = 2 * model.query_groups * model.attention_head_dim
     return num_caches * model.num_layers * per_layer
-
-
-def checkpointed_values_per_token(model: ModelConfig, num_loops: int, recompute: Recompute) -> int:
-    """Numbers of the stack that a token keeps from forward to backward, where backward makes the others again.
-
-    ``loop`` keeps what enters each loop; ``full`` keeps what enters each layer, and the input and the output of the
-    loop-end norm. On top of them comes what is made again at a time: one loop's activations, or one layer's.
-
-    Args:
-        num_loops: R of training.
-        recompute: full or loop; with none and selective what is kept depends on the kernels.
-    """
-    kept = {"full": model.num_layers + 2, "loop": 1}
-    return num_loops * kept[recompute] * model.hidden_size
