@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer fp8-study plan-check test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
+.PHONY: help install quickstart longer fp8-study plan-check test test-layouts test-newest test-hf-oldest test-te check format bench clean clean-quickstart
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -16,6 +16,9 @@ PYTHON312 ?= $(call running,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions
 NEWEST  := .venv-newest
 # The oldest transformers that an export is promised to run with; the packages of [eval] want newer ones beside it.
 HF_OLDEST := .venv-hf-oldest
+# Transformer Engine beside the newest Megatron-core: built against CUDA's headers, it shows its parameters without a GPU.
+TE      := .venv-te
+CUDA_HOME ?= /usr/local/cuda
 CONFIGS := configs/quickstart
 RUN     := runs/quickstart
 DONE    := $(RUN)/.done
@@ -44,6 +47,8 @@ comma  := ,
 EXTRAS := data,dev,eval,hf
 need_python = @test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 with the venv module was found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
 
+need_python312 = @test -n "$(PYTHON312)" || { echo "error: no Python 3.12 with the venv module was found; install one or name it: make PYTHON312=/path/to/python3.12" >&2; exit 2; }
+
 # $(call build,python,environment,constraints,extras)
 define build
 	@echo "== installing into $(2) with $(1): takes minutes, torch is large"
@@ -58,17 +63,32 @@ $(READY): setup.py constraints.txt
 	$(call build,$(PYTHON),$(VENV),constraints.txt,$(EXTRAS))
 
 # The pins of the first file, but for those of the second.
-$(NEWEST)/constraints.txt $(HF_OLDEST)/constraints.txt: .venv-%/constraints.txt: constraints.txt constraints-%.txt
+$(NEWEST)/constraints.txt $(HF_OLDEST)/constraints.txt $(TE)/constraints.txt: .venv-%/constraints.txt: constraints.txt constraints-%.txt
 	@mkdir -p $(@D)
 	@awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' constraints-$*.txt constraints.txt > $@
 
 $(NEWEST)/.installed: setup.py $(NEWEST)/constraints.txt
-	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 with the venv module was found; install one or name it: make test-newest PYTHON312=/path/to/python3.12" >&2; exit 2; }
+	$(need_python312)
 	$(call build,$(PYTHON312),$(NEWEST),$(NEWEST)/constraints.txt,$(EXTRAS))
 
 $(HF_OLDEST)/.installed: setup.py $(HF_OLDEST)/constraints.txt
 	$(need_python)
 	$(call build,$(PYTHON),$(HF_OLDEST),$(HF_OLDEST)/constraints.txt,dev$(comma)hf)
+
+# Its own build wants to know where the CUDA build of torch keeps cuDNN and NCCL, and the toolkit's headers before theirs.
+nvidia = $(CURDIR)/$(TE)/lib/python3.12/site-packages/nvidia
+$(TE)/.installed: setup.py $(TE)/constraints.txt
+	$(need_python312)
+	@test -e $(CUDA_HOME)/include/cuda_runtime_api.h || { echo "error: no CUDA headers in $(CUDA_HOME); name the toolkit: make test-te CUDA_HOME=/path/to/cuda" >&2; exit 2; }
+	$(call build,$(PYTHON312),$(TE),$(TE)/constraints.txt,dev)
+	@rm $@
+	@echo "== building Transformer Engine: a quarter of an hour on two cores"
+	@$(TE)/bin/python -m pip install --quiet -c $(TE)/constraints.txt ninja pybind11 pydantic einops onnx onnxscript importlib-metadata nvdlfw-inspect
+	@$(TE)/bin/python -m pip install --quiet --no-deps -c $(TE)/constraints.txt transformer-engine transformer-engine-cu13
+	@NVTE_FRAMEWORK=pytorch MAX_JOBS=2 CUDA_HOME=$(CUDA_HOME) CUDNN_PATH=$(nvidia)/cudnn NCCL_HOME=$(nvidia)/nccl \
+		CPATH=$(CUDA_HOME)/include:$(nvidia)/cu13/include:$(nvidia)/cudnn/include:$(nvidia)/nccl/include \
+		$(TE)/bin/python -m pip install --quiet --no-deps --no-build-isolation -c $(TE)/constraints.txt transformer-engine-torch
+	@touch $@
 
 # ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
 # it stood; one whose config has changed since is made anew, with all that hangs on it
@@ -140,6 +160,9 @@ test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its new
 test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export, with the oldest transformers
 	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)
 
+test-te: $(TE)/.installed  ## the block of Transformer Engine's modules, without a GPU (6 GB; compiles for a quarter of an hour)
+	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest $(or $(TESTS),tests/looplm/test_transformer_engine.py tests/looplm/test_engine.py tests/looplm/test_model.py)
+
 check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
@@ -165,5 +188,5 @@ clean-quickstart:  ## forget the quickstart's results
 	rm -rf $(RUN)
 
 clean: clean-quickstart  ## also forget the environments and every cache
-	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

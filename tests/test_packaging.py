@@ -49,7 +49,13 @@ def test_the_oldest_constraints_name_the_oldest_transformers_that_is_declared() 
     assert found and re.fullmatch(rf"{re.escape(found[1])}(\.0)*", pins["transformers"])
 
 
-@pytest.mark.parametrize("name", ["newest", "hf-oldest"])
+def test_transformer_engine_is_tested_beside_the_newest_megatron_core() -> None:
+    pins, newest = ((ROOT / f"constraints-{name}.txt").read_text().splitlines() for name in ("te", "newest"))
+    assert newest[-1] in pins
+    assert not [line for line in pins if not line.startswith("#") and not PIN.match(line)]
+
+
+@pytest.mark.parametrize("name", ["newest", "hf-oldest", "te"])
 def test_another_environment_takes_every_other_pin_from_constraints(name: str, checkout: Path) -> None:
     for path in ("constraints.txt", f"constraints-{name}.txt"):
         shutil.copy(ROOT / path, checkout)
