@@ -19,6 +19,20 @@ def parameter_counts(model: ModelConfig, gate: GateConfig) -> dict[str, int]:
     }
 
 
+def checkpoint_bytes(model: ModelConfig, gate: GateConfig, precision: str, frozen_trunk: bool = False) -> int:
+    """Bytes of a run's checkpoint: every weight, and of each trained one what the optimizer holds, all in fp32: two moments
+    and, where the weight itself is narrower, the weight.
+
+    Args:
+        precision: optim.precision.
+        frozen_trunk: only the gate is trained.
+    """
+    counts = parameter_counts(model, gate)
+    total = sum(counts.values())
+    weight, state = {"fp32": (4, 8), "bf16": (2, 12)}[precision]
+    return total * weight + (counts["gate"] if frozen_trunk else total) * state
+
+
 def _layer_matrices(model: ModelConfig) -> int:
     return _attention_matrices(model) + 3 * model.hidden_size * model.ffn_hidden_size
 

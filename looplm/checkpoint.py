@@ -203,7 +203,7 @@ def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str
     found = step_folder.newest(folder, say)
     if found is None:
         return None
-    about = _fit(found, config.model, config.gate)
+    about = check_fit(found, config.model, config.gate)
     if about.objective == WEIGHTS_ONLY:
         raise UserError(f"{found}: holds weights alone, no run to resume; name it in checkpoint.initial")
     if about.objective != config.loss.objective:
@@ -254,7 +254,7 @@ def load_optimizer(step: Path, trained: Trained, config: RunConfig) -> None:
 
 def load_weights(step: Path, model: LoopLM, gate: GateConfig) -> About:
     """Weights only, from a step directory (:func:`looplm.step_folder.locate`), into a model of the same shape."""
-    about = _fit(step, model.shape, gate)
+    about = check_fit(step, model.shape, gate)
     weights = {"model": sharded_weights(model)}
     state = dist_checkpointing.load(weights, str(step / "state"))
     model.load_state_dict(state["model"])
@@ -333,8 +333,8 @@ def _state(trained: Trained, is_loading: bool) -> dict[str, Any]:
     }
 
 
-def _fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
-    """Refuse a checkpoint of another shape, naming the first key that differs."""
+def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
+    """Refuse a checkpoint of another shape, naming the first key that differs; what it says of itself."""
     saved = read_shape(step)
     for section, ours, theirs in (("model", model, saved.model), ("gate", gate, saved.gate)):
         said = _shaping(theirs)

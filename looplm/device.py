@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -121,6 +122,45 @@ def set_rng_state(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if HAS_CUDA and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a process computes on.
+
+    Args:
+        name: of the GPU, or "CPU".
+        total_bytes: of its memory; 0 on a CPU.
+        free_bytes: of them, that no process uses.
+        capability: compute capability, (9, 0) for Hopper; (0, 0) on a CPU.
+        built_for: the CUDA version that torch was built for; empty in a CPU build.
+        driver_for: the newest CUDA version that the driver knows; empty without one.
+    """
+
+    name: str = "CPU"
+    total_bytes: int = 0
+    free_bytes: int = 0
+    capability: tuple[int, int] = (0, 0)
+    built_for: str = ""
+    driver_for: str = ""
+
+
+def describe() -> Description:
+    """The device of this process."""
+    built_for = torch.version.cuda or ""
+    if not HAS_CUDA:
+        return Description(built_for=built_for)
+    free, total = torch.cuda.mem_get_info()
+    known = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13010 is 13.1
+    driver_for = f"{known // 1000}.{known % 1000 // 10}"
+    return Description(
+        torch.cuda.get_device_name(), total, free, torch.cuda.get_device_capability(), built_for, driver_for
+    )
+
+
+def visible_gpus() -> int:
+    """GPUs that this process could use; more ranks than that cannot share a node."""
+    return torch.cuda.device_count() if HAS_CUDA else 0
 
 
 def bind_local_rank(local_rank: int) -> None:

@@ -59,7 +59,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     trained, stepper, initial = build(config, corpus, groups)
     done = checkpoint.resume(checkpoints, trained, config, print) if config.checkpoint.resume else None
     begun = None if initial is None else checkpoint.read_about(initial)
-    _refuse_other_data(done, begun, corpus, config)
+    refuse_other_data(done, begun, corpus, config)
 
     step, samples, tokens = (done.step, done.samples, done.tokens) if done else (0, 0, 0)
     taken_over = _optimizer_steps_taken_over(done, begun, config)
@@ -155,7 +155,7 @@ def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def _refuse_other_data(done: About | None, initial: About | None, corpus: Corpus, config: RunConfig) -> None:
+def refuse_other_data(done: About | None, initial: About | None, corpus: Corpus, config: RunConfig) -> None:
     """Weights know one tokenizer; a resumed run knows one data set, in one order."""
     for about, where in ((initial, config.checkpoint.initial), (done, config.output_dir)):
         if about is not None and about.tokenizer_sha256 != corpus.tokenizer_sha256:

@@ -2,26 +2,20 @@
 # Install what LoopLM needs into an image of NVIDIA's, and touch nothing that is there: its torch, Transformer Engine and
 # flash-attn are built for each other. Runs beside copies of setup.py and constraints.txt, while the image is made.
 #
-# Every package of the image stays at its version; of the others the version is ours, from constraints.txt. Where the two
-# cannot be had together pip says so and the build ends. The image's own megatron-core, if it has one, makes way for ours.
+# Every package of the image stays at its version, and megatron-core is the one that the tests run on (the image's own, if it
+# has one, makes way). All others are pip's choice among what setup.py allows and the image's can be had with: the exact
+# versions of constraints.txt want newer ones of packages that an image holds. installed.txt says what came of it.
 set -euo pipefail
 export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 # an image is nobody's system
 
-# A name as pip compares it: Flash_Attn==2.7 → flash-attn
-names() {
-    sed 's/[=; @].*//' "$1" | tr 'A-Z_.' 'a-z--'
-}
-
 python -m pip uninstall --quiet --yes megatron-core
 python -m pip list --format=freeze >image.txt
-grep -v '^#' constraints.txt >ours.txt
-# The image's lines, and those of ours whose name is none of them.
-paste -d ' ' <(names ours.txt) ours.txt | awk 'NR == FNR {there[$1]; next} !($1 in there)' <(names image.txt) - | cut -d ' ' -f 2- >new.txt
-cat image.txt new.txt >pins.txt
+{ cat image.txt; grep '^megatron-core==' constraints.txt; } >pins.txt
 
 # The packages alone: without its folders the project itself is empty, and the code comes from where it is mounted. The
 # image's own list of pins (PIP_CONSTRAINT) says the same of its packages, and something else of megatron-core.
 PIP_CONSTRAINT=$PWD/pins.txt python -m pip install --no-cache-dir --no-build-isolation '.[data,hf]'
+python -m pip list --format=freeze >installed.txt
 
 # What must not have moved, and what must fit.
 python - <<'PYTHON'

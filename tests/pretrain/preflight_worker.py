@@ -1,0 +1,48 @@
+"""A preflight on several ranks, sound and then with the last rank's clock set forward and its sums damaged.
+
+``torchrun -m tests.pretrain.preflight_worker CONFIG.json RESULT.json``.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from looplm import parallel
+from looplm.cli import from_dict
+from looplm.config import RunConfig
+from pretrain import probes
+from pretrain.preflight import examine
+
+FORWARD = 200.0  # seconds
+
+
+def damage_the_last_rank() -> None:
+    if dist.get_rank() != dist.get_world_size() - 1:
+        return
+    reduce = dist.all_reduce
+
+    def one_too_many(values: Any, group: Any = None, **kwargs: Any) -> None:
+        reduce(values, group=group, **kwargs)
+        values += dist.get_world_size(group) > 1
+
+    dist.all_reduce = one_too_many
+    probes.clock = lambda: time.time() + FORWARD
+
+
+def main() -> None:
+    config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()), where="test")
+    groups = parallel.start(config.seed, config.parallel)
+    found = {"sound": list(examine(config, groups))}
+    damage_the_last_rank()
+    found["damaged"] = list(examine(config, groups))
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(found))
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()
