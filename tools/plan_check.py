@@ -144,7 +144,7 @@ def _batch(config: RunConfig) -> Batch:
 def _held(ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> dict[str, int]:
     """Bytes of the storages behind weights, gradient buffers, and what else Adam has."""
     weights = _storages(ddp.module.parameters())
-    gradients = _storages(parameter.main_grad for parameter in ddp.module.parameters())
+    gradients = _storages(one.main_grad for one in ddp.module.parameters() if one.requires_grad)
     adam: list[Tensor] = []
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam += [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
