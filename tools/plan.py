@@ -106,7 +106,7 @@ def plan(config: PlanConfig) -> list[str]:
     best = ranking.fitting[0]
     lines = describe_search(recipe, cluster, config.gpu, budget, ranking)
     lines += explain_refusals(ranking, cluster) if config.explain else []
-    lines += table(ranking, cluster, budget, config.price_per_gpu_hour, config.top)
+    lines += table(recipe, ranking, cluster, budget, config.price_per_gpu_hour, config.top)
     if config.json is not None:
         found = {
             "gpu": config.gpu,

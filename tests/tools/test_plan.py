@@ -299,6 +299,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     found = json.loads(written.read_text())
     assert [f"{one['step_seconds']:.2f}" for one in found["layouts"]] == [row[12] for row in rows]
     assert [f"{one['memory_bytes'] / GIB:.1f}" for one in found["layouts"]] == [row[11] for row in rows]
+    (own,) = [line.split() for line in lines if line.startswith(" own ")]
+    assert own[1:11] == ["1", "1", "1", "2", "24", "2", "x", "512", "loop", "shared"], "as stage1a.yaml has it"
     took, cost = float(rows[0][-2]), float(rows[0][-1].replace(",", ""))
     assert cost == pytest.approx(took * 24 * 2 * 2, rel=1e-2)
     first = found["layouts"][0]
@@ -307,6 +309,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     pasted = yaml.safe_load("\n".join(lines[lines.index("parallel:") :]))
     assert asdict(ParallelConfig(**pasted["parallel"])) == first["parallel"]
     assert pasted["data"] == {"micro_batch_size": first["micro_batch_size"]}
+
+
+def test_a_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*FEW, "--parallel.context", "8"])
+    assert "cannot run here: parallel.tensor x pipeline x context: 8 is not allowed; it must divide the number of ranks, 2" in capsys.readouterr().out  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -324,7 +331,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         ([*FEW, "--gpu_count", "8"], "--gpu_count: unknown key"),
         ([*FEW, "--gpus", "7"], "gpus: 7 is not allowed; the recipe has no layout .* data.global_batch_size.* 4 below and 8 above"),
         ([*FEW, "--gpu", "a100-40", "--data.seq_length", "4096", "--model.hidden_size", "6144"],
-         r"gpus: 2 hold no layout .* recompute .* GiB of 35.5 usable on each; nearest that fits: --gpus \d+"),
+         r"gpus: 2 hold no layout .* recompute .* GiB of 35.5 usable on each; nearest that fits: --gpu a100-80 or --gpus 4$"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:

@@ -32,7 +32,7 @@ def test_the_frozen_trunk(single_process) -> None:
     )
     measured, predicted = measure(frozen, single_process), asdict(rank_memory(candidate_of(frozen, 1), 0))
     for part in PARTS:
-        assert predicted[part] == pytest.approx(measured[part], rel=TOLERANCE), part
+        assert predicted[part] == pytest.approx(measured[part], rel=0.1), part
 
 
 def test_two_processes() -> None:

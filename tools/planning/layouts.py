@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import get_args
 
-from looplm.cli import UserError
+from looplm.cli import UserError, require
 from looplm.config import RunConfig
 from looplm.layout import ParallelConfig, Recompute
 from pretrain.data import BatchSchedule
@@ -65,6 +65,18 @@ def find_layouts(recipe: RunConfig, gpus: int, node: int) -> Found:
                 continue
             found.legal += [Candidate(replace(config, parallel=variant), replicas) for variant in variants]
     return found
+
+
+def as_it_stands(recipe: RunConfig, gpus: int) -> Candidate:
+    """The recipe in the layout that it names itself.
+
+    Raises:
+        UserError: the number of GPUs or the batch does not go with it.
+    """
+    layout = recipe.parallel
+    replicas, rest = divmod(gpus, layout.model_ranks)
+    require(rest == 0, "parallel.tensor x pipeline x context", layout.model_ranks, f"it must divide the number of ranks, {gpus}")  # fmt: skip
+    return Candidate(_checked(recipe, layout, recipe.data.micro_batch_size, replicas), replicas)
 
 
 def _divisions(recipe: RunConfig, gpus: int, node: int) -> Iterator[tuple[int, int, int]]:

@@ -3,10 +3,12 @@
 from dataclasses import asdict
 
 from looplm.accounting import parameter_counts
+from looplm.cli import UserError
 from looplm.config import RunConfig
 from tools.planning.budget import DAY_S, Budget, days
-from tools.planning.estimate import Estimate
+from tools.planning.estimate import Estimate, estimate
 from tools.planning.hardware import GIB, Cluster
+from tools.planning.layouts import as_it_stands
 from tools.planning.memory import rank_memory
 from tools.planning.search import Ranking
 
@@ -50,12 +52,22 @@ def explain_refusals(ranking: Ranking, cluster: Cluster) -> list[str]:
     return [*lines, f"{heavy:>8,}  legal, but more than {cluster.usable_bytes / GIB:.1f} GiB"]
 
 
-def table(ranking: Ranking, cluster: Cluster, budget: Budget, price: float | None, top: int) -> list[str]:
-    """The fastest layout of each way to divide the ranks."""
+def table(
+    recipe: RunConfig, ranking: Ranking, cluster: Cluster, budget: Budget, price: float | None, top: int
+) -> list[str]:
+    """The fastest layout of each way to divide the ranks, and the recipe's own."""
     lines = ["", f"      {HEADER}" + ("" if price is None else "         cost")]
     for number, one in enumerate(ranking.divisions()[:top], start=1):
         lines.append(f"{number:>4}  {_row(one, cluster, budget, price)}")
-    return lines
+    try:
+        own = estimate(as_it_stands(recipe, cluster.gpus), cluster)
+    except UserError as error:
+        return [*lines, f"the recipe as it stands cannot run here: {error}"]
+    return [
+        *lines,
+        f" own  {_row(own, cluster, budget, price)}",
+        "own: the recipe as it stands, whether it fits or not",
+    ]
 
 
 def _row(one: Estimate, cluster: Cluster, budget: Budget, price: float | None) -> str:
