@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
+.PHONY: help install quickstart ouro-tiny longer test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -112,6 +112,10 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 	@$(PY) -m pretrain.report $(RUN)
 	@touch $@
 
+# ---- Ouro's whole recipe in small
+
+include configs/ouro-tiny/chain.mk
+
 # ---- experiments: slow, their results are in docs/LOG.md
 
 LONGER  := runs/longer
@@ -158,6 +162,6 @@ bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pip
 clean-quickstart:  ## forget the quickstart's results
 	rm -rf $(RUN)
 
-clean: clean-quickstart  ## also forget the environments and every cache
+clean: clean-quickstart clean-ouro-tiny  ## also forget the environments and every cache
 	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
