@@ -2,7 +2,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer fp8-study plan-check test test-layouts test-newest test-hf-oldest test-te check format bench clean clean-quickstart
+.PHONY: help install quickstart ouro-tiny longer fp8-study plan-check test test-layouts test-newest test-hf-oldest test-te
+.PHONY: check format bench clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -132,6 +133,10 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 	@$(PY) -m pretrain.report $(RUN)
 	@touch $@
 
+# ---- Ouro's whole recipe in small
+
+include configs/ouro-tiny/chain.mk
+
 # ---- experiments: slow, their results are in docs/LOG.md
 
 LONGER  := runs/longer
@@ -187,6 +192,6 @@ plan-check: $(READY)  ## the planner's memory against training steps on this CPU
 clean-quickstart:  ## forget the quickstart's results
 	rm -rf $(RUN)
 
-clean: clean-quickstart  ## also forget the environments and every cache
+clean: clean-quickstart clean-ouro-tiny  ## also forget the environments and every cache
 	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

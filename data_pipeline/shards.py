@@ -57,6 +57,7 @@ class MegatronTokenizer(MegatronDocumentTokenizer):
         template = ChatTemplate(self.tokenizer, self.tokenizer_name_or_path)
         shard = MegatronTokenizedFile(self.output_folder, filename, token_size=4)  # the marks need int32
         eos_id = self.tokenizer.token_to_id(self.eos_token)
+        assert eos_id is not None  # special_ids saw to it
         for tokens in write_conversations(documents, shard, template, eos_id, self.batch_size):
             self.stat_update("tokens", value=tokens)
         shard.close()

@@ -107,11 +107,13 @@ def special_ids(tokenizer: Tokenizer, where: str | Path) -> dict[str, int]:
     Raises:
         UserError: the tokenizer lacks one.
     """
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    for token, found in ids.items():
+    ids = dict[str, int]()
+    for token in SPECIAL_TOKENS:
+        found = tokenizer.token_to_id(token)
         if found is None:
             fix = "take a tokenizer that has it, or train one with it in tokenizer.special_tokens"
             raise UserError(f"{where}: has no token {token!r}, which the chat template {NAME} needs; {fix}")
+        ids[token] = found
     return ids
 
 
