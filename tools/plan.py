@@ -5,7 +5,8 @@
 tries every layout that the recipe may have on that many GPUs and prints those that fit, the fastest first: tensor (TP),
 pipeline (PP), context (CP) and data parallelism (DP), micro-batch, recomputation, and whether the replicas share the
 optimizer's state. The first is shown in detail, with lines to paste into the recipe. Formulas and what they assume:
-docs/planning.md. All keys of pretrain.train are taken, too: --data.seq_length 16384, --config cluster.yaml.
+docs/planning.md. The recipe's own keys are taken too, as pretrain.train takes them: --data.seq_length 16384. The keys below
+may stand in a YAML file of their own: --config cluster.yaml.
 
     python -m tools.plan --timeline --help
 
@@ -25,10 +26,12 @@ from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, GpuNam
 from tools.planning.report import describe_search, detail, explain_refusals, table
 from tools.planning.search import rank_layouts
 
+PROG = "python -m tools.plan"
+
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(RunConfig):
-    """A recipe and a cluster.
+class PlanOptions:
+    """A cluster, and what is printed.
 
     Args:
         gpu: the device; all are equal.
@@ -55,7 +58,6 @@ class PlanConfig(RunConfig):
     json: str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for key in ("gpus", "gpus_per_node", "top"):
             require(getattr(self, key) > 0, key, getattr(self, key), "give a number above 0")
         whole = self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0
@@ -63,27 +65,31 @@ class PlanConfig(RunConfig):
         require(whole, "gpus", self.gpus, f"give whole nodes of gpus_per_node={self.gpus_per_node}, {nearest} for instance")  # fmt: skip
         with_fp8 = ", ".join(name for name, gpu in GPUS.items() if gpu.fp8_tflops)
         require(not self.fp8 or GPUS[self.gpu].fp8_tflops > 0, "fp8", True, f"{self.gpu} has none; these have: {with_fp8}")  # fmt: skip
-        require(self.optim.precision == "bf16", "optim.precision", self.optim.precision, "a GPU is planned for bf16; give --optim.precision bf16")  # fmt: skip
         price = self.price_per_gpu_hour
         require(price is None or price > 0, "price_per_gpu_hour", price, "give a number above 0, or leave it out")
-        for key in ("matmul", "attention", "links"):
-            value = getattr(self.assume, key)
-            require(0 < value <= 1, f"assume.{key}", value, "it is a share; give a number above 0, at most 1")
-        require(self.assume.traffic >= 0, "assume.traffic", self.assume.traffic, "give a number of at least 0")
-        require(0 <= self.assume.margin < 1, "assume.margin", self.assume.margin, "it is a share; give a number from 0 to below 1")  # fmt: skip
+
+    @property
+    def cluster(self) -> Cluster:
+        """As the formulas take it."""
+        return Cluster(
+            gpu=GPUS[self.gpu], gpus=self.gpus, node=self.gpus_per_node, network_gbs=NETWORKS[self.network],
+            fp8=self.fp8, assume=self.assume,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PlanOptions, RunConfig):
+    """A recipe on a cluster."""
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        PlanOptions.__post_init__(self)
+        require(self.optim.precision == "bf16", "optim.precision", self.optim.precision, "a GPU is planned for bf16; give --optim.precision bf16")  # fmt: skip
 
     @property
     def recipe(self) -> RunConfig:
         """Without the cluster."""
         return RunConfig(**{key.name: getattr(self, key.name) for key in fields(RunConfig)})
-
-    @property
-    def cluster(self) -> Cluster:
-        """Without the recipe."""
-        return Cluster(
-            gpu=GPUS[self.gpu], gpus=self.gpus, node=self.gpus_per_node, network_gbs=NETWORKS[self.network],
-            fp8=self.fp8, assume=self.assume,
-        )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +97,9 @@ def main(argv: list[str]) -> None:
     if "--timeline" in argv:
         timeline.main([flag for flag in argv if flag != "--timeline"])
         return
-    config = parse_config(PlanConfig, argv, prog="python -m tools.plan", description=str(__doc__))
+    if {"--help", "-h"} & set(argv):  # of the planner's own keys: the recipe's are pages, and are pretrain.train's
+        parse_config(PlanOptions, ["--help"], prog=PROG, description=str(__doc__))
+    config = parse_config(PlanConfig, argv, prog=PROG, description=str(__doc__))
     print("\n".join(plan(config)))
 
 

@@ -311,6 +311,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert pasted["data"] == {"micro_batch_size": first["micro_batch_size"]}
 
 
+def test_help_is_of_the_planners_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*OURO, "--help"])
+    shown = capsys.readouterr().out
+    assert "--price_per_gpu_hour" in shown and "--assume.matmul" in shown and "--model.num_loops" not in shown
+    assert "python -m tools.plan --config configs/ouro-1.4b/mha.yaml" in shown
+
+
+def test_a_cluster_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("gpu: h200\ngpus: 16\nnetwork: ib-200\nassume: {matmul: 0.6}\n")
+    config = parse_config(PlanConfig, [*OURO, "--config", str(tmp_path / "cluster.yaml")], prog="plan", description="")
+    assert config.cluster.gpu == GPUS["h200"] and config.cluster.network_gbs == 25 and config.assume.matmul == 0.6
+
+
 def test_a_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     main([*FEW, "--parallel.context", "8"])
     assert "cannot run here: parallel.tensor x pipeline x context: 8 is not allowed; it must divide the number of ranks, 2" in capsys.readouterr().out  # fmt: skip

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from looplm.cli import require
+
 GpuName = Literal["a100-40", "a100-80", "h100", "h200", "b200"]
 NetworkName = Literal["eth-100", "ib-100", "ib-200", "ib-400", "ib-800"]
 
@@ -63,6 +65,13 @@ class Assumptions:
     links: float = 0.75
     traffic: float = 6.0
     margin: float = 0.1
+
+    def __post_init__(self) -> None:
+        for key in ("matmul", "attention", "links"):
+            value = getattr(self, key)
+            require(0 < value <= 1, f"assume.{key}", value, "it is a share; give a number above 0, at most 1")
+        require(self.traffic >= 0, "assume.traffic", self.traffic, "give a number of at least 0")
+        require(0 <= self.margin < 1, "assume.margin", self.margin, "it is a share; give a number from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
