@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from looplm.engine import EngineConfig
-from looplm.fp8_emulation import E4M3, E5M2, FORMATS, Emulation, by_scale
+from looplm.fp8_emulation import E4M3, E5M2, FORMATS, Emulation, Rounding, by_scale
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from looplm.model_config import GateConfig
@@ -23,12 +23,12 @@ MHA = dataclasses.replace(MODEL, attention="mha", num_query_groups=1)
 
 
 def matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """x, W and a gradient whose rows and columns differ by orders of magnitude, with some zeros."""
+    """x, W and a gradient whose values fall by five orders of magnitude along rows and columns alike."""
     generator = torch.Generator().manual_seed(3)
-    x, weight, g = (torch.randn(*size, generator=generator) for size in ((N, K), (M, K), (N, M)))
-    x *= torch.logspace(-3, 3, N)[:, None]
-    g *= 1e-4 * torch.logspace(2, -2, M)
-    g[: N // 2 + 64] *= 10  # rows of one tile of tokens differ too
+    n, k, m = (torch.logspace(0, -5, length) for length in (N, K, M))
+    x = torch.randn(N, K, generator=generator) * n[:, None] * k
+    weight = torch.randn(M, K, generator=generator) * m[:, None] * k.flip(0)
+    g = 1e-4 * torch.randn(N, M, generator=generator) * n.flip(0)[:, None] * m
     x[:40, :] = 0
     return x, weight, g
 
@@ -46,6 +46,18 @@ def test_rounding_to_a_format(dtype, name):
     )
     found = by_scale(values, dtype, torch.tensor(1.0))
     assert torch.equal(found.values.double(), fp8_reference.rounded(values, name))
+
+
+@pytest.mark.parametrize("weight", [False, True], ids=["piece", "square"])
+@pytest.mark.parametrize(("recipe", "size"), [("blockwise", 128), ("mxfp8", 32)])
+def test_every_value_of_a_tile(recipe, size, weight):
+    """To the bit. Neighbours lie up to 2^20 apart: under a power of two, only what is too small tells tiles apart."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(N, M, generator=generator) * 2.0 ** torch.randint(-20, 1, (N, M), generator=generator)
+    over_columns, over_rows = Rounding(E4M3, recipe, history=1, weight=weight)(x, learns=True)
+    side = size if weight and recipe == "blockwise" else 1
+    assert torch.equal(over_columns.values.double(), fp8_reference.tiles(x, "e4m3", side, size))
+    assert torch.equal(over_rows.values.double(), fp8_reference.tiles(x, "e4m3", size, side))
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
