@@ -140,7 +140,7 @@ def _stages(stages: Sequence[Stage]) -> list[str]:
     cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return [
         "<h2>Stages</h2><p>Each goes on from the one before. Loss: at the deepest loop, over the last steps. Jump: how far the "
-        "first steps of a stage rise above the last of the one before, at a loop that both run.</p>",
+        "first steps of a stage rise above the last of the one before, at a loop that both run; * on other data.</p>",
         f'<div class="table"><table><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr>',
         *(f"<tr>{row}</tr>" for row in cells),
         "</table></div>",
