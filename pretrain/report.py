@@ -19,7 +19,7 @@ from pretrain.report_data import Evaluation, Sample, Stage, read_evaluation, rea
 from pretrain.stage_chain import boundaries, table
 
 TAIL_STEPS = 10  # "at the end" is the mean of this many
-LAST_STAGES = 3  # whose exits are shown as bars
+LAST_STAGES = 3  # of a long chain: whose exits are shown as bars, and more than which a tile does not list
 SETTINGS = ("temperature", "top_k", "top_p", "exit_threshold", "depth", "kv_cache", "seed")  # shown below a sample
 SMALL_MULTIPLES = (
     ("learning_rate", "Learning rate", ""),
@@ -111,6 +111,7 @@ def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
     for title, totals, form in (("Tokens seen", tokens, _short), ("Training time", seconds, _duration)):
         if any(totals.values()):
             parts = " + ".join(f"{name} {form(total)}" for name, total in totals.items())
+            parts = parts if len(totals) <= LAST_STAGES else f"in {len(totals)} stages"
             tiles.append((title, form(sum(totals.values())), parts))
     texts = (tuple(map(escape, tile)) for tile in tiles)
     cells = (f"<div><small>{name}</small><b>{figure}</b><small>{about}</small></div>" for name, figure, about in texts)
@@ -140,7 +141,7 @@ def _stages(stages: Sequence[Stage]) -> list[str]:
     cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return [
         "<h2>Stages</h2><p>Each goes on from the one before. Loss: at the deepest loop, over the last steps. Jump: how far the "
-        "first steps of a stage rise above the last of the one before, at a loop that both run.</p>",
+        "first steps of a stage rise above the last of the one before, at a loop that both run; * on other data.</p>",
         f'<div class="table"><table><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr>',
         *(f"<tr>{row}</tr>" for row in cells),
         "</table></div>",

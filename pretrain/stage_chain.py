@@ -4,7 +4,7 @@ the next begins.
 python -m pretrain.stage_chain RUN_DIR [--max_jump 0.3]
 
 A jump is measured at the deepest loop that both stages run: the highest mean of a few steps among the first of a stage,
-above the mean of the last steps of the stage before it. With --max_jump a higher one is an error, but not where the training
+above the mean of the last steps of the stage before it; means, because one batch is no measure. With --max_jump a higher one is an error, but not where the training
 data change: another text has another loss.
 """
 
@@ -19,7 +19,8 @@ from looplm.accounting import parameter_counts
 from looplm.cli import UserError, run_main
 from pretrain.report_data import Stage, read_stages
 
-BEFORE, WATCHED, WINDOW = 10, 20, 5  # steps: at the end of the one; at the start of the other, in means of so many
+BEFORE, WATCHED, WINDOW = 10, 20, 10  # steps: at the end of the one; at the start of the other, in means of so many
+NEW_DATA = " *"  # stands beside the jump of a stage that trains on other data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print("jump: in nats, at a loop that both run; * other training data")
     for one in found if arguments.max_jump is not None else []:
         if one.same_data and not one.jump <= arguments.max_jump:  # NaN is above every limit
             raise UserError(
@@ -81,7 +83,7 @@ def _boundary(before: Stage, after: Stage) -> Boundary:
 
 def table(stages: Sequence[Stage], found: Sequence[Boundary]) -> list[list[str]]:
     """A row per stage below a row of headings."""
-    jumps = {one.after: f"{one.jump:+.3f}" + ("" if one.same_data else " (new data)") for one in found}
+    jumps = {one.after: f"{one.jump:+.3f}" + ("" if one.same_data else NEW_DATA) for one in found}
     heads = ["stage", "layers x loops", "parameters", "sequence", "RoPE base", "beta", "learning rate"]
     rows = [[*heads, "steps", "tokens", "loss", "validation", "jump"]]
     for stage in stages:
@@ -89,7 +91,7 @@ def table(stages: Sequence[Stage], found: Sequence[Boundary]) -> list[list[str]]
         loss = f"{stage.train['loss_per_loop'][-BEFORE:, -1].mean():.3f}"
         valid = f"{stage.valid['loss_per_loop'][-1, -1]:.3f}" if stage.valid["step"].size else ""
         cells = [f"{steps:.0f}", f"{stage.train['tokens'][-1]:,.0f}", loss, valid, jumps.get(stage.name, "")]
-        rows.append([stage.name, *_settings(stage), f"{np.nanmax(rates_N):.1e} → {rates_N[-1]:.1e}", *cells])
+        rows.append([stage.name, *_settings(stage), f"{np.nanmax(rates_N):.0e} → {rates_N[-1]:.0e}", *cells])
     return rows
 
 
