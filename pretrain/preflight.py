@@ -49,13 +49,13 @@ def main(argv: list[str]) -> None:
     if wrong:
         lines = [f"{verdict.about}: {verdict.text}" for verdict in wrong]
         raise UserError("\nerror: ".join([f"no go: {len(wrong)} of {len(found)} checks failed", *lines]))
-    if parallel.is_rank_0():
-        print("go", flush=True)
+    _say("go")
 
 
-def _say(verdict: Verdict) -> None:
+def _say(line: Verdict | str) -> None:
+    """On the first rank, also before the ranks have met and after they have parted."""
     if os.environ.get("RANK", "0") == "0":
-        print(verdict, flush=True)
+        print(line, flush=True)
 
 
 def _refuse(verdict: Verdict) -> None:

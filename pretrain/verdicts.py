@@ -166,7 +166,7 @@ def passes(needed: Mapping[str, float], held: Mapping[str, int]) -> Verdict:
     """How often the run goes over each source's tokens."""
     times = {prefix: needed[prefix] / held[prefix] for prefix in needed}
     most = max(times, key=lambda prefix: times[prefix])
-    text = f"{sum(needed.values()) / GB:,.3f} billion tokens to train on, {sum(held.values()) / GB:,.3f} there; {most} is read {times[most]:.2f} times"  # fmt: skip
+    text = f"{sum(needed.values()) / GB:,.4g} billion tokens to train on, {sum(held.values()) / GB:,.4g} there; {most} is read {times[most]:.2f} times"  # fmt: skip
     if times[most] > MANY_PASSES:
         return Verdict("warn", "mix", f"{text}; add data or lower its weight")
     return Verdict("ok", "mix", text)

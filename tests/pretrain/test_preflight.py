@@ -73,7 +73,7 @@ CASES: list[tuple[Callable[[], Verdict], str, str]] = [
     (lambda: verdicts.environment(2, (10, 0), None), "ok", ""),
     (lambda: verdicts.same_data({"n1": "a", "n2": "a"}), "ok", "on 2 nodes"),
     (lambda: verdicts.same_data({"n1": "a", "n2": "b", "n3": "a"}), "FAIL", "n2 sees other data"),
-    (lambda: verdicts.passes({"a": 4e9, "b": 1e9}, {"a": 2 * 10**9, "b": 10**9}), "ok", "5.000 billion tokens to train on, 3.000 there; a is read 2.00 times"),
+    (lambda: verdicts.passes({"a": 4e9, "b": 1e9}, {"a": 2 * 10**9, "b": 10**9}), "ok", "5 billion tokens to train on, 3 there; a is read 2.00 times"),
     (lambda: verdicts.passes({"a": 4e9, "b": 9e9}, {"a": 2 * 10**9, "b": 10**9}), "warn", "b is read 9.00 times; add data"),
     (lambda: verdicts.disk(100 * GB, 20 * GB, 4, 0), "ok", "4 + 1 checkpoints of 20.00 GB, 0 there, need 100.0"),
     (lambda: verdicts.disk(99 * GB, 20 * GB, 4, 0), "FAIL", "99.0 GB free"),
@@ -152,11 +152,20 @@ def run(config: RunConfig, tmp_path: Path) -> None:
     preflight.main(["--config", str(path)])
 
 
-def test_go(alone: None, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_go(
+    alone: None,
+    corpus: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["layout", "ranks", *EVERYTHING]
     assert lines[-1] == "go"
+    monkeypatch.setenv("RANK", "1")
+    run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
+    assert capfd.readouterr().out == "", "one rank speaks"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
