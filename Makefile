@@ -2,7 +2,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart longer test test-layouts test-newest test-hf-oldest check format bench clean clean-quickstart
+.PHONY: help install quickstart ouro-tiny longer fp8-study plan-check test test-layouts test-newest test-hf-oldest test-te
+.PHONY: check format bench clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -16,11 +17,14 @@ PYTHON312 ?= $(call running,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions
 NEWEST  := .venv-newest
 # The oldest transformers that an export is promised to run with; the packages of [eval] want newer ones beside it.
 HF_OLDEST := .venv-hf-oldest
+# Transformer Engine beside the newest Megatron-core: built against CUDA's headers, it shows its parameters without a GPU.
+TE      := .venv-te
+CUDA_HOME ?= /usr/local/cuda
 CONFIGS := configs/quickstart
 RUN     := runs/quickstart
 DONE    := $(RUN)/.done
-# Evaluation decodes through every cache too, at full depth and where the gate lets tokens leave.
-CACHES  := --batch_size 16 --kv_caches per_loop,last,mean,first --exit_thresholds 1,0.4
+# Evaluation decodes through every cache too; many rows side by side, for a row alone costs nearly as much time.
+CACHES  := --batch_size 64 --kv_caches per_loop,last,mean,first
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
@@ -31,7 +35,7 @@ export GOMP_SPINCOUNT ?= 3000
 help:  ## this list
 	@echo "LoopLM. Start with:  make quickstart"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "A path runs a part of the tests:     make test TESTS=tests/looplm"
 	@echo "Another interpreter (3.10 to 3.12):  make install PYTHON=/path/to/python3.11"
@@ -43,6 +47,8 @@ install: $(READY)  ## build .venv with the pinned packages
 comma  := ,
 EXTRAS := data,dev,eval,hf
 need_python = @test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 with the venv module was found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+
+need_python312 = @test -n "$(PYTHON312)" || { echo "error: no Python 3.12 with the venv module was found; install one or name it: make PYTHON312=/path/to/python3.12" >&2; exit 2; }
 
 # $(call build,python,environment,constraints,extras)
 define build
@@ -58,17 +64,32 @@ $(READY): setup.py constraints.txt
 	$(call build,$(PYTHON),$(VENV),constraints.txt,$(EXTRAS))
 
 # The pins of the first file, but for those of the second.
-$(NEWEST)/constraints.txt $(HF_OLDEST)/constraints.txt: .venv-%/constraints.txt: constraints.txt constraints-%.txt
+$(NEWEST)/constraints.txt $(HF_OLDEST)/constraints.txt $(TE)/constraints.txt: .venv-%/constraints.txt: constraints.txt constraints-%.txt
 	@mkdir -p $(@D)
 	@awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' constraints-$*.txt constraints.txt > $@
 
 $(NEWEST)/.installed: setup.py $(NEWEST)/constraints.txt
-	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 with the venv module was found; install one or name it: make test-newest PYTHON312=/path/to/python3.12" >&2; exit 2; }
+	$(need_python312)
 	$(call build,$(PYTHON312),$(NEWEST),$(NEWEST)/constraints.txt,$(EXTRAS))
 
 $(HF_OLDEST)/.installed: setup.py $(HF_OLDEST)/constraints.txt
 	$(need_python)
 	$(call build,$(PYTHON),$(HF_OLDEST),$(HF_OLDEST)/constraints.txt,dev$(comma)hf)
+
+# Its own build wants to know where the CUDA build of torch keeps cuDNN and NCCL, and the toolkit's headers before theirs.
+nvidia = $(CURDIR)/$(TE)/lib/python3.12/site-packages/nvidia
+$(TE)/.installed: setup.py $(TE)/constraints.txt
+	$(need_python312)
+	@test -e $(CUDA_HOME)/include/cuda_runtime_api.h || { echo "error: no CUDA headers in $(CUDA_HOME); name the toolkit: make test-te CUDA_HOME=/path/to/cuda" >&2; exit 2; }
+	$(call build,$(PYTHON312),$(TE),$(TE)/constraints.txt,dev)
+	@rm $@
+	@echo "== building Transformer Engine: a quarter of an hour on two cores"
+	@$(TE)/bin/python -m pip install --quiet -c $(TE)/constraints.txt ninja pybind11 pydantic einops onnx onnxscript importlib-metadata nvdlfw-inspect
+	@$(TE)/bin/python -m pip install --quiet --no-deps -c $(TE)/constraints.txt transformer-engine transformer-engine-cu13
+	@NVTE_FRAMEWORK=pytorch MAX_JOBS=2 CUDA_HOME=$(CUDA_HOME) CUDNN_PATH=$(nvidia)/cudnn NCCL_HOME=$(nvidia)/nccl \
+		CPATH=$(CUDA_HOME)/include:$(nvidia)/cu13/include:$(nvidia)/cudnn/include:$(nvidia)/nccl/include \
+		$(TE)/bin/python -m pip install --quiet --no-deps --no-build-isolation -c $(TE)/constraints.txt transformer-engine-torch
+	@touch $@
 
 # ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
 # it stood; one whose config has changed since is made anew, with all that hangs on it
@@ -112,6 +133,10 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 	@$(PY) -m pretrain.report $(RUN)
 	@touch $@
 
+# ---- Ouro's whole recipe in small
+
+include configs/ouro-tiny/chain.mk
+
 # ---- experiments: slow, their results are in docs/LOG.md
 
 LONGER  := runs/longer
@@ -120,8 +145,11 @@ STAGE1  := --config $(CONFIGS)/pretrain.yaml --config configs/longer/pretrain.ya
 longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data (an hour), and what a shared cache costs it
 	@$(PY) -m pretrain.train $(STAGE1)
 	@$(PY) -m pretrain.train $(STAGE1) --config $(CONFIGS)/gate.yaml --config configs/longer/gate.yaml
-	@$(PY) -m pretrain.evaluate --checkpoint $(LONGER)/gate --output $(LONGER)/evaluation.json $(CACHES)
+	@$(PY) -m pretrain.evaluate --checkpoint $(LONGER)/gate --output $(LONGER)/evaluation.json $(CACHES) --exit_thresholds 1,0.4,0.3
 	@$(PY) -m pretrain.report $(LONGER)
+
+fp8-study: $(DONE)/data  ## what FP8 costs in loss, emulated: the quickstart's stage 1 in six formats from three seeds (hours)
+	@$(PY) -m tools.fp8_study
 
 # ---- checks
 
@@ -136,6 +164,9 @@ test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its new
 
 test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export, with the oldest transformers
 	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)
+
+test-te: $(TE)/.installed  ## the block of Transformer Engine's modules, without a GPU (6 GB; compiles for a quarter of an hour)
+	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest $(or $(TESTS),tests/looplm/test_transformer_engine.py tests/looplm/test_engine.py tests/looplm/test_model.py)
 
 check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
@@ -153,11 +184,14 @@ BENCHED = $(firstword $(wildcard runs/longer/gate runs/quickstart/gate))
 bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
 	@$(PY) -m tools.bench $(if $(BENCHED),--checkpoint $(BENCHED))
 
+plan-check: $(READY)  ## the planner's memory against training steps on this CPU, up to four processes
+	@OMP_NUM_THREADS=1 $(PY) -m tools.plan_check
+
 # ---- clean
 
 clean-quickstart:  ## forget the quickstart's results
 	rm -rf $(RUN)
 
-clean: clean-quickstart  ## also forget the environments and every cache
-	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: clean-quickstart clean-ouro-tiny  ## also forget the environments and every cache
+	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

@@ -8,17 +8,43 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from looplm import chat
 from looplm.cli import require
 
 FilterName = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb_quality"]
 
 BYTE_ALPHABET = 256  # a byte-level tokenizer holds every byte, so that no text is unknown to it
 SPECIAL_TOKENS = 3  # bos, eos, pad
-MAX_VOCAB_SIZE = 2**31 - 1  # ids above 65,535 are stored as int32
+MAX_VOCAB_SIZE = 2**30  # ids above 65,535 are stored as int32, whose highest bit marks tokens without loss
 
 
 def _check(config: object, section: str, key: str, allowed: bool, fix: str) -> None:
     require(allowed, f"{section}{key}", getattr(config, key), fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Where a record of a source holds its conversation.
+
+    Args:
+        messages_key: a list of messages: {role, content}, role one of system, user, assistant; or ShareGPT's {from, value}.
+        prompt_key: in place of messages_key: the question, a text or a list of messages.
+        answer_key: with prompt_key: its answer, a text.
+    """
+
+    messages_key: str | None = None
+    prompt_key: str | None = None
+    answer_key: str | None = None
+
+    def __post_init__(self) -> None:
+        pair = (self.prompt_key, self.answer_key)
+        one = None not in pair if self.messages_key is None else pair == (None, None)
+        _check(self, "sources[].chat.", "messages_key", one, "give either messages_key, or prompt_key and answer_key")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those that are given."""
+        return tuple(key for key in (self.messages_key, self.prompt_key, self.answer_key) if key is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +54,9 @@ class SourceConfig:
     Args:
         name: names the prefixes and the source in training configs.
         kind: python-stdlib (this interpreter's own source files), text (a document per file), jsonl or parquet.
-        paths: files or globs, ** included; .gz and .zst are unpacked; not for python-stdlib.
+        paths: files or globs, ** included; .gz, .zst and .zstd are unpacked; not for python-stdlib.
         text_key: jsonl and parquet: the key or column that holds the text.
+        chat: jsonl and parquet: the records are conversations, of which the answers are learnt; null: plain text.
         filters: quality filters, in this order; they were made for prose and reject source code.
         language: datatrove's code of the language, for the filters that count words or sentences.
         min_chars: shorter documents are dropped.
@@ -41,6 +68,7 @@ class SourceConfig:
     kind: Literal["python-stdlib", "text", "jsonl", "parquet"]
     paths: tuple[str, ...] = ()
     text_key: str = "text"
+    chat: ChatConfig | None = None
     filters: tuple[FilterName, ...] = ()
     language: str = "eng"
     min_chars: int = 1
@@ -55,6 +83,11 @@ class SourceConfig:
             check("paths", not self.paths, "kind=python-stdlib finds its own files; leave it out")
         else:
             check("paths", len(self.paths) > 0, "name at least one file or glob")
+        if self.chat is not None:
+            check("chat", self.kind in ("jsonl", "parquet"), "conversations are read from kind=jsonl or parquet")
+            check(
+                "filters", "c4" not in self.filters, "c4 rewrites text and a conversation stays as it is; leave it out"
+            )
         most = self.max_chars
         check("min_chars", self.min_chars >= 1, "give 1 or more")
         check("max_chars", most is None or most >= self.min_chars, f"give null or at least min_chars={self.min_chars}")
@@ -101,6 +134,7 @@ class TokenizerConfig:
         bos_token: beginning of a sequence; null for a given tokenizer that has none.
         eos_token: end of a document.
         pad_token: filler.
+        special_tokens: further tokens that a trained tokenizer holds and no text contains, such as a chat template's.
     """
 
     vocab_size: int | None = None
@@ -109,9 +143,11 @@ class TokenizerConfig:
     bos_token: str | None = "<|bos|>"
     eos_token: str = "<|eos|>"
     pad_token: str = "<|pad|>"
+    special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check, least, size = partial(_check, self, "tokenizer."), BYTE_ALPHABET + SPECIAL_TOKENS, self.vocab_size
+        check, further, size = partial(_check, self, "tokenizer."), self.special_tokens, self.vocab_size
+        least = BYTE_ALPHABET + SPECIAL_TOKENS + len(further)
         check("vocab_size", (size is None) != (self.path is None), "give either vocab_size, to train one, or path")
         fits = size is None or least <= size <= MAX_VOCAB_SIZE
         check("vocab_size", fits, f"give a number from {least} (bytes and special tokens) to {MAX_VOCAB_SIZE}")
@@ -120,6 +156,10 @@ class TokenizerConfig:
         if self.path is None:
             own = self.bos_token not in (None, self.eos_token, self.pad_token)
             check("bos_token", own, "a trained tokenizer has one; it must differ from eos_token and pad_token")
+            apart = len({self.bos_token, self.eos_token, self.pad_token, *further}) == SPECIAL_TOKENS + len(further)
+            check("special_tokens", apart and "" not in further, "they must differ from each other, bos, eos and pad")
+        else:
+            check("special_tokens", not further, "a given tokenizer has its own; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,5 +241,10 @@ class PipelineConfig:
         check("output_dir", self.output_dir != "", "name a folder")
         check("sources", len(names) > 0, "name at least one: [{name: NAME, kind: python-stdlib}]")
         require(len(set(names)) == len(names), "sources[].name", names, "every source needs a name of its own")
+        asks = next((source.name for source in self.sources if source.chat is not None), None)
+        given = self.tokenizer.special_tokens
+        if asks is not None and self.tokenizer.path is None:
+            fix = f"sources.{asks}.chat needs {list(chat.SPECIAL_TOKENS)} in it"
+            require(set(given) >= set(chat.SPECIAL_TOKENS), "tokenizer.special_tokens", list(given), fix)
         check("validation_fraction", 0 <= self.validation_fraction < 1, "give a number in [0, 1)")
         check("seed", self.seed >= 0, "give a whole number of at least 0")

@@ -9,6 +9,7 @@ from datatrove.data import Document
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
+from data_pipeline.chat import MESSAGES
 from data_pipeline.config import PipelineConfig
 from data_pipeline.dedup import find_duplicates
 from data_pipeline.executor import Stages, say
@@ -52,7 +53,8 @@ def _writer(folder: Path, name: str) -> JsonlWriter:
 
 def _text_and_source(self: JsonlWriter, document: Document) -> dict[str, Any]:
     """Keeps what later stages need and drops the metadata that datatrove's steps collect on the way."""
-    return {"text": document.text, "id": document.id, "metadata": {"source": document.metadata["source"]}}
+    kept = {key: document.metadata[key] for key in ("source", MESSAGES) if key in document.metadata}
+    return {"text": document.text, "id": document.id, "metadata": kept}
 
 
 def _kinds_of_duplicates(config: PipelineConfig) -> list[str]:

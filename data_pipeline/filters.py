@@ -14,6 +14,7 @@ from datatrove.pipeline.filters import (
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import StanzaTokenizer, TibetanTokenizer, load_word_tokenizer
 
+from data_pipeline.chat import AnswerFilter
 from data_pipeline.config import SourceConfig
 from looplm.cli import UserError
 
@@ -26,9 +27,10 @@ _QUALITY = {
 
 
 def build_filters(source: SourceConfig) -> list[BaseFilter]:
-    """The length filter, then the source's quality filters in their order."""
+    """The length filter, then the source's quality filters in their order; a conversation needs an answer."""
     quality = [_QUALITY[name](language=source.language) for name in source.filters]
-    return [LengthFilter(source.min_chars, source.max_chars), *quality]
+    answered = [] if source.chat is None else [AnswerFilter()]
+    return [LengthFilter(source.min_chars, source.max_chars), *answered, *quality]
 
 
 def check_language(code: str, key: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.index_file import IndexFile, read_index
+from data_pipeline.loss_marks import unmark
+from looplm import chat
 from looplm.cli import UserError, from_dict
 from looplm.files import sha256_of, write_whole
 
@@ -31,6 +33,21 @@ class TokenizerRecord:
     bos_id: int | None
     eos_id: int
     pad_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRecord:
+    """What a prefix of conversations says of them.
+
+    Args:
+        template: name of the chat template they were written in.
+        end_id: the token that ends an answer.
+        answer_tokens: tokens that are learnt: the answers with their ends.
+    """
+
+    template: str
+    end_id: int
+    answer_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +90,7 @@ class Manifest:
         files: the .bin and the .idx by name.
         fingerprint: SHA-256 over content and tokenizer: equal fingerprints mean equal data.
         config_sha256: of the settings and input files, see data_pipeline.json beside.
+        chat: None where the documents are plain text.
     """
 
     documents: int
@@ -84,6 +102,7 @@ class Manifest:
     files: dict[str, FileRecord]
     fingerprint: str
     config_sha256: str
+    chat: ChatRecord | None = None
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -92,9 +111,16 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def write_manifest(
-    prefix: Path, *, source: str, split: str, vocab_size: int, tokenizer: TokenizerRecord, config_sha256: str
+    prefix: Path,
+    *,
+    source: str,
+    split: str,
+    vocab_size: int,
+    tokenizer: TokenizerRecord,
+    config_sha256: str,
+    end_id: int | None = None,
 ) -> Manifest:
-    """Describe the whole and finished PREFIX.bin and PREFIX.idx, atomically."""
+    """Describe the whole and finished PREFIX.bin and PREFIX.idx, atomically; ``end_id`` if they hold conversations."""
     index = read_index(Path(f"{prefix}.idx"))
     counts = Counts(documents=index.documents, tokens=index.tokens)
     files = {
@@ -111,6 +137,7 @@ def write_manifest(
         files=files,
         fingerprint=_fingerprint(files, tokenizer),
         config_sha256=config_sha256,
+        chat=None if end_id is None else _describe_chat(prefix, index, end_id),
     )
     write_whole(manifest_path(prefix), json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
@@ -133,6 +160,12 @@ def read_manifest(prefix: str | Path) -> Manifest:
     if not isinstance(values, dict):
         raise _broken(path, "not a manifest")
     return from_dict(Manifest, values, where=str(path))
+
+
+def describe(manifest: Manifest) -> str:
+    """How much a prefix holds, for the terminal."""
+    kind, learnt = ("documents", "") if manifest.chat is None else ("conversations", f", {manifest.chat.answer_tokens:,} learnt")  # fmt: skip
+    return f"{manifest.documents:,} {kind}, {manifest.tokens:,} tokens{learnt}"
 
 
 def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
@@ -177,16 +210,30 @@ def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None
             raise _broken(bin_path.parent / name, "its content is not what was written")
     if manifest.fingerprint != _fingerprint(manifest.files, manifest.tokenizer):
         raise _broken(manifest_path(bin_path.with_suffix("")), "its fingerprint is not that of the files")
-    size, eos = manifest.vocab_size, manifest.tokenizer.eos_id
+    size, eos, learnt = manifest.vocab_size, manifest.tokenizer.eos_id, 0
     with bin_path.open("rb") as stream:
         while (tokens := np.fromfile(stream, index.dtype, _BLOCK)).size:
+            if manifest.chat is not None:
+                tokens, learnt_N = unmark(tokens)
+                learnt += int(learnt_N.sum())
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= size:
                 raise _broken(bin_path, f"holds token id {low if low < 0 else high}, the vocabulary has {size}")
+    if manifest.chat is not None and learnt != manifest.chat.answer_tokens:
+        raise _broken(bin_path, f"marks {learnt} tokens as learnt, the manifest says {manifest.chat.answer_tokens}")
     ends = np.cumsum(index.lengths(), dtype=np.int64)
     data = np.memmap(bin_path, index.dtype, mode="r")
-    if int(ends[-1]) != data.size or bool((data[ends - 1] != eos).any()):
+    last = data[ends - 1] if manifest.chat is None else unmark(data[ends - 1])[0]
+    if int(ends[-1]) != data.size or bool((last != eos).any()):
         raise _broken(bin_path, f"a document does not end in eos ({eos}); the index belongs to another data set")
+
+
+def _describe_chat(prefix: Path, index: IndexFile, end_id: int) -> ChatRecord:
+    learnt = 0
+    with Path(f"{prefix}.bin").open("rb") as stream:
+        while (tokens := np.fromfile(stream, index.dtype, _BLOCK)).size:
+            learnt += int(unmark(tokens)[1].sum())
+    return ChatRecord(template=chat.NAME, end_id=end_id, answer_tokens=learnt)
 
 
 def _broken(path: Path, what: str, fix: str = "build the data again") -> UserError:

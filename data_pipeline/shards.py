@@ -1,15 +1,20 @@
 """From split documents to Megatron shards, one per split file."""
 
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from datatrove.data import Document
 from datatrove.io import DataFolder
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import MegatronDocumentTokenizer
+from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from tokenizers import Tokenizer
 
+from data_pipeline.chat import starts_with_a_conversation, write_conversations
 from data_pipeline.executor import Stages, say
+from looplm.chat import ChatTemplate
 
 
 def write_shards(eos_token: str, work: Path, stages: Stages) -> dict[str, list[str]]:
@@ -31,7 +36,8 @@ def write_shards(eos_token: str, work: Path, stages: Stages) -> dict[str, list[s
 
 
 class MegatronTokenizer(MegatronDocumentTokenizer):
-    """datatrove's writer of Megatron shards; every document ends in eos, and in no other place stands a special id."""
+    """datatrove's writer of Megatron shards; every document ends in eos, and in no other place stands a special id, but
+    for those of the chat template in a conversation."""
 
     def __init__(self, output_folder: str, tokenizer: str, eos_token: str) -> None:
         super().__init__(output_folder, tokenizer_name_or_path=tokenizer, eos_token=eos_token, batch_size=1000)
@@ -43,3 +49,16 @@ class MegatronTokenizer(MegatronDocumentTokenizer):
         tokenizer.no_truncation()  # a given tokenizer.json may carry settings of the model it was made for
         tokenizer.no_padding()
         return tokenizer
+
+    def write_tokens(self, data: Iterator[Document], filename: str) -> MegatronTokenizedFile:
+        conversations, documents = starts_with_a_conversation(iter(data))
+        if not conversations:
+            return super().write_tokens(documents, filename)
+        template = ChatTemplate(self.tokenizer, self.tokenizer_name_or_path)
+        shard = MegatronTokenizedFile(self.output_folder, filename, token_size=4)  # the marks need int32
+        eos_id = self.tokenizer.token_to_id(self.eos_token)
+        assert eos_id is not None  # special_ids saw to it
+        for tokens in write_conversations(documents, shard, template, eos_id, self.batch_size):
+            self.stat_update("tokens", value=tokens)
+        shard.close()
+        return shard

@@ -12,6 +12,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,7 +25,8 @@ from datatrove.data import Document
 from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 
-from data_pipeline.config import SourceConfig
+from data_pipeline.chat import as_document, read_conversation
+from data_pipeline.config import ChatConfig, SourceConfig
 from looplm.cli import UserError
 
 
@@ -80,14 +82,15 @@ def make_reader(source: SourceConfig, files: list[Path], paths_file: Path | None
         "data_folder": str(root),
         "paths_file": str(paths_file) if paths_file else None,
         "limit": -1 if source.limit is None else source.limit,
-        "text_key": source.text_key,
-        "adapter": _adapt,
+        "text_key": source.text_key if source.chat is None else source.chat.keys[0],
+        "adapter": _adapt if source.chat is None else partial(_adapt_conversation, source.chat),
         "default_metadata": {"source": source.name},
     }
     if source.kind == "jsonl":
         return JsonLinesReader(**options)
     if source.kind == "parquet":
-        return CheckedParquetReader(read_metadata=False, **options)
+        several = source.chat is not None and len(source.chat.keys) > 1
+        return CheckedParquetReader(read_metadata=several, **options)  # then all columns are read
     return TextReader(skip_undecodable=source.kind == "python-stdlib", **(options | {"text_key": "text"}))
 
 
@@ -174,11 +177,19 @@ def _adapt(self: BaseDiskReader, data: dict[str, Any], path: str, id_in_file: in
     return {"text": text, "id": str(data.get(self.id_key, f"{path}/{id_in_file}")), "metadata": {}}
 
 
+def _adapt_conversation(
+    chat: ChatConfig, self: BaseDiskReader, data: dict[str, Any], path: str, id_in_file: int
+) -> dict[str, Any]:
+    """The same for a record that holds a conversation."""
+    messages = read_conversation(data, chat, f"{self.data_folder.resolve_paths(path)}:{id_in_file + 1}")
+    return {"id": str(data.get(self.id_key, f"{path}/{id_in_file}")), **as_document(messages)}
+
+
 def open_binary(path: Path) -> BinaryIO:
-    """The file's bytes, unpacked where the name ends in .gz or .zst. A truncated pack raises EOFError when read."""
+    """The file's bytes, unpacked where the name ends in .gz, .zst or .zstd. A truncated pack raises EOFError when read."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
+    if path.suffix in (".zst", ".zstd"):
         return io.BufferedReader(_ZstdStream(path.open("rb")))
     return path.open("rb")
 

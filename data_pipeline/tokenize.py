@@ -25,12 +25,13 @@ from data_pipeline.config import PipelineConfig
 from data_pipeline.documents import split_documents
 from data_pipeline.executor import Stages, check_slurm, say
 from data_pipeline.filters import check_language
-from data_pipeline.manifest import TokenizerRecord, check_prefix, write_manifest
+from data_pipeline.manifest import TokenizerRecord, check_prefix, describe, write_manifest
 from data_pipeline.shards import write_shards
 from data_pipeline.sources import check_files, find_files
 from data_pipeline.split import TRAIN, VALID
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
+from looplm import chat
 from looplm.cli import UserError, parse_config, run_main
 from looplm.files import sha256_of
 
@@ -62,7 +63,7 @@ def build(config: PipelineConfig) -> None:
     for prefix in sorted(path.with_suffix("") for path in output.glob("*.idx")):
         manifest = check_prefix(prefix, deep=False)
         shown = os.path.relpath(prefix)
-        print(f"{shown}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.vocab_size:,} ids")
+        print(f"{shown}: {describe(manifest)}, {manifest.vocab_size:,} ids")
 
 
 def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
@@ -70,7 +71,9 @@ def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
     if config.executor.slurm is not None:
         check_slurm()
     if config.tokenizer.path is not None:
-        load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
+        if any(source.chat is not None for source in config.sources):
+            chat.special_ids(tokenizer, f"tokenizer.path: {config.tokenizer.path}")
     if config.dedup.language is not None:
         check_language(config.dedup.language, "dedup.language")
     files = {}
@@ -131,6 +134,7 @@ def _describe(config: PipelineConfig, final: Path, config_sha256: str) -> None:
                     vocab_size=vocab_size(tokenizer),
                     tokenizer=record,
                     config_sha256=config_sha256,
+                    end_id=None if source.chat is None else tokenizer.token_to_id(chat.END),
                 )
 
 

@@ -39,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     assert config.bos_token is not None and config.vocab_size is not None
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[config.bos_token, config.eos_token, config.pad_token],
+        special_tokens=[config.bos_token, config.eos_token, config.pad_token, *config.special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from data_pipeline.manifest import check_prefix
+from data_pipeline.manifest import check_prefix, describe
 from looplm.cli import UserError, run_main
 
 
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
         try:
             found = check_prefix(prefix, deep=arguments.deep)
             fingerprint = found.fingerprint[:16]
-            print(f"{prefix}: whole, {found.documents:,} documents, {found.tokens:,} tokens, fingerprint {fingerprint}")
+            print(f"{prefix}: whole, {describe(found)}, fingerprint {fingerprint}")
         except UserError as error:
             faults.append(str(error))
     if faults:

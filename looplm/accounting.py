@@ -3,14 +3,13 @@
 Every figure is a formula over :class:`ModelConfig`; tests hold them against real modules and real allocations.
 """
 
-from looplm.layout import Recompute
 from looplm.model_config import GateConfig, ModelConfig
 
 
 def parameter_counts(model: ModelConfig, gate: GateConfig) -> dict[str, int]:
     """Parameters by part. The number of loops does not appear: the stack is one set of weights."""
     d = model.hidden_size
-    norms = (4 * d if model.sandwich_norm else 2 * d) + _latent_norms(model)
+    norms = (4 * d if model.sandwich_norm else 2 * d) + _attention_vectors(model)
     return {
         "embedding": model.vocab_size * d,
         "layers": model.num_layers * (_layer_matrices(model) + norms),
@@ -48,8 +47,13 @@ def _attention_matrices(model: ModelConfig) -> int:
     return queries + keys_values + heads * model.v_head_dim * d
 
 
-def _latent_norms(model: ModelConfig) -> int:
-    return 0 if model.attention == "mha" else model.kv_lora_rank + (model.q_lora_rank or 0)
+def _attention_vectors(model: ModelConfig) -> int:
+    """Norms of MLA's latents; norms of heads and biases of MHA."""
+    if model.attention == "mla":
+        return model.kv_lora_rank + (model.q_lora_rank or 0)
+    width = model.attention_head_dim
+    biases = width * (model.num_attention_heads + 2 * model.query_groups)
+    return model.qk_norm * 2 * width + model.qkv_bias * biases
 
 
 def _gate_matrices(model: ModelConfig, gate: GateConfig) -> int:
@@ -96,17 +100,3 @@ def cache_values_per_token(model: ModelConfig, num_caches: int) -> int:
     else:
         per_layer = 2 * model.query_groups * model.attention_head_dim
     return num_caches * model.num_layers * per_layer
-
-
-def checkpointed_values_per_token(model: ModelConfig, num_loops: int, recompute: Recompute) -> int:
-    """Numbers of the stack that a token keeps from forward to backward, where backward makes the others again.
-
-    ``loop`` keeps what enters each loop; ``full`` keeps what enters each layer, and the input and the output of the
-    loop-end norm. On top of them comes what is made again at a time: one loop's activations, or one layer's.
-
-    Args:
-        num_loops: R of training.
-        recompute: full or loop; with none and selective what is kept depends on the kernels.
-    """
-    kept = {"full": model.num_layers + 2, "loop": 1}
-    return num_loops * kept[recompute] * model.hidden_size

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -35,8 +36,8 @@ from tokenizers import Tokenizer
 from looplm import device, optimizer_state, parallel, step_folder
 from looplm.cli import UserError, from_dict, to_dict
 from looplm.config import RunConfig
-from looplm.files import write_whole
-from looplm.model import LoopLM
+from looplm.files import sha256_of, write_whole
+from looplm.model import EXTRA_STATE, LoopLM
 from looplm.model_config import GateConfig, ModelConfig
 from looplm.sharded_weights import sharded_weights
 from looplm.step_folder import locate
@@ -67,6 +68,34 @@ class About:
     pad_id: int | None = None
     dtype: str = ""
     optimizer_step: int | None = None
+
+    @classmethod
+    def of_weights(
+        cls,
+        tokenizer: Path,
+        eos_id: int,
+        bos_id: int | None,
+        pad_id: int | None,
+        gate_trained: bool,
+        dtype: torch.dtype,
+    ) -> "About":
+        """Of weights that come from elsewhere: no run of ours made them, so there is nothing to resume."""
+        return cls(
+            step=0,
+            samples=0,
+            tokens=0,
+            horizon_samples=0,
+            objective=WEIGHTS_ONLY,
+            gate_trained=gate_trained,
+            tokenizer_sha256=sha256_of(tokenizer),
+            eos_id=eos_id,
+            data_order="",
+            versions=versions(),
+            git_revision=git_revision(),
+            bos_id=bos_id,
+            pad_id=pad_id,
+            dtype=str(dtype).removeprefix("torch."),
+        )
 
     @property
     def steps_of_optimizer(self) -> int:
@@ -152,6 +181,7 @@ def _write(
     if parallel.is_rank_0():
         (folder / "state").mkdir()
     dist.barrier()
+    force_all_tensors_to_non_fp8(state)  # engine.fp8_params
     dist_checkpointing.save(state, str(folder / "state"))
     dist.barrier()
     if parallel.is_rank_0():
@@ -188,7 +218,12 @@ def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str
 def load_run(step: Path, trained: Trained) -> None:
     """A run's whole state, from one of its step directories into parts of the same shape."""
     wanted = _state(trained, is_loading=True)
-    state = dist_checkpointing.load(wanted, str(step / "state"), strict=StrictHandling.RAISE_ALL)
+    state, absent, unread = dist_checkpointing.load(wanted, str(step / "state"), strict=StrictHandling.RETURN_ALL)
+    different = [
+        key for key in sorted({*absent, *unread}) if EXTRA_STATE not in key
+    ]  # older checkpoints have empty ones
+    if different:
+        raise UserError(f"{step}: not of this run: only one of the two has {', '.join(different)}")
     trained.model.load_state_dict(state["model"])
     steps = read_about(step).steps_of_optimizer
     optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], steps)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from looplm.cli import require
+from looplm.engine import EngineConfig
 from looplm.layout import ParallelConfig
 from looplm.model_config import GateConfig, ModelConfig, require_positive
 
@@ -231,6 +232,7 @@ class RunConfig:
         optim: optimizer, schedule, precision.
         data: what is read.
         parallel: layout over the ranks.
+        engine: what the stack's linears are made of, and in which numbers they multiply.
         checkpoint: saving and starting.
         logging: what is written.
     """
@@ -242,6 +244,7 @@ class RunConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 1234
@@ -258,6 +261,10 @@ class RunConfig:
         model = self.model
         mla, tied = model.attention == "mla", model.tie_embeddings
         self.parallel.check(model.tensor_parallel_widths, self.data.seq_length, model.num_layers, mla, tied)
-        if self.loss.objective == "adaptive_gate":
+        frozen, tokens = self.loss.objective == "adaptive_gate", self.data.seq_length * self.data.micro_batch_size
+        self.engine.check(model, self.parallel, tokens, frozen)
+        require(not self.engine.real_fp8 or self.optim.precision == "bf16", "engine.fp8", self.engine.fp8, "it needs optim.precision=bf16")  # fmt: skip
+        require(not self.engine.fp8_params or self.checkpoint.initial is None, "engine.fp8_params", True, "the optimizer's fp32 weights would start from rounded ones; leave it false where checkpoint.initial is given")  # fmt: skip
+        if frozen:
             require(self.model.num_loops > 1, "model.num_loops", self.model.num_loops, "the gate stage needs at least 2 loops to choose from")  # fmt: skip
             require(self.checkpoint.initial is not None, "checkpoint.initial", None, "the gate stage needs a trained trunk: name the stage-1 directory")  # fmt: skip

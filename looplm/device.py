@@ -175,6 +175,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def compute_capability() -> tuple[int, int]:
+    """Of this process's GPU, as NVIDIA counts: (9, 0) is Hopper; (0, 0) without one."""
+    return torch.cuda.get_device_capability() if HAS_CUDA else (0, 0)
+
+
 def peak_flops() -> float:
     """FLOP/s of one device: the data sheet's bf16 figure for a known GPU, else the measured fp32 matmul rate.
 

@@ -2,6 +2,7 @@
 
 python -m looplm.generate --checkpoint runs/quickstart/gate --prompt "def parse(" --kv_cache last --exit_threshold 0.9
 python -m looplm.generate --checkpoint runs/quickstart/gate --interactive true --temperature 0.7
+python -m looplm.generate --checkpoint runs/ouro-tiny/sft --chat true --prompt "What is 17 plus 25?" --temperature 0
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from typing import Any, Literal
 import torch
 
 from looplm import parallel
-from looplm.checkpoint import open_model
+from looplm.chat import ChatTemplate, Message
+from looplm.checkpoint import OpenedModel, open_model
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.files import write_whole
 from looplm.inference.generate import Generation, GenerationConfig, Generator, Request
@@ -38,6 +40,7 @@ class GenerateConfig(GenerationConfig):
         prompts: file of texts to continue, separated by lines of three dashes.
         interactive: read lines from the terminal and continue the growing text after each; /reset forgets it, /quit or
             the end of input leaves, Ctrl-C ends an answer.
+        chat: a prompt is what a user says, and the model answers it in its chat template; for models tuned on conversations.
         output: file to write the samples to, one JSON object a line.
         num_samples: continuations per prompt, each with a seed of its own.
         precision: what to compute in, fp32 or bf16.
@@ -47,6 +50,7 @@ class GenerateConfig(GenerationConfig):
     prompt: str = ""
     prompts: str = ""
     interactive: bool = False
+    chat: bool = False
     output: str | None = None
     num_samples: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -73,15 +77,29 @@ def main(argv: list[str]) -> None:
         opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
         generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
         printer = Printer(opened.model.shape.num_loops)
+        template = _template(opened) if config.chat else None
         if config.interactive:
-            converse(generator, config, printer)
+            converse(generator, config, printer, template)
         else:
-            _continue_prompts(generator, config, prompts, printer)
+            _continue_prompts(generator, config, prompts, printer, template)
     finally:
         parallel.stop()
 
 
-def _continue_prompts(generator: Generator, config: GenerateConfig, prompts: list[str], printer: "Printer") -> None:
+def _template(opened: OpenedModel) -> ChatTemplate:
+    template = ChatTemplate(opened.tokenizer, f"chat: {opened.folder}/tokenizer.json")
+    fix = "it was not tuned on conversations: leave chat false, or give the checkpoint of a stage whose data.train holds some"
+    require(opened.about.eos_id == template.end_id, "chat", True, fix)
+    return template
+
+
+def _continue_prompts(
+    generator: Generator,
+    config: GenerateConfig,
+    prompts: list[str],
+    printer: "Printer",
+    template: ChatTemplate | None,
+) -> None:
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
     alone = len(repeated) == 1
 
@@ -91,7 +109,12 @@ def _continue_prompts(generator: Generator, config: GenerateConfig, prompts: lis
     start = time.perf_counter()
     if alone:
         printer.prompt(repeated[0])
-    generations = generator.generate(repeated, config, show if alone else None)
+    asked = repeated if template is None else [template.ask([Message("user", prompt)]) for prompt in repeated]
+    generations = generator.generate(asked, config, show if alone else None)
+    if template is not None:
+        generations = [
+            dataclasses.replace(one, prompt=prompt) for one, prompt in zip(generations, repeated, strict=True)
+        ]
     seconds = time.perf_counter() - start
     if not alone:  # side by side they would be written into one another
         for generation in generations:
@@ -107,19 +130,24 @@ def _continue_prompts(generator: Generator, config: GenerateConfig, prompts: lis
             raise UserError(f"prompt {index // config.num_samples + 1} of {len(prompts)}: {generation.error}")
 
 
-def converse(generator: Generator, config: GenerateConfig, printer: "Printer") -> None:
-    """Lines in, continuations of the whole text so far out, until the input ends.
+def converse(generator: Generator, config: GenerateConfig, printer: "Printer", template: ChatTemplate | None) -> None:
+    """Lines in, continuations of the whole text so far out, until the input ends; with a template, answers.
 
     The oldest part of a text that leaves no room for an answer is forgotten.
     """
     config.exit_rule(printer.trained_loops, generator.gate_trained)  # refused before the first line is asked for
     context, text, turn = generator.model.shape.max_sequence_length, list[int](), 0
     room = max(1, context - config.max_new_tokens)
+
+    def encode(words: str) -> list[int]:
+        return generator.tokenizer.encode(words, add_special_tokens=False).ids
+
     while (line := _ask()) not in (None, "/quit"):
         if line == "/reset":
             text = []
             continue
-        text = (text + generator.tokenizer.encode(f"{line}\n", add_special_tokens=False).ids)[-room:]
+        said = encode(f"{line}\n") if template is None else template.ask([Message("user", line or "")])
+        text = (text + said)[-room:]
         answer = list[Token]()
 
         def hear(_: int, token: Token, answer: list[Token] = answer) -> None:
@@ -136,8 +164,10 @@ def converse(generator: Generator, config: GenerateConfig, printer: "Printer") -
         except KeyboardInterrupt:
             print()
         text += [token.id for token in answer]
-        if answer and not answer[-1].text.endswith("\n"):
-            text += generator.tokenizer.encode("\n", add_special_tokens=False).ids
+        if template is not None:
+            text += template.close()
+        elif answer and not answer[-1].text.endswith("\n"):
+            text += encode("\n")
         turn += 1
 
 

@@ -5,196 +5,33 @@ A block with sandwich norms (Ouro section 3.1; norms a-d as numbered there)::
     x = x + norm_b(attention(norm_a(x)))
     x = x + norm_d(mlp(norm_c(x)))
 
-Shapes: S sequence, B batch, D hidden, H heads, K query-key head width, W value head width, T positions attended to: S,
-or under context parallelism the sequence of which S is this rank's part.
+Its parts come from :mod:`looplm.local_layers` or :mod:`looplm.transformer_engine_layers` (``engine.transformer_impl``).
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import te_checkpoint
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 
-from looplm import context
-from looplm.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE
+from looplm import local_layers, transformer_engine_layers
+from looplm.cli import require
+from looplm.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE, compute_capability
+from looplm.engine import EngineConfig
+from looplm.fp8_emulation import emulate
 from looplm.layout import ParallelConfig, Recompute
 from looplm.model_config import ModelConfig
+from looplm.norms import RMSNorm
 from looplm.parallel import seeded
-
-
-class RMSNorm(MegatronModule):
-    """``x / rms(x) * weight`` (Zhang & Sennrich 2019). Megatron's torch norm refuses sequence parallelism; this does not."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__(config)
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class ReplicatedLinear(MegatronModule):
-    """A linear layer that every tensor-parallel rank holds whole: MLA's down projections.
-
-    Megatron's own local choice is column-parallel and gathers the rotary key, which different heads then use on each
-    rank; the gather's backward splits that gradient without summing it, and the loss hides the error. With this one and
-    sequence parallelism Megatron takes the branch of Transformer Engine's duplicated linears, which is right: each rank
-    sees some positions, and the weight's gradient is summed over the ranks.
-    """
-
-    def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Callable[..., Any], **_: Any
-    ) -> None:
-        super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
-        init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight), None
-
-
-# Megatron-core accepts listed classes only for these projections; without Transformer Engine this name is free.
-if not HAS_TRANSFORMER_ENGINE:
-    multi_latent_attention.Linear = ReplicatedLinear
-
-
-class LatentAttention(MLASelfAttention):
-    """Megatron's multi-head latent attention, built as its spec says in every release.
-
-    Args:
-        rope_period: width after which the frequencies of the rotary part begin anew (``model.qk_rope_period``).
-    """
-
-    def __init__(self, *args: Any, rope_period: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        width = self.config.qk_pos_emb_head_dim
-        one_key = RotaryEmbedding(
-            rope_period, rotary_percent=1.0, rotary_base=self.config.rotary_base, cp_group=self.pg_collection.cp
-        )
-        self.rotary_pos_emb.inv_freq = one_key.inv_freq.repeat(width // rope_period)
-
-    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
-        """Megatron-core 0.19 asks this before it builds. Its own answer, off Transformer Engine, refuses a normed
-        key-value latent beside queries without a latent (``q_lora_rank: null``), which DeepSeek's small models have."""
-        return vars(submodules)
-
-
-class SandwichNormAdd(MegatronModule):
-    """Sits in Megatron's bias-dropout-add slot and normalises the sublayer's output before adding it (norms b, d).
-
-    Normalising undoes the usual small start of the residual outputs' weights, so the norm's gain carries it: at 1 the
-    2 L R sublayers that a token passes would drown the token itself, and deeper loops would start out worse.
-    """
-
-    def __init__(self, config: TransformerConfig, depth: int) -> None:
-        super().__init__(config)
-        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        nn.init.constant_(self.norm.weight, (2 * depth) ** -0.5)
-
-    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """Megatron asks for a function first and calls it with (output, bias), residual and dropout next."""
-        return self._add
-
-    def _add(self, output_with_bias: tuple[Tensor, None], residual_SBD: Tensor, dropout: float) -> Tensor:
-        return residual_SBD + self.norm(output_with_bias[0])
-
-
-class CoreAttention(MegatronModule):
-    """``softmax(q k^T scale + mask) v`` on torch's fused kernels, for equal and unequal head widths.
-
-    Megatron's local one materialises S x S scores and refuses MLA's unequal widths.
-
-    Under context parallelism every rank gathers the keys and values of all positions and attends from its own. They come
-    as heads, MLA's too: gathering its latent, before the up-projection, would move and keep fewer bytes.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        pg_collection: ProcessGroupCollection,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config)
-        self.softmax_scale = softmax_scale
-        self.context = pg_collection.cp
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Attend.
-
-        Args:
-            query: [S, B, H, K].
-            key: [S, B, groups, K].
-            value: [S, B, groups, W].
-            attention_mask: [B, 1, S, T], added to the scores; None means plainly causal.
-
-        Returns:
-            [S, B, H * W].
-        """
-        widths = [key.size(-1), value.size(-1)]
-        if self.context.size() > 1:  # both in one message
-            key, value = context.restore(torch.cat((key, value), -1), self.context).split(widths, -1)
-        q_BHSK, k_BHTK, v_BHTW = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        pad = widths[0] - widths[1]
-        if pad > 0:  # unequal widths would leave the flash kernel for one that materialises S x T
-            v_BHTW = F.pad(v_BHTW, (0, pad))
-        runs = []
-        for own, seen in context.spans(query.size(0), self.context):
-            mask = None if attention_mask is None else attention_mask[:, :, own, :seen]
-            before = seen - (own.stop - own.start)
-            if mask is None and before:  # is_causal would align the mask with the first key, not with the last
-                mask = causal_lower_right(own.stop - own.start, seen)
-            out_BHSW = F.scaled_dot_product_attention(
-                q_BHSK[:, :, own],
-                k_BHTK[:, :, :seen],
-                v_BHTW[:, :, :seen],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.softmax_scale,
-                enable_gqa=key.size(2) != query.size(2),
-            )
-            runs.append(out_BHSW[..., : widths[1]].permute(2, 0, 1, 3).flatten(2))
-        return runs[0] if len(runs) == 1 else torch.cat(runs)
-
-
-def document_mask(document_start_SB: Tensor, dtype: torch.dtype, group: context.Group = None) -> Tensor:
-    """Additive mask that keeps attention causal and inside each token's document: [B, 1, S, T].
-
-    Args:
-        document_start_SB: position in the whole sequence at which each token's document starts, for this rank's tokens.
-        dtype: of the scores.
-        group: the context-parallel ranks.
-    """
-    start_BS1 = document_start_SB.t().unsqueeze(-1)
-    key_T = torch.arange(document_start_SB.size(0) * context.place(group)[1], device=start_BS1.device)
-    query_S1 = context.deal(key_T, group).unsqueeze(-1)
-    visible_BST = (key_T <= query_S1) & (key_T >= start_BS1)
-    mask_BST = torch.zeros(visible_BST.shape, dtype=dtype, device=start_BS1.device)
-    return mask_BST.masked_fill_(~visible_BST, float("-inf")).unsqueeze(1)
-
 
 # What Megatron makes again in backward; `loop` is LoopLM's own. Under sequence parallelism what it keeps instead is
 # already this rank's part of the sequence, so there is nothing to distribute any further.
@@ -207,13 +44,18 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 
 
 def transformer_config(
-    model: ModelConfig, dtype: torch.dtype = torch.float32, layout: ParallelConfig | None = None, draw: bool = True
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    layout: ParallelConfig | None = None,
+    draw: bool = True,
+    engine: EngineConfig | None = None,
 ) -> TransformerConfig:
     """``model`` as Megatron's config; gradients are normalised by the number of tokens that count, over all ranks.
 
-    ``draw`` gives the matrices their random start.
+    ``draw`` gives the matrices their random start; what ``engine`` asks for is checked against this machine.
     """
-    layout = layout or ParallelConfig()
+    layout, engine = layout or ParallelConfig(), engine or EngineConfig()
+    check_engine(engine)
     common: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -250,9 +92,16 @@ def transformer_config(
         "apply_rope_fusion": False,
         "use_cpu_initialization": not HAS_CUDA,
         "perform_initialization": draw,
+        **_engine_keys(engine),
     }
     if model.attention == "mha":
-        return TransformerConfig(**common, kv_channels=model.attention_head_dim, num_query_groups=model.query_groups)
+        return TransformerConfig(
+            **common,
+            kv_channels=model.attention_head_dim,
+            num_query_groups=model.query_groups,
+            add_qkv_bias=model.qkv_bias,
+            qk_layernorm=model.qk_norm,  # tensor-parallel ranks then sum the gradients of these norms, with or without SP
+        )
     return MLATransformerConfig(
         **common,
         multi_latent_attention=True,
@@ -267,74 +116,83 @@ def transformer_config(
     )
 
 
-class SeededLayer(TransformerLayer):
-    """A block whose first weights depend on the seed and its place in the stack, not on the rank that holds it."""
+def check_engine(engine: EngineConfig) -> None:
+    """Refuse what this machine does not have; :class:`EngineConfig` has checked the rest.
 
-    def __init__(self, *args: Any, layer_number: int, first: int, **kwargs: Any) -> None:
-        with seeded(f"layer {first + layer_number}"):
+    Raises:
+        UserError: no Transformer Engine, too old a GPU for the recipe, or an emulation where the real one could be.
+    """
+    missing = "Transformer Engine is not installed here (setup.py, [gpu]); take local"
+    installed = engine.transformer_impl == "local" or HAS_TRANSFORMER_ENGINE
+    require(installed, "engine.transformer_impl", engine.transformer_impl, missing)
+    require(not (engine.emulated and HAS_CUDA), "engine.fp8", engine.fp8, "emulation is for machines without a GPU; take engine.transformer_impl=transformer_engine")  # fmt: skip
+    if engine.real_fp8 and HAS_CUDA:
+        need, have = _CAPABILITY[engine.fp8_recipe], compute_capability()
+        require(have >= need, "engine.fp8_recipe", engine.fp8_recipe, f"it needs compute capability {need[0]}.{need[1]}, this GPU has {have[0]}.{have[1]}")  # fmt: skip
+
+
+# The first GPUs that have it: Ada, Hopper, Blackwell.
+_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def _engine_keys(engine: EngineConfig) -> dict[str, Any]:
+    """FP8 in Megatron's terms; an emulation is none of Megatron's business."""
+    if not engine.real_fp8:
+        return {}
+    return {
+        "fp8": engine.fp8,
+        "fp8_recipe": engine.fp8_recipe,
+        "fp8_param": engine.fp8_params,
+        "fp8_amax_history_len": engine.amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": engine.first_layers_bf16 + engine.last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": engine.first_layers_bf16,
+        "num_layers_at_end_in_bf16": engine.last_layers_bf16,
+    }
+
+
+def recomputed(
+    layers: Callable[[Tensor], Tensor], h_SBD: Tensor, config: TransformerConfig, group: dist.ProcessGroup
+) -> Tensor:
+    """``layers(h_SBD)``, of which backward keeps the input alone; FP8 has a state that only its own checkpoint knows."""
+    if config.fp8:
+        return te_checkpoint(layers, False, get_cuda_rng_tracker, group, h_SBD)
+    return tensor_parallel.checkpoint(layers, False, h_SBD)
+
+
+class LoopedLayer(TransformerLayer):
+    """A block whose first weights depend on the seed and its place in the stack, not on the rank that holds it.
+
+    Args:
+        first: layers on the pipeline ranks before.
+        num_layers: of the whole stack.
+        engine: what its linears multiply in.
+    """
+
+    def __init__(
+        self, *args: Any, layer_number: int, first: int, num_layers: int, engine: EngineConfig, **kwargs: Any
+    ) -> None:
+        place = first + layer_number
+        with seeded(f"layer {place}"):
             super().__init__(*args, layer_number=layer_number, **kwargs)
+        if engine.emulated:
+            emulate(self, engine, in_bf16=engine.stays_in_bf16(place - 1, num_layers))
 
 
 def block_spec(
-    model: ModelConfig, config: TransformerConfig, layout: ParallelConfig, pipeline_rank: int
+    model: ModelConfig,
+    config: TransformerConfig,
+    layout: ParallelConfig,
+    pipeline_rank: int,
+    engine: EngineConfig | None = None,
 ) -> TransformerBlockSubmodules:
     """This pipeline rank's share of the stack: equal blocks, and the loop-end norm on the last rank."""
+    engine = engine or EngineConfig()
+    if engine.transformer_impl == "local":
+        parts = local_layers.layer_submodules(model, config)
+    else:
+        parts = transformer_engine_layers.layer_submodules(model, config)
     stages = layout.stage_layers(model.num_layers)
-    spec = _layer_spec(model, config, first=sum(stages[:pipeline_rank]))
+    place = {"first": sum(stages[:pipeline_rank]), "num_layers": model.num_layers, "engine": engine}
+    spec = ModuleSpec(module=LoopedLayer, params=place, submodules=parts)
     return TransformerBlockSubmodules(layer_specs=[spec] * stages[pipeline_rank], layer_norm=RMSNorm)
-
-
-def _layer_spec(model: ModelConfig, config: TransformerConfig, first: int) -> ModuleSpec:
-    add = get_bias_dropout_add
-    if model.sandwich_norm:
-        add = ModuleSpec(module=SandwichNormAdd, params={"config": config, "depth": model.num_layers * model.num_loops})
-    return ModuleSpec(
-        module=SeededLayer,
-        params={"first": first},
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=_mla_spec(model) if model.attention == "mla" else _mha_spec(),
-            self_attn_bda=add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=_spec(MLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
-            mlp_bda=add,
-        ),
-    )
-
-
-def _mla_spec(model: ModelConfig) -> ModuleSpec:
-    return _spec(
-        LatentAttention,
-        MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ReplicatedLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ReplicatedLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            kv_layernorm=RMSNorm,
-        ),
-        attn_mask_type=AttnMaskType.causal,
-        rope_period=model.rope_period,
-    )
-
-
-def _mha_spec() -> ModuleSpec:
-    return _spec(
-        SelfAttention,
-        SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
-        ),
-        attn_mask_type=AttnMaskType.causal,
-    )
-
-
-def _spec(module: type, submodules: Any, **params: Any) -> ModuleSpec:
-    """``ModuleSpec`` without the keyword noise."""
-    return ModuleSpec(module=module, submodules=submodules, params=params)

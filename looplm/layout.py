@@ -89,7 +89,7 @@ class ParallelConfig:
         legal = _largest_divisor(self.tensor, divided.values())
         for name, value in divided.items():
             require(value % self.tensor == 0, "parallel.tensor", self.tensor, f"it must divide {name}={value}; the nearest legal value is {legal}")  # fmt: skip
-        # Without it the gradients of MLA's down projections are wrong in Megatron-core: see layers.ReplicatedLinear.
+        # Without it the gradients of MLA's down projections are wrong in Megatron-core: see local_layers.ReplicatedLinear.
         require(not mla or self.tensor == 1 or self.sequence_parallel, "parallel.sequence", False, "mla with parallel.tensor > 1 needs it; leave it null or take model.attention=mha")  # fmt: skip
         self._check_stages(num_layers)
         require(self.pipeline == 1 or not tied, "model.tie_embeddings", True, "embedding and head lie on different pipeline ranks; untie them or take parallel.pipeline=1")  # fmt: skip

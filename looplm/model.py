@@ -9,10 +9,10 @@
 The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -23,11 +23,15 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from looplm.attention import document_mask, document_offsets
+from looplm.engine import EngineConfig
 from looplm.exit_gate import build_exit_gate
-from looplm.layers import block_spec, document_mask, transformer_config
+from looplm.layers import block_spec, recomputed, transformer_config
 from looplm.layout import ParallelConfig
 from looplm.model_config import GateConfig, ModelConfig
 from looplm.parallel import seeded
+
+EXTRA_STATE = "_extra_state"  # what torch calls it
 
 
 class LoopOutput(NamedTuple):
@@ -54,6 +58,7 @@ class LoopLM(LanguageModule):
         layout: what the ranks share; None for a whole model on each.
         draw: give the matrices their random start; without it they hold anything until weights are loaded, and the fp32
             copies in which they are drawn are spared.
+        engine: what the stack's linears are made of; None for Megatron's local ones.
     """
 
     def __init__(
@@ -64,11 +69,13 @@ class LoopLM(LanguageModule):
         dtype: torch.dtype = torch.float32,
         layout: ParallelConfig | None = None,
         draw: bool = True,
+        engine: EngineConfig | None = None,
     ) -> None:
-        layout = layout or ParallelConfig()
-        config = transformer_config(model, dtype, layout, draw)
+        layout, engine = layout or ParallelConfig(), engine or EngineConfig()
+        config = transformer_config(model, dtype, layout, draw, engine)
         super().__init__(config, pg_collection=groups)
         self.shape = model
+        self.attends_packed = engine.transformer_impl == "transformer_engine" and layout.context == 1
         self.recompute_loops = layout.recompute == "loop"
         self.pre_process, self.post_process = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
         self.model_type = ModelType.encoder_or_decoder
@@ -95,7 +102,7 @@ class LoopLM(LanguageModule):
         )
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, config, layout, groups.pp.rank()),
+            block_spec(model, config, layout, groups.pp.rank(), engine),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
@@ -119,6 +126,22 @@ class LoopLM(LanguageModule):
     def head_weight(self) -> Tensor:
         """The head's matrix [V, D]: the embedding's own when tied."""
         return self.embedding.word_embeddings.weight if self.shape.tie_embeddings else self.output_layer.weight
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The weights in Megatron's sharded form, under the local block's names whatever the blocks are made of.
+
+        Linears also have an extra state: of Megatron's it is empty, of Transformer Engine's a pickle of FP8's scales.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Torch's own, but for the extra states, which need not be there."""
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        wrong = [key for key in (*keys.missing_keys, *keys.unexpected_keys) if not key.endswith(EXTRA_STATE)]
+        if strict and wrong:
+            raise RuntimeError(f"not in both the model and what is loaded into it: {', '.join(wrong)}")
+        return keys
 
     def set_input_tensor(self, input_tensor: object) -> None:
         """Megatron's schedules hand on a pipeline's activations here; without a pipeline there are none."""
@@ -144,10 +167,10 @@ class LoopLM(LanguageModule):
             any depth; its logits beyond them mean nothing.
         """
         num_loops = num_loops or self.shape.num_loops
-        hidden: list[Tensor] = []
+        mask, hidden = self.attention_mask(document_start_SB), list[Tensor]()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             for _ in range(num_loops):
-                hidden.append(self.run_stage(ids_BS, hidden[-1] if hidden else None, document_start_SB))
+                hidden.append(self.run_stage(ids_BS, hidden[-1] if hidden else None, mask))
         if frozen_trunk:
             hidden = [h_SBD.detach() for h_SBD in hidden]  # Megatron re-enables autograd around its residual adds
         state, logits = None, []
@@ -156,13 +179,21 @@ class LoopLM(LanguageModule):
             logits.append(logit_SB)
         return LoopOutput(tuple(hidden), torch.stack(logits))
 
-    def run_stage(self, ids_BS: Tensor, hidden_SBD: Tensor | None, document_start_SB: Tensor | None) -> Tensor:
+    def attention_mask(self, document_start_SB: Tensor | None) -> Tensor | None:
+        """What keeps attention inside documents, in the form that this model's core reads; the same for every loop."""
+        if document_start_SB is None:
+            return None
+        if self.attends_packed:
+            return document_offsets(document_start_SB)
+        return document_mask(document_start_SB, self.config.params_dtype, self.cp_group)
+
+    def run_stage(self, ids_BS: Tensor, hidden_SBD: Tensor | None, mask: Tensor | None) -> Tensor:
         """This rank's layers once: one loop of the stack, or its part of one under pipeline parallelism.
 
         Args:
             ids_BS: token ids, embedded where ``hidden_SBD`` is None.
             hidden_SBD: from the loop, or the pipeline rank, before.
-            document_start_SB: as in :meth:`forward`.
+            mask: from :meth:`attention_mask`.
         """
         if hidden_SBD is None:
             hidden_SBD = self.embedding(ids_BS, position_ids=None)
@@ -170,14 +201,11 @@ class LoopLM(LanguageModule):
         def layers(h_SBD: Tensor) -> Tensor:
             # Asked for the whole sequence, Megatron's rotary embedding gives this context-parallel rank its part.
             rotary = None if self.rotary is None else self.rotary(ids_BS.size(1) * self.cp_group.size())
-            mask = None
-            if document_start_SB is not None:
-                mask = document_mask(document_start_SB, h_SBD.dtype, self.cp_group)
             self.decoder.set_input_tensor(h_SBD)  # what a block reads that is not the pipeline's first
             return self.decoder(h_SBD, attention_mask=mask, rotary_pos_emb=rotary)
 
         if self.recompute_loops and self.training and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(layers, False, hidden_SBD)
+            return recomputed(layers, hidden_SBD, self.config, self.tp_group)
         return layers(hidden_SBD)
 
     def gate_logit(

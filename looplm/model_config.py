@@ -27,6 +27,8 @@ class ModelConfig:
         attention: mla (multi-head latent attention, DeepSeek-V3) or mha (plain or grouped, as released Ouro).
         num_query_groups: mha only: key-value heads; null means one per attention head.
         head_dim: mha only: width of a head; null means hidden_size / num_attention_heads.
+        qkv_bias: mha only: biases on the projections of queries, keys and values, as in Qwen2.
+        qk_norm: mha only: an RMSNorm over each head's query and each head's key before they turn, as in Qwen3.
         q_lora_rank: mla only: width of the query's latent; null projects the query directly.
         kv_lora_rank: mla only: width of the latent that keys and values are made from, and that is cached.
         qk_nope_head_dim: mla only: width of a query or key head that carries no position; may be 0.
@@ -53,6 +55,8 @@ class ModelConfig:
     attention: Literal["mla", "mha"] = "mla"
     num_query_groups: int | None = None
     head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     q_lora_rank: int | None = None
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
@@ -80,8 +84,9 @@ class ModelConfig:
             whole = self.rope_period > 0 and self.rope_period % 2 == 0 and self.qk_rope_head_dim % self.rope_period == 0
             require(whole, "model.qk_rope_period", self.qk_rope_period, f"give null or an even divisor of model.qk_rope_head_dim={self.qk_rope_head_dim}")  # fmt: skip
             require(self.q_lora_rank is None or self.q_lora_rank > 0, "model.q_lora_rank", self.q_lora_rank, "give null or a number above 0")  # fmt: skip
-            for key in ("num_query_groups", "head_dim"):
-                require(getattr(self, key) is None, f"model.{key}", getattr(self, key), "it belongs to model.attention=mha; leave it null")  # fmt: skip
+            for key in ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"):
+                value = getattr(self, key)
+                require(value is None or value is False, f"model.{key}", value, "it belongs to model.attention=mha; leave it out")  # fmt: skip
             return
         heads = self.num_attention_heads
         require(

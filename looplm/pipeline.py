@@ -80,6 +80,11 @@ class LoopStage(nn.Module):
         """Called by the schedule with what the stage before sent."""
         self._input = input_tensor[0]
 
+    def set_is_first_microbatch(self) -> None:
+        """Called by the schedule when the weights have changed: their FP8 copies are made anew, once for all loops."""
+        if self.loop == 0:
+            self.ddp.set_is_first_microbatch()
+
     def restart(self) -> None:
         """Before each step: micro-batches are numbered from 0 again."""
         self._calls = 0
@@ -103,7 +108,7 @@ class LoopStage(nn.Module):
         micro_batch, self._calls = self._calls, self._calls + 1
         inner, last_loop = self.inner, self.loop == self.inner.shape.num_loops - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
-            hidden_SBD = inner.run_stage(ids_BS, self._input, document_start_SB)
+            hidden_SBD = inner.run_stage(ids_BS, self._input, inner.attention_mask(document_start_SB))
             loss_SB = token_losses(hidden_SBD) if inner.post_process else None
         if loss_SB is None:
             return StageOutput(hidden_SBD, None, None)

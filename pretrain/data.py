@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_pipeline.index_file import read_index
 from data_pipeline.manifest import Manifest, check_prefix
 from looplm import context
 from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig
 from looplm.device import DEVICE
+from pretrain.mixed_data import MixConfig, MixedDataset
 
 READ_WHOLE_BYTES = 1 << 28
 
@@ -46,7 +48,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the checked sources have in common."""
+    """What the checked sources have in common.
+
+    ``conversations`` are the prefixes that hold some; a run that trains on any ends what it writes as an answer ends.
+    ``left_out`` are lines on conversations that no sample has room for.
+    """
 
     tokenizer: Path
     tokenizer_sha256: str
@@ -55,6 +61,14 @@ class Corpus:
     eos_id: int
     pad_id: int
     fingerprint: str
+    conversations: tuple[str, ...] = ()
+    end_id: int | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def stop_id(self) -> int:
+        """The token at which generation ends."""
+        return self.eos_id if self.end_id is None else self.end_id
 
 
 def check_corpus(config: RunConfig) -> Corpus:
@@ -66,12 +80,16 @@ def check_corpus(config: RunConfig) -> Corpus:
     prefixes = [source.prefix for source in (*config.data.train, *config.data.valid)]
     checked = [(prefix, check_prefix(prefix, deep=_is_small(prefix))) for prefix in prefixes]
     first_prefix, first = checked[0]
+    left_out = list[str]()
     for prefix, manifest in checked:
         if manifest.tokenizer.sha256 != first.tokenizer.sha256:
             raise UserError(
                 f"{prefix}: made with another tokenizer than {first_prefix}; tokenise both with the same one"
             )
-        _require_enough_tokens(prefix, manifest, config.data.seq_length)
+        if manifest.chat is None:
+            _require_enough_tokens(prefix, manifest, config.data.seq_length)
+        else:
+            left_out += _too_long(prefix, config.data.seq_length)
     require(
         first.vocab_size <= config.model.vocab_size,
         "model.vocab_size",
@@ -80,6 +98,7 @@ def check_corpus(config: RunConfig) -> Corpus:
     )
     fingerprint = hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest()
     folder = Path(first_prefix).parent
+    trained = [manifest.chat for _, manifest in checked[: len(config.data.train)] if manifest.chat is not None]
     return Corpus(
         tokenizer=folder / first.tokenizer.path,
         tokenizer_sha256=first.tokenizer.sha256,
@@ -88,6 +107,9 @@ def check_corpus(config: RunConfig) -> Corpus:
         eos_id=first.tokenizer.eos_id,
         pad_id=first.tokenizer.pad_id,
         fingerprint=fingerprint,
+        conversations=tuple(prefix for prefix, manifest in checked if manifest.chat is not None),
+        end_id=trained[0].end_id if trained else None,
+        left_out=tuple(left_out),
     )
 
 
@@ -110,6 +132,19 @@ def _require_enough_tokens(prefix: str, manifest: Manifest, seq_length: int) -> 
             f"{prefix}: holds {manifest.tokens} tokens, fewer than a sample of data.seq_length={seq_length} needs; "
             "shorten data.seq_length or add data"
         )
+
+
+def _too_long(prefix: str, seq_length: int) -> list[str]:
+    """A line on the conversations that no sample of this length holds, if there are any; some must fit."""
+    lengths_N = read_index(Path(f"{prefix}.idx")).lengths()
+    longer = int((lengths_N > seq_length + 1).sum())
+    if longer == len(lengths_N):
+        raise UserError(
+            f"{prefix}: its shortest conversation has {lengths_N.min()} tokens, more than a sample of "
+            f"data.seq_length={seq_length} holds; lengthen data.seq_length"
+        )
+    note = f"{prefix}: {longer:,} of {len(lengths_N):,} conversations are longer than data.seq_length={seq_length}"
+    return [f"{note} and left out; the longest has {lengths_N.max():,} tokens"] if longer else []
 
 
 class BatchSchedule:
@@ -187,7 +222,8 @@ def _build(config: RunConfig, corpus: Corpus, sources: tuple[DataSource, ...], s
     """Megatron's blended dataset, its indices cached under the data's own fingerprint: a cache outlives its data."""
     data = config.data
     cache = Path(data.cache_dir or Path(config.output_dir) / "index_cache") / corpus.fingerprint[:16]
-    dataset_config = GPTDatasetConfig(
+    dataset_config = MixConfig(
+        conversations=corpus.conversations,
         random_seed=seed,
         sequence_length=data.seq_length,
         blend_per_split=[([source.prefix for source in sources], [source.weight for source in sources]), None, None],
@@ -198,7 +234,7 @@ def _build(config: RunConfig, corpus: Corpus, sources: tuple[DataSource, ...], s
         eod_mask_loss=data.document_masking,
         create_attention_mask=False,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, dataset_config).build()[0]
+    return BlendedMegatronDatasetBuilder(MixedDataset, [samples, 0, 0], lambda: True, dataset_config).build()[0]
 
 
 class _Passes(Dataset[Any]):

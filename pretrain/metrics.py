@@ -24,12 +24,16 @@ class RunLog:
         folder: where it writes.
         speaks: whether this process is the one that writes.
         first_step: steps already done when the run resumed; later lines of metrics.jsonl are dropped.
+        first_tokens: tokens read by then.
         world_size: devices, for utilisation.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, speaks: bool, first_step: int, world_size: int) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, speaks: bool, first_step: int, first_tokens: int, world_size: int
+    ) -> None:
         self.speaks, self.total = speaks, config.optim.train_steps
-        self.every, self._window_tokens, self._window_start = config.logging.log_every, 0, time.perf_counter()
+        self.every, self._tokens = config.logging.log_every, first_tokens
+        self.restart_clock()
         self._objective = config.loss.objective
         self._flops_per_token = training_flops_per_token(
             config.model,
@@ -55,15 +59,15 @@ class RunLog:
         """Record one training step; ``tokens`` counts every token read since the run began."""
         if not self.speaks:
             return
-        self._window_tokens += stats.tokens
+        self._tokens = tokens
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(f"loss {stats.loss:.3f} depth {stats.mean_depth:.2f}")
         if step % self.every and step != self.total:
             return
         now = time.perf_counter()
-        seconds, speed = now - self._window_start, self._window_tokens / (now - self._window_start)
-        self._window_start, self._window_tokens = now, 0
+        seconds, speed = now - self._window_start, (tokens - self._window_first) / (now - self._window_start)
+        self.restart_clock()
         row: dict[str, Any] = {"kind": "train", "step": step, "samples": samples, "objective": self._objective}
         row |= dataclasses.asdict(stats) | {"tokens": tokens, "grad_norm": grad_norm, "learning_rate": lr}
         row |= {"tokens_per_second": speed, "seconds": seconds}
@@ -86,7 +90,7 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """Leave what happened since the last line (a validation, a save) out of the training speed."""
-        self._window_start, self._window_tokens = time.perf_counter(), 0
+        self._window_start, self._window_first = time.perf_counter(), self._tokens
 
     def say(self, message: str) -> None:
         """One line for the person who watches; rank 0 only."""

@@ -39,6 +39,7 @@ def wrap_data_parallel(
         # The gate's stage has next to nothing to reduce, and under a pipeline no schedule that marks the last backward.
         overlap_grad_reduce=layout.overlap_grad_reduce and not frozen,
         use_distributed_optimizer=layout.distributed_optimizer,
+        fp8_param_gather=model.config.fp8_param,
     )
     ddp = DistributedDataParallel(model.config, config, model)
     model.config.no_sync_func = ddp.no_sync
@@ -66,6 +67,7 @@ def build_optimizer(
         bf16=optim.precision == "bf16",
         params_dtype=DTYPES[optim.precision],
         use_distributed_optimizer=layout is not None and layout.distributed_optimizer,
+        fp8_recipe=ddp.module.config.fp8_recipe if ddp.module.config.fp8 else None,
     )
     spared = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=spared_by_weight_decay))
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})

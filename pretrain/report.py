@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import numpy as np
-import yaml
 
 from looplm.accounting import parameter_counts
-from looplm.cli import UserError, from_dict, run_main
-from looplm.config import RunConfig
+from looplm.cli import UserError, run_main
 from looplm.files import write_whole
 from pretrain import report_plots as plots
 from pretrain.report_data import Evaluation, Sample, Stage, read_evaluation, read_samples, read_stages
+from pretrain.stage_chain import boundaries, table
 
 TAIL_STEPS = 10  # "at the end" is the mean of this many
+LAST_STAGES = 3  # whose exits are shown as bars
 SETTINGS = ("temperature", "top_k", "top_p", "exit_threshold", "depth", "kv_cache", "seed")  # shown below a sample
 SMALL_MULTIPLES = (
     ("learning_rate", "Learning rate", ""),
@@ -64,6 +63,8 @@ def build_page(run: Path) -> str:
     loops = max(trained, default=deepest)
 
     body = [_headline(stages, evaluation), *_notes(stages, evaluation, samples)]
+    if len(stages) > 1:
+        body += _stages(stages)
     if stages:
         body += _training(stages, loops)
     if trained and loops > 1:
@@ -133,6 +134,19 @@ def _notes(stages: Sequence[Stage], evaluation: Evaluation | None, samples: Sequ
     return [f'<p class="note">{escape(note)}</p>' for note in notes]
 
 
+def _stages(stages: Sequence[Stage]) -> list[str]:
+    """A table with a row per stage."""
+    heads, *rows = table(stages, boundaries(stages))
+    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return [
+        "<h2>Stages</h2><p>Each goes on from the one before. Loss: at the deepest loop, over the last steps. Jump: how far the "
+        "first steps of a stage rise above the last of the one before, at a loop that both run.</p>",
+        f'<div class="table"><table><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr>',
+        *(f"<tr>{row}</tr>" for row in cells),
+        "</table></div>",
+    ]
+
+
 def _training(stages: Sequence[Stage], loops: int) -> list[str]:
     known = {key for key, _, _ in SMALL_MULTIPLES for stage in stages if np.isfinite(stage.train[key]).any()}
     small = [
@@ -149,7 +163,8 @@ def _training(stages: Sequence[Stage], loops: int) -> list[str]:
 
 
 def _exits(stages: Sequence[Stage], evaluation: Evaluation | None) -> list[str]:
-    ends = {stage.name: [_at_end(share_N) for share_N in stage.train["exit_distribution"].T] for stage in stages}
+    last = stages[-LAST_STAGES:]
+    ends = {stage.name: [_at_end(share_N) for share_N in stage.train["exit_distribution"].T] for stage in last}
     if evaluation:
         ends["validation"] = evaluation.exit_distribution
     return [
@@ -221,13 +236,9 @@ def _variables(name: str, colours: Sequence[str]) -> str:
 
 
 def _parameters(stages: Sequence[Stage]) -> int:
-    """Parameters of the first stage whose config.yaml is there; 0 if none is."""
-    for stage in stages:
-        if stage.config:
-            values: Any = yaml.safe_load(stage.config)
-            config = from_dict(RunConfig, values, where=f"{stage.name}/config.yaml")
-            return sum(parameter_counts(config.model, config.gate).values())
-    return 0
+    """Parameters of the last stage whose config.yaml is there; 0 if none is."""
+    runs = [stage.run for stage in stages if stage.run is not None]
+    return sum(parameter_counts(runs[-1].model, runs[-1].gate).values()) if runs else 0
 
 
 def _at_end(values_N: np.ndarray) -> float:

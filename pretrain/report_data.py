@@ -2,13 +2,17 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from looplm.cli import UserError
+from looplm.cli import UserError, from_dict
+from looplm.config import RunConfig
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
@@ -19,12 +23,23 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A training directory. Columns are float arrays over its logged steps: [N], or [N, R] for a value per loop."""
+    """A training directory. Columns are float arrays over its logged steps: [N], or [N, R] for a value per loop.
+
+    ``origin`` is the name of the stage whose weights it started from, as far as that is known.
+    """
 
     name: str
     config: str
     train: Columns
     valid: Columns
+    origin: str | None = None
+
+    @cached_property
+    def run(self) -> RunConfig | None:
+        """The resolved configuration, parsed; None if it is not there."""
+        if not self.config:
+            return None
+        return from_dict(RunConfig, yaml.safe_load(self.config), where=f"{self.name}/config.yaml")
 
     @property
     def loops(self) -> int:
@@ -53,7 +68,8 @@ class Sample:
 
 
 def read_stages(run: Path) -> list[Stage]:
-    """Every training directory of ``run`` that has logged a step, oldest first; a gate comes after what it gates."""
+    """Every training directory of ``run`` that has logged a step: each after the one it started from, else oldest first
+    and a gate last."""
     found = []
     for path in (run / "metrics.jsonl", *run.glob("*/metrics.jsonl")):
         records = _read_lines(path)
@@ -62,9 +78,34 @@ def read_stages(run: Path) -> list[Stage]:
         if train:
             name = path.parent.resolve().name
             stage = Stage(name=name, config=_config_text(path.parent), train=_columns(train), valid=_columns(valid))
+            stage = replace(stage, origin=_origin(stage, run))
             is_gate = train[-1][1].get("objective") == "adaptive_gate"
             found.append((is_gate, path.stat().st_mtime, name, stage))
-    return [stage for *_, stage in sorted(found, key=lambda entry: entry[:3])]
+    return _in_order([stage for *_, stage in sorted(found, key=lambda entry: entry[:3])])
+
+
+def _in_order(stages: Sequence[Stage]) -> list[Stage]:
+    """The same order, but for what stands before its origin."""
+    waiting, placed = list(stages), list[Stage]()
+    while waiting:
+        unplaced = {stage.name for stage in waiting}
+        ready = [stage for stage in waiting if stage.origin not in unplaced]
+        placed.append((ready or waiting)[0])
+        waiting.remove(placed[-1])
+    return placed
+
+
+def _origin(stage: Stage, run: Path) -> str | None:
+    """The training directory in checkpoint.initial; of weights that tools.upcycle made, the one that they were made of."""
+    if stage.run is None or stage.run.checkpoint.initial is None:
+        return None
+    named = Path(stage.run.checkpoint.initial)
+    record = run / named.name / "companions/upcycle.json"  # as tools.upcycle writes it
+    if not (run / named.name / "metrics.jsonl").is_file() and record.is_file():
+        made = _parse('{"made": ' + _read_text(record) + "}", str(record))
+        named = Path(str(_objects(made, "made", str(record))[-1].get("source")))
+    names = {path.parent.name for path in run.glob("*/metrics.jsonl")} - {stage.name}
+    return next((part for part in reversed(named.parts) if part in names), None)
 
 
 def read_evaluation(path: Path) -> Evaluation | None:

@@ -58,6 +58,7 @@ _CACHE_STYLES: tuple[dict[str, Any], ...] = (
     {"color": _MUTED, "linestyle": "-", "marker": "^"},
     {"color": _MUTED, "linestyle": ":", "marker": "v"},
 )
+_NAME_WIDTH = 0.018  # of a letter of a stage's name, in widths of the axes
 _MOST_POINTS = 150  # of a curve: more steps than this are averaged in as many groups
 
 
@@ -232,7 +233,8 @@ def _percent(share: float, _: object = None) -> str:
 
 def _timeline(axes: Axes, stages: Sequence[Stage], named: bool = True) -> Iterator[tuple[Stage, np.ndarray, float]]:
     """Each stage with the places of its steps, one stage after the other, and what was added to them for that."""
-    end = 0.0
+    end, rows = 0.0, list[float]()  # rows of names above the axes, by where each is taken up to
+    whole = sum(stage.train["step"][-1] for stage in stages) * _NAME_WIDTH
     for stage in stages:
         step_N = stage.train["step"]
         offset = end if step_N[0] <= end else 0.0
@@ -240,7 +242,9 @@ def _timeline(axes: Axes, stages: Sequence[Stage], named: bool = True) -> Iterat
         if previous:
             axes.axvline(start - 0.5, **_DASHED, zorder=3)
         if named and len(stages) > 1:
-            axes.text(start, 1.02, stage.name, transform=axes.get_xaxis_transform(), color=_MUTED)
+            row = next((row for row, taken in enumerate(rows) if taken <= start), len(rows))
+            rows[row : row + 1] = [start + whole * (len(stage.name) + 1)]
+            axes.text(start, 1.02 + 0.09 * row, stage.name, transform=axes.get_xaxis_transform(), color=_MUTED)
         yield stage, step_N + offset, offset
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))

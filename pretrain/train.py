@@ -16,7 +16,7 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils.data import Dataset
 
-from looplm import checkpoint, parallel, step_folder
+from looplm import chat, checkpoint, parallel, step_folder
 from looplm.checkpoint import COMPANIONS, About, Trained
 from looplm.cli import UserError, parse_config, run_main, to_dict
 from looplm.config import RunConfig
@@ -68,11 +68,17 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     train_set, valid_set = build_train_set(config, corpus, total_samples, horizon), build_valid_set(config, corpus)
     batches = micro_batches(train_set, config.data, samples, groups.dp.rank(), groups.dp.size())
 
-    log = RunLog(config, folder, parallel.is_rank_0(), step, dist.get_world_size())
+    log = RunLog(config, folder, parallel.is_rank_0(), step, tokens, dist.get_world_size())
     if parallel.is_rank_0():
         write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         _take_companions(initial, folder)
+        if corpus.end_id is not None:  # an export tells how to talk to it
+            write_whole(folder / COMPANIONS / chat.TEMPLATE_FILE, chat.JINJA)
+    for line in corpus.left_out:
+        log.say(line)
     log.say(f"{folder}: {'resuming after' if done else 'starting at'} step {step} of {config.optim.train_steps}")
+    if config.engine.emulated:
+        log.say(f"EMULATED: engine.fp8={config.engine.fp8}. Linears round their operands and multiply in fp32; only the loss means anything")  # fmt: skip
     with StopRequest() as stop:
         while step < config.optim.train_steps:
             num_microbatches, batch_size = schedule.at(samples)
@@ -105,7 +111,8 @@ def validate(stepper: Stepper, valid_set: Dataset[Any], config: RunConfig, group
 
 def build(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> tuple[Trained, Stepper, Path | None]:
     """Model, optimizer and schedule; and the step directory that weights, and at will moments, come from."""
-    model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], config.parallel)
+    dtype = DTYPES[config.optim.precision]
+    model = LoopLM(config.model, config.gate, groups, dtype, config.parallel, engine=config.engine)
     initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
     if initial is not None:
         checkpoint.load_weights(initial, model, config.gate)
@@ -188,7 +195,7 @@ def _about(
         objective=config.loss.objective,
         gate_trained=config.model.num_loops > 1,
         tokenizer_sha256=corpus.tokenizer_sha256,
-        eos_id=corpus.eos_id,
+        eos_id=corpus.stop_id,
         data_order=data_order(config, corpus),
         versions=checkpoint.versions(),
         git_revision=checkpoint.git_revision(),

@@ -124,8 +124,11 @@ def grouped_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tenso
     """MHA, or GQA when a key-value head serves a group. The joint projection holds, per group, [queries..., k, v]."""
     groups = cfg.num_query_groups or cfg.num_attention_heads
     queries = cfg.num_attention_heads // groups
-    qkv = F.linear(x_SBD, p["linear_qkv.weight"]).unflatten(-1, (groups, queries + 2, mha_head_dim(cfg)))
+    qkv = F.linear(x_SBD, p["linear_qkv.weight"], p.get("linear_qkv.bias"))
+    qkv = qkv.unflatten(-1, (groups, queries + 2, mha_head_dim(cfg)))
     q, k, v = qkv.split([queries, 1, 1], dim=3)  # [S, B, G, queries or 1, K]
+    if cfg.qk_norm:
+        q, k = (rms_norm(t, p[f"{n}_layernorm.weight"], cfg.norm_eps) for t, n in ((q, "q"), (k, "k")))
     k, v = (t.expand_as(q).flatten(2, 3) for t in (k, v))
     y_SBHK = attend(rotate(q.flatten(2, 3), view), rotate(k, view), v, view)
     return F.linear(y_SBHK.flatten(2), p["linear_proj.weight"])
@@ -364,6 +367,8 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> dict[str, tuple[int, ...]]:
     else:
         rows = (heads + 2 * (cfg.num_query_groups or heads)) * mha_head_dim(cfg)
         attention = {"linear_qkv.weight": (rows, d), "linear_proj.weight": (d, heads * mha_head_dim(cfg))}
+        attention |= {"linear_qkv.bias": (rows,)} if cfg.qkv_bias else {}
+        attention |= {f"{n}_layernorm.weight": (mha_head_dim(cfg),) for n in "qk"} if cfg.qk_norm else {}
 
     norms = ["input_layernorm", "pre_mlp_layernorm"] + ["self_attn_bda.norm", "mlp_bda.norm"] * cfg.sandwich_norm
     layer = {f"{norm}.weight": (d,) for norm in norms} | {f"self_attention.{n}": s for n, s in attention.items()}

@@ -12,10 +12,21 @@ MAX_LINES = 400
 
 # Top to bottom as in the design: a module belongs to the row whose longest name is its own name or an ancestor's.
 ROWS = (
-    ("looplm.cli", "looplm.layout", "looplm.model_config", "looplm.config", "looplm.files"),
+    (
+        "looplm.cli",
+        "looplm.layout",
+        "looplm.model_config",
+        "looplm.engine",
+        "looplm.config",
+        "looplm.files",
+        "looplm.chat",
+    ),
     ("looplm.accounting",),
     ("looplm.device",),
     ("looplm.parallel", "looplm.context"),
+    ("looplm.norms", "looplm.attention"),
+    ("looplm.local_layers", "looplm.transformer_engine_layers"),
+    ("looplm.fp8_emulation",),
     ("looplm.layers",),
     ("looplm.exit_gate",),
     ("looplm.losses",),

@@ -21,6 +21,12 @@ PHASES = [
     "looplm.generate",
     "pretrain.report",
 ]
+# Of `make ouro-tiny`: text, stage 1a, a deeper stack, 1b, 2 and 3, questions, 4, the gate, fine-tuning, what comes of it.
+CHAIN = [
+    *("data_pipeline.tokenize", "pretrain.train", "tools.upcycle", *["pretrain.train"] * 3),
+    *(*["data_pipeline.synthetic.questions"] * 2, "data_pipeline.tokenize", *["pretrain.train"] * 3),
+    *("tools.convert_hf", "looplm.generate", *["pretrain.evaluate"] * 2, "pretrain.report", "pretrain.stage_chain"),
+]
 
 
 def test_every_constraint_is_an_exact_pin() -> None:
@@ -49,7 +55,13 @@ def test_the_oldest_constraints_name_the_oldest_transformers_that_is_declared() 
     assert found and re.fullmatch(rf"{re.escape(found[1])}(\.0)*", pins["transformers"])
 
 
-@pytest.mark.parametrize("name", ["newest", "hf-oldest"])
+def test_transformer_engine_is_tested_beside_the_newest_megatron_core() -> None:
+    pins, newest = ((ROOT / f"constraints-{name}.txt").read_text().splitlines() for name in ("te", "newest"))
+    assert newest[-1] in pins
+    assert not [line for line in pins if not line.startswith("#") and not PIN.match(line)]
+
+
+@pytest.mark.parametrize("name", ["newest", "hf-oldest", "te"])
 def test_another_environment_takes_every_other_pin_from_constraints(name: str, checkout: Path) -> None:
     for path in ("constraints.txt", f"constraints-{name}.txt"):
         shutil.copy(ROOT / path, checkout)
@@ -101,6 +113,7 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).touch()
     for name in ("data.yaml", "pretrain.yaml", "gate.yaml", "prompts.txt"):
         (configs / name).touch()
+    shutil.copytree(ROOT / "configs/ouro-tiny", tmp_path / "configs/ouro-tiny")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$2" >> ran\n! grep -qx "$2" broken\n')
@@ -109,11 +122,11 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def quickstart(checkout: Path) -> tuple[int, list[str]]:
+def quickstart(checkout: Path, target: str = "quickstart") -> tuple[int, list[str]]:
     """Exit status of ``make quickstart`` and the modules it ran."""
     (checkout / "ran").write_text("")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    done = subprocess.run(["make", "quickstart"], cwd=checkout, capture_output=True, env=environment, check=False)
+    done = subprocess.run(["make", target], cwd=checkout, capture_output=True, env=environment, check=False)
     return done.returncode, (checkout / "ran").read_text().split()
 
 
@@ -147,3 +160,22 @@ def test_quickstart_makes_anew_what_hangs_on_a_changed_config(checkout: Path) ->
     os.utime(checkout / "configs/quickstart/pretrain.yaml")
     assert quickstart(checkout) == (0, PHASES[1:])
     assert [name for name, path in results.items() if path.exists()] == ["data", "stage1"]
+
+
+def test_ouro_tiny_runs_its_phases_once_and_looks_at_the_jumps_every_time(checkout: Path) -> None:
+    assert quickstart(checkout, "ouro-tiny") == (0, CHAIN)
+    assert quickstart(checkout, "ouro-tiny") == (0, CHAIN[-1:])
+    (checkout / "broken").write_text("pretrain.stage_chain\n")
+    assert quickstart(checkout, "ouro-tiny") == (2, CHAIN[-1:])
+
+
+def test_ouro_tiny_makes_anew_the_stages_from_a_changed_one_on(checkout: Path) -> None:
+    quickstart(checkout, "ouro-tiny")
+    stages = ("stage1b", "stage4", "gate", "sft")
+    for name in stages:
+        (checkout / "runs/ouro-tiny" / name).mkdir()
+    stamp = (checkout / "runs/ouro-tiny/.done/report").stat().st_mtime
+    os.utime(checkout / "configs/ouro-tiny/stage4.yaml", (stamp + 10, stamp + 10))
+    (checkout / "broken").write_text("tools.convert_hf\n")
+    assert quickstart(checkout, "ouro-tiny") == (2, [*["pretrain.train"] * 3, "tools.convert_hf"])
+    assert [name for name in stages if (checkout / "runs/ouro-tiny" / name).exists()] == ["stage1b"]

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.config import PipelineConfig
 from looplm.accounting import cache_values_per_token, forward_flops_per_token, parameter_counts
 from looplm.checkpoint import CHANGEABLE
 from looplm.cli import parse_config
@@ -31,8 +32,18 @@ RECIPES = {
     ],
 }
 # Ouro's stages, each on top of those before it; the larger model joins at 1b with twice the layers.
-STAGES = ("stage1a", "stage1b", "stage2", "stage3", "stage4", "gate")
+STAGES = ("stage1a", "stage1b", "stage2", "stage3", "stage4", "gate", "sft")
 TOKENS = {"stage1a": 3e12, "stage1b": 3e12, "stage2": 1.4e12, "stage3": 20e9, "stage4": 300e9}
+TOKENS["sft"] = 2 * 8.3e6 * 6000  # epochs, conversations, and our guess of tokens in one
+TINY = {
+    f"tiny, {stage}": ["ouro-tiny/mha.yaml", *(f"ouro-tiny/{one}.yaml" for one in STAGES[: number + 1])]
+    for number, stage in enumerate(STAGES)
+}
+DATA = [
+    path
+    for path in (Path(__file__).parent.parent / "configs").rglob("*.yaml")
+    if path.stem.startswith("data") or path.parent.name == "data"
+]
 
 
 def ouro(size: str, kind: str, stage: str) -> list[str]:
@@ -58,6 +69,7 @@ SHAPES = {
     "mla, tied": dataclasses.replace(MODEL, tie_embeddings=True),
     "mla with two rotary keys": dataclasses.replace(MODEL, qk_rope_head_dim=8, qk_rope_period=4),
     "mha": MHA,
+    "gqa with biases and normed heads": dataclasses.replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True),
     "gqa with wide heads": dataclasses.replace(MHA, num_query_groups=2, head_dim=12),
 }
 GATES = {
@@ -78,13 +90,56 @@ def count(model: LoopLM) -> int:
 
 def test_every_training_recipe_is_listed_here():
     shipped = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
-    listed = {name for names in (*RECIPES.values(), *OURO.values()) for name in names}
-    assert {name for name in shipped if Path(name).name != "data.yaml"} == listed
+    listed = {name for names in (*RECIPES.values(), *TINY.values(), *OURO.values()) for name in names}
+    assert shipped - {str(path.relative_to(ROOT / "configs")) for path in DATA} == listed
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("path", DATA, ids=str)
+def test_data_recipe_parses(path):
+    config = parse_config(PipelineConfig, ["--config", str(path)], prog="test", description="")
+    assert config.sources
+
+
+def test_every_prefix_that_a_recipe_trains_on_is_made_by_a_data_recipe():
+    made = set()
+    for path in DATA:
+        data = parse_config(PipelineConfig, ["--config", str(path)], prog="test", description="")
+        made |= {f"{data.output_dir}/{source.name}_{split}" for source in data.sources for split in ("train", "valid")}
+    for names in (*RECIPES.values(), *TINY.values(), *OURO.values()):
+        config = load(names)
+        assert made >= {source.prefix for source in (*config.data.train, *config.data.valid)}, names
+
+
+def test_conversations_are_trained_on_in_the_last_stage_alone():
+    talks = set()
+    for path in DATA:
+        data = parse_config(PipelineConfig, ["--config", str(path)], prog="test", description="")
+        talks |= {f"{data.output_dir}/{source.name}_train" for source in data.sources if source.chat is not None}
+    for names in (*TINY.values(), *OURO.values()):
+        chat = [source.prefix in talks for source in load(names).data.train]
+        assert all(chat) if "sft.yaml" in names[-1] else not any(chat), names
+
+
+def test_ouro_tiny_is_the_same_chain_in_small():
+    """Loops, beta, RoPE base and schedule as in Ouro; sequences and learning rates in its proportions."""
+    for stage in STAGES:
+        tiny, real = load(TINY[f"tiny, {stage}"]), load(OURO["1.4b", "mha", stage])
+        assert (tiny.model.num_loops, tiny.loss.beta, tiny.model.rope_base) == (
+            real.model.num_loops,
+            real.loss.beta,
+            real.model.rope_base,
+        )
+        assert (tiny.loss.objective, tiny.optim.schedule) == (real.loss.objective, real.optim.schedule)
+        assert 32 * tiny.data.seq_length == real.data.seq_length
+        assert 32 * tiny.model.max_sequence_length == real.model.max_sequence_length
+        assert tiny.model.num_layers == (2 if stage == "stage1a" else 4)
+        if stage.startswith("stage"):
+            assert tiny.optim.lr / real.optim.lr == pytest.approx(20 / 3)
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *TINY])
 def test_recipe_has_the_predicted_parameters(recipe, single_process):
-    config = load(RECIPES[recipe])
+    config = load((RECIPES | TINY)[recipe])
     with torch.device("meta"):
         built = count(LoopLM(config.model, config.gate, single_process))
     assert built == sum(parameter_counts(config.model, config.gate).values())

@@ -10,7 +10,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.loss_marks import mark
 from data_pipeline.manifest import TokenizerRecord, write_manifest
+from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.checkpoint import WEIGHTS_ONLY, About, versions
 from looplm.config import DataConfig, DataSource, OptimConfig, RunConfig
 from looplm.files import sha256_of
@@ -19,6 +21,14 @@ from looplm.model_config import GateConfig, ModelConfig
 VOCAB = 320
 BOS, EOS, PAD = 0, 1, 2
 TEXTS = [f"def add_{n}(a, b):\n    return a + b * {n}\n\n\nprint(add_{n}({n}, {n * n}))\n" for n in range(200)]
+CONVERSATIONS = [
+    [
+        *([Message("system", "Be brief.")] if n % 3 == 0 else []),
+        *(Message(role, f"{n} + {n}?" if role == "user" else f"It is {2 * n}.") for role in ("user", "assistant")),
+        *([Message("user", "Sure?"), Message("assistant", "Yes" * (n % 7))] if n % 4 == 0 else []),
+    ]
+    for n in range(60)
+]
 
 MODEL = ModelConfig(
     vocab_size=VOCAB,
@@ -37,29 +47,55 @@ MODEL = ModelConfig(
 
 def write_corpus(folder: Path) -> None:
     """``train`` and ``valid`` prefixes with their tokenizer and manifests."""
+    tokenizer, record = write_tokenizer(folder, TEXTS)
+    for split, texts in (("train", TEXTS[:180]), ("valid", TEXTS[180:])):
+        write_prefix(folder / split, [[*tokenizer.encode(text).ids, EOS] for text in texts], record, split)
+
+
+def write_chat_corpus(folder: Path) -> None:
+    """``train`` and ``valid`` of conversations, and ``plain``: text, with the same tokenizer."""
+    contents = [content for messages in CONVERSATIONS for _, content in messages]
+    tokenizer, record = write_tokenizer(folder, [*TEXTS, *contents], SPECIAL_TOKENS)
+    template = ChatTemplate(tokenizer, "tiny")
+    marked = [mark([*ids, EOS], [*learnt, False]) for ids, learnt in template.encode(CONVERSATIONS)]
+    for split, documents in (("train", marked[:50]), ("valid", marked[50:])):
+        write_prefix(folder / split, documents, record, split, template.end_id)
+    write_prefix(folder / "plain", [[*tokenizer.encode(text).ids, EOS] for text in TEXTS], record, "train")
+
+
+def write_tokenizer(folder: Path, texts: list[str], further: tuple[str, ...] = ()) -> tuple[Tokenizer, TokenizerRecord]:
+    """A byte-level BPE in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<bos>", "<eos>", "<pad>"]
+    specials = ["<bos>", "<eos>", "<pad>", *further]
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=specials, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
-    record = TokenizerRecord(path=path.name, sha256=sha256_of(path), bos_id=BOS, eos_id=EOS, pad_id=PAD)
-    for split, texts in (("train", TEXTS[:180]), ("valid", TEXTS[180:])):
-        write_prefix(folder / split, [[*tokenizer.encode(text).ids, EOS] for text in texts], record, split)
+    return tokenizer, TokenizerRecord(path=path.name, sha256=sha256_of(path), bos_id=BOS, eos_id=EOS, pad_id=PAD)
 
 
-def write_prefix(prefix: Path, documents: list[list[int]], tokenizer: TokenizerRecord, split: str) -> None:
-    """One Megatron prefix with its manifest."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+def write_prefix(
+    prefix: Path, documents: list[list[int]], tokenizer: TokenizerRecord, split: str, end_id: int | None = None
+) -> None:
+    """One Megatron prefix with its manifest; of conversations if ``end_id`` is given."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16 if end_id is None else np.int32)
     for document in documents:
         builder.add_item(torch.tensor(document))
         builder.end_document()
     builder.finalize(f"{prefix}.idx")
-    write_manifest(prefix, source="tiny", split=split, vocab_size=VOCAB, tokenizer=tokenizer, config_sha256="tiny")
+    write_manifest(
+        prefix,
+        source="tiny",
+        split=split,
+        vocab_size=VOCAB,
+        tokenizer=tokenizer,
+        config_sha256="tiny",
+        end_id=end_id,
+    )
 
 
 def run_config(corpus: Path, output: Path, **sections: Any) -> RunConfig:

@@ -1,93 +1,122 @@
-"""Plan a layout from arithmetic alone: nothing is built and no process is started.
+"""Plan a run on a cluster from arithmetic alone: nothing is built and no process is started.
 
---timeline draws one training step of a pipeline whose loops are virtual stages, in the order in which Megatron-core's
-schedule would run it, and the same step with the loops one by one.
+    python -m tools.plan --config configs/ouro-1.4b/mha.yaml --config configs/ouro-1.4b/stage1a.yaml --gpu h100 --gpus 64
+
+tries every layout that the recipe may have on that many GPUs and prints those that fit, the fastest first: tensor (TP),
+pipeline (PP), context (CP) and data parallelism (DP), micro-batch, recomputation, and whether the replicas share the
+optimizer's state. The first is shown in detail, with lines to paste into the recipe. Formulas and what they assume:
+docs/planning.md. All keys of pretrain.train are taken, too: --data.seq_length 16384, --config cluster.yaml.
+
+    python -m tools.plan --timeline --help
+
+draws a pipeline's schedule instead.
 """
 
-from dataclasses import dataclass
-from itertools import pairwise
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from looplm.cli import parse_config, require, run_main
-from tools import schedule
-from tools.schedule import Costs, Slot
-
-COLUMNS = 140  # of a drawing, at most
+from looplm.config import RunConfig
+from looplm.files import write_whole
+from tools import timeline
+from tools.planning.budget import budget_of
+from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, GpuName, NetworkName
+from tools.planning.report import describe_search, detail, explain_refusals, table
+from tools.planning.search import rank_layouts
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """What is planned.
+class PlanConfig(RunConfig):
+    """A recipe and a cluster.
 
     Args:
-        timeline: draw the pipeline's schedule.
-        pipeline: ranks that hold consecutive parts of the stack, parallel.pipeline.
-        loops: of the stack, model.num_loops.
-        micro_batches: in a step, of each replica: data.global_batch_size / data.micro_batch_size / replicas.
-        forward: time of one rank's layers, once, for one micro-batch; the unit of the other times is the same.
-        backward: time of their backward pass.
-        head: time that the head adds to a forward on the last rank; its backward adds as many times more.
-        send: time from the end of a rank's work until the next rank has its result.
+        gpu: the device; all are equal.
+        gpus: how many in all.
+        gpus_per_node: that share fast links.
+        network: between nodes, with one adapter for each GPU (eth-100: one for a node).
+        fp8: the layers' matrix products at the FP8 peak; their memory is still counted as that of bf16.
+        assume: what arithmetic cannot know.
+        price_per_gpu_hour: adds a column with the cost, in the same currency.
+        top: rows to print, each the fastest layout of one division of the ranks.
+        explain: also say why others are not legal.
+        json: file to write the printed layouts to.
     """
 
-    timeline: bool = False
-    pipeline: int = 4
-    loops: int = 4
-    micro_batches: int = 4
-    forward: float = 1.0
-    backward: float = 2.0
-    head: float = 0.0
-    send: float = 0.0
+    gpu: GpuName
+    gpus: int
+    gpus_per_node: int = 8
+    network: NetworkName = "ib-400"
+    fp8: bool = False
+    assume: Assumptions = field(default_factory=Assumptions)
+    price_per_gpu_hour: float | None = None
+    top: int = 10
+    explain: bool = False
+    json: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.timeline, "timeline", self.timeline, "give --timeline: there is nothing else to plan yet")
-        require(self.pipeline > 1, "pipeline", self.pipeline, "a pipeline has at least 2 ranks")
-        require(self.loops > 0, "loops", self.loops, "give a number above 0")
-        nearest = max(1, round(self.micro_batches / self.pipeline)) * self.pipeline
-        fits = self.micro_batches > 0 and self.micro_batches % self.pipeline == 0
-        require(fits, "micro_batches", self.micro_batches, f"Megatron's interleaved schedule deals them in groups of pipeline={self.pipeline}; the nearest legal value is {nearest}")  # fmt: skip
-        for key in ("forward", "backward"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "give a time above 0")
-        for key in ("head", "send"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "give a time of at least 0")
+        super().__post_init__()
+        for key in ("gpus", "gpus_per_node", "top"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "give a number above 0")
+        whole = self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0
+        nearest = max(1, round(self.gpus / self.gpus_per_node)) * self.gpus_per_node
+        require(whole, "gpus", self.gpus, f"give whole nodes of gpus_per_node={self.gpus_per_node}, {nearest} for instance")  # fmt: skip
+        with_fp8 = ", ".join(name for name, gpu in GPUS.items() if gpu.fp8_tflops)
+        require(not self.fp8 or GPUS[self.gpu].fp8_tflops > 0, "fp8", True, f"{self.gpu} has none; these have: {with_fp8}")  # fmt: skip
+        require(self.optim.precision == "bf16", "optim.precision", self.optim.precision, "a GPU is planned for bf16; give --optim.precision bf16")  # fmt: skip
+        price = self.price_per_gpu_hour
+        require(price is None or price > 0, "price_per_gpu_hour", price, "give a number above 0, or leave it out")
+        for key in ("matmul", "attention", "links"):
+            value = getattr(self.assume, key)
+            require(0 < value <= 1, f"assume.{key}", value, "it is a share; give a number above 0, at most 1")
+        require(self.assume.traffic >= 0, "assume.traffic", self.assume.traffic, "give a number of at least 0")
+        require(0 <= self.assume.margin < 1, "assume.margin", self.assume.margin, "it is a share; give a number from 0 to below 1")  # fmt: skip
+
+    @property
+    def recipe(self) -> RunConfig:
+        """Without the cluster."""
+        return RunConfig(**{key.name: getattr(self, key.name) for key in fields(RunConfig)})
+
+    @property
+    def cluster(self) -> Cluster:
+        """Without the recipe."""
+        return Cluster(
+            gpu=GPUS[self.gpu], gpus=self.gpus, node=self.gpus_per_node, network_gbs=NETWORKS[self.network],
+            fp8=self.fp8, assume=self.assume,
+        )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
-    """``python -m tools.plan --timeline [--pipeline 4 --loops 4 --micro_batches 8 ...]``"""
-    if argv[-1:] == ["--timeline"] or any(pair[0] == "--timeline" and pair[1][:2] == "--" for pair in pairwise(argv)):
-        argv = ["--timeline=true" if flag == "--timeline" else flag for flag in argv]  # jsonargparse wants a value
-    print(timeline(parse_config(PlanConfig, argv, prog="python -m tools.plan", description=str(__doc__))))
+    """``python -m tools.plan --config RECIPE.yaml --gpu h100 --gpus 64``, or ``python -m tools.plan --timeline``"""
+    if "--timeline" in argv:
+        timeline.main([flag for flag in argv if flag != "--timeline"])
+        return
+    config = parse_config(PlanConfig, argv, prog="python -m tools.plan", description=str(__doc__))
+    print("\n".join(plan(config)))
 
 
-def timeline(config: PlanConfig) -> str:
-    """Both ways through the loops, drawn and measured."""
-    sizes = (config.pipeline, config.loops, config.micro_batches)
-    costs = Costs(forward=config.forward, backward=config.backward, head=config.head, send=config.send)
-    virtual = schedule.simulate([schedule.virtual_stage_order(*sizes)], costs)
-    by_loop = schedule.simulate(schedule.loop_by_loop_order(*sizes), costs)
-    unit = max(min(config.forward, config.backward), schedule.end_of(by_loop) / COLUMNS)
-    ranks, loops, count = sizes
-    lines = [
-        f"{ranks} ranks, {loops} loops, {count} micro-batches; a character is {unit:.3g} of time",
-        "1 2 3 ...  forward of loop 1, 2, 3, ...      a b c ...  their backward      .  nothing to do",
-        "",
-        "loops as virtual stages (Megatron's interleaved 1F1B)",
-        schedule.draw(virtual, unit),
-        _measured(virtual, f"(P - 1) / (R M) = {ranks - 1}/{loops * count}", schedule.virtual_stage_bubble(*sizes)),
-        "",
-        "loop by loop: the pipeline empties after each",
-        schedule.draw(by_loop, unit),
-        _measured(by_loop, f"(P - 1) / M = {ranks - 1}/{count}", schedule.loop_by_loop_bubble(*sizes)),
-        "",
-        f"a step takes {schedule.end_of(virtual) / schedule.end_of(by_loop):.1%} of the time it takes loop by loop",
-    ]
-    return "\n".join(lines)
+def plan(config: PlanConfig) -> list[str]:
+    """The lines that the command prints; also writes ``config.json``.
 
-
-def _measured(slots: list[list[Slot]], formula: str, expected: float) -> str:
-    return (
-        f"bubble {schedule.bubble(slots):.1%} of the busiest rank's work; equal ranks and free messages: "
-        f"{formula} = {expected:.1%}\na rank holds the activations of at most {schedule.in_flight(slots)} micro-batches in one loop each"
-    )
+    Raises:
+        UserError: the recipe has no layout on so many GPUs, or none fits.
+    """
+    recipe, cluster = config.recipe, config.cluster
+    ranking, budget = rank_layouts(recipe, cluster), budget_of(recipe)
+    best = ranking.fitting[0]
+    lines = describe_search(recipe, cluster, config.gpu, budget, ranking)
+    lines += explain_refusals(ranking, cluster) if config.explain else []
+    lines += table(recipe, ranking, cluster, budget, config.price_per_gpu_hour, config.top)
+    if config.json is not None:
+        found = {
+            "gpu": config.gpu,
+            "gpus": config.gpus,
+            "network": config.network,
+            "tokens": budget.tokens,
+            "layouts": [one.as_dict(cluster) for one in ranking.divisions()[: config.top]],
+        }
+        write_whole(Path(config.json), json.dumps(found, indent=1) + "\n")
+    return lines + detail(best, cluster, budget)
 
 
 if __name__ == "__main__":

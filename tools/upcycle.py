@@ -5,7 +5,7 @@ The first word says how; `python -m tools.upcycle KIND --help` has its keys:
     depth   copy layers: a deeper stack, with Adam's moments
     loops   another number of loops of the same weights
     gate    a fresh exit gate
-    dense   layers of a dense Llama-style Hugging Face model become the shared stack of a looped one
+    dense   layers of a dense Llama- or Qwen-style Hugging Face model become the shared stack of a looped one
     latent  plain attention becomes multi-head latent attention, by a low-rank factorisation
 
 A training checkpoint becomes a training directory that pretrain.train resumes at the same step; where there are no moments
@@ -120,7 +120,7 @@ class FreshGateConfig(FromCheckpoint):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(Output):
-    """Layers of a dense Llama-style model become the shared stack of a looped one.
+    """Layers of a dense Llama- or Qwen-style model become the shared stack of a looped one.
 
     Args:
         input: a Hugging Face directory: config.json, safetensors, tokenizer.json.

@@ -41,6 +41,8 @@ _MODEL_KEYS = {
 }
 _OWN_KEYS = {
     "attention": "attention",
+    "qkv_bias": "qkv_bias",
+    "qk_norm": "qk_norm",
     "sandwich_norm": "sandwich_norm",
     "q_lora_rank": "q_lora_rank",
     "kv_lora_rank": "kv_lora_rank",
@@ -160,6 +162,8 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
         f"gate.kind={gate.kind} is not linear": gate.kind != "linear",
         "model.sandwich_norm is false": not model.sandwich_norm,
         "model.tie_embeddings is true": model.tie_embeddings,
+        "model.qkv_bias is true": model.qkv_bias,
+        "model.qk_norm is true": model.qk_norm,
         # vLLM's Ouro does not read head_dim.
         f"model.head_dim times num_attention_heads={model.num_attention_heads} is {width}, not model.hidden_size={model.hidden_size}": width != model.hidden_size,
     }  # fmt: skip

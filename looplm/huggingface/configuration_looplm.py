@@ -22,6 +22,8 @@ class LoopLMConfig(PretrainedConfig):
         num_attention_heads: attention heads.
         num_key_value_heads: mha only: heads of keys and values; None for one per attention head.
         head_dim: mha only: width of a head; None for hidden_size / num_attention_heads.
+        qkv_bias: mha only: biases on the projections of queries, keys and values, as in Qwen2.
+        qk_norm: mha only: an RMSNorm over each head's query and each head's key before they turn, as in Qwen3.
         attention: mla (multi-head latent attention, DeepSeek-V3) or mha (plain or grouped, as Ouro).
         q_lora_rank: mla only: width of the query's latent; None projects the query directly.
         kv_lora_rank: mla only: width of the latent that keys and values are made from, and that is cached.
@@ -68,6 +70,8 @@ class LoopLMConfig(PretrainedConfig):
         num_attention_heads: int = 16,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         attention: str = "mla",
         q_lora_rank: int | None = None,
         kv_lora_rank: int = 512,
@@ -104,6 +108,8 @@ class LoopLMConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.attention = attention
         self.q_lora_rank = q_lora_rank
         self.kv_lora_rank = kv_lora_rank

@@ -24,7 +24,6 @@ from looplm import checkpoint, step_folder
 from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, OpenedModel
 from looplm.checkpoint import Shape as CheckpointShape
 from looplm.cli import UserError
-from looplm.files import sha256_of
 from looplm.huggingface import companions, weight_files
 from looplm.huggingface.companions import CARD, TOKENIZER
 from looplm.huggingface.config_json import LOOPLM, OURO, Described, TokenIds, ouro_fault
@@ -95,22 +94,7 @@ def import_source(source: Source, final: Path, groups: ProcessGroupCollection) -
     _, shape, gate, gate_trained, ids = source.described
     dtype = weight_files.common_dtype(source.tensors)
     assert ids.eos is not None  # with_tokens saw to it
-    about = About(
-        step=0,
-        samples=0,
-        tokens=0,
-        horizon_samples=0,
-        objective=WEIGHTS_ONLY,
-        gate_trained=gate_trained,
-        tokenizer_sha256=sha256_of(source.tokenizer),
-        eos_id=ids.eos,
-        data_order="",
-        versions=checkpoint.versions(),
-        git_revision=checkpoint.git_revision(),
-        bos_id=ids.bos,
-        pad_id=ids.pad,
-        dtype=str(dtype).removeprefix("torch."),
-    )
+    about = About.of_weights(source.tokenizer, ids.eos, ids.bos, ids.pad, gate_trained, dtype)
     model = LoopLM(shape, gate, groups, dtype, draw=False)
     _read_into(model, source)
     with tempfile.TemporaryDirectory() as place:

@@ -50,15 +50,20 @@ class LoopLMHeadAttention(nn.Module):
     def __init__(self, config: LoopLMConfig, block: int) -> None:
         super().__init__()
         self.block, self.width = block, config.head_dim
-        hidden, width = config.hidden_size, self.width
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * width, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
+        hidden, width, bias = config.hidden_size, self.width, config.qkv_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * width, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = (LoopLMRMSNorm(width, config.rms_norm_eps) for _ in range(2))
         self.o_proj = nn.Linear(config.num_attention_heads * width, hidden, bias=False)
 
     def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (linear(x_BSD).unflatten(-1, (-1, self.width)).transpose(1, 2) for linear in projections)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, view), rotate(key, view)
         if view.cache is not None:
             key, value = view.cache.enter(loop, self.block, key, value, view.rows)

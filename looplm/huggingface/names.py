@@ -95,12 +95,15 @@ def _head_attention(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
         grouped = weight.unflatten(0, (groups, -1)).split([per * width, width, width], dim=1)
         return [part.flatten(0, 1) for part in grouped]
 
-    rows = {"q": heads, "k": groups, "v": groups}
-    parts = {f"{theirs}{name}_proj.weight": (number * width, d) for name, number in rows.items()}
-    return [
-        Entry(f"{ours}linear_qkv.weight", parts, join, split),
-        _same(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", (d, heads * width)),
-    ]
+    rows = {"q": heads * width, "k": groups * width, "v": groups * width}
+    parts = {f"{theirs}{name}_proj.weight": (number, d) for name, number in rows.items()}
+    found = [Entry(f"{ours}linear_qkv.weight", parts, join, split)]
+    if model.qkv_bias:
+        biases = {f"{theirs}{name}_proj.bias": (number,) for name, number in rows.items()}
+        found.append(Entry(f"{ours}linear_qkv.bias", biases, join, split))
+    if model.qk_norm:
+        found += [_same(f"{ours}{name}_layernorm.weight", f"{theirs}{name}_norm.weight", (width,)) for name in "qk"]
+    return [*found, _same(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", (d, heads * width))]
 
 
 def _gate(model: ModelConfig, gate: GateConfig) -> list[Entry]:

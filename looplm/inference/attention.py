@@ -131,16 +131,25 @@ class HeadAttention:
     def __init__(self, module: Any, shape: ModelConfig) -> None:
         self.groups, self.width = shape.query_groups, shape.attention_head_dim
         self.queries_per_entry = shape.num_attention_heads // shape.query_groups
+        self.eps = shape.norm_eps
         self._qkv = module.linear_qkv.weight.detach()
+        self._bias = module.linear_qkv.bias.detach() if shape.qkv_bias else None
+        self._norms = None
+        if shape.qk_norm:
+            self._norms = module.q_layernorm.weight.detach(), module.k_layernorm.weight.detach()
 
     def project(self, x_SND: Tensor, turn_SN1K: Tensor) -> tuple[Query, Tensor]:
         """Queries [S, N, G, P, K] and entries [S, N, W]."""
         per = self.queries_per_entry
-        grouped = F.linear(x_SND, self._qkv).unflatten(-1, (self.groups, per + 2, self.width))
+        grouped = F.linear(x_SND, self._qkv, self._bias).unflatten(-1, (self.groups, per + 2, self.width))
+        heads, value = grouped[:, :, :, : per + 1], grouped[:, :, :, per + 1]
+        if self._norms is not None:
+            parts = zip(heads.split([per, 1], 3), self._norms, strict=True)
+            heads = torch.cat([torch.rms_norm(part, weight.shape, weight, self.eps) for part, weight in parts], 3)
         # The model turns channel i together with i + K/2: bring such pairs side by side.
-        pairs = grouped[:, :, :, : per + 1].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        pairs = heads.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         turned = rotate(pairs, turn_SN1K.unsqueeze(2))
-        key, value = turned[:, :, :, per], grouped[:, :, :, per + 1]
+        key = turned[:, :, :, per]
         return (turned[:, :, :, :per],), torch.cat((key.flatten(2), value.flatten(2)), dim=-1)
 
     def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:

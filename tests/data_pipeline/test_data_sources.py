@@ -23,7 +23,7 @@ def pack(data: bytes, suffix: str) -> bytes:
     if suffix == ".gz":
         return gzip.compress(data)
     half = len(data) // 2
-    return zstandard.compress(data[:half]) + zstandard.compress(data[half:]) if suffix == ".zst" else data
+    return zstandard.compress(data[:half]) + zstandard.compress(data[half:]) if suffix[:4] == ".zst" else data
 
 
 def write_jsonl(path: Path, records: list[Any], suffix: str = "") -> Path:
@@ -41,7 +41,7 @@ def read(kind: Any, *paths: Path, **options: Any) -> list[tuple[str, str]]:
     return [(document.id, document.text) for document in documents]
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".zstd"])
 def test_text_files(tmp_path: Path, suffix: str) -> None:
     for index, text in enumerate(TEXTS):
         (tmp_path / f"{index}.txt{suffix}").write_bytes(pack(text.replace("\n", "\r\n").encode(), suffix))

@@ -7,7 +7,7 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 
 from looplm import context
-from looplm.layers import document_mask
+from looplm.attention import document_mask
 
 
 @dataclass(frozen=True)

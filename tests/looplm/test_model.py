@@ -8,8 +8,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from looplm.attention import document_mask
 from looplm.device import DEVICE
-from looplm.layers import document_mask
 from looplm.losses import adaptive_gate_loss, entropy_regularised_loss, token_losses
 from looplm.model import LoopLM, LoopOutput
 from looplm.model_config import GateConfig, ModelConfig
@@ -42,6 +42,7 @@ CASES = {
     "mha": (MHA, LINEAR),
     "mha-grouped": (replace(MHA, num_query_groups=2), SEQUENCE),
     "mha-one-group-wide-heads": (replace(MHA, num_query_groups=1, head_dim=12), LRU),
+    "mha-biases-normed-heads": (replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True), LRU),
     "mha-tied-no-sandwich": (replace(MHA, tie_embeddings=True, sandwich_norm=False, num_loops=2), LRU),
 }
 

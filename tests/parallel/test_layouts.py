@@ -17,7 +17,6 @@ from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from looplm.model_config import GateConfig, ModelConfig
 from tests.parallel.launch import EVERYTHING, launch
-from tests.parallel.worker import sharded
 from tests.parity import assert_close_relative, relative_error
 from tests.tiny import MODEL, run_config
 
@@ -39,6 +38,7 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla linear": (MLA, LINEAR, {}),
     "mha lru": (MHA, LRU, {}),
     "mha linear": (MHA, LINEAR, {}),
+    "mha biases, normed heads": (dataclasses.replace(MHA, qkv_bias=True, qk_norm=True), LINEAR, {}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -115,6 +115,7 @@ CASES = [
     *(Case(layout, "mla lru in brief") for layout in ("TP2 + SP, selective", "TP2 + SP, full", "PP2, loop", "CP2, full")),
     *(Case(layout, "mha linear in brief") for layout in ("TP2 + SP, loop", "PP2, full")),
     Case("TP2 without SP", "mha lru"),
+    *(Case(layout, "mha biases, normed heads") for layout in ("TP2 + SP", "TP2 without SP", "PP2")),
 ]  # fmt: skip
 FOUR_RANK_SAMPLE = {
     Case("TP2 + SP x PP2", "mla lru"),
@@ -167,7 +168,7 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
                 parameter.normal_(std=0.3)
         weights = folder / "weights" / folder_of(case)
         weights.mkdir(parents=True)
-        dist_checkpointing.save({"model": sharded(model)}, str(weights))
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))
 
     jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for case in [*references, *CASES]:
@@ -203,7 +204,7 @@ def read(
     config = config_of(case.alone, corpus, results)
     model = LoopLM(config.model, config.gate, groups)
     folder = results / (name or folder_of(case))
-    state = dist_checkpointing.load({"model": sharded(model)}, str(folder / "state"))
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "state"))
     model.load_state_dict(state["model"], strict=False)
     stats = json.loads((folder / "stats.json").read_text())
     return stats, {key: value.detach().clone() for key, value in model.named_parameters()}
@@ -229,7 +230,7 @@ def test_ways_to_reduce_gradients_agree_to_the_last_bit(one, other, results, cor
 
 
 def test_the_check_sees_the_fault_of_the_stock_mla_projections(results, corpus, single_process):
-    """Without looplm.layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
+    """Without looplm.local_layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
     stats, expected = read(CURED.alone, results, corpus, single_process)
     found_stats, found = read(CURED, results, corpus, single_process, STOCK)
     assert found_stats["loss"] == pytest.approx(stats["loss"], rel=1e-6)

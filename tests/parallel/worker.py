@@ -11,7 +11,6 @@ import time
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from looplm import checkpoint, layers, parallel
+from looplm import checkpoint, local_layers, parallel
 from looplm.cli import from_dict
 from looplm.config import RunConfig
 from looplm.model import LoopLM
@@ -32,7 +31,7 @@ from tests.parallel.launch import spare_the_spawn
 
 # Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
 BUCKET_SIZE = 5000
-REPLICATED = layers.ReplicatedLinear
+REPLICATED = local_layers.ReplicatedLinear
 
 
 def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> None:
@@ -41,8 +40,10 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
     bit."""
     corpus = check_corpus(config)
     groups = parallel.start(config.seed, config.parallel)
-    model = LoopLM(config.model, config.gate, groups, layout=config.parallel)
-    model.load_state_dict(dist_checkpointing.load({"model": sharded(model)}, weights)["model"], strict=False)
+    model = LoopLM(config.model, config.gate, groups, layout=config.parallel, engine=config.engine)
+    model.load_state_dict(
+        dist_checkpointing.load({"model": model.sharded_state_dict()}, weights)["model"], strict=False
+    )
     ddp = optim.wrap_data_parallel(model, config.loss, config.parallel)
     optimizer = optim.build_optimizer(ddp, config.optim, config.parallel)
     scheduler = optim.build_scheduler(optimizer, config.optim)
@@ -78,7 +79,7 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
         (output / "stats.json").write_text(json.dumps(vars(stats) | found))
         (output / "state").mkdir()
     dist.barrier()
-    dist_checkpointing.save({"model": sharded(model)}, str(output / "state"))
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(output / "state"))
     dist.barrier()
 
 
@@ -93,9 +94,25 @@ def reshard(config: RunConfig, weights: str, output: Path) -> None:
     )
 
 
-def sharded(model: LoopLM) -> dict[str, Any]:
-    """The weights alone: Megatron's linears also have an empty extra state, ours have none."""
-    return {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+def emulation(config: RunConfig, output: Path) -> None:
+    """One column-parallel and one row-parallel linear of the blocks under emulated FP8, each on inputs of its own: what
+    comes out and every gradient, in pieces as this rank has them."""
+    groups = parallel.start(config.seed, config.parallel)
+    model = LoopLM(config.model, config.gate, groups, layout=config.parallel, engine=config.engine)
+    mlp, found = model.decoder.layers[0].mlp, {}
+    for name, linear in (("column", mlp.linear_fc1), ("row", mlp.linear_fc2)):
+        for _ in range(2):  # a history starts at the second
+            generator = torch.Generator().manual_seed(1 + groups.tp.rank())
+            length = 8 if name == "column" and config.parallel.sequence_parallel else 16  # a part, or gathered
+            x = torch.randn(length, 2, linear.weight.size(1), generator=generator).requires_grad_()
+            y = linear(x)[0]
+            g = torch.randn(y.shape, generator=generator)
+            linear.weight.grad = None
+            y.backward(g)
+        values = {"x": x, "weight": linear.weight, "g": g, "y": y, "dx": x.grad, "dW": linear.weight.grad}
+        found[name] = {key: value.detach().clone() for key, value in values.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    torch.save(found, output / f"rank{groups.tp.rank()}.pt")
 
 
 def main() -> None:
@@ -105,9 +122,11 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         begin = time.monotonic()
         config = from_dict(RunConfig, job["config"], where="job")
-        layers.ReplicatedLinear = ColumnParallelLinear if job.get("stock_projections") else REPLICATED  # type: ignore[misc]
+        local_layers.ReplicatedLinear = ColumnParallelLinear if job.get("stock_projections") else REPLICATED  # type: ignore[misc]
         if job["kind"] == "steps":
             steps(config, job["weights"], Path(job["output"]), job.get("repeats", 0))
+        elif job["kind"] == "emulation":
+            emulation(config, Path(job["output"]))
         elif job["kind"] == "reshard":
             reshard(config, job["weights"], Path(job["output"]))
         else:

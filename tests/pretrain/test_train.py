@@ -16,6 +16,7 @@ import yaml
 from looplm import checkpoint, optimizer_state, parallel, step_folder
 from looplm.cli import UserError, to_dict
 from looplm.config import RampUpConfig, RunConfig
+from looplm.engine import EngineConfig
 from pretrain.data import check_corpus
 from pretrain.train import STOPPED, build, main, train
 from tests.tiny import run_config, train_rows
@@ -74,6 +75,19 @@ def test_golden_losses(corpus, tmp_path, single_process):
     golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
     assert [row["loss"] for row in rows] == pytest.approx(golden["loss"], rel=1e-5)
     assert [row["grad_norm"] for row in rows] == pytest.approx(golden["grad_norm"], rel=1e-4)
+
+
+def test_a_run_under_emulated_fp8_says_so_and_goes_on_without_it(corpus, tmp_path, single_process, capsys):
+    steady = {"optim": {"schedule": "constant", "decay_steps": 0}}
+    plain = run(run_config(corpus, tmp_path / "plain", **steady))
+    assert "EMULATED" not in capsys.readouterr().err
+    config = run_config(corpus, tmp_path / "fp8", engine={"fp8": "emulate-hybrid"}, **steady)
+    rounded = run(config)
+    assert "EMULATED: engine.fp8=emulate-hybrid" in capsys.readouterr().err
+    assert [row["loss"] for row in rounded] != [row["loss"] for row in plain]
+    assert [row["loss"] for row in rounded] == pytest.approx([row["loss"] for row in plain], rel=0.02)
+    longer = dataclasses.replace(config, engine=EngineConfig(), optim=dataclasses.replace(config.optim, train_steps=7))
+    assert exact(run(longer)[:6]) == exact(rounded) and len(train_rows(config.output_dir)) == 7
 
 
 def test_gate_stage_moves_the_gate_alone(corpus, tmp_path, single_process):

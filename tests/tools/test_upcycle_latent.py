@@ -190,6 +190,15 @@ def assert_same_text_without_a_cache(generator: Generator) -> None:
     assert len(answer.ids) == 8 and best.tolist() == answer.ids
 
 
+@pytest.mark.parametrize("key", ["qkv_bias", "qk_norm"])
+def test_what_latent_attention_has_no_place_for_is_refused(key):
+    parts = Parts(replace(MHA, **{key: True}), GateConfig(), {})
+    with pytest.raises(
+        UserError, match=f"checkpoint: 'model.{key}=true' is not allowed; latent attention has no place"
+    ):
+        to_latent(parts, 4, None, None)
+
+
 def test_mistakes_take_one_line_and_leave_nothing(mha_run, tiny_run, corpus, tmp_path, single_process):
     output = f"--output={tmp_path / 'out'}"
     plain = [f"--checkpoint={mha_run.output_dir}", output]

@@ -1,4 +1,4 @@
-"""A dense Llama-style model, some of whose layers become the shared stack of a looped one.
+"""A dense Llama- or Qwen-style model, some of whose layers become the shared stack of a looped one.
 
 Its blocks are ours without sandwich norms, its final norm is the loop-end norm. One loop over all of its layers is the
 dense model itself, so nothing is lost before the first loop is added (compare arXiv 2410.20672, 2511.07384).
@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from looplm import checkpoint
-from looplm.checkpoint import WEIGHTS_ONLY, About
+from looplm.checkpoint import About
 from looplm.cli import UserError, require
-from looplm.files import sha256_of
 from looplm.huggingface import companions
 from looplm.huggingface.config_json import CONFIG, LOOPLM, Described, describe, read_json
 from looplm.huggingface.names import entries
@@ -21,10 +19,15 @@ from looplm.model_config import GateConfig
 from tools.upcycling.depth import copy_layers
 from tools.upcycling.parts import Parts, Source, Upcycled
 
-FAMILIES = ("llama", "mistral", "qwen2")
+# What goes without saying in a family's config.json.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
 # What stays true of the result, which is no model of the source's family any more.
 _CARRIED = (companions.GENERATION, companions.TOKENIZER_CONFIG, companions.SPECIAL_TOKENS, "chat_template.jinja")
-_NORMED = ("q_norm.weight", "k_norm.weight")  # Qwen3's, of each head's queries and keys
 
 
 def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> Source:
@@ -52,22 +55,7 @@ def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> S
     weights = {
         entry.ours: entry.join([read_tensor(name, found[name]).float() for name in entry.theirs]) for entry in wanted
     }
-    about = About(
-        step=0,
-        samples=0,
-        tokens=0,
-        horizon_samples=0,
-        objective=WEIGHTS_ONLY,
-        gate_trained=False,
-        tokenizer_sha256=sha256_of(path),
-        eos_id=eos,
-        data_order="",
-        versions=checkpoint.versions(),
-        git_revision=checkpoint.git_revision(),
-        bos_id=ids.bos,
-        pad_id=ids.pad,
-        dtype=str(common_dtype(found)).removeprefix("torch."),
-    )
+    about = About.of_weights(path, eos, ids.bos, ids.pad, gate_trained=False, dtype=common_dtype(found))
     beside = tuple(folder / name for name in _CARRIED if (folder / name).is_file())
     return Source(folder, Parts(described.model, GateConfig(), weights), about, path, beside)
 
@@ -116,24 +104,20 @@ def _describe(folder: Path) -> Described:
         raise UserError(f"{path}: model_type: {family!r} is not a dense model that ours can hold; give one of {', '.join(FAMILIES)}")  # fmt: skip
     if family == "mistral" and values.get("sliding_window") is not None:
         raise UserError(f"{path}: sliding_window: {values['sliding_window']!r} is not something our model does; it has null")  # fmt: skip
-    said: dict[str, Any] = {"model_type": LOOPLM, "attention": "mha", "sandwich_norm": False, "total_ut_steps": 1}
+    said: dict[str, Any] = {
+        "model_type": LOOPLM,
+        "attention": "mha",
+        "sandwich_norm": False,
+        "total_ut_steps": 1,
+        **FAMILIES[family],
+    }
     generation = folder / companions.GENERATION
     return describe({**values, **said}, read_json(generation) if generation.is_file() else {}, path)
 
 
 def _plain(found: Mapping[str, Stored], described: Described) -> dict[str, Stored]:
-    """Without what says nothing: tables that are computed, the head's second copy of a tied embedding, biases of zero.
-
-    Raises:
-        UserError: a bias that is not zero, or norms of queries and keys.
-    """
-    plain = {}
-    for name, stored in found.items():
-        if name.endswith(_NORMED):
-            raise UserError(f"{stored.path}: {name}: our attention does not normalise queries and keys; give a model without such norms")  # fmt: skip
-        if name.endswith(".bias") and read_tensor(name, stored).any():
-            raise UserError(f"{stored.path}: {name}: our projections have no biases, and this one is not zero; give a model without")  # fmt: skip
-        tied = name == "lm_head.weight" and described.model.tie_embeddings
-        if not tied and not name.endswith((".bias", "rotary_emb.inv_freq")):
-            plain[name] = stored
-    return plain
+    """Without what says nothing: tables that are computed, the head's second copy of a tied embedding."""
+    tied = {"lm_head.weight"} if described.model.tie_embeddings else set()
+    return {
+        name: stored for name, stored in found.items() if name not in tied and not name.endswith("rotary_emb.inv_freq")
+    }

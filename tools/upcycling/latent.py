@@ -64,6 +64,8 @@ def to_latent(
     """
     shape = parts.model
     require(shape.attention == "mha", "checkpoint", shape.attention, "its attention is latent already; give a model with model.attention=mha")  # fmt: skip
+    for key in ("qkv_bias", "qk_norm"):
+        require(not getattr(shape, key), "checkpoint", f"model.{key}=true", "latent attention has no place for it; give a model without")  # fmt: skip
     width, groups = shape.attention_head_dim, shape.query_groups
     rope = groups * width if qk_rope_head_dim is None else qk_rope_head_dim
     legal = rope % width == 0 and 0 < rope <= groups * width

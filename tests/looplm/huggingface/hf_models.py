@@ -24,6 +24,8 @@ def hf_config(shape: ModelConfig, gate: GateConfig, **keys: Any) -> LoopLMConfig
         "num_key_value_heads": shape.num_query_groups,
         "head_dim": shape.head_dim,
         "attention": shape.attention,
+        "qkv_bias": shape.qkv_bias,
+        "qk_norm": shape.qk_norm,
         "q_lora_rank": shape.q_lora_rank,
         "kv_lora_rank": shape.kv_lora_rank,
         "qk_nope_head_dim": shape.qk_nope_head_dim,

@@ -1,0 +1,1 @@
+"""Training text that is made, not found: from a seed, without a network."""

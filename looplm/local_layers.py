@@ -1,0 +1,97 @@
+"""A block of torch's and Megatron-core's own modules, which run on any device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from looplm.attention import CoreAttention, LatentAttention
+from looplm.model_config import ModelConfig
+from looplm.norms import RMSNorm, residual_add
+
+
+class ReplicatedLinear(MegatronModule):
+    """A linear layer that every tensor-parallel rank holds whole: MLA's down projections.
+
+    Megatron's own local choice is column-parallel and gathers the rotary key, which different heads then use on each
+    rank; the gather's backward splits that gradient without summing it, and the loss hides the error. With this one and
+    sequence parallelism Megatron takes the branch of Transformer Engine's duplicated linears, which is right: each rank
+    sees some positions, and the weight's gradient is summed over the ranks.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Callable[..., Any], **_: Any
+    ) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.product(x, self.weight), None
+
+
+# Megatron-core accepts listed classes only for these projections; this name is of one that nothing here uses.
+multi_latent_attention.Linear = ReplicatedLinear
+
+
+def layer_submodules(model: ModelConfig, config: TransformerConfig) -> TransformerLayerSubmodules:
+    """The parts of a block; their names are those in which a checkpoint keeps the weights."""
+    add = residual_add(model, config)
+    return TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=_mla(model) if model.attention == "mla" else _mha(model),
+        self_attn_bda=add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
+        mlp_bda=add,
+    )
+
+
+def _mla(model: ModelConfig) -> ModuleSpec:
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ReplicatedLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ReplicatedLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
+        ),
+    )
+
+
+def _mha(model: ModelConfig) -> ModuleSpec:
+    head_norm = RMSNorm if model.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )

@@ -1,0 +1,117 @@
+"""Megatron's GPTDataset, which also reads conversations: packed whole into samples, with the loss on their answers.
+
+Plain text is concatenated and cut, as Megatron does it. A conversation that is cut loses its question, so conversations are
+packed instead: by best fit, the rest of a sample padded. Both kinds blend in one run.
+
+Shapes: N documents, S sequence (model inputs; a sample holds S + 1 tokens).
+"""
+
+import os
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import Tensor
+
+from data_pipeline.loss_marks import unmark
+
+
+@dataclass
+class MixConfig(GPTDatasetConfig):
+    """Megatron's, and which prefixes hold conversations."""
+
+    conversations: tuple[str, ...] = ()
+
+
+class MixedDataset(GPTDataset):
+    """The samples of one prefix."""
+
+    config: MixConfig
+
+    @property
+    def _packs(self) -> bool:
+        return self.dataset_path in self.config.conversations
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For conversations: documents in the order they are read, where each sample begins in it, and no more shuffling."""
+        if not self._packs:
+            return super()._build_document_sample_shuffle_indices()
+        path = Path(self.config.path_to_cache) / f"{self.unique_description_hash}-packing.npz"
+        if not path.is_file():  # rank 0 builds before the others look
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(f".{os.getpid()}.npz")
+            lengths_N = self.dataset.sequence_lengths
+            order, starts = pack(lengths_N, self.config.sequence_length + 1, self.num_samples, self.config.random_seed)
+            np.savez(aside, order=order, starts=starts)
+            os.replace(aside, path)
+        with np.load(path) as packing:
+            return packing["order"], packing["starts"], np.arange(0)
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor]:
+        if not self._packs:
+            return super().__getitem__(idx)
+        start, end = self.sample_index[idx : idx + 2]
+        parts = [self.dataset.get(int(document)) for document in self.document_index[start:end]]
+        room = self.config.sequence_length + 1 - sum(map(len, parts))
+        tokens, learnt = unmark(np.concatenate([*parts, np.zeros(room, np.int32)]).astype(np.int64))
+        tokens[len(tokens) - room :], learnt[len(tokens) - room :] = self.config.tokenizer.pad, False
+        position = np.concatenate([np.arange(length) for length in (*map(len, parts), room)])
+        return {
+            "tokens": torch.from_numpy(tokens[:-1]),
+            "labels": torch.from_numpy(tokens[1:]),
+            "loss_mask": torch.from_numpy(learnt[1:]).float(),
+            "position_ids": torch.from_numpy(position[:-1]),
+        }
+
+
+def pack(lengths_N: np.ndarray, size: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deal documents to samples, whole, in as many epochs as give ``samples`` samples.
+
+    Every epoch holds each document that fits once, in an order of its own.
+
+    Returns:
+        documents in the order they are read, and the place in it where each sample begins, with the end.
+
+    Raises:
+        ValueError: no document fits.
+    """
+    fitting = np.flatnonzero(lengths_N <= size)
+    if not len(fitting):
+        raise ValueError(f"none of {len(lengths_N)} documents has {size} tokens or fewer")
+    orders, counts = list[np.ndarray](), list[np.ndarray]()
+    for epoch in count():
+        random = np.random.default_rng((seed, epoch))
+        documents = random.permutation(fitting)
+        sample = best_fit(lengths_N[documents], size)
+        sample = random.permutation(sample.max() + 1)[sample]  # samples in an order of their own too
+        orders.append(documents[np.argsort(sample, kind="stable")])
+        counts.append(np.bincount(sample))
+        if sum(map(len, counts)) >= samples:
+            break
+    return np.concatenate(orders), np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+
+
+def best_fit(lengths_N: np.ndarray, size: int) -> np.ndarray:
+    """The bin of each item: longest first, each into the fullest bin that still has room for it.
+
+    Bins are kept by the room they have left; ``rooms`` has bit r set where there is a bin with room r, so that the fullest
+    one that fits is found by a shift, whatever the number of bins.
+    """
+    bins: list[list[int]] = [[] for _ in range(size + 1)]
+    bin_N, rooms, used = np.empty(len(lengths_N), np.int64), 0, 0
+    for item in np.argsort(-lengths_N.astype(np.int64), kind="stable"):
+        length = int(lengths_N[item])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            place = bins[room].pop()
+            rooms ^= 0 if bins[room] else 1 << room
+        else:
+            room, place, used = size, used, used + 1
+        bin_N[item] = place
+        bins[room - length].append(place)
+        rooms |= 1 << (room - length)
+    return bin_N

@@ -1,0 +1,180 @@
+"""Conversations in training: packed whole, learnt where they answer, mixed with plain text."""
+
+import dataclasses
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
+
+from data_pipeline.index_file import read_index
+from data_pipeline.loss_marks import NO_LOSS
+from data_pipeline.manifest import read_manifest
+from looplm import chat, checkpoint, generate, parallel, step_folder
+from looplm.cli import UserError
+from looplm.config import DataSource
+from pretrain.data import build_train_set, build_valid_set, check_corpus, micro_batches
+from pretrain.mixed_data import best_fit, pack
+from pretrain.train import train
+from tests.tiny import EOS, PAD, run_config, train_rows, write_chat_corpus
+from tools.convert_hf import main as convert
+
+LONG = {"max_sequence_length": 128}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    write_chat_corpus(folder)
+    return folder
+
+
+def slow_best_fit(lengths: list[int], size: int) -> list[int]:
+    """As the words have it: longest first, into the fullest bin with room; of equals the one last changed."""
+    bins: list[dict[str, int]] = []
+    place = [0] * len(lengths)
+    for clock, item in enumerate(sorted(range(len(lengths)), key=lambda item: -lengths[item])):
+        fitting = [one for one in bins if one["room"] >= lengths[item]]
+        if fitting:
+            found = min(fitting, key=lambda one: (one["room"], -one["changed"]))
+        else:
+            found = {"number": len(bins), "room": size, "changed": 0}
+            bins.append(found)
+        found["room"] -= lengths[item]
+        found["changed"] = clock
+        place[item] = found["number"]
+    return place
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_best_fit_is_best_fit(seed):
+    lengths_N = np.random.default_rng(seed).integers(1, 65, 300).astype(np.int32)
+    bin_N = best_fit(lengths_N, 64)
+    assert bin_N.tolist() == slow_best_fit(lengths_N.tolist(), 64)
+    assert np.bincount(bin_N, lengths_N).max() <= 64
+
+
+def test_every_epoch_holds_each_document_once_and_what_is_too_long_never():
+    lengths_N = np.array([5, 9, 3, 3, 8, 2, 30], np.int32)
+    order, starts = pack(lengths_N, 10, samples=7, seed=1)
+    samples = [order[start:end] for start, end in pairwise(starts)]
+    assert len(samples) >= 7 and all(lengths_N[sample].sum() <= 10 for sample in samples)
+    assert starts[-1] == len(order) == 12 and sorted(order[:6]) == sorted(order[6:]) == [0, 1, 2, 3, 4, 5]
+    assert order[:6].tolist() != order[6:].tolist() != pack(lengths_N, 10, samples=7, seed=2)[0][6:].tolist()
+    assert pack(lengths_N, 10, samples=7, seed=1)[0].tolist() == order.tolist()
+    with pytest.raises(ValueError, match="none of 7"):
+        pack(lengths_N, 1, samples=1, seed=1)
+
+
+def test_samples_are_whole_conversations_learnt_where_they_answer(chats, tmp_path, single_process):
+    """Against the token file read by hand: ids, labels, loss, document starts."""
+    config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
+    stored = [np.array(document) for document in IndexedDataset(str(chats / "train"))]
+    rest = [(document & ~NO_LOSS).tolist() for document in stored]
+    train_set = build_train_set(config, check_corpus(config), 8, 8)
+    for batch in micro_batches(train_set, config.data, 0, 0, 1):
+        assert batch.document_start_SB is not None
+        for column in range(2):
+            tokens = [*batch.ids_BS[column].tolist(), int(batch.labels_SB[-1, column])]
+            assert batch.labels_SB[:, column].tolist() == tokens[1:]
+            place = 0
+            while tokens[place] != PAD:
+                end = place + tokens[place:].index(EOS) + 1
+                document = stored[rest.index(tokens[place:end])]
+                wanted = [float(token & NO_LOSS == 0) for token in document]
+                assert batch.mask_SB[max(0, place - 1) : end - 1, column].tolist() == wanted[place == 0 :]
+                assert set(batch.document_start_SB[place : end - (end > 100), column].tolist()) == {place}
+                place = end
+                if place > 100:
+                    break
+            assert place > 50, "best fit leaves little room"
+            assert set(tokens[place:]) <= {PAD} and not batch.mask_SB[max(0, place - 1) :, column].any()
+            assert place >= 100 or set(batch.document_start_SB[place:, column].tolist()) == {place}
+
+
+def test_conversations_and_plain_text_mix(chats, tmp_path, single_process):
+    sources = (DataSource(prefix=str(chats / "train"), weight=1), DataSource(prefix=str(chats / "plain"), weight=3))
+    config = run_config(chats, tmp_path, data={"seq_length": 100, "train": sources}, model=LONG)
+    found = check_corpus(config)
+    start = json.loads((chats / "tokenizer.json").read_text())["added_tokens"][3]
+    assert start["content"] == chat.START
+    batches = list(micro_batches(build_train_set(config, found, 40, 40), config.data, 0, 0, 1))
+    talks = [start["id"] in row for batch in batches for row in batch.ids_BS.tolist()]
+    assert sum(talks) == pytest.approx(10, abs=1) and max(int(batch.ids_BS.max()) for batch in batches) < 320
+    assert found.stop_id == found.end_id != EOS
+    alone = run_config(chats, tmp_path, data={"train": sources[1:], "valid": ()})
+    assert check_corpus(alone).stop_id == EOS
+
+
+def test_what_no_sample_holds_is_counted_or_refused(chats, tmp_path, single_process):
+    config = run_config(chats, tmp_path, data={"seq_length": 48})
+    longer = int((read_index(chats / "train.idx").lengths() > 49).sum())
+    (line,) = [line for line in check_corpus(config).left_out if "train" in line]
+    assert 0 < longer < 50 and f"{longer} of 50 conversations are longer than data.seq_length=48" in line
+    with pytest.raises(
+        UserError, match=r"train: its shortest conversation has \d+ tokens.*data.seq_length=16"
+    ) as caught:
+        check_corpus(run_config(chats, tmp_path, data={"seq_length": 16}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_packing_is_kept_and_read_again(chats, tmp_path, single_process, monkeypatch):
+    config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
+    found = build_valid_set(config, check_corpus(config))
+    first = [found[index]["tokens"].tolist() for index in range(len(found))]
+    monkeypatch.setattr("pretrain.mixed_data.pack", None)  # would fail if it were called
+    again = build_valid_set(config, check_corpus(config))
+    assert [again[index]["tokens"].tolist() for index in range(len(again))] == first
+    assert not list(tmp_path.rglob("*.npz.*"))
+
+
+@pytest.fixture(scope="module")
+def tuned(chats, tmp_path_factory, single_process) -> Path:
+    folder = tmp_path_factory.mktemp("tuned") / "sft"
+    config = run_config(chats, folder, data={"seq_length": 100}, model=LONG, checkpoint={"save_every": 3})
+    assert train(config, check_corpus(config), single_process)
+    return folder
+
+
+def test_a_tuned_run_resumes_bit_for_bit(chats, tuned, tmp_path, single_process):
+    config = run_config(chats, tmp_path / "sft", data={"seq_length": 100}, model=LONG)
+    shutil.copytree(tuned, tmp_path / "sft")
+    shutil.rmtree(tmp_path / "sft/checkpoints/step_00000006")
+    assert train(config, check_corpus(config), single_process)
+    again, whole = train_rows(tmp_path / "sft"), train_rows(tuned)
+    assert [row["loss_per_loop"] for row in again] == [row["loss_per_loop"] for row in whole] and len(again) == 6
+    assert all(row["tokens_per_second"] > 0 for row in again)
+
+
+def test_a_tuned_model_ends_as_answers_end_and_exports_how_to_talk_to_it(chats, tuned, tmp_path):
+    about = checkpoint.read_about(step_folder.locate(str(tuned)))
+    chat_record = read_manifest(chats / "train").chat
+    assert chat_record is not None and about.eos_id == chat_record.end_id
+    convert(["export", "--checkpoint", str(tuned), "--output", str(tmp_path / "hf")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.eos_token == chat.END
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False, add_generation_prompt=True)  # fmt: skip
+    assert asked == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_it_answers_in_the_terminal_and_a_plain_model_refuses(chats, tuned, tmp_path, corpus):
+    output = tmp_path / "samples.jsonl"
+    arguments = ["--chat", "true", "--prompt", "2 + 2?", "--max_new_tokens", "5", "--temperature", "0"]
+    generate.main(["--checkpoint", str(tuned), "--output", str(output), *arguments])
+    sample = json.loads(output.read_text())
+    assert sample["prompt"] == "2 + 2?" and sample["settings"]["temperature"] == 0
+    config = run_config(corpus, tmp_path / "plain", optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})
+    train(config, check_corpus(config), parallel.start(config.seed))
+    with pytest.raises(UserError, match=r"has no token '<\|im_start\|>'"):
+        generate.main(["--checkpoint", str(tmp_path / "plain"), *arguments])
+    only_plain = {"train": (DataSource(prefix=str(chats / "plain")),), "valid": ()}
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, **only_plain), output_dir=str(tmp_path / "text")
+    )
+    train(config, check_corpus(config), parallel.start(config.seed))
+    with pytest.raises(UserError, match="chat: True is not allowed; it was not tuned on conversations"):
+        generate.main(["--checkpoint", str(tmp_path / "text"), *arguments])

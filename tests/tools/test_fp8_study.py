@@ -1,0 +1,98 @@
+"""The study's order, its table, and that it takes up what was cut off; the training itself is pretrain's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from looplm.cli import UserError
+from tools import fp8_study
+from tools.fp8_study import Run, StudyConfig, main, plan, table
+
+LOSSES = {("bf16", 1): 4.0, ("bf16", 2): 5.0, ("hybrid-tensorwise", 1): 4.02, ("hybrid-tensorwise", 2): 4.95}
+
+
+class Trainer:
+    """In place of ``python -m pretrain.train``: writes what a run leaves, or fails."""
+
+    STDOUT = None
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.broken = False
+
+    def run(self, command: list[str], **_: object) -> "Trainer":
+        self.commands.append(command)
+        self.returncode = int(self.broken)
+        values = dict(zip(command[3::2], command[4::2], strict=True))
+        variant, seed = Path(values["--output_dir"]).name.split("_seed")
+        assert (values["--engine.fp8"], values["--engine.fp8_recipe"]) == fp8_study.VARIANTS[variant]
+        assert values["--seed"] == seed
+        loss = LOSSES[variant, int(seed)]
+        rows = [
+            {"kind": kind, "loss_per_loop": [9.0, loss + extra]}
+            for kind, extra in (("valid", 1.0), ("valid", 0.0), ("train", 2.0))
+        ]
+        Path(values["--output_dir"], "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return self
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    found = Trainer()
+    monkeypatch.setattr(fp8_study, "subprocess", found)
+    return found
+
+
+def test_the_baseline_comes_first_beside_the_first_variant():
+    config = StudyConfig(seeds=(1, 2), variants=("hybrid-tensorwise", "bf16", "e4m3-mxfp8"))
+    order = [
+        ("bf16", 1),
+        ("hybrid-tensorwise", 1),
+        ("bf16", 2),
+        ("hybrid-tensorwise", 2),
+        ("e4m3-mxfp8", 1),
+        ("e4m3-mxfp8", 2),
+    ]
+    assert list(plan(config)) == order
+    assert len(list(plan(StudyConfig()))) == 3 * len(fp8_study.VARIANTS)
+
+
+def test_it_compares_seed_by_seed_and_takes_up_what_is_left(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(fp8_study, "git_revision", lambda: "abc")
+    argv = ["--output_dir", str(tmp_path), "--seeds", "[1,2]", "--variants", "[bf16,hybrid-tensorwise]"]
+    trainer.broken = True
+    with pytest.raises(SystemExit, match=r"bf16, seed 1, ended with status 1; see .*log\.txt"):
+        main(argv)
+    trainer.broken = False
+    main(argv)
+    assert len(trainer.commands) == 1 + 4
+    main(argv)
+    assert len(trainer.commands) == 5, "what is done is not done again"
+
+    said = json.loads((tmp_path / "study.json").read_text())
+    assert said["commit"] == "abc" and {"recipe", "machine", "versions"} <= set(said)
+    assert [(run["variant"], run["seed"], run["validation_loss"]) for run in said["runs"]] == [
+        ("bf16", 1, 4.0), ("hybrid-tensorwise", 1, 4.02), ("bf16", 2, 5.0), ("hybrid-tensorwise", 2, 4.95),
+    ]  # fmt: skip
+    assert "| hybrid-tensorwise | 4.0200 | 4.9500 | 4.4850 | -0.25%, -1.00% |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_table_may_have_gaps():
+    rows = table(
+        [Run("bf16", 1, 4.0, [4.0], 1.0), Run("bf16", 2, 5.0, [5.0], 1.0), Run("e4m3-mxfp8", 2, 5.5, [5.5], 1.0)]
+    )
+    assert rows.splitlines()[-1] == "| e4m3-mxfp8 |  | 5.5000 | 5.5000 | +10.00%, +10.00% |"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"seeds": ()}, r"seeds: \[\] is not allowed"),
+        ({"variants": ("bf16", "int4")}, "variants: 'int4' is not allowed; choose from bf16"),
+        ({"variants": ("e4m3-mxfp8",)}, "variants: .* is not allowed; bf16 must be among them"),
+    ],
+)
+def test_a_mistake_is_one_line(keys, message):
+    with pytest.raises(UserError, match=message):
+        StudyConfig(**keys)
