@@ -9,6 +9,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 from looplm.config import RunConfig
+from looplm.engine import EngineConfig
 from pretrain.data import schedule_on
 from pretrain.probes import Place, Writing
 
@@ -89,6 +90,19 @@ def gpus(places: Sequence[Place], formats: Sequence[str]) -> Verdict:
         return Verdict("warn", "gpus", f"{text}; the slowest sets the pace of all")
     smallest = min(place.device.total_bytes for place in places)
     return Verdict("ok", "gpus", f"{text}, {smallest / GB:.0f} GB each, driver for CUDA {places[0].device.driver_for}")
+
+
+def engine(asked: EngineConfig, faults: Sequence[str]) -> Verdict:
+    """Whether every rank has what the blocks are to be made of.
+
+    Args:
+        asked: for.
+        faults: of each rank; empty where it has it.
+    """
+    for rank, fault in enumerate(faults):
+        if fault:
+            return Verdict("FAIL", "engine", f"rank {rank}: {fault}")
+    return Verdict("ok", "engine", f"{asked.transformer_impl}, fp8 {asked.fp8 or 'none'}")
 
 
 def software(places: Sequence[Place]) -> Verdict:
