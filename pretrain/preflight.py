@@ -18,6 +18,7 @@ from looplm import checkpoint, device, parallel, step_folder
 from looplm.accounting import checkpoint_bytes
 from looplm.cli import UserError, parse_config, run_main
 from looplm.config import RunConfig
+from looplm.layers import check_engine
 from pretrain import probes, verdicts
 from pretrain.data import Corpus, check_corpus, schedule_on
 from pretrain.probes import Place
@@ -49,13 +50,13 @@ def main(argv: list[str]) -> None:
     if wrong:
         lines = [f"{verdict.about}: {verdict.text}" for verdict in wrong]
         raise UserError("\nerror: ".join([f"no go: {len(wrong)} of {len(found)} checks failed", *lines]))
-    if parallel.is_rank_0():
-        print("go", flush=True)
+    _say("go")
 
 
-def _say(verdict: Verdict) -> None:
+def _say(line: Verdict | str) -> None:
+    """On the first rank, also before the ranks have met and after they have parted."""
     if os.environ.get("RANK", "0") == "0":
-        print(verdict, flush=True)
+        print(line, flush=True)
 
 
 def _refuse(verdict: Verdict) -> None:
@@ -88,10 +89,19 @@ def _machines(config: RunConfig, places: list[Place]) -> Iterator[Verdict]:
     else:
         driver = DRIVER.read_text().splitlines()[0] if DRIVER.exists() else ""
         yield verdicts.no_gpu(driver, places[0].device.built_for)
+    yield verdicts.engine(config.engine, probes.all_of(_engine_fault(config)))
     yield verdicts.software(places)
     yield verdicts.speed(places)
     yield verdicts.clocks(places)
     yield verdicts.shared_memory(places)
+
+
+def _engine_fault(config: RunConfig) -> str:
+    try:
+        check_engine(config.engine)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _data(config: RunConfig, nodes: dict[str, int]) -> Iterator[Verdict]:

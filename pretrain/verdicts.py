@@ -9,6 +9,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 from looplm.config import RunConfig
+from looplm.engine import EngineConfig
 from pretrain.data import schedule_on
 from pretrain.probes import Place, Writing
 
@@ -91,6 +92,19 @@ def gpus(places: Sequence[Place], formats: Sequence[str]) -> Verdict:
     return Verdict("ok", "gpus", f"{text}, {smallest / GB:.0f} GB each, driver for CUDA {places[0].device.driver_for}")
 
 
+def engine(asked: EngineConfig, faults: Sequence[str]) -> Verdict:
+    """Whether every rank has what the blocks are to be made of.
+
+    Args:
+        asked: for.
+        faults: of each rank; empty where it has it.
+    """
+    for rank, fault in enumerate(faults):
+        if fault:
+            return Verdict("FAIL", "engine", f"rank {rank}: {fault}")
+    return Verdict("ok", "engine", f"{asked.transformer_impl}, fp8 {asked.fp8 or 'none'}")
+
+
 def software(places: Sequence[Place]) -> Verdict:
     """The same versions on all ranks."""
     common, _ = Counter(place.versions for place in places).most_common(1)[0]
@@ -166,7 +180,7 @@ def passes(needed: Mapping[str, float], held: Mapping[str, int]) -> Verdict:
     """How often the run goes over each source's tokens."""
     times = {prefix: needed[prefix] / held[prefix] for prefix in needed}
     most = max(times, key=lambda prefix: times[prefix])
-    text = f"{sum(needed.values()) / GB:,.3f} billion tokens to train on, {sum(held.values()) / GB:,.3f} there; {most} is read {times[most]:.2f} times"  # fmt: skip
+    text = f"{sum(needed.values()) / GB:,.4g} billion tokens to train on, {sum(held.values()) / GB:,.4g} there; {most} is read {times[most]:.2f} times"  # fmt: skip
     if times[most] > MANY_PASSES:
         return Verdict("warn", "mix", f"{text}; add data or lower its weight")
     return Verdict("ok", "mix", text)

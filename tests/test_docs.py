@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.config import PipelineConfig
 from looplm.cli import parse_config
 from looplm.config import RunConfig
 from pretrain.chain import ChainConfig
@@ -72,9 +73,10 @@ def test_every_job_that_is_submitted_is_understood(words: list[str]) -> None:
     command = ["bash", launcher, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=plain | {"DRY_RUN": "1"}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("srun ")
+    assert done.stdout.startswith(("srun ", "python -m data_pipeline.tokenize "))
     if "--config" in arguments:
-        parse_config(RunConfig, arguments, prog="test", description="")
+        read = PipelineConfig if launcher.endswith("preprocess.sbatch") else RunConfig
+        parse_config(read, arguments, prog="test", description="")
 
 
 @pytest.mark.parametrize("words", typed("python -m pretrain.chain"), ids=" ".join)

@@ -89,7 +89,8 @@ def count(model: LoopLM) -> int:
 
 
 def test_every_training_recipe_is_listed_here():
-    shipped = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
+    paths = [path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "chain.yaml"]
+    shipped = {str(path.relative_to(ROOT / "configs")) for path in paths}
     listed = {name for names in (*RECIPES.values(), *TINY.values(), *OURO.values()) for name in names}
     others = {str(path.relative_to(ROOT / "configs")) for path in (*DATA, *(ROOT / "configs").rglob("chain.yaml"))}
     assert shipped - others == listed

@@ -18,6 +18,7 @@ from looplm.accounting import checkpoint_bytes, parameter_counts
 from looplm.cli import UserError, to_dict
 from looplm.config import RunConfig
 from looplm.device import Description
+from looplm.engine import EngineConfig
 from looplm.layout import ParallelConfig
 from pretrain import preflight, probes, verdicts
 from pretrain.data import check_corpus
@@ -30,7 +31,7 @@ from tests.tiny import run_config
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Description("H100", 80 * 10**9, 79 * 10**9, (9, 0), "13.1", "13.1")
 PLACE = Place(0, "n1", H100, "torch 2.10", 1000.0, 6e14, 10**12, 10**12)
-EVERYTHING = ["all-reduce", "network", "gpus", "software", "speed", "clocks", "shm", "data", "mix", "start", "disk", "saving", "memory"]  # fmt: skip
+EVERYTHING = ["all-reduce", "network", "gpus", "engine", "software", "speed", "clocks", "shm", "data", "mix", "start", "disk", "saving", "memory"]  # fmt: skip
 
 
 def places(**changed: Any) -> list[Place]:
@@ -53,6 +54,8 @@ CASES: list[tuple[Callable[[], Verdict], str, str]] = [
     (lambda: verdicts.gpus(places(name="V100", capability=(7, 0)), ["fp32"]), "warn", "3 x H100, 1 x V100; the slowest sets"),
     (lambda: verdicts.gpus(places(free_bytes=40 * 10**9), ["bf16"]), "FAIL", "rank 3 on n2: 50% of the memory of H100 is taken"),
     (lambda: verdicts.gpus(places(driver_for="12.9"), ["bf16"]), "warn", "the driver is made for CUDA 12.9, torch for 13.1"),
+    (lambda: verdicts.engine(EngineConfig(), ["", ""]), "ok", "local, fp8 none"),
+    (lambda: verdicts.engine(EngineConfig(), ["", "too old"]), "FAIL", "rank 1: too old"),
     (lambda: verdicts.software(places()), "ok", "torch 2.10"),
     (lambda: verdicts.software(places(versions="torch 2.9")), "FAIL", "rank 3 on n2 has torch 2.9; others have torch 2.10"),
     (lambda: verdicts.speed(places()), "ok", "600.00 TFLOP/s, the slowest of 4 ranks at 100%"),
@@ -73,7 +76,7 @@ CASES: list[tuple[Callable[[], Verdict], str, str]] = [
     (lambda: verdicts.environment(2, (10, 0), None), "ok", ""),
     (lambda: verdicts.same_data({"n1": "a", "n2": "a"}), "ok", "on 2 nodes"),
     (lambda: verdicts.same_data({"n1": "a", "n2": "b", "n3": "a"}), "FAIL", "n2 sees other data"),
-    (lambda: verdicts.passes({"a": 4e9, "b": 1e9}, {"a": 2 * 10**9, "b": 10**9}), "ok", "5.000 billion tokens to train on, 3.000 there; a is read 2.00 times"),
+    (lambda: verdicts.passes({"a": 4e9, "b": 1e9}, {"a": 2 * 10**9, "b": 10**9}), "ok", "5 billion tokens to train on, 3 there; a is read 2.00 times"),
     (lambda: verdicts.passes({"a": 4e9, "b": 9e9}, {"a": 2 * 10**9, "b": 10**9}), "warn", "b is read 9.00 times; add data"),
     (lambda: verdicts.disk(100 * GB, 20 * GB, 4, 0), "ok", "4 + 1 checkpoints of 20.00 GB, 0 there, need 100.0"),
     (lambda: verdicts.disk(99 * GB, 20 * GB, 4, 0), "FAIL", "99.0 GB free"),
@@ -152,11 +155,20 @@ def run(config: RunConfig, tmp_path: Path) -> None:
     preflight.main(["--config", str(path)])
 
 
-def test_go(alone: None, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_go(
+    alone: None,
+    corpus: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["layout", "ranks", *EVERYTHING]
     assert lines[-1] == "go"
+    monkeypatch.setenv("RANK", "1")
+    run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
+    assert capfd.readouterr().out == "", "one rank speaks"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -206,7 +218,10 @@ def test_no_go_names_everything_that_is_wrong(
     monkeypatch.setattr(probes, "_write", full)
     monkeypatch.setattr(preflight, "disk_usage", lambda path: SimpleNamespace(free=1000))
     config = run_config(
-        corpus, tmp_path / "runs", data={"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 4}
+        corpus,
+        tmp_path / "runs",
+        engine=EngineConfig(transformer_impl="transformer_engine"),
+        data={"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 4},
     )
     shutil.copytree(corpus, tmp_path / "data")
     (tmp_path / "data/train.bin").write_bytes(b"short")
@@ -215,9 +230,10 @@ def test_no_go_names_everything_that_is_wrong(
     with pytest.raises(UserError) as caught:
         run(config, tmp_path)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "no go: 3 of 11 checks failed"
-    assert [line.removeprefix("error: ").split(":")[0] for line in lines[1:]] == ["data", "disk", "saving"]
-    assert "train.bin: 5 bytes" in lines[1] and "No space left on device" in lines[3]
+    assert lines[0] == "no go: 4 of 12 checks failed"
+    assert [line.removeprefix("error: ").split(":")[0] for line in lines[1:]] == ["engine", "data", "disk", "saving"]
+    assert "Transformer Engine is not installed" in lines[1]
+    assert "train.bin: 5 bytes" in lines[2] and "No space left on device" in lines[4]
     assert "go" not in capfd.readouterr().out.splitlines()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "data"]
 
