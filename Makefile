@@ -172,7 +172,7 @@ check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
-	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/*
+	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/* pretrain/container/*.sh
 
 format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix
