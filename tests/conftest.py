@@ -34,3 +34,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return folder
+
+
+@pytest.fixture
+def job_goes_on(monkeypatch, single_process):
+    """A command leaves the job when it is done; the tests' job goes on."""
+    monkeypatch.setattr(parallel, "stop", lambda: None)

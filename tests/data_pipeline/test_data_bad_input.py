@@ -71,7 +71,7 @@ def test_config_and_sources(run: Callable[..., str], change: tuple[str, str], ne
     ("arguments", "needles"),
     [
         (["--tokenizer.vocab_size", "100"], ["tokenizer.vocab_size", "100", "259"]),
-        (["--tokenizer.vocab_size", "3000000000"], ["tokenizer.vocab_size", "2147483647"]),
+        (["--tokenizer.vocab_size", "3000000000"], ["tokenizer.vocab_size", "1073741824"]),
         (["--tokenizer.path", "t.json"], ["tokenizer.vocab_size", "either"]),
         (["--tokenizer.vocab_size", "null", "--tokenizer.path", "none.json"], ["tokenizer.path", "none.json"]),
         (["--tokenizer.pad_token", "<|eos|>"], ["tokenizer.pad_token", "differ"]),

@@ -79,8 +79,9 @@ def test_a_fused_norm_is_kept_where_a_local_block_has_it(name, single_process):
     fused = {f"{target}weight" for target in LOCAL_NAMES[MODELS[name].attention].values()}
     alone = {"input_layernorm.weight"} if MODELS[name].attention == "mla" else set()
     sandwich = {"self_attn_bda.norm.weight", "mlp_bda.norm.weight"} if MODELS[name].sandwich_norm else set()
+    heads = {f"self_attention.{part}_layernorm.weight" for part in "qk"} if MODELS[name].qk_norm else set()
     absent = set() if MODELS[name].q_lora_rank else {"self_attention.q_layernorm.weight"}
-    assert norms == (fused - absent) | alone | sandwich
+    assert norms == (fused - absent) | alone | sandwich | heads
 
 
 class Counted:

@@ -9,10 +9,11 @@ from looplm.cli import to_dict
 from looplm.engine import EngineConfig
 from looplm.layout import ParallelConfig
 from tests.fp8_reference import FORMATS, products, under_scale
-from tests.parallel.launch import launch
+from tests.parallel.launch import EVERYTHING, launch
 from tests.parity import assert_close_relative
 from tests.tiny import MODEL, run_config
 
+pytestmark = pytest.mark.skipif(not EVERYTHING, reason="make test-layouts runs it")
 MHA = dataclasses.replace(MODEL, attention="mha")
 LAYOUTS = {"sequence": ParallelConfig(tensor=2), "no sequence": ParallelConfig(tensor=2, sequence=False)}
 RECIPES = ("tensorwise", "delayed")

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from data_pipeline.index_file import read_index
 from data_pipeline.loss_marks import NO_LOSS
 from data_pipeline.manifest import read_manifest
-from looplm import chat, checkpoint, generate, parallel, step_folder
+from looplm import chat, checkpoint, generate, step_folder
 from looplm.cli import UserError
 from looplm.config import DataSource
 from pretrain.data import build_train_set, build_valid_set, check_corpus, micro_batches
@@ -22,6 +22,8 @@ from pretrain.mixed_data import best_fit, pack
 from pretrain.train import train
 from tests.tiny import EOS, PAD, run_config, train_rows, write_chat_corpus
 from tools.convert_hf import main as convert
+
+pytestmark = pytest.mark.usefixtures("job_goes_on")
 
 LONG = {"max_sequence_length": 128}
 
@@ -161,20 +163,20 @@ def test_a_tuned_model_ends_as_answers_end_and_exports_how_to_talk_to_it(chats, 
     assert asked == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_it_answers_in_the_terminal_and_a_plain_model_refuses(chats, tuned, tmp_path, corpus):
+def test_it_answers_in_the_terminal_and_a_plain_model_refuses(chats, tuned, tmp_path, corpus, single_process):
     output = tmp_path / "samples.jsonl"
     arguments = ["--chat", "true", "--prompt", "2 + 2?", "--max_new_tokens", "5", "--temperature", "0"]
     generate.main(["--checkpoint", str(tuned), "--output", str(output), *arguments])
     sample = json.loads(output.read_text())
     assert sample["prompt"] == "2 + 2?" and sample["settings"]["temperature"] == 0
     config = run_config(corpus, tmp_path / "plain", optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})
-    train(config, check_corpus(config), parallel.start(config.seed))
+    train(config, check_corpus(config), single_process)
     with pytest.raises(UserError, match=r"has no token '<\|im_start\|>'"):
         generate.main(["--checkpoint", str(tmp_path / "plain"), *arguments])
     only_plain = {"train": (DataSource(prefix=str(chats / "plain")),), "valid": ()}
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, **only_plain), output_dir=str(tmp_path / "text")
     )
-    train(config, check_corpus(config), parallel.start(config.seed))
+    train(config, check_corpus(config), single_process)
     with pytest.raises(UserError, match="chat: True is not allowed; it was not tuned on conversations"):
         generate.main(["--checkpoint", str(tmp_path / "text"), *arguments])

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from looplm import parallel
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.tiny import run_config
@@ -16,9 +15,3 @@ def tiny_run(corpus, tmp_path_factory, single_process) -> Path:
     config = run_config(corpus, tmp_path_factory.mktemp("source") / "run")
     train(config, check_corpus(config), single_process)
     return Path(config.output_dir)
-
-
-@pytest.fixture
-def job_goes_on(monkeypatch, single_process):
-    """A command leaves the job when it is done; the tests' job goes on."""
-    monkeypatch.setattr(parallel, "stop", lambda: None)

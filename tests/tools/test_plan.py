@@ -300,7 +300,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert [f"{one['step_seconds']:.2f}" for one in found["layouts"]] == [row[12] for row in rows]
     assert [f"{one['memory_bytes'] / GIB:.1f}" for one in found["layouts"]] == [row[11] for row in rows]
     (own,) = [line.split() for line in lines if line.startswith(" own ")]
-    assert own[1:11] == ["1", "1", "1", "2", "24", "2", "x", "512", "loop", "shared"], "as stage1a.yaml has it"
+    assert own[1:11] == ["1", "1", "1", "2", "24", "1", "x", "1024", "loop", "shared"], "as stage1a.yaml has it"
     took, cost = float(rows[0][-2]), float(rows[0][-1].replace(",", ""))
     assert cost == pytest.approx(took * 24 * 2 * 2, rel=1e-2)
     first = found["layouts"][0]

@@ -23,7 +23,7 @@ def peak_activation_bytes(candidate: Candidate, rank: int) -> float:
         return passes * _gate(candidate) if last else 0.0
     layers, whole_layer = candidate.stages()[rank], layer_bytes(candidate)
     hidden = candidate.shard_tokens * config.model.hidden_size * candidate.number_bytes
-    mask, norm = mask_bytes(candidate), _norm(candidate, config.model.hidden_size) * last
+    norm = _norm(candidate, config.model.hidden_size) * last
     losses, deepest = (_losses(candidate), _deepest(candidate)) if last else (0.0, 0.0)
     # Backward goes through the losses first: without a pipeline those of all loops are gone before anything is made again.
     gone = losses * (passes if config.parallel.pipeline == 1 else 1) + deepest
@@ -32,12 +32,13 @@ def peak_activation_bytes(candidate: Candidate, rank: int) -> float:
     if (
         mode == "full"
     ):  # what enters each layer; one layer is made again at a time, the loop-end norm's backward is over
-        kept, again, gone = layers * hidden + mask + norm, again + whole_layer, gone + norm
+        kept, again, gone = layers * hidden + norm, again + whole_layer, gone + norm
     elif mode == "loop":  # what enters the pass; all of it is made again
-        kept, again = hidden, again + layers * whole_layer + mask + norm
+        kept, again = hidden, again + layers * whole_layer + norm
     else:
-        kept, again = layers * whole_layer + mask + norm, 0.0
-    return passes * (kept + losses) + deepest + max(0.0, again - gone)
+        kept, again = layers * whole_layer + norm, 0.0
+    masks = mask_bytes(candidate) * (passes if config.parallel.pipeline > 1 else 1)
+    return passes * (kept + losses) + masks + deepest + max(0.0, again - gone)
 
 
 def in_flight(candidate: Candidate, rank: int) -> int:
@@ -120,7 +121,7 @@ def _rotary(candidate: Candidate) -> float:
 
 
 def mask_bytes(candidate: Candidate) -> float:
-    """The additive document mask of a pass, [B, 1, S, T]; the layers share it."""
+    """The additive document mask, [B, 1, S, T]; the layers share it, and without a pipeline the loops too."""
     data = candidate.config.data
     if not data.document_masking:
         return 0.0
