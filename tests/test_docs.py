@@ -47,7 +47,8 @@ def test_every_file_that_is_named_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", CURRENT)
 def test_every_make_target_exists(name: str) -> None:
-    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    rules = "\n".join(path.read_text() for path in (ROOT / "Makefile", *(ROOT / "configs").rglob("*.mk")))
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", rules, re.MULTILINE))
     asked = set(re.findall(r"(?:^|[\s`])make ([a-z][a-z0-9-]*)", code(TEXTS[name])))
     assert asked <= targets, sorted(asked - targets)
 
