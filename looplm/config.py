@@ -44,6 +44,11 @@ class LossConfig:
         require(0 < self.geometric_rate < 1, "loss.geometric_rate", self.geometric_rate, "give a number between 0 and 1")  # fmt: skip
         require_positive("loss", self, "slope", "head_chunk_tokens")
 
+    @property
+    def frozen_trunk(self) -> bool:
+        """Whether only the gate is trained (stage 2)."""
+        return self.objective == "adaptive_gate"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -261,7 +266,7 @@ class RunConfig:
         model = self.model
         mla, tied = model.attention == "mla", model.tie_embeddings
         self.parallel.check(model.tensor_parallel_widths, self.data.seq_length, model.num_layers, mla, tied)
-        frozen, tokens = self.loss.objective == "adaptive_gate", self.data.seq_length * self.data.micro_batch_size
+        frozen, tokens = self.loss.frozen_trunk, self.data.seq_length * self.data.micro_batch_size
         self.engine.check(model, self.parallel, tokens, frozen)
         require(not self.engine.real_fp8 or self.optim.precision == "bf16", "engine.fp8", self.engine.fp8, "it needs optim.precision=bf16")  # fmt: skip
         require(not self.engine.fp8_params or self.checkpoint.initial is None, "engine.fp8_params", True, "the optimizer's fp32 weights would start from rounded ones; leave it false where checkpoint.initial is given")  # fmt: skip

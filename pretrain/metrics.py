@@ -40,7 +40,7 @@ class RunLog:
             config.gate,
             config.data.seq_length,
             config.model.num_loops,
-            frozen_trunk=config.loss.objective == "adaptive_gate",
+            frozen_trunk=config.loss.frozen_trunk,
         )
         if not speaks:
             return

@@ -31,7 +31,7 @@ def wrap_data_parallel(
     With ``layout.distributed_optimizer`` a rank's ``main_grad`` afterwards holds true sums only in that rank's share.
     """
     layout = layout or ParallelConfig()
-    frozen = loss.objective == "adaptive_gate"
+    frozen = loss.frozen_trunk
     if frozen:
         freeze_trunk(model)
     config = DistributedDataParallelConfig(

@@ -149,7 +149,7 @@ def _start(config: RunConfig, corpus: Corpus) -> Verdict:
 
 
 def _storage(config: RunConfig, groups: ProcessGroupCollection, places: list[Place]) -> Iterator[Verdict]:
-    frozen = config.loss.objective == "adaptive_gate"
+    frozen = config.loss.frozen_trunk
     size = checkpoint_bytes(config.model, config.gate, config.optim.precision, frozen)
     output, keep = Path(config.output_dir), config.checkpoint.keep
     folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())

@@ -77,7 +77,7 @@ def _forward_step(
     loss: LossConfig, batches: Iterator[Batch], model: LoopLM | LoopStage
 ) -> tuple[Tensor, Callable[..., object]]:
     """What Megatron's schedules call for each micro-batch: an output, and the function that makes a loss of it."""
-    batch, frozen = next(batches), loss.objective == "adaptive_gate"
+    batch, frozen = next(batches), loss.frozen_trunk
     if isinstance(model, LoopStage):
         head = head_losses(model.inner, batch, loss) if model.inner.post_process else None
         output_SBD, *losses = model(batch.ids_BS, batch.document_start_SB, head, frozen)
@@ -121,7 +121,7 @@ class Stepper:
     ) -> None:
         self.ddp, self.optimizer, self.scheduler, self.groups = ddp, optimizer, scheduler, groups
         self._forward_step = partial(_forward_step, loss)
-        self._frozen = loss.objective == "adaptive_gate"
+        self._frozen = loss.frozen_trunk
         self._num_loops = inner_model(ddp).shape.num_loops
         self._stages = loop_stages(ddp) if groups.pp.size() > 1 else None
         self._shape = {"seq_length": seq_length, "micro_batch_size": micro_batch_size}

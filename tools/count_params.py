@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
 def describe(config: RunConfig) -> str:
     """The table that the command prints."""
     model, gate, length = config.model, config.gate, config.data.seq_length
-    frozen = config.loss.objective == "adaptive_gate"
+    frozen = config.loss.frozen_trunk
     counts = parameter_counts(model, gate)
     total = sum(counts.values())
     rows = [f"{part:<16}{count:>16,}{count / total:>9.1%}" for part, count in counts.items()]

@@ -45,7 +45,7 @@ def find_layouts(recipe: RunConfig, gpus: int, node: int) -> Found:
     """
     found = Found()
     modes: tuple[Recompute, ...] = get_args(Recompute)
-    if recipe.loss.objective == "adaptive_gate":
+    if recipe.loss.frozen_trunk:
         modes = ("none",)  # the trunk runs without autograd
     micros = sorted({*MICRO_BATCHES, recipe.data.micro_batch_size})
     for ranks, stages in product(_divisions(recipe, gpus, node), (None, *range(1, recipe.model.num_layers))):
