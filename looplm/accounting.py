@@ -20,8 +20,7 @@ def parameter_counts(model: ModelConfig, gate: GateConfig) -> dict[str, int]:
 
 
 def checkpoint_bytes(model: ModelConfig, gate: GateConfig, precision: str, frozen_trunk: bool = False) -> int:
-    """Bytes of a run's checkpoint: every weight, and of each trained one what the optimizer holds, all in fp32: two moments
-    and, where the weight itself is narrower, the weight.
+    """Bytes of a run's checkpoint: every weight, and of each trained one what the optimizer holds.
 
     Args:
         precision: optim.precision.
@@ -29,8 +28,18 @@ def checkpoint_bytes(model: ModelConfig, gate: GateConfig, precision: str, froze
     """
     counts = parameter_counts(model, gate)
     total = sum(counts.values())
-    weight, state = {"fp32": (4, 8), "bf16": (2, 12)}[precision]
-    return total * weight + (counts["gate"] if frozen_trunk else total) * state
+    trained = counts["gate"] if frozen_trunk else total
+    return total * weight_bytes(precision) + trained * optimizer_bytes(precision)
+
+
+def weight_bytes(precision: str) -> int:
+    """Of one weight, at ``optim.precision``."""
+    return {"fp32": 4, "bf16": 2}[precision]
+
+
+def optimizer_bytes(precision: str) -> int:
+    """Of what the optimizer holds for one weight, in fp32: two moments, and in bf16 the main weight."""
+    return {"fp32": 8, "bf16": 12}[precision]
 
 
 def _layer_matrices(model: ModelConfig) -> int:

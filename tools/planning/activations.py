@@ -29,9 +29,7 @@ def peak_activation_bytes(candidate: Candidate, rank: int) -> float:
     gone = losses * (passes if config.parallel.pipeline == 1 else 1) + deepest
     # What is made again begins with a norm that keeps its input, which is there already; an fp32 copy of it is not.
     again = -hidden if candidate.fused_norms or candidate.number_bytes == FP32 else 0.0
-    if (
-        mode == "full"
-    ):  # what enters each layer; one layer is made again at a time, the loop-end norm's backward is over
+    if mode == "full":  # what enters each layer; one is made again at a time, the loop-end norm's backward is over
         kept, again, gone = layers * hidden + norm, again + whole_layer, gone + norm
     elif mode == "loop":  # what enters the pass; all of it is made again
         kept, again = hidden, again + layers * whole_layer + norm

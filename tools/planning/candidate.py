@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from looplm.accounting import parameter_counts
+from looplm.accounting import parameter_counts, weight_bytes
 from looplm.config import RunConfig
 
 
@@ -32,12 +32,12 @@ class Candidate:
     @property
     def frozen(self) -> bool:
         """Whether only the gate learns (stage 2)."""
-        return self.config.loss.objective == "adaptive_gate"
+        return self.config.loss.frozen_trunk
 
     @property
     def number_bytes(self) -> int:
         """Of one weight or activation."""
-        return 2 if self.config.optim.precision == "bf16" else 4
+        return weight_bytes(self.config.optim.precision)
 
     @property
     def tokens(self) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from looplm.accounting import optimizer_bytes
 from tools.planning.activations import FP32, in_flight, peak_activation_bytes
 from tools.planning.candidate import Candidate
 
@@ -36,7 +37,7 @@ def rank_memory(candidate: Candidate, rank: int) -> Memory:
     return Memory(
         weights=sum(candidate.parameters(rank).values()) * e,
         gradients=trained * gradient_bytes(candidate),
-        optimizer=trained * optimizer_bytes(candidate) / optimizer_shards(candidate),
+        optimizer=trained * optimizer_bytes(candidate.config.optim.precision) / optimizer_shards(candidate),
         activations=peak_activation_bytes(candidate, rank),
         working=_working(candidate, rank),
     )
@@ -53,11 +54,6 @@ def fullest_rank(candidate: Candidate) -> tuple[int, Memory]:
 def gradient_bytes(candidate: Candidate) -> int:
     """Of one parameter, in the buffer that data parallelism reduces."""
     return FP32 if candidate.config.parallel.accumulate_fp32 else candidate.number_bytes
-
-
-def optimizer_bytes(candidate: Candidate) -> int:
-    """Of one parameter, before it is split: two moments, and in bf16 the main weight."""
-    return 2 * FP32 if candidate.number_bytes == FP32 else 3 * FP32
 
 
 def optimizer_shards(candidate: Candidate) -> int:
