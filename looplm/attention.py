@@ -10,14 +10,19 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from looplm import context
+from looplm.model_config import ModelConfig
+from looplm.norms import RMSNorm
 
 
 class LatentAttention(MLASelfAttention):
@@ -39,6 +44,26 @@ class LatentAttention(MLASelfAttention):
         """Megatron-core 0.19 asks this before it builds. Its own answer, off Transformer Engine, refuses a normed
         key-value latent beside queries without a latent (``q_lora_rank: null``), which DeepSeek's small models have."""
         return vars(submodules)
+
+
+def latent_attention(model: ModelConfig, **parts: Any) -> ModuleSpec:
+    """Megatron's spec of MLA, of these projections, norms and core."""
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
+        submodules=MLASelfAttentionSubmodules(**parts),
+    )
+
+
+def head_attention(model: ModelConfig, **parts: Any) -> ModuleSpec:
+    """Megatron's spec of MHA and GQA, of these projections and core. No product follows the norms of heads, so that none
+    can be fused: they are ours in every block."""
+    head_norm = RMSNorm if model.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(**parts, q_layernorm=head_norm, k_layernorm=head_norm),
+    )
 
 
 class CoreAttention(MegatronModule):

@@ -7,18 +7,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from looplm.attention import CoreAttention, LatentAttention
+from looplm.attention import CoreAttention, head_attention, latent_attention
 from looplm.model_config import ModelConfig
 from looplm.norms import RMSNorm, residual_add
 
@@ -65,33 +61,24 @@ def layer_submodules(model: ModelConfig, config: TransformerConfig) -> Transform
 
 
 def _mla(model: ModelConfig) -> ModuleSpec:
-    return ModuleSpec(
-        module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
-        submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ReplicatedLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ReplicatedLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            kv_layernorm=RMSNorm,
-        ),
+    return latent_attention(
+        model,
+        linear_q_proj=ColumnParallelLinear,
+        linear_q_down_proj=ReplicatedLinear,
+        linear_q_up_proj=ColumnParallelLinear,
+        linear_kv_down_proj=ReplicatedLinear,
+        linear_kv_up_proj=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=RMSNorm,
+        kv_layernorm=RMSNorm,
     )
 
 
 def _mha(model: ModelConfig) -> ModuleSpec:
-    head_norm = RMSNorm if model.qk_norm else IdentityOp
-    return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
-        ),
+    return head_attention(
+        model,
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
     )

@@ -26,20 +26,18 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from looplm.attention import CoreAttention, LatentAttention
+from looplm.attention import CoreAttention, head_attention, latent_attention
 from looplm.model_config import ModelConfig
-from looplm.norms import RMSNorm, residual_add
+from looplm.norms import residual_add
 
 # A fused norm's name here, and where a local block keeps it.
 LOCAL_NAMES = {
@@ -75,35 +73,26 @@ def layer_submodules(model: ModelConfig, config: TransformerConfig) -> Transform
 
 
 def _mla(model: ModelConfig, core: type) -> ModuleSpec:
-    return ModuleSpec(
-        module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
-        submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=TEColumnParallelLinear,
-            linear_q_down_proj=TELinear,
-            linear_q_up_proj=TELayerNormColumnParallelLinear,
-            linear_kv_down_proj=TELinear,
-            linear_kv_up_proj=TELayerNormColumnParallelLinear,
-            core_attention=core,
-            linear_proj=TERowParallelLinear,
-            q_layernorm=IdentityOp,
-            kv_layernorm=IdentityOp,
-        ),
+    return latent_attention(
+        model,
+        linear_q_proj=TEColumnParallelLinear,
+        linear_q_down_proj=TELinear,
+        linear_q_up_proj=TELayerNormColumnParallelLinear,
+        linear_kv_down_proj=TELinear,
+        linear_kv_up_proj=TELayerNormColumnParallelLinear,
+        core_attention=core,
+        linear_proj=TERowParallelLinear,
+        q_layernorm=IdentityOp,
+        kv_layernorm=IdentityOp,
     )
 
 
 def _mha(model: ModelConfig, core: type) -> ModuleSpec:
-    head_norm = RMSNorm if model.qk_norm else IdentityOp
-    return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=TELayerNormColumnParallelLinear,
-            core_attention=core,
-            linear_proj=TERowParallelLinear,
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
-        ),
+    return head_attention(
+        model,
+        linear_qkv=TELayerNormColumnParallelLinear,
+        core_attention=core,
+        linear_proj=TERowParallelLinear,
     )
 
 
