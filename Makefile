@@ -94,42 +94,43 @@ $(TE)/.installed: setup.py $(TE)/constraints.txt
 # ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
 # it stood; one whose config has changed since is made anew, with all that hangs on it
 
-phase = @echo "== quickstart $(1)"; mkdir -p $(DONE)
-anew  = @if test -e $@; then rm -rf $@ $(RUN)/$(@F); fi
+# A stamp is RUN/.done/PHASE, and what the phase writes RUN/PHASE.
+phase = @echo "== $(1)"; mkdir -p $(@D)
+anew  = @if test -e $@; then rm -rf $@ $(@D:%/.done=%)/$(@F); fi
 
 quickstart: $(DONE)/report  ## text to trained, measured, talking model: runs/quickstart/report.html
 	@echo "== quickstart is done: open $(RUN)/report.html  (start over: make clean-quickstart)"
 
 $(DONE)/data: $(CONFIGS)/data.yaml | $(READY)
-	$(call phase,1/6: data)
+	$(call phase,quickstart 1/6: data)
 	$(anew)
 	@$(PY) -m data_pipeline.tokenize --config $(CONFIGS)/data.yaml
 	@touch $@
 
 $(DONE)/stage1: $(DONE)/data $(CONFIGS)/pretrain.yaml
-	$(call phase,2/6: pretraining)
+	$(call phase,quickstart 2/6: pretraining)
 	$(anew)
 	@$(PY) -m pretrain.train --config $(CONFIGS)/pretrain.yaml
 	@touch $@
 
 $(DONE)/gate: $(DONE)/stage1 $(CONFIGS)/gate.yaml
-	$(call phase,3/6: exit gate)
+	$(call phase,quickstart 3/6: exit gate)
 	$(anew)
 	@$(PY) -m pretrain.train --config $(CONFIGS)/pretrain.yaml --config $(CONFIGS)/gate.yaml
 	@touch $@
 
 $(DONE)/evaluation: $(DONE)/gate
-	$(call phase,4/6: evaluation per depth)
+	$(call phase,quickstart 4/6: evaluation per depth)
 	@$(PY) -m pretrain.evaluate --checkpoint $(RUN)/gate --output $(RUN)/evaluation.json $(CACHES)
 	@touch $@
 
 $(DONE)/samples: $(DONE)/gate $(CONFIGS)/prompts.txt
-	$(call phase,5/6: generation)
+	$(call phase,quickstart 5/6: generation)
 	@$(PY) -m looplm.generate --checkpoint $(RUN)/gate --prompts $(CONFIGS)/prompts.txt --output $(RUN)/samples.jsonl --exit_threshold 0.4
 	@touch $@
 
 $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
-	$(call phase,6/6: report)
+	$(call phase,quickstart 6/6: report)
 	@$(PY) -m pretrain.report $(RUN)
 	@touch $@
 

@@ -8,29 +8,26 @@ TINY_OK  := $(TINY)/.done
 # A stage stacks on all before it; each starts from the weights of the one before it, 1b from deeper ones.
 TINY_STAGES := stage1a stage1b stage2 stage3 stage4 gate sft
 
-tiny_say  = @echo "== ouro-tiny: $(1)"; mkdir -p $(TINY_OK)
-tiny_anew = @if test -e $@; then rm -rf $@ $(TINY)/$(@F); fi
-
 ouro-tiny: $(TINY_OK)/report  ## Ouro's stages in small, from text to an exported model that answers (15 to 25 minutes)
 	@$(PY) -m pretrain.stage_chain $(TINY) --max_jump 0.3
 	@echo "== ouro-tiny is done: open $(TINY)/report.html; the exported model is $(TINY)/exported  (start over: make clean-ouro-tiny)"
 
 $(TINY_OK)/data: $(TINY_C)/data.yaml | $(READY)
-	$(call tiny_say,data)
-	$(tiny_anew)
+	$(call phase,ouro-tiny: data)
+	$(anew)
 	@$(PY) -m data_pipeline.tokenize --config $(TINY_C)/data.yaml
 	@touch $@
 
 $(TINY_OK)/questions: $(TINY_OK)/data $(TINY_C)/data-questions.yaml
-	$(call tiny_say,questions for mid-training and fine-tuning)
-	$(tiny_anew)
+	$(call phase,ouro-tiny: questions for mid-training and fine-tuning)
+	$(anew)
 	@$(PY) -m data_pipeline.synthetic.questions --output $(TINY)/made/mid-training.jsonl --count 2000 --seed 1
 	@$(PY) -m data_pipeline.synthetic.questions --output $(TINY)/made/sft.jsonl --count 1000 --seed 2
 	@$(PY) -m data_pipeline.tokenize --config $(TINY_C)/data-questions.yaml
 	@touch $@
 
 $(TINY_OK)/upcycled: $(TINY_OK)/stage1a
-	$(call tiny_say,twice as deep)
+	$(call phase,ouro-tiny: twice as deep)
 	@rm -rf $(TINY)/upcycled
 	@$(PY) -m tools.upcycle depth --checkpoint $(TINY)/stage1a --output $(TINY)/upcycled --layers 4 --how stack --residual_scale 0.5 \
 		--data $(TINY)/data/python-short_valid
@@ -39,8 +36,8 @@ $(TINY_OK)/upcycled: $(TINY_OK)/stage1a
 # $(call tiny_stage,stage,phases it waits for)
 define tiny_stage
 $(TINY_OK)/$(1): $(2:%=$(TINY_OK)/%) $(TINY_C)/mha.yaml $(TINY_C)/$(1).yaml
-	$$(call tiny_say,$(1))
-	$$(tiny_anew)
+	$$(call phase,ouro-tiny: $(1))
+	$$(anew)
 	@$(PY) -m pretrain.train $(foreach file,mha $(call tiny_upto,$(1),$(TINY_STAGES)),--config $(TINY_C)/$(file).yaml)
 	@touch $$@
 endef
@@ -56,25 +53,25 @@ $(eval $(call tiny_stage,gate,stage4))
 $(eval $(call tiny_stage,sft,gate))
 
 $(TINY_OK)/exported: $(TINY_OK)/sft
-	$(call tiny_say,export for Hugging Face)
+	$(call phase,ouro-tiny: export for Hugging Face)
 	@rm -rf $(TINY)/exported
 	@$(PY) -m tools.convert_hf export --checkpoint $(TINY)/sft --output $(TINY)/exported
 	@touch $@
 
 $(TINY_OK)/samples: $(TINY_OK)/sft $(TINY_C)/questions.txt
-	$(call tiny_say,answers)
+	$(call phase,ouro-tiny: answers)
 	@$(PY) -m looplm.generate --checkpoint $(TINY)/sft --chat true --prompts $(TINY_C)/questions.txt --output $(TINY)/samples.jsonl --temperature 0 --max_new_tokens 40
 	@touch $@
 
 # Depths and exits are measured where the gate has just been trained, and on the answers after fine-tuning.
 $(TINY_OK)/evaluation: $(TINY_OK)/sft
-	$(call tiny_say,evaluation per depth)
+	$(call phase,ouro-tiny: evaluation per depth)
 	@$(PY) -m pretrain.evaluate --checkpoint $(TINY)/gate --output $(TINY)/evaluation.json --samples 24
 	@$(PY) -m pretrain.evaluate --checkpoint $(TINY)/sft --samples 8
 	@touch $@
 
 $(TINY_OK)/report: $(TINY_OK)/exported $(TINY_OK)/samples $(TINY_OK)/evaluation
-	$(call tiny_say,report)
+	$(call phase,ouro-tiny: report)
 	@$(PY) -m pretrain.report $(TINY)
 	@touch $@
 
