@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from looplm import parallel
 from looplm.accounting import checkpoint_bytes, parameter_counts
 from looplm.cli import UserError, to_dict
 from looplm.config import RunConfig
@@ -143,12 +142,6 @@ def test_a_wrong_clock_and_wrong_sums_are_seen(on_two_ranks: dict) -> None:
     assert apart == pytest.approx(FORWARD / 2, abs=5), "the median of two lies between them"
 
 
-@pytest.fixture
-def alone(single_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command leaves the session's process group alone."""
-    monkeypatch.setattr(parallel, "stop", lambda: None)
-
-
 def run(config: RunConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))  # JSON is YAML
@@ -156,7 +149,7 @@ def run(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_go(
-    alone: None,
+    job_goes_on: None,
     corpus: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -209,7 +202,7 @@ def test_what_a_run_starts_from(corpus: Path, trained: Path, tmp_path: Path, sin
 
 
 def test_no_go_names_everything_that_is_wrong(
-    alone: None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    job_goes_on: None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def full(path: Path, num_bytes: int) -> None:
         path.write_text("a part")
