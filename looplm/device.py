@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -180,6 +181,7 @@ def compute_capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if HAS_CUDA else (0, 0)
 
 
+@cache
 def peak_flops() -> float:
     """FLOP/s of one device: the data sheet's bf16 figure for a known GPU, else the measured fp32 matmul rate.
 

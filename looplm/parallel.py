@@ -3,6 +3,7 @@
 Everything else is handed a ``ProcessGroupCollection``.
 """
 
+import gc
 import os
 import zlib
 from collections.abc import Iterator
@@ -68,12 +69,14 @@ def seeded(part: str) -> Iterator[None]:
 def reset() -> None:
     """Give up the layout but stay in the job: another may be started. The same call on every rank.
 
-    Megatron forgets its groups without closing them; each of gloo's keeps threads that wake up all the time.
+    Megatron forgets its groups without closing them; each of gloo's keeps threads that wake up all the time, for as long
+    as anything holds the group: models and optimizers do, in cycles that only the collector finds.
     """
     parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()
 
 
 def stop() -> None:

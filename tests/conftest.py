@@ -8,7 +8,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import parallel
-from tests.parallel.launch import spare_the_spawn
+from tests.saving import spare_the_spawn
 from tests.tiny import write_corpus
 
 SEED = 1234

@@ -14,7 +14,7 @@ from data_pipeline.loss_marks import mark
 from data_pipeline.manifest import TokenizerRecord, write_manifest
 from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.checkpoint import WEIGHTS_ONLY, About, versions
-from looplm.config import DataConfig, DataSource, OptimConfig, RunConfig
+from looplm.config import DataConfig, DataSource, LoggingConfig, OptimConfig, RunConfig
 from looplm.files import sha256_of
 from looplm.model_config import GateConfig, ModelConfig
 
@@ -112,6 +112,7 @@ def run_config(corpus: Path, output: Path, **sections: Any) -> RunConfig:
             micro_batch_size=2,
             global_batch_size=4,
         ),
+        logging=LoggingConfig(eval_samples=8),
     )
     changed = {
         key: dataclasses.replace(getattr(config, key), **value) if isinstance(value, dict) else value

@@ -1,39 +1,57 @@
-"""Start :mod:`tests.parallel.worker` on several processes."""
+"""Start :mod:`tests.parallel.worker` on several processes, as torchrun would but for its price: on two cores, to import
+torch and Megatron-core takes longer than most jobs do. A server imports them once and forks every rank."""
 
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+import torch.distributed as dist
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.parallel import worker
+
 # Four processes on two cores spend most of their time waiting for each other: `make test` takes a sample of what they do,
 # `make test-layouts` all of it.
 EVERYTHING = os.environ.get("LAYOUTS") == "all"
-
-
-def spare_the_spawn() -> None:
-    """Megatron's first save starts a process that holds a queue, and that imports all that this one has. A fork is it."""
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([worker.__name__])
 
 
 def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout: int = 600) -> None:
-    """Run the jobs on ``ranks`` processes: starting those costs more than a job does.
+    """Run the jobs on ``ranks`` processes.
 
-    What a failing rank printed becomes the message. A rank that fails hangs the others, hence the time limit in seconds.
+    What a failing rank printed becomes the message. It would hang the others, which are ended; so are all after
+    ``timeout`` seconds.
     """
     number = len(list(folder.glob("jobs_*.json")))
     path, log = folder / f"jobs_{number}.json", folder / f"log_{number}.txt"
     path.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "tests.parallel.worker", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with log.open("w") as output:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
-        )
-    assert done.returncode == 0, log.read_text()[-6000:]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [SERVER.Process(target=_rank, args=(rank, ranks, store.port, path, log)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    end, running = time.monotonic() + timeout, {process.sentinel: process for process in processes}
+    while running and not any(process.exitcode for process in processes):
+        done = wait(list(running), max(0.0, end - time.monotonic()))
+        if not done:
+            break
+        for sentinel in done:
+            running.pop(sentinel).join()
+    for process in running.values():
+        process.kill()
+        process.join()
+    message = f"ranks still ran after {timeout} s\n" if running else ""
+    assert not any(process.exitcode for process in processes), message + log.read_text()[-6000:]
+
+
+def _rank(rank: int, ranks: int, port: int, jobs: Path, log: Path) -> None:
+    """What torchrun would start: its variables, and one log of all ranks."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in here.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    worker.run(jobs)

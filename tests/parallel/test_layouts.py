@@ -44,8 +44,9 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
 }
-TEN_STEPS = ("mla lru", "mha linear")  # the others take two: those of the same shapes for layouts that go with them
-MODELS |= {f"{name} in brief": MODELS[name] for name in TEN_STEPS}
+STEPS = 10 if EVERYTHING else 4  # of these; the others take two: those of the same shapes for layouts that go with them
+SEVERAL_STEPS = ("mla lru", "mha linear")
+MODELS |= {f"{name} in brief": MODELS[name] for name in SEVERAL_STEPS}
 FOUR = ("mla lru", "mla linear", "mha lru", "mha linear")
 
 
@@ -144,7 +145,7 @@ def config_of(case: Case, corpus: Path, folder: Path) -> RunConfig:
     layout = LAYOUTS[case.layout]
     data = sections.get("data", {}) | {"global_batch_size": 4, "micro_batch_size": layout.micro_batch}
     model = dataclasses.replace(shape, num_layers=layout.num_layers)
-    optim = {"train_steps": 10 if case.model in TEN_STEPS else 2, "decay_steps": 0, "warmup_steps": 1}
+    optim = {"train_steps": STEPS if case.model in SEVERAL_STEPS else 2, "decay_steps": 0, "warmup_steps": 1}
     sections = sections | {"data": data, "optim": optim, "model": model, "gate": gate, "parallel": layout.parallel}
     return run_config(corpus, folder / "run", **sections)
 

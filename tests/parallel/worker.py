@@ -1,12 +1,11 @@
 """What each rank of a parity test does, in a given layout: a step's gradients and some steps' losses, a training run, or
 weights read and written.
 
-``torchrun -m tests.parallel.worker JOBS.json``. Gradients are saved as if they were weights, through Megatron's own
-resharding checkpoint, so that the test can read them as one process would hold them.
+Gradients are saved as if they were weights, through Megatron's own resharding checkpoint, so that the test can read them
+as one process would hold them.
 """
 
 import json
-import sys
 import time
 from functools import partial
 from itertools import chain, islice
@@ -27,7 +26,7 @@ from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_ba
 from pretrain.step import Stepper
 from pretrain.train import train
 from tests.parallel.gradients import whole_gradients
-from tests.parallel.launch import spare_the_spawn
+from tests.saving import spare_the_spawn
 
 # Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
 BUCKET_SIZE = 5000
@@ -115,11 +114,11 @@ def emulation(config: RunConfig, output: Path) -> None:
     torch.save(found, output / f"rank{groups.tp.rank()}.pt")
 
 
-def main() -> None:
-    """Run every job of the file in turn, in one set of processes: starting them costs more than the jobs."""
+def run(jobs: Path) -> None:
+    """Run every job of the file in turn, in one set of processes."""
     spare_the_spawn()
     optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)  # type: ignore[misc,assignment]
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(jobs.read_text()):
         begin = time.monotonic()
         config = from_dict(RunConfig, job["config"], where="job")
         local_layers.ReplicatedLinear = ColumnParallelLinear if job.get("stock_projections") else REPLICATED  # type: ignore[misc]
@@ -135,7 +134,3 @@ def main() -> None:
             print(f"{job.get('output', config.output_dir)}: {time.monotonic() - begin:.1f} s", flush=True)
         parallel.reset()
     parallel.stop()
-
-
-if __name__ == "__main__":
-    main()
