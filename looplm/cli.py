@@ -12,6 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -86,14 +87,21 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> ConfigType:
     """The inverse of :func:`to_dict`; ``where`` names the source in error messages."""
     _check_keys(cls, values, where=where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls)
+    parser = _parser_of(cls)  # type: ignore[arg-type]  # a class is hashable
     try:
         return cls(**vars(parser.instantiate(parser.parse_object(values))))
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{where}: {_explain(cls, str(error))}") from error
+
+
+@cache
+def _parser_of(cls: type) -> ArgumentParser:
+    """Of the fields of ``cls``: to read its hints takes most of the time that a small file takes."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    return parser
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Every shipped recipe parses, and the parameter count it predicts is the one it gets."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,19 @@ GATES = {
 }
 
 
-def load(names: list[str]) -> RunConfig:
+@cache
+def read(names: tuple[str, ...]) -> RunConfig:
     argv = [part for name in names for part in ("--config", str(ROOT / "configs" / name))]
     return parse_config(RunConfig, argv, prog="test", description="")
+
+
+def load(names: list[str]) -> RunConfig:
+    return read(tuple(names))
+
+
+@cache
+def data_recipe(path: Path) -> PipelineConfig:
+    return parse_config(PipelineConfig, ["--config", str(path)], prog="test", description="")
 
 
 def count(model: LoopLM) -> int:
@@ -98,14 +109,13 @@ def test_every_training_recipe_is_listed_here():
 
 @pytest.mark.parametrize("path", DATA, ids=str)
 def test_data_recipe_parses(path):
-    config = parse_config(PipelineConfig, ["--config", str(path)], prog="test", description="")
-    assert config.sources
+    assert data_recipe(path).sources
 
 
 def test_every_prefix_that_a_recipe_trains_on_is_made_by_a_data_recipe():
     made = set()
     for path in DATA:
-        data = parse_config(PipelineConfig, ["--config", str(path)], prog="test", description="")
+        data = data_recipe(path)
         made |= {f"{data.output_dir}/{source.name}_{split}" for source in data.sources for split in ("train", "valid")}
     for names in (*RECIPES.values(), *TINY.values(), *OURO.values()):
         config = load(names)
@@ -115,7 +125,7 @@ def test_every_prefix_that_a_recipe_trains_on_is_made_by_a_data_recipe():
 def test_conversations_are_trained_on_in_the_last_stage_alone():
     talks = set()
     for path in DATA:
-        data = parse_config(PipelineConfig, ["--config", str(path)], prog="test", description="")
+        data = data_recipe(path)
         talks |= {f"{data.output_dir}/{source.name}_train" for source in data.sources if source.chat is not None}
     for names in (*TINY.values(), *OURO.values()):
         chat = [source.prefix in talks for source in load(names).data.train]
