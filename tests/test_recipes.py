@@ -81,13 +81,9 @@ GATES = {
 
 
 @cache
-def read(names: tuple[str, ...]) -> RunConfig:
+def load(*names: str) -> RunConfig:
     argv = [part for name in names for part in ("--config", str(ROOT / "configs" / name))]
     return parse_config(RunConfig, argv, prog="test", description="")
-
-
-def load(names: list[str]) -> RunConfig:
-    return read(tuple(names))
 
 
 @cache
@@ -118,7 +114,7 @@ def test_every_prefix_that_a_recipe_trains_on_is_made_by_a_data_recipe():
         data = data_recipe(path)
         made |= {f"{data.output_dir}/{source.name}_{split}" for source in data.sources for split in ("train", "valid")}
     for names in (*RECIPES.values(), *TINY.values(), *OURO.values()):
-        config = load(names)
+        config = load(*names)
         assert made >= {source.prefix for source in (*config.data.train, *config.data.valid)}, names
 
 
@@ -128,14 +124,14 @@ def test_conversations_are_trained_on_in_the_last_stage_alone():
         data = data_recipe(path)
         talks |= {f"{data.output_dir}/{source.name}_train" for source in data.sources if source.chat is not None}
     for names in (*TINY.values(), *OURO.values()):
-        chat = [source.prefix in talks for source in load(names).data.train]
+        chat = [source.prefix in talks for source in load(*names).data.train]
         assert all(chat) if "sft.yaml" in names[-1] else not any(chat), names
 
 
 def test_ouro_tiny_is_the_same_chain_in_small():
     """Loops, beta, RoPE base and schedule as in Ouro; sequences and learning rates in its proportions."""
     for stage in STAGES:
-        tiny, real = load(TINY[f"tiny, {stage}"]), load(OURO["1.4b", "mha", stage])
+        tiny, real = load(*TINY[f"tiny, {stage}"]), load(*OURO["1.4b", "mha", stage])
         assert (tiny.model.num_loops, tiny.loss.beta, tiny.model.rope_base) == (
             real.model.num_loops,
             real.loss.beta,
@@ -151,7 +147,7 @@ def test_ouro_tiny_is_the_same_chain_in_small():
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *TINY])
 def test_recipe_has_the_predicted_parameters(recipe, single_process):
-    config = load((RECIPES | TINY)[recipe])
+    config = load(*(RECIPES | TINY)[recipe])
     with torch.device("meta"):
         built = count(LoopLM(config.model, config.gate, single_process))
     assert built == sum(parameter_counts(config.model, config.gate).values())
@@ -168,7 +164,7 @@ def test_recipe_has_the_predicted_parameters(recipe, single_process):
     ],
 )
 def test_ouro_has_the_predicted_parameters(size, kind, expected, single_process):
-    config = load(OURO[size, kind, "stage1b"])
+    config = load(*OURO[size, kind, "stage1b"])
     with torch.device("meta"):
         built = count(LoopLM(config.model, config.gate, single_process))
     predicted = sum(parameter_counts(config.model, config.gate).values())
@@ -181,7 +177,7 @@ def test_ouro_has_the_predicted_parameters(size, kind, expected, single_process)
 def test_ouro_is_a_chain_of_stages_with_the_published_tokens(size, kind):
     before = None
     for stage in STAGES[size == "2.6b" :]:
-        config = load(OURO[size, kind, stage])
+        config = load(*OURO[size, kind, stage])
         schedule = BatchSchedule(config.data, 1, config.parallel.pipeline)
         if stage in TOKENS:
             ramp = config.data.rampup

@@ -9,6 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tests.parallel import worker
@@ -33,18 +34,16 @@ def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout: int = 
     processes = [SERVER.Process(target=_rank, args=(rank, ranks, store.port, path, log)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    end, running = time.monotonic() + timeout, {process.sentinel: process for process in processes}
-    while running and not any(process.exitcode for process in processes):
-        done = wait(list(running), max(0.0, end - time.monotonic()))
-        if not done:
-            break
-        for sentinel in done:
-            running.pop(sentinel).join()
-    for process in running.values():
+    end, running = time.monotonic() + timeout, processes
+    while running and not any(process.exitcode for process in processes) and (left := end - time.monotonic()) > 0:
+        wait([process.sentinel for process in running], left)
+        running = [process for process in running if process.exitcode is None]
+    failed = any(process.exitcode for process in processes)
+    for process in running:
         process.kill()
         process.join()
-    message = f"ranks still ran after {timeout} s\n" if running else ""
-    assert not any(process.exitcode for process in processes), message + log.read_text()[-6000:]
+    why = "a rank failed" if failed else f"ranks still ran after {timeout} s"
+    assert not failed and not running, f"{why}\n{log.read_text()[-6000:]}"
 
 
 def _rank(rank: int, ranks: int, port: int, jobs: Path, log: Path) -> None:
@@ -54,4 +53,5 @@ def _rank(rank: int, ranks: int, port: int, jobs: Path, log: Path) -> None:
     os.dup2(output, 2)
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in here.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)  # whatever the tests themselves run with
     worker.run(jobs)
