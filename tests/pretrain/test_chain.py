@@ -204,7 +204,7 @@ def test_shipped_chains_are_the_recipes_and_fit_their_nodes(size: str, attention
     trained = {job.name: job for job in jobs if job.recipe is not None}
     assert list(trained) == list(STAGES[size == "2.6b" :])
     for name, job in trained.items():
-        assert job.recipe == load(OURO[size, attention, name])
+        assert job.recipe == load(*OURO[size, attention, name])
         for nodes in {job.nodes, 1, 8, 64} - (
             {64} if name == "sft" else set()
         ):  # a batch of 64 on 512 GPUs is too small
