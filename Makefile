@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart ouro-tiny longer fp8-study plan-check test test-layouts test-newest test-hf-oldest test-te
+.PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study plan-check test test-layouts test-newest test-hf-oldest test-te
 .PHONY: check format bench clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
@@ -151,6 +151,9 @@ longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data 
 
 fp8-study: $(DONE)/data  ## what FP8 costs in loss, emulated: the quickstart's stage 1 in six formats from three seeds (hours)
 	@$(PY) -m tools.fp8_study
+
+upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, and trained on (half an hour)
+	@$(PY) -m tools.upcycle_study
 
 # ---- checks
 

@@ -31,6 +31,7 @@ RECIPES = {
         "quickstart/gate.yaml",
         "longer/gate.yaml",
     ],
+    "upcycling study, plain attention": ["quickstart/pretrain.yaml", "upcycle-study/mha.yaml"],
 }
 # Ouro's stages, each on top of those before it; the larger model joins at 1b with twice the layers.
 STAGES = ("stage1a", "stage1b", "stage2", "stage3", "stage4", "gate", "sft")
