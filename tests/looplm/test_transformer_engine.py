@@ -196,15 +196,15 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch, paper_gpu) -> list[tuple[str,
 
     def linear(self, x, **_):
         note(self)
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias if self.use_bias else None)
 
     def norm(self, x):
         note(self)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def norm_linear(self, x, **_):
-        note(self)
-        return F.linear(F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps), self.weight)
+        normed = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
+        return linear(self, normed)
 
     def attention(
         self, q, k, v, mask, attn_mask_type, qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None, **limits
