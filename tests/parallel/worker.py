@@ -11,7 +11,6 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -32,8 +31,6 @@ from tests.saving import spare_the_spawn
 # Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
 BUCKET_SIZE = 5000
 REPLICATED = local_layers.ReplicatedLinear
-# Of gloo, per layout that was given up. Where its groups are not closed some 40 stay and slow all that comes after.
-THREADS_LEFT = 10
 
 
 def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> None:
@@ -121,7 +118,6 @@ def run(jobs: Path) -> None:
     """Run every job of the file in turn, in one set of processes."""
     spare_the_spawn()
     optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)  # type: ignore[misc,assignment]
-    threads = []
     for job in json.loads(jobs.read_text()):
         begin = time.monotonic()
         config = from_dict(RunConfig, job["config"], where="job")
@@ -137,6 +133,4 @@ def run(jobs: Path) -> None:
         if dist.get_rank() == 0:
             print(f"{job.get('output', config.output_dir)}: {time.monotonic() - begin:.1f} s", flush=True)
         parallel.reset()
-        threads.append(psutil.Process().num_threads())
-        assert threads[-1] <= threads[0] + THREADS_LEFT * len(threads), f"threads after each layout: {threads}"
     parallel.stop()
