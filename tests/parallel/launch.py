@@ -1,10 +1,11 @@
-"""Start :mod:`tests.parallel.worker` on several processes, as torchrun would but for its price: on two cores, to import
-torch and Megatron-core takes longer than most jobs do. A server imports them once and forks every rank."""
+"""Start several processes, as torchrun would but for its price: on two cores, to import torch and Megatron-core takes
+longer than most jobs do. A server imports them once and forks every rank."""
 
 import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,23 @@ SERVER.set_forkserver_preload([worker.__name__])
 
 
 def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout: int = 600) -> None:
-    """Run the jobs on ``ranks`` processes.
+    """Run the worker's jobs on ``ranks`` processes."""
+    number = len(list(folder.glob("jobs_*.json")))
+    path = folder / f"jobs_{number}.json"
+    path.write_text(json.dumps(jobs))
+    run_ranks(ranks, worker.run, (path,), folder / f"log_{number}.txt", timeout)
+
+
+def run_ranks(ranks: int, main: Callable[..., None], arguments: tuple[Any, ...], log: Path, timeout: int = 600) -> None:
+    """Run ``main(*arguments)``, a module's own function, on ``ranks`` processes, which all write to ``log``.
 
     What a failing rank printed becomes the message. It would hang the others, which are ended; so are all after
     ``timeout`` seconds.
     """
-    number = len(list(folder.glob("jobs_*.json")))
-    path, log = folder / f"jobs_{number}.json", folder / f"log_{number}.txt"
-    path.write_text(json.dumps(jobs))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [SERVER.Process(target=_rank, args=(rank, ranks, store.port, path, log)) for rank in range(ranks)]
+    processes = [
+        SERVER.Process(target=_rank, args=(rank, ranks, store.port, main, arguments, log)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     end, running = time.monotonic() + timeout, processes
@@ -46,12 +54,13 @@ def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout: int = 
     assert not failed and not running, f"{why}\n{log.read_text()[-6000:]}"
 
 
-def _rank(rank: int, ranks: int, port: int, jobs: Path, log: Path) -> None:
+def _rank(rank: int, ranks: int, port: int, main: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
     """What torchrun would start: its variables, and one log of all ranks."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here["LOCAL_WORLD_SIZE"] = ranks
     os.environ |= {name: str(value) for name, value in here.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)  # whatever the tests themselves run with
-    worker.run(jobs)
+    main(*arguments)

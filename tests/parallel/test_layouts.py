@@ -90,7 +90,7 @@ LAYOUTS = {
     "CP2, full": Layout(2, ParallelConfig(context=2, recompute="full"), 4),
 }  # fmt: skip
 EVERY_MODEL = list(LAYOUTS)[2:11]
-REPEATS = 19 if EVERYTHING else 5  # of a step whose bits must not change, in:
+REPEATS = 19 if EVERYTHING else 3  # of a step whose bits must not change, in:
 RACES = ("PP2", "TP2 + SP x PP2")
 
 

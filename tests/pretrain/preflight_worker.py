@@ -1,10 +1,6 @@
-"""A preflight on several ranks, sound and then with the last rank's clock set forward and its sums damaged.
-
-``torchrun -m tests.pretrain.preflight_worker CONFIG.json RESULT.json``.
-"""
+"""A preflight on several ranks, sound and then with the last rank's clock set forward and its sums damaged."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,16 +29,12 @@ def damage_the_last_rank() -> None:
     probes.clock = lambda: time.time() + FORWARD
 
 
-def main() -> None:
-    config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()), where="test")
+def run(config_file: Path, result: Path) -> None:
+    config = from_dict(RunConfig, json.loads(config_file.read_text()), where="test")
     groups = parallel.start(config.seed, config.parallel)
     found = {"sound": list(examine(config, groups))}
     damage_the_last_rank()
     found["damaged"] = list(examine(config, groups))
     if dist.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(found))
+        result.write_text(json.dumps(found))
     parallel.stop()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +21,11 @@ from pretrain.data import check_corpus
 from pretrain.probes import Place, Writing
 from pretrain.train import train
 from pretrain.verdicts import GB, Verdict
+from tests.parallel.launch import run_ranks
+from tests.pretrain import preflight_worker
 from tests.pretrain.preflight_worker import FORWARD
 from tests.tiny import run_config
 
-ROOT = Path(__file__).resolve().parents[2]
 H100 = Description("H100", 80 * 10**9, 79 * 10**9, (9, 0), "13.1", "13.1")
 PLACE = Place(0, "n1", H100, "torch 2.10", 1000.0, 6e14, 10**12, 10**12)
 EVERYTHING = ["all-reduce", "network", "gpus", "engine", "software", "speed", "clocks", "shm", "data", "mix", "start", "disk", "saving", "memory"]  # fmt: skip
@@ -116,11 +114,8 @@ def on_two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Verdicts by what they are about, sound and with damage done to rank 1."""
     folder = tmp_path_factory.mktemp("preflight")
     (folder / "config.json").write_text(json.dumps(to_dict(run_config(corpus, folder / "runs/stage"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.pretrain.preflight_worker", str(folder / "config.json"), str(folder / "found.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    run_ranks(2, preflight_worker.run, (folder / "config.json", folder / "found.json"), log, timeout=300)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "found.json"], "something was left behind"
     found = json.loads((folder / "found.json").read_text())
     return {name: {about: [level, text] for level, about, text in lines} for name, lines in found.items()}

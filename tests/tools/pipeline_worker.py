@@ -1,6 +1,6 @@
 """What each rank of the pipeline bench's test does: one step under both schedules, compared, and then the bench itself.
 
-``torchrun --nproc-per-node 2 -m tests.tools.pipeline_worker``. Prints nothing of its own; a difference ends it.
+Prints nothing of its own; a difference ends it.
 """
 
 from unittest import mock
@@ -59,6 +59,6 @@ def compare() -> None:
     assert max(abs(loss - expected.loss) for loss in losses) < 1e-5 * expected.loss, losses
 
 
-if __name__ == "__main__":
+def run() -> None:
     compare()
     main(["--repeats", "1", "--micro_batches", "[2,4]", "--num_loops", "3", "--layers_per_rank", "1", "--hidden_size", "32", "--seq_length", "16"])  # fmt: skip
