@@ -83,7 +83,7 @@ $(TE)/.installed: setup.py $(TE)/constraints.txt
 	@test -e $(CUDA_HOME)/include/cuda_runtime_api.h || { echo "error: no CUDA headers in $(CUDA_HOME); name the toolkit: make test-te CUDA_HOME=/path/to/cuda" >&2; exit 2; }
 	$(call build,$(PYTHON312),$(TE),$(TE)/constraints.txt,dev)
 	@rm $@
-	@echo "== building Transformer Engine: a quarter of an hour on two cores"
+	@echo "== building Transformer Engine: 15 to 30 minutes on two cores"
 	@$(TE)/bin/python -m pip install --quiet -c $(TE)/constraints.txt ninja pybind11 pydantic einops onnx onnxscript importlib-metadata nvdlfw-inspect
 	@$(TE)/bin/python -m pip install --quiet --no-deps -c $(TE)/constraints.txt transformer-engine transformer-engine-cu13
 	@NVTE_FRAMEWORK=pytorch MAX_JOBS=2 CUDA_HOME=$(CUDA_HOME) CUDNN_PATH=$(nvidia)/cudnn NCCL_HOME=$(nvidia)/nccl \
@@ -169,7 +169,7 @@ test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its new
 test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export, with the oldest transformers
 	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)
 
-test-te: $(TE)/.installed  ## the block of Transformer Engine's modules, without a GPU (6 GB; compiles for a quarter of an hour)
+test-te: $(TE)/.installed  ## the block of Transformer Engine's modules, without a GPU (6 GB; compiles for 15 to 30 minutes)
 	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest $(or $(TESTS),tests/looplm/test_transformer_engine.py tests/looplm/test_engine.py tests/looplm/test_model.py)
 
 check: $(READY)  ## lint, formatting, types, shell scripts
