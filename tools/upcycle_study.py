@@ -21,14 +21,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from looplm import parallel, step_folder
+from looplm.checkpoint import COMPANIONS
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
+from looplm.huggingface.companions import TOKENIZER
 from pretrain import train as pretrain
 from pretrain.data import Batch, check_corpus
 from tools import upcycle
 from tools.upcycling.measure import Sample, measure
-from tools.upcycling.parts import Parts, assemble, open_source
+from tools.upcycling.parts import RECORD, Parts, assemble, open_source
 
 SOURCES = ("mla", "mha", "llama")
 POINTS = 8  # checkpoints that are measured while a result is trained on
@@ -154,7 +156,7 @@ def train_sources(config: StudyConfig, run: RunConfig, folder: Path) -> None:
                 pad_token_id=corpus.pad_id,
             )
         ).save_pretrained(partial)
-        shutil.copyfile(corpus.tokenizer, partial / "tokenizer.json")
+        shutil.copyfile(corpus.tokenizer, partial / TOKENIZER)
         step_folder.settle(partial, folder / "llama")
 
 
@@ -167,6 +169,26 @@ def make(name: str, case: Case, config: StudyConfig, run: RunConfig, folder: Pat
         own.mkdir(exist_ok=True)
         measured = ("--data", held_out, "--samples", str(config.samples), "--seq_length", str(run.data.seq_length))
         upcycle.main([case.kind, given, str(source), "--output", str(start), *case.arguments, *measured])
+    train_on(case, config, run, start, goes_on)
+    steps = sorted(step_folder.steps_in(goes_on / "checkpoints"))
+    record = json.loads((start / COMPANIONS / RECORD).read_text())[-1]
+    before, after = record["before"], record["after"]
+    groups = parallel.start(run.seed)
+    try:
+        sample = Sample(held_out, config.samples, run.data.seq_length)
+        batches = sample.read(run.model, check_corpus(run).tokenizer_sha256, groups)
+        curve = [last_loss(str(step), batches, groups) for step in steps]
+        within = logit_difference(source, start, batches[0], groups) if case.exact else None
+    finally:
+        parallel.stop()
+    loops = len(before["exit_distribution"])  # of the source
+    result = Result(name, before["loss_per_depth"][loops - 1], after["loss_per_depth"][-1], curve, within)
+    write_whole(own / "result.json", json.dumps(result._asdict(), indent=1))  # last: a case without it is not done
+    return result
+
+
+def train_on(case: Case, config: StudyConfig, run: RunConfig, start: Path, goes_on: Path) -> None:
+    """Train a result, or go on training it; ``POINTS`` checkpoints stay."""
     settings = {
         "output_dir": goes_on,
         "checkpoint.initial": start,
@@ -183,21 +205,6 @@ def make(name: str, case: Case, config: StudyConfig, run: RunConfig, folder: Pat
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     pretrain.main(["--config", config.recipe, "--config", str(start / "config.yaml"), *words])
-    steps = sorted(step_folder.steps_in(goes_on / "checkpoints"))
-    record = json.loads((start / "companions" / "upcycle.json").read_text())[-1]
-    before, after = record["before"], record["after"]
-    groups = parallel.start(run.seed)
-    try:
-        sample = Sample(held_out, config.samples, run.data.seq_length)
-        batches = sample.read(run.model, check_corpus(run).tokenizer_sha256, groups)
-        curve = [last_loss(str(step), batches, groups) for step in steps]
-        within = logit_difference(source, start, batches[0], groups) if case.exact else None
-    finally:
-        parallel.stop()
-    loops = len(before["exit_distribution"])  # of the source
-    result = Result(name, before["loss_per_depth"][loops - 1], after["loss_per_depth"][-1], curve, within)
-    write_whole(own / "result.json", json.dumps(result._asdict(), indent=1))  # last: a case without it is not done
-    return result
 
 
 def earlier_result(own: Path) -> Result | None:

@@ -35,7 +35,7 @@ def test_results_are_made_and_trained_on_once(corpus, tmp_path, monkeypatch, cap
     assert full.logits_within < 1e-5 and abs(full.start - full.source) < 1e-5
     assert (tmp_path / "study" / "table.md").read_text() in capsys.readouterr().out
 
-    monkeypatch.setattr(upcycle_study.upcycle, "main", None)
+    monkeypatch.setattr(upcycle_study, "make", None)
     monkeypatch.setattr(upcycle_study, "train_sources", lambda *_: None)
     main(argv)  # what is done is not done again
     with pytest.raises(UserError, match="a study of other settings lies here"):
