@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from tests.saving import spare_the_spawn
 from tests.tiny import write_corpus
 
 SEED = 1234
+
+
+def pytest_collection_finish() -> None:
+    """All is imported: the garbage collector need not walk it again each time that a test or a library calls it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """Start several processes, as torchrun would but for its price: on two cores, to import torch and Megatron-core takes
 longer than most jobs do. A server imports them once and forks every rank."""
 
-import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([worker.__name__])
 
 
-def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout: int = 600) -> None:
+def launch(ranks: int, jobs: Sequence[Callable[[], None]], folder: Path, timeout: int = 600) -> None:
     """Run the worker's jobs on ``ranks`` processes."""
-    number = len(list(folder.glob("jobs_*.json")))
-    path = folder / f"jobs_{number}.json"
-    path.write_text(json.dumps(jobs))
-    run_ranks(ranks, worker.run, (path,), folder / f"log_{number}.txt", timeout)
+    number = len(list(folder.glob("log_*.txt")))
+    run_ranks(ranks, worker.run, (jobs,), folder / f"log_{number}.txt", timeout)
 
 
 def run_ranks(ranks: int, main: Callable[..., None], arguments: tuple[Any, ...], log: Path, timeout: int = 600) -> None:

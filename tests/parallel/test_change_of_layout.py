@@ -7,16 +7,15 @@ distributed optimizers read each other's state.
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from looplm import parallel
-from looplm.cli import to_dict
 from looplm.config import RunConfig
 from looplm.layout import ParallelConfig
-from pretrain.data import check_corpus
-from pretrain.train import train
+from tests.parallel import worker
 from tests.parallel.launch import EVERYTHING, launch
 from tests.parallel.test_layouts import LRU, MLA
 from tests.tiny import run_config, train_rows
@@ -59,12 +58,11 @@ def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
         (copy / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 3))
         return copy
 
-    def job(path: Path, layout: ParallelConfig, precision: str = "fp32") -> dict:
-        return {"kind": "train", "config": to_dict(run_of(corpus, path, layout, precision))}
+    def job(path: Path, layout: ParallelConfig, precision: str = "fp32") -> Callable[[], None]:
+        return partial(worker.training, run_of(corpus, path, layout, precision))
 
     def alone(path: Path) -> None:
-        config = run_of(corpus, path, PLAIN)
-        train(config, check_corpus(config), parallel.start(config.seed))
+        worker.training(run_of(corpus, path, PLAIN))
 
     def with_fewer_loops(path: Path, layout: ParallelConfig) -> RunConfig:
         """A next stage that starts from the weights of ``alone`` and runs 2 of its 3 loops."""
@@ -73,12 +71,11 @@ def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
         return dataclasses.replace(config, model=fewer, checkpoint=initial)
 
     alone(folder / "alone")
-    config = with_fewer_loops(folder / "fewer loops", PLAIN)
-    train(config, check_corpus(config), parallel.start(config.seed))
+    worker.training(with_fewer_loops(folder / "fewer loops", PLAIN))
     whole = {"DP2": PLAIN, "CP2": CP2, "DP2 dist overlap": BOTH}
     jobs = [job(folder / name, layout) for name, layout in whole.items()]
     jobs += [job(folder / "DP2 bf16", PLAIN, "bf16"), job(folder / "DP2 dist overlap bf16", BOTH, "bf16")]
-    jobs += [{"kind": "train", "config": to_dict(with_fewer_loops(folder / "fewer loops at PP2", PP2))}]
+    jobs += [partial(worker.training, with_fewer_loops(folder / "fewer loops at PP2", PP2))]
     jobs += [job(begun("alone", "DP2 dist overlap"), BOTH), job(begun("alone", "CP2"), CP2)]
     launch(2, jobs, folder)
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from looplm import checkpoint
-from looplm.cli import to_dict
 from looplm.huggingface import companions
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
+from tests.parallel import worker
 from tests.parallel.launch import launch
 from tests.parallel.test_layouts import LINEAR, LRU, MHA, MLA
 from tests.tiny import about_weights, run_config
@@ -47,7 +48,7 @@ def exports(corpus, tmp_path_factory, single_process):
             for layout, parallel in LAYOUTS.items():
                 config = run_config(corpus, folder, model=shape, gate=gate, parallel=parallel, data={"micro_batch_size": 1, "global_batch_size": 4})  # fmt: skip
                 before = folder / (f"{name} imported" if layout == "TP2" else f"{name} TP2")
-                jobs += [{"kind": "reshard", "config": to_dict(config), "weights": str(before), "output": str(folder / f"{name} {layout}")}]  # fmt: skip
+                jobs.append(partial(worker.reshard, config, before, folder / f"{name} {layout}"))
         launch(2, jobs, folder)
         for name in MODELS:
             for layout in LAYOUTS:

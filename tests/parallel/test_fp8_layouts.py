@@ -1,14 +1,15 @@
 """Emulated FP8 under tensor parallelism: each rank rounds what it multiplies, as Transformer Engine does."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
-from looplm.cli import to_dict
 from looplm.engine import EngineConfig
 from looplm.layout import ParallelConfig
 from tests.fp8_reference import FORMATS, products, under_scale
+from tests.parallel import worker
 from tests.parallel.launch import EVERYTHING, launch
 from tests.parity import assert_close_relative
 from tests.tiny import MODEL, run_config
@@ -28,8 +29,7 @@ def results(corpus, tmp_path_factory):
         for recipe in RECIPES:
             engine = EngineConfig(fp8="emulate-hybrid", fp8_recipe=recipe)
             config = run_config(corpus, folder / "run", model=MHA, parallel=parallel, engine=engine)
-            output = str(folder / layout / recipe)
-            jobs.append({"kind": "emulation", "config": to_dict(config), "output": output})
+            jobs.append(partial(worker.emulation, config, folder / layout / recipe))
     launch(2, jobs, folder)
     return {
         (layout, recipe): [torch.load(folder / layout / recipe / f"rank{rank}.pt") for rank in range(2)]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +13,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import parallel
-from looplm.cli import to_dict
 from looplm.config import RunConfig
 from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
 from looplm.model_config import GateConfig, ModelConfig
+from tests.parallel import worker
 from tests.parallel.launch import EVERYTHING, launch
 from tests.parity import assert_close_relative, relative_error
 from tests.tiny import MODEL, run_config
@@ -175,20 +177,17 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
         weights.mkdir(parents=True)
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))
 
-    jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
+    jobs: dict[int, list[Callable[[], None]]] = {1: [], 2: [], 4: []}
     for case in [*references, *CASES]:
-        jobs[LAYOUTS[case.layout].ranks].append(
-            {
-                "kind": "steps",
-                "config": to_dict(config_of(case, corpus, folder)),
-                "weights": str(folder / "weights" / folder_of(case.alone)),
-                "output": str(folder / folder_of(case)),
-                "repeats": REPEATS if case.layout in RACES and case.model == "mla lru" else 0,
-            }
-        )
-    cured = next(job for job in jobs[2] if job["output"].endswith(folder_of(CURED)))
-    brief = cured["config"] | {"optim": cured["config"]["optim"] | {"train_steps": 2}}  # the first gradients say it all
-    jobs[2].append(cured | {"stock_projections": True, "output": str(folder / STOCK), "config": brief})
+        repeats = REPEATS if case.layout in RACES and case.model == "mla lru" else 0
+        weights, output = folder / "weights" / folder_of(case.alone), folder / folder_of(case)
+        job = partial(worker.steps, config_of(case, corpus, folder), weights, output, repeats)
+        jobs[LAYOUTS[case.layout].ranks].append(job)
+    config = config_of(CURED, corpus, folder)
+    # the first gradients say it all
+    brief = dataclasses.replace(config, optim=dataclasses.replace(config.optim, train_steps=2))
+    weights = folder / "weights" / folder_of(CURED.alone)
+    jobs[2].append(partial(worker.steps, brief, weights, folder / STOCK, stock_projections=True))
     for ranks, todo in jobs.items():
         launch(ranks, todo, folder)
     return folder

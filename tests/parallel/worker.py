@@ -5,8 +5,10 @@ Gradients are saved as if they were weights, through Megatron's own resharding c
 as one process would hold them.
 """
 
+import gc
 import json
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +20,6 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from looplm import checkpoint, local_layers, parallel
-from looplm.cli import from_dict
 from looplm.config import RunConfig
 from looplm.model import LoopLM
 from pretrain import optim
@@ -33,16 +34,16 @@ BUCKET_SIZE = 5000
 REPLICATED = local_layers.ReplicatedLinear
 
 
-def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> None:
+def steps(config: RunConfig, weights: Path, output: Path, repeats: int = 0, stock_projections: bool = False) -> None:
     """Load ``weights``; save the statistics and every gradient of the first step, the loss of ``optim.train_steps``, and
     the validation loss after them. ``repeats`` more backward passes of the first step are first compared with it bit by
-    bit."""
+    bit. ``stock_projections`` are Megatron's own where ours are replicated."""
+    local_layers.ReplicatedLinear = ColumnParallelLinear if stock_projections else REPLICATED  # type: ignore[misc]
     corpus = check_corpus(config)
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel, engine=config.engine)
-    model.load_state_dict(
-        dist_checkpointing.load({"model": model.sharded_state_dict()}, weights)["model"], strict=False
-    )
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(weights))
+    model.load_state_dict(state["model"], strict=False)
     ddp = optim.wrap_data_parallel(model, config.loss, config.parallel)
     optimizer = optim.build_optimizer(ddp, config.optim, config.parallel)
     scheduler = optim.build_scheduler(optimizer, config.optim)
@@ -82,14 +83,13 @@ def steps(config: RunConfig, weights: str, output: Path, repeats: int = 0) -> No
     dist.barrier()
 
 
-def reshard(config: RunConfig, weights: str, output: Path) -> None:
+def reshard(config: RunConfig, weights: Path, output: Path) -> None:
     """Load ``weights`` in this layout, and save them in it."""
     groups = parallel.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, torch.bfloat16, config.parallel)
-    folder = Path(weights)
-    about = checkpoint.load_weights(folder, model, config.gate)
+    about = checkpoint.load_weights(weights, model, config.gate)
     checkpoint.save_weights(
-        output, model, config.gate, about, folder / "tokenizer.json", folder / checkpoint.COMPANIONS
+        output, model, config.gate, about, weights / "tokenizer.json", weights / checkpoint.COMPANIONS
     )
 
 
@@ -114,23 +114,20 @@ def emulation(config: RunConfig, output: Path) -> None:
     torch.save(found, output / f"rank{groups.tp.rank()}.pt")
 
 
-def run(jobs: Path) -> None:
-    """Run every job of the file in turn, in one set of processes."""
+def training(config: RunConfig) -> None:
+    """A whole run, or the rest of one."""
+    train(config, check_corpus(config), parallel.start(config.seed, config.parallel))
+
+
+def run(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run every job, one of the functions above with its arguments, in turn in one set of processes."""
+    gc.freeze()  # between two jobs the collector is called: it need not walk all that torch has loaded
     spare_the_spawn()
     optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)  # type: ignore[misc,assignment]
-    for job in json.loads(jobs.read_text()):
+    for number, job in enumerate(jobs):
         begin = time.monotonic()
-        config = from_dict(RunConfig, job["config"], where="job")
-        local_layers.ReplicatedLinear = ColumnParallelLinear if job.get("stock_projections") else REPLICATED  # type: ignore[misc]
-        if job["kind"] == "steps":
-            steps(config, job["weights"], Path(job["output"]), job.get("repeats", 0))
-        elif job["kind"] == "emulation":
-            emulation(config, Path(job["output"]))
-        elif job["kind"] == "reshard":
-            reshard(config, job["weights"], Path(job["output"]))
-        else:
-            train(config, check_corpus(config), parallel.start(config.seed, config.parallel))
+        job()
         if dist.get_rank() == 0:
-            print(f"{job.get('output', config.output_dir)}: {time.monotonic() - begin:.1f} s", flush=True)
+            print(f"job {number}, {job}: {time.monotonic() - begin:.1f} s", flush=True)
         parallel.reset()
     parallel.stop()
