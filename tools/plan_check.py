@@ -186,7 +186,7 @@ def compare(name: str, measured: list[dict[str, int]], width: int = 256) -> list
 def main(argv: list[str]) -> None:
     """``python -m tools.plan_check``; each of its processes runs the same command under torchrun."""
     if "RANK" in os.environ:
-        _worker(Path(argv[0]), argv[1:])
+        worker(Path(argv[0]), argv[1:])
         return
     config = parse_config(CheckConfig, argv, prog="python -m tools.plan_check", description=str(__doc__))
     names = [name for name in CASES if config.only in name]
@@ -205,22 +205,24 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def launch(ranks: int, names: list[str], width: int = 256) -> dict[str, list[dict[str, int]]]:
+def launch(ranks: int, names: list[str]) -> dict[str, list[dict[str, int]]]:
     """Measure the cases in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "measured.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "tools.plan_check", str(output), str(width), *names]
+        command += ["-m", "tools.plan_check", str(output), *names]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, env=environment, timeout=TIMEOUT_S, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"tools.plan_check: a process failed: {done.stderr.strip()[-2000:]}")
+            print(done.stderr, file=sys.stderr)
+            raise UserError(f"{' '.join(command)}: ended with status {done.returncode}; what it printed stands above")
         found: dict[str, list[dict[str, int]]] = json.loads(output.read_text())
         return found
 
 
-def _worker(output: Path, arguments: list[str]) -> None:
-    found = measure_cases(arguments[1:], int(arguments[0]))
+def worker(output: Path, names: list[str], width: int = 256) -> None:
+    """What each process does: measure the cases; rank 0 writes ``output``."""
+    found = measure_cases(names, width)
     if parallel.is_rank_0():
         output.write_text(json.dumps(found))
     parallel.stop()

@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, checked before they are trusted."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -15,6 +14,7 @@ from looplm import checkpoint, parallel, step_folder
 from looplm.cli import UserError
 from pretrain.data import check_corpus
 from pretrain.train import train
+from tests.parallel.launch import SERVER
 from tests.tiny import run_config
 
 
@@ -130,6 +130,8 @@ def test_a_pickle_that_runs_code_is_refused_even_with_a_matching_manifest(run):
 
 def _save_and_die(corpus: Path, folder: Path) -> None:
     """Train on from the last checkpoint and be killed while the next one is being written."""
+    os.setsid()  # what Megatron starts to write a checkpoint would outlive this process: it is found by its group
+    torch.set_num_threads(1)
     config = run_config(corpus, folder, optim={"train_steps": 7}, checkpoint={"save_every": 1})
     rename = os.rename
 
@@ -143,9 +145,10 @@ def _save_and_die(corpus: Path, folder: Path) -> None:
 
 
 def test_kill_during_save_leaves_the_old_state(corpus, run):
-    process = multiprocessing.get_context("spawn").Process(target=_save_and_die, args=(corpus, run))
+    process = SERVER.Process(target=_save_and_die, args=(corpus, run))
     process.start()
     process.join(120)
+    os.killpg(process.pid, signal.SIGKILL)
     assert process.exitcode == -signal.SIGKILL
     folder = run / "checkpoints"
     assert (folder / ".step_00000007.partial").exists(), "killed in the middle of saving"

@@ -1,12 +1,16 @@
 """The planner's memory against training steps of the engine itself; all cases: make plan-check."""
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from looplm.config import LossConfig
 from looplm.layout import ParallelConfig
-from tools.plan_check import CASES, PARTS, TOLERANCE, Case, candidate_of, compare, launch, measure, recipe_of
+from tests.parallel.launch import run_ranks
+from tools import plan_check
+from tools.plan_check import CASES, PARTS, TOLERANCE, Case, candidate_of, compare, measure, recipe_of
 from tools.planning.memory import rank_memory
 
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
@@ -35,8 +39,21 @@ def test_the_frozen_trunk(single_process) -> None:
         assert predicted[part] == pytest.approx(measured[part], rel=0.1), part
 
 
-def test_two_processes() -> None:
-    measured = launch(2, TOGETHER, WIDTH)
+def test_two_processes(tmp_path: Path) -> None:
+    output = tmp_path / "measured.json"
+    run_ranks(2, plan_check.worker, (output, TOGETHER, WIDTH), tmp_path / "log.txt")
+    measured = json.loads(output.read_text())
     assert list(measured) == TOGETHER
     for name in TOGETHER:
         assert_near(compare(name, measured[name], WIDTH))
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "alone, full, MLA"
+    plan_check.main(["--only", name])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    assert [row.split()[4] for row in rows] == [*PARTS]
+    off = {name: [dict.fromkeys(PARTS, 1)]}
+    monkeypatch.setattr(plan_check, "launch", lambda ranks, names: off)
+    with pytest.raises(SystemExit, match="1"):
+        plan_check.main(["--only", name])
