@@ -25,7 +25,7 @@ HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
 BACKEND = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
 
 # Dense bf16 peak in TFLOP/s, from the makers' data sheets; matched against the device's name.
-_PEAK_TFLOPS = {
+BF16_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.0,
     "H200": 989.0,
@@ -189,7 +189,7 @@ def peak_flops() -> float:
     """
     if HAS_CUDA:
         name = torch.cuda.get_device_name()
-        return next((1e12 * tflops for model, tflops in _PEAK_TFLOPS.items() if model in name), 0.0)
+        return next((1e12 * tflops for model, tflops in BF16_TFLOPS.items() if model in name), 0.0)
     return matmul_flops(1024)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from looplm.cli import require
+from looplm.device import BF16_TFLOPS
 
 GpuName = Literal["a100-40", "a100-80", "h100", "h200", "b200"]
 NetworkName = Literal["eth-100", "ib-100", "ib-200", "ib-400", "ib-800"]
@@ -32,11 +33,11 @@ class Gpu:
 
 # The SXM boards; sparse peaks, which the sheets print first, are twice these.
 GPUS: dict[GpuName, Gpu] = {
-    "a100-40": Gpu(memory_gib=39.4, bf16_tflops=312, fp8_tflops=0, hbm_gbs=1555, nvlink_gbs=300),
-    "a100-80": Gpu(memory_gib=79.1, bf16_tflops=312, fp8_tflops=0, hbm_gbs=2039, nvlink_gbs=300),
-    "h100": Gpu(memory_gib=79.1, bf16_tflops=989, fp8_tflops=1979, hbm_gbs=3350, nvlink_gbs=450),
-    "h200": Gpu(memory_gib=139.8, bf16_tflops=989, fp8_tflops=1979, hbm_gbs=4800, nvlink_gbs=450),
-    "b200": Gpu(memory_gib=178.4, bf16_tflops=2250, fp8_tflops=4500, hbm_gbs=7700, nvlink_gbs=900),
+    "a100-40": Gpu(memory_gib=39.4, bf16_tflops=BF16_TFLOPS["A100"], fp8_tflops=0, hbm_gbs=1555, nvlink_gbs=300),
+    "a100-80": Gpu(memory_gib=79.1, bf16_tflops=BF16_TFLOPS["A100"], fp8_tflops=0, hbm_gbs=2039, nvlink_gbs=300),
+    "h100": Gpu(memory_gib=79.1, bf16_tflops=BF16_TFLOPS["H100"], fp8_tflops=1979, hbm_gbs=3350, nvlink_gbs=450),
+    "h200": Gpu(memory_gib=139.8, bf16_tflops=BF16_TFLOPS["H200"], fp8_tflops=1979, hbm_gbs=4800, nvlink_gbs=450),
+    "b200": Gpu(memory_gib=178.4, bf16_tflops=BF16_TFLOPS["B200"], fp8_tflops=4500, hbm_gbs=7700, nvlink_gbs=900),
 }
 
 # Gigabytes a second and GPU, each direction: one adapter of that many gigabits for every GPU; eth-100 is one for a node of
