@@ -86,6 +86,10 @@ class EngineConfig:
         """Whether the linears multiply in FP8."""
         return self.fp8 is not None and not self.emulated
 
+    def packs_documents(self, layout: ParallelConfig) -> bool:
+        """Whether attention is told where documents begin; else a mask hides them from each other."""
+        return self.transformer_impl == "transformer_engine" and layout.context == 1
+
     def stays_in_bf16(self, layer: int, num_layers: int) -> bool:
         """Whether the linears of layer ``layer``, counted from 0 over the whole stack, do."""
         return layer < self.first_layers_bf16 or layer >= num_layers - self.last_layers_bf16

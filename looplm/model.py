@@ -9,7 +9,7 @@
 The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ class LoopLM(LanguageModule):
         config = transformer_config(model, dtype, layout, draw, engine)
         super().__init__(config, pg_collection=groups)
         self.shape = model
-        self.attends_packed = engine.transformer_impl == "transformer_engine" and layout.context == 1
+        self.attends_packed = engine.packs_documents(layout)
         self.recompute_loops = layout.recompute == "loop"
         self.pre_process, self.post_process = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
         self.model_type = ModelType.encoder_or_decoder
@@ -170,7 +170,7 @@ class LoopLM(LanguageModule):
         mask, hidden = self.attention_mask(document_start_SB), list[Tensor]()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             for _ in range(num_loops):
-                hidden.append(self.run_stage(ids_BS, hidden[-1] if hidden else None, mask))
+                hidden.append(self.run_stage(ids_BS, hidden[-1] if hidden else None, lambda: mask))
         if frozen_trunk:
             hidden = [h_SBD.detach() for h_SBD in hidden]  # Megatron re-enables autograd around its residual adds
         state, logits = None, []
@@ -187,13 +187,14 @@ class LoopLM(LanguageModule):
             return document_offsets(document_start_SB)
         return document_mask(document_start_SB, self.config.params_dtype, self.cp_group)
 
-    def run_stage(self, ids_BS: Tensor, hidden_SBD: Tensor | None, mask: Tensor | None) -> Tensor:
+    def run_stage(self, ids_BS: Tensor, hidden_SBD: Tensor | None, mask: Callable[[], Tensor | None]) -> Tensor:
         """This rank's layers once: one loop of the stack, or its part of one under pipeline parallelism.
 
         Args:
             ids_BS: token ids, embedded where ``hidden_SBD`` is None.
             hidden_SBD: from the loop, or the pipeline rank, before.
-            mask: from :meth:`attention_mask`.
+            mask: gives that of :meth:`attention_mask`; called again where the loop is recomputed, so that one which is made
+                there need not be kept until then.
         """
         if hidden_SBD is None:
             hidden_SBD = self.embedding(ids_BS, position_ids=None)
@@ -202,7 +203,7 @@ class LoopLM(LanguageModule):
             # Asked for the whole sequence, Megatron's rotary embedding gives this context-parallel rank its part.
             rotary = None if self.rotary is None else self.rotary(ids_BS.size(1) * self.cp_group.size())
             self.decoder.set_input_tensor(h_SBD)  # what a block reads that is not the pipeline's first
-            return self.decoder(h_SBD, attention_mask=mask, rotary_pos_emb=rotary)
+            return self.decoder(h_SBD, attention_mask=mask(), rotary_pos_emb=rotary)
 
         if self.recompute_loops and self.training and torch.is_grad_enabled():
             return recomputed(layers, hidden_SBD, self.config, self.tp_group)

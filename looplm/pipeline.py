@@ -13,6 +13,7 @@ Shapes: S sequence, B micro-batch, D hidden, R loops.
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +109,8 @@ class LoopStage(nn.Module):
         micro_batch, self._calls = self._calls, self._calls + 1
         inner, last_loop = self.inner, self.loop == self.inner.shape.num_loops - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
-            hidden_SBD = inner.run_stage(ids_BS, self._input, inner.attention_mask(document_start_SB))
+            mask = partial(inner.attention_mask, document_start_SB)
+            hidden_SBD = inner.run_stage(ids_BS, self._input, mask)
             loss_SB = token_losses(hidden_SBD) if inner.post_process else None
         if loss_SB is None:
             return StageOutput(hidden_SBD, None, None)

@@ -66,6 +66,7 @@ CASES: dict[str, Case] = {
     "TP2, loop, MHA": Case(2, ParallelConfig(tensor=2, recompute="loop"), "mha"),
     "PP2, none, MLA": Case(2, ParallelConfig(pipeline=2)),
     "PP2, full, MHA, bf16": Case(2, ParallelConfig(pipeline=2, recompute="full"), "mha", BF16),
+    "PP2, loop, MLA": Case(2, ParallelConfig(pipeline=2, recompute="loop")),
     "CP2, none, MLA": Case(2, ParallelConfig(context=2)),
     "CP2, none, MHA, one document": Case(2, ParallelConfig(context=2), "mha", ONE_DOCUMENT),
     "CP2, selective, MHA": Case(2, ParallelConfig(context=2, recompute="selective"), "mha"),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from looplm import device
 from looplm.accounting import parameter_counts, training_flops_per_token
 from looplm.cli import UserError, parse_config
 from looplm.config import DataConfig, DataSource, OptimConfig, RampUpConfig, RunConfig
@@ -19,7 +18,7 @@ from pretrain.data import BatchSchedule
 from tools import schedule
 from tools.plan import PlanConfig, main
 from tools.planning import communication
-from tools.planning.activations import in_flight
+from tools.planning.activations import in_flight, peak_activation_bytes
 from tools.planning.budget import budget_of, days
 from tools.planning.candidate import Candidate
 from tools.planning.estimate import estimate, pass_time, step_time
@@ -119,6 +118,11 @@ def test_a_mask_makes_the_kernel_compute_both_halves() -> None:
     causal = attention(data={"document_masking": False})
     assert attention() == 2 * causal
     assert attention(parallel={"context": 4}) == pytest.approx(causal / 4 * (1 + 1 / 8))
+    packed = {"transformer_impl": "transformer_engine"}  # told where documents begin, but not under context parallelism
+    assert attention(engine=packed) == causal
+    assert attention(engine=packed, parallel={"context": 4}) == attention(parallel={"context": 4})
+    activations = [peak_activation_bytes(candidate(engine=engine), 0) for engine in ({}, packed)]
+    assert activations[0] - activations[1] == 2 * 1024 * 1024 * 2
 
 
 def test_the_frozen_trunk_has_no_backward() -> None:
@@ -281,11 +285,6 @@ def test_fp8_speeds_up_the_layers_alone() -> None:
     assert bf16.matmul == pytest.approx((flops.layers + flops.head) / peak)
     assert fp8.matmul == pytest.approx((flops.layers * 989 / 1979 + flops.head) / peak)
     assert replace(fp8, matmul=0.0) == replace(bf16, matmul=0.0)
-
-
-def test_the_table_of_peaks_is_that_of_the_engine() -> None:
-    for name, gpu in GPUS.items():
-        assert device._PEAK_TFLOPS[name.partition("-")[0].upper()] == gpu.bf16_tflops
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

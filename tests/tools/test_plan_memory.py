@@ -14,7 +14,13 @@ from tools.plan_check import CASES, PARTS, TOLERANCE, Case, candidate_of, compar
 from tools.planning.memory import rank_memory
 
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
-TOGETHER = ["DP2 + distributed optimizer, MLA, bf16", "TP2, none, MLA", "PP2, none, MLA", "CP2, none, MLA"]
+TOGETHER = [
+    "DP2 + distributed optimizer, MLA, bf16",
+    "TP2, none, MLA",
+    "PP2, none, MLA",
+    "PP2, loop, MLA",
+    "CP2, none, MLA",
+]
 WIDTH = 64  # of the model: a quarter of the check's
 
 

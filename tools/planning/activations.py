@@ -35,7 +35,7 @@ def peak_activation_bytes(candidate: Candidate, rank: int) -> float:
         kept, again = hidden, again + layers * whole_layer + norm
     else:
         kept, again = layers * whole_layer + norm, 0.0
-    masks = mask_bytes(candidate) * (passes if config.parallel.pipeline > 1 else 1)
+    masks = mask_bytes(candidate) * (passes if config.parallel.pipeline > 1 and mode != "loop" else 1)
     return passes * (kept + losses) + masks + deepest + max(0.0, again - gone)
 
 
@@ -120,8 +120,8 @@ def _rotary(candidate: Candidate) -> float:
 
 def mask_bytes(candidate: Candidate) -> float:
     """The additive document mask, [B, 1, S, T]; the layers share it, and without a pipeline the loops too."""
-    data = candidate.config.data
-    if not data.document_masking:
+    config, data = candidate.config, candidate.config.data
+    if not data.document_masking or config.engine.packs_documents(config.parallel):
         return 0.0
     return candidate.tokens * data.seq_length * candidate.number_bytes
 

@@ -63,9 +63,10 @@ def _per_token(model: ModelConfig, gate: GateConfig, seq_length: int) -> tuple[f
 
 def _computed_scores(candidate: Candidate) -> float:
     """Scores that the kernel computes, in units of the causal half: an additive document mask hides from it that the rest
-    is masked. A context-parallel rank's two runs end at their last position, and leave most of the rest out."""
+    is masked. A context-parallel rank's two runs end at their last position, and leave most of the rest out. A kernel that
+    is told where documents begin computes less still: how much, the data decide."""
     config = candidate.config
-    if not config.data.document_masking:
+    if not config.data.document_masking or config.engine.packs_documents(config.parallel):
         return 1.0
     context = config.parallel.context
     return 2.0 if context == 1 else 1 + 1 / (2 * context)
