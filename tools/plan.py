@@ -38,7 +38,6 @@ class PlanOptions:
         gpus: how many in all.
         gpus_per_node: that share fast links.
         network: between nodes, with one adapter for each GPU (eth-100: one for a node).
-        fp8: the layers' matrix products at the FP8 peak; their memory is still counted as that of bf16.
         assume: what arithmetic cannot know.
         price_per_gpu_hour: adds a column with the cost, in the same currency.
         top: rows to print, each the fastest layout of one division of the ranks.
@@ -50,7 +49,6 @@ class PlanOptions:
     gpus: int
     gpus_per_node: int = 8
     network: NetworkName = "ib-400"
-    fp8: bool = False
     assume: Assumptions = field(default_factory=Assumptions)
     price_per_gpu_hour: float | None = None
     top: int = 10
@@ -63,18 +61,8 @@ class PlanOptions:
         whole = self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0
         nearest = max(1, round(self.gpus / self.gpus_per_node)) * self.gpus_per_node
         require(whole, "gpus", self.gpus, f"give whole nodes of gpus_per_node={self.gpus_per_node}, {nearest} for instance")  # fmt: skip
-        with_fp8 = ", ".join(name for name, gpu in GPUS.items() if gpu.fp8_tflops)
-        require(not self.fp8 or GPUS[self.gpu].fp8_tflops > 0, "fp8", True, f"{self.gpu} has none; these have: {with_fp8}")  # fmt: skip
         price = self.price_per_gpu_hour
         require(price is None or price > 0, "price_per_gpu_hour", price, "give a number above 0, or leave it out")
-
-    @property
-    def cluster(self) -> Cluster:
-        """As the formulas take it."""
-        return Cluster(
-            gpu=GPUS[self.gpu], gpus=self.gpus, node=self.gpus_per_node, network_gbs=NETWORKS[self.network],
-            fp8=self.fp8, assume=self.assume,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +73,17 @@ class PlanConfig(PlanOptions, RunConfig):
         RunConfig.__post_init__(self)
         PlanOptions.__post_init__(self)
         require(self.optim.precision == "bf16", "optim.precision", self.optim.precision, "a GPU is planned for bf16; give --optim.precision bf16")  # fmt: skip
+        with_fp8 = ", ".join(name for name, gpu in GPUS.items() if gpu.fp8_tflops)
+        able = not self.engine.real_fp8 or GPUS[self.gpu].fp8_tflops > 0
+        require(able, "engine.fp8", self.engine.fp8, f"{self.gpu} has none; these have: {with_fp8}")
+
+    @property
+    def cluster(self) -> Cluster:
+        """As the formulas take it; the layers multiply at the FP8 peak where the recipe says so."""
+        return Cluster(
+            gpu=GPUS[self.gpu], gpus=self.gpus, node=self.gpus_per_node, network_gbs=NETWORKS[self.network],
+            fp8=self.engine.real_fp8, assume=self.assume,
+        )  # fmt: skip
 
     @property
     def recipe(self) -> RunConfig:

@@ -39,6 +39,7 @@ MHA = ModelConfig(
 OURO = ["--config", str(ROOT / "configs/ouro-1.4b/mha.yaml"), "--config", str(ROOT / "configs/ouro-1.4b/stage1a.yaml")]
 # A handful of candidates: the command's own work is the same for any number.
 FEW = [*OURO, "--gpu", "h100", "--gpus", "2", "--model.num_loops", "2", "--data.seq_length", "1024"]
+FP8 = ["--engine.transformer_impl", "transformer_engine", "--engine.fp8", "hybrid"]
 
 
 def recipe(model: ModelConfig = MLA, **sections: Any) -> RunConfig:
@@ -287,6 +288,16 @@ def test_fp8_speeds_up_the_layers_alone() -> None:
     assert replace(fp8, matmul=0.0) == replace(bf16, matmul=0.0)
 
 
+def test_the_recipes_engine_decides_what_its_layers_multiply_in(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = []
+    for engine, peak in (([], "989 bf16"), (FP8, "1979 fp8")):
+        main([*FEW, *engine, "--top", "1"])
+        lines = capsys.readouterr().out.splitlines()
+        assert f"65% of {peak} TFLOP/s in matrix products" in lines[2]
+        seconds.append(next(float(line.split()[12]) for line in lines if line.startswith(" own ")))
+    assert seconds[1] < 0.8 * seconds[0]
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     written = tmp_path / "plan.json"
     main([*FEW, "--price_per_gpu_hour", "2", "--top", "3", "--explain", "true", "--json", str(written)])
@@ -336,7 +347,7 @@ def test_a_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixture
         ([*FEW, "--gpu", "h1000"], "gpu: Expected .*'h100'.*h1000"),
         ([*FEW, "--gpus", "0"], "gpus: 0 is not allowed"),
         ([*FEW, "--gpus", "12"], "gpus: 12 is not allowed; give whole nodes of gpus_per_node=8, 16 for instance"),
-        ([*FEW, "--gpu", "a100-80", "--fp8", "true"], "fp8: True is not allowed; a100-80 has none; these have: h100"),
+        ([*FEW, *FP8, "--gpu", "a100-80"], "engine.fp8: 'hybrid' is not allowed; a100-80 has none; these have: h100"),
         ([*FEW, "--optim.precision", "fp32"], "optim.precision: 'fp32' is not allowed; .* --optim.precision bf16"),
         ([*FEW, "--price_per_gpu_hour", "0"], "price_per_gpu_hour: 0.0 is not allowed"),
         ([*FEW, "--assume.matmul", "1.5"], "assume.matmul: 1.5 is not allowed"),
