@@ -158,7 +158,7 @@ upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, a
 # ---- checks
 
 test: $(READY)  ## all tests, in two processes
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-layouts: $(READY)  ## every parallel layout, of which `make test` takes a sample (10 to 15 minutes)
 	@LAYOUTS=all OMP_NUM_THREADS=1 $(PY) -m pytest tests/parallel

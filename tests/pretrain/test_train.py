@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +17,8 @@ from looplm.config import RampUpConfig, RunConfig
 from looplm.engine import EngineConfig
 from pretrain.data import check_corpus
 from pretrain.train import STOPPED, build, main, train
+from tests.parallel.launch import SERVER
+from tests.saving import spare_the_spawn
 from tests.tiny import run_config, train_rows
 
 EXACT = ("step", "samples", "tokens", "loss", "loss_per_loop", "exit_distribution", "grad_norm", "learning_rate")
@@ -206,19 +206,27 @@ def test_refusals_come_before_training(corpus, tmp_path, single_process):
     assert not (tmp_path / "b").exists(), "nothing half-written is left behind"
 
 
+def _command(*arguments: str) -> None:
+    """``python -m pretrain.train`` in a process of its own, but for its imports."""
+    spare_the_spawn()
+    torch.set_num_threads(1)
+    main([*arguments])
+
+
 def test_sigterm_saves_and_ends_in_order(corpus, tmp_path):
     config = run_config(corpus, tmp_path / "run", optim={"train_steps": 100_000, "warmup_steps": 0, "decay_steps": 0})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(to_dict(config)))
-    command = [sys.executable, "-m", "pretrain.train", "--config", str(path)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = SERVER.Process(target=_command, args=("--config", str(path)))
+    process.start()
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.is_alive()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == STOPPED
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == STOPPED
     saved = step_folder.newest(tmp_path / "run/checkpoints", print)
     assert saved is not None
     assert checkpoint.read_about(saved).step == train_rows(tmp_path / "run")[-1]["step"]
