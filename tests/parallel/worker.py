@@ -128,6 +128,6 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
         begin = time.monotonic()
         job()
         if dist.get_rank() == 0:
-            print(f"job {number}, {job}: {time.monotonic() - begin:.1f} s", flush=True)
+            print(f"job {number}: {time.monotonic() - begin:.1f} s", flush=True)
         parallel.reset()
     parallel.stop()
