@@ -157,14 +157,17 @@ upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, a
 
 # ---- checks
 
+# Files in their own order: sorted by their number of tests, the longest single test would be the last.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)  ## all tests, in two processes
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 test-layouts: $(READY)  ## every parallel layout, of which `make test` takes a sample (10 to 15 minutes)
 	@LAYOUTS=all OMP_NUM_THREADS=1 $(PY) -m pytest tests/parallel
 
 test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its newest release on Python 3.12
-	@LAYOUTS=all OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(or $(TESTS),tests/parallel tests/looplm tests/pretrain)
+	@LAYOUTS=all OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) $(or $(TESTS),tests/parallel tests/looplm tests/pretrain)
 
 test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export, with the oldest transformers
 	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)

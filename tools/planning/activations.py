@@ -119,7 +119,8 @@ def _rotary(candidate: Candidate) -> float:
 
 
 def mask_bytes(candidate: Candidate) -> float:
-    """The additive document mask, [B, 1, S, T]; the layers share it, and without a pipeline the loops too."""
+    """The additive document mask, [B, 1, S, T]; the layers share it, and without a pipeline the loops too. Of a pipeline's
+    passes each has its own, which recompute=loop makes again instead of keeping it."""
     config, data = candidate.config, candidate.config.data
     if not data.document_masking or config.engine.packs_documents(config.parallel):
         return 0.0
