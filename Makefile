@@ -173,7 +173,7 @@ test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export,
 	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)
 
 test-te: $(TE)/.installed  ## the block of Transformer Engine's modules, without a GPU (6 GB; compiles for 15 to 30 minutes)
-	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest $(or $(TESTS),tests/looplm/test_transformer_engine.py tests/looplm/test_engine.py tests/looplm/test_model.py)
+	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest $(or $(TESTS),tests/looplm/model/test_transformer_engine.py tests/looplm/config/test_engine.py tests/looplm/model/test_loop_lm.py)
 
 check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check

@@ -3,7 +3,7 @@
 Every figure is a formula over :class:`ModelConfig`; tests hold them against real modules and real allocations.
 """
 
-from looplm.model_config import GateConfig, ModelConfig
+from looplm.config import GateConfig, ModelConfig
 
 
 def parameter_counts(model: ModelConfig, gate: GateConfig) -> dict[str, int]:

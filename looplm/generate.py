@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 
-from looplm import parallel
 from looplm.chat import ChatTemplate, Message
 from looplm.checkpoint import OpenedModel, open_model
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.files import write_whole
-from looplm.inference.generate import Generation, GenerationConfig, Generator, Request
+from looplm.inference.generator import Generation, GenerationConfig, Generator, Request
 from looplm.inference.text_stream import Token
+from looplm.megatron import process_groups
 
 _SEPARATOR = "---"
 _COLOURS = (39, 45, 49, 118, 190, 220, 208, 196)  # xterm's, from blue (left early) to red (ran long)
@@ -72,18 +72,18 @@ def main(argv: list[str]) -> None:
     """Generate, show, and write."""
     config = parse_config(GenerateConfig, argv, prog="python -m looplm.generate", description=str(__doc__))
     prompts = [config.prompt] if config.prompt else read_prompts(config.prompts) if config.prompts else []
-    groups = parallel.start(config.seed)
+    groups = process_groups.start(config.seed)
     try:
         opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
         generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
-        printer = Printer(opened.model.shape.num_loops)
+        printer = Printer(opened.model.model_config.num_loops)
         template = _template(opened) if config.chat else None
         if config.interactive:
             converse(generator, config, printer, template)
         else:
             _continue_prompts(generator, config, prompts, printer, template)
     finally:
-        parallel.stop()
+        process_groups.stop()
 
 
 def _template(opened: OpenedModel) -> ChatTemplate:
@@ -136,7 +136,7 @@ def converse(generator: Generator, config: GenerateConfig, printer: "Printer", t
     The oldest part of a text that leaves no room for an answer is forgotten.
     """
     config.exit_rule(printer.trained_loops, generator.gate_trained)  # refused before the first line is asked for
-    context, text, turn = generator.model.shape.max_sequence_length, list[int](), 0
+    context, text, turn = generator.model.model_config.max_sequence_length, list[int](), 0
     room = max(1, context - config.max_new_tokens)
 
     def encode(words: str) -> list[int]:

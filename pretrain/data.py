@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipeline.index_file import read_index
 from data_pipeline.manifest import Manifest, check_prefix
-from looplm import context
 from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig
-from looplm.device import DEVICE
+from looplm.megatron import context_parallel
+from looplm.megatron.device import DEVICE
 from pretrain.mixed_data import MixConfig, MixedDataset
 
 READ_WHOLE_BYTES = 1 << 28
@@ -35,14 +35,14 @@ class Batch(NamedTuple):
     mask_SB: Tensor  # 1.0 where the label counts
     document_start_SB: Tensor | None  # None: a sample is one document
 
-    def deal(self, group: context.Group) -> "Batch":
+    def deal(self, group: context_parallel.Group) -> "Batch":
         """The positions that this context-parallel rank holds; a document's start still counts from the sample's."""
         start_SB = self.document_start_SB
         return Batch(
-            context.deal(self.ids_BS, group, dim=1),
-            context.deal(self.labels_SB, group),
-            context.deal(self.mask_SB, group),
-            None if start_SB is None else context.deal(start_SB, group),
+            context_parallel.deal(self.ids_BS, group, dim=1),
+            context_parallel.deal(self.labels_SB, group),
+            context_parallel.deal(self.mask_SB, group),
+            None if start_SB is None else context_parallel.deal(start_SB, group),
         )
 
 

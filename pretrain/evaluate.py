@@ -15,14 +15,16 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
-from looplm import checkpoint, parallel, step_folder
+from looplm import checkpoint
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import DataConfig, DataSource, LossConfig, OptimConfig, RunConfig
-from looplm.evaluation.decoding import decoding_report, texts_of
+from looplm.evaluation.cached import decoding_report, texts_of
 from looplm.evaluation.depth import DepthMeter
 from looplm.files import write_whole
 from looplm.inference.early_exit import ExitRule, ExitSignal
 from looplm.inference.kv_cache import CacheMode
+from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
 from pretrain.step import loop_losses
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"{run.data.valid[0].prefix}: made with another tokenizer than {found}; use {found}/tokenizer.json"
         )
-    groups = parallel.start(run.seed)
+    groups = process_groups.start(run.seed)
     try:
         opened = checkpoint.open_model(str(found), groups)
         valid_set = build_valid_set(run, corpus)
@@ -115,8 +117,8 @@ def main(argv: list[str]) -> None:
         if config.cache_list:
             report["decoding"] = measure_decoding(opened.model, batches, config, groups)
     finally:
-        parallel.stop()
-    if parallel.is_rank_0():
+        process_groups.stop()
+    if process_groups.is_rank_0():
         _show(report)
         write_whole(
             Path(config.output or Path(config.checkpoint) / "evaluation.json"), json.dumps(report, indent=1) + "\n"
@@ -143,10 +145,10 @@ def measure(
     model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection, loss: LossConfig
 ) -> dict[str, Any]:
     """Run every validation batch to the deepest depth asked for; see :class:`DepthMeter` for what comes back."""
-    trained, depths = model.shape.num_loops, config.depth_list
+    trained, depths = model.model_config.num_loops, config.depth_list
     deepest = max(trained, *depths)
     meter = DepthMeter(sorted({*depths, deepest}), trained, THRESHOLDS)
-    for batch in tqdm(batches, unit="batch", disable=not (parallel.is_rank_0() and sys.stderr.isatty())):
+    for batch in tqdm(batches, unit="batch", disable=not (process_groups.is_rank_0() and sys.stderr.isatty())):
         meter.add(*loop_losses(model, batch, loss, num_loops=deepest), batch.mask_SB)
     report = meter.report(groups.dp)
     report["depths"] = [row for row in report["depths"] if row["depth"] in depths]
@@ -159,7 +161,7 @@ def measure_decoding(
     """The same samples token by token, through each cache at each threshold."""
     texts = [text for batch in batches for text in texts_of(*batch)]
     rules = [
-        ExitRule(max_depth=model.shape.num_loops, threshold=threshold, signal=config.exit_signal)
+        ExitRule(max_depth=model.model_config.num_loops, threshold=threshold, signal=config.exit_signal)
         for threshold in config.threshold_list
     ]
     modes = cast(list[CacheMode], config.cache_list)

@@ -10,9 +10,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from looplm import device
 from looplm.accounting import training_flops_per_token
 from looplm.config import RunConfig
+from looplm.megatron import device
 from pretrain.step import StepStats
 
 

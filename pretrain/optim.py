@@ -7,8 +7,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import nn
 
-from looplm.config import LossConfig, OptimConfig
-from looplm.layout import ParallelConfig
+from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.model import LoopLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -14,16 +14,18 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data_pipeline.manifest import read_manifest
-from looplm import checkpoint, device, parallel, step_folder
+from looplm import checkpoint
 from looplm.accounting import checkpoint_bytes
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, run_main
 from looplm.config import RunConfig
-from looplm.layers import check_engine
-from pretrain import probes, verdicts
+from looplm.megatron import device, process_groups
+from looplm.megatron.settings import check_engine
+from pretrain.cluster import probes, verdicts
+from pretrain.cluster.probes import Place
+from pretrain.cluster.verdicts import Verdict
 from pretrain.data import Corpus, check_corpus, schedule_on
-from pretrain.probes import Place
 from pretrain.train import refuse_other_data
-from pretrain.verdicts import Verdict
 
 MESSAGE = {True: 1 << 28, False: 1 << 22}  # bytes of the all-reduce that is timed: on GPUs, and on CPUs
 FILE = {True: 1 << 28, False: 1 << 24}  # bytes that every writer writes
@@ -38,14 +40,14 @@ def main(argv: list[str]) -> None:
     if device.HAS_CUDA:
         _refuse(verdicts.enough_gpus(ranks_on_node, device.visible_gpus()))
     _say(Verdict("ok", "ranks", f"{ranks} are joining; nothing after this line means that some cannot reach MASTER_ADDR={os.environ.get('MASTER_ADDR', 'this machine')}"))  # fmt: skip
-    groups = parallel.start(config.seed, config.parallel)
+    groups = process_groups.start(config.seed, config.parallel)
     found = []
     try:
         for verdict in examine(config, groups):
             _say(verdict)
             found.append(verdict)
     finally:
-        parallel.stop()
+        process_groups.stop()
     wrong = [verdict for verdict in found if verdict.level == "FAIL"]
     if wrong:
         lines = [f"{verdict.about}: {verdict.text}" for verdict in wrong]

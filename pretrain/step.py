@@ -18,11 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from looplm.config import LossConfig
-from looplm.device import DEVICE
-from looplm.exit_gate import exit_entropy, exit_log_probs
-from looplm.losses import adaptive_gate_loss, entropy_regularised_loss, geometric_prior, token_losses
+from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
-from looplm.pipeline import LoopStage, loop_stages
+from looplm.model.exit_gate import exit_entropy, exit_log_probs
+from looplm.model.losses import adaptive_gate_loss, entropy_regularised_loss, geometric_prior, token_losses
+from looplm.model.pipeline import LoopStage, loop_stages
 from pretrain.data import Batch
 
 
@@ -122,7 +122,7 @@ class Stepper:
         self.ddp, self.optimizer, self.scheduler, self.groups = ddp, optimizer, scheduler, groups
         self._forward_step = partial(_forward_step, loss)
         self._frozen = loss.frozen_trunk
-        self._num_loops = inner_model(ddp).shape.num_loops
+        self._num_loops = inner_model(ddp).model_config.num_loops
         self._stages = loop_stages(ddp) if groups.pp.size() > 1 else None
         self._shape = {"seq_length": seq_length, "micro_batch_size": micro_batch_size}
 

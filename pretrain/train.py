@@ -16,12 +16,13 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils.data import Dataset
 
-from looplm import chat, checkpoint, parallel, step_folder
-from looplm.checkpoint import COMPANIONS, About, Trained
+from looplm import chat, checkpoint
+from looplm.checkpoint import COMPANIONS, About, Trained, step_folder
 from looplm.cli import UserError, parse_config, run_main, to_dict
 from looplm.config import RunConfig
-from looplm.device import DEVICE
 from looplm.files import write_whole
+from looplm.megatron import process_groups
+from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from pretrain.data import (
     BatchSchedule,
@@ -43,11 +44,11 @@ def main(argv: list[str]) -> None:
     """``python -m pretrain.train --config A.yaml [--config B.yaml] [--model.num_loops 4 ...]``"""
     config = parse_config(RunConfig, argv, prog="python -m pretrain.train", description=str(__doc__))
     corpus = check_corpus(config)
-    groups = parallel.start(config.seed, config.parallel)
+    groups = process_groups.start(config.seed, config.parallel)
     try:
         finished = train(config, corpus, groups)
     finally:
-        parallel.stop()
+        process_groups.stop()
     if not finished:
         sys.exit(STOPPED)
 
@@ -68,8 +69,8 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
     train_set, valid_set = build_train_set(config, corpus, total_samples, horizon), build_valid_set(config, corpus)
     batches = micro_batches(train_set, config.data, samples, groups.dp.rank(), groups.dp.size())
 
-    log = RunLog(config, folder, parallel.is_rank_0(), step, tokens, dist.get_world_size())
-    if parallel.is_rank_0():
+    log = RunLog(config, folder, process_groups.is_rank_0(), step, tokens, dist.get_world_size())
+    if process_groups.is_rank_0():
         write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         _take_companions(initial, folder)
         if corpus.end_id is not None:  # an export tells how to talk to it

@@ -8,9 +8,9 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm import parallel
-from tests.saving import spare_the_spawn
-from tests.tiny import write_corpus
+from looplm.megatron import process_groups
+from tests.support.saving import spare_the_spawn
+from tests.support.tiny import write_corpus
 
 SEED = 1234
 
@@ -24,8 +24,8 @@ def pytest_collection_finish() -> None:
 def single_process() -> Iterator[ProcessGroupCollection]:
     """Megatron-core started as a job of one process."""
     spare_the_spawn()
-    yield parallel.start(SEED)
-    parallel.stop()
+    yield process_groups.start(SEED)
+    process_groups.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -45,4 +45,4 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def job_goes_on(monkeypatch, single_process):
     """A command leaves the job when it is done; the tests' job goes on."""
-    monkeypatch.setattr(parallel, "stop", lambda: None)
+    monkeypatch.setattr(process_groups, "stop", lambda: None)

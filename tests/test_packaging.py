@@ -25,7 +25,7 @@ PHASES = [
 CHAIN = [
     *("data_pipeline.tokenize", "pretrain.train", "tools.upcycle", *["pretrain.train"] * 3),
     *(*["data_pipeline.synthetic.questions"] * 2, "data_pipeline.tokenize", *["pretrain.train"] * 3),
-    *("tools.convert_hf", "looplm.generate", *["pretrain.evaluate"] * 2, "pretrain.report", "pretrain.stage_chain"),
+    *("tools.convert_hf", "looplm.generate", *["pretrain.evaluate"] * 2, "pretrain.report", "pretrain.stage_jumps"),
 ]
 
 
@@ -165,7 +165,7 @@ def test_quickstart_makes_anew_what_hangs_on_a_changed_config(checkout: Path) ->
 def test_ouro_tiny_runs_its_phases_once_and_looks_at_the_jumps_every_time(checkout: Path) -> None:
     assert quickstart(checkout, "ouro-tiny") == (0, CHAIN)
     assert quickstart(checkout, "ouro-tiny") == (0, CHAIN[-1:])
-    (checkout / "broken").write_text("pretrain.stage_chain\n")
+    (checkout / "broken").write_text("pretrain.stage_jumps\n")
     assert quickstart(checkout, "ouro-tiny") == (2, CHAIN[-1:])
 
 

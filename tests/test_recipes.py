@@ -13,11 +13,10 @@ from data_pipeline.config import PipelineConfig
 from looplm.accounting import cache_values_per_token, forward_flops_per_token, parameter_counts
 from looplm.checkpoint import CHANGEABLE
 from looplm.cli import parse_config
-from looplm.config import RunConfig
+from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.model import LoopLM
-from looplm.model_config import GateConfig, ModelConfig
 from pretrain.data import BatchSchedule
-from tests.tiny import MODEL
+from tests.support.tiny import MODEL
 from tools.count_params import describe
 
 ROOT = Path(__file__).parent.parent

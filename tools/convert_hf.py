@@ -16,11 +16,13 @@ from typing import Literal
 
 import torch
 
-from looplm import checkpoint, parallel, step_folder
+from looplm import checkpoint
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.huggingface.companions import shared_ids
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
 from looplm.huggingface.inventory import inspect
+from looplm.megatron import process_groups
 
 GB = 10**9
 
@@ -96,11 +98,11 @@ def _import(argv: list[str]) -> None:
     _refuse_existing(config.output)
     source = examine(Path(config.input), None if config.tokenizer is None else Path(config.tokenizer))
     source = with_tokens(source, {name: getattr(config, f"{name}_token") for name in ("bos", "eos", "pad")})
-    groups = parallel.start(seed=0)
+    groups = process_groups.start(seed=0)
     try:
         left = import_source(source, Path(config.output), groups)
     finally:
-        parallel.stop()
+        process_groups.stop()
     shared = shared_ids(source.described.ids)
     if shared:
         _warn(
@@ -116,13 +118,13 @@ def _export(argv: list[str]) -> None:
     _refuse_existing(config.output)
     found = step_folder.locate(config.checkpoint)
     layout = choose_layout(config.layout, checkpoint.read_shape(found))
-    groups = parallel.start(seed=0)
+    groups = process_groups.start(seed=0)
     try:
         opened = checkpoint.open_model(str(found), groups, dtype=None)
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         export_model(opened, Path(config.output), layout, dtype, int(config.max_shard_gb * GB))
     finally:
-        parallel.stop()
+        process_groups.stop()
     print(inspect(Path(config.output)))
 
 

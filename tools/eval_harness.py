@@ -27,12 +27,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from torch import Tensor
 from tqdm import tqdm
 
-from looplm import checkpoint, parallel, step_folder
+from looplm import checkpoint
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.exit_gate import exit_log_probs, q_exit
 from looplm.files import write_whole
-from looplm.inference.generate import GenerationConfig, Generator
+from looplm.inference.generator import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
+from looplm.megatron import process_groups
+from looplm.model.exit_gate import exit_log_probs, q_exit
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
@@ -104,9 +106,9 @@ class HarnessModel(TemplateLM):
     def __init__(self, opened: checkpoint.OpenedModel, config: HarnessConfig) -> None:
         super().__init__()
         self._model, self._about, self._config = opened.model, opened.about, config
-        self._tokenizer, self._context = opened.tokenizer, opened.model.shape.max_sequence_length
+        self._tokenizer, self._context = opened.tokenizer, opened.model.model_config.max_sequence_length
         self._generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
-        self._rule = config.generation().exit_rule(opened.model.shape.num_loops, opened.about.gate_trained)
+        self._rule = config.generation().exit_rule(opened.model.model_config.num_loops, opened.about.gate_trained)
 
     @property
     def eot_token_id(self) -> int:
@@ -215,7 +217,7 @@ def main(argv: list[str]) -> None:
     about, shape = checkpoint.read_about(found), checkpoint.read_shape(found)
     config.generation().exit_rule(shape.model.num_loops, about.gate_trained)  # refused before tasks are looked for
     tasks = find_tasks(config)
-    groups = parallel.start(seed=0)
+    groups = process_groups.start(seed=0)
     try:
         model = HarnessModel(checkpoint.open_model(str(found), groups, _DTYPES[config.precision]), config)
         results = simple_evaluate(
@@ -223,7 +225,7 @@ def main(argv: list[str]) -> None:
             log_samples=False,
         )  # fmt: skip
     finally:
-        parallel.stop()
+        process_groups.stop()
     print(make_table(results))
     if config.output is not None:
         kept = ("results", "groups", "n-shot", "n-samples", "versions")

@@ -3,7 +3,7 @@
     python -m tools.plan_check
 
 Weights, gradients and optimizer state are the storages that the engine holds; activations are what autograd saves between
-forward and backward, at their peak (tools.bench_memory). Ends with status 1 where a part is off by more than 3 %.
+forward and backward, at their peak (tools.bench.memory). Ends with status 1 where a part is off by more than 3 %.
 """
 
 import json
@@ -23,17 +23,24 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from looplm import parallel
 from looplm.cli import UserError, parse_config, run_main
-from looplm.config import DataConfig, DataSource, LossConfig, OptimConfig, RunConfig
-from looplm.device import DEVICE
-from looplm.layout import ParallelConfig
+from looplm.config import (
+    DataConfig,
+    DataSource,
+    GateConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from looplm.megatron import process_groups
+from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
-from looplm.model_config import GateConfig, ModelConfig
 from pretrain.data import Batch
 from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
-from tools.bench_memory import saved_bytes
+from tools.bench.memory import saved_bytes
 from tools.planning.candidate import Candidate
 from tools.planning.memory import Memory, rank_memory
 
@@ -165,11 +172,11 @@ def measure_cases(names: list[str], width: int = 256) -> dict[str, list[dict[str
     found = {}
     for name in names:
         config = recipe_of(CASES[name], width)
-        groups = parallel.start(0, config.parallel)
+        groups = process_groups.start(0, config.parallel)
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (groups.pp.rank(), measure(config, groups)))
         found[name] = [dict(ranks)[rank] for rank in range(config.parallel.pipeline)]
-        parallel.reset()
+        process_groups.reset()
     return found
 
 
@@ -224,9 +231,9 @@ def launch(ranks: int, names: list[str]) -> dict[str, list[dict[str, int]]]:
 def worker(output: Path, names: list[str], width: int = 256) -> None:
     """What each process does: measure the cases; rank 0 writes ``output``."""
     found = measure_cases(names, width)
-    if parallel.is_rank_0():
+    if process_groups.is_rank_0():
         output.write_text(json.dumps(found))
-    parallel.stop()
+    process_groups.stop()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ run it, and the same step with the loops one by one: python -m tools.plan --time
 from dataclasses import dataclass
 
 from looplm.cli import parse_config, require
-from tools import schedule
-from tools.schedule import Costs, Slot
+from tools.planning import schedule
+from tools.planning.schedule import Costs, Slot
 
 COLUMNS = 140  # of a drawing, at most
 

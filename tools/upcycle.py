@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm import parallel
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.model_config import GateConfig
+from looplm.config import GateConfig
+from looplm.megatron import process_groups
 from pretrain.data import Batch
 from tools.upcycling.calibrate import second_moments
 from tools.upcycling.dense import loop_layers, open_dense
@@ -220,13 +220,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{word or 'no first word'}: name what to do: {', '.join(KINDS)}")
     prog, kind = f"python -m tools.upcycle {word}", KINDS[word]
     config = parse_config(kind.config, argv[1:], prog=prog, description=str(kind.config.__doc__).partition("\n")[0])
-    groups = parallel.start(SEED)
+    groups = process_groups.start(SEED)
     try:
         if groups.dp.size() > 1:
             raise UserError(f"{prog}: runs in one process; start it without torchrun")
         upcycle(word, config, groups)
     finally:
-        parallel.stop()
+        process_groups.stop()
 
 
 def upcycle(word: str, config: Output, groups: ProcessGroupCollection) -> None:

@@ -20,12 +20,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from looplm import parallel, step_folder
-from looplm.checkpoint import COMPANIONS
+from looplm.checkpoint import COMPANIONS, step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
 from looplm.huggingface.companions import TOKENIZER
+from looplm.megatron import process_groups
 from pretrain import train as pretrain
 from pretrain.data import Batch, check_corpus
 from tools import upcycle
@@ -173,14 +173,14 @@ def make(name: str, case: Case, config: StudyConfig, run: RunConfig, folder: Pat
     steps = sorted(step_folder.steps_in(goes_on / "checkpoints"))
     record = json.loads((start / COMPANIONS / RECORD).read_text())[-1]
     before, after = record["before"], record["after"]
-    groups = parallel.start(run.seed)
+    groups = process_groups.start(run.seed)
     try:
         sample = Sample(held_out, config.samples, run.data.seq_length)
         batches = sample.read(run.model, check_corpus(run).tokenizer_sha256, groups)
         curve = [last_loss(str(step), batches, groups) for step in steps]
         within = logit_difference(source, start, batches[0], groups) if case.exact else None
     finally:
-        parallel.stop()
+        process_groups.stop()
     loops = len(before["exit_distribution"])  # of the source
     result = Result(name, before["loss_per_depth"][loops - 1], after["loss_per_depth"][-1], curve, within)
     write_whole(own / "result.json", json.dumps(result._asdict(), indent=1))  # last: a case without it is not done

@@ -9,7 +9,7 @@ TINY_OK  := $(TINY)/.done
 TINY_STAGES := stage1a stage1b stage2 stage3 stage4 gate sft
 
 ouro-tiny: $(TINY_OK)/report  ## Ouro's stages in small, from text to an exported model that answers (15 to 25 minutes)
-	@$(PY) -m pretrain.stage_chain $(TINY) --max_jump 0.3
+	@$(PY) -m pretrain.stage_jumps $(TINY) --max_jump 0.3
 	@echo "== ouro-tiny is done: open $(TINY)/report.html; the exported model is $(TINY)/exported  (start over: make clean-ouro-tiny)"
 
 $(TINY_OK)/data: $(TINY_C)/data.yaml | $(READY)

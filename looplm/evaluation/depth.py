@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from looplm.exit_gate import exit_log_probs, q_exit
+from looplm.model.exit_gate import exit_log_probs, q_exit
 
 
 class DepthMeter:

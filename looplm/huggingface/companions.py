@@ -19,7 +19,9 @@ from looplm.huggingface.config_json import CONFIG, LOOPLM, Described, TokenIds, 
 
 GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
-CODE = tuple(sorted(Path(__file__).parent.glob("*_looplm.py")))  # what travels inside an export of our own layout
+CODE = tuple(
+    sorted((Path(__file__).parent / "export").glob("*_looplm.py"))
+)  # what travels inside an export of our own layout
 _CARRIED = {".jinja", ".json", ".md", ".model", ".py", ".txt", ""}  # of text; weights in whatever format stay behind
 
 

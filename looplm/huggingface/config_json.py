@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from looplm.cli import UserError
-from looplm.model_config import GateConfig, ModelConfig
+from looplm.config import GateConfig, ModelConfig
 
 OURO, LOOPLM = "ouro", "looplm"
 CONFIG = "config.json"

@@ -20,8 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from looplm import checkpoint, step_folder
-from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, OpenedModel
+from looplm import checkpoint
+from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, OpenedModel, step_folder
 from looplm.checkpoint import Shape as CheckpointShape
 from looplm.cli import UserError
 from looplm.huggingface import companions, weight_files
@@ -139,7 +139,7 @@ def export_model(opened: OpenedModel, final: Path, layout: str, dtype: torch.dty
     """
     about, beside = opened.about, opened.folder / COMPANIONS
     ids = TokenIds(about.bos_id, about.eos_id, about.pad_id)
-    described = Described(layout, opened.model.shape, opened.gate, about.gate_trained, ids)
+    described = Described(layout, opened.model.model_config, opened.gate, about.gate_trained, ids)
     imported = about.objective == WEIGHTS_ONLY
     written = dtype or next(opened.model.parameters()).dtype
     partial = step_folder.aside(final)
@@ -161,5 +161,5 @@ def export_model(opened: OpenedModel, final: Path, layout: str, dtype: torch.dty
 @torch.no_grad()
 def _parts(opened: OpenedModel) -> Iterator[Tensor]:
     parameters = dict(opened.model.named_parameters())
-    for entry in entries(opened.model.shape, opened.gate):
+    for entry in entries(opened.model.model_config, opened.gate):
         yield from entry.split(parameters[entry.ours])

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
 
-from looplm import checkpoint, step_folder
-from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY
+from looplm import checkpoint
+from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, step_folder
 from looplm.cli import UserError
+from looplm.config import GateConfig, ModelConfig
 from looplm.huggingface.companions import describe_folder
 from looplm.huggingface.config_json import CONFIG, TokenIds, ouro_fault
 from looplm.huggingface.convert import examine
 from looplm.huggingface.names import entries
 from looplm.huggingface.weight_files import find_tensors
-from looplm.model_config import GateConfig, ModelConfig
 
 Row = tuple[str, str]
 

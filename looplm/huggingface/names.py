@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from looplm.model_config import GateConfig, ModelConfig
+from looplm.config import GateConfig, ModelConfig
 
 Shape = tuple[int, ...]
 

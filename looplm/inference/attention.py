@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.model_config import ModelConfig
+from looplm.config import ModelConfig
 
 Query = tuple[Tensor, ...]
 

@@ -69,13 +69,13 @@ class DepthBatch:
     def __init__(self, model: LoopLM, stack: LoopedStack, rule: ExitRule, mode: CacheMode, rows: int) -> None:
         self._stack, self._rule = stack, rule
         self.cache = KVCache(stack.shape, mode, rows, rule.max_depth, stack.dtype, stack.device)
-        self._gate = ExitGateReader(model.gate, stack.shape.num_loops, rows)
+        self._gate = ExitGateReader(model.gate, stack.model_config.num_loops, rows)
         self.meter = ExitMeter(rule, self._gate, stack.head)
         self.runs_on = mode == "per_loop"
         self._next = [0] * rows  # position of each row's next token
         self._flights: list[_Flight] = []
         self._new: list[tuple[_Flight, int]] = []
-        self._h_1ND = torch.empty(1, 0, stack.shape.hidden_size, dtype=stack.dtype, device=stack.device)
+        self._h_1ND = torch.empty(1, 0, stack.model_config.hidden_size, dtype=stack.dtype, device=stack.device)
 
     @property
     def in_flight(self) -> bool:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.exit_gate import LinearExitGate, LRUExitGate, uniform_offset
+from looplm.model.exit_gate import LinearExitGate, LRUExitGate, uniform_offset
 
 ExitSignal = Literal["gate", "confidence", "entropy", "change"]
 

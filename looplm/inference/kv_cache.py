@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from looplm.accounting import cache_values_per_token
-from looplm.model_config import ModelConfig
+from looplm.config import ModelConfig
 
 CacheMode = Literal["per_loop", "last", "mean", "first"]
 

@@ -70,7 +70,7 @@ class Prefill:
         if mode in ("mean", "first") and self._width < longest:
             self._own = KVCache(stack.shape, "last", rows, 1, stack.dtype, device, block=longest)
             self._own.reserve(longest)
-        self.gate = ExitGateReader(model.gate, stack.shape.num_loops, rows)
+        self.gate = ExitGateReader(model.gate, stack.model_config.num_loops, rows)
         self.gate.begin(rows, longest if self.gate.sequence_level else 1)
         self._meter = ExitMeter(rule, self.gate, stack.head)
         self._chosen_ND = torch.empty_like(self._h_SND[0])

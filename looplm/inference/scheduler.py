@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from looplm import device
 from looplm.inference.depth_batch import DepthBatch
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.prefill import Prefill
@@ -25,6 +24,7 @@ from looplm.inference.settings import GenerationConfig
 from looplm.inference.speculation import Emission, Speculation
 from looplm.inference.stack import LoopedStack
 from looplm.inference.text_stream import Token
+from looplm.megatron import device
 from looplm.model import LoopLM
 
 OnToken = Callable[[int, Token], None]
@@ -55,7 +55,7 @@ class Scheduler:
         self._model, self._rule, self._config, self._queue, self._on_token = model, rule, config, queue, on_token
         self._stack = LoopedStack(model)
         self._batch: DepthBatch | Speculation
-        self._sampler = Sampler(config, rows, model.shape.vocab_size, self._stack.device)
+        self._sampler = Sampler(config, rows, model.model_config.vocab_size, self._stack.device)
         if config.speculate:
             self._batch = Speculation(
                 self._stack, rule.max_depth, config.draft_depth, config.speculate, rows, self._sampler

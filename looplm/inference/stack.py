@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looplm.config import ModelConfig
 from looplm.inference.attention import HeadAttention, LatentAttention, Query
 from looplm.model import LoopLM
-from looplm.model_config import ModelConfig
 
 Attention = LatentAttention | HeadAttention
 Attend = Callable[[int, Attention, Query, Tensor], Tensor]  # layer, its attention, queries, entries -> contexts
@@ -31,14 +31,14 @@ class LoopedStack:
     """
 
     def __init__(self, model: LoopLM) -> None:
-        self.shape = model.shape
+        self.model_config = model.model_config
         self._embedding_VD = model.embedding.word_embeddings.weight.detach()
         self._head_VD = model.head_weight().detach()
         self.dtype, self.device = self._head_VD.dtype, self._head_VD.device
-        self._blocks = [_Block(layer, model.shape) for layer in model.decoder.layers]
+        self._blocks = [_Block(layer, model.model_config) for layer in model.decoder.layers]
         self._end_norm = model.decoder.final_layernorm.weight.detach()
         first = model.decoder.layers[0].self_attention
-        rotary = first.rotary_pos_emb if model.shape.attention == "mla" else model.rotary
+        rotary = first.rotary_pos_emb if model.model_config.attention == "mla" else model.rotary
         assert rotary is not None
         self._frequency_K = rotary.inv_freq.to(self.device)
         self._turn_TK = torch.empty(0, len(self._frequency_K), dtype=torch.complex64, device=self.device)
@@ -70,7 +70,7 @@ class LoopedStack:
             h_SND = h_SND + block.norm(F.linear(context, block.out), block.after_attention)
             gate, up = F.linear(block.norm(h_SND, block.before_mlp), block.fc1).chunk(2, dim=-1)
             h_SND = h_SND + block.norm(F.linear(F.silu(gate) * up, block.fc2), block.after_mlp)
-        return torch.rms_norm(h_SND, self._end_norm.shape, self._end_norm, self.shape.norm_eps)
+        return torch.rms_norm(h_SND, self._end_norm.shape, self._end_norm, self.model_config.norm_eps)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits [..., V] in fp32."""

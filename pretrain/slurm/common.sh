@@ -103,7 +103,7 @@ read_container() {
 set_environment() {
     # A failure's cause and NCCL's version, and nothing while all is well. INFO shows which network it found.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # A collective that takes longer than looplm.parallel.TIMEOUT, or fails, ends its process: that is torch's default
+    # A collective that takes longer than looplm.megatron.process_groups.TIMEOUT, or fails, ends its process: that is torch's default
     # (TORCH_NCCL_ASYNC_ERROR_HANDLING=3), so it is not set here. What a hang was about is written down first: the last
     # collectives of each rank go to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank, /tmp/nccl_trace_rank_0 unless set.
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from looplm.chat import END, JINJA, SPECIAL_TOKENS, START, ChatTemplate, Message
 from looplm.cli import UserError
-from tests.tiny import CONVERSATIONS, write_tokenizer
+from tests.support.tiny import CONVERSATIONS, write_tokenizer
 
 # Written for this test: what transformers is to call learnt, in its own words.
 MARKED = (

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import pytest
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm import cli, parallel
+from looplm import cli
 from looplm import generate as command
-from looplm.inference import generate as library
-from looplm.inference.generate import Generation, GenerationConfig, Generator, Request
+from looplm.inference import generator as library
+from looplm.inference.generator import Generation, GenerationConfig, Generator, Request
 from looplm.inference.text_stream import Token
-from tests.looplm.generation_oracle import EOS, GATES, MLA, build, byte_tokenizer
+from looplm.megatron import process_groups
+from tests.support.generation_oracle import EOS, GATES, MLA, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=16)
@@ -42,7 +43,7 @@ def checkpoint(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> str:
     """The command's checkpoint is the small model; the job of this test process goes on after it."""
     for module in (command, library):
         monkeypatch.setattr(module, "open_model", lambda *_: Opened(generator.model))
-    monkeypatch.setattr(parallel, "stop", lambda: None)
+    monkeypatch.setattr(process_groups, "stop", lambda: None)
     return "--checkpoint=runs/any"
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from looplm.config import RunConfig
-from looplm.layout import ParallelConfig
-from tests.parallel import worker
-from tests.parallel.launch import EVERYTHING, launch
+from looplm.config import ParallelConfig, RunConfig
 from tests.parallel.test_layouts import LRU, MLA
-from tests.tiny import run_config, train_rows
+from tests.support import worker
+from tests.support.launch import EVERYTHING, launch
+from tests.support.tiny import run_config, train_rows
 
 DATA = {"micro_batch_size": 2, "global_batch_size": 8}
 PLAIN = ParallelConfig()

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from looplm import checkpoint
+from looplm.config import ParallelConfig
 from looplm.huggingface import companions
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source
-from looplm.layout import ParallelConfig
 from looplm.model import LoopLM
-from tests.parallel import worker
-from tests.parallel.launch import launch
 from tests.parallel.test_layouts import LINEAR, LRU, MHA, MLA
-from tests.tiny import about_weights, run_config
+from tests.support import worker
+from tests.support.launch import launch
+from tests.support.tiny import about_weights, run_config
 
 MODELS = {"ouro": (dataclasses.replace(MHA, num_query_groups=4), LINEAR), "looplm": (MLA, LRU)}
 LAYOUTS = {"TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}

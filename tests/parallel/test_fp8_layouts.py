@@ -6,13 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from looplm.engine import EngineConfig
-from looplm.layout import ParallelConfig
-from tests.fp8_reference import FORMATS, products, under_scale
-from tests.parallel import worker
-from tests.parallel.launch import EVERYTHING, launch
-from tests.parity import assert_close_relative
-from tests.tiny import MODEL, run_config
+from looplm.config import EngineConfig, ParallelConfig
+from tests.support import worker
+from tests.support.fp8_reference import FORMATS, products, under_scale
+from tests.support.launch import EVERYTHING, launch
+from tests.support.parity import assert_close_relative
+from tests.support.tiny import MODEL, run_config
 
 pytestmark = pytest.mark.skipif(not EVERYTHING, reason="make test-layouts runs it")
 MHA = dataclasses.replace(MODEL, attention="mha")

@@ -12,15 +12,13 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm import parallel
-from looplm.config import RunConfig
-from looplm.layout import ParallelConfig
+from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
+from looplm.megatron import process_groups
 from looplm.model import LoopLM
-from looplm.model_config import GateConfig, ModelConfig
-from tests.parallel import worker
-from tests.parallel.launch import EVERYTHING, launch
-from tests.parity import assert_close_relative, relative_error
-from tests.tiny import MODEL, run_config
+from tests.support import worker
+from tests.support.launch import EVERYTHING, launch
+from tests.support.parity import assert_close_relative, relative_error
+from tests.support.tiny import MODEL, run_config
 
 # Large first weights tell the loops apart: the gate's gradients are differences of their losses, and where those are small
 # the test would measure rounding.
@@ -234,7 +232,7 @@ def test_ways_to_reduce_gradients_agree_to_the_last_bit(one, other, results, cor
 
 
 def test_the_check_sees_the_fault_of_the_stock_mla_projections(results, corpus, single_process):
-    """Without looplm.local_layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
+    """Without looplm.model.local_layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
     stats, expected = read(CURED.alone, results, corpus, single_process)
     found_stats, found = read(CURED, results, corpus, single_process, STOCK)
     assert found_stats["loss"] == pytest.approx(stats["loss"], rel=1e-6)
@@ -250,4 +248,4 @@ def test_a_repeated_step_gives_the_same_bits(layout, results):
 
 
 def test_parallel_start_is_idempotent(single_process):
-    assert parallel.start(1234).tp.size() == 1
+    assert process_groups.start(1234).tp.size() == 1

@@ -12,7 +12,7 @@ from looplm.cli import UserError
 from looplm.config import DataConfig, DataSource, RampUpConfig
 from looplm.files import sha256_of
 from pretrain.data import BatchSchedule, build_train_set, build_valid_set, check_corpus, data_order, micro_batches
-from tests.tiny import EOS, VOCAB, run_config, write_prefix
+from tests.support.tiny import EOS, VOCAB, run_config, write_prefix
 
 
 def ids(batches) -> list[list[int]]:

@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 
-from looplm import checkpoint, parallel, step_folder
+from looplm import checkpoint, reference
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError
 from looplm.evaluation.depth import DepthMeter
+from looplm.megatron import process_groups
 from pretrain.data import build_valid_set, check_corpus, micro_batches
 from pretrain.evaluate import THRESHOLDS, main
 from pretrain.train import train
-from tests import reference
-from tests.tiny import run_config
+from tests.support.tiny import run_config
 
 
 def test_meter_equals_a_slow_loop(single_process):
@@ -51,7 +52,7 @@ def test_meter_equals_a_slow_loop(single_process):
 def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single_process, monkeypatch, capsys):
     config = run_config(corpus, tmp_path / "run")
     train(config, check_corpus(config), single_process)
-    monkeypatch.setattr(parallel, "stop", lambda: None)  # the session's job goes on
+    monkeypatch.setattr(process_groups, "stop", lambda: None)  # the session's job goes on
     arguments = ["--checkpoint", str(tmp_path / "run"), "--depths", "1,3,5", "--samples", "6", "--batch_size", "2"]
     decoding = ["--kv_caches=per_loop,last", "--prompt_tokens=6", "--exit_signal=confidence", "--exit_thresholds=0.5,1"]
     main([*arguments, *decoding])
@@ -85,7 +86,7 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     batches = micro_batches(valid_set, samples.data, 0, 0, 1)
     for _ in range(3):
         batch = next(batches)
-        model, gate = opened.model.shape, opened.gate
+        model, gate = opened.model.model_config, opened.gate
         output = reference.forward(weights, model, gate, batch.ids_BS, 5, batch.document_start_SB)
         for loop, hidden in enumerate(output.hidden):
             losses = reference.token_losses(hidden, reference.head_weight(weights, model), batch.labels_SB)

@@ -14,13 +14,14 @@ from transformers import AutoTokenizer
 from data_pipeline.index_file import read_index
 from data_pipeline.loss_marks import NO_LOSS
 from data_pipeline.manifest import read_manifest
-from looplm import chat, checkpoint, generate, step_folder
+from looplm import chat, checkpoint, generate
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError
 from looplm.config import DataSource
 from pretrain.data import build_train_set, build_valid_set, check_corpus, micro_batches
 from pretrain.mixed_data import best_fit, pack
 from pretrain.train import train
-from tests.tiny import EOS, PAD, run_config, train_rows, write_chat_corpus
+from tests.support.tiny import EOS, PAD, run_config, train_rows, write_chat_corpus
 from tools.convert_hf import main as convert
 
 pytestmark = pytest.mark.usefixtures("job_goes_on")

@@ -7,16 +7,14 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
-from looplm.config import LossConfig, OptimConfig
-from looplm.layout import ParallelConfig
+from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig
 from looplm.model import LoopLM
-from looplm.model_config import GateConfig
 from pretrain.data import Batch
 from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
-from tests.parity import assert_close_relative
-from tests.tiny import MODEL, run_config
-from tools.bench_memory import peak_saved_bytes
+from tests.support.parity import assert_close_relative
+from tests.support.tiny import MODEL, run_config
+from tools.bench.memory import peak_saved_bytes
 from tools.planning.activations import peak_activation_bytes
 from tools.planning.candidate import Candidate
 

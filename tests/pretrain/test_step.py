@@ -6,15 +6,14 @@ from itertools import chain, repeat
 import pytest
 import torch
 
-from looplm.config import LossConfig, OptimConfig
+from looplm import reference
+from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig
 from looplm.model import LoopLM
-from looplm.model_config import GateConfig, ModelConfig
 from pretrain.data import Batch
 from pretrain.optim import build_optimizer, build_scheduler, freeze_trunk, spared_by_weight_decay, wrap_data_parallel
 from pretrain.step import Stepper
-from tests import reference
-from tests.parity import assert_close_relative
-from tests.tiny import MODEL
+from tests.support.parity import assert_close_relative
+from tests.support.tiny import MODEL
 
 OPTIM = OptimConfig(train_steps=10, lr=3e-3, min_lr=1e-3, warmup_steps=2, decay_steps=4, precision="fp32")
 GATE = GateConfig(state_size=8)

@@ -11,22 +11,23 @@ import pytest
 import torch
 import yaml
 
-from looplm import checkpoint, optimizer_state, parallel, step_folder
+from looplm import checkpoint
+from looplm.checkpoint import optimizer_state, step_folder
 from looplm.cli import UserError, to_dict
-from looplm.config import RampUpConfig, RunConfig
-from looplm.engine import EngineConfig
+from looplm.config import EngineConfig, RampUpConfig, RunConfig
+from looplm.megatron import process_groups
 from pretrain.data import check_corpus
 from pretrain.train import STOPPED, build, main, train
-from tests.parallel.launch import SERVER
-from tests.saving import spare_the_spawn
-from tests.tiny import run_config, train_rows
+from tests.support.launch import SERVER
+from tests.support.saving import spare_the_spawn
+from tests.support.tiny import run_config, train_rows
 
 EXACT = ("step", "samples", "tokens", "loss", "loss_per_loop", "exit_distribution", "grad_norm", "learning_rate")
 
 
 def run(config: RunConfig) -> list[dict]:
     """Train in this process, as ``main`` does, and return the training lines."""
-    groups = parallel.start(config.seed)
+    groups = process_groups.start(config.seed)
     train(config, check_corpus(config), groups)
     return train_rows(config.output_dir)
 

@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.data import check_corpus
 from pretrain.train import train
-from tests.tiny import run_config
+from tests.support.tiny import run_config
 
 
 @pytest.fixture(scope="session")

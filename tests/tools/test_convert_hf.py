@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from looplm import parallel, step_folder
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError
 from looplm.huggingface.weight_files import find_tensors
-from looplm.inference.generate import GenerationConfig, Generator
-from tests import ouro_reference as ouro
+from looplm.inference.generator import GenerationConfig, Generator
+from looplm.megatron import process_groups
+from tests.support import ouro_reference as ouro
 from tools.convert_hf import main
 
 CONFIG = ouro.CONFIG | {"eos_token_id": 0}  # bos and eos are one token, as released
@@ -21,7 +22,7 @@ CONFIG = ouro.CONFIG | {"eos_token_id": 0}  # bos and eos are one token, as rele
 
 @pytest.fixture(autouse=True)
 def one_job(single_process, monkeypatch):
-    monkeypatch.setattr(parallel, "stop", lambda: None)  # the session's job goes on
+    monkeypatch.setattr(process_groups, "stop", lambda: None)  # the session's job goes on
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def source(released, tmp_path) -> Path:
 def ours(released, tmp_path_factory, single_process) -> Path:
     output = tmp_path_factory.mktemp("ours") / "weights"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(parallel, "stop", lambda: None)
+        patched.setattr(process_groups, "stop", lambda: None)
         main(["import", "--input", str(released), "--output", str(output)])
     return output
 
@@ -199,7 +200,7 @@ def test_what_fails_midway_leaves_nothing(released, ours, tmp_path, monkeypatch)
     monkeypatch.setattr("looplm.huggingface.companions.write_all", full)
     with pytest.raises(OSError, match="no space"):
         main(["export", "--checkpoint", str(ours), "--output", str(tmp_path / "hf")])
-    monkeypatch.setattr("looplm.step_folder.publish", full)
+    monkeypatch.setattr("looplm.checkpoint.step_folder.publish", full)
     with pytest.raises(OSError, match="no space"):
         main(["import", "--input", str(released), "--output", str(tmp_path / "again")])
     assert not list(tmp_path.iterdir())

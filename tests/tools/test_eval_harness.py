@@ -13,10 +13,10 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import checkpoint
+from looplm.config import GateConfig
 from looplm.huggingface.convert import export_model
-from looplm.model_config import GateConfig
-from tests.looplm.generation_oracle import build
-from tests.tiny import MODEL, TEXTS, about_weights
+from tests.support.generation_oracle import build
+from tests.support.tiny import MODEL, TEXTS, about_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = GateConfig(state_size=8, sequence_level=True)
@@ -70,7 +70,7 @@ def found(
     write_tasks(folder / "tasks")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HOME": str(folder / "hf"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "tests.tools.harness_worker", "step", "export", "tasks", "found.json"]
+    command = [sys.executable, "-m", "tests.support.harness_worker", "step", "export", "tasks", "found.json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((folder / "report.json").read_text())

@@ -11,13 +11,19 @@ import yaml
 
 from looplm.accounting import parameter_counts, training_flops_per_token
 from looplm.cli import UserError, parse_config
-from looplm.config import DataConfig, DataSource, OptimConfig, RampUpConfig, RunConfig
-from looplm.layout import ParallelConfig
-from looplm.model_config import GateConfig, ModelConfig
+from looplm.config import (
+    DataConfig,
+    DataSource,
+    GateConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RampUpConfig,
+    RunConfig,
+)
 from pretrain.data import BatchSchedule
-from tools import schedule
 from tools.plan import PlanConfig, main
-from tools.planning import communication
+from tools.planning import communication, schedule
 from tools.planning.activations import in_flight, peak_activation_bytes
 from tools.planning.budget import budget_of, days
 from tools.planning.candidate import Candidate

@@ -9,17 +9,15 @@ import torch
 import yaml
 
 from data_pipeline.manifest import TokenizerRecord
-from looplm import checkpoint
+from looplm import checkpoint, reference
 from looplm.cli import UserError, from_dict
-from looplm.config import RunConfig
-from looplm.exit_gate import exit_log_probs
+from looplm.config import GateConfig, RunConfig
 from looplm.files import sha256_of
-from looplm.model_config import GateConfig
+from looplm.model.exit_gate import exit_log_probs
 from pretrain.data import check_corpus
 from pretrain.train import train
-from tests import reference
-from tests.parity import assert_close_relative
-from tests.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_prefix
+from tests.support.parity import assert_close_relative
+from tests.support.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_prefix
 from tools.upcycle import main
 from tools.upcycling.depth import copy_layers, deepen
 from tools.upcycling.measure import Sample

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from looplm.cli import UserError, to_dict
-from tests.tiny import run_config
+from tests.support.tiny import run_config
 from tools import upcycle_study
 from tools.upcycle_study import Result, StudyConfig, cases, main, table
 

@@ -8,7 +8,7 @@ One *pass* is one micro-batch through one loop of a rank's layers. All R passes 
 backward; under a pipeline, those that its schedule has in flight.
 """
 
-from looplm.model_config import ModelConfig
+from looplm.config import ModelConfig
 from tools.planning.candidate import Candidate
 
 FP32 = 4

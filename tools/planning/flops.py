@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from looplm.accounting import forward_flops_per_token, parameter_counts, training_flops_per_token
-from looplm.model_config import GateConfig, ModelConfig
+from looplm.config import GateConfig, ModelConfig
 from tools.planning.candidate import Candidate
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from looplm.cli import require
-from looplm.device import BF16_TFLOPS
+from looplm.megatron.device import BF16_TFLOPS
 
 GpuName = Literal["a100-40", "a100-80", "h100", "h200", "b200"]
 NetworkName = Literal["eth-100", "ib-100", "ib-200", "ib-400", "ib-800"]

@@ -7,8 +7,7 @@ from itertools import product
 from typing import get_args
 
 from looplm.cli import UserError, require
-from looplm.config import RunConfig
-from looplm.layout import ParallelConfig, Recompute
+from looplm.config import ParallelConfig, Recompute, RunConfig
 from pretrain.data import BatchSchedule
 from tools.planning.candidate import Candidate
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from looplm.checkpoint import About
 from looplm.cli import UserError, require
+from looplm.config import GateConfig
 from looplm.huggingface import companions
 from looplm.huggingface.config_json import CONFIG, LOOPLM, Described, describe, read_json
 from looplm.huggingface.names import entries
 from looplm.huggingface.weight_files import Stored, check_shapes, common_dtype, find_tensors, read_tensor
-from looplm.model_config import GateConfig
 from tools.upcycling.depth import copy_layers
 from tools.upcycling.parts import Parts, Source, Upcycled
 

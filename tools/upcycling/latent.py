@@ -32,8 +32,8 @@ from torch import Tensor
 
 from looplm.accounting import cache_values_per_token
 from looplm.cli import require
+from looplm.config import GateConfig, ModelConfig
 from looplm.huggingface.names import entries
-from looplm.model_config import GateConfig, ModelConfig
 from tools.upcycling.parts import Parts, Upcycled
 
 _NEAR = 32  # distances, in tokens, at which attention mostly looks

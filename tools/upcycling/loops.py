@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from looplm.cli import require
-from looplm.exit_gate import uniform_offset
-from looplm.model_config import GateConfig
+from looplm.config import GateConfig
+from looplm.model.exit_gate import uniform_offset
 from tools.upcycling.parts import Parts, Upcycled
 
 Value = TypeVar("Value")

@@ -12,9 +12,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.cli import UserError
-from looplm.config import DataConfig, DataSource, LoggingConfig, LossConfig, OptimConfig, RunConfig
+from looplm.config import DataConfig, DataSource, LoggingConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from looplm.evaluation.depth import DepthMeter
-from looplm.model_config import ModelConfig
 from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
 from pretrain.step import loop_losses
 from tools.upcycling.parts import Parts, assemble

@@ -16,13 +16,12 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from looplm import checkpoint, optimizer_state, step_folder
-from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, Trained
+from looplm import checkpoint
+from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, Trained, optimizer_state, step_folder
 from looplm.cli import to_dict
-from looplm.config import RunConfig
+from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.files import write_whole
 from looplm.model import LoopLM
-from looplm.model_config import GateConfig, ModelConfig
 from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
 
 RECORD = "upcycle.json"
@@ -82,7 +81,7 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
     run, about = checkpoint.read_config(found), checkpoint.read_about(found)
     if run is None or about.objective != "entropy_regularised":
         opened = checkpoint.open_model(str(found), groups)
-        parts = Parts(opened.model.shape, opened.gate, _weights(opened.model))
+        parts = Parts(opened.model.model_config, opened.gate, _weights(opened.model))
         return Source(found, parts, about, found / "tokenizer.json", _companions(found))
     trained = _build_trained(LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision]), run)
     checkpoint.load_run(found, trained)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from looplm.cli import UserError
+from looplm.config import GateConfig
 from looplm.huggingface.config_json import LOOPLM, OURO, Described, TokenIds, carry, compose, describe, ouro_fault
-from looplm.model_config import GateConfig
-from tests.ouro_reference import CONFIG
+from tests.support.ouro_reference import CONFIG
 from tests.test_recipes import GATES, MHA, SHAPES
 
 IDS = TokenIds(bos=0, eos=1, pad=2)

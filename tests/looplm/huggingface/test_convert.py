@@ -7,20 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from looplm import checkpoint, step_folder
-from looplm.checkpoint import WEIGHTS_ONLY
+from looplm import checkpoint
+from looplm.checkpoint import WEIGHTS_ONLY, step_folder
 from looplm.cli import to_dict
+from looplm.config import GateConfig
 from looplm.files import sha256_of
 from looplm.huggingface import companions
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
 from looplm.huggingface.names import entries
 from looplm.model import LoopLM
-from looplm.model_config import GateConfig
 from pretrain.data import check_corpus
 from pretrain.train import train
-from tests import ouro_reference as ouro
+from tests.support import ouro_reference as ouro
+from tests.support.tiny import BOS, EOS, MODEL, PAD, VOCAB, about_weights, run_config
 from tests.test_recipes import GATES, SHAPES
-from tests.tiny import BOS, EOS, MODEL, PAD, VOCAB, about_weights, run_config
 
 BIG = 10**9
 LINEAR = GateConfig(kind="linear")
@@ -39,7 +39,7 @@ def code(tmp_path_factory, monkeypatch):
 
 def export(directory, final, groups, layout="auto", dtype=None, limit=BIG):
     opened = checkpoint.open_model(str(directory), groups, dtype=None)
-    shape = checkpoint.Shape(opened.model.shape, opened.gate)
+    shape = checkpoint.Shape(opened.model.model_config, opened.gate)
     return export_model(opened, final, choose_layout(layout, shape), dtype, limit)
 
 

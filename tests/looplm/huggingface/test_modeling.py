@@ -4,10 +4,10 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from tests import reference
-from tests.looplm.huggingface.hf_models import hf_model, random_ids, to_ours
-from tests.looplm.test_model import BETA, CASES, build
-from tests.parity import assert_close_relative, gradients, oracle_copy
+from looplm import reference
+from tests.looplm.model.test_loop_lm import BETA, CASES, build
+from tests.support.hf_models import hf_model, random_ids, to_ours
+from tests.support.parity import assert_close_relative, gradients, oracle_copy
 
 
 @pytest.mark.parametrize("case", CASES)

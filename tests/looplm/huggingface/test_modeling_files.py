@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from looplm import checkpoint
-from looplm.huggingface.cache_looplm import LoopLMCache
 from looplm.huggingface.companions import CODE
 from looplm.huggingface.convert import export_model
-from looplm.huggingface.modeling_looplm import LoopLMForCausalLM
-from tests.looplm.generation_oracle import EOS, GATES, MLA, SHAPES, VOCAB, build, byte_tokenizer
-from tests.looplm.huggingface.hf_models import hf_config, hf_model, random_ids
-from tests.parity import TOLERANCE, assert_close_relative, relative_error
-from tests.tiny import about_weights
+from looplm.huggingface.export.cache_looplm import LoopLMCache
+from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
+from tests.support.generation_oracle import EOS, GATES, MLA, SHAPES, VOCAB, build, byte_tokenizer
+from tests.support.hf_models import hf_config, hf_model, random_ids
+from tests.support.parity import TOLERANCE, assert_close_relative, relative_error
+from tests.support.tiny import about_weights
 
 IDS_BS = random_ids(2, 9, VOCAB)
 

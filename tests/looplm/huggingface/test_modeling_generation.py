@@ -7,11 +7,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from looplm.huggingface.cache_looplm import LoopLMCache
-from looplm.huggingface.modeling_looplm import LoopLMForCausalLM
-from looplm.inference.generate import GenerationConfig, Generator
-from tests.looplm.generation_oracle import GATES, SHAPES, VOCAB, build, byte_tokenizer
-from tests.looplm.huggingface.hf_models import hf_model, random_ids
+from looplm.huggingface.export.cache_looplm import LoopLMCache
+from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
+from looplm.inference.generator import GenerationConfig, Generator
+from tests.support.generation_oracle import GATES, SHAPES, VOCAB, build, byte_tokenizer
+from tests.support.hf_models import hf_model, random_ids
 
 NEVER = -1  # no token ends a text
 PAIRS = [("mla", "lru"), ("mla-query-latent", "sequence"), ("mha", "linear"), ("gqa", "sequence")]

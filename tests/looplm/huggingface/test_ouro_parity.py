@@ -7,13 +7,13 @@ from safetensors.torch import load_file
 
 from looplm import checkpoint
 from looplm.config import LossConfig, OptimConfig
-from looplm.exit_gate import exit_log_probs
 from looplm.huggingface.convert import examine, export_model, import_source
+from looplm.model.exit_gate import exit_log_probs
 from pretrain.data import Batch
 from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper, loop_losses
-from tests import ouro_reference as ouro
-from tests.parity import assert_close_relative
+from tests.support import ouro_reference as ouro
+from tests.support.parity import assert_close_relative
 
 CONFIGS = {"mha": ouro.CONFIG, "gqa": ouro.CONFIG | {"num_key_value_heads": 2, "rope_theta": 100.0}}
 BETA = 0.1

@@ -1,0 +1,91 @@
+"""Processes and their groups: the only module that touches Megatron's global state.
+
+Everything else is handed a ``ProcessGroupCollection``.
+"""
+
+import gc
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from looplm.config import ParallelConfig
+from looplm.megatron import device, patches
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollection:
+    """Join the job that torchrun started, or be a job of one process; seed every generator.
+
+    Args:
+        seed: of weights and sampling; the same on every rank.
+        layout: what the ranks share; None makes every rank a replica.
+
+    Returns:
+        Megatron's groups.
+
+    Raises:
+        UserError: the layout does not fit the number of ranks.
+    """
+    layout = layout or ParallelConfig()
+    patches.install()
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            device.bind_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(device.BACKEND, timeout=TIMEOUT)
+        else:  # no port to agree on, so that two runs on a laptop never collide
+            dist.init_process_group(device.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+    layout.replicas(dist.get_world_size())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+        )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@contextmanager
+def seeded(part: str) -> Iterator[None]:
+    """Inside, random numbers depend on the job's seed and ``part`` alone, so that weights do not depend on the layout.
+
+    Holds for generators of the CPU; a GPU's own draws differ between tensor-parallel layouts.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((torch.initial_seed() + zlib.crc32(part.encode())) % 2**63)
+        yield
+
+
+def reset() -> None:
+    """Give up the layout but stay in the job: another may be started. The same call on every rank.
+
+    Megatron forgets its groups without closing them; each of gloo's keeps threads that wake up all the time, for as long
+    as anything holds the group: models and optimizers do, in cycles that only the collector finds.
+    """
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+
+
+def stop() -> None:
+    """Leave the job."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for the job; true outside of one too."""
+    return not dist.is_initialized() or dist.get_rank() == 0

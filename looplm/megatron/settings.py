@@ -1,0 +1,130 @@
+"""Our configuration in Megatron-core's terms, with what differs between CPU and CUDA decided here."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from looplm.cli import require
+from looplm.config import EngineConfig, ModelConfig, ParallelConfig, Recompute
+from looplm.megatron.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE, compute_capability
+
+# What Megatron makes again in backward; `loop` is LoopLM's own. Under sequence parallelism what it keeps instead is
+# already this rank's part of the sequence, so there is nothing to distribute any further.
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "loop": {},
+}
+
+
+def transformer_config(
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    layout: ParallelConfig | None = None,
+    draw: bool = True,
+    engine: EngineConfig | None = None,
+) -> TransformerConfig:
+    """``model`` as Megatron's config; gradients are normalised by the number of tokens that count, over all ranks.
+
+    ``draw`` gives the matrices their random start; what ``engine`` asks for is checked against this machine.
+    """
+    layout, engine = layout or ParallelConfig(), engine or EngineConfig()
+    check_engine(engine)
+    common: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_std,
+        "embedding_init_method_std": model.embedding_std,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "calculate_per_token_loss": True,
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "context_parallel_size": layout.context,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
+        # Megatron's own choice for its interleaved schedule; batched messages would also lose their order on gloo.
+        "overlap_p2p_comm": layout.pipeline > 1,
+        "batch_p2p_comm": False,
+        # gloo still reads a tensor after the call that sends it; NCCL keeps it until it is sent.
+        "deallocate_pipeline_outputs": HAS_CUDA and layout.pipeline > 1,
+        "microbatch_group_size_per_vp_stage": layout.pipeline,
+        **_RECOMPUTE[layout.recompute],
+        "gradient_accumulation_fusion": False,  # the head and the embedding would need an extension of Apex
+        "bias_dropout_fusion": HAS_CUDA,
+        "masked_softmax_fusion": HAS_CUDA,
+        # Megatron fuses the rotation of MLA for YaRN only.
+        "apply_rope_fusion": HAS_CUDA and HAS_TRANSFORMER_ENGINE and model.attention == "mha",
+        "use_cpu_initialization": not HAS_CUDA,
+        "perform_initialization": draw,
+        **_engine_keys(engine),
+    }
+    if model.attention == "mha":
+        return TransformerConfig(
+            **common,
+            kv_channels=model.attention_head_dim,
+            num_query_groups=model.query_groups,
+            add_qkv_bias=model.qkv_bias,
+            qk_layernorm=model.qk_norm,  # tensor-parallel ranks then sum the gradients of these norms, with or without SP
+        )
+    return MLATransformerConfig(
+        **common,
+        multi_latent_attention=True,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_nope_head_dim,
+        qk_pos_emb_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        rope_type="rope",
+        rotary_base=model.rope_base,
+        rotary_percent=1.0,
+    )
+
+
+def check_engine(engine: EngineConfig) -> None:
+    """Refuse what this machine does not have; :class:`EngineConfig` has checked the rest.
+
+    Raises:
+        UserError: no Transformer Engine, too old a GPU for the recipe, or an emulation where the real one could be.
+    """
+    missing = "Transformer Engine is not installed here (setup.py, [gpu]); take local"
+    installed = engine.transformer_impl == "local" or HAS_TRANSFORMER_ENGINE
+    require(installed, "engine.transformer_impl", engine.transformer_impl, missing)
+    require(not (engine.emulated and HAS_CUDA), "engine.fp8", engine.fp8, "emulation is for machines without a GPU; take engine.transformer_impl=transformer_engine")  # fmt: skip
+    if engine.real_fp8 and HAS_CUDA:
+        need, have = _CAPABILITY[engine.fp8_recipe], compute_capability()
+        require(have >= need, "engine.fp8_recipe", engine.fp8_recipe, f"it needs compute capability {need[0]}.{need[1]}, this GPU has {have[0]}.{have[1]}")  # fmt: skip
+
+
+# The first GPUs that have it: Ada, Hopper, Blackwell.
+_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def _engine_keys(engine: EngineConfig) -> dict[str, Any]:
+    """FP8 in Megatron's terms; an emulation is none of Megatron's business."""
+    if not engine.real_fp8:
+        return {}
+    return {
+        "fp8": engine.fp8,
+        "fp8_recipe": engine.fp8_recipe,
+        "fp8_param": engine.fp8_params,
+        "fp8_amax_history_len": engine.amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": engine.first_layers_bf16 + engine.last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": engine.first_layers_bf16,
+        "num_layers_at_end_in_bf16": engine.last_layers_bf16,
+    }

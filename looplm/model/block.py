@@ -1,0 +1,76 @@
+"""One block of the stack, and what of it backward recomputes.
+
+A block with sandwich norms (Ouro section 3.1; norms a-d as numbered there)::
+
+    x = x + norm_b(attention(norm_a(x)))
+    x = x + norm_d(mlp(norm_c(x)))
+
+Its parts come from :mod:`looplm.model.local_layers` or :mod:`looplm.model.transformer_engine_layers`, as
+``engine.transformer_impl`` says.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import te_checkpoint
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from looplm.config import EngineConfig, ModelConfig, ParallelConfig
+from looplm.megatron.process_groups import seeded
+from looplm.model import local_layers, transformer_engine_layers
+from looplm.model.fp8_emulation import emulate
+from looplm.model.norms import RMSNorm
+
+
+def recomputed(
+    layers: Callable[[Tensor], Tensor], h_SBD: Tensor, config: TransformerConfig, group: dist.ProcessGroup
+) -> Tensor:
+    """``layers(h_SBD)``, of which backward keeps the input alone; FP8 has a state that only its own checkpoint knows."""
+    if config.fp8:
+        return te_checkpoint(layers, False, get_cuda_rng_tracker, group, h_SBD)
+    return tensor_parallel.checkpoint(layers, False, h_SBD)
+
+
+class LoopedLayer(TransformerLayer):
+    """A block whose first weights depend on the seed and its place in the stack, not on the rank that holds it.
+
+    Args:
+        first: layers on the pipeline ranks before.
+        num_layers: of the whole stack.
+        engine: what its linears multiply in.
+    """
+
+    def __init__(
+        self, *args: Any, layer_number: int, first: int, num_layers: int, engine: EngineConfig, **kwargs: Any
+    ) -> None:
+        place = first + layer_number
+        with seeded(f"layer {place}"):
+            super().__init__(*args, layer_number=layer_number, **kwargs)
+        if engine.emulated:
+            emulate(self, engine, in_bf16=engine.stays_in_bf16(place - 1, num_layers))
+
+
+def block_spec(
+    model: ModelConfig,
+    config: TransformerConfig,
+    layout: ParallelConfig,
+    pipeline_rank: int,
+    engine: EngineConfig | None = None,
+) -> TransformerBlockSubmodules:
+    """This pipeline rank's share of the stack: equal blocks, and the loop-end norm on the last rank."""
+    engine = engine or EngineConfig()
+    if engine.transformer_impl == "local":
+        parts = local_layers.layer_submodules(model, config)
+    else:
+        parts = transformer_engine_layers.layer_submodules(model, config)
+    stages = layout.stage_layers(model.num_layers)
+    place = {"first": sum(stages[:pipeline_rank]), "num_layers": model.num_layers, "engine": engine}
+    spec = ModuleSpec(module=LoopedLayer, params=place, submodules=parts)
+    return TransformerBlockSubmodules(layer_specs=[spec] * stages[pipeline_rank], layer_norm=RMSNorm)

@@ -1,0 +1,83 @@
+"""A block of torch's and Megatron-core's own modules, which run on any device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from looplm.config import ModelConfig
+from looplm.megatron.patches import accept_as_mla_down_projection
+from looplm.model.attention import CoreAttention, head_attention, latent_attention
+from looplm.model.norms import RMSNorm, residual_add
+
+
+class ReplicatedLinear(MegatronModule):
+    """A linear layer that every tensor-parallel rank holds whole: MLA's down projections.
+
+    Megatron's own local choice is column-parallel and gathers the rotary key, which different heads then use on each
+    rank; the gather's backward splits that gradient without summing it, and the loss hides the error. With this one and
+    sequence parallelism Megatron takes the branch of Transformer Engine's duplicated linears, which is right: each rank
+    sees some positions, and the weight's gradient is summed over the ranks.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Callable[..., Any], **_: Any
+    ) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.product(x, self.weight), None
+
+
+accept_as_mla_down_projection(ReplicatedLinear)
+
+
+def layer_submodules(model: ModelConfig, config: TransformerConfig) -> TransformerLayerSubmodules:
+    """The parts of a block; their names are those in which a checkpoint keeps the weights."""
+    add = residual_add(model, config)
+    return TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=_mla(model) if model.attention == "mla" else _mha(model),
+        self_attn_bda=add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
+        mlp_bda=add,
+    )
+
+
+def _mla(model: ModelConfig) -> ModuleSpec:
+    return latent_attention(
+        model,
+        linear_q_proj=ColumnParallelLinear,
+        linear_q_down_proj=ReplicatedLinear,
+        linear_q_up_proj=ColumnParallelLinear,
+        linear_kv_down_proj=ReplicatedLinear,
+        linear_kv_up_proj=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=RMSNorm,
+        kv_layernorm=RMSNorm,
+    )
+
+
+def _mha(model: ModelConfig) -> ModuleSpec:
+    return head_attention(
+        model,
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+    )

@@ -1,0 +1,57 @@
+"""RMSNorm, and the sandwich norms where Megatron adds a sublayer's output to the residual stream.
+
+Shapes: S sequence, B batch, D hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from looplm.config import ModelConfig
+
+
+class RMSNorm(MegatronModule):
+    """``x / rms(x) * weight`` (Zhang & Sennrich 2019). Megatron's torch norm refuses sequence parallelism; this does not."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SandwichNormAdd(MegatronModule):
+    """Sits in Megatron's bias-dropout-add slot and normalises the sublayer's output before adding it (norms b, d).
+
+    Normalising undoes the usual small start of the residual outputs' weights, so the norm's gain carries it: at 1 the
+    2 L R sublayers that a token passes would drown the token itself, and deeper loops would start out worse.
+    """
+
+    def __init__(self, config: TransformerConfig, depth: int) -> None:
+        super().__init__(config)
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        nn.init.constant_(self.norm.weight, (2 * depth) ** -0.5)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Megatron asks for a function first and calls it with (output, bias), residual and dropout next."""
+        return self._add
+
+    def _add(self, output_with_bias: tuple[Tensor, None], residual_SBD: Tensor, dropout: float) -> Tensor:
+        return residual_SBD + self.norm(output_with_bias[0])
+
+
+def residual_add(model: ModelConfig, config: TransformerConfig) -> ModuleSpec | Callable[..., Any]:
+    """What stands in Megatron's bias-dropout-add slot: the plain sum, or the one that normalises first."""
+    if not model.sandwich_norm:
+        return get_bias_dropout_add
+    return ModuleSpec(module=SandwichNormAdd, params={"config": config, "depth": model.num_layers * model.num_loops})

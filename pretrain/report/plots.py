@@ -1,0 +1,292 @@
+"""The report's figures as inline SVG, drawn by matplotlib in placeholder colours that the page's style sheet replaces.
+
+So one drawing serves light and dark mode: ``_INK`` and its like become ``var(--ink)``, loop r becomes ``var(--loop-r)``.
+Text stays text and takes the page's font. Shapes: N logged steps, R loops.
+"""
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
+from itertools import cycle, pairwise
+from typing import Any, Concatenate, ParamSpec
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from pretrain.report.data import Stage
+
+Drawing = ParamSpec("Drawing")
+Points = Sequence[tuple[float, float]]
+
+_INK, _MUTED, _GRID, _PAPER = "#010101", "#010102", "#010103", "#010104"
+_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)", _PAPER: "var(--paper)"}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "text.color": _INK,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.labelcolor": _MUTED,
+}
+_DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1.0, "linestyle": (0, (3, 3))}
+_LEGEND: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "handlelength": 1.5}
+_AROUND = ((6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"))
+_ABOVE_BELOW = ((0, 6, "center", "bottom"), (0, -6, "center", "top"), *_AROUND)
+_CACHE_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": _INK, "linestyle": "-", "marker": "o"},
+    {"color": _INK, "linestyle": "--", "marker": "s", "markerfacecolor": _PAPER},
+    {"color": _MUTED, "linestyle": "-", "marker": "^"},
+    {"color": _MUTED, "linestyle": ":", "marker": "v"},
+)
+_NAME_WIDTH = 0.018  # of a letter of a stage's name, in widths of the axes
+_MOST_POINTS = 150  # of a curve: more steps than this are averaged in as many groups
+
+
+def loop_colours(loops: int) -> dict[str, list[str]]:
+    """Hex colours of loops 1 to R for each mode, and pale ones that text can stand on.
+
+    Viridis: even in lightness and safe for colour-blind readers; the deepest loop is the farthest from the page.
+    """
+    at_R = np.linspace(0, 1, loops) if loops > 1 else np.ones(1)
+    colours = {}
+    for mode, place_R, page, strength_R in (
+        ("light", 0.78 - 0.72 * at_R, 1.0, 0.24 + 0.26 * at_R),
+        ("dark", 0.36 + 0.60 * at_R, 0.1, 0.46 - 0.06 * at_R),
+    ):
+        rgb = colormaps["viridis"](place_R)[:, :3]
+        colours[mode] = [to_hex(row) for row in rgb]
+        colours[f"{mode}-pale"] = [to_hex(row) for row in page + (rgb - page) * strength_R[:, None]]
+    return colours
+
+
+def _figure(
+    title: str, unit: str, size: tuple[float, float] = (4.4, 2.85)
+) -> Callable[[Callable[Concatenate[Axes, Drawing], None]], Callable[Drawing, str]]:
+    """Turn a function that draws on axes into one that returns the finished <figure>."""
+
+    def decorate(draw: Callable[Concatenate[Axes, Drawing], None]) -> Callable[Drawing, str]:
+        @wraps(draw)
+        def render(*args: Drawing.args, **kwargs: Drawing.kwargs) -> str:
+            text = io.StringIO()
+            with rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # the mean of NaNs is NaN: a gap in the curve
+                figure = Figure(figsize=size, layout="constrained")
+                draw(figure.add_subplot(), *args, **kwargs)
+                figure.savefig(text, format="svg", transparent=True)
+            caption = f"{html.escape(title)} <small>{html.escape(unit)}</small>"
+            svg = _embeddable(text.getvalue(), f"{title}, {unit}")
+            return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+
+        return render
+
+    return decorate
+
+
+@_figure("Training loss after each loop", "nats per token")
+def loss_per_loop(axes: Axes, stages: Sequence[Stage]) -> None:
+    """Cross-entropy after each loop; dots are validation at the deepest one."""
+    for stage, step_N, offset in _timeline(axes, stages):
+        for loop, loss_N in enumerate(stage.train["loss_per_loop"].T, start=1):
+            _curve(axes, step_N, loss_N, _loop(loop))
+        if stage.valid["step"].size:
+            deepest_N = stage.valid["loss_per_loop"][:, -1]
+            axes.plot(stage.valid["step"] + offset, deepest_N, "o", color=_INK, markersize=3.5, markerfacecolor=_PAPER)
+
+
+@_figure("Loss above that of the deepest loop", "nats per token")
+def loop_gain(axes: Axes, stages: Sequence[Stage]) -> None:
+    """How far each loop lags the deepest one, which the curves of :func:`loss_per_loop` are too close to show."""
+    for stage, step_N, _ in _timeline(axes, stages):
+        loss_NR = stage.train["loss_per_loop"]
+        for loop, gain_N in enumerate((loss_NR - loss_NR[:, -1:]).T, start=1):
+            _curve(axes, step_N, gain_N, _loop(loop))
+
+
+@_figure("Where tokens leave, over training", "share of tokens")
+def exit_over_training(axes: Axes, stages: Sequence[Stage]) -> None:
+    """The gate's exit distribution, stacked from the first loop (bottom) to the last."""
+    for stage, all_steps_N, _ in _timeline(axes, stages):
+        step_N, share_NR = _thin(all_steps_N, stage.train["exit_distribution"])
+        if len(step_N) == 1:
+            step_N, share_NR = step_N[0] + np.array([-0.5, 0.5]), share_NR.repeat(2, axis=0)
+        colours = [_loop(loop) for loop in range(1, share_NR.shape[1] + 1)]
+        axes.stackplot(step_N, np.nan_to_num(share_NR.T), colors=colours, edgecolor=_PAPER, linewidth=0.6)
+    axes.set_ylim(0, 1)
+    axes.margins(x=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+
+
+@_figure("Where tokens leave, at the end", "share of tokens")
+def exit_histogram(axes: Axes, distributions: Mapping[str, Sequence[float]]) -> None:
+    """Bars per loop; of several distributions the last is the full-coloured one."""
+    count, width = len(distributions), 0.8 / len(distributions)
+    for index, (name, share_R) in enumerate(distributions.items(), start=1):
+        x = np.arange(1, len(share_R) + 1) + (index - (count + 1) / 2) * width
+        alpha = 1.0 if index == count else 0.25 * index
+        axes.bar(x, share_R, 0.92 * width, color=[_loop(loop + 1) for loop in range(len(share_R))], alpha=alpha)
+        axes.bar(1, 0, color=_INK, alpha=alpha, label=name)  # drawn for the legend only
+    for left, share in zip(x - 0.46 * width, share_R, strict=True):  # from the last bars' left edge into the gap
+        axes.annotate(_percent(share), (left, share), (0, 3), textcoords="offset points")
+    axes.set_xlabel("loop")
+    axes.margins(y=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.grid(axis="x", visible=False)
+    axes.figure.legend(**_LEGEND)
+
+
+@_figure("Validation loss at each depth", "nats per token")
+def loss_per_depth(axes: Axes, depths: Points, trained: int) -> None:
+    """Points (depth, loss) when every token runs to one depth, labelled with perplexity; hollow beyond the trained."""
+    axes.plot(*zip(*depths, strict=True), color=_MUTED, linewidth=1)
+    axes.axvline(trained, **_DASHED, zorder=1)
+    for depth, loss in depths:
+        colour = _loop(min(int(depth), trained))
+        axes.plot(depth, loss, "o", color=colour, markersize=7, markerfacecolor=_PAPER if depth > trained else colour)
+    axes.plot([], [], "o", color=_loop(trained), label="up to the trained depth")
+    axes.plot([], [], "o", color=_loop(trained), markerfacecolor=_PAPER, label="beyond it")
+    axes.set_xlabel("depth (loops run)")
+    axes.margins(x=0.08, y=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.figure.legend(**_LEGEND)
+    _label(axes, depths, [f"{np.exp(loss):.4g}" for _, loss in depths], _ABOVE_BELOW)
+
+
+@_figure("Early exit: loss against mean depth", "nats per token")
+def exit_curve(axes: Axes, curve: Mapping[tuple[float, float], Sequence[float]], depths: Points) -> None:
+    """Points (mean depth, loss) labelled with their thresholds; squares are all tokens at one depth, to compare."""
+    if depths:
+        squares: dict[str, Any] = {"color": _MUTED, "linewidth": 0.8, "markersize": 6, "markerfacecolor": _PAPER}
+        axes.plot(*zip(*depths, strict=True), "s--", **squares, label="fixed depth")
+    axes.plot(*zip(*curve, strict=True), "o-", color=_INK, markersize=5, label="Q-exit at threshold")
+    axes.set_xlabel("mean depth (loops run per token)")
+    axes.margins(x=0.12, y=0.18)
+    axes.figure.legend(**_LEGEND)
+    names = [f"{min(q):g}" if len(q) == 1 else f"{min(q):g}–{max(q):g}" for q in curve.values()]
+    _label(axes, list(curve), names, _AROUND, avoid=depths)
+
+
+@_figure("Loss through each cache", "nats per token")
+def cache_curves(axes: Axes, decoding: Mapping[str, Points]) -> None:
+    """Points (mean depth, loss) of each cache."""
+    for (cache, points), style in zip(decoding.items(), cycle(_CACHE_STYLES)):
+        axes.plot(*zip(*points, strict=True), **style, markersize=5, label=cache)
+    axes.set_xlabel("mean depth (loops run per token)")
+    axes.margins(x=0.08, y=0.12)
+    axes.figure.legend(**_LEGEND)
+
+
+def small_multiple(stages: Sequence[Stage], key: str, title: str, unit: str, log: bool = False) -> str:
+    """One scalar of the metrics over training, small."""
+
+    @_figure(title, unit, size=(2.6, 1.7))
+    def draw(axes: Axes) -> None:
+        for stage, step_N, _ in _timeline(axes, stages, named=False):
+            _curve(axes, step_N, stage.train[key], _INK)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+    return draw()
+
+
+def _embeddable(svg: str, label: str) -> str:
+    """matplotlib's file as an element of the page: no header, metadata, size or name of its own; colours by variable."""
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' (width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", svg, count=5)
+    svg = re.sub(r' id="[a-zA-Z.]+_[\d.]+"', "", svg)
+    svg = re.sub(r"#0a00([0-9a-f]{2})", lambda match: f"var(--loop-{int(match[1], 16)})", svg)
+    svg = re.sub(r"#01010[1-4]", lambda match: _VARIABLES[match[0]], svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def _loop(loop: int) -> str:
+    return f"#0a00{loop:02x}"
+
+
+def _percent(share: float, _: object = None) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _timeline(axes: Axes, stages: Sequence[Stage], named: bool = True) -> Iterator[tuple[Stage, np.ndarray, float]]:
+    """Each stage with the places of its steps, one stage after the other, and what was added to them for that."""
+    end, rows = 0.0, list[float]()  # rows of names above the axes, by where each is taken up to
+    whole = sum(stage.train["step"][-1] for stage in stages) * _NAME_WIDTH
+    for stage in stages:
+        step_N = stage.train["step"]
+        offset = end if step_N[0] <= end else 0.0
+        start, previous, end = step_N[0] + offset, end, step_N[-1] + offset
+        if previous:
+            axes.axvline(start - 0.5, **_DASHED, zorder=3)
+        if named and len(stages) > 1:
+            row = next((row for row, taken in enumerate(rows) if taken <= start), len(rows))
+            rows[row : row + 1] = [start + whole * (len(stage.name) + 1)]
+            axes.text(start, 1.02 + 0.09 * row, stage.name, transform=axes.get_xaxis_transform(), color=_MUTED)
+        yield stage, step_N + offset, offset
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+
+
+def _thin(step_N: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``_MOST_POINTS`` rows, each the mean of neighbours; what is not finite is left out."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    groups = np.array_split(np.arange(len(step_N)), min(len(step_N), _MOST_POINTS))
+    return np.array([step_N[rows].mean() for rows in groups]), np.array(
+        [np.nanmean(values[rows], 0) for rows in groups]
+    )
+
+
+def _curve(axes: Axes, step_N: np.ndarray, value_N: np.ndarray, colour: str) -> None:
+    x, y = _thin(step_N, value_N)
+    axes.plot(x, y, "o" if len(x) == 1 else "-", color=colour, markersize=4)
+
+
+def _label(
+    axes: Axes,
+    points: Points,
+    names: Sequence[str],
+    places: Sequence[tuple[float, float, str, str]],
+    avoid: Points = (),
+) -> None:
+    """Label each point at the first of ``places`` (points off, alignment) that is free of marks, labels and the line
+    through the points; with none free, not at all."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # settles the layout, so that boxes are where they will be
+    marks = [axes.transData.transform(point) for point in (*points, *avoid)]
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
+    for start, end in pairwise(marks[: len(points)]):
+        steps = int(np.hypot(*(end - start)) // 3)
+        line = (start + (end - start) * step / max(1, steps) for step in range(steps))
+        taken += [Bbox.from_extents(x - 1, y - 1, x + 1, y + 1) for x, y in line]
+    for point, name in zip(points, names, strict=True):
+        for dx, dy, ha, va in places:
+            label = axes.annotate(name, point, (dx, dy), textcoords="offset points", ha=ha, va=va)
+            box = label.get_window_extent().padded(2)
+            if axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            label.remove()

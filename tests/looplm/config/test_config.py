@@ -1,0 +1,107 @@
+"""Configuration: typed, stacked, validated at the edge; every mistake is one line that names key, value and fix."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from looplm.cli import UserError, from_dict, parse_config, to_dict
+from looplm.config import RunConfig
+from tests.support.tiny import run_config
+
+BASE = {
+    "output_dir": "run",
+    "model": {
+        "vocab_size": 64, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_attention_heads": 4,
+    },
+    "optim": {"train_steps": 10},
+    "data": {"train": [{"prefix": "a", "weight": 2}]},
+}  # fmt: skip
+
+
+def parse(tmp_path: Path, *argv: str, text: str | None = None) -> RunConfig:
+    path = tmp_path / "base.yaml"
+    path.write_text(text if text is not None else yaml.safe_dump(BASE))
+    return parse_config(RunConfig, ["--config", str(path), *argv], prog="prog", description="words")
+
+
+def test_files_stack_and_the_command_line_wins(tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text("model: {num_loops: 8, num_layers: 3}\n")
+    config = parse(tmp_path, "--config", str(second), "--model.num_loops", "2")
+    assert (config.model.num_loops, config.model.num_layers, config.model.hidden_size) == (2, 3, 32)
+    assert config.data.train[0].weight == 2
+
+
+def test_round_trip_through_plain_values(tmp_path):
+    config = run_config(tmp_path, tmp_path)
+    assert from_dict(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config))), where="here") == config
+
+
+MISTAKES = {
+    ("--model.num_lops", "3"): r"--model\.num_lops: unknown key; did you mean model\.num_loops\?",
+    ("--model.num_loops", "three"): r"model\.num_loops: .*three",
+    ("--model.num_loops", "0"): r"model\.num_loops: 0 is not allowed; give a number above 0",
+    ("--model.attention", "mqa"): r"model\.attention: .*mqa",
+    ("--model.attention", "mha", "--model.num_attention_heads", "5"): r"model\.num_attention_heads: 5 .*hidden_size=32",
+    ("--model.attention", "mha", "--model.num_query_groups", "3"): r"model\.num_query_groups: 3 .*multiple",
+    ("--model.head_dim", "8"): r"model\.head_dim: 8 .*mha",
+    ("--model.qk_rope_head_dim", "7"): r"model\.qk_rope_head_dim: 7 .*even",
+    ("--gate.kind", "linear", "--gate.sequence_level", "true"): r"gate\.sequence_level: True .*lru",
+    ("--loss.beta", "-1"): r"loss\.beta: -1\.0 ",
+    ("--loss.geometric_rate", "1"): r"loss\.geometric_rate: 1\.0 ",
+    ("--loss.objective", "adaptive_gate"): r"checkpoint\.initial: None .*stage-1 directory",
+    ("--optim.min_lr", "1"): r"optim\.min_lr: 1\.0 .*optim\.lr=0\.0003",
+    ("--optim.warmup_steps", "11"): r"optim\.warmup_steps: 11 .*optim\.train_steps=10",
+    ("--optim.schedule", "cosine", "--optim.decay_steps", "3"): r"optim\.decay_steps: 3 .*wsd",
+    ("--optim.beta2", "1"): r"optim\.beta2: 1\.0 ",
+    ("--data.global_batch_size", "3", "--data.micro_batch_size", "2"): r"data\.global_batch_size: 3 .*micro_batch_size=2",
+    ("--data.seq_length", "9999"): r"data\.seq_length: 9999 .*max_sequence_length=4096",
+    ("--data.train", "[]"): r"data\.train: \[\] .*at least one source",
+    ("--data.train", "[{prefix: a, weight: 0}]"): r"data\.train\[\]\.weight: 0\.0 ",
+    ("--data.rampup", "{start: 8, increment: 1, samples: 4}"): r"data\.rampup\.start: 8 .*global_batch_size=1",
+    ("--checkpoint.keep", "0"): r"checkpoint\.keep: 0 .*at least one",
+    ("--seed", "-1"): r"seed: -1 ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", MISTAKES, ids=lambda argv: " ".join(argv))
+def test_a_mistake_is_one_line(tmp_path, argv):
+    with pytest.raises(UserError, match=MISTAKES[argv]) as caught:
+        parse(tmp_path, *argv)
+    assert "\n" not in str(caught.value)
+
+
+FILES = {
+    "model: {num_lops: 3}": r"base\.yaml: model\.num_lops: unknown key; did you mean model\.num_loops\?",
+    "data: {train: [{prefx: a}]}": r"base\.yaml: data\.train\[0\]\.prefx: unknown key; did you mean .*prefix\?",
+    "modle: {}": r"base\.yaml: modle: unknown key; did you mean model\?",
+    "- 1": r"base\.yaml: holds list, not a mapping",
+    "model: {": r"base\.yaml: not valid YAML",
+    "": r"base\.yaml: holds NoneType",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_mistake_in_a_file_names_the_file(tmp_path, text):
+    with pytest.raises(UserError, match=FILES[text]) as caught:
+        parse(tmp_path, text=text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_missing_keys(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read"):
+        parse_config(RunConfig, ["--config", str(tmp_path / "nowhere.yaml")], prog="p", description="d")
+    with pytest.raises(UserError, match=r"model\.vocab_size.*required"):
+        parse_config(RunConfig, ["--output_dir", "x"], prog="p", description="d")
+
+
+def test_help_teaches_and_the_exit_status_is_2(tmp_path):
+    command = [sys.executable, "-m", "tools.count_params"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "how often the stack runs in training" in " ".join(shown.stdout.split())
+    wrong = subprocess.run([*command, "--config", "nowhere.yaml"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: nowhere.yaml: cannot be read")

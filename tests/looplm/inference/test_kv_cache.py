@@ -1,0 +1,206 @@
+"""Decoding through a cache against the model's own forward without one, and what a cache costs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from looplm.accounting import cache_values_per_token
+from looplm.config import GateConfig, ModelConfig
+from looplm.inference.early_exit import ExitRule
+from looplm.inference.kv_cache import KVCache
+from looplm.inference.lockstep import Decoder, Step
+from looplm.megatron.device import DEVICE
+from looplm.model import LoopLM
+from looplm.model.exit_gate import exit_log_probs, q_exit
+from tests.support.generation_oracle import GATES, MLA, SHAPES, VOCAB, build
+
+LENGTHS = (21, 1, 9)  # of the prompts, in one batch
+NEW = 10
+OURO = {"vocab_size": 49152, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_layers": 24, "num_attention_heads": 16}
+
+
+def teacher_forced(
+    model: LoopLM, rule: ExitRule, mode: str = "per_loop", piece: int = 1000
+) -> tuple[torch.Tensor, list[Step]]:
+    """Feed given ids through prefill and decode: the ids [B, S], and a step for each new token."""
+    ids_BS = torch.randint(0, VOCAB, (len(LENGTHS), max(LENGTHS) + NEW), device=DEVICE)
+    texts = ids_BS.tolist()
+    decoder = Decoder(model, rule, mode, len(LENGTHS), piece)
+    steps = [decoder.prefill([text[:length] for text, length in zip(texts, LENGTHS, strict=True)])]
+    for new in range(NEW):
+        ids = [text[length + new] for text, length in zip(texts, LENGTHS, strict=True)]
+        steps.append(decoder.decode(ids, range(len(LENGTHS))))
+    assert all(step.rows == list(range(len(LENGTHS))) for step in steps)
+    return ids_BS, steps
+
+
+def splitting_threshold(model: LoopLM) -> float:
+    """A threshold that about half of random tokens reach within two loops, whatever the gate's first weights."""
+    with torch.no_grad():
+        logit_RSB = model(torch.randint(0, VOCAB, (4, 16), device=DEVICE)).gate_logit_RSB
+    return float(exit_log_probs(logit_RSB)[:2].exp().sum(0).median())
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_per_loop_is_the_cacheless_model(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
+    """Logits and exit depth of every token, rows of different length side by side."""
+    model = build(SHAPES[shape], GATES[gate], single_process)
+    threshold = splitting_threshold(model)
+    ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4, threshold=threshold))
+    with torch.no_grad():
+        hidden, gate_logit_RSB = model(ids_BS)
+        logits_RSBV = F.linear(torch.stack(hidden), model.head_weight())
+    depth_SB = q_exit(exit_log_probs(gate_logit_RSB), threshold)
+    depths = set()
+    for new, step in enumerate(steps):
+        for row, length in enumerate(LENGTHS):
+            place = length - 1 + new
+            depth = int(depth_SB[place, row])
+            assert step.depths[row] == depth
+            torch.testing.assert_close(step.logits_NV[row], logits_RSBV[depth - 1, place, row], rtol=0, atol=1e-4)
+            depths.add(depth)
+    assert len(depths) > 1, "the gate must decide something, or this shows nothing"
+
+
+@pytest.mark.parametrize("threshold, outside", [(0.45, 1), (0.6, 4)])
+def test_depth_bounds_clamp_what_the_gate_says(
+    threshold: float, outside: int, single_process: ProcessGroupCollection
+) -> None:
+    model = build(MLA, GATES["sequence"], single_process)
+    given = {}
+    for least, most in ((1, 4), (2, 3)):
+        torch.manual_seed(5)
+        _, steps = teacher_forced(model, ExitRule(min_depth=least, max_depth=most, threshold=threshold))
+        given[most] = torch.tensor([step.depths for step in steps])
+    assert torch.equal(given[3], given[4].clamp(2, 3)) and outside in given[4]
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: ProcessGroupCollection) -> None:
+    model = build(MLA, GATES["lru"], single_process)
+    ids_BS, steps = teacher_forced(model, ExitRule(max_depth=depth))
+    with torch.no_grad():
+        logits_SBV = F.linear(model(ids_BS, num_loops=depth).hidden[-1], model.head_weight())
+    for new, step in enumerate(steps):
+        assert step.depths == [depth] * len(LENGTHS)
+        places = torch.tensor(LENGTHS) - 1 + new
+        torch.testing.assert_close(step.logits_NV, logits_SBV[places, range(len(LENGTHS))], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
+@pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
+def test_a_prompt_in_pieces_is_the_prompt_at_once(
+    shape: str, gate: str, mode: str, single_process: ProcessGroupCollection
+) -> None:
+    """What is drawn after it, and what every later token sees of it."""
+    model = build(SHAPES[shape], GATES[gate], single_process)
+    rule, steps = ExitRule(max_depth=4, threshold=splitting_threshold(model)), {}
+    for piece in (1000, 3, 12):  # 3 and 12 tokens of 3 prompts: 1 and 4 positions at a time
+        torch.manual_seed(5)
+        _, steps[piece] = teacher_forced(model, rule, mode, piece)
+    for piece in (3, 12):
+        for whole, pieces in zip(steps[1000], steps[piece], strict=True):
+            assert pieces.depths == whole.depths
+            # Where tokens see each other's last loops, rounding goes round too.
+            torch.testing.assert_close(pieces.logits_NV, whole.logits_NV, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", ["mla", "gqa"])
+def test_bf16(shape: str, single_process: ProcessGroupCollection) -> None:
+    """The order of the products differs (absorbed, one token at a time), so only rounding may."""
+    model = build(SHAPES[shape], GATES["sequence"], single_process, torch.bfloat16)
+    ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4))
+    with torch.no_grad():
+        logits_SBV = F.linear(model(ids_BS).hidden[-1], model.head_weight()).float()
+    wrong = [
+        (steps[-1].logits_NV[row] - logits_SBV[length - 1 + NEW, row]).norm() for row, length in enumerate(LENGTHS)
+    ]
+    assert steps[-1].logits_NV.dtype is torch.float32
+    assert max(wrong) < 0.1 * logits_SBV.norm(dim=-1).mean()
+
+
+@pytest.mark.parametrize("mode", ["last", "mean", "first"])
+def test_one_loop_has_nothing_to_share(mode: str, single_process: ProcessGroupCollection) -> None:
+    model = build(MLA, GATES["lru"], single_process)
+    torch.manual_seed(5)
+    _, exact = teacher_forced(model, ExitRule(max_depth=1))
+    torch.manual_seed(5)
+    _, shared = teacher_forced(model, ExitRule(max_depth=1), mode)
+    assert all(torch.equal(a.logits_NV, b.logits_NV) for a, b in zip(exact, shared, strict=True))
+
+
+@pytest.mark.parametrize("mode, seen_later", [("last", 3.0), ("mean", 2.0), ("first", 1.0)])
+def test_what_a_shared_cache_shows(mode: str, seen_later: float) -> None:
+    """A token with entries 1, 2, 3 in its three loops: itself sees each, the next token sees what the mode says."""
+    cache = KVCache(MLA, mode, 2, 3, torch.float32, DEVICE)
+    width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
+    cache.reserve(2)
+    for loop in range(3):
+        entry = torch.full((1, 1, width), loop + 1.0, device=DEVICE)
+        assert look(cache, [1], [loop], [0], entry).unique().tolist() == [loop + 1.0]
+    later = look(cache, [1, 0], [0, 0], [1, 1], torch.zeros(1, 2, width, device=DEVICE))
+    assert later[0, 0].unique().tolist() == [seen_later]
+    assert not later[1].any(), "the other row"
+    mixed = look(cache, [0, 1], [0, 2], [2, 1], torch.ones(1, 2, width, device=DEVICE))
+    assert mixed[1, 0].unique().tolist() == [seen_later] and mixed[1, 1].unique().tolist() == [1.0]
+
+
+def look(
+    cache: KVCache, rows: list[int], loops: list[int], positions: list[int], entry_1NW: torch.Tensor
+) -> torch.Tensor:
+    """What tokens see in layer 0 while they pass."""
+    places = cache.places(rows, loops, positions)
+    seen_NTW, kept = cache.enter(0, places, entry_1NW)
+    seen_NTW = seen_NTW.clone()
+    if kept is not None:
+        cache.settle(0, places, kept)
+    return seen_NTW
+
+
+def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
+    cache = KVCache(MLA, "per_loop", 2, 2, torch.float32, DEVICE, block=4)
+    width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
+    entry_SNW = torch.randn(3, 2, width, device=DEVICE)
+    cache.reserve(3)
+    assert cache.capacity == 4
+    for loop in range(2):
+        cache.write_prompt(1, loop, 0, entry_SNW + loop)
+    cache.reserve(9)
+    assert cache.capacity == 12
+    new_1NW = torch.randn(1, 2, width, device=DEVICE)
+    seen_NTW, _ = cache.enter(1, cache.places([0, 1], [1, 1], [3, 3]), new_1NW)
+    assert torch.equal(seen_NTW.transpose(0, 1), torch.cat((entry_SNW + 1, new_1NW)))
+
+
+def measured_bytes_per_token(shape: ModelConfig, mode: str, dtype: torch.dtype) -> int:
+    """From a real allocation of one block for one row."""
+    cache = KVCache(shape, mode, 1, shape.num_loops, dtype, DEVICE, block=16)
+    cache.reserve(1)
+    assert cache.allocated_bytes() == cache.bytes_per_token() * cache.capacity
+    caches = shape.num_loops if mode == "per_loop" else 1
+    assert cache.bytes_per_token() == cache_values_per_token(shape, caches) * dtype.itemsize
+    return cache.allocated_bytes() // cache.capacity
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["last", "mean", "first"])
+def test_a_shared_cache_costs_one_loop(shape: str, mode: str) -> None:
+    per_loop = measured_bytes_per_token(SHAPES[shape], "per_loop", torch.float32)
+    assert measured_bytes_per_token(SHAPES[shape], mode, torch.float32) * SHAPES[shape].num_loops == per_loop
+
+
+def test_latents_and_sharing_at_ouros_shape() -> None:
+    ouro = measured_bytes_per_token(ModelConfig(**OURO, attention="mha"), "per_loop", torch.bfloat16)
+    ours = measured_bytes_per_token(ModelConfig(**OURO, kv_lora_rank=512, qk_rope_head_dim=64), "last", torch.bfloat16)
+    assert ouro == 768 * 1024
+    assert ours * 25 <= ouro
+
+
+def test_a_generation_does_not_touch_what_training_needs(single_process: ProcessGroupCollection) -> None:
+    """Tensors made in inference mode must not stay behind in the model's own caches."""
+    model = build(MLA, GateConfig(), single_process)
+    ids_BS, _ = teacher_forced(model, ExitRule(max_depth=4, threshold=0.5), "last")
+    model(ids_BS).hidden[-1].sum().backward()
+    assert all(p.grad is not None for p in model.decoder.parameters())

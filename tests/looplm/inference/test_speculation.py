@@ -1,0 +1,160 @@
+"""Self-speculation: the text is the one that all loops would have written, only sooner."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from looplm.cli import UserError
+from looplm.inference import speculation
+from looplm.inference.generator import GenerationConfig, Generator, Request
+from looplm.inference.sampling import probabilities
+from tests.support.generation_oracle import GATES, SHAPES, build, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=24, batch_size=8)
+
+
+def twenty() -> list[Request]:
+    dice = random.Random(2)
+    return [Request([dice.randrange(256) for _ in range(dice.choice([1, 4, 9, 33]))]) for _ in range(20)]
+
+
+@pytest.fixture(scope="module")
+def generator(single_process: ProcessGroupCollection) -> Generator:
+    return generator_of("mla", single_process)
+
+
+def generator_of(shape: str, groups: ProcessGroupCollection) -> Generator:
+    """A model whose later loops change little: drafts are worth something, and not everything."""
+    model = build(SHAPES[shape], GATES["lru"], groups)
+    return Generator(model, TOKENIZER, eos_id=-1)
+
+
+@pytest.mark.parametrize(
+    "shape, settings",
+    [
+        ("mla", {"speculate": 4}),
+        ("mla", {"speculate": 3, "draft_depth": 3, "repetition_penalty": 1.5}),
+        ("mla", {"speculate": 1, "depth": 2}),
+        ("gqa", {"speculate": 5, "draft_depth": 2}),
+        ("mla-query-latent", {"speculate": 2, "draft_depth": 5, "depth": 6}),
+    ],
+)
+def test_greedy_text_is_that_of_full_depth(
+    shape: str, settings: dict[str, int], single_process: ProcessGroupCollection
+) -> None:
+    """20 prompts of mixed lengths through 8 rows; some drafts stand and some do not."""
+    generator, config = generator_of(shape, single_process), replace(GREEDY, **settings)
+    drafted = generator.generate(iter(twenty()), config)
+    plain = generator.generate(iter(twenty()), replace(config, speculate=0, draft_depth=1))
+    assert [g.ids for g in drafted] == [g.ids for g in plain]
+    assert [g.depths for g in drafted] == [g.depths for g in plain]
+    assert 0 < sum(g.accepted for g in drafted) < sum(g.drafted for g in drafted)
+
+
+def test_the_draft_saves_passes(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every draft right, k tokens cost k d + R - d passes instead of k R."""
+    passes: list[int] = []
+    run = speculation.run_cached
+    monkeypatch.setattr(
+        speculation, "run_cached", lambda stack, cache, places, h: passes.append(len(h)) or run(stack, cache, places, h)
+    )
+    monkeypatch.setattr(speculation.Speculation, "_check", _believe)
+    generator.generate(["abc"], replace(GREEDY, speculate=4, max_new_tokens=9))
+    assert passes == ([1] * 4 + [4] * 3) * 2
+
+
+def _believe(batch, rows, drafts, p, q, sound):  # type: ignore[no-untyped-def]
+    ids = [[place[index] for place in drafts] for index in range(len(rows))]
+    return [speculation.Emission(row, ids[index], 4) for index, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 1.0}, {"top_k": 5, "top_p": 0.8, "repetition_penalty": 2.0}])
+def test_sampled_tokens_are_distributed_as_without_a_draft(settings: dict[str, float], generator: Generator) -> None:
+    """The second and third token of many samples, against the exact law of the second and the undrafted third."""
+    config = replace(GREEDY, temperature=0.7, max_new_tokens=3, batch_size=500, **settings)
+    requests = [Request("ab", seed=seed) for seed in range(1000)]
+    drafted = generator.generate(requests, replace(config, speculate=2))
+    plain = generator.generate(requests, config)
+    assert 0 < sum(g.accepted for g in drafted) < sum(g.drafted for g in drafted)
+    for place in (1, 2):
+        ours, theirs = (
+            torch.tensor([g.ids[place] for g in batch]).bincount(minlength=259) / len(batch)
+            for batch in (drafted, plain)
+        )
+        # Total variation of two samples of one law: for each id about its standard deviation.
+        noise = (2 * (ours + theirs) / 2 / len(requests)).sqrt().sum() / 2
+        assert (ours - theirs).abs().sum() / 2 < 1.2 * noise
+
+
+def test_the_check_is_the_rejection_rule() -> None:
+    """Two laws over four ids, one draft: what comes out is drawn from p, and min(p, q) of it is the draft's."""
+    p, q = torch.tensor([0.1, 0.4, 0.5, 0.0]).double(), torch.tensor([0.4, 0.4, 0.1, 0.1]).double()
+    dice = random.Random(0)
+
+    class Dice:
+        def random(self, row: int) -> float:
+            return dice.random()
+
+        def uniform(self, rows: list[int]) -> torch.Tensor:
+            return torch.tensor([dice.random() for _ in rows], dtype=torch.float64)
+
+    batch = speculation.Speculation.__new__(speculation.Speculation)
+    batch._sampler, batch._length, batch._depth = Dice(), 1, 4  # type: ignore[assignment]
+    n = 6000
+    drafts = [torch.multinomial(q, n, replacement=True, generator=torch.Generator().manual_seed(1)).tolist()]
+    emissions = batch._check(list(range(n)), drafts, p.expand(1, n, -1), q.expand(1, n, -1), [True] * n)
+    drawn = torch.tensor([emission.ids[0] for emission in emissions]).bincount(minlength=4) / n
+    torch.testing.assert_close(drawn.double(), p, rtol=0, atol=0.025)
+    accepted = sum(emission.accepted for emission in emissions) / n
+    assert accepted == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.025)
+
+
+def test_laws_add_up() -> None:
+    logits = torch.randn(3, 50)
+    for settings in ({}, {"top_k": 7}, {"top_p": 0.4}, {"top_k": 7, "top_p": 0.4}):
+        torch.testing.assert_close(probabilities(logits, 0.7, **settings).sum(-1), torch.ones(3).double())
+    assert torch.equal(probabilities(logits, 0.0).argmax(-1), logits.argmax(-1))
+
+
+def test_a_draft_ends_with_the_text(generator: Generator) -> None:
+    """End of text, a stop string or the length inside a draft: nothing of the rest is kept."""
+    [plain] = generator.generate(["abc"], GREEDY)
+    eos = Generator(generator.model, TOKENIZER, eos_id=plain.ids[5])
+    for config in (GREEDY, replace(GREEDY, stop=(plain.text[3:5],)), replace(GREEDY, max_new_tokens=7)):
+        [expected] = eos.generate(["abc"], config)
+        [drafted] = eos.generate(["abc"], replace(config, speculate=4))
+        assert (drafted.text, drafted.finish) == (expected.text, expected.finish)
+    [full] = generator.generate(["x" * 120], replace(GREEDY, speculate=6))
+    assert (full.finish, len(full.tokens)) == ("context", 8)
+
+
+def test_a_broken_row_ends_alone(single_process: ProcessGroupCollection) -> None:
+    generator = generator_of("mla", single_process)
+    config = replace(GREEDY, speculate=3, batch_size=2)
+    [expected] = generator.generate(["abc"], config)
+    with torch.no_grad():
+        generator.model.embedding.word_embeddings.weight[TOKENIZER.encode("~").ids] = float("nan")
+    generations = generator.generate(iter(["a~b", "abc", "abc"]), config)
+    assert [g.finish for g in generations] == ["error", "length", "length"]
+    assert generations[1].ids == generations[2].ids == expected.ids
+
+
+@pytest.mark.parametrize(
+    "settings, key",
+    [
+        ({"speculate": -1}, "speculate"),
+        ({"speculate": 2, "kv_cache": "last"}, "speculate"),
+        ({"speculate": 2, "exit_threshold": 0.5}, "speculate"),
+        ({"speculate": 2, "draft_depth": 4}, "draft_depth"),
+        ({"speculate": 2, "draft_depth": 2, "depth": 2}, "draft_depth"),
+        ({"speculate": 2, "draft_depth": 0}, "draft_depth"),
+        ({"draft_depth": 2}, "draft_depth"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, object], key: str, generator: Generator) -> None:
+    with pytest.raises(UserError, match=rf"^{key}: "):
+        generator.generate(["a"], GenerationConfig(**settings))

@@ -1,0 +1,81 @@
+"""Context parallelism in one process: who holds which positions. Its gradients are in tests/parallel."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+
+from looplm.megatron import context_parallel
+from looplm.model.attention import document_mask
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Stands in for a process group, seen from one of its ranks."""
+
+    place: int
+    ranks: int
+
+    def rank(self) -> int:
+        return self.place
+
+    def size(self) -> int:
+        return self.ranks
+
+
+def group_of(ranks: int) -> list[Rank]:
+    return [Rank(place, ranks) for place in range(ranks)]
+
+
+def documents(length: int) -> torch.Tensor:
+    """[S, 2]: one sample of three documents, one of a single one."""
+    starts = torch.zeros(length, 2, dtype=torch.int64)
+    starts[3:, 0], starts[length - 5 :, 0] = 3, length - 5
+    return starts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_what_is_dealt_can_be_put_back(ranks, monkeypatch):
+    whole = torch.randn(8 * ranks, 2, 3)
+    held = [context_parallel.deal(whole, rank) for rank in group_of(ranks)]
+    monkeypatch.setattr(context_parallel, "gather_from_sequence_parallel_region", lambda mine, group: torch.cat(held))
+    for rank in group_of(ranks):
+        assert torch.equal(context_parallel.restore(held[rank.place], rank), whole)
+        assert torch.equal(context_parallel.deal(whole.transpose(0, 1), rank, dim=1), held[rank.place].transpose(0, 1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_positions_are_those_of_megatrons_rotary_embedding(ranks, single_process):
+    angles = torch.arange(12.0 * ranks).view(-1, 1, 1, 1)
+    for rank in group_of(ranks):
+        mine = context_parallel.positions(12 * ranks, rank)
+        assert torch.equal(get_pos_emb_on_this_cp_rank(angles, 0, rank).flatten(), mine.float())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_spans_are_consecutive_and_see_no_later_key(ranks):
+    work = set()
+    for rank in group_of(ranks):
+        mine, found = context_parallel.positions(8 * ranks, rank), []
+        for own, seen in context_parallel.spans(len(mine), rank):
+            run = mine[own]
+            assert torch.equal(run, torch.arange(seen - len(run), seen))
+            found.append(run)
+        assert torch.equal(torch.cat(found), mine)
+        work.add(int((mine + 1).sum()))
+    assert len(work) == 1, f"causal work is uneven: {work}"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_ranks_document_mask_is_its_rows_of_the_whole_one(ranks):
+    starts = documents(8 * ranks)
+    whole = document_mask(starts, torch.float32)
+    for rank in group_of(ranks):
+        mine = document_mask(context_parallel.deal(starts, rank), torch.float32, rank)
+        assert torch.equal(mine, context_parallel.deal(whole, rank, dim=2))
+
+
+def test_a_sequence_that_cannot_be_dealt_is_refused():
+    with pytest.raises(RuntimeError):
+        context_parallel.deal(torch.zeros(10, 1), Rank(0, 2))

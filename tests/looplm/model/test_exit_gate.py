@@ -1,0 +1,203 @@
+"""The exit gate against the oracle: logits, states, every gradient; and that it sees no future and no neighbour."""
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from looplm import reference
+from looplm.config import GateConfig
+from looplm.model.exit_gate import build_exit_gate, exit_entropy, exit_log_probs, q_exit
+from tests.support.parity import assert_close_relative, gradients, oracle_copy, relative_error
+
+S, B, D = 13, 3, 10
+KINDS = [
+    pytest.param(GateConfig(kind="linear"), id="linear"),
+    pytest.param(GateConfig(state_size=6), id="lru"),
+    pytest.param(GateConfig(state_size=6, sequence_level=True), id="lru-sequence"),
+]
+LRU_KINDS = KINDS[1:]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(7)
+
+
+def fresh_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return build_exit_gate(
+        TransformerConfig(num_layers=1, hidden_size=D, num_attention_heads=1, params_dtype=dtype), config
+    )
+
+
+def trained_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A gate whose every weight does something: the read-outs of a fresh one are zero and would hide the rest."""
+    gate = fresh_gate(config, dtype)
+    for parameter in gate.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return gate
+
+
+def documents(*starts: tuple[int, ...], length: int = S) -> Tensor:
+    """[S, B]: index of the first token of each token's document, from the starts in each sample."""
+    place_S = torch.arange(length)
+    columns = [torch.tensor(s)[(torch.tensor(s) <= place_S[:, None]).sum(1) - 1] for s in starts]
+    return torch.stack(columns, dim=1)
+
+
+PACKED = documents((0, 4, 9), (0,), (0, 1, 12))
+
+
+def run(gate: nn.Module, hidden: list[Tensor], document_start_SB: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """All loops, the state carried from one to the next: logits [R, S, B] and the states."""
+    state, logits, states = None, [], []
+    for loop, h_SBD in enumerate(hidden):
+        logit_SB, state = gate(h_SBD, state, loop, len(hidden), document_start_SB)
+        logits.append(logit_SB)
+        states.append(state)
+    return torch.stack(logits), states
+
+
+def run_oracle(params: dict[str, Tensor], config: GateConfig, hidden: list[Tensor], document_start_SB: Tensor | None):
+    visible_BSS = reference.visible(torch.arange(S), document_start_SB)
+    state, logits, states = None, [], []
+    for loop, h_SBD in enumerate(hidden):
+        logit_SB, state = reference.exit_gate(params, config, h_SBD, state, loop, len(hidden), visible_BSS)
+        logits.append(logit_SB)
+        states.append(state)
+    return torch.stack(logits), states
+
+
+@pytest.mark.parametrize("document_start_SB", [None, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize("loops", [1, 2, 4])
+@pytest.mark.parametrize("config", KINDS)
+def test_logits_states_and_gradients_equal_the_oracle(config: GateConfig, loops: int, document_start_SB: Tensor | None):
+    gate = trained_gate(config)
+    params = dict(gate.named_parameters())
+    hidden = {f"hidden.{r}": torch.randn(S, B, D, requires_grad=True) for r in range(loops)}
+    their_params, their_hidden = oracle_copy(params), oracle_copy(hidden)
+
+    logits, states = run(gate, list(hidden.values()), document_start_SB)
+    their_logits, their_states = run_oracle(their_params, config, list(their_hidden.values()), document_start_SB)
+    assert logits.dtype == torch.float32
+    assert_close_relative({"logits": logits}, {"logits": their_logits})
+    mix_logit, mix_state = torch.randn_like(logits), torch.randn(S, B, config.state_size)
+    loss, their_loss = (mix_logit * logits).sum(), (mix_logit * their_logits).sum()
+    if config.kind == "lru":
+        pairs = {f"state.{r}": pair for r, pair in enumerate(zip(states, their_states, strict=True))}
+        assert_close_relative(
+            {n: ours for n, (ours, _) in pairs.items()}, {n: theirs for n, (_, theirs) in pairs.items()}
+        )
+        loss, their_loss = loss + (mix_state * states[-1]).sum(), their_loss + (mix_state * their_states[-1]).sum()
+    assert_close_relative(gradients(loss, params | hidden), gradients(their_loss, their_params | their_hidden))
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_bf16_weights_still_mean_fp32_math(config: GateConfig):
+    gate = trained_gate(config, torch.bfloat16)
+    hidden = [torch.randn(S, B, D, dtype=torch.bfloat16) for _ in range(3)]
+    logits, _ = run(gate, hidden)
+    params = oracle_copy(dict(gate.named_parameters()))
+    their_logits, _ = run_oracle(params, config, [h.double() for h in hidden], None)
+    assert logits.dtype == torch.float32
+    assert_close_relative({"logits": logits}, {"logits": their_logits})
+
+
+@pytest.mark.parametrize("document_start_SB", [None, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize("config", KINDS)
+def test_the_future_does_not_reach_back_by_a_single_bit(config: GateConfig, document_start_SB: Tensor | None):
+    gate = trained_gate(config)
+    hidden = [torch.randn(S, B, D) for _ in range(3)]
+    for place in (1, 5, S - 1):
+        changed = [torch.cat([h[:place], 9 * torch.randn(S - place, B, D)]) for h in hidden]
+        before, states_before = run(gate, hidden, document_start_SB)
+        after, states_after = run(gate, changed, document_start_SB)
+        assert torch.equal(before[:, :place], after[:, :place])
+        assert not torch.equal(before[:, place:], after[:, place:])
+        if config.kind == "lru":
+            assert all(torch.equal(a[:place], b[:place]) for a, b in zip(states_before, states_after, strict=True))
+
+
+def test_the_sequence_level_hears_the_past_of_its_own_document_only():
+    gate = trained_gate(GateConfig(state_size=6, sequence_level=True))
+    hidden = [torch.randn(S, B, D) for _ in range(3)]
+    packed, _ = run(gate, hidden, PACKED)
+    for sample, starts in enumerate([(0, 4, 9), (0,), (0, 1, 12)]):
+        for start, end in zip(starts, (*starts[1:], S), strict=True):
+            alone, _ = run(gate, [h[start:end, sample : sample + 1] for h in hidden])
+            assert relative_error(packed[:, start:end, sample], alone[:, :, 0]) < 1e-5
+    whole, _ = run(gate, hidden)
+    assert relative_error(whole[:, 4:, 0], packed[:, 4:, 0]) > 1e-2  # without the boundaries it does hear them
+
+
+def test_a_long_past_does_not_drown_a_late_short_document():
+    """The running mean may not be a difference of two sums that have grown so large that fp32 forgets the document."""
+    length = 4096
+    gate = trained_gate(GateConfig(state_size=6, sequence_level=True))
+    h_SBD = torch.randn(length, 1, D) + 2  # states lean to one side, so their sum grows
+    start = length - 3
+    packed, _ = run(gate, [h_SBD, h_SBD], documents((0, start), length=length))
+    alone, _ = run(gate, [h_SBD[start:], h_SBD[start:]])
+    assert relative_error(packed[:, start:], alone) < 1e-5
+
+
+@pytest.mark.parametrize("loops", range(1, 9))
+@pytest.mark.parametrize("config", LRU_KINDS)
+def test_an_untrained_lru_gate_leaves_after_each_loop_alike(config: GateConfig, loops: int):
+    logits, _ = run(fresh_gate(config), [5 * torch.randn(S, B, D) for _ in range(loops)])
+    p_RSB = exit_log_probs(logits).exp()
+    assert (p_RSB - 1 / loops).abs().max() < 1e-6
+
+
+def test_loops_beyond_the_trained_ones_carry_no_offset():
+    gate = fresh_gate(GateConfig(state_size=6))
+    h_SBD = torch.randn(S, B, D)
+    assert all(torch.equal(gate(h_SBD, None, loop, 4)[0], torch.zeros(S, B)) for loop in (3, 4, 7))
+
+
+# ------------------------------------------------------------------------------------------------ the exit distribution
+
+
+@pytest.mark.parametrize("loops", [1, 2, 4, 8])
+def test_exit_distribution_and_entropy_equal_the_oracle(loops: int):
+    logit = torch.randn(loops, S, B).mul(2).requires_grad_()
+    theirs = logit.detach().double().requires_grad_()
+    log_p, p = exit_log_probs(logit), reference.exit_distribution(theirs)
+    mix = torch.randn(loops, S, B)
+    results = {"p": log_p.exp(), "entropy": exit_entropy(log_p)}
+    their_results = {"p": p, "entropy": reference.entropy(p)}
+    results["p gradient"] = gradients((mix * log_p.exp()).sum(), {"": logit})[""]
+    their_results["p gradient"] = gradients((mix * p).sum(), {"": theirs})[""]
+    results["entropy gradient"] = gradients((mix[0] * exit_entropy(log_p)).sum(), {"": logit})[""]
+    their_results["entropy gradient"] = gradients((mix[0] * reference.entropy(p)).sum(), {"": theirs})[""]
+    assert_close_relative(results, their_results)
+    torch.testing.assert_close(log_p.exp().sum(0), torch.ones(S, B), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4, 1e30])
+def test_certain_gates_give_finite_numbers(size: float):
+    logit = size * (torch.randint(0, 2, (4, 64, B)) * 2.0 - 1)
+    logit.requires_grad_()
+    log_p = exit_log_probs(logit)
+    torch.testing.assert_close(log_p.exp().sum(0), torch.ones(64, B), rtol=0, atol=1e-6)
+    entropy = exit_entropy(log_p)
+    (grad,) = torch.autograd.grad(entropy.sum() + log_p.exp()[0].sum(), logit)
+    assert all(t.isfinite().all() for t in (log_p, entropy, grad))
+    assert (entropy >= 0).all()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("loops", [1, 2, 4, 8])
+def test_q_exit_equals_a_slow_loop(loops: int, threshold: float):
+    logit = 2 * torch.randn(loops, 50, B)
+    depth = q_exit(exit_log_probs(logit), threshold)
+    assert depth.dtype == torch.int64
+    assert torch.equal(depth, reference.q_exit(reference.exit_distribution(logit.double()), threshold))
+
+
+def test_q_exit_at_its_edges():
+    half = torch.tensor([0.5, 0.25, 0.25]).log()[:, None, None]
+    assert q_exit(half, 0.5).item() == 1  # reached is enough
+    certain = exit_log_probs(torch.tensor([1e4, 0.0, 0.0]))[:, None, None]
+    assert q_exit(certain, 0.999).item() == 1
+    assert q_exit(certain, 1.0).item() == 3  # threshold 1 switches early exit off

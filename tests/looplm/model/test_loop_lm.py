@@ -1,0 +1,313 @@
+"""The whole model against the oracle: hidden states, gate, losses, the gradient of every parameter; and its promises."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from looplm import reference
+from looplm.config import GateConfig, ModelConfig
+from looplm.megatron.device import DEVICE
+from looplm.model import LoopLM, LoopOutput
+from looplm.model.attention import document_mask
+from looplm.model.losses import adaptive_gate_loss, entropy_regularised_loss, token_losses
+from tests.support.parity import assert_close_relative, gradients, oracle_copy, relative_error
+
+S, B, V = 19, 2, 61
+BETA = 1.0  # of the size of the losses, so that the gate's gradient is not only their small differences
+SEED = 12
+MLA = ModelConfig(
+    vocab_size=V, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, num_loops=3,
+    kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, max_sequence_length=32,
+)  # fmt: skip
+MHA = replace(MLA, attention="mha")
+LRU = GateConfig(state_size=6)
+SEQUENCE = GateConfig(state_size=6, sequence_level=True)
+LINEAR = GateConfig(kind="linear")
+
+CASES = {
+    "mla": (MLA, LRU),
+    "mla-one-loop": (replace(MLA, num_loops=1), LRU),
+    "mla-two-loops-linear": (replace(MLA, num_loops=2), LINEAR),
+    "mla-query-latent": (replace(MLA, q_lora_rank=14), SEQUENCE),
+    "mla-tied": (replace(MLA, tie_embeddings=True), LINEAR),
+    "mla-no-sandwich": (replace(MLA, sandwich_norm=False), SEQUENCE),
+    "mla-wide-values": (replace(MLA, v_head_dim=20), LRU),
+    "mla-long-waves": (replace(MLA, rope_base=1e6, norm_eps=1e-2), LRU),
+    "mla-two-rotary-keys": (replace(MLA, qk_rope_head_dim=8, qk_rope_period=4), LRU),
+    "mla-nothing-but-rotary": (replace(MLA, qk_rope_head_dim=12, qk_rope_period=4, qk_nope_head_dim=0), LINEAR),
+    "mha": (MHA, LINEAR),
+    "mha-grouped": (replace(MHA, num_query_groups=2), SEQUENCE),
+    "mha-one-group-wide-heads": (replace(MHA, num_query_groups=1, head_dim=12), LRU),
+    "mha-biases-normed-heads": (replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True), LRU),
+    "mha-tied-no-sandwich": (replace(MHA, tie_embeddings=True, sandwich_norm=False, num_loops=2), LRU),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    torch.manual_seed(SEED)
+    with DEVICE:
+        yield
+
+
+def build(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, dtype=torch.float32) -> LoopLM:
+    """A model whose every parameter matters and differs from its neighbours: no norm is 1, no read-out is 0.
+
+    The values do not depend on how the model initialises itself. Where a gradient happens to cancel, as the one number
+    of the gate's bias may, rounding alone exceeds 1e-5: the oracle in fp32 then differs as much from itself in fp64. At
+    this seed nothing cancels and all errors stay near 3e-6, so what exceeds the tolerance is a mistake.
+    """
+    built = LoopLM(model, gate, groups, dtype)
+    torch.manual_seed(SEED)
+    for name, parameter in sorted(built.named_parameters()):
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            nn.init.normal_(parameter, std=0.3 if name.startswith("gate.") else 0.1)
+    return built
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """ids [B, S], labels [S, B] and a mask [S, B] that drops some tokens."""
+    ids = torch.randint(V, (B, S + 1))
+    return ids[:, :-1], ids[:, 1:].T, (torch.rand(S, B) < 0.8).float()
+
+
+def documents() -> Tensor:
+    """[S, B]: index of the first token of each token's document; three documents in sample 0, two in sample 1."""
+    start_SB = torch.zeros(S, B, dtype=torch.int64)
+    start_SB[4:, 0], start_SB[11:, 0], start_SB[S - 1 :, 1] = 4, 11, S - 1
+    return start_SB
+
+
+def losses(output: LoopOutput | reference.Output, weight_VD: Tensor, labels_SB: Tensor) -> Tensor:
+    """Cross-entropy of each loop [R, S, B], each side with its own head."""
+    if isinstance(output, reference.Output):
+        return torch.stack([reference.token_losses(h_SBD, weight_VD, labels_SB) for h_SBD in output.hidden])
+    return torch.stack([token_losses(h_SBD, weight_VD, labels_SB, chunk_tokens=8) for h_SBD in output.hidden])
+
+
+# ------------------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_block_equals_the_oracle(case: str, packed: bool, single_process: ProcessGroupCollection):
+    config, gate = CASES[case]
+    model = build(config, gate, single_process)
+    block = model.decoder.layers[1]
+    tensors = {"input": torch.randn(S, B, config.hidden_size, requires_grad=True), **dict(block.named_parameters())}
+    theirs = oracle_copy(tensors)
+    start_SB, mix_SBD = documents() if packed else None, torch.randn(S, B, config.hidden_size)
+    mask = None if start_SB is None else document_mask(start_SB, torch.float32)
+    rotary = None if model.rotary is None else model.rotary(S)
+
+    output_SBD, _ = block(tensors["input"], attention_mask=mask, rotary_pos_emb=rotary)
+    view = reference.View.of(config, torch.zeros(B, S), start_SB, fused=False)
+    their_output_SBD = reference.block(theirs, config, theirs["input"], view)
+    assert_close_relative({"output": output_SBD}, {"output": their_output_SBD})
+    assert_close_relative(
+        gradients((mix_SBD * output_SBD).sum(), tensors), gradients((mix_SBD * their_output_SBD).sum(), theirs)
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("case", CASES)
+def test_everything_equals_the_oracle(case: str, packed: bool, single_process: ProcessGroupCollection):
+    config, gate = CASES[case]
+    model = build(config, gate, single_process)
+    params = dict(model.named_parameters())
+    their_params = oracle_copy(params)
+    ids_BS, labels_SB, mask_SB = batch()
+    document_start_SB = documents() if packed else None
+
+    output = model(ids_BS, document_start_SB=document_start_SB)
+    theirs = reference.forward(their_params, config, gate, ids_BS, document_start_SB=document_start_SB)
+    assert len(output.hidden) == config.num_loops
+    assert_close_relative(named(output), named(theirs))
+
+    token_loss_RSB = losses(output, model.head_weight(), labels_SB)
+    their_token_loss_RSB = losses(theirs, reference.head_weight(their_params, config), labels_SB)
+    loss = entropy_regularised_loss(token_loss_RSB, output.gate_logit_RSB, BETA, mask_SB)
+    their_loss = reference.entropy_regularised_loss(their_token_loss_RSB, theirs.gate_logit_RSB, BETA, mask_SB)
+    assert_close_relative({"loss": loss}, {"loss": their_loss})
+    their_grads = gradients(their_loss, their_params)
+    assert_close_relative(gradients(loss, params), their_grads)
+    idle = {name for name, grad in their_grads.items() if not grad.any()}
+    assert idle == expected_idle(config, gate), "the comparison above would be empty for these"
+
+
+def expected_idle(config: ModelConfig, gate: GateConfig) -> set[str]:
+    """What stage 1 cannot train: with one loop there is nothing to decide, with two the state is read once only."""
+    names = {name for name in reference.parameter_shapes(config, gate) if name.startswith("gate.")}
+    if config.num_loops == 1:
+        return names
+    return names & {"gate.cell.weight_hh"} if config.num_loops == 2 else set()
+
+
+@pytest.mark.parametrize("case", ["mla-query-latent", "mha-grouped"])
+def test_the_gate_stage_trains_the_gate_and_nothing_else(case: str, single_process: ProcessGroupCollection):
+    config, gate = CASES[case]
+    model = build(config, gate, single_process)
+    params = dict(model.named_parameters())
+    their_params = oracle_copy(params)
+    ids_BS, labels_SB, mask_SB = batch()
+    start_SB = documents()
+
+    output = model(ids_BS, document_start_SB=start_SB, frozen_trunk=True)
+    theirs = reference.forward(their_params, config, gate, ids_BS, document_start_SB=start_SB)
+    assert not any(h_SBD.requires_grad for h_SBD in output.hidden)
+    assert_close_relative(named(output), named(theirs))
+    with torch.no_grad():
+        token_loss_RSB = losses(output, model.head_weight(), labels_SB)
+    # Stage 2 looks at small differences of large losses; give both sides the same ones to compare the gate alone.
+    settings = {"mask_SB": mask_SB, "target": "next"}
+    loss = adaptive_gate_loss(token_loss_RSB, output.gate_logit_RSB, **settings)
+    frozen_logit_RSB = reference_gate_alone(their_params, gate, theirs, start_SB)
+    their_loss = reference.adaptive_gate_loss(token_loss_RSB.double(), frozen_logit_RSB, **settings)
+    grads = gradients(loss, params)
+    assert_close_relative({"loss": loss}, {"loss": their_loss})
+    assert_close_relative(grads, gradients(their_loss, their_params))
+    assert {name for name, grad in grads.items() if grad.any()} == {n for n in params if n.startswith("gate.")}
+
+
+@pytest.mark.parametrize("case", ["mla-query-latent", "mha-grouped"])
+def test_a_frozen_trunk_runs_without_autograd(case: str, single_process: ProcessGroupCollection):
+    """What is kept for backward is the gate's share, not the trunk's."""
+    model = build(*CASES[case], single_process)
+    ids_BS, _, _ = batch()
+    kept: dict[bool, int] = {}
+    for frozen in (False, True):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            model(ids_BS, frozen_trunk=frozen)
+        kept[frozen] = sum(sizes)
+    assert 0 < kept[True] < kept[False] / 5
+
+
+def reference_gate_alone(
+    params: dict[str, Tensor], gate: GateConfig, output: reference.Output, start_SB: Tensor
+) -> Tensor:
+    """The oracle's gate on hidden states that carry no gradient."""
+    visible_BSS, state, logits = reference.visible(torch.arange(S), start_SB), None, []
+    for loop, h_SBD in enumerate(output.hidden):
+        logit_SB, state = reference.exit_gate(
+            reference.scope(params, "gate."), gate, h_SBD.detach(), state, loop, len(output.hidden), visible_BSS
+        )
+        logits.append(logit_SB)
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("case", ["mla", "mha-grouped"])
+def test_bf16_stays_near_the_oracle(case: str, single_process: ProcessGroupCollection):
+    config, gate = CASES[case]
+    model = build(config, gate, single_process, torch.bfloat16)
+    ids_BS, _, _ = batch()
+    output = model(ids_BS, document_start_SB=documents())
+    params = oracle_copy(dict(model.named_parameters()))
+    theirs = reference.forward(params, config, gate, ids_BS, document_start_SB=documents())
+    assert output.hidden[0].dtype == torch.bfloat16
+    assert output.gate_logit_RSB.dtype == torch.float32
+    assert_close_relative(named(output), named(theirs), tolerance=0.1)
+
+
+@pytest.mark.parametrize("case", ["mla", "mla-wide-values", "mha-grouped"])
+def test_the_oracles_own_fast_path_is_its_slow_one(case: str, single_process: ProcessGroupCollection):
+    """`ReferenceLM` with fused attention is what the speed benchmark runs; it must compute the same thing."""
+    config, gate = CASES[case]
+    theirs = reference.ReferenceLM(config, gate, fused_attention=True).to(DEVICE)
+    theirs.load_state_dict(dict(build(config, gate, single_process).named_parameters()))
+    ids_BS, labels_SB, mask_SB = batch()
+    for start_SB in (None, documents()):
+        fast = theirs(ids_BS, labels_SB, BETA, mask_SB, start_SB)
+        theirs.fused_attention = False
+        slow = theirs(ids_BS, labels_SB, BETA, mask_SB, start_SB)
+        theirs.fused_attention = True
+        params = dict(theirs.named_parameters())
+        assert_close_relative({"loss": fast}, {"loss": slow})
+        assert_close_relative(gradients(fast, params), gradients(slow, params))
+
+
+# ------------------------------------------------------------------------------------------------------------ sharing
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_the_expected_ones_whatever_the_number_of_loops(
+    case: str, single_process: ProcessGroupCollection
+):
+    config, gate = CASES[case]
+    expected = reference.parameter_shapes(config, gate)
+    for loops in (1, 4):
+        model = LoopLM(replace(config, num_loops=loops), gate, single_process)
+        assert {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)} == expected
+        assert len({p.data_ptr() for p in model.parameters()}) == len(expected)
+
+
+@pytest.mark.parametrize("gate", [LRU, LINEAR], ids=["lru", "linear"])
+@pytest.mark.parametrize("loops", [1, 2, 5])
+def test_another_number_of_loops_is_the_same_model_run_shorter_or_longer(
+    loops: int, gate: GateConfig, single_process: ProcessGroupCollection
+):
+    model = build(MLA, gate, single_process)
+    ids_BS, _, _ = batch()
+    other, trained = model(ids_BS, num_loops=loops), model(ids_BS)
+    assert len(other.hidden) == loops
+    common = min(loops, MLA.num_loops)
+    assert all(torch.equal(a, b) for a, b in zip(other.hidden[:common], trained.hidden[:common], strict=True))
+    assert torch.equal(other.gate_logit_RSB[:common], trained.gate_logit_RSB[:common])
+    theirs = reference.forward(oracle_copy(dict(model.named_parameters())), MLA, gate, ids_BS, num_loops=loops)
+    assert_close_relative(named(other), named(theirs))
+
+
+def test_a_tied_head_is_the_embedding_itself(single_process: ProcessGroupCollection):
+    tied, gate = CASES["mla-tied"]
+    model = build(tied, gate, single_process)
+    assert model.head_weight() is model.embedding.word_embeddings.weight
+    assert build(MLA, gate, single_process).head_weight().data_ptr() != model.head_weight().data_ptr()
+
+
+# ----------------------------------------------------------------------------------------------------- who sees whom
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("case", ["mla-query-latent", "mla", "mha-grouped"])
+def test_a_future_token_changes_nothing_before_it(case: str, packed: bool, single_process: ProcessGroupCollection):
+    model = build(*CASES[case], single_process)
+    ids_BS, _, _ = batch()
+    start_SB = documents() if packed else None
+    before = named(model(ids_BS, document_start_SB=start_SB))
+    for place in (1, 7, S - 1):
+        changed_BS = ids_BS.clone()
+        changed_BS[:, place:] = (changed_BS[:, place:] + 1) % V
+        after = named(model(changed_BS, document_start_SB=start_SB))
+        for name in before:
+            a, b = (t.movedim(1, 0) if name == "gate logits" else t for t in (before[name], after[name]))
+            assert torch.equal(a[:place], b[:place]), name
+            assert not torch.equal(a[place:], b[place:]), name
+
+
+@pytest.mark.parametrize("case", ["mla-query-latent", "mla", "mha-grouped"])
+def test_a_document_reads_as_if_it_were_alone(case: str, single_process: ProcessGroupCollection):
+    """Rotary positions are relative, so a document means the same wherever in the sample it lies."""
+    model = build(*CASES[case], single_process)
+    ids_BS, _, _ = batch()
+    packed, whole = (named(model(ids_BS, document_start_SB=start)) for start in (documents(), None))
+    for start, end in ((0, 4), (4, 11), (11, S)):
+        alone = named(model(ids_BS[:1, start:end]))
+        for name, expected in alone.items():
+            place = (
+                (slice(None), slice(start, end), slice(0, 1))
+                if name == "gate logits"
+                else (slice(start, end), slice(0, 1))
+            )
+            assert relative_error(packed[name][place], expected) < 2e-5, name
+            assert start == 0 or relative_error(whole[name][place], expected) > 1e-2, name  # unmasked, it is not alone
+
+
+def named(output: LoopOutput | reference.Output) -> dict[str, Tensor]:
+    hidden = {f"hidden after loop {loop}": h_SBD for loop, h_SBD in enumerate(output.hidden, start=1)}
+    return {**hidden, "gate logits": output.gate_logit_RSB}

@@ -1,0 +1,289 @@
+"""The block of Transformer Engine's modules, on a machine without a GPU.
+
+Its kernels need one, its parameters do not: the model is built, FP8 on, and every parameter is carried to a local block
+and back through a checkpoint. Then plain torch stands in for the kernels, so that the block's wiring, packed documents
+and loops are compared with the oracle, and what runs inside FP8's context is seen. What no such test can see is the
+kernels themselves.
+"""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from looplm import checkpoint, reference
+from looplm.config import EngineConfig, GateConfig, ModelConfig, ParallelConfig, Recipe
+from looplm.megatron.device import HAS_TRANSFORMER_ENGINE
+from looplm.model import EXTRA_STATE, LoopLM
+from looplm.model.attention import document_offsets
+from looplm.model.pipeline import loop_stages
+from looplm.model.transformer_engine_layers import LOCAL_NAMES
+from tests.support.parity import assert_close_relative, gradients, oracle_copy
+
+if HAS_TRANSFORMER_ENGINE:
+    import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+needs_engine = pytest.mark.skipif(
+    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed here: make test-te builds an environment"
+)
+GATE = GateConfig(state_size=8)
+MLA = ModelConfig(
+    vocab_size=96, hidden_size=64, ffn_hidden_size=96, num_layers=3, num_attention_heads=4, num_loops=2,
+    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, max_sequence_length=64,
+)  # fmt: skip
+MHA = dataclasses.replace(MLA, attention="mha", num_query_groups=2)
+MODELS = {
+    "mla": MLA,
+    "mla, query latent": dataclasses.replace(MLA, q_lora_rank=48),
+    "mla, unequal heads, no sandwich": dataclasses.replace(MLA, v_head_dim=8, sandwich_norm=False),
+    "mha": MHA,
+    "mha, biases and normed heads": dataclasses.replace(MHA, qkv_bias=True, qk_norm=True),
+    "mha, tied": dataclasses.replace(MHA, tie_embeddings=True, num_query_groups=None),
+}
+S, B = 24, 2
+
+
+def engine(fp8: str | None = "hybrid", recipe: Recipe = "tensorwise", **keys: int) -> EngineConfig:
+    return EngineConfig(transformer_impl="transformer_engine", fp8=fp8, fp8_recipe=recipe, **keys)
+
+
+def documents() -> Tensor:
+    """[S, B]: where each token's document starts."""
+    start_SB = torch.zeros(S, B, dtype=torch.int64)
+    start_SB[5:, 0], start_SB[11:, 0], start_SB[S - 1 :, 1] = 5, 11, S - 1
+    return start_SB
+
+
+# ------------------------------------------------------------------------------------------- without Transformer Engine
+
+
+def test_documents_end_to_end():
+    offsets = document_offsets(documents())
+    assert offsets.dtype is torch.int32 and offsets.tolist() == [0, 5, 11, 24, 47, 48]
+    assert document_offsets(torch.zeros(4, 3, dtype=torch.int64)).tolist() == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fused_norm_is_kept_where_a_local_block_has_it(name, single_process):
+    layer = LoopLM(MODELS[name], GATE, single_process).decoder.layers[0]
+    norms = {key for key in layer.state_dict() if "norm" in key}
+    fused = {f"{target}weight" for target in LOCAL_NAMES[MODELS[name].attention].values()}
+    alone = {"input_layernorm.weight"} if MODELS[name].attention == "mla" else set()
+    sandwich = {"self_attn_bda.norm.weight", "mlp_bda.norm.weight"} if MODELS[name].sandwich_norm else set()
+    heads = {f"self_attention.{part}_layernorm.weight" for part in "qk"} if MODELS[name].qk_norm else set()
+    absent = set() if MODELS[name].q_lora_rank else {"self_attention.q_layernorm.weight"}
+    assert norms == (fused - absent) | alone | sandwich | heads
+
+
+class Counted:
+    """In place of Megatron's wrapper: counts who asks for new FP8 copies of the weights."""
+
+    def __init__(self, loops: int) -> None:
+        self.module, self.asked = SimpleNamespace(shape=SimpleNamespace(num_loops=loops)), 0
+
+    def set_is_first_microbatch(self) -> None:
+        self.asked += 1
+
+
+def test_a_pipeline_asks_for_new_copies_of_the_weights_once_a_step():
+    ddp = Counted(loops=3)
+    for stage in loop_stages(ddp):  # type: ignore[arg-type]
+        stage.set_is_first_microbatch()
+    assert ddp.asked == 1
+
+
+# --------------------------------------------------------------------------------------------------- built, on a CPU
+
+
+@pytest.fixture
+def paper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Transformer Engine's constructors and contexts ask a GPU, answered for a Hopper that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    properties = SimpleNamespace(name="paper", major=9, minor=0, multi_processor_count=132, total_memory=2**36)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+
+
+def shapes(model: LoopLM) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint has of each weight, by the name that it has there."""
+    found: dict[str, tuple[int, ...]] = {}
+    for value in model.sharded_state_dict().values():
+        whole = getattr(value, "global_shape", None) or tuple(value.data.shape)  # a fused matrix is cut on its way out
+        found[value.key] = (*found.get(value.key, ()), *whole)
+    return found
+
+
+def fill(model: LoopLM) -> LoopLM:
+    """Every weight different from its neighbours."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            parameter.copy_(torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def canonical(model: LoopLM) -> dict[str, Tensor]:
+    """Weights by the local model's names."""
+    renamed = {}
+    for name, parameter in model.named_parameters():
+        for fused, local in LOCAL_NAMES[model.model_config.attention].items():
+            name = name.replace(fused, local) if model.attends_packed else name
+        renamed[name] = parameter.detach()
+    return renamed
+
+
+@needs_engine
+@pytest.mark.parametrize("fp8", [None, "tensorwise", "delayed", "blockwise"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_goes_to_a_local_block_and_back(
+    name, fp8, single_process: ProcessGroupCollection, tmp_path: Path, paper_gpu, corpus
+):
+    shape, kind = MODELS[name], engine(None) if fp8 is None else engine(recipe=fp8)
+    theirs = fill(LoopLM(shape, GATE, single_process, torch.bfloat16, engine=kind))
+    local = LoopLM(shape, GATE, single_process, torch.bfloat16)
+    assert theirs.config.fp8 == kind.fp8 and shapes(theirs) == shapes(local)
+    names = canonical(local)
+    assert {key: value.shape for key, value in canonical(theirs).items()} == {
+        key: value.shape for key, value in names.items()
+    }
+
+    about = checkpoint_about()
+    checkpoint.save_weights(tmp_path / "theirs", theirs, GATE, about, corpus / "tokenizer.json")
+    checkpoint.load_weights(tmp_path / "theirs", local, GATE)
+    assert_same(canonical(theirs), canonical(local))
+
+    other = fill(LoopLM(shape, GATE, single_process, torch.bfloat16))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.neg_()
+    checkpoint.save_weights(tmp_path / "local", other, GATE, about, corpus / "tokenizer.json")
+    checkpoint.load_weights(tmp_path / "local", theirs, GATE)
+    assert_same(canonical(other), canonical(theirs))
+    assert any(key.endswith(EXTRA_STATE) for key in theirs.state_dict()), "and yet nothing of it was stored"
+
+
+def checkpoint_about() -> checkpoint.About:
+    return checkpoint.About(
+        step=0, samples=0, tokens=0, horizon_samples=0, objective=checkpoint.WEIGHTS_ONLY, gate_trained=True,
+        tokenizer_sha256="", eos_id=1, data_order="", versions=checkpoint.versions(), git_revision="", dtype="bfloat16",
+    )  # fmt: skip
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert set(ours) == set(theirs)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+# --------------------------------------------------------------------------------- plain torch in the kernels' place
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch: pytest.MonkeyPatch, paper_gpu) -> list[tuple[str, bool]]:
+    """Plain torch on the modules' own parameters; the list takes each module's name and whether FP8 was on around it."""
+    ran: list[tuple[str, bool]] = []
+
+    def note(module: object) -> None:
+        ran.append((type(module).__name__, FP8GlobalStateManager.is_fp8_enabled()))
+
+    def linear(self, x, **_):
+        note(self)
+        return F.linear(x, self.weight, self.bias if self.use_bias else None)
+
+    def norm(self, x):
+        note(self)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def norm_linear(self, x, **_):
+        normed = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
+        return linear(self, normed)
+
+    def attention(
+        self, q, k, v, mask, attn_mask_type, qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None, **limits
+    ):
+        note(self)
+        assert mask is None
+        if qkv_format == "sbhd":
+            assert attn_mask_type == "causal"
+            return (
+                causal(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), scale=self.softmax_scale)
+                .permute(2, 0, 1, 3)
+                .flatten(2)
+            )
+        assert (qkv_format, attn_mask_type) == ("thd", "padding_causal") and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+        lengths = cu_seqlens_q.diff().tolist()
+        assert max(lengths) <= limits["max_seqlen_q"] == limits["max_seqlen_kv"]
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat(
+            [causal(*(x.transpose(0, 1) for x in part), scale=self.softmax_scale).transpose(0, 1) for part in parts]
+        )
+
+    monkeypatch.setattr(te.Linear, "forward", linear)
+    monkeypatch.setattr(te.RMSNorm, "forward", norm)
+    monkeypatch.setattr(te.LayerNormLinear, "forward", norm_linear)
+    monkeypatch.setattr(te.DotProductAttention, "forward", attention)
+    return ran
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(-3) != k.size(-3))
+
+
+@needs_engine
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_wiring_equals_the_oracle(name, packed, single_process, plain_kernels):
+    shape = MODELS[name]
+    model = LoopLM(shape, GATE, single_process, engine=engine(None))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for key, parameter in sorted(model.named_parameters()):
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * drawn if "norm" in key else 0.1 * drawn)
+    names = {id(p): key for key, p in zip(canonical(model), model.parameters(), strict=True)}
+    params = {names[id(p)]: p for p in model.parameters()}
+    ids_BS = torch.randint(shape.vocab_size, (B, S), generator=generator)
+    start_SB = documents() if packed else None
+    output = model(ids_BS, document_start_SB=start_SB)
+    their_params = oracle_copy(params)
+    theirs = reference.forward(their_params, shape, GATE, ids_BS, document_start_SB=start_SB)
+    assert_close_relative(dict(enumerate(output.hidden)), dict(enumerate(theirs.hidden)))  # type: ignore[arg-type]
+    mix = torch.randn(S, B, shape.hidden_size, generator=generator)
+    trunk = {key: value for key, value in params.items() if key.startswith("decoder.")}
+    assert_close_relative(
+        gradients(sum((mix * h).sum() for h in output.hidden), trunk),
+        gradients(sum((mix * h).sum() for h in theirs.hidden), {key: their_params[key] for key in trunk}),
+    )
+
+
+@needs_engine
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    ("recipe", "keys"), [("tensorwise", {"last_layers_bf16": 1}), ("delayed", {}), ("blockwise", {})]
+)
+def test_every_loop_of_the_blocks_runs_in_fp8_and_nothing_else(recipe, keys, recompute, single_process, plain_kernels):
+    model = LoopLM(
+        MLA,
+        GATE,
+        single_process,
+        torch.bfloat16,
+        ParallelConfig(recompute=recompute),
+        engine=engine(recipe=recipe, **keys),
+    )
+    outside: list[bool] = []
+    for module in (model.decoder.final_layernorm, model.gate):
+        module.register_forward_hook(lambda *_: outside.append(FP8GlobalStateManager.is_fp8_enabled()))
+    with torch.no_grad():
+        model(torch.randint(MLA.vocab_size, (B, S)))
+    layer = ["RMSNorm", "TEColumnParallelLinear", "TELinear", "TELayerNormColumnParallelLinear", "TEDotProductAttention",
+             "TERowParallelLinear", "TELayerNormColumnParallelLinear", "TERowParallelLinear"]  # fmt: skip
+    assert sorted(name for name, _ in plain_kernels) == sorted(layer * MLA.num_layers * MLA.num_loops)
+    fp8 = [on for _, on in plain_kernels]
+    kept = keys.get("last_layers_bf16", 0)
+    assert fp8 == ([True] * len(layer) * (MLA.num_layers - kept) + [False] * len(layer) * kept) * MLA.num_loops
+    assert len(outside) == 2 * MLA.num_loops and not any(outside)

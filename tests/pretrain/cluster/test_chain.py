@@ -1,0 +1,221 @@
+"""A recipe's stages as a chain of Slurm jobs, against a stand-in for sbatch that numbers and writes down what it is given."""
+
+import re
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from looplm.cli import UserError, parse_config, to_dict
+from pretrain import chain
+from pretrain.chain import ChainConfig, StageConfig
+from pretrain.data import schedule_on
+from tests.support.tiny import run_config
+from tests.test_recipes import OURO, STAGES, load
+
+ROOT = Path(__file__).resolve().parents[3]
+# Numbers jobs from 100 on, and refuses the one whose name the file `refused` holds.
+SBATCH = """#!/bin/bash
+cd "$(dirname "$0")"
+for word; do [[ $word != --job-name=$(cat refused) ]] || { echo "sbatch: error: Invalid
+account" >&2; exit 1; }; done
+printf '%s ' "$@" >>submitted; echo >>submitted
+echo "$((99 + $(wc -l <submitted)));cluster"
+"""
+SCANCEL = '#!/bin/bash\necho "$@" >>"$(dirname "$0")/cancelled"\n'
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with the stand-ins."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in {"sbatch": SBATCH, "scancel": SCANCEL}.items():
+        (folder / name).write_text(script)
+        (folder / name).chmod(stat.S_IRWXU)
+    (folder / "refused").write_text("none")
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+@pytest.fixture
+def recipe(corpus: Path, tmp_path: Path) -> Path:
+    """Two stages and a conversion of a tiny model, on one node of one GPU."""
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    first = run_config(corpus, folder / "runs/one")
+    second = {"output_dir": f"{folder}/runs/two", "checkpoint": {"initial": f"{folder}/runs/one"}}
+    (folder / "one.yaml").write_text(yaml.safe_dump(to_dict(first)))
+    (folder / "two.yaml").write_text(yaml.safe_dump(second))
+    export = f"tools.convert_hf export --checkpoint {folder}/runs/two --output {folder}/runs/exported"
+    stages = [
+        {"name": "one", "config": [f"{folder}/one.yaml"], "gpus": 1},
+        {"name": "two", "config": [f"{folder}/two.yaml"], "gpus": 1},
+        {"name": "exported", "run": export},
+    ]
+    path = folder / "chain.yaml"
+    path.write_text(yaml.safe_dump({"name": "tiny", "stages": stages}))
+    return path
+
+
+def submitted(slurm: Path) -> list[str]:
+    path = slurm / "submitted"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_each_stage_waits_for_the_one_before(slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain.main(["--config", str(recipe), "--after", "7", "--arguments", "--optim.lr 0.5"])
+    jobs = submitted(slurm)
+    assert [re.search(r"--job-name=(\S+)", job)[1] for job in jobs] == ["tiny-preflight", "tiny-one", "tiny-two", "tiny-exported"]  # type: ignore[index]  # fmt: skip
+    assert [re.search(r"--dependency=(\S+) --kill-on-invalid-dep=yes", job)[1] for job in jobs] == [f"afterok:{number}" for number in (7, 100, 101, 102)]  # type: ignore[index]  # fmt: skip
+    first, second = (f"--config {recipe.parent}/{name}.yaml" for name in ("one", "two"))
+    assert jobs[0].strip().endswith(f"--gpus-per-node=1 --dependency=afterok:7 --kill-on-invalid-dep=yes pretrain/slurm/preflight.sbatch {first} --optim.lr 0.5")  # fmt: skip
+    assert f"pretrain/slurm/multi_node.sbatch {first} --optim.lr 0.5" in jobs[1]
+    assert f"pretrain/slurm/multi_node.sbatch {first} {second} --optim.lr 0.5" in jobs[2]
+    assert "pretrain/slurm/task.sbatch tools.convert_hf export" in jobs[3] and "--gpus-per-node" not in jobs[3]
+    assert capsys.readouterr().out.splitlines()[-1] == "103  tiny-exported, 1 node, after 102"
+
+
+def test_a_part_of_the_chain(slurm: Path, recipe: Path) -> None:
+    made = recipe.parent / "runs/one/checkpoints"
+    made.mkdir(parents=True)
+    (made / "latest").touch()
+    chain.main(["--config", str(recipe), "--start", "two", "--stop", "two", "--preflight", "false"])
+    (job,) = submitted(slurm)
+    assert "--job-name=tiny-two" in job and "--dependency" not in job
+
+
+def test_a_part_that_starts_from_what_another_job_makes(slurm: Path, recipe: Path) -> None:
+    chain.main(["--config", str(recipe), "--start", "two", "--preflight", "false", "--after", "7"])
+    assert "--job-name=tiny-two" in submitted(slurm)[0] and "--dependency=afterok:7" in submitted(slurm)[0]
+
+
+def test_a_refused_job_takes_the_others_with_it(slurm: Path, recipe: Path) -> None:
+    (slurm / "refused").write_text("tiny-two")
+    with pytest.raises(UserError, match=r"^two: sbatch: sbatch: error: Invalid account; nothing stays submitted$"):
+        chain.main(["--config", str(recipe)])
+    assert len(submitted(slurm)) == 2
+    assert (slurm / "cancelled").read_text() == "100 101\n"
+
+
+def test_a_dry_run_is_a_script_of_what_a_run_submits(
+    slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain.main(["--config", str(recipe), "--dry_run", "true"])
+    printed = capsys.readouterr().out
+    assert not submitted(slurm)
+    subprocess.run(["bash", "-euc", printed], check=True)
+    by_script = submitted(slurm)
+    (slurm / "submitted").unlink()
+    chain.main(["--config", str(recipe)])
+    by_chain = [re.sub(r"afterok:(\d+)", r"afterok:\1;cluster", job) for job in submitted(slurm)]
+    assert by_script == by_chain, "and --parsable names the cluster, where there are several"
+    comments = [line for line in printed.splitlines() if line.startswith("#   srun ")]
+    assert [re.findall(r"-m (pretrain\.\w+|tools\.\w+)", line)[0] for line in comments] == ["pretrain.preflight", "pretrain.train", "pretrain.train", "tools.convert_hf"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "arguments", "messages"),
+    [
+        ({}, ["--start", "three"], ["start: 'three' is not allowed; the stages are one, two, exported"]),
+        ({}, ["--start", "two", "--stop", "one"], ["stop: 'one' is not allowed; it comes before start=two"]),
+        ({}, ["--start", "two"], ["two: starts from FOLDER/runs/one, which holds no checkpoint and which no stage"]),
+        ({}, ["--nodes", "3"], ["one on 3 GPUs: data.global_batch_size: 4 is not allowed; give a multiple of", "two on 3 GPUs: "]),
+        ({}, ["--arguments=--parallel.pipeline 2"], ["one on 1 GPUs: parallel.tensor x pipeline x context: 2 is not allowed; it must divide the number of ranks, 1", "two on 1"]),
+        ({}, ["--arguments=--optim.rl 1"], ["one: --optim.rl: unknown key", "two: --optim.rl: unknown key"]),
+        ({"two.yaml": {"model": {"hidden_size": 64}}}, [], ["two: model.hidden_size is 64, in one 32; it shapes the weights"]),
+        ({"two.yaml": {"model": {"num_loops": 2}}}, ["--dry_run", "true"], []),
+        ({"two.yaml": {"data": {"train": [{"prefix": "no"}], "valid": [{"prefix": "nor"}]}}}, [], ["two: no.manifest.json: cannot be read", "two: nor.manifest.json: "]),
+        ({"one.yaml": {"data": {"train": [{"prefix": "no"}]}}}, [], ["one, two: no.manifest.json: cannot be read"]),
+        ({"one.yaml": {"model": {"vocab_size": 100}}}, [], ["one, two: model.vocab_size: 100 is not allowed; the tokenizer"]),
+    ],
+)  # fmt: skip
+def test_what_would_fail_later_is_said_now(
+    slurm: Path, recipe: Path, changed: dict[str, Any], arguments: list[str], messages: list[str]
+) -> None:
+    for name, sections in changed.items():
+        path = recipe.parent / name
+        values = yaml.safe_load(path.read_text())
+        for section, keys in sections.items():
+            values[section] = {**values.get(section, {}), **keys}
+        path.write_text(yaml.safe_dump(values))
+    command = ["--config", str(recipe), *arguments]
+    if not messages:
+        return chain.main(command)
+    with pytest.raises(UserError) as caught:
+        chain.main(command)
+    lines = str(caught.value).removeprefix("error: ").split("\nerror: ")
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages, strict=True):
+        assert line.startswith(message.replace("FOLDER", str(recipe.parent)))
+    assert not submitted(slurm)
+
+
+def test_a_dry_run_shows_the_commands_and_the_faults(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="two: starts from"):
+        chain.main(["--config", str(recipe), "--start", "two", "--dry_run", "true"])
+    assert "pretrain/slurm/multi_node.sbatch" in capsys.readouterr().out
+
+
+def test_without_slurm(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(UserError, match="sbatch: not on this machine"):
+        chain.main(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "a"}, "stages[].config: [] is not allowed; a stage has either config, to train, or run"),
+        ({"name": "a", "config": ("x",), "run": "y"}, "stages[].config: ['x']"),
+        ({"name": "a", "config": ("x",), "nodes": 0}, "stages[].nodes: 0"),
+        ({"name": "a", "run": "y", "nodes": 2}, "stages[].nodes: 2 is not allowed; a command runs on one node"),
+        ({"name": "a", "config": ("x",), "gpus": 0}, "stages[].gpus: 0"),
+    ],
+)
+def test_odd_stages(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        StageConfig(**values)
+
+
+def test_two_stages_of_one_name() -> None:
+    with pytest.raises(UserError, match=r"stages\[\].name: \['a', 'a'\]"):
+        ChainConfig(name="x", stages=(StageConfig(name="a", run="y"), StageConfig(name="a", run="y")))
+
+
+@pytest.mark.parametrize(("size", "attention"), [("1.4b", "mla"), ("2.6b", "mha")])
+def test_shipped_chains_are_the_recipes_and_fit_their_nodes(size: str, attention: str) -> None:
+    arguments = ["--config", f"configs/ouro-{size}/chain.yaml", "--attention", attention]
+    jobs, faults = chain.plan(parse_config(ChainConfig, arguments, prog="test", description=""))
+    for index, job in enumerate(jobs):
+        faults += chain.find_faults(
+            job, jobs[:index], awaited=size == "2.6b"
+        )  # that one is made of the other's first stage
+    assert faults == []
+    trained = {job.name: job for job in jobs if job.recipe is not None}
+    assert list(trained) == list(STAGES[size == "2.6b" :])
+    for name, job in trained.items():
+        assert job.recipe == load(*OURO[size, attention, name])
+        for nodes in {job.nodes, 1, 8, 64} - (
+            {64} if name == "sft" else set()
+        ):  # a batch of 64 on 512 GPUs is too small
+            schedule_on(job.recipe, nodes * job.gpus)
+
+
+def test_the_commands_of_shipped_chains_are_understood() -> None:
+    """Their words are those of the command's own configuration."""
+    for path in sorted((ROOT / "configs").glob("*/chain.yaml")):
+        for stage in yaml.safe_load(path.read_text())["stages"]:
+            words = shlex.split(stage.get("run", ""))
+            keys = [word.removeprefix("--") for word in words if word.startswith("--")]
+            source = (ROOT / (words[0].replace(".", "/") + ".py")).read_text() if words else ""
+            assert not [key for key in keys if not re.search(rf"\b{key}\b", source)]

@@ -1,0 +1,96 @@
+"""The image's recipes without building them: what they name exists, and install.sh leaves an image's packages alone."""
+
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "pretrain/container"
+TORCH = "2.10.0a0+b4e4ee81d3.nv25.12"
+IMAGE = f"Flash_Attn==2.7.4.post1\nmegatron-core==0.15.0\nnumpy==2.1.0\ntorch=={TORCH}\ntransformer_engine==2.10.0+769ed778\n"
+# Answers for pip and writes down how it is asked to install; any other script runs.
+PYTHON = """#!/bin/bash
+case "$*" in
+    "-m pip uninstall"*) sed -i '/^megatron-core==/d' image ;;
+    "-m pip list"*) cat image ;;
+    "-m pip install"*) echo "$@" >asked; cp "$PIP_CONSTRAINT" constraint ;;
+    *) exec "$REAL" "$@" ;;
+esac
+"""
+
+
+def test_both_recipes_start_from_the_same_image_and_do_the_same() -> None:
+    docker, apptainer = (FOLDER / "Dockerfile").read_text(), (FOLDER / "looplm.def").read_text()
+    image = re.search(r"^ARG IMAGE=(nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3)$", docker, re.MULTILINE)
+    assert image and f"\nFrom: {image[1]}\n" in apptainer
+    copied = re.search(r"^COPY (.*) \./$", docker, re.MULTILINE)
+    files = re.findall(r"^    (\S+) /opt/looplm/(\S+)$", apptainer, re.MULTILINE)
+    assert copied and copied[1].split() == [source for source, _ in files]
+    assert all((ROOT / source).is_file() and Path(source).name == name for source, name in files)
+    assert "\nRUN bash install.sh\n" in docker and "    cd /opt/looplm\n    bash install.sh\n" in apptainer
+
+
+def test_the_extras_that_are_installed_exist() -> None:
+    extras = re.search(r"'\.\[([a-z,]+)\]'", (FOLDER / "install.sh").read_text())
+    declared = re.findall(r'^    "([a-z]+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert extras and set(extras[1].split(",")) <= set(declared) - {"gpu", "dev"}, "the image has what gpu names"
+
+
+Install = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Install:
+    """Runs install.sh in an image that pip lists as IMAGE, where the packages given have other versions afterwards."""
+    for name in ("setup.py", "constraints.txt", "pretrain/container/install.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "image").write_text(IMAGE)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(PYTHON)
+    (tmp_path / "bin/python").chmod(stat.S_IRWXU)
+
+    def run(**moved: str) -> "subprocess.CompletedProcess[str]":
+        installed = dict(line.split("==") for line in IMAGE.split() if "megatron" not in line) | moved
+        for name, version in installed.items():
+            folder = tmp_path / f"packages/{name}-{version}.dist-info"
+            folder.mkdir(parents=True)
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        path = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "PYTHONPATH": f"{tmp_path}/packages", "REAL": sys.executable}
+        return subprocess.run(["bash", "install.sh"], cwd=tmp_path, env=path, capture_output=True, text=True)
+
+    return run
+
+
+def test_an_images_packages_are_pinned_to_what_they_are(install: Install, tmp_path: Path) -> None:
+    done = install()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"torch {TORCH}, transformer-engine 2.10.0+769ed778, megatron-core 0.16.1" in done.stdout
+    assert (tmp_path / "asked").read_text().split()[-1] == ".[data,hf]"
+    pins = (tmp_path / "constraint").read_text().splitlines()
+    assert pins == [line for line in IMAGE.splitlines() if "megatron" not in line] + ["megatron-core==0.16.1"]
+
+
+@pytest.mark.parametrize(
+    ("moved", "message"),
+    [
+        ({"numpy": "2.3.0"}, "numpy: was 2.1.0, is 2.3.0"),
+        ({"transformer_engine": "2.13.0"}, "transformer_engine: was 2.10.0+769ed778, is 2.13.0"),
+    ],
+)
+def test_an_image_that_was_changed_is_refused(install: Install, moved: dict[str, str], message: str) -> None:
+    done = install(**moved)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"error: {message}")
+
+
+def test_an_image_with_another_transformer_engine_is_refused(install: Install, tmp_path: Path) -> None:
+    (tmp_path / "image").write_text(IMAGE.replace("2.10.0+769ed778", "2.13.0"))
+    done = install(transformer_engine="2.13.0")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "transformer-engine: 2.13.0 does not fit megatron-core, which wants <2.12.0,>=2.9.0a0" in done.stderr

@@ -1,0 +1,344 @@
+"""The Slurm launchers in a real bash, against stand-ins for srun, scontrol and torchrun that write down what they are given."""
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "pretrain/slurm"
+LAUNCHERS = ["single_node", "multi_node", "preprocess", "preflight"]
+SECONDS = 60
+
+# Runs the task once for each node, as srun does, and ends with the status that the file `status` asks for.
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >"$RECORD/srun"
+nodes=1
+while [[ $1 == -* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#--nodes=}; shift; done
+for ((node = 0; node < nodes; node++)); do SLURM_NODEID=$node "$@"; done
+exit "$(cat "$RECORD/status")"
+"""
+TORCHRUN = '#!/bin/bash\nprintf "%s\\n" "$@" >"$RECORD/torchrun${SLURM_NODEID:-}"; env >"$RECORD/environment"\n'
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then [[ $3 == 'n[07-09]' ]] && printf 'n07\\nn08\\nn09\\n'; else echo "$@" >>"$RECORD/scontrol"; fi
+"""
+# Waits for SIGTERM, counts how often it comes, and ends as it is told to.
+WAITER = """
+import signal, sys, time
+from pathlib import Path
+record, terms = Path(sys.argv[1]), []
+signal.signal(signal.SIGTERM, lambda number, frame: terms.append(number))
+(record / "pid").write_text(str(__import__("os").getpid()))
+(record / "ready").touch()
+while not terms:
+    time.sleep(0.01)
+time.sleep(0.3)  # "saving": a second signal would arrive in this time
+(record / "terms").write_text(str(len(terms)))
+sys.exit(int((record / "status").read_text()))
+"""
+
+
+class Cluster:
+    """Stand-ins on PATH, what they wrote down, and a job's environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.record, self.bin = folder / "record", folder / "bin"
+        self.record.mkdir()
+        self.bin.mkdir()
+        for name, script in {"srun": SRUN, "torchrun": TORCHRUN, "scontrol": SCONTROL}.items():
+            self.install(name, script)
+        self.end_with(0)
+        self.config = folder / "a b.yaml"  # a space, to see that it stays one argument
+        self.config.touch()
+        plain = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM_", "SBATCH_", "DRY_RUN", "CONTAINER", "NCCL_", "TORCH_", "CUDA_", "OMP_"))
+        }
+        self.outside = plain | {"PATH": f"{self.bin}:{os.environ['PATH']}", "RECORD": str(self.record)}
+        self.job = self.outside | {
+            "SLURM_JOB_ID": "4711",
+            "SLURM_NNODES": "3",
+            "SLURM_JOB_NODELIST": "n[07-09]",
+            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_CPUS_ON_NODE": "96",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+        }
+        self.one_node = self.job | {"SLURM_NNODES": "1"}
+
+    def install(self, name: str, script: str) -> None:
+        (self.bin / name).write_text(script)
+        (self.bin / name).chmod(stat.S_IRWXU)
+
+    def end_with(self, status: int) -> None:
+        (self.record / "status").write_text(str(status))
+
+    def read(self, name: str) -> list[str]:
+        path = self.record / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def run(self, launcher: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        command = ["bash", f"pretrain/slurm/{launcher}.sbatch", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_a_single_node_runs_torchrun_on_its_gpus(cluster: Cluster) -> None:
+    done = cluster.run("single_node", "--config", str(cluster.config), "--parallel.tensor", "2", env=cluster.one_node)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = ["--standalone", "--nproc-per-node=4", "--shutdown-timeout=540", "-m", "pretrain.train"]
+    assert cluster.read("torchrun0") == [*expected, "--config", str(cluster.config), "--parallel.tensor", "2"]
+    assert cluster.read("srun")[:3] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=96"]
+    assert "torchrun --standalone --nproc-per-node=4" in done.stdout
+
+
+def test_every_node_gets_its_rank_and_the_same_meeting_point(cluster: Cluster) -> None:
+    done = cluster.run("multi_node", f"--config={cluster.config}", env=cluster.job)
+    assert (done.returncode, done.stderr) == (0, "")
+    for node in range(3):
+        assert cluster.read(f"torchrun{node}") == [
+            f"--node-rank={node}",
+            "--nnodes=3",
+            "--nproc-per-node=4",
+            "--master-addr=n07",
+            "--master-port=14711",
+            "--rdzv-id=4711",
+            "--shutdown-timeout=540",
+            "-m",
+            "pretrain.train",
+            f"--config={cluster.config}",
+        ]
+
+
+def test_a_dry_run_prints_the_line_that_a_run_runs(cluster: Cluster) -> None:
+    arguments = ("--config", str(cluster.config), "--data.train", "[{prefix: data/a}]")
+    dry = cluster.run("multi_node", *arguments, env=cluster.job | {"DRY_RUN": "1"})
+    assert (dry.returncode, dry.stderr) == (0, "")
+    assert not cluster.read("srun")
+    assert dry.stdout == (
+        "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --cpus-per-task=96 --kill-on-bad-exit=0 --wait=60 "
+        """bash -c 'exec torchrun --node-rank="$SLURM_NODEID" "$@"' torchrun --nnodes=3 --nproc-per-node=4 """
+        "--master-addr=n07 --master-port=14711 --rdzv-id=4711 --shutdown-timeout=540 -m pretrain.train "
+        f"--config '{cluster.config}' --data.train '[{{prefix: data/a}}]'\n"
+    )
+    assert cluster.run("multi_node", *arguments, env=cluster.job).stdout == dry.stdout
+    typed = subprocess.run(["bash", "-c", dry.stdout.removeprefix("srun ").join(("printf '%s\\n' ", ""))], capture_output=True, text=True)  # fmt: skip
+    assert typed.stdout.splitlines() == cluster.read("srun")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_dry_run_outside_of_slurm_takes_the_headers_numbers(cluster: Cluster, launcher: str) -> None:
+    done = cluster.run(launcher, "--config", str(cluster.config), env=cluster.outside | {"DRY_RUN": "1"})
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    expected = {
+        "single_node": "srun --nodes=1 --ntasks=1 torchrun --standalone --nproc-per-node=8 ",
+        "multi_node": "--nnodes=2 --nproc-per-node=8 --master-addr=first-node --master-port=10000 --rdzv-id=0 ",
+        "preprocess": "python -m data_pipeline.tokenize --config ",
+        "preflight": "srun --nodes=1 --ntasks=1 --ntasks-per-node=1 ",
+    }
+    assert expected[launcher] in done.stdout
+
+
+def test_a_dry_run_outside_of_slurm_can_be_asked_about_a_size(cluster: Cluster) -> None:
+    size = {"DRY_RUN": "1", "SLURM_NNODES": "64", "SLURM_GPUS_PER_NODE": "4"}
+    done = cluster.run("multi_node", "--config", str(cluster.config), env=cluster.outside | size)
+    assert "torchrun --nnodes=64 --nproc-per-node=4 " in done.stdout
+
+
+def test_a_preflight_runs_on_every_node(cluster: Cluster) -> None:
+    done = cluster.run("preflight", "--config", str(cluster.config), env=cluster.job)
+    assert (done.returncode, done.stderr) == (0, "")
+    for node in range(3):
+        assert cluster.read(f"torchrun{node}")[-4:] == ["-m", "pretrain.preflight", "--config", str(cluster.config)]
+
+
+def test_a_task_is_one_process_of_any_command(cluster: Cluster) -> None:
+    cluster.install("python", '#!/bin/bash\nprintf "%s\\n" "$@" "$OMP_NUM_THREADS" >"$RECORD/python"\n')
+    done = cluster.run("task", "tools.upcycle", "depth", "--layers", "48", env=cluster.one_node)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cluster.read("python") == ["-m", "tools.upcycle", "depth", "--layers", "48", "96"]
+    for arguments, told in (((), "module: ''"), (("tools.up",), "module: 'tools.up' is not one of this repository's")):
+        wrong = cluster.run("task", *arguments, env=cluster.one_node)
+        assert (wrong.returncode, wrong.stderr.count("\n"), wrong.stderr.startswith(f"error: {told}")) == (2, 1, True)
+
+
+DEFAULTS = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
+
+
+@pytest.mark.parametrize("launcher", ["single_node", "multi_node", "preflight"])
+def test_what_is_set_for_the_trainers_and_that_ones_own_settings_win(cluster: Cluster, launcher: str) -> None:
+    def environment(own: dict[str, str]) -> dict[str, str]:
+        cluster.run(launcher, "--config", str(cluster.config), env=cluster.one_node | own)
+        told = dict(line.split("=", 1) for line in cluster.read("environment") if "=" in line)
+        return {name: told[name] for name in DEFAULTS}
+
+    assert environment({}) == DEFAULTS
+    own = dict.fromkeys(DEFAULTS, "0")
+    assert environment(own) == own
+
+
+@pytest.mark.parametrize("launcher", ["single_node", "multi_node", "preflight", "task"])
+def test_a_container_stands_between_srun_and_the_command(cluster: Cluster, launcher: str) -> None:
+    arguments = ["tools.upcycle"] if launcher == "task" else ["--config", str(cluster.config)]
+    dry = cluster.one_node | {"DRY_RUN": "1", "CONTAINER_MOUNTS": "/data:/data"}
+    program = {"single_node": "torchrun --standalone", "task": "python -m"}.get(launcher, "bash -c ")
+    pyxis = cluster.run(launcher, *arguments, env=dry | {"CONTAINER": "/images/looplm.sqsh"}).stdout
+    mounts = f"{ROOT}:{ROOT},/data:/data"
+    options = f"--container-image=/images/looplm.sqsh --container-mounts={mounts} --container-workdir={ROOT}"
+    assert pyxis.startswith("srun --nodes=1 ") and f" {options} {program}" in pyxis
+    apptainer = cluster.run(launcher, *arguments, env=dry | {"CONTAINER": "/images/looplm.sif"}).stdout
+    assert f" apptainer exec --nv --bind {mounts} --pwd {ROOT} /images/looplm.sif {program}" in apptainer
+
+
+def test_a_container_brings_its_own_packages(cluster: Cluster, tmp_path: Path) -> None:
+    """No torchrun outside of it, and none is asked for."""
+    (cluster.bin / "torchrun").unlink()
+    lonely = cluster.one_node | {"PATH": f"{cluster.bin}:/usr/bin:/bin", "CONTAINER": "image"}
+    for name in ("single_node.sbatch", "common.sh"):
+        (tmp_path / "pretrain/slurm").mkdir(parents=True, exist_ok=True)
+        shutil.copy(FOLDER / name, tmp_path / "pretrain/slurm")
+    command = ["bash", "pretrain/slurm/single_node.sbatch", "--config", str(cluster.config)]
+    inside = subprocess.run(command, cwd=tmp_path, env=lonely, capture_output=True, text=True)
+    assert "torchrun: neither on PATH" not in inside.stderr and cluster.read("srun")
+    outside = subprocess.run(command, cwd=tmp_path, env=lonely | {"CONTAINER": ""}, capture_output=True, text=True)
+    assert (outside.returncode, outside.stderr.count("\n")) == (2, 1)
+    assert outside.stderr.startswith("error: torchrun: neither on PATH nor in .venv")
+
+
+@pytest.mark.parametrize("given", [{"SLURM_GPUS_PER_NODE": "h100:6"}, {"SLURM_GPUS_PER_NODE": "6"}, {"SLURM_GPUS_ON_NODE": "6"}])  # fmt: skip
+def test_gpus_per_node_in_every_spelling(cluster: Cluster, given: dict[str, str]) -> None:
+    del cluster.one_node["SLURM_GPUS_ON_NODE"]
+    cluster.run("single_node", "--config", str(cluster.config), env=cluster.one_node | given)
+    assert "--nproc-per-node=6" in cluster.read("torchrun0")
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(143, ["requeue 4711"]), (0, []), (1, []), (2, [])])
+def test_only_an_interrupted_run_is_requeued(cluster: Cluster, status: int, requeued: list[str]) -> None:
+    cluster.end_with(status)
+    done = cluster.run("multi_node", "--config", str(cluster.config), env=cluster.job)
+    assert (done.returncode, cluster.read("scontrol")) == (status, requeued)
+
+
+def start_waiting(cluster: Cluster, status: int) -> subprocess.Popen[bytes]:
+    """The launcher with a trainer that waits for SIGTERM; torchrun in between would end with 1 instead of 143."""
+    (cluster.bin / "waiter.py").write_text(WAITER)
+    cluster.install("srun", f'#!/bin/bash\nexec "{sys.executable}" "{cluster.bin}/waiter.py" "$RECORD"\n')
+    cluster.end_with(status)
+    command = ["bash", "pretrain/slurm/multi_node.sbatch", "--config", str(cluster.config)]
+    running = subprocess.Popen(command, cwd=ROOT, env=cluster.job, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (cluster.record / "ready").exists())
+    return running
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(143, ["requeue 4711"]), (1, ["requeue 4711"]), (0, [])])
+def test_slurms_warning_reaches_the_trainer_as_one_sigterm(cluster: Cluster, status: int, requeued: list[str]) -> None:
+    running = start_waiting(cluster, status)
+    running.send_signal(signal.SIGUSR1)
+    assert running.wait(SECONDS) == status
+    assert cluster.read("terms") == ["1"]
+    assert cluster.read("scontrol") == requeued
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
+    """scancel signals script and trainer: passed on as well, the signal would mean "at once" to the trainer."""
+    running = start_waiting(cluster, 143)
+    running.send_signal(signal.SIGTERM)
+    os.kill(int(cluster.read("pid")[0]), signal.SIGTERM)
+    assert running.wait(SECONDS) == 143
+    assert cluster.read("terms") == ["1"]
+    assert cluster.read("scontrol") == []
+
+
+def test_slurm_runs_a_copy_of_the_launcher(cluster: Cluster, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(FOLDER / "single_node.sbatch", tmp_path / "slurm_script"))
+    command = ["bash", str(copy), "--config", str(cluster.config)]
+    done = subprocess.run(command, cwd=ROOT, env=cluster.one_node, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cluster.read("torchrun0")[0] == "--standalone"
+    lost = subprocess.run(command, env=cluster.one_node | {"SLURM_SUBMIT_DIR": "/"}, capture_output=True, text=True)
+    assert (lost.returncode, lost.stderr.count("\n")) == (2, 1)
+    assert "run sbatch from the repository's root" in lost.stderr
+
+
+def test_preprocessing_hands_no_numbers_of_its_own_job_to_its_arrays(cluster: Cluster) -> None:
+    cluster.install("python", '#!/bin/bash\nprintf "%s\\n" "$@" "${!SLURM_@}" >"$RECORD/python"\n')
+    done = cluster.run(
+        "preprocess", "--config", str(cluster.config), env=cluster.job | {"SLURM_CONF": "/etc/slurm.conf"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cluster.read("python") == ["-m", "data_pipeline.tokenize", "--config", str(cluster.config), "SLURM_CONF"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config: required and not given; sbatch pretrain/slurm/"),
+        (["--model.num_loops", "3"], "--config: required and not given"),
+        (["--config"], "--config: no path after it"),
+        (["--config", "no.yaml"], "--config: no.yaml cannot be read"),
+        (["--config=no.yaml"], "--config: no.yaml cannot be read"),
+        (["--config", "docs"], "--config: docs cannot be read"),
+        (["--config", "setup.py", "--config", "no.yaml"], "--config: no.yaml cannot be read"),
+        (["--config", "setup.py"], "SLURM_JOB_ID: not inside of a Slurm job; start with sbatch pretrain/slurm/"),
+    ],
+)
+def test_bad_input_is_one_line(cluster: Cluster, launcher: str, arguments: list[str], message: str) -> None:
+    done = cluster.run(launcher, *arguments, env=cluster.outside)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "changed", "message"),
+    [
+        ("multi_node", {"SLURM_GPUS_ON_NODE": ""}, "SLURM_GPUS_ON_NODE: '' is not a number of GPUs"),
+        ("multi_node", {"SLURM_JOB_NODELIST": "x"}, "SLURM_JOB_NODELIST: scontrol cannot expand 'x'"),
+        ("single_node", {}, "SLURM_NNODES: 3 nodes; sbatch pretrain/slurm/multi_node.sbatch uses them all"),
+    ],
+)
+def test_an_odd_allocation_is_one_line(cluster: Cluster, launcher: str, changed: dict[str, str], message: str) -> None:
+    done = cluster.run(launcher, "--config", str(cluster.config), env=cluster.job | changed)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {message}")
+    assert not cluster.read("srun")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_headers(launcher: str) -> None:
+    text = (FOLDER / f"{launcher}.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, flags=re.MULTILINE))
+    if launcher in ("preprocess", "preflight"):  # arrays that it submitted may still run; nothing to go on with
+        assert "no-requeue" in options
+        return
+    waits = int(re.search(r"^shutdown_seconds=(\d+)$", (FOLDER / "common.sh").read_text(), re.MULTILINE)[1])  # type: ignore[index]
+    signalled = re.fullmatch(r"B:USR1@(\d+)", options["signal"])
+    assert signalled and int(signalled[1]) > waits, "torchrun would still wait when Slurm kills the job"
+    assert "requeue" in options and options["open-mode"] == "append" and options["ntasks-per-node"] == "1"

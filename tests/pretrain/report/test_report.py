@@ -1,0 +1,285 @@
+"""The report page, from synthetic run directories of the form that `make quickstart` leaves."""
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from looplm.cli import UserError, to_dict
+from looplm.config import DataConfig, DataSource, ModelConfig, OptimConfig, RunConfig
+from pretrain import report
+from pretrain.report.plots import loop_colours
+
+PROMPT = "import re\n\n<script>alert('&')</script>\n"
+WORDS = [
+    "def",
+    " parse",
+    "(line",
+    ": ",
+    "str",
+    ")",
+    " ->",
+    " dict:",
+    "\n    ",
+    '"""a <b> & c."""',
+    "\n\n",
+    "\t",
+    "return",
+]
+
+
+def metrics(steps: int, loops: int, gate: bool = False) -> list[dict[str, Any]]:
+    """Lines as pretrain.train writes them: a loss that falls, an exit distribution that leaves uniform."""
+    rng = np.random.default_rng(int(gate))
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        done = 1.0 if gate else step / steps
+        base = 3.9 + 4.4 * math.exp(-6 * done) + 0.06 * rng.standard_normal()
+        loss = [base + 0.35 * done * 0.45**loop for loop in range(loops)]
+        share = np.exp(-np.linspace(0, 1.2 * step / steps if gate else 0.3 * done, loops))
+        share /= share.sum()
+        line = {
+            "step": step,
+            "loss": float(share @ loss),
+            "loss_per_loop": loss,
+            "exit_distribution": share.tolist(),
+            "mean_depth": float(share @ np.arange(1, loops + 1)),
+            "entropy": float(-share @ np.log(share)),
+        }
+        speed = 1100 + 40 * rng.standard_normal()
+        about = {
+            "kind": "train",
+            "objective": "adaptive_gate" if gate else "entropy_regularised",
+            "samples": 8 * step,
+            "tokens": 2048 * step,
+            "grad_norm": float(np.exp(0.2 * rng.standard_normal()) / (0.3 + done)),
+            "learning_rate": 1e-3 * min(1, step / 20, 1.2 - done),
+            "tokens_per_second": speed,
+            "mfu": None,
+            "seconds": 2048 / speed,
+        }
+        lines.append(about | line)
+        if step % max(1, steps // 5) == 0:
+            lines.append({"kind": "valid"} | line | {"loss_per_loop": [value + 0.08 for value in loss]})
+    return lines
+
+
+def evaluation(loops: int) -> dict[str, Any]:
+    losses = {depth: 3.95 + 0.8 * 0.4**depth + 0.012 * max(0, depth - loops) ** 2 for depth in range(1, 2 * loops + 1)}
+    means = {
+        q: 1 + (loops - 1) * max(0.0, (q - 0.2) / 0.8) ** 1.5 for q in (0.1, 0.2, 0.3, 0.5, 0.6, 0.8, 0.9, 0.95, 1.0)
+    }
+    share = [2.0**-loop for loop in range(loops)]
+    return {
+        "checkpoint": "runs/x/gate",
+        "step": 60,
+        "trained_loops": loops,
+        "tokens": 65536,
+        "depths": [{"depth": depth, "loss": loss, "perplexity": math.exp(loss)} for depth, loss in losses.items()],
+        "exit_curve": [{"threshold": q, "mean_depth": m, "loss": 3.94 + 0.8 * 0.4**m} for q, m in means.items()],
+        "exit_distribution": [value / sum(share) for value in share],
+        "decoding": [
+            {"kv_cache": cache, "exit_threshold": q, "mean_depth": means[q], "loss": 4.0 + worse}
+            for worse, cache in enumerate(("per_loop", "last", "mean", "first"))
+            for q in (1.0, 0.5)
+        ],
+    }
+
+
+def sample(loops: int) -> dict[str, Any]:
+    tokens = [{"text": word, "depth": 1 + index % loops} for index, word in enumerate(WORDS)]
+    settings = {"temperature": 0.8, "kv_cache": "per_loop", "exit_threshold": 0.9}
+    return {"prompt": PROMPT, "text": "".join(WORDS), "tokens": tokens, "settings": settings, "trained_loops": loops}
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_run(run: Path, steps: int = 300, loops: int = 4) -> Path:
+    """A whole run directory."""
+    model = {"vocab_size": 4096, "hidden_size": 128, "ffn_hidden_size": 352, "num_layers": 3, "num_attention_heads": 4}
+    config = RunConfig(
+        output_dir=str(run / "stage1"),
+        model=ModelConfig(**model, num_loops=loops),
+        optim=OptimConfig(train_steps=steps),
+        data=DataConfig(train=(DataSource(prefix="data/train"),)),
+    )
+    write_lines(run / "gate/metrics.jsonl", metrics(max(1, steps // 5), loops, gate=True))
+    write_lines(run / "stage1/metrics.jsonl", metrics(steps, loops))
+    for number, folder in enumerate(("stage1", "gate/checkpoints/step_00000030", "gate/checkpoints/step_00000060")):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        values = to_dict(dataclasses.replace(config, seed=number))
+        (run / folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (run / "evaluation.json").write_text(json.dumps(evaluation(loops)), encoding="utf-8")
+    write_lines(run / "samples.jsonl", [sample(loops)] * 2)
+    return run
+
+
+class Page(HTMLParser):
+    """The tags, text and outward references of a page; fails on a tag that is not closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.references: list[str] = re.findall(r"(?:url\(|@import\s*)([^)\s]*)", page)
+        self._open: list[str] = []
+        self.feed(page)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "action")]
+        if tag not in ("meta", "link"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "link"):
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "my <run>")
+    report.main([str(run)])
+    assert capsys.readouterr().out == f"report: {run}/report.html\n"
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert page.tags.count("figure") == 11
+    assert "script" not in page.tags
+    assert {reference[0] for reference in page.references} == {"#", "d"}  # within the page, or data:, (no icon)
+    for words in (
+        "my <run>",
+        PROMPT,
+        "".join(WORDS),
+        "loop 4",
+        "depth 4",
+        "num_loops: 4",
+        "seed: 0",
+        "seed: 2",
+        "stage1 614\xa0K + gate 123\xa0K",
+        "per_loop",  # the legend of the caches
+    ):
+        assert words in page.text
+    lines = metrics(300, 4)
+    losses = [line["loss_per_loop"][-1] for line in lines if line["kind"] == "train"]
+    fall = losses[0] - np.mean(losses[-10:])
+    assert fall > 4
+    assert f"fell by {fall:.2f} nats" in page.text
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 11), (1, 1, 8), (400, 8, 11)])
+def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
+    page = Page(report.build_page(write_run(tmp_path, steps, loops)))
+    assert page.tags.count("figure") == figures
+    assert "No " not in page.text
+
+
+def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", metrics(3, 2))
+    page = Page(report.build_page(tmp_path))
+    assert page.tags.count("figure") == 8
+    for name in ("evaluation.json", "samples.jsonl"):
+        assert f"No {name} here" in page.text
+    (tmp_path / "metrics.jsonl").unlink()
+    write_lines(tmp_path / "samples.jsonl", [sample(3)])
+    page = Page(report.build_page(tmp_path))
+    assert "No training metrics here" in page.text
+    assert "depth 3" in page.text
+
+
+def test_what_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+    lines = [line for line in metrics(20, 2) if line["kind"] == "train"]
+    lines[3] |= {
+        "loss_per_loop": [math.nan, math.inf],
+        "exit_distribution": [math.nan, math.nan],
+        "grad_norm": math.nan,
+    }
+    lines[4] |= {"loss_per_loop": [None, 4.0], "grad_norm": None}
+    for line in lines:
+        line |= {"learning_rate": None, "tokens": None}
+    write_lines(tmp_path / "stage1/metrics.jsonl", lines)
+    text = report.build_page(tmp_path)
+    page = Page(text)
+    assert "stage1: 2 of 20 logged steps have a loss that is not finite" in page.text
+    assert page.tags.count("figure") == 7
+    assert not re.search(r"\bnan\b", page.text)
+
+
+def test_stages_with_different_numbers_of_loops(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a/metrics.jsonl", metrics(5, 8))
+    write_lines(tmp_path / "b/metrics.jsonl", metrics(5, 4))
+    assert "loop 8" in Page(report.build_page(tmp_path)).text
+
+
+def test_text_that_ran_deeper_than_trained_has_colours(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=1, loops=2)
+    write_lines(run / "samples.jsonl", [sample(6)])
+    page = report.build_page(run)
+    assert "--pale-6:" in page
+    assert "--loop-3:" not in page
+    assert "depth 6" in Page(page).text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("stage1/metrics.jsonl", '{"kind": "train", "step": 1', r"stage1/metrics.jsonl:1: not JSON"),
+        ("stage1/metrics.jsonl", "\n[1]", r"metrics.jsonl:2: a JSON list, not an object"),
+        ("stage1/metrics.jsonl", '{"kind": "train", "step": 1}', r"metrics.jsonl:1: loss_per_loop: None is not a list"),
+        ("stage1/metrics.jsonl", '{"kind": "train", "step": "x"}', r"metrics.jsonl:1: step: 'x' is not a number"),
+        ("evaluation.json", "", r"evaluation.json: not JSON"),
+        ("evaluation.json", "{}", r"evaluation.json: exit_curve: not a list of objects"),
+        ("samples.jsonl", "{}", r"samples.jsonl:1: prompt or settings"),
+        ("samples.jsonl", '{"prompt": "", "tokens": [{"text": "a", "depth": 0}]}', r"samples.jsonl:1: tokens: .*depth"),
+        ("samples.jsonl", "\udcff", r"samples.jsonl: cannot be read"),
+    ],
+)
+def test_garbled_files_are_refused_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = write_run(tmp_path, steps=1) / name
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=message) as caught:
+        report.main([str(tmp_path)])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_nowhere_to_write_and_nothing_to_report_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="out: cannot be written"):
+        report.main(
+            [str(write_run(tmp_path / "run", steps=1)), "--output", str(tmp_path / "run/gate/metrics.jsonl/out")]
+        )
+    with pytest.raises(UserError, match="no such directory"):
+        report.main([str(tmp_path / "absent")])
+    with pytest.raises(UserError, match="train something into it first"):
+        report.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("loops", [1, 2, 4, 8, 16])
+def test_colours_can_be_read_and_told_apart(loops: int) -> None:
+    """WCAG: text on its depth's colour has contrast 4.5 at least; depths differ in lightness, in one direction."""
+
+    def luminance(colour: str) -> float:
+        rgb = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    for mode, ink in (("light", luminance("#1b1f24")), ("dark", luminance("#e8eaed"))):
+        pale = [luminance(colour) for colour in loop_colours(loops)[f"{mode}-pale"]]
+        assert min((max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) for paper in pale) >= 4.5
+        for colours in (pale, [luminance(colour) for colour in loop_colours(loops)[mode]]):
+            assert (np.diff(colours) < 0).all() if mode == "light" else (np.diff(colours) > 0).all()

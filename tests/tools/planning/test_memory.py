@@ -1,0 +1,64 @@
+"""The planner's memory against training steps of the engine itself; all cases: make plan-check."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from looplm.config import LossConfig, ParallelConfig
+from tests.support.launch import run_ranks
+from tools import plan_check
+from tools.plan_check import CASES, PARTS, TOLERANCE, Case, candidate_of, compare, measure, recipe_of
+from tools.planning.memory import rank_memory
+
+ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
+TOGETHER = [
+    "DP2 + distributed optimizer, MLA, bf16",
+    "TP2, none, MLA",
+    "PP2, none, MLA",
+    "PP2, loop, MLA",
+    "CP2, none, MLA",
+]
+WIDTH = 64  # of the model: a quarter of the check's
+
+
+def assert_near(rows: list[tuple[str, int, str, float, float]]) -> None:
+    assert [row[2] for row in rows] == [*PARTS] * (len(rows) // len(PARTS))
+    off = {(case, rank, part): predicted / measured - 1 for case, rank, part, predicted, measured in rows}
+    assert max(map(abs, off.values())) <= TOLERANCE, off
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_process(name: str, single_process) -> None:
+    assert_near(compare(name, [measure(recipe_of(CASES[name], WIDTH), single_process)], WIDTH))
+
+
+def test_the_frozen_trunk(single_process) -> None:
+    config = recipe_of(Case(1, ParallelConfig()), WIDTH)
+    frozen = replace(
+        config, loss=LossConfig(objective="adaptive_gate"), checkpoint=replace(config.checkpoint, initial="unused")
+    )
+    measured, predicted = measure(frozen, single_process), asdict(rank_memory(candidate_of(frozen, 1), 0))
+    for part in PARTS:
+        assert predicted[part] == pytest.approx(measured[part], rel=0.1), part
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    output = tmp_path / "measured.json"
+    run_ranks(2, plan_check.worker, (output, TOGETHER, WIDTH), tmp_path / "log.txt")
+    measured = json.loads(output.read_text())
+    assert list(measured) == TOGETHER
+    for name in TOGETHER:
+        assert_near(compare(name, measured[name], WIDTH))
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "alone, full, MLA"
+    plan_check.main(["--only", name])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    assert [row.split()[4] for row in rows] == [*PARTS]
+    off = {name: [dict.fromkeys(PARTS, 1)]}
+    monkeypatch.setattr(plan_check, "launch", lambda ranks, names: off)
+    with pytest.raises(SystemExit, match="1"):
+        plan_check.main(["--only", name])
