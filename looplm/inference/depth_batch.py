@@ -68,7 +68,7 @@ class DepthBatch:
 
     def __init__(self, model: LoopLM, stack: LoopedStack, rule: ExitRule, mode: CacheMode, rows: int) -> None:
         self._stack, self._rule = stack, rule
-        self.cache = KVCache(stack.shape, mode, rows, rule.max_depth, stack.dtype, stack.device)
+        self.cache = KVCache(stack.model_config, mode, rows, rule.max_depth, stack.dtype, stack.device)
         self._gate = ExitGateReader(model.gate, stack.model_config.num_loops, rows)
         self.meter = ExitMeter(rule, self._gate, stack.head)
         self.runs_on = mode == "per_loop"

@@ -63,12 +63,12 @@ class Prefill:
         self._h_SND = stack.embed(ids_NS.to(device).t())
         self._turn_SN1K = stack.turns(torch.arange(longest, device=device), longest).unsqueeze(1)
         self._length_N = torch.tensor(self.lengths, device=device)
-        self.cache = KVCache(stack.shape, mode, rows, rule.max_depth, stack.dtype, device, block=longest)
+        self.cache = KVCache(stack.model_config, mode, rows, rule.max_depth, stack.dtype, device, block=longest)
         self.cache.reserve(longest)
         # Pieces see each other as in their own loop, which mean and first do not keep.
         self._own = self.cache
         if mode in ("mean", "first") and self._width < longest:
-            self._own = KVCache(stack.shape, "last", rows, 1, stack.dtype, device, block=longest)
+            self._own = KVCache(stack.model_config, "last", rows, 1, stack.dtype, device, block=longest)
             self._own.reserve(longest)
         self.gate = ExitGateReader(model.gate, stack.model_config.num_loops, rows)
         self.gate.begin(rows, longest if self.gate.sequence_level else 1)

@@ -55,7 +55,7 @@ class Speculation:
     ) -> None:
         self._stack, self._depth, self._draft_depth, self._length = stack, depth, draft_depth, length
         self._sampler = sampler
-        self.cache = KVCache(stack.shape, "per_loop", rows, depth, stack.dtype, stack.device)
+        self.cache = KVCache(stack.model_config, "per_loop", rows, depth, stack.dtype, stack.device)
         self._next = [0] * rows  # position of each row's next token
         self._ids: dict[int, int] = {}  # the token that each row goes on from
 
