@@ -41,8 +41,8 @@ from pretrain.data import Batch
 from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import Stepper
 from tools.bench.memory import saved_bytes
-from tools.planning.candidate import Candidate
 from tools.planning.memory import Memory, rank_memory
+from tools.planning.planned_run import PlannedRun
 
 TOLERANCE = 0.03
 TIMEOUT_S = 600
@@ -121,9 +121,9 @@ def recipe_of(case: Case, width: int = 256) -> RunConfig:
     return replace(config, **{key: replace(getattr(config, key), **values) for key, values in case.sections.items()})
 
 
-def candidate_of(config: RunConfig, ranks: int) -> Candidate:
+def candidate_of(config: RunConfig, ranks: int) -> PlannedRun:
     """The case as the planner sees it, with a CPU's composed norms."""
-    return Candidate(config, ranks // config.parallel.model_ranks, fused_norms=False)
+    return PlannedRun(config, ranks // config.parallel.model_ranks, fused_norms=False)
 
 
 def measure(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:

@@ -26,11 +26,11 @@ from tools.plan import PlanConfig, main
 from tools.planning import communication, schedule
 from tools.planning.activations import in_flight, peak_activation_bytes
 from tools.planning.budget import budget_of, days
-from tools.planning.candidate import Candidate
 from tools.planning.estimate import estimate, pass_time, step_time
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
 from tools.planning.hardware import GIB, GPUS, LATENCY_S, Assumptions, Cluster
 from tools.planning.layouts import find_layouts
+from tools.planning.planned_run import PlannedRun
 from tools.planning.search import rank_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,8 +60,8 @@ def recipe(model: ModelConfig = MLA, **sections: Any) -> RunConfig:
     return replace(config, **{key: replace(getattr(config, key), **values) for key, values in sections.items()})
 
 
-def candidate(replicas: int = 1, model: ModelConfig = MLA, **sections: Any) -> Candidate:
-    return Candidate(recipe(model, **sections), replicas)
+def candidate(replicas: int = 1, model: ModelConfig = MLA, **sections: Any) -> PlannedRun:
+    return PlannedRun(recipe(model, **sections), replicas)
 
 
 def cluster(gpus: int = 8, **changes: Any) -> Cluster:
@@ -218,7 +218,7 @@ def test_the_budget_follows_the_growing_batch() -> None:
     budget = budget_of(grown)
     assert budget.tokens == BatchSchedule(grown.data, 1).samples_of(12) * 1024
     assert sum(budget.steps.values()) == 12 and set(budget.steps) == {16, 32, 48, 64}
-    one, on = Candidate(grown, 4), cluster(4)
+    one, on = PlannedRun(grown, 4), cluster(4)
     by_hand = sum(count * step_time(one, on, size).total for size, count in budget.steps.items()) / 86400
     assert days(one, on, budget) == pytest.approx(by_hand)
 
@@ -232,7 +232,7 @@ def test_ouro_by_hand() -> None:
     flops = training_flops_per_token(model, gate, 4096, 8)
     attention = 6 * 8 * 24 * 16 * (128 + 128) * 4096 / 2
     assert flops == pytest.approx(6 * 8 * weights + attention, rel=1e-3)
-    one = Candidate(replace(plan.recipe, data=replace(plan.data, rampup=None, micro_batch_size=1)), 512)
+    one = PlannedRun(replace(plan.recipe, data=replace(plan.data, rampup=None, micro_batch_size=1)), 512)
     found, budget = estimate(one, plan.cluster), budget_of(one.config)
     seconds = budget.tokens * flops / (512 * 989e12 * found.utilisation(plan.cluster))
     assert days(one, plan.cluster, budget) == pytest.approx(seconds / 86400)

@@ -9,13 +9,13 @@ backward; under a pipeline, those that its schedule has in flight.
 """
 
 from looplm.config import ModelConfig
-from tools.planning.candidate import Candidate
+from tools.planning.planned_run import PlannedRun
 
 FP32 = 4
 INDEX = 8
 
 
-def peak_activation_bytes(candidate: Candidate, rank: int) -> float:
+def peak_activation_bytes(candidate: PlannedRun, rank: int) -> float:
     """The most that pipeline rank ``rank`` keeps at a time, what backward makes again included."""
     config, mode = candidate.config, candidate.config.parallel.recompute
     passes, last = in_flight(candidate, rank), candidate.is_last(rank)
@@ -39,7 +39,7 @@ def peak_activation_bytes(candidate: Candidate, rank: int) -> float:
     return passes * (kept + losses) + masks + deepest + max(0.0, again - gone)
 
 
-def in_flight(candidate: Candidate, rank: int) -> int:
+def in_flight(candidate: PlannedRun, rank: int) -> int:
     """Passes whose activations a rank keeps at the same time.
 
     Megatron's interleaved 1F1B starts with 2 (P - 1 - rank) + (R - 1) P forward passes and then alternates.
@@ -50,7 +50,7 @@ def in_flight(candidate: Candidate, rank: int) -> int:
     return min(loops * candidate.micro_batches, 2 * (ranks - 1 - rank) + (loops - 1) * ranks + 1)
 
 
-def layer_bytes(candidate: Candidate) -> float:
+def layer_bytes(candidate: PlannedRun) -> float:
     """One layer, one pass."""
     model, e, tensor = candidate.config.model, candidate.number_bytes, candidate.config.parallel.tensor
     d = model.hidden_size
@@ -61,13 +61,13 @@ def layer_bytes(candidate: Candidate) -> float:
     return norms + inputs + feed_forward + _attention(candidate) + _rotary(candidate)
 
 
-def _norm(candidate: Candidate, width: int) -> float:
+def _norm(candidate: PlannedRun, width: int) -> float:
     """RMSNorm over ``width`` numbers: its input and 1 / rms; composed of several kernels, input and result in fp32."""
     kept = width * candidate.number_bytes if candidate.fused_norms else 2 * width * FP32
     return candidate.shard_tokens * (kept + FP32)
 
 
-def _attention(candidate: Candidate) -> float:
+def _attention(candidate: PlannedRun) -> float:
     """Between the input of the first projection and the output of the last."""
     layout, e = candidate.config.parallel, candidate.number_bytes
     queries, keys, values = _head_widths(candidate.config.model)
@@ -99,7 +99,7 @@ def _head_widths(model: ModelConfig) -> tuple[tuple[int, int], tuple[int, int], 
     return (width, heads), (width, heads), (model.v_head_dim, heads)
 
 
-def _latents(candidate: Candidate) -> float:
+def _latents(candidate: PlannedRun) -> float:
     """MLA's latents: each is normalised, and is the input of an up-projection."""
     model, e = candidate.config.model, candidate.number_bytes
     if model.attention == "mha":
@@ -111,14 +111,14 @@ def _latents(candidate: Candidate) -> float:
     return kept + (candidate.shard_tokens * model.qk_rope_head_dim * e if shared else 0.0)
 
 
-def _rotary(candidate: Candidate) -> float:
+def _rotary(candidate: PlannedRun) -> float:
     """Cosines and sines, for queries and for keys; the same for all sequences of a micro-batch."""
     model, data = candidate.config.model, candidate.config.data
     width = model.qk_rope_head_dim if model.attention == "mla" else model.attention_head_dim
     return 4 * data.seq_length / candidate.config.parallel.context * width * candidate.number_bytes
 
 
-def mask_bytes(candidate: Candidate) -> float:
+def mask_bytes(candidate: PlannedRun) -> float:
     """The additive document mask, [B, 1, S, T]; the layers share it, and without a pipeline the loops too. Of a pipeline's
     passes each has its own, which recompute=loop makes again instead of keeping it."""
     config, data = candidate.config, candidate.config.data
@@ -127,7 +127,7 @@ def mask_bytes(candidate: Candidate) -> float:
     return candidate.tokens * data.seq_length * candidate.number_bytes
 
 
-def _losses(candidate: Candidate) -> float:
+def _losses(candidate: PlannedRun) -> float:
     """After a loop: what the chunked cross-entropy keeps, the kept logits if there are any, and the gate."""
     config, e = candidate.config, candidate.number_bytes
     layout, loss, d = config.parallel, config.loss, config.model.hidden_size
@@ -138,7 +138,7 @@ def _losses(candidate: Candidate) -> float:
     return labels + logits + hidden + _gate(candidate)
 
 
-def _shares_hidden(candidate: Candidate) -> bool:
+def _shares_hidden(candidate: PlannedRun) -> bool:
     """Whether the head's input is the very tensor that the next loop keeps."""
     layout = candidate.config.parallel
     if layout.pipeline > 1:
@@ -146,7 +146,7 @@ def _shares_hidden(candidate: Candidate) -> bool:
     return candidate.fused_norms or candidate.number_bytes == FP32 or layout.recompute in ("full", "loop")
 
 
-def _deepest(candidate: Candidate) -> float:
+def _deepest(candidate: PlannedRun) -> float:
     """The hidden state after the last loop, which no next loop keeps; the gate reads it, and without TP the head too."""
     config = candidate.config
     if not _shares_hidden(candidate) or (config.parallel.sequence_parallel and candidate.number_bytes != FP32):
@@ -154,7 +154,7 @@ def _deepest(candidate: Candidate) -> float:
     return candidate.shard_tokens * config.model.hidden_size * candidate.number_bytes
 
 
-def _gate(candidate: Candidate) -> float:
+def _gate(candidate: PlannedRun) -> float:
     """After a loop: the hidden state in fp32, where it is not already, and what the GRU cell keeps of its state."""
     config, layout = candidate.config, candidate.config.parallel
     kept_anyway = not candidate.frozen and not (layout.pipeline > 1 and layout.sequence_parallel)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from looplm.config import RunConfig
 from pretrain.data import BatchSchedule
-from tools.planning.candidate import Candidate
 from tools.planning.estimate import step_time
 from tools.planning.hardware import Cluster
+from tools.planning.planned_run import PlannedRun
 
 DAY_S = 86400
 
@@ -29,6 +29,6 @@ def budget_of(recipe: RunConfig) -> Budget:
     return Budget(steps, consumed * recipe.data.seq_length)
 
 
-def days(candidate: Candidate, cluster: Cluster, budget: Budget) -> float:
+def days(candidate: PlannedRun, cluster: Cluster, budget: Budget) -> float:
     """Of pure training: no validation, checkpoint, failure or queue."""
     return sum(count * step_time(candidate, cluster, size).total for size, count in budget.steps.items()) / DAY_S

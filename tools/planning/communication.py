@@ -15,9 +15,9 @@ Kinds and where they hide:
 
 from dataclasses import dataclass
 
-from tools.planning.candidate import Candidate
 from tools.planning.hardware import LATENCY_S, Cluster
 from tools.planning.memory import gradient_bytes
+from tools.planning.planned_run import PlannedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def _ring(cluster: Cluster, ranks: int, stride: int, size: float, operations: fl
     return Traffic(bytes=moved, seconds=moved / cluster.link_bytes_per_s(ranks, stride) + operations * LATENCY_S)
 
 
-def tensor_traffic(candidate: Candidate, rank: int, cluster: Cluster, backward: bool) -> Traffic:
+def tensor_traffic(candidate: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> Traffic:
     """Of one pass, forward or backward (which includes forward again where it is made again)."""
     config = candidate.config
     layout, model = config.parallel, config.model
@@ -65,7 +65,7 @@ def tensor_traffic(candidate: Candidate, rank: int, cluster: Cluster, backward: 
     return forward + (_ring(cluster, layout.tensor, 1, layers, operations) if again else Traffic())
 
 
-def context_traffic(candidate: Candidate, rank: int, cluster: Cluster, backward: bool) -> Traffic:
+def context_traffic(candidate: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> Traffic:
     """Of one pass: keys and values of all positions, as heads."""
     layout, model = candidate.config.parallel, candidate.config.model
     if layout.context == 1 or (backward and candidate.frozen):
@@ -80,7 +80,7 @@ def context_traffic(candidate: Candidate, rank: int, cluster: Cluster, backward:
     return _ring(cluster, layout.context, layout.tensor, size, layers).times(times)
 
 
-def pipeline_message(candidate: Candidate, cluster: Cluster) -> Traffic:
+def pipeline_message(candidate: PlannedRun, cluster: Cluster) -> Traffic:
     """One hidden state to a neighbour."""
     layout = candidate.config.parallel
     if layout.pipeline == 1:
@@ -92,7 +92,7 @@ def pipeline_message(candidate: Candidate, cluster: Cluster) -> Traffic:
     return Traffic(bytes=size, seconds=size / cluster.link_bytes_per_s(layout.pipeline, stride) + LATENCY_S)
 
 
-def gradient_traffic(candidate: Candidate, rank: int, cluster: Cluster) -> Traffic:
+def gradient_traffic(candidate: PlannedRun, rank: int, cluster: Cluster) -> Traffic:
     """Of one step: gradients reduced over the ranks that hold the same weights, to shares or to all."""
     layout = candidate.config.parallel
     ranks = candidate.replicas * layout.context
@@ -101,7 +101,7 @@ def gradient_traffic(candidate: Candidate, rank: int, cluster: Cluster) -> Traff
     return _ring(cluster, ranks, layout.tensor, way * size, way)
 
 
-def weight_traffic(candidate: Candidate, rank: int, cluster: Cluster) -> Traffic:
+def weight_traffic(candidate: PlannedRun, rank: int, cluster: Cluster) -> Traffic:
     """Of one step: with the distributed optimizer, weights gathered from the shares."""
     layout = candidate.config.parallel
     if not layout.distributed_optimizer:

@@ -10,7 +10,6 @@ from math import ceil
 from typing import Any
 
 from tools.planning.activations import layer_bytes
-from tools.planning.candidate import Candidate
 from tools.planning.communication import (
     context_traffic,
     gradient_traffic,
@@ -21,6 +20,7 @@ from tools.planning.communication import (
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
 from tools.planning.hardware import ADAM_BYTES, LOGIT_BYTES, Cluster
 from tools.planning.memory import FP32, Memory, fullest_rank, optimizer_shards
+from tools.planning.planned_run import PlannedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Estimate:
         sent: bytes that the busiest rank moves in a step, by kind.
     """
 
-    candidate: Candidate
+    candidate: PlannedRun
     time: StepTime
     memory: Memory
     fullest: int
@@ -121,7 +121,7 @@ class Estimate:
         }
 
 
-def pass_time(candidate: Candidate, rank: int, cluster: Cluster, backward: bool) -> PassTime:
+def pass_time(candidate: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> PassTime:
     """One pass forward or backward, with what backward makes again."""
     assume, peak = cluster.assume, cluster.gpu.bf16_tflops * 1e12
     flops = (backward_flops if backward else forward_flops)(candidate, rank)
@@ -135,7 +135,7 @@ def pass_time(candidate: Candidate, rank: int, cluster: Cluster, backward: bool)
     )
 
 
-def _traffic_bytes(candidate: Candidate, rank: int, traffic: float, backward: bool) -> float:
+def _traffic_bytes(candidate: PlannedRun, rank: int, traffic: float, backward: bool) -> float:
     """Of memory: what a layer saves, several times, and the logits; in backward the head's gradient once a chunk."""
     config = candidate.config
     forward = candidate.stages()[rank] * layer_bytes(candidate) * traffic / 3
@@ -155,7 +155,7 @@ def _traffic_bytes(candidate: Candidate, rank: int, traffic: float, backward: bo
     return layers + 2 * logits + gradient
 
 
-def step_time(candidate: Candidate, cluster: Cluster, batch: int) -> StepTime:
+def step_time(candidate: PlannedRun, cluster: Cluster, batch: int) -> StepTime:
     """Of a step of ``batch`` samples."""
     config = candidate.config
     layout, loops, micro_batches = config.parallel, config.model.num_loops, candidate.micro_batches_of(batch)
@@ -180,7 +180,7 @@ def step_time(candidate: Candidate, cluster: Cluster, batch: int) -> StepTime:
     )
 
 
-def estimate(candidate: Candidate, cluster: Cluster) -> Estimate:
+def estimate(candidate: PlannedRun, cluster: Cluster) -> Estimate:
     """Time and memory of a candidate at its full batch."""
     fullest, memory = fullest_rank(candidate)
     return Estimate(
@@ -192,7 +192,7 @@ def estimate(candidate: Candidate, cluster: Cluster) -> Estimate:
     )
 
 
-def sent_bytes(candidate: Candidate, cluster: Cluster) -> dict[str, float]:
+def sent_bytes(candidate: PlannedRun, cluster: Cluster) -> dict[str, float]:
     """Bytes that a rank of the last pipeline stage moves in a step, by kind."""
     config = candidate.config
     rank, passes = config.parallel.pipeline - 1, config.model.num_loops * candidate.micro_batches

@@ -5,7 +5,7 @@ from functools import cache
 
 from looplm.accounting import forward_flops_per_token, parameter_counts, training_flops_per_token
 from looplm.config import GateConfig, ModelConfig
-from tools.planning.candidate import Candidate
+from tools.planning.planned_run import PlannedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Flops:
         return self.layers + self.attention + self.head
 
 
-def forward_flops(candidate: Candidate, rank: int) -> Flops:
+def forward_flops(candidate: PlannedRun, rank: int) -> Flops:
     """Of one pass, forward: :func:`looplm.accounting.forward_flops_per_token`, split by part and over the ranks."""
     config = candidate.config
     layer, scores, head = _per_token(config.model, config.gate, config.data.seq_length)
@@ -61,7 +61,7 @@ def _per_token(model: ModelConfig, gate: GateConfig, seq_length: int) -> tuple[f
     return layer, of(1, seq_length) - of(1, 0), of(1, 0) - layer
 
 
-def _computed_scores(candidate: Candidate) -> float:
+def _computed_scores(candidate: PlannedRun) -> float:
     """Scores that the kernel computes, in units of the causal half: an additive document mask hides from it that the rest
     is masked. A context-parallel rank's two runs end at their last position, and leave most of the rest out. A kernel that
     is told where documents begin computes less still: how much, the data decide."""
@@ -72,7 +72,7 @@ def _computed_scores(candidate: Candidate) -> float:
     return 2.0 if context == 1 else 1 + 1 / (2 * context)
 
 
-def backward_flops(candidate: Candidate, rank: int) -> Flops:
+def backward_flops(candidate: PlannedRun, rank: int) -> Flops:
     """Of one pass, backward: twice the forward, and what is made again.
 
     ``full`` and ``loop`` make the layers again, ``selective`` attention's core; loss.head_recompute the logits.
@@ -92,12 +92,12 @@ def backward_flops(candidate: Candidate, rank: int) -> Flops:
     return forward.times(2) + again
 
 
-def _gate_flops(candidate: Candidate) -> float:
+def _gate_flops(candidate: PlannedRun) -> float:
     gate = parameter_counts(candidate.config.model, candidate.config.gate)["gate"]
     return 2.0 * gate * candidate.tokens / candidate.config.parallel.tensor
 
 
-def model_flops_per_token(candidate: Candidate) -> float:
+def model_flops_per_token(candidate: PlannedRun) -> float:
     """What the model asks for, whatever is made again: the numerator of model FLOPs utilisation."""
     config = candidate.config
     return training_flops_per_token(

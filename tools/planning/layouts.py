@@ -9,7 +9,7 @@ from typing import get_args
 from looplm.cli import UserError, require
 from looplm.config import ParallelConfig, Recompute, RunConfig
 from pretrain.data import BatchSchedule
-from tools.planning.candidate import Candidate
+from tools.planning.planned_run import PlannedRun
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 LEAST_POSITIONS = 512  # of a context-parallel rank: shorter parts starve a GPU
@@ -25,7 +25,7 @@ class Found:
         reasons: one refusal of each key, in its own words.
     """
 
-    legal: list[Candidate] = field(default_factory=list)
+    legal: list[PlannedRun] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -62,11 +62,11 @@ def find_layouts(recipe: RunConfig, gpus: int, node: int) -> Found:
             except UserError as error:
                 found.refuse(error, len(variants))
                 continue
-            found.legal += [Candidate(replace(config, parallel=variant), replicas) for variant in variants]
+            found.legal += [PlannedRun(replace(config, parallel=variant), replicas) for variant in variants]
     return found
 
 
-def as_it_stands(recipe: RunConfig, gpus: int) -> Candidate:
+def as_it_stands(recipe: RunConfig, gpus: int) -> PlannedRun:
     """The recipe in the layout that it names itself.
 
     Raises:
@@ -75,7 +75,7 @@ def as_it_stands(recipe: RunConfig, gpus: int) -> Candidate:
     layout = recipe.parallel
     replicas, rest = divmod(gpus, layout.model_ranks)
     require(rest == 0, "parallel.tensor x pipeline x context", layout.model_ranks, f"it must divide the number of ranks, {gpus}")  # fmt: skip
-    return Candidate(_checked(recipe, layout, recipe.data.micro_batch_size, replicas), replicas)
+    return PlannedRun(_checked(recipe, layout, recipe.data.micro_batch_size, replicas), replicas)
 
 
 def _divisions(recipe: RunConfig, gpus: int, node: int) -> Iterator[tuple[int, int, int]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from looplm.accounting import optimizer_bytes
 from tools.planning.activations import FP32, in_flight, peak_activation_bytes
-from tools.planning.candidate import Candidate
+from tools.planning.planned_run import PlannedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def rank_memory(candidate: Candidate, rank: int) -> Memory:
+def rank_memory(candidate: PlannedRun, rank: int) -> Memory:
     """Of a pipeline rank; tensor-parallel ranks, context-parallel ranks and replicas are alike."""
     e, trained = candidate.number_bytes, candidate.trained(rank)
     return Memory(
@@ -43,7 +43,7 @@ def rank_memory(candidate: Candidate, rank: int) -> Memory:
     )
 
 
-def fullest_rank(candidate: Candidate) -> tuple[int, Memory]:
+def fullest_rank(candidate: PlannedRun) -> tuple[int, Memory]:
     """The pipeline rank that holds most, and what."""
     ranks = range(candidate.config.parallel.pipeline)
     memories = {rank: rank_memory(candidate, rank) for rank in ranks}
@@ -51,19 +51,19 @@ def fullest_rank(candidate: Candidate) -> tuple[int, Memory]:
     return fullest, memories[fullest]
 
 
-def gradient_bytes(candidate: Candidate) -> int:
+def gradient_bytes(candidate: PlannedRun) -> int:
     """Of one parameter, in the buffer that data parallelism reduces."""
     return FP32 if candidate.config.parallel.accumulate_fp32 else candidate.number_bytes
 
 
-def optimizer_shards(candidate: Candidate) -> int:
+def optimizer_shards(candidate: PlannedRun) -> int:
     """Ranks that share the optimizer's state: the replicas and, since they hold the same weights, context parallelism's
     (ZeRO's first stage: Rajbhandari et al. 2020, arXiv 1910.02054)."""
     layout = candidate.config.parallel
     return candidate.replicas * layout.context if layout.distributed_optimizer else 1
 
 
-def _working(candidate: Candidate, rank: int) -> float:
+def _working(candidate: PlannedRun, rank: int) -> float:
     """What autograd does not keep, and what is there all the same when the activations are at their peak."""
     config, e = candidate.config, candidate.number_bytes
     layout, loss, model = config.parallel, config.loss, config.model

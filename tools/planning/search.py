@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 from looplm.cli import UserError
 from looplm.config import RunConfig
-from tools.planning.candidate import Candidate
 from tools.planning.estimate import Estimate, estimate
 from tools.planning.hardware import GIB, GPUS, Cluster
 from tools.planning.layouts import Found, find_layouts
 from tools.planning.memory import fullest_rank
+from tools.planning.planned_run import PlannedRun
 
 MOST_GPUS = 1 << 14
 
@@ -51,7 +51,7 @@ def rank_layouts(recipe: RunConfig, cluster: Cluster) -> Ranking:
     return Ranking(fitting=estimates, found=found)
 
 
-def _fits(candidate: Candidate, cluster: Cluster) -> bool:
+def _fits(candidate: PlannedRun, cluster: Cluster) -> bool:
     return fullest_rank(candidate)[1].total <= cluster.usable_bytes
 
 

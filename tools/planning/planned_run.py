@@ -7,7 +7,7 @@ from looplm.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlannedRun:
     """A recipe in one layout.
 
     Args:
