@@ -1,0 +1,73 @@
+"""Checkpoints and exports made at revision 4ac3b61 (0.1.0) open, compute the same numbers, and can be trained on.
+
+``fixtures/made_at_4ac3b61.tar.xz`` holds two runs of three steps (``mla`` with the LRU gate and its sequence signal,
+``mha`` with the linear gate), their exports, their corpus, the gate logits and hidden states that the old code computed,
+and ``make.py``, the script that made it all.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from looplm import checkpoint
+from looplm.checkpoint import OpenedModel
+from pretrain.train import main as train
+from tests.support.tiny import train_rows
+from tools.convert_hf import main as convert
+
+ARCHIVE = Path(__file__).parent / "fixtures" / "made_at_4ac3b61.tar.xz"
+KINDS = ("mla", "mha")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def assert_same_numbers(opened: OpenedModel, expected: Path) -> None:
+    values = json.loads(expected.read_text())
+    with torch.no_grad():
+        output = opened.model(torch.tensor(values["ids"]))
+    torch.testing.assert_close(output.gate_logit_RSB, torch.tensor(values["gate_logit"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.hidden[-1], torch.tensor(values["hidden_last"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_checkpoint_opens_and_computes_the_same(kind, made, single_process):
+    opened = checkpoint.open_model(str(made / kind), single_process)
+    assert_same_numbers(opened, made / f"{kind}.json")
+    assert opened.about.step == 3 and opened.about.objective == "entropy_regularised"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_run_is_resumed(kind, made, tmp_path, job_goes_on):
+    config = str(made / kind / "config.yaml")
+    corpus = made / "corpus"
+    arguments = ["--config", config, "--output_dir", str(made / kind), "--optim.train_steps", "5"]
+    arguments += [f'--data.train=[{{prefix: "{corpus}/train"}}]', f'--data.valid=[{{prefix: "{corpus}/valid"}}]']
+    train(arguments)
+    assert [row["step"] for row in train_rows(made / kind)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_export_is_imported_and_loads_with_the_code_it_carries(
+    kind, made, tmp_path, single_process, job_goes_on
+):
+    export, imported = made / f"export_{kind}", tmp_path / "imported"
+    convert(["import", "--input", str(export), "--output", str(imported)])
+    assert_same_numbers(checkpoint.open_model(str(imported), single_process), made / f"{kind}.json")
+    if kind == "mha":
+        return  # Ouro's layout: its code is on a hub
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32)
+    opened = checkpoint.open_model(str(imported), single_process)
+    ids_BS = torch.tensor(json.loads((made / "mla.json").read_text())["ids"])
+    with torch.no_grad():
+        logits_BSV = opened.model(ids_BS).hidden[-1].transpose(0, 1) @ opened.model.head_weight().t()
+        torch.testing.assert_close(model(ids_BS).logits, logits_BSV, rtol=1e-5, atol=1e-5)
