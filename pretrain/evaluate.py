@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     config = parse_config(EvaluateConfig, argv, prog="python -m pretrain.evaluate", description=str(__doc__))
     found = step_folder.locate(config.checkpoint)
     run = _validation_run(config, found)
-    corpus, about = check_corpus(run), checkpoint.read_about(found)
+    corpus, about = check_corpus(run.data, run.model.vocab_size), checkpoint.read_about(found)
     _check_decoding(config, run, about.gate_trained)
     if corpus.tokenizer_sha256 != about.tokenizer_sha256:
         raise UserError(
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
 
 def _validation_run(config: EvaluateConfig, found: Path) -> RunConfig:
     """The run that made the checkpoint, or a plain one of its shape, reading ``samples`` validation sequences."""
-    trained, shape = checkpoint.read_config(found), checkpoint.read_shape(found)
+    trained, shape = checkpoint.read_config(found), checkpoint.read_model(found)
     valid = (DataSource(prefix=config.valid),) if config.valid else trained.data.valid if trained else ()
     if not valid:
         raise UserError("valid: the checkpoint was made without data.valid; name a prefix with --valid")

@@ -19,7 +19,7 @@ import torch
 from looplm import checkpoint
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.huggingface.companions import shared_ids
+from looplm.huggingface.companion_files import names_sharing_an_id
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
 from looplm.huggingface.inventory import inspect
 from looplm.megatron import process_groups
@@ -103,7 +103,7 @@ def _import(argv: list[str]) -> None:
         left = import_source(source, Path(config.output), groups)
     finally:
         process_groups.stop()
-    shared = shared_ids(source.described.ids)
+    shared = names_sharing_an_id(source.described.ids)
     if shared:
         _warn(
             f"{' and '.join(shared)} are one token; data made with this tokenizer need tokens of their own (--pad_token)"
@@ -117,7 +117,7 @@ def _export(argv: list[str]) -> None:
     config = parse_config(ExportConfig, argv, prog="python -m tools.convert_hf export", description=str(__doc__))
     _refuse_existing(config.output)
     found = step_folder.locate(config.checkpoint)
-    layout = choose_layout(config.layout, checkpoint.read_shape(found))
+    layout = choose_layout(config.layout, checkpoint.read_model(found))
     groups = process_groups.start(seed=0)
     try:
         opened = checkpoint.open_model(str(found), groups, dtype=None)

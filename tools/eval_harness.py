@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
     """``python -m tools.eval_harness --checkpoint DIR --tasks NAME,...``"""
     config = parse_config(HarnessConfig, argv, prog="python -m tools.eval_harness", description=str(__doc__))
     found = step_folder.locate(config.checkpoint)
-    about, shape = checkpoint.read_about(found), checkpoint.read_shape(found)
+    about, shape = checkpoint.read_about(found), checkpoint.read_model(found)
     config.generation().exit_rule(shape.model.num_loops, about.gate_trained)  # refused before tasks are looked for
     tasks = find_tasks(config)
     groups = process_groups.start(seed=0)

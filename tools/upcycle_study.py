@@ -20,11 +20,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from looplm.checkpoint import COMPANIONS, step_folder
+from looplm.checkpoint import COMPANION_FOLDER, step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
-from looplm.huggingface.companions import TOKENIZER
+from looplm.huggingface.companion_files import TOKENIZER
 from looplm.megatron import process_groups
 from pretrain import train as pretrain
 from pretrain.data import Batch, check_corpus
@@ -140,7 +140,7 @@ def train_sources(config: StudyConfig, run: RunConfig, folder: Path) -> None:
     for name, recipe in recipes.items():
         pretrain.main([*recipe, "--output_dir", str(folder / name), *layers])
     if not (folder / "llama").exists():
-        partial, corpus = step_folder.aside(folder / "llama"), check_corpus(run)
+        partial, corpus = step_folder.create_partial(folder / "llama"), check_corpus(run.data, run.model.vocab_size)
         torch.manual_seed(run.seed)
         LlamaForCausalLM(
             LlamaConfig(
@@ -157,7 +157,7 @@ def train_sources(config: StudyConfig, run: RunConfig, folder: Path) -> None:
             )
         ).save_pretrained(partial)
         shutil.copyfile(corpus.tokenizer, partial / TOKENIZER)
-        step_folder.settle(partial, folder / "llama")
+        step_folder.move_into_place(partial, folder / "llama")
 
 
 def make(name: str, case: Case, config: StudyConfig, run: RunConfig, folder: Path) -> Result:
@@ -171,12 +171,12 @@ def make(name: str, case: Case, config: StudyConfig, run: RunConfig, folder: Pat
         upcycle.main([case.kind, given, str(source), "--output", str(start), *case.arguments, *measured])
     train_on(case, config, run, start, goes_on)
     steps = sorted(step_folder.steps_in(goes_on / "checkpoints"))
-    record = json.loads((start / COMPANIONS / RECORD).read_text())[-1]
+    record = json.loads((start / COMPANION_FOLDER / RECORD).read_text())[-1]
     before, after = record["before"], record["after"]
     groups = process_groups.start(run.seed)
     try:
         sample = Sample(held_out, config.samples, run.data.seq_length)
-        batches = sample.read(run.model, check_corpus(run).tokenizer_sha256, groups)
+        batches = sample.read(run.model, check_corpus(run.data, run.model.vocab_size).tokenizer_sha256, groups)
         curve = [last_loss(str(step), batches, groups) for step in steps]
         within = logit_difference(source, start, batches[0], groups) if case.exact else None
     finally:

@@ -42,7 +42,7 @@ from looplm.files import sha256_of, write_whole
 from looplm.megatron import device, process_groups
 from looplm.model import EXTRA_STATE, LoopLM
 
-COMPANIONS = "companions"
+COMPANION_FOLDER = "companions"
 WEIGHTS_ONLY = "weights"  # in place of an objective, where no run has made the checkpoint
 
 # What may change between a checkpoint and the run that starts from it; everything else shapes the weights.
@@ -70,7 +70,7 @@ class About:
     optimizer_step: int | None = None
 
     @classmethod
-    def of_weights(
+    def for_weights(
         cls,
         tokenizer: Path,
         eos_id: int,
@@ -98,12 +98,12 @@ class About:
         )
 
     @property
-    def steps_of_optimizer(self) -> int:
+    def adam_steps(self) -> int:
         """Steps that Adam's moments are made of: more than this run's where it took them over from another."""
         return self.step if self.optimizer_step is None else self.optimizer_step
 
 
-class Trained(NamedTuple):
+class TrainingState(NamedTuple):
     """The parts whose state a checkpoint holds."""
 
     model: LoopLM
@@ -121,7 +121,7 @@ class OpenedModel(NamedTuple):
     folder: Path
 
 
-class Shape(NamedTuple):
+class ModelDescription(NamedTuple):
     """What shapes a checkpoint's weights, and what they mean."""
 
     model: ModelConfig
@@ -130,7 +130,7 @@ class Shape(NamedTuple):
 
 def save(
     folder: Path,
-    trained: Trained,
+    trained: TrainingState,
     config: RunConfig,
     about: About,
     tokenizer: Path,
@@ -174,7 +174,7 @@ def save_weights(
 def _write(
     final: Path, state: dict[str, Any], config: dict[str, Any], about: About, tokenizer: Path, companions: Path | None
 ) -> None:
-    partial = [step_folder.aside(final) if process_groups.is_rank_0() else None]
+    partial = [step_folder.create_partial(final) if process_groups.is_rank_0() else None]
     dist.broadcast_object_list(partial, src=0)
     assert partial[0] is not None
     folder = partial[0]
@@ -189,12 +189,12 @@ def _write(
         write_whole(folder / "about.json", json.dumps(dataclasses.asdict(about), indent=1))
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         if companions is not None and companions.is_dir():
-            shutil.copytree(companions, folder / COMPANIONS)
+            shutil.copytree(companions, folder / COMPANION_FOLDER)
         step_folder.publish(folder, final)
     dist.barrier()
 
 
-def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str], None]) -> About | None:
+def resume(folder: Path, trained: TrainingState, config: RunConfig, say: Callable[[str], None]) -> About | None:
     """Load the newest whole checkpoint of ``folder`` into ``trained``; None when there is none.
 
     Raises:
@@ -215,7 +215,7 @@ def resume(folder: Path, trained: Trained, config: RunConfig, say: Callable[[str
     return about
 
 
-def load_run(step: Path, trained: Trained) -> None:
+def load_run(step: Path, trained: TrainingState) -> None:
     """A run's whole state, from one of its step directories into parts of the same shape."""
     wanted = _state(trained, is_loading=True)
     state, absent, unread = dist_checkpointing.load(wanted, str(step / "state"), strict=StrictHandling.RETURN_ALL)
@@ -225,13 +225,13 @@ def load_run(step: Path, trained: Trained) -> None:
     if different:
         raise UserError(f"{step}: not of this run: only one of the two has {', '.join(different)}")
     trained.model.load_state_dict(state["model"])
-    steps = read_about(step).steps_of_optimizer
+    steps = read_about(step).adam_steps
     optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], steps)
     trained.scheduler.load_state_dict(state["scheduler"])
     device.set_rng_state(state["rng"])
 
 
-def load_optimizer(step: Path, trained: Trained, config: RunConfig) -> None:
+def load_optimizer(step: Path, trained: TrainingState, config: RunConfig) -> None:
     """The optimizer's state alone, from a step directory, for a stage that goes on with the moments of the one before.
 
     Raises:
@@ -249,7 +249,7 @@ def load_optimizer(step: Path, trained: Trained, config: RunConfig) -> None:
     weights = trained.model.sharded_state_dict()
     wanted = optimizer_state.sharded_state(trained.optimizer, trained.model, weights, is_loading=True)
     state = dist_checkpointing.load({"optimizer": wanted}, str(step / "state"))
-    optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], about.steps_of_optimizer)
+    optimizer_state.load_state(trained.optimizer, trained.model, state["optimizer"], about.adam_steps)
 
 
 def load_weights(step: Path, model: LoopLM, gate: GateConfig) -> About:
@@ -272,7 +272,7 @@ def open_model(
         dtype: to compute in; None for what the weights are stored in.
     """
     found = locate(directory)
-    shape, about = read_shape(found), read_about(found)
+    shape, about = read_model(found), read_about(found)
     dtype = dtype or getattr(torch, about.dtype or "float32")
     model = LoopLM(shape.model, shape.gate, groups, dtype, draw=False)
     load_weights(found, model, shape.gate)
@@ -292,11 +292,11 @@ def read_config(step: Path) -> RunConfig | None:
     return from_dict(RunConfig, values, where=str(path)) if "output_dir" in values else None
 
 
-def read_shape(step: Path) -> Shape:
+def read_model(step: Path) -> ModelDescription:
     """What its weights are."""
     values, path = _read_yaml(step), str(step / "config.yaml")
     model = from_dict(ModelConfig, values.get("model", {}), where=path)
-    return Shape(model, from_dict(GateConfig, values.get("gate", {}), where=path))
+    return ModelDescription(model, from_dict(GateConfig, values.get("gate", {}), where=path))
 
 
 def _read_yaml(step: Path) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def git_revision() -> str:
         return ""
 
 
-def _state(trained: Trained, is_loading: bool) -> dict[str, Any]:
+def _state(trained: TrainingState, is_loading: bool) -> dict[str, Any]:
     weights = trained.model.sharded_state_dict()
     return {
         "model": weights,
@@ -335,7 +335,7 @@ def _state(trained: Trained, is_loading: bool) -> dict[str, Any]:
 
 def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
     """Refuse a checkpoint of another shape, naming the first key that differs; what it says of itself."""
-    saved = read_shape(step)
+    saved = read_model(step)
     for section, ours, theirs in (("model", model, saved.model), ("gate", gate, saved.gate)):
         said = _shaping(theirs)
         for key, want in _shaping(ours).items():

@@ -28,7 +28,7 @@ def sharded_state(
     """The state as sharded tensors, to save or to be loaded into; collective when it is saved.
 
     Args:
-        optimizer: as :func:`pretrain.optim.build_optimizer` made it.
+        optimizer: as :class:`pretrain.trainer.Trainer` builds it.
         model: whose parameters it steps.
         weights: the model's sharded state dict.
         is_loading: give empty tensors rather than the state.

@@ -37,15 +37,15 @@ _PICKLE_NAMES = {
 }
 
 
-def aside(final: Path) -> Path:
+def create_partial(final: Path) -> Path:
     """An empty folder to write ``final`` into, until :func:`publish` renames it."""
-    discard(final)
+    discard_partial(final)
     partial = _partial(final)
     partial.mkdir(parents=True)
     return partial
 
 
-def discard(final: Path) -> None:
+def discard_partial(final: Path) -> None:
     """Remove what was written aside for ``final`` and not published."""
     shutil.rmtree(_partial(final), ignore_errors=True)
 
@@ -55,13 +55,13 @@ def _partial(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Write the manifest of what :func:`aside` gave, and :func:`settle` it."""
+    """Write the manifest of what :func:`create_partial` gave, and :func:`move_into_place` it."""
     files = {str(path.relative_to(partial)): fingerprint(path) for path in files_in(partial)}
     write_whole(partial / "manifest.json", json.dumps(files, indent=1))
-    settle(partial, final)
+    move_into_place(partial, final)
 
 
-def settle(partial: Path, final: Path) -> None:
+def move_into_place(partial: Path, final: Path) -> None:
     """Wait for the disk, and rename a whole folder to where it belongs."""
     folders = [path for path in partial.rglob("*") if path.is_dir()]
     for path in (*files_in(partial), *folders, partial):

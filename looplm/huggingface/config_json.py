@@ -4,7 +4,7 @@ Two layouts. ``ouro`` is that of the released Ouro models, keys and all: plain o
 linear gate, a head of its own. ``looplm`` is ours and holds any model; its code travels with it.
 
 A key that would change what the model computes, in a way that ours cannot, is refused. A key that we do not know is
-carried: :func:`carry` changes nothing in a ``config.json`` but what has changed since it was read.
+carried: :func:`merge_changes` changes nothing in a ``config.json`` but what has changed since it was read.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ class TokenIds(NamedTuple):
     pad: int | None
 
 
-class Described(NamedTuple):
+class HFDescription(NamedTuple):
     """What a directory says of its model."""
 
     layout: str
@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def describe(values: Mapping[str, Any], generation: Mapping[str, Any], where: Path) -> Described:
+def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], where: Path) -> HFDescription:
     """``config.json`` in our terms.
 
     Args:
@@ -151,7 +151,7 @@ def describe(values: Mapping[str, Any], generation: Mapping[str, Any], where: Pa
     if fault is not None:
         raise UserError(f"{where}: {fault}; no released model is like that")
     ids = TokenIds(*(_token_id(values, generation, f"{name}_token_id", where) for name in TokenIds._fields))
-    return Described(layout, shape, its_gate, bool(values.get("gate_trained", shape.num_loops > 1)), ids)
+    return HFDescription(layout, shape, its_gate, bool(values.get("gate_trained", shape.num_loops > 1)), ids)
 
 
 def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
@@ -170,8 +170,8 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
     return next((fault for fault, holds in faults.items() if holds), None)
 
 
-def compose(described: Described, dtype: torch.dtype) -> dict[str, Any]:
-    """The inverse of :func:`describe`: a whole ``config.json``."""
+def to_config_json(described: HFDescription, dtype: torch.dtype) -> dict[str, Any]:
+    """The inverse of :func:`from_config_json`: a whole ``config.json``."""
     layout, model, gate, gate_trained, ids = described
     own = layout == LOOPLM
     values: dict[str, Any] = {
@@ -203,7 +203,7 @@ def compose(described: Described, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def carry(carried: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def merge_changes(carried: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """A file that came with imported weights, with what has changed since.
 
     Args:

@@ -21,15 +21,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from looplm import checkpoint
-from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, OpenedModel, step_folder
-from looplm.checkpoint import Shape as CheckpointShape
+from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, OpenedModel, step_folder
 from looplm.cli import UserError
-from looplm.huggingface import companions, weight_files
-from looplm.huggingface.companions import CARD, TOKENIZER
-from looplm.huggingface.config_json import LOOPLM, OURO, Described, TokenIds, ouro_fault
+from looplm.huggingface import companion_files, weight_files
+from looplm.huggingface.companion_files import CARD, TOKENIZER
+from looplm.huggingface.config_json import LOOPLM, OURO, HFDescription, TokenIds, ouro_fault
 from looplm.huggingface.model_card import model_card
 from looplm.huggingface.names import Shape, entries
-from looplm.huggingface.weight_files import Stored
+from looplm.huggingface.weight_files import StoredTensor
 from looplm.model import LoopLM
 
 SOURCE_CARD = "README.source.md"  # of the model that training started from
@@ -39,8 +38,8 @@ class Source(NamedTuple):
     """A Hugging Face directory that was found sound."""
 
     folder: Path
-    described: Described
-    tensors: dict[str, Stored]
+    described: HFDescription
+    tensors: dict[str, StoredTensor]
     tokenizer: Path
 
 
@@ -56,18 +55,18 @@ def examine(folder: Path, tokenizer: Path | None = None) -> Source:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a directory; give the Hugging Face directory that holds config.json")
-    described = companions.describe_folder(folder)
+    described = companion_files.read_description(folder)
     tensors = weight_files.find_tensors(folder)
-    weight_files.check_shapes(tensors, their_shapes(described), folder)
+    weight_files.check_shapes(tensors, tensor_shapes(described), folder)
     path = tokenizer or folder / TOKENIZER
     if not path.is_file():
         raise UserError(f"{path}: missing; name a tokenizer.json with --tokenizer")
-    tokens = companions.read_tokenizer(path, described.model.vocab_size)
-    described = described._replace(ids=companions.complete_ids(described.ids, folder, tokens))
+    tokens = companion_files.read_tokenizer(path, described.model.vocab_size)
+    described = described._replace(ids=companion_files.complete_ids(described.ids, folder, tokens))
     return Source(folder, described, tensors, path)
 
 
-def their_shapes(described: Described) -> dict[str, Shape]:
+def tensor_shapes(described: HFDescription) -> dict[str, Shape]:
     """Every tensor of the directory by name, in the order in which it is written."""
     return {name: shape for entry in entries(described.model, described.gate) for name, shape in entry.theirs.items()}
 
@@ -94,16 +93,16 @@ def import_source(source: Source, final: Path, groups: ProcessGroupCollection) -
     _, shape, gate, gate_trained, ids = source.described
     dtype = weight_files.common_dtype(source.tensors)
     assert ids.eos is not None  # with_tokens saw to it
-    about = About.of_weights(source.tokenizer, ids.eos, ids.bos, ids.pad, gate_trained, dtype)
+    about = About.for_weights(source.tokenizer, ids.eos, ids.bos, ids.pad, gate_trained, dtype)
     model = LoopLM(shape, gate, groups, dtype, draw=False)
     _read_into(model, source)
     with tempfile.TemporaryDirectory() as place:
-        beside = Path(place) / COMPANIONS
-        left = companions.gather(source.folder, beside)
+        beside = Path(place) / COMPANION_FOLDER
+        left = companion_files.gather(source.folder, beside)
         try:
             checkpoint.save_weights(final, model, gate, about, source.tokenizer, beside)
         finally:
-            step_folder.discard(final)  # gone already, unless something went wrong
+            step_folder.discard_partial(final)  # gone already, unless something went wrong
     return left
 
 
@@ -115,7 +114,7 @@ def _read_into(model: LoopLM, source: Source) -> None:
         parameters[entry.ours].copy_(entry.join(parts))
 
 
-def choose_layout(asked: str, shape: CheckpointShape) -> str:
+def choose_layout(asked: str, shape: checkpoint.ModelDescription) -> str:
     """The layout of an export.
 
     Raises:
@@ -127,7 +126,7 @@ def choose_layout(asked: str, shape: CheckpointShape) -> str:
     return (OURO if fault is None else LOOPLM) if asked == "auto" else asked
 
 
-def export_model(opened: OpenedModel, final: Path, layout: str, dtype: torch.dtype | None, limit: int) -> Described:
+def export_model(opened: OpenedModel, final: Path, layout: str, dtype: torch.dtype | None, limit: int) -> HFDescription:
     """Write ``final``, a Hugging Face directory.
 
     Args:
@@ -137,24 +136,24 @@ def export_model(opened: OpenedModel, final: Path, layout: str, dtype: torch.dty
         dtype: of the weights; None for what they are stored in.
         limit: bytes of a file of weights.
     """
-    about, beside = opened.about, opened.folder / COMPANIONS
+    about, beside = opened.about, opened.folder / COMPANION_FOLDER
     ids = TokenIds(about.bos_id, about.eos_id, about.pad_id)
-    described = Described(layout, opened.model.model_config, opened.gate, about.gate_trained, ids)
+    described = HFDescription(layout, opened.model.model_config, opened.gate, about.gate_trained, ids)
     imported = about.objective == WEIGHTS_ONLY
     written = dtype or next(opened.model.parameters()).dtype
-    partial = step_folder.aside(final)
+    partial = step_folder.create_partial(final)
     try:
-        weight_files.write_tensors(partial, their_shapes(described), written, limit, _parts(opened))
+        weight_files.write_tensors(partial, tensor_shapes(described), written, limit, _parts(opened))
         cast = dtype is not None or not imported
-        as_it_came = companions.write_all(partial, beside, opened.folder / TOKENIZER, described, written, cast)
+        as_it_came = companion_files.write_all(partial, beside, opened.folder / TOKENIZER, described, written, cast)
         carried = beside / CARD
         if carried.is_file():
             shutil.copyfile(carried, partial / (CARD if imported and as_it_came else SOURCE_CARD))
         if not (partial / CARD).is_file():
             (partial / CARD).write_text(model_card(final.name, opened, described, written), encoding="utf-8")
-        step_folder.settle(partial, final)
+        step_folder.move_into_place(partial, final)
     finally:
-        step_folder.discard(final)  # gone already, unless something went wrong
+        step_folder.discard_partial(final)  # gone already, unless something went wrong
     return described
 
 

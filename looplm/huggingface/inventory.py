@@ -8,10 +8,10 @@ import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
 
 from looplm import checkpoint
-from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, step_folder
+from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, step_folder
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
-from looplm.huggingface.companions import describe_folder
+from looplm.huggingface.companion_files import read_description
 from looplm.huggingface.config_json import CONFIG, TokenIds, ouro_fault
 from looplm.huggingface.convert import examine
 from looplm.huggingface.names import entries
@@ -36,7 +36,7 @@ def inspect(path: Path) -> str:
 
 
 def _hugging_face(folder: Path) -> list[Row]:
-    described = describe_folder(folder)
+    described = read_description(folder)
     rows = [("directory", f"{folder}: Hugging Face, layout {described.layout}")]
     rows += _model(described.model, described.gate, described.gate_trained)
     try:
@@ -62,7 +62,7 @@ def _checkpoint(path: Path) -> list[Row]:
         step = step_folder.newest(path / "checkpoints", faults.append)
     if step is None:
         return [("directory", f"{path}: checkpoint"), ("whole", f"no: {'; '.join(faults) or 'there is none'}")]
-    about, (model, gate) = checkpoint.read_about(step), checkpoint.read_shape(step)
+    about, (model, gate) = checkpoint.read_about(step), checkpoint.read_model(step)
     made = "weights alone" if about.objective == WEIGHTS_ONLY else f"{about.objective}, step {about.step}, {about.tokens:,} tokens"  # fmt: skip
     fault = ouro_fault(model, gate)
     return [
@@ -71,7 +71,7 @@ def _checkpoint(path: Path) -> list[Row]:
         ("parameters", _counts(stored_tensors(step, model, gate))),
         ("export", f"layout {'ouro' if fault is None else f'looplm ({fault})'}"),
         ("tokens", _ids(TokenIds(about.bos_id, about.eos_id, about.pad_id))),
-        ("beside", _names(step / COMPANIONS)),
+        ("beside", _names(step / COMPANION_FOLDER)),
         ("whole", "; ".join(["yes", *faults])),
     ]
 

@@ -13,7 +13,7 @@ import torch
 from looplm.accounting import parameter_counts
 from looplm.checkpoint import About, OpenedModel, read_config
 from looplm.config import RunConfig
-from looplm.huggingface.config_json import Described
+from looplm.huggingface.config_json import HFDescription
 
 _HEAD = """---
 library_name: transformers
@@ -25,7 +25,7 @@ tags:
 """
 
 
-def model_card(name: str, opened: OpenedModel, described: Described, dtype: torch.dtype) -> str:
+def model_card(name: str, opened: OpenedModel, described: HFDescription, dtype: torch.dtype) -> str:
     """The card of an export called ``name``."""
     run, measured = read_config(opened.folder), _evaluation_of(opened.folder)
     parts = [_HEAD, f"# {name}", _shape(described, dtype), _loading(described)]
@@ -34,7 +34,7 @@ def model_card(name: str, opened: OpenedModel, described: Described, dtype: torc
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _shape(described: Described, dtype: torch.dtype) -> str:
+def _shape(described: HFDescription, dtype: torch.dtype) -> str:
     _, model, gate, gate_trained, _ = described
     count = sum(parameter_counts(model, gate).values())
     attention = {
@@ -56,7 +56,7 @@ def _shape(described: Described, dtype: torch.dtype) -> str:
     )
 
 
-def _loading(described: Described) -> str:
+def _loading(described: HFDescription) -> str:
     return (
         "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'

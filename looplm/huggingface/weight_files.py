@@ -24,7 +24,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor on the disk, as its file's header tells."""
 
     path: Path
@@ -32,7 +32,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype
 
 
-def find_tensors(folder: Path) -> dict[str, Stored]:
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the directory by name, from the headers.
 
     Raises:
@@ -52,13 +52,13 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     raise UserError(f"{folder}: neither {WHOLE} nor {INDEX} is here; give the directory that holds the weights")
 
 
-def read_tensor(name: str, stored: Stored) -> Tensor:
+def read_tensor(name: str, stored: StoredTensor) -> Tensor:
     """One tensor, mapped from its file; the mapping ends with the tensor."""
     with safe_open(stored.path, framework="pt", device="cpu") as file:
         return file.get_tensor(name)
 
 
-def check_shapes(found: Mapping[str, Stored], expected: Mapping[str, Shape], where: Path) -> None:
+def check_shapes(found: Mapping[str, StoredTensor], expected: Mapping[str, Shape], where: Path) -> None:
     """Refuse weights that are not exactly what ``config.json`` says."""
     missing = [name for name in expected if name not in found]
     if missing:
@@ -74,7 +74,7 @@ def check_shapes(found: Mapping[str, Stored], expected: Mapping[str, Shape], whe
             )
 
 
-def common_dtype(found: Mapping[str, Stored]) -> torch.dtype:
+def common_dtype(found: Mapping[str, StoredTensor]) -> torch.dtype:
     """The type that holds every tensor without loss: a model of ours has one for all."""
     return functools.reduce(torch.promote_types, (stored.dtype for stored in found.values()))
 
@@ -101,13 +101,13 @@ def write_tensors(
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")  # fmt: skip
 
 
-def _find_in_shards(index: Path) -> dict[str, Stored]:
+def _find_in_shards(index: Path) -> dict[str, StoredTensor]:
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(where.values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{index}: not an index of safetensors ({error!r}); get it again") from error
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{index}: names {file!r}, which is no safetensors file of this directory; get it again")
@@ -124,7 +124,7 @@ def _find_in_shards(index: Path) -> dict[str, Stored]:
     return found
 
 
-def _header(path: Path) -> Iterator[tuple[str, Stored]]:
+def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -136,7 +136,7 @@ def _header(path: Path) -> Iterator[tuple[str, Stored]]:
             raise UserError(
                 f"{path}: {name} is stored as {kind}, a model here holds {', '.join(DTYPES)}; give weights that are not quantised"
             )
-        yield name, Stored(path, shape, DTYPES[kind])
+        yield name, StoredTensor(path, shape, DTYPES[kind])
 
 
 def _shards(shapes: Mapping[str, Shape], dtype: torch.dtype, limit: int) -> Iterator[Sequence[str]]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from looplm import checkpoint
 from looplm.config import ParallelConfig
-from looplm.huggingface import companions
+from looplm.huggingface import companion_files
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source
 from looplm.model import LoopLM
 from tests.parallel.test_layouts import LINEAR, LRU, MHA, MLA
@@ -24,7 +24,7 @@ LAYOUTS = {"TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}
 
 def export(directory, final, groups):
     opened = checkpoint.open_model(str(directory), groups, dtype=None)
-    layout = choose_layout("auto", checkpoint.read_shape(directory))
+    layout = choose_layout("auto", checkpoint.read_model(directory))
     export_model(opened, final, layout, None, 10**9)
     return final
 
@@ -34,7 +34,7 @@ def exports(corpus, tmp_path_factory, single_process):
     """Of each model: its directory, imported and exported by one process, and after two ranks had it in between."""
     folder, found = tmp_path_factory.mktemp("layouts"), {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(companions, "CODE", ())  # what travels is not the matter here
+        patched.setattr(companion_files, "CODE", ())  # what travels is not the matter here
         for name, (shape, gate) in MODELS.items():
             model = LoopLM(shape, gate, single_process, torch.bfloat16)
             with torch.no_grad():

@@ -197,7 +197,7 @@ def test_what_fails_midway_leaves_nothing(released, ours, tmp_path, monkeypatch)
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("looplm.huggingface.companions.write_all", full)
+    monkeypatch.setattr("looplm.huggingface.companion_files.write_all", full)
     with pytest.raises(OSError, match="no space"):
         main(["export", "--checkpoint", str(ours), "--output", str(tmp_path / "hf")])
     monkeypatch.setattr("looplm.checkpoint.step_folder.publish", full)

@@ -12,10 +12,10 @@ from typing import Any
 from looplm.checkpoint import About
 from looplm.cli import UserError, require
 from looplm.config import GateConfig
-from looplm.huggingface import companions
-from looplm.huggingface.config_json import CONFIG, LOOPLM, Described, describe, read_json
+from looplm.huggingface import companion_files
+from looplm.huggingface.config_json import CONFIG, LOOPLM, HFDescription, from_config_json, read_json
 from looplm.huggingface.names import entries
-from looplm.huggingface.weight_files import Stored, check_shapes, common_dtype, find_tensors, read_tensor
+from looplm.huggingface.weight_files import StoredTensor, check_shapes, common_dtype, find_tensors, read_tensor
 from tools.upcycling.depth import copy_layers
 from tools.upcycling.parts import Parts, Source, Upcycled
 
@@ -27,7 +27,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
 }
 # What stays true of the result, which is no model of the source's family any more.
-_CARRIED = (companions.GENERATION, companions.TOKENIZER_CONFIG, companions.SPECIAL_TOKENS, "chat_template.jinja")
+_CARRIED = (
+    companion_files.GENERATION,
+    companion_files.TOKENIZER_CONFIG,
+    companion_files.SPECIAL_TOKENS,
+    "chat_template.jinja",
+)
 
 
 def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> Source:
@@ -45,17 +50,17 @@ def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> S
     found = _plain(find_tensors(folder), described)
     wanted = [entry for entry in entries(described.model, GateConfig()) if not entry.ours.startswith("gate.")]
     check_shapes(found, {name: shape for entry in wanted for name, shape in entry.theirs.items()}, folder)
-    path = tokenizer or folder / companions.TOKENIZER
+    path = tokenizer or folder / companion_files.TOKENIZER
     require(path.is_file(), "tokenizer", str(path), "there is no such file; name the model's tokenizer.json")
-    tokens = companions.read_tokenizer(path, described.model.vocab_size)
-    ids = companions.complete_ids(described.ids, folder, tokens)
+    tokens = companion_files.read_tokenizer(path, described.model.vocab_size)
+    ids = companion_files.complete_ids(described.ids, folder, tokens)
     eos = tokens.token_to_id(eos_token) if eos_token is not None else ids.eos
     if eos is None:
         raise UserError(f"eos_token: {eos_token!r} is not allowed; name a token of {path} that ends a text")
     weights = {
         entry.ours: entry.join([read_tensor(name, found[name]).float() for name in entry.theirs]) for entry in wanted
     }
-    about = About.of_weights(path, eos, ids.bos, ids.pad, gate_trained=False, dtype=common_dtype(found))
+    about = About.for_weights(path, eos, ids.bos, ids.pad, gate_trained=False, dtype=common_dtype(found))
     beside = tuple(folder / name for name in _CARRIED if (folder / name).is_file())
     return Source(folder, Parts(described.model, GateConfig(), weights), about, path, beside)
 
@@ -94,7 +99,7 @@ def _range(layers: str | None, have: int) -> range:
     return chosen
 
 
-def _describe(folder: Path) -> Described:
+def _describe(folder: Path) -> HFDescription:
     """The dense model in our terms: our own layout, once it is said what goes without saying in its family."""
     path = folder / CONFIG
     require(path.is_file(), "input", str(folder), f"no {CONFIG} here; give a Hugging Face directory")
@@ -111,11 +116,11 @@ def _describe(folder: Path) -> Described:
         "total_ut_steps": 1,
         **FAMILIES[family],
     }
-    generation = folder / companions.GENERATION
-    return describe({**values, **said}, read_json(generation) if generation.is_file() else {}, path)
+    generation = folder / companion_files.GENERATION
+    return from_config_json({**values, **said}, read_json(generation) if generation.is_file() else {}, path)
 
 
-def _plain(found: Mapping[str, Stored], described: Described) -> dict[str, Stored]:
+def _plain(found: Mapping[str, StoredTensor], described: HFDescription) -> dict[str, StoredTensor]:
     """Without what says nothing: tables that are computed, the head's second copy of a tied embedding."""
     tied = {"lm_head.weight"} if described.model.tie_embeddings else set()
     return {

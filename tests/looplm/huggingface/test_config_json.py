@@ -8,7 +8,16 @@ import torch
 
 from looplm.cli import UserError
 from looplm.config import GateConfig
-from looplm.huggingface.config_json import LOOPLM, OURO, Described, TokenIds, carry, compose, describe, ouro_fault
+from looplm.huggingface.config_json import (
+    LOOPLM,
+    OURO,
+    HFDescription,
+    TokenIds,
+    from_config_json,
+    merge_changes,
+    ouro_fault,
+    to_config_json,
+)
 from tests.support.ouro_reference import CONFIG
 from tests.test_recipes import GATES, MHA, SHAPES
 
@@ -26,7 +35,7 @@ del RELEASED["a_key_of_tomorrow"], RELEASED["transformers_version"]
 
 
 def test_the_released_config_in_our_terms():
-    layout, model, gate, gate_trained, ids = describe(RELEASED, {}, WHERE)
+    layout, model, gate, gate_trained, ids = from_config_json(RELEASED, {}, WHERE)
     assert (layout, gate, gate_trained, ids) == (OURO, LINEAR, True, TokenIds(0, 0, 0))
     assert (model.hidden_size, model.ffn_hidden_size, model.num_layers, model.num_loops) == (2048, 5632, 24, 4)
     assert (model.attention, model.query_groups, model.attention_head_dim) == ("mha", 16, 128)
@@ -35,7 +44,7 @@ def test_the_released_config_in_our_terms():
 
 
 def test_what_we_write_in_ouros_layout_has_the_released_keys_and_values():
-    ours = compose(describe(RELEASED, {}, WHERE), torch.bfloat16)
+    ours = to_config_json(from_config_json(RELEASED, {}, WHERE), torch.bfloat16)
     assert {key: value for key, value in ours.items() if key != "auto_map"} == {k: v for k, v in RELEASED.items() if k != "auto_map"}  # fmt: skip
     assert ours["auto_map"] == {key: f"ByteDance/Ouro-1.4B--{name}" for key, name in RELEASED["auto_map"].items()}
 
@@ -43,9 +52,9 @@ def test_what_we_write_in_ouros_layout_has_the_released_keys_and_values():
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_our_own_layout_keeps_everything(shape, gate):
-    said = Described(LOOPLM, SHAPES[shape], GATES[gate], False, IDS)
-    values = json.loads(json.dumps(compose(said, torch.float32)))
-    assert describe(values, {}, WHERE) == said
+    said = HFDescription(LOOPLM, SHAPES[shape], GATES[gate], False, IDS)
+    values = json.loads(json.dumps(to_config_json(said, torch.float32)))
+    assert from_config_json(values, {}, WHERE) == said
     assert values["model_type"] == "looplm" and values["architectures"] == ["LoopLMForCausalLM"]
     assert values["auto_map"]["AutoModelForCausalLM"] == "modeling_looplm.LoopLMForCausalLM"
     assert values["head_dim"] == (SHAPES[shape].attention_head_dim if "mla" not in shape else None)
@@ -55,24 +64,24 @@ def test_our_own_layout_keeps_everything(shape, gate):
 def test_transformers_5_writes_rope_and_type_elsewhere():
     values = {key: value for key, value in RELEASED.items() if key not in ("rope_theta", "torch_dtype")}
     values |= {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}, "dtype": "bfloat16"}
-    said = describe(values, {}, WHERE)
+    said = from_config_json(values, {}, WHERE)
     assert said.model.rope_base == 5e4
-    now = compose(said._replace(model=describe(RELEASED, {}, WHERE).model), torch.float32)
-    after = carry(values, compose(said, torch.bfloat16), now)
+    now = to_config_json(said._replace(model=from_config_json(RELEASED, {}, WHERE).model), torch.float32)
+    after = merge_changes(values, to_config_json(said, torch.bfloat16), now)
     assert after["rope_parameters"]["rope_theta"] == after["rope_theta"] == 1e6 and after["dtype"] == "float32"
 
 
 def test_carrying_changes_what_has_changed_and_nothing_else():
-    then = describe(CONFIG, {}, WHERE)
-    written = compose(then, torch.float32)
-    assert carry(CONFIG, written, written) == CONFIG
+    then = from_config_json(CONFIG, {}, WHERE)
+    written = to_config_json(then, torch.float32)
+    assert merge_changes(CONFIG, written, written) == CONFIG
     changed = CONFIG | {"total_ut_steps": 2, "rope_theta": 4e4, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}  # fmt: skip
-    after = carry(CONFIG, written, compose(describe(changed, {}, WHERE), torch.float32))
+    after = merge_changes(CONFIG, written, to_config_json(from_config_json(changed, {}, WHERE), torch.float32))
     assert after == changed | {"max_window_layers": 4} and list(after) == list(CONFIG)
 
 
 def test_special_tokens_of_generation_go_before():
-    said = describe(RELEASED, {"eos_token_id": [2, 0], "pad_token_id": 7}, WHERE)
+    said = from_config_json(RELEASED, {"eos_token_id": [2, 0], "pad_token_id": 7}, WHERE)
     assert said.ids == TokenIds(0, 2, 7)
 
 
@@ -104,7 +113,7 @@ def test_special_tokens_of_generation_go_before():
 )
 def test_what_we_cannot_do_is_refused(changes, words):
     with pytest.raises(UserError) as raised:
-        describe(RELEASED | changes, {}, WHERE)
+        from_config_json(RELEASED | changes, {}, WHERE)
     assert str(raised.value).startswith("x/config.json: ") and words in str(raised.value)
     assert "\n" not in str(raised.value)
 

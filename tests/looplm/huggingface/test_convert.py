@@ -12,7 +12,7 @@ from looplm.checkpoint import WEIGHTS_ONLY, step_folder
 from looplm.cli import to_dict
 from looplm.config import GateConfig
 from looplm.files import sha256_of
-from looplm.huggingface import companions
+from looplm.huggingface import companion_files
 from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
 from looplm.huggingface.names import entries
 from looplm.model import LoopLM
@@ -34,12 +34,12 @@ def code(tmp_path_factory, monkeypatch):
     paths = tuple(folder / f"{kind}_looplm.py" for kind in ("configuration", "modeling"))
     for path in paths:
         path.write_text("raise SystemExit('this is data')")
-    monkeypatch.setattr(companions, "CODE", paths)
+    monkeypatch.setattr(companion_files, "CODE", paths)
 
 
 def export(directory, final, groups, layout="auto", dtype=None, limit=BIG):
     opened = checkpoint.open_model(str(directory), groups, dtype=None)
-    shape = checkpoint.Shape(opened.model.model_config, opened.gate)
+    shape = checkpoint.ModelDescription(opened.model.model_config, opened.gate)
     return export_model(opened, final, choose_layout(layout, shape), dtype, limit)
 
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_ours_comes_back_as_it_was(case, corpus, tmp_path, singl
     assert export(tmp_path / "ours", tmp_path / "hf", single_process, limit=5000).layout == layout
     import_source(examine(tmp_path / "hf"), tmp_path / "again", single_process)
     assert_same_bits(weights_of(tmp_path / "again", single_process), weights_of(tmp_path / "ours", single_process))
-    before, after = (checkpoint.read_shape(tmp_path / name) for name in ("ours", "again"))
+    before, after = (checkpoint.read_model(tmp_path / name) for name in ("ours", "again"))
     if layout == "looplm":
         assert after == before
     checkpoint.load_weights(tmp_path / "again", model, gate)  # whatever keys of another attention it was made with
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_ours_comes_back_as_it_was(case, corpus, tmp_path, singl
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {path.name for path in (tmp_path / "hf2").iterdir()}
     for path in (tmp_path / "hf").iterdir():
         assert (tmp_path / "hf2" / path.name).read_bytes() == path.read_bytes(), path.name
-    code = {path.name for path in companions.CODE}
+    code = {path.name for path in companion_files.CODE}
     assert {path.name for path in (tmp_path / "hf").glob("*.py")} == (code if layout == "looplm" else set())
 
 
@@ -137,10 +137,10 @@ def test_an_import_is_trained_on_and_goes_out_with_what_has_changed(corpus, tmp_
     (source / "README.md").write_text("# Theirs\n")
     (source / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.9}')
     import_source(examine(source), tmp_path / "ours", single_process)
-    shape = checkpoint.read_shape(tmp_path / "ours")
+    shape = checkpoint.read_model(tmp_path / "ours")
     model = dataclasses.replace(shape.model, num_loops=2, head_dim=8, num_query_groups=4)
     config = run_config(corpus, tmp_path / "run", model=model, gate=LINEAR, checkpoint={"initial": str(tmp_path / "ours")})  # fmt: skip
-    assert train(config, check_corpus(config), single_process)
+    assert train(config, check_corpus(config.data, config.model.vocab_size), single_process)
 
     step = tmp_path / "run/checkpoints/step_00000006"
     report = {
@@ -174,7 +174,7 @@ def test_an_import_is_trained_on_and_goes_out_with_what_has_changed(corpus, tmp_
 def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
     transformers = pytest.importorskip("transformers")
     config = run_config(corpus, tmp_path / "run", model=MHA, gate=LINEAR, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})  # fmt: skip
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     export(tmp_path / "run", tmp_path / "out", single_process)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, EOS, PAD)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from looplm import checkpoint
-from looplm.huggingface.companions import CODE
+from looplm.huggingface.companion_files import CODE
 from looplm.huggingface.convert import export_model
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from looplm.cli import UserError
 from looplm.huggingface import config_json
-from looplm.huggingface.config_json import CONFIG, LOOPLM, Described, TokenIds, read_json
+from looplm.huggingface.config_json import CONFIG, LOOPLM, HFDescription, TokenIds, read_json
 
 GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
@@ -60,7 +60,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def describe_folder(folder: Path) -> Described:
+def read_description(folder: Path) -> HFDescription:
     """What ``config.json`` and ``generation_config.json`` say.
 
     Raises:
@@ -69,7 +69,7 @@ def describe_folder(folder: Path) -> Described:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG} here; give a Hugging Face directory")
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-    return config_json.describe(read_json(folder / CONFIG), generation, folder / CONFIG)
+    return config_json.from_config_json(read_json(folder / CONFIG), generation, folder / CONFIG)
 
 
 def complete_ids(ids: TokenIds, folder: Path, tokenizer: Tokenizer) -> TokenIds:
@@ -85,7 +85,9 @@ def complete_ids(ids: TokenIds, folder: Path, tokenizer: Tokenizer) -> TokenIds:
     return TokenIds(*(find(name) if value is None else value for name, value in ids._asdict().items()))
 
 
-def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, dtype: torch.dtype, cast: bool) -> bool:
+def write_all(
+    target: Path, companions: Path, tokenizer: Path, now: HFDescription, dtype: torch.dtype, cast: bool
+) -> bool:
     """Everything that stands beside the weights but the card; returns whether ``config.json`` is as it came.
 
     Args:
@@ -106,12 +108,12 @@ def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, d
             shutil.copyfile(path, target / path.name)
     shutil.copyfile(tokenizer, target / TOKENIZER)
 
-    config = config_json.compose(now, dtype)
+    config = config_json.to_config_json(now, dtype)
     if then is None:
         _write(target / CONFIG, config)
     else:
         before = _dtype_named(companions / CONFIG) if cast else dtype
-        _carry(companions / CONFIG, target, config_json.compose(then, before or dtype), config)
+        _carry(companions / CONFIG, target, config_json.to_config_json(then, before or dtype), config)
     _carry(companions / GENERATION, target, ids if same else {}, ids)
     fresh = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     fresh |= {"model_max_length": now.model.max_sequence_length}
@@ -122,11 +124,11 @@ def write_all(target: Path, companions: Path, tokenizer: Path, now: Described, d
     return then is not None and (target / CONFIG).read_bytes() == (companions / CONFIG).read_bytes()
 
 
-def _described_then(companions: Path, layout: str, tokenizer: Tokenizer) -> Described | None:
+def _described_then(companions: Path, layout: str, tokenizer: Tokenizer) -> HFDescription | None:
     """What the weights that a model started from were; None where they came from nowhere, or in another layout."""
     if not (companions / CONFIG).is_file():
         return None
-    then = describe_folder(companions)
+    then = read_description(companions)
     return then._replace(ids=complete_ids(then.ids, companions, tokenizer)) if then.layout == layout else None
 
 
@@ -151,7 +153,7 @@ def _carry(
         _write(target / carried.name, {**(fresh or {}), **now})
         return
     before = read_json(carried)
-    after = config_json.carry(before, then, now)
+    after = config_json.merge_changes(before, then, now)
     if after == before:
         shutil.copyfile(carried, target / carried.name)
     else:
@@ -162,6 +164,6 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def shared_ids(ids: TokenIds) -> Iterable[str]:
+def names_sharing_an_id(ids: TokenIds) -> Iterable[str]:
     """Names of special tokens that are one token."""
     return [name for name, value in ids._asdict().items() if value is not None and list(ids).count(value) > 1]
