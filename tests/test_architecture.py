@@ -12,7 +12,7 @@ MAX_LINES = 400
 
 # Top to bottom as in docs/architecture.md: a module belongs to the row that has the longest prefix of its name.
 ROWS = (
-    ("looplm.cli", "looplm.files", "looplm.chat"),
+    ("looplm.cli", "looplm.bounds", "looplm.files", "looplm.chat"),
     ("looplm.config",),
     ("looplm.parameters", "looplm.accounting", "looplm.reference"),
     ("looplm.megatron",),

@@ -1,13 +1,13 @@
-"""Configuration: one frozen dataclass per concern, validated once, when it is built.
+"""Configuration: one frozen dataclass per concern, validated when it is built.
 
 model.py     the looped transformer and its exit gate
-parallel.py  how a run is laid out over ranks
+parallel.py  the parallel layout
 engine.py    backend and matmul precision of the linear layers
 run.py       loss, optimizer, data, checkpoints, logging, and the run that holds them all
 """
 
 from looplm.config.engine import EMULATED, EngineConfig, Recipe, linear_widths
-from looplm.config.model import GateConfig, ModelConfig, require_positive
+from looplm.config.model import GateConfig, ModelConfig
 from looplm.config.parallel import ParallelConfig, Recompute
 from looplm.config.run import (
     CheckpointConfig,
@@ -37,5 +37,4 @@ __all__ = [
     "Recompute",
     "RunConfig",
     "linear_widths",
-    "require_positive",
 ]

@@ -62,7 +62,7 @@ MISTAKES = {
     ("--data.train", "[]"): r"data\.train: \[\] .*at least one source",
     ("--data.train", "[{prefix: a, weight: 0}]"): r"data\.train\[\]\.weight: 0\.0 ",
     ("--data.rampup", "{start: 8, increment: 1, samples: 4}"): r"data\.rampup\.start: 8 .*global_batch_size=1",
-    ("--checkpoint.keep", "0"): r"checkpoint\.keep: 0 .*at least one",
+    ("--checkpoint.keep", "0"): r"checkpoint\.keep: 0 .*at least 1",
     ("--seed", "-1"): r"seed: -1 ",
 }  # fmt: skip
 

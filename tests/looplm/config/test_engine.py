@@ -32,7 +32,7 @@ MHA = dataclasses.replace(WIDE, attention="mha", num_query_groups=1)
         ({"amax_history": 0}, "engine.amax_history: 0 is not allowed"),
         ({"fp8": "emulate-e4m3", "fp8_params": True}, "engine.fp8_params: True is not allowed; it needs engine.fp8"),
         ({**FP8, "fp8_recipe": "mxfp8", "fp8_params": True}, "engine.fp8_params: True is not allowed; mxfp8"),
-        ({"first_layers_bf16": -1}, "engine.first_layers_bf16: -1 is not allowed; give 0 or more"),
+        ({"first_layers_bf16": -1}, "engine.first_layers_bf16: -1 is not allowed; give a number of at least 0"),
         ({"last_layers_bf16": 1}, "engine.last_layers_bf16: 1 is not allowed; without engine.fp8"),
         ({"fp8": "emulate-bf16", "last_layers_bf16": 1}, "engine.last_layers_bf16: 1 is not allowed; without engine.fp8"),
         ({**FP8, "fp8_recipe": "delayed", "first_layers_bf16": 1}, "engine.first_layers_bf16: 1 is not allowed; delayed"),

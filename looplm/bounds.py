@@ -1,0 +1,68 @@
+"""Bounds of config fields, declared on the field and checked in one place.
+
+::
+
+    @dataclass(frozen=True, kw_only=True)
+    class OptimConfig:
+        train_steps: int = positive()                # required, above 0
+        lr: float = positive(3e-4)                   # above 0, with a default
+        warmup_steps: int = at_least(0, 0)           # 0 or more; the second number is the default
+        beta2: float = at_least(0, 0.95, below=1)
+        horizon: int | None = positive(None)         # null, or above 0
+        depths: tuple[int, ...] = positive(())       # every element above 0
+        train: tuple[DataSource, ...] = non_empty()  # a tuple or string with something in it
+
+        def __post_init__(self) -> None:
+            check_bounds(self, "optim")              # "" for keys without a section
+            require(self.warmup_steps <= self.train_steps, "optim.warmup_steps", ...)  # rules that cross fields
+
+A value out of bounds is the one-line error ``optim.lr: 0.0 is not allowed; give a number above 0``.
+"""
+
+import operator
+from dataclasses import MISSING, field, fields
+from typing import Any
+
+from looplm.cli import require
+
+_COMPARISONS = {"above": operator.gt, "of at least": operator.ge, "below": operator.lt, "at most": operator.le}
+
+
+def positive(default: Any = MISSING, *, below: float | None = None, at_most: float | None = None) -> Any:
+    """Return a dataclass field for numbers above 0, required if it has no default."""
+    return _number(default, {"above": 0, "below": below, "at most": at_most})
+
+
+def at_least(low: float, default: Any = MISSING, *, below: float | None = None, at_most: float | None = None) -> Any:
+    """Return a dataclass field for numbers of ``low`` or more, required if it has no default."""
+    return _number(default, {"of at least": low, "below": below, "at most": at_most})
+
+
+def non_empty(default: Any = MISSING, *, fix: str = "name at least one") -> Any:
+    """Return a dataclass field for a string or tuple that is not empty, required if it has no default."""
+    return field(default=default, metadata={"non_empty": fix})
+
+
+def check_bounds(config: Any, section: str) -> None:
+    """Raise a :class:`UserError` for the first field of ``config`` whose value is out of bounds.
+
+    None passes for fields whose default is None. ``section`` precedes the field's name in the message.
+    """
+    for spec in fields(config):
+        value, key = getattr(config, spec.name), f"{section}.{spec.name}" if section else spec.name
+        if value is None and spec.default is None:
+            continue
+        if "non_empty" in spec.metadata:
+            shown = list(value) if isinstance(value, tuple) else value
+            require(len(value) > 0, key, shown, spec.metadata["non_empty"])
+        limits: dict[str, float] = spec.metadata.get("limits", {})
+        wanted = " and ".join(f"{word} {limit}" for word, limit in limits.items())
+        fix = f"give {'null or ' if spec.default is None else ''}a number {wanted}"
+        for number in (value if isinstance(value, tuple) else [value]) if limits else ():
+            require(all(_COMPARISONS[word](number, limit) for word, limit in limits.items()), key, number, fix)
+
+
+def _number(default: Any, limits: dict[str, float | None]) -> Any:
+    return field(
+        default=default, metadata={"limits": {word: limit for word, limit in limits.items() if limit is not None}}
+    )
