@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.manifest import check_prefix
+from data_pipeline.verify import check_prefix
 from looplm.checkpoint import CHANGEABLE
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import RunConfig
@@ -206,7 +206,7 @@ def find_missing_data(jobs: list[Job]) -> list[str]:
             continue
         prefixes = [source.prefix for source in (*job.recipe.data.train, *job.recipe.data.valid)]
         faults = [_fault_of(check_prefix, prefix, False) for prefix in prefixes]
-        faults = faults if any(faults) else [_fault_of(check_corpus, job.recipe)]
+        faults = faults if any(faults) else [_fault_of(check_corpus, job.recipe.data, job.recipe.model.vocab_size)]
         for fault in filter(None, faults):
             readers.setdefault(fault, []).append(job.name)
     return [f"{', '.join(names)}: {fault}" for fault, names in readers.items()]

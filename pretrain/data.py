@@ -16,8 +16,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_pipeline.index_file import read_index
-from data_pipeline.manifest import Manifest, check_prefix
+from data_pipeline.manifest import Manifest
+from data_pipeline.token_file import read_index
+from data_pipeline.verify import check_prefix
 from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig
 from looplm.megatron import context_parallel
@@ -71,13 +72,13 @@ class Corpus:
         return self.eos_id if self.end_id is None else self.end_id
 
 
-def check_corpus(config: RunConfig) -> Corpus:
-    """Open every source's manifest before any long work starts.
+def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
+    """Check the manifests of all sources, before any long work starts, against each other and the model's vocabulary.
 
     Raises:
         UserError: files missing, truncated or not fitting each other, the sequence length or the model's vocabulary.
     """
-    prefixes = [source.prefix for source in (*config.data.train, *config.data.valid)]
+    prefixes = [source.prefix for source in (*data.train, *data.valid)]
     checked = [(prefix, check_prefix(prefix, deep=_is_small(prefix))) for prefix in prefixes]
     first_prefix, first = checked[0]
     left_out = list[str]()
@@ -87,18 +88,18 @@ def check_corpus(config: RunConfig) -> Corpus:
                 f"{prefix}: made with another tokenizer than {first_prefix}; tokenise both with the same one"
             )
         if manifest.chat is None:
-            _require_enough_tokens(prefix, manifest, config.data.seq_length)
+            _require_enough_tokens(prefix, manifest, data.seq_length)
         else:
-            left_out += _too_long(prefix, config.data.seq_length)
+            left_out += _too_long(prefix, data.seq_length)
     require(
-        first.vocab_size <= config.model.vocab_size,
+        first.vocab_size <= vocab_size,
         "model.vocab_size",
-        config.model.vocab_size,
+        vocab_size,
         f"the tokenizer of {first_prefix} has {first.vocab_size} tokens; give at least as many",
     )
     fingerprint = hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest()
     folder = Path(first_prefix).parent
-    trained = [manifest.chat for _, manifest in checked[: len(config.data.train)] if manifest.chat is not None]
+    trained = [manifest.chat for _, manifest in checked[: len(data.train)] if manifest.chat is not None]
     return Corpus(
         tokenizer=folder / first.tokenizer.path,
         tokenizer_sha256=first.tokenizer.sha256,
@@ -207,27 +208,34 @@ def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horiz
     ones as they were.
     """
     passes = -(-train_samples // horizon)
-    built = [_build(config, corpus, config.data.train, horizon, config.seed + index) for index in range(passes)]
+    data, cache = config.data, index_cache(config)
+    built = [_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in range(passes)]
     return _Passes(built, horizon)
 
 
-def build_valid_set(config: RunConfig, corpus: Corpus) -> Dataset[Any] | None:
-    """``logging.eval_samples`` validation samples, always the same; None without data.valid."""
-    if not config.data.valid:
-        return None
-    return _build(config, corpus, config.data.valid, config.logging.eval_samples, config.seed)
+def build_valid_set(data: DataConfig, corpus: Corpus, samples: int, seed: int, cache: Path) -> Dataset[Any] | None:
+    """Return ``samples`` samples of ``data.valid``, always the same for one seed; None without data.valid.
+
+    ``cache`` is the folder of Megatron's sample indices; see :func:`index_cache`.
+    """
+    return _build(data, data.valid, corpus, samples, seed, cache) if data.valid else None
 
 
-def _build(config: RunConfig, corpus: Corpus, sources: tuple[DataSource, ...], samples: int, seed: int) -> GPTDataset:
-    """Megatron's blended dataset, its indices cached under the data's own fingerprint: a cache outlives its data."""
-    data = config.data
-    cache = Path(data.cache_dir or Path(config.output_dir) / "index_cache") / corpus.fingerprint[:16]
+def index_cache(config: RunConfig) -> Path:
+    """Return the folder where a run keeps Megatron's sample indices."""
+    return Path(config.data.cache_dir or Path(config.output_dir) / "index_cache")
+
+
+def _build(
+    data: DataConfig, sources: tuple[DataSource, ...], corpus: Corpus, samples: int, seed: int, cache: Path
+) -> GPTDataset:
+    """Return Megatron's blended dataset. Its indices are cached under the data's fingerprint: a cache outlives its data."""
     dataset_config = MixConfig(
         conversations=corpus.conversations,
         random_seed=seed,
         sequence_length=data.seq_length,
         blend_per_split=[([source.prefix for source in sources], [source.weight for source in sources]), None, None],
-        path_to_cache=str(cache),
+        path_to_cache=str(cache / corpus.fingerprint[:16]),
         tokenizer=_Tokenizer(corpus),
         reset_position_ids=data.document_masking,
         reset_attention_mask=False,

@@ -26,7 +26,7 @@ from looplm.inference.early_exit import ExitRule, ExitSignal
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
-from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
+from pretrain.data import Batch, build_valid_set, check_corpus, index_cache, micro_batches
 from pretrain.step import loop_losses
 
 THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)] + [0.975, 0.99, 1.0]
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     groups = process_groups.start(run.seed)
     try:
         opened = checkpoint.open_model(str(found), groups)
-        valid_set = build_valid_set(run, corpus)
+        valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, index_cache(run))
         assert valid_set is not None  # _validation_run saw to it
         count = -(-config.samples // (config.batch_size * groups.dp.size()))
         batches = list(islice(micro_batches(valid_set, run.data, 0, groups.dp.rank(), groups.dp.size()), count))

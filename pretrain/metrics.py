@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, TensorBoard curves, and a progress bar (plain lines where there is no terminal)."""
+"""Log of a run: JSON lines, TensorBoard curves, and a progress bar (plain lines if stderr is no terminal)."""
 
 import dataclasses
 import json
@@ -7,34 +7,31 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from looplm.accounting import training_flops_per_token
 from looplm.config import RunConfig
-from looplm.megatron import device
+from looplm.megatron import device, process_groups
+from pretrain.progress import Progress
 from pretrain.step import StepStats
 
 
 class RunLog:
-    """Writes ``metrics.jsonl`` and ``tensorboard/`` of a run, and shows where it stands. Silent off rank 0.
+    """Writer of ``metrics.jsonl`` and ``tensorboard/`` in ``output_dir``, and the display of progress. Only rank 0 writes.
 
     Args:
-        config: of the run.
-        folder: where it writes.
-        speaks: whether this process is the one that writes.
-        first_step: steps already done when the run resumed; later lines of metrics.jsonl are dropped.
-        first_tokens: tokens read by then.
-        world_size: devices, for utilisation.
+        config: the run's.
+        start: where the run starts or resumes; lines of metrics.jsonl after that step are dropped.
     """
 
-    def __init__(
-        self, config: RunConfig, folder: Path, speaks: bool, first_step: int, first_tokens: int, world_size: int
-    ) -> None:
-        self.speaks, self.total = speaks, config.optim.train_steps
-        self.every, self._tokens = config.logging.log_every, first_tokens
+    def __init__(self, config: RunConfig, start: Progress) -> None:
+        self.enabled, self._config, self._total = process_groups.is_rank_0(), config, config.optim.train_steps
+        self._tokens = start.tokens
         self.restart_clock()
-        self._objective = config.loss.objective
+        if not self.enabled:
+            return
         self._flops_per_token = training_flops_per_token(
             config.model,
             config.gate,
@@ -42,70 +39,69 @@ class RunLog:
             config.model.num_loops,
             frozen_trunk=config.loss.frozen_trunk,
         )
-        if not speaks:
-            return
         peak = config.logging.peak_tflops
-        self._peak = (1e12 * peak if peak else device.peak_flops()) * world_size
+        self._peak = (1e12 * peak if peak else device.peak_flops()) * dist.get_world_size()
+        folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = folder / "metrics.jsonl"
-        _drop_lines_after(self._lines, first_step)
-        purge = first_step + 1 if first_step else None
-        self._board = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if config.logging.tensorboard else None
-        )
-        self._bar = tqdm(total=self.total, initial=first_step, unit="step") if sys.stderr.isatty() else None
+        self._path = folder / "metrics.jsonl"
+        _drop_lines_after(self._path, start.step)
+        self._board = None
+        if config.logging.tensorboard:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start.step + 1 if start.step else None)
+        self._bar = tqdm(total=self._total, initial=start.step, unit="step") if sys.stderr.isatty() else None
 
-    def train(self, step: int, samples: int, tokens: int, stats: StepStats, grad_norm: float, lr: float) -> None:
-        """Record one training step; ``tokens`` counts every token read since the run began."""
-        if not self.speaks:
+    def train(self, progress: Progress, stats: StepStats, grad_norm: float, lr: float) -> None:
+        """Record the training step that led to ``progress``."""
+        if not self.enabled:
             return
-        self._tokens = tokens
+        step, self._tokens = progress.step, progress.tokens
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(f"loss {stats.loss:.3f} depth {stats.mean_depth:.2f}")
-        if step % self.every and step != self.total:
+        if step % self._config.logging.log_every and step != self._total:
             return
-        now = time.perf_counter()
-        seconds, speed = now - self._window_start, (tokens - self._window_first) / (now - self._window_start)
+        seconds = time.perf_counter() - self._window_start
+        speed = (self._tokens - self._window_first) / seconds
         self.restart_clock()
-        row: dict[str, Any] = {"kind": "train", "step": step, "samples": samples, "objective": self._objective}
-        row |= dataclasses.asdict(stats) | {"tokens": tokens, "grad_norm": grad_norm, "learning_rate": lr}
+        row = {"kind": "train", "step": step, "samples": progress.samples, "objective": self._config.loss.objective}
+        row |= dataclasses.asdict(stats) | {"tokens": self._tokens, "grad_norm": grad_norm, "learning_rate": lr}
         row |= {"tokens_per_second": speed, "seconds": seconds}
         if self._peak:
             row["mfu"] = speed * self._flops_per_token / self._peak
         self._write(row)
         if self._bar is None:
             self.say(
-                f"step {step}/{self.total}  loss {stats.loss:.4f}  per loop {_numbers(stats.loss_per_loop)}  "
+                f"step {step}/{self._total}  loss {stats.loss:.4f}  per loop {_format(stats.loss_per_loop)}  "
                 f"mean depth {stats.mean_depth:.2f}  grad {grad_norm:.2f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
             )
 
-    def valid(self, step: int, stats: StepStats) -> None:
+    def valid(self, progress: Progress, stats: StepStats) -> None:
         """Record a validation."""
-        if not self.speaks:
+        if not self.enabled:
             return
-        self._write({"kind": "valid", "step": step, **dataclasses.asdict(stats)})
-        self.say(f"step {step}/{self.total}  validation {stats.loss:.4f}  per loop {_numbers(stats.loss_per_loop)}")
+        self._write({"kind": "valid", "step": progress.step, **dataclasses.asdict(stats)})
+        where = f"step {progress.step}/{self._total}"
+        self.say(f"{where}  validation {stats.loss:.4f}  per loop {_format(stats.loss_per_loop)}")
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last line (a validation, a save) out of the training speed."""
+        """Exclude the time since the last training line (a validation, a save) from the training speed."""
         self._window_start, self._window_first = time.perf_counter(), self._tokens
 
     def say(self, message: str) -> None:
-        """One line for the person who watches; rank 0 only."""
-        if self.speaks:
+        """Print one line on rank 0's stderr."""
+        if self.enabled:
             tqdm.write(message, file=sys.stderr)
 
     def close(self) -> None:
-        """Flush and end the bar."""
-        if self.speaks:
-            for part in (self._board, self._bar):
-                if part is not None:
-                    part.close()
+        """Flush TensorBoard and end the progress bar."""
+        if self.enabled:
+            for output in (self._board, self._bar):
+                if output is not None:
+                    output.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        with self._lines.open("a", encoding="utf-8") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self._board is None:
             return
@@ -117,12 +113,12 @@ class RunLog:
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
 
-def _numbers(values: list[float]) -> str:
+def _format(values: list[float]) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """A run that resumes repeats steps done since its checkpoint; each step stands once."""
+    """Keep the lines up to ``step``: a resumed run repeats the later steps, and each step must appear once."""
     if not path.exists():
         return
     rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
@@ -132,5 +128,5 @@ def _drop_lines_after(path: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # cut off by a kill
+    except (ValueError, KeyError):  # a killed process left half a line
         return float("inf")

@@ -22,14 +22,11 @@ def freeze_trunk(model: LoopLM) -> None:
             parameter.requires_grad_(True)
 
 
-def wrap_data_parallel(
-    model: LoopLM, loss: LossConfig, layout: ParallelConfig | None = None
-) -> DistributedDataParallel:
+def wrap_data_parallel(model: LoopLM, loss: LossConfig, layout: ParallelConfig) -> DistributedDataParallel:
     """Megatron's DDP: gradients in contiguous buffers, reduced over the data-parallel ranks.
 
     With ``layout.distributed_optimizer`` a rank's ``main_grad`` afterwards holds true sums only in that rank's share.
     """
-    layout = layout or ParallelConfig()
     frozen = loss.frozen_trunk
     if frozen:
         freeze_trunk(model)
@@ -47,9 +44,7 @@ def wrap_data_parallel(
     return ddp
 
 
-def build_optimizer(
-    ddp: DistributedDataParallel, optim: OptimConfig, layout: ParallelConfig | None = None
-) -> MegatronOptimizer:
+def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: ParallelConfig) -> MegatronOptimizer:
     """AdamW with fp32 main weights; weight decay spares norms, biases and the gate.
 
     With ``layout.distributed_optimizer`` each data-parallel rank holds main weights and moments of its share alone.
@@ -65,7 +60,7 @@ def build_optimizer(
         clip_grad=optim.clip_grad,
         bf16=optim.precision == "bf16",
         params_dtype=DTYPES[optim.precision],
-        use_distributed_optimizer=layout is not None and layout.distributed_optimizer,
+        use_distributed_optimizer=layout.distributed_optimizer,
         fp8_recipe=ddp.module.config.fp8_recipe if ddp.module.config.fp8 else None,
     )
     spared = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=spared_by_weight_decay))

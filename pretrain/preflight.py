@@ -25,7 +25,7 @@ from pretrain.cluster import probes, verdicts
 from pretrain.cluster.probes import Place
 from pretrain.cluster.verdicts import Verdict
 from pretrain.data import Corpus, check_corpus, schedule_on
-from pretrain.train import refuse_other_data
+from pretrain.progress import refuse_other_data
 
 MESSAGE = {True: 1 << 28, False: 1 << 22}  # bytes of the all-reduce that is timed: on GPUs, and on CPUs
 FILE = {True: 1 << 28, False: 1 << 24}  # bytes that every writer writes
@@ -111,7 +111,7 @@ def _data(config: RunConfig, nodes: dict[str, int]) -> Iterator[Verdict]:
     corpus, fault = None, ""
     if dist.get_rank() in nodes.values():
         try:
-            corpus = check_corpus(config)
+            corpus = check_corpus(config.data, config.model.vocab_size)
         except UserError as error:
             fault = str(error)
     faults, corpora = probes.all_of(fault), probes.all_of(corpus)
@@ -139,7 +139,7 @@ def _start(config: RunConfig, corpus: Corpus) -> Verdict:
         initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
         done = None if step is None else checkpoint.check_fit(step, config.model, config.gate)
         begun = None if initial is None else checkpoint.check_fit(initial, config.model, config.gate)
-        refuse_other_data(done, begun, corpus, config)
+        refuse_other_data(config, corpus, done, begun)
     except UserError as error:
         return Verdict("FAIL", "start", str(error))
     if steps[:1] != [step] and steps:

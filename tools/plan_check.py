@@ -38,8 +38,8 @@ from looplm.megatron import process_groups
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from pretrain.data import Batch
-from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
-from pretrain.step import Stepper
+from pretrain.optim import DTYPES
+from pretrain.trainer import Trainer
 from tools.bench.memory import saved_bytes
 from tools.planning.memory import Memory, rank_memory
 from tools.planning.planned_run import PlannedRun
@@ -129,16 +129,13 @@ def candidate_of(config: RunConfig, ranks: int) -> PlannedRun:
 def measure(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
     """Bytes of each part on this rank, after a first step and during a second one."""
     model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], config.parallel)
-    ddp = wrap_data_parallel(model, config.loss, config.parallel)
-    optimizer = build_optimizer(ddp, config.optim, config.parallel)
-    scheduler, data = build_scheduler(optimizer, config.optim), config.data
-    stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
+    trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
     count = candidate_of(config, dist.get_world_size()).micro_batches
     batches = [_batch(config) for _ in range(count)]
-    stepper.train(iter(batches), count)
+    trainer.train(iter(batches), count)
     with saved_bytes(model) as saved:
-        stepper.backward(iter(batches), count)
-    return {**_held(ddp, optimizer), "activations": saved.peak}
+        trainer.backward(iter(batches), count)
+    return {**_held(trainer.ddp, trainer.optimizer), "activations": saved.peak}
 
 
 def _batch(config: RunConfig) -> Batch:

@@ -1,12 +1,13 @@
-"""The optimizer's state in one form, whatever the layout and whichever of Megatron's optimizers holds it.
+"""The optimizer's state in one form for every parallel layout and each of Megatron's optimizers.
 
-For each parameter: Adam's two moments, and the fp32 weight where the model's own is narrower, as sharded tensors of the
-parameter's shape. That is all of it: rates and betas are configuration, and all parameters have made the same steps.
+For each parameter: Adam's two moments, plus an fp32 main weight if the model's own is narrower, as sharded tensors of
+the parameter's shape. Nothing else is stored: rates and betas are configuration, and all parameters have made the same
+number of steps.
 
-Megatron's three optimizers each have a form of their own, so a checkpoint of one does not load into another. The
-distributed one's also fail: without Transformer Engine or Apex a fresh optimizer cannot load, and a loaded one has one
-step counter that every parameter advances; its resharding form reads each gradient bucket but the first at a wrong
-offset. Hence this page goes to the tensors themselves.
+Each of Megatron's three optimizers has a format of its own, so a checkpoint of one does not load into another. The
+formats of the distributed optimizer also have bugs. Without Transformer Engine or Apex a fresh optimizer cannot load,
+and a loaded one has a single step counter that every parameter advances. Its resharding format reads each gradient
+bucket but the first at a wrong offset. Therefore this module reads and writes the tensors themselves.
 """
 
 from typing import Any
@@ -21,31 +22,41 @@ from torch import Tensor, nn
 MAIN = "fp32_param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+State = dict[str, dict[str, Tensor]]  # parameter name → state name → tensor
+
 
 def sharded_state(
     optimizer: MegatronOptimizer, model: nn.Module, weights: dict[str, Any], is_loading: bool
 ) -> dict[str, dict[str, Any]]:
-    """The state as sharded tensors, to save or to be loaded into; collective when it is saved.
+    """Return the state as sharded tensors, to save or to load into. Collective when saving.
 
     Args:
-        optimizer: as :class:`pretrain.trainer.Trainer` builds it.
-        model: whose parameters it steps.
+        optimizer: from :func:`pretrain.optim.build_optimizer`.
+        model: the model whose parameters it updates.
         weights: the model's sharded state dict.
-        is_loading: give empty tensors rather than the state.
+        is_loading: return empty tensors instead of the state.
 
     Returns:
-        tensors by their names, for each trained parameter by its name. To save a distributed optimizer, the first
-        data-parallel rank has them all and the others have none.
+        Sharded tensors by parameter name and state name. When a distributed optimizer is saved, the first data-parallel
+        rank returns all of them and the other ranks return none.
     """
-    core = _core(optimizer)
     trained = _trained(model)
-    values = {parameter: _empty(parameter) for parameter in trained.values()} if is_loading else _whole(core, trained)
-    if not trained:  # a pipeline rank of the gate's stage
+    if not trained:  # a pipeline rank without the gate, in the gate's training stage
         return {}
-    places = get_param_id_to_sharded_param_map(weights, trained.values())
+    if is_loading:
+        values = {
+            parameter: {
+                name: torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                for name in _state_names(parameter)
+            }
+            for parameter in trained.values()
+        }
+    else:
+        values = _whole_state(_unchained(optimizer), trained)
+    sharded_parameters = get_param_id_to_sharded_param_map(weights, trained.values())
     return {
         parameter_name: {
-            name: make_sharded_optimizer_tensor(places[index], value, f"optimizer.state.{name}")
+            name: make_sharded_optimizer_tensor(sharded_parameters[index], value, f"optimizer.state.{name}")
             for name, value in values[parameter].items()
         }
         for index, (parameter_name, parameter) in enumerate(trained.items())
@@ -53,36 +64,37 @@ def sharded_state(
     }
 
 
-def plain_state(optimizer: MegatronOptimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The state as plain tensors, in the form that :func:`load_state` takes; of one process, with a whole model."""
-    whole = _whole(_core(optimizer), _trained(model))
-    return {name: whole[parameter] for name, parameter in _trained(model).items()}
+def plain_state(optimizer: MegatronOptimizer, model: nn.Module) -> State:
+    """Return the state as plain tensors, in the form that :func:`load_state` takes. For a single process."""
+    trained = _trained(model)
+    whole = _whole_state(_unchained(optimizer), trained)
+    return {name: whole[parameter] for name, parameter in trained.items()}
 
 
 @torch.no_grad()
-def load_state(optimizer: MegatronOptimizer, model: nn.Module, state: dict[str, dict[str, Tensor]], step: int) -> None:
-    """Take over what was loaded into :func:`sharded_state`.
+def load_state(optimizer: MegatronOptimizer, model: nn.Module, state: State, step: int) -> None:
+    """Copy a loaded state into the optimizer.
 
     Args:
-        optimizer: of any kind, in any layout.
-        model: whose parameters it steps.
-        state: what came back in place of the sharded tensors.
-        step: optimizer steps done, which Adam's bias correction counts.
+        optimizer: of any of Megatron's kinds, in any parallel layout.
+        model: the model whose parameters it updates.
+        state: what was loaded in place of the sharded tensors of :func:`sharded_state`.
+        step: number of optimizer steps done, for Adam's bias correction.
     """
-    core = _core(optimizer)
+    core = _unchained(optimizer)
     _allocate(core)
     for parameter_name, parameter in _trained(model).items():
-        if not _owns(core, parameter):
-            continue
+        if isinstance(core, DistributedOptimizer) and parameter not in core.model_param_group_index_map:
+            continue  # other ranks update it
         main, first = _main(core, parameter)
         for name, value in state[parameter_name].items():
             part = value.flatten()[first : first + main.numel()]
-            _tensor(core, main, name).copy_(part.view(main.shape))
+            _state_tensor(core, main, name).copy_(part.view(main.shape))
     _set_step(core, step)
 
 
-def _core(optimizer: MegatronOptimizer) -> MegatronOptimizer:
-    """Megatron wraps its optimizer in a chain of one."""
+def _unchained(optimizer: MegatronOptimizer) -> MegatronOptimizer:
+    """Return the optimizer that Megatron wraps in a chain of one."""
     if isinstance(optimizer, ChainedOptimizer):
         (optimizer,) = optimizer.chained_optimizers
     return optimizer
@@ -92,61 +104,48 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _names(parameter: nn.Parameter) -> tuple[str, ...]:
+def _state_names(parameter: nn.Parameter) -> tuple[str, ...]:
     return MOMENTS if parameter.dtype is torch.float32 else (*MOMENTS, MAIN)
 
 
-def _empty(parameter: nn.Parameter) -> dict[str, Tensor]:
-    return {name: torch.empty(parameter.shape, dtype=torch.float32, device="cpu") for name in _names(parameter)}
-
-
-def _owns(core: MegatronOptimizer, parameter: nn.Parameter) -> bool:
-    """Whether this rank steps any part of a parameter."""
-    return not isinstance(core, DistributedOptimizer) or parameter in core.model_param_group_index_map
-
-
 def _main(core: MegatronOptimizer, parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """What this rank steps of a parameter it owns, and where that begins in the flat parameter."""
+    """Return the part of a parameter that this rank updates, and its offset in the flattened parameter."""
     if not isinstance(core, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter), 0
-    group, place = core.model_param_group_index_map[parameter]
-    return core.optimizer.param_groups[group]["params"][place], core._get_model_param_range_map(parameter)[
-        "param"
-    ].start
+    group, index = core.model_param_group_index_map[parameter]
+    span = core._get_model_param_range_map(parameter)["param"]
+    return core.optimizer.param_groups[group]["params"][index], span.start
 
 
-def _tensor(core: MegatronOptimizer, main: Tensor, name: str) -> Tensor:
+def _state_tensor(core: MegatronOptimizer, main: Tensor, name: str) -> Tensor:
     return main if name == MAIN else core.optimizer.state[main][name]
 
 
-def _whole(core: MegatronOptimizer, trained: dict[str, nn.Parameter]) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """The state of each parameter in its shape; of a distributed optimizer, on the first data-parallel rank only."""
-    if not trained:
-        return {}
+def _whole_state(core: MegatronOptimizer, trained: dict[str, nn.Parameter]) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """Return the state in the parameters' shapes; of a distributed optimizer, on the first data-parallel rank only."""
     _allocate(core)
     if isinstance(core, DistributedOptimizer):
-        return _gathered(core)
-    whole = {}
-    for parameter in trained.values():
-        main, _ = _main(core, parameter)
-        whole[parameter] = {name: _tensor(core, main, name) for name in _names(parameter)}
-    return whole
+        return _gather(core)
+    return {
+        parameter: {name: _state_tensor(core, _main(core, parameter)[0], name) for name in _state_names(parameter)}
+        for parameter in trained.values()
+    }
 
 
 @torch.no_grad()
-def _gathered(core: DistributedOptimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """Each rank steps an equal share of every bucket of parameters: put the shares together, a bucket at a time."""
+def _gather(core: DistributedOptimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """Gather the equal shares of every bucket that the data-parallel ranks update, one bucket at a time."""
     group = core.data_parallel_group
     whole: dict[nn.Parameter, dict[str, Tensor]] = {}
     for buffer, ranges_by_dtype in zip(core.buffers, core.gbuf_ranges, strict=True):
         (ranges,) = ranges_by_dtype.values()
         for bucket, share_ranges in zip(buffer.buckets, ranges, strict=True):
-            for name in _names(bucket.params_list[0]):
+            for name in _state_names(bucket.params_list[0]):
                 numel = bucket.grad_data.numel() // group.size()
                 share = torch.zeros(numel, dtype=torch.float32, device=bucket.grad_data.device)
                 for parameter, its_ranges in share_ranges["param_map"].items():
-                    main, _ = _main(core, parameter)
-                    share[its_ranges["gbuf_local"].start : its_ranges["gbuf_local"].end] = _tensor(core, main, name)
+                    span = its_ranges["gbuf_local"]
+                    share[span.start : span.end] = _state_tensor(core, _main(core, parameter)[0], name)
                 shares = [torch.empty_like(share) for _ in range(group.size())] if group.rank() == 0 else None
                 dist.gather(share, shares, group=group, group_dst=0)
                 if shares is None:
@@ -160,7 +159,7 @@ def _gathered(core: DistributedOptimizer) -> dict[nn.Parameter, dict[str, Tensor
 
 
 def _allocate(core: MegatronOptimizer) -> None:
-    """Before its first step the inner optimizer has no state."""
+    """Create the inner optimizer's state if it has not made its first step."""
     if core.optimizer is not None and not core.optimizer.state:
         core.init_state_fn(core.optimizer, core.config)
         _set_step(core, 0)
@@ -169,7 +168,7 @@ def _allocate(core: MegatronOptimizer) -> None:
 def _set_step(core: MegatronOptimizer, step: int) -> None:
     for group in core.param_groups:
         if isinstance(core.optimizer, torch.optim.AdamW):
-            for main in group["params"]:  # a tensor each: Adam counts in place
+            for main in group["params"]:  # one tensor each, because Adam counts in place
                 core.optimizer.state[main]["step"] = torch.tensor(float(step))
-        else:  # Transformer Engine's and Apex's count once for a group
+        else:  # Transformer Engine's and Apex's Adam keep one counter for a group
             group["step"] = step

@@ -11,7 +11,15 @@ from data_pipeline.manifest import read_manifest
 from looplm.cli import UserError
 from looplm.config import DataConfig, DataSource, RampUpConfig
 from looplm.files import sha256_of
-from pretrain.data import BatchSchedule, build_train_set, build_valid_set, check_corpus, data_order, micro_batches
+from pretrain.data import (
+    BatchSchedule,
+    build_train_set,
+    build_valid_set,
+    check_corpus,
+    data_order,
+    index_cache,
+    micro_batches,
+)
 from tests.support.tiny import EOS, VOCAB, run_config, write_prefix
 
 
@@ -22,7 +30,7 @@ def ids(batches) -> list[list[int]]:
 def test_order_depends_on_consumed_samples_alone(corpus, tmp_path, single_process):
     """Two ranks of micro-batch 1 read what one rank of micro-batch 2 reads, from any point on."""
     config = run_config(corpus, tmp_path)
-    train_set = build_train_set(config, check_corpus(config), 24, 24)
+    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 24, 24)
     alone = ids(micro_batches(train_set, config.data, 0, 0, 1))
     assert len(alone) == 24
     assert ids(micro_batches(train_set, config.data, 8, 0, 1)) == alone[8:]
@@ -33,7 +41,7 @@ def test_order_depends_on_consumed_samples_alone(corpus, tmp_path, single_proces
 
 def test_an_extended_run_appends_a_pass(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path)
-    found = check_corpus(config)
+    found = check_corpus(config.data, config.model.vocab_size)
     short = ids(micro_batches(build_train_set(config, found, 24, 24), config.data, 0, 0, 1))
     longer = ids(micro_batches(build_train_set(config, found, 40, 24), config.data, 0, 0, 1))
     assert longer[:24] == short and len(longer) == 48 and longer[24:] != short
@@ -41,7 +49,7 @@ def test_an_extended_run_appends_a_pass(corpus, tmp_path, single_process):
 
 def test_labels_are_the_next_tokens_and_masks_follow_documents(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path, data={"seq_length": 64})
-    train_set = build_train_set(config, check_corpus(config), 8, 8)
+    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 8, 8)
     seen_boundary = False
     for batch in micro_batches(train_set, config.data, 0, 0, 1):
         ids_SB = batch.ids_BS.t()
@@ -59,7 +67,11 @@ def test_labels_are_the_next_tokens_and_masks_follow_documents(corpus, tmp_path,
 
 def test_without_document_masking_every_token_counts(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path, data={"document_masking": False})
-    batch = next(micro_batches(build_train_set(config, check_corpus(config), 4, 4), config.data, 0, 0, 1))
+    batch = next(
+        micro_batches(
+            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4), config.data, 0, 0, 1
+        )
+    )
     assert batch.document_start_SB is None and bool(batch.mask_SB.all())
 
 
@@ -71,17 +83,22 @@ def test_weights_decide_the_mix(corpus, tmp_path, single_process):
         write_prefix(tmp_path / name, [[token] * 40 + [EOS]] * 30, record, "train")
     sources = (DataSource(prefix=str(tmp_path / "a"), weight=3), DataSource(prefix=str(tmp_path / "b")))
     config = run_config(corpus, tmp_path / "run", data={"train": sources})
-    rows = ids(micro_batches(build_train_set(config, check_corpus(config), 40, 40), config.data, 0, 0, 1))
+    rows = ids(
+        micro_batches(
+            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 40, 40), config.data, 0, 0, 1
+        )
+    )
     from_a = sum(10 in row for row in rows)
     assert from_a == pytest.approx(30, abs=1)
 
 
 def test_validation_is_always_the_same(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path, logging={"eval_samples": 4})
-    found = check_corpus(config)
-    first, second = (ids(micro_batches(build_valid_set(config, found), config.data, 0, 0, 1)) for _ in range(2))
+    found = check_corpus(config.data, config.model.vocab_size)
+    valid_sets = [build_valid_set(config.data, found, 8, config.seed, index_cache(config)) for _ in range(2)]
+    first, second = (ids(micro_batches(valid_set, config.data, 0, 0, 1)) for valid_set in valid_sets)
     assert first == second and len(first) >= 4
-    assert build_valid_set(dataclasses.replace(config, data=dataclasses.replace(config.data, valid=())), found) is None
+    assert build_valid_set(dataclasses.replace(config.data, valid=()), found, 8, 1, index_cache(config)) is None
 
 
 def test_changed_data_never_meets_an_old_index(corpus, tmp_path, single_process):
@@ -89,9 +106,17 @@ def test_changed_data_never_meets_an_old_index(corpus, tmp_path, single_process)
     folder = tmp_path / "data"
     shutil.copytree(corpus, folder)
     config = run_config(folder, tmp_path / "run")
-    before = ids(micro_batches(build_train_set(config, check_corpus(config), 4, 4), config.data, 0, 0, 1))
+    before = ids(
+        micro_batches(
+            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4), config.data, 0, 0, 1
+        )
+    )
     write_prefix(folder / "train", [[7] * 50 + [EOS]] * 20, read_manifest(corpus / "train").tokenizer, "train")
-    after = ids(micro_batches(build_train_set(config, check_corpus(config), 4, 4), config.data, 0, 0, 1))
+    after = ids(
+        micro_batches(
+            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4), config.data, 0, 0, 1
+        )
+    )
     assert before != after and all(set(row) <= {7, EOS} for row in after)
 
 
@@ -123,7 +148,7 @@ def test_a_batch_that_does_not_fit_the_ranks_is_refused(ranks, key, values):
 
 def test_order_fingerprint_names_what_decides_the_order(corpus, tmp_path):
     config = run_config(corpus, tmp_path)
-    found = check_corpus(config)
+    found = check_corpus(config.data, config.model.vocab_size)
     same = dataclasses.replace(config, output_dir="elsewhere", optim=dataclasses.replace(config.optim, lr=1.0))
     assert data_order(same, found) == data_order(config, found)
     for changed in ({"seed": 9}, {"data": {"seq_length": 16}}):
@@ -182,15 +207,15 @@ def test_bad_data_is_one_line_before_training(corpus, tmp_path, fault):
     damage, expected = FAULTS[fault]
     damage(folder)
     with pytest.raises(UserError, match=expected) as caught:
-        check_corpus(run_config(folder, tmp_path / "run"))
+        check_corpus(run_config(folder, tmp_path / "run").data, VOCAB)
     assert "\n" not in str(caught.value)
 
 
 def test_data_must_fit_the_model(corpus, tmp_path):
     with pytest.raises(UserError, match=rf"model\.vocab_size: 100 .*{VOCAB} tokens"):
-        check_corpus(run_config(corpus, tmp_path, model={"vocab_size": 100}))
+        check_corpus(run_config(corpus, tmp_path).data, vocab_size=100)
     shutil.copytree(corpus, tmp_path / "data")
     record = read_manifest(corpus / "train").tokenizer
     write_prefix(tmp_path / "data/train", [[5] * 10 + [EOS]], record, "train")
     with pytest.raises(UserError, match=r"holds 11 tokens.*data\.seq_length=32"):
-        check_corpus(run_config(tmp_path / "data", tmp_path / "run"))
+        check_corpus(run_config(tmp_path / "data", tmp_path / "run").data, VOCAB)

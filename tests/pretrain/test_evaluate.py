@@ -12,7 +12,7 @@ from looplm.checkpoint import step_folder
 from looplm.cli import UserError
 from looplm.evaluation.depth import DepthMeter
 from looplm.megatron import process_groups
-from pretrain.data import build_valid_set, check_corpus, micro_batches
+from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
 from pretrain.evaluate import THRESHOLDS, main
 from pretrain.train import train
 from tests.support.tiny import run_config
@@ -51,7 +51,7 @@ def test_meter_equals_a_slow_loop(single_process):
 
 def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single_process, monkeypatch, capsys):
     config = run_config(corpus, tmp_path / "run")
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     monkeypatch.setattr(process_groups, "stop", lambda: None)  # the session's job goes on
     arguments = ["--checkpoint", str(tmp_path / "run"), "--depths", "1,3,5", "--samples", "6", "--batch_size", "2"]
     decoding = ["--kv_caches=per_loop,last", "--prompt_tokens=6", "--exit_signal=confidence", "--exit_thresholds=0.5,1"]
@@ -80,10 +80,10 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
 
     opened = checkpoint.open_model(str(tmp_path / "run"), single_process)
     weights = dict(opened.model.named_parameters())
-    samples = run_config(corpus, tmp_path / "run", logging={"eval_samples": 6})
     total, tokens = torch.zeros(5), 0.0
-    valid_set = build_valid_set(samples, check_corpus(config))
-    batches = micro_batches(valid_set, samples.data, 0, 0, 1)
+    found = check_corpus(config.data, config.model.vocab_size)
+    valid_set = build_valid_set(config.data, found, 6, config.seed, index_cache(config))
+    batches = micro_batches(valid_set, config.data, 0, 0, 1)
     for _ in range(3):
         batch = next(batches)
         model, gate = opened.model.model_config, opened.gate

@@ -11,17 +11,16 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from data_pipeline.index_file import read_index
-from data_pipeline.loss_marks import NO_LOSS
 from data_pipeline.manifest import read_manifest
+from data_pipeline.token_file import NO_LOSS, read_index
 from looplm import chat, checkpoint, generate
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError
 from looplm.config import DataSource
-from pretrain.data import build_train_set, build_valid_set, check_corpus, micro_batches
+from pretrain.data import build_train_set, build_valid_set, check_corpus, index_cache, micro_batches
 from pretrain.mixed_data import best_fit, pack
 from pretrain.train import train
-from tests.support.tiny import EOS, PAD, run_config, train_rows, write_chat_corpus
+from tests.support.tiny import EOS, PAD, VOCAB, run_config, train_rows, write_chat_corpus
 from tools.convert_hf import main as convert
 
 pytestmark = pytest.mark.usefixtures("job_goes_on")
@@ -78,7 +77,7 @@ def test_samples_are_whole_conversations_learnt_where_they_answer(chats, tmp_pat
     config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
     stored = [np.array(document) for document in IndexedDataset(str(chats / "train"))]
     rest = [(document & ~NO_LOSS).tolist() for document in stored]
-    train_set = build_train_set(config, check_corpus(config), 8, 8)
+    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 8, 8)
     for batch in micro_batches(train_set, config.data, 0, 0, 1):
         assert batch.document_start_SB is not None
         for column in range(2):
@@ -102,7 +101,7 @@ def test_samples_are_whole_conversations_learnt_where_they_answer(chats, tmp_pat
 def test_conversations_and_plain_text_mix(chats, tmp_path, single_process):
     sources = (DataSource(prefix=str(chats / "train"), weight=1), DataSource(prefix=str(chats / "plain"), weight=3))
     config = run_config(chats, tmp_path, data={"seq_length": 100, "train": sources}, model=LONG)
-    found = check_corpus(config)
+    found = check_corpus(config.data, config.model.vocab_size)
     start = json.loads((chats / "tokenizer.json").read_text())["added_tokens"][3]
     assert start["content"] == chat.START
     batches = list(micro_batches(build_train_set(config, found, 40, 40), config.data, 0, 0, 1))
@@ -110,27 +109,28 @@ def test_conversations_and_plain_text_mix(chats, tmp_path, single_process):
     assert sum(talks) == pytest.approx(10, abs=1) and max(int(batch.ids_BS.max()) for batch in batches) < 320
     assert found.stop_id == found.end_id != EOS
     alone = run_config(chats, tmp_path, data={"train": sources[1:], "valid": ()})
-    assert check_corpus(alone).stop_id == EOS
+    assert check_corpus(alone.data, alone.model.vocab_size).stop_id == EOS
 
 
 def test_what_no_sample_holds_is_counted_or_refused(chats, tmp_path, single_process):
     config = run_config(chats, tmp_path, data={"seq_length": 48})
     longer = int((read_index(chats / "train.idx").lengths() > 49).sum())
-    (line,) = [line for line in check_corpus(config).left_out if "train" in line]
+    (line,) = [line for line in check_corpus(config.data, config.model.vocab_size).left_out if "train" in line]
     assert 0 < longer < 50 and f"{longer} of 50 conversations are longer than data.seq_length=48" in line
     with pytest.raises(
         UserError, match=r"train: its shortest conversation has \d+ tokens.*data.seq_length=16"
     ) as caught:
-        check_corpus(run_config(chats, tmp_path, data={"seq_length": 16}))
+        check_corpus(run_config(chats, tmp_path, data={"seq_length": 16}).data, VOCAB)
     assert "\n" not in str(caught.value)
 
 
 def test_a_packing_is_kept_and_read_again(chats, tmp_path, single_process, monkeypatch):
     config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
-    found = build_valid_set(config, check_corpus(config))
+    arguments = (config.data, check_corpus(config.data, config.model.vocab_size), 8, config.seed, index_cache(config))
+    found = build_valid_set(*arguments)
     first = [found[index]["tokens"].tolist() for index in range(len(found))]
     monkeypatch.setattr("pretrain.mixed_data.pack", None)  # would fail if it were called
-    again = build_valid_set(config, check_corpus(config))
+    again = build_valid_set(*arguments)
     assert [again[index]["tokens"].tolist() for index in range(len(again))] == first
     assert not list(tmp_path.rglob("*.npz.*"))
 
@@ -139,7 +139,7 @@ def test_a_packing_is_kept_and_read_again(chats, tmp_path, single_process, monke
 def tuned(chats, tmp_path_factory, single_process) -> Path:
     folder = tmp_path_factory.mktemp("tuned") / "sft"
     config = run_config(chats, folder, data={"seq_length": 100}, model=LONG, checkpoint={"save_every": 3})
-    assert train(config, check_corpus(config), single_process)
+    assert train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     return folder
 
 
@@ -147,7 +147,7 @@ def test_a_tuned_run_resumes_bit_for_bit(chats, tuned, tmp_path, single_process)
     config = run_config(chats, tmp_path / "sft", data={"seq_length": 100}, model=LONG)
     shutil.copytree(tuned, tmp_path / "sft")
     shutil.rmtree(tmp_path / "sft/checkpoints/step_00000006")
-    assert train(config, check_corpus(config), single_process)
+    assert train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     again, whole = train_rows(tmp_path / "sft"), train_rows(tuned)
     assert [row["loss_per_loop"] for row in again] == [row["loss_per_loop"] for row in whole] and len(again) == 6
     assert all(row["tokens_per_second"] > 0 for row in again)
@@ -171,13 +171,13 @@ def test_it_answers_in_the_terminal_and_a_plain_model_refuses(chats, tuned, tmp_
     sample = json.loads(output.read_text())
     assert sample["prompt"] == "2 + 2?" and sample["settings"]["temperature"] == 0
     config = run_config(corpus, tmp_path / "plain", optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     with pytest.raises(UserError, match=r"has no token '<\|im_start\|>'"):
         generate.main(["--checkpoint", str(tmp_path / "plain"), *arguments])
     only_plain = {"train": (DataSource(prefix=str(chats / "plain")),), "valid": ()}
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, **only_plain), output_dir=str(tmp_path / "text")
     )
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     with pytest.raises(UserError, match="chat: True is not allowed; it was not tuned on conversations"):
         generate.main(["--checkpoint", str(tmp_path / "text"), *arguments])

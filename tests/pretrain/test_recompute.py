@@ -10,13 +10,12 @@ from megatron.core.tensor_parallel import random as megatron_random
 from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig
 from looplm.model import LoopLM
 from pretrain.data import Batch
-from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
-from pretrain.step import Stepper
+from pretrain.trainer import Trainer
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import MODEL, run_config
 from tools.bench.memory import peak_saved_bytes
 from tools.planning.activations import peak_activation_bytes
-from tools.planning.candidate import Candidate
+from tools.planning.planned_run import PlannedRun
 
 MHA = dataclasses.replace(MODEL, attention="mha", num_query_groups=2)
 TOKENS = (2, 32)  # [B, S]
@@ -34,20 +33,18 @@ def batch(seed: int = 0, batch_size: int = 2) -> Batch:
     )
 
 
-def stepper_of(groups, layout, model=MODEL, dtype=torch.float32, loss=None) -> Stepper:
+def build_trainer(groups, layout, model=MODEL, dtype=torch.float32, loss=None) -> Trainer:
     loss = loss or LossConfig()
     torch.manual_seed(5)
     optim = OptimConfig(
         train_steps=6, decay_steps=2, warmup_steps=2, precision="fp32" if dtype is torch.float32 else "bf16"
     )
-    ddp = wrap_data_parallel(LoopLM(model, GateConfig(state_size=8), groups, dtype, layout), loss, layout)
-    optimizer = build_optimizer(ddp, optim, layout)
-    return Stepper(ddp, optimizer, build_scheduler(optimizer, optim), loss, groups, 32, 2)
+    return Trainer(LoopLM(model, GateConfig(state_size=8), groups, dtype, layout), loss, optim, layout, groups)
 
 
-def gradients(stepper: Stepper, microbatches: int) -> dict[str, torch.Tensor]:
-    stepper.backward(map(batch, range(microbatches)), microbatches)
-    return {key: value.main_grad.clone() for key, value in stepper.ddp.module.named_parameters() if value.requires_grad}
+def gradients(trainer: Trainer, microbatches: int) -> dict[str, torch.Tensor]:
+    trainer.backward(map(batch, range(microbatches)), microbatches)
+    return {key: value.main_grad.clone() for key, value in trainer.ddp.module.named_parameters() if value.requires_grad}
 
 
 def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
@@ -62,8 +59,8 @@ def test_gradients_equal_those_without_recomputing(mode, model, single_process, 
     original = megatron_random.CheckpointFunction.backward
     counted = staticmethod(lambda ctx, *args: calls.append(ctx) or original(ctx, *args))
     monkeypatch.setattr(megatron_random.CheckpointFunction, "backward", counted)
-    expected = stepper_of(single_process, ParallelConfig(), model)
-    found = stepper_of(single_process, ParallelConfig(recompute=mode), model)
+    expected = build_trainer(single_process, ParallelConfig(), model)
+    found = build_trainer(single_process, ParallelConfig(recompute=mode), model)
     one = gradients(expected, 1)
     assert calls == [] and all(value.any() for key, value in one.items() if "gate" not in key)
     again = gradients(found, 1)
@@ -80,11 +77,11 @@ def test_nothing_is_recomputed_where_nothing_is_learned(single_process, monkeypa
     """Under the gate's stage the trunk has no backward; in evaluation nothing has."""
     monkeypatch.setattr(megatron_random.CheckpointFunction, "backward", None)
     frozen = LossConfig(objective="adaptive_gate")
-    expected = gradients(stepper_of(single_process, ParallelConfig(), loss=frozen), 1)
+    expected = gradients(build_trainer(single_process, ParallelConfig(), loss=frozen), 1)
     for mode in ("full", "loop"):
-        stepper = stepper_of(single_process, ParallelConfig(recompute=mode), loss=frozen)
-        assert differing(gradients(stepper, 1), expected) == []
-        assert stepper.evaluate(repeat(batch()), 2).tokens == 128
+        trainer = build_trainer(single_process, ParallelConfig(recompute=mode), loss=frozen)
+        assert differing(gradients(trainer, 1), expected) == []
+        assert trainer.evaluate(repeat(batch()), 2).tokens == 128
 
 
 def test_overlap_of_one_rank_changes_no_bit_over_steps(single_process):
@@ -92,17 +89,17 @@ def test_overlap_of_one_rank_changes_no_bit_over_steps(single_process):
     for mode in ("none", "full", "loop"):
         rows = []
         for overlap in (False, True):
-            stepper = stepper_of(single_process, ParallelConfig(recompute=mode, overlap_grad_reduce=overlap))
-            rows.append([stepper.train(map(batch, range(2)), 2) for _ in range(3)])
+            trainer = build_trainer(single_process, ParallelConfig(recompute=mode, overlap_grad_reduce=overlap))
+            rows.append([trainer.train(map(batch, range(2)), 2) for _ in range(3)])
         assert rows[0] == rows[1]
 
 
 def test_accumulating_in_bf16_costs_precision(single_process):
     """Sixteen micro-batches of bf16 weights, recomputed so that each loop's gradient is added by itself."""
     layout = ParallelConfig(recompute="loop")
-    exact = gradients(stepper_of(single_process, layout, dtype=torch.bfloat16), 16)
+    exact = gradients(build_trainer(single_process, layout, dtype=torch.bfloat16), 16)
     coarse = gradients(
-        stepper_of(single_process, dataclasses.replace(layout, accumulate_fp32=False), dtype=torch.bfloat16), 16
+        build_trainer(single_process, dataclasses.replace(layout, accumulate_fp32=False), dtype=torch.bfloat16), 16
     )
     assert {value.dtype for value in exact.values()} == {torch.float32}
     assert {value.dtype for value in coarse.values()} == {torch.bfloat16}
@@ -120,7 +117,7 @@ def test_memory_falls_as_predicted(single_process, tmp_path):
         )
         config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_loops=num_loops, num_layers=4))
         plain = batch()._replace(document_start_SB=None)
-        predicted = peak_activation_bytes(Candidate(config, 1, fused_norms=False), 0)
+        predicted = peak_activation_bytes(PlannedRun(config, 1, fused_norms=False), 0)
         return peak_saved_bytes(config, plain, single_process), predicted
 
     found = {mode: [peaks(mode, loops) for loops in (3, 4)] for mode in ("none", "selective", "full", "loop")}

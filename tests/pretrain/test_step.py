@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from looplm import reference
-from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig
+from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from looplm.model import LoopLM
 from pretrain.data import Batch
-from pretrain.optim import build_optimizer, build_scheduler, freeze_trunk, spared_by_weight_decay, wrap_data_parallel
-from pretrain.step import Stepper
+from pretrain.optim import freeze_trunk, spared_by_weight_decay
+from pretrain.trainer import Trainer
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import MODEL
 
@@ -28,20 +28,17 @@ def make_batch(seed: int, masked: int) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:].t().contiguous(), mask_SB, None)
 
 
-def make_stepper(single_process, loss=LossConfig(), optim=OPTIM, model=MODEL) -> tuple[LoopLM, Stepper]:  # noqa: B008
+def make_trainer(single_process, loss=LossConfig(), optim=OPTIM, model=MODEL) -> tuple[LoopLM, Trainer]:  # noqa: B008
     torch.manual_seed(3)
     looped = LoopLM(model, GATE, single_process)
-    ddp = wrap_data_parallel(looped, loss)
-    optimizer = build_optimizer(ddp, optim)
-    stepper = Stepper(ddp, optimizer, build_scheduler(optimizer, optim), loss, single_process, 12, 2)
-    return looped, stepper
+    return looped, Trainer(looped, loss, optim, ParallelConfig(), single_process)
 
 
 def test_steps_equal_plain_torch(single_process):
     """Three steps of two uneven micro-batches: loss, gradient norm and every weight after them."""
     loss = LossConfig(beta=0.1, head_chunk_tokens=5)
     # Adam divides each gradient by its own size: with small first weights the rounding of the smallest ones would show.
-    looped, stepper = make_stepper(single_process, loss, model=dataclasses.replace(MODEL, init_std=0.1))
+    looped, trainer = make_trainer(single_process, loss, model=dataclasses.replace(MODEL, init_std=0.1))
     weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
     groups = {True: [], False: []}
     for name, weight in weights.items():
@@ -52,7 +49,7 @@ def test_steps_equal_plain_torch(single_process):
     )  # fmt: skip
     for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):
         batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
-        stats, grad_norm, learning_rate = stepper.train(iter(batches), 2)
+        stats, grad_norm, learning_rate = trainer.train(iter(batches), 2)
         assert learning_rate == pytest.approx(lr)
 
         tokens = sum(batch.mask_SB.sum() for batch in batches)
@@ -77,14 +74,14 @@ def _oracle_loss(weights: dict, batch: Batch, beta: float) -> torch.Tensor:
 
 
 def test_stats_are_those_of_the_oracle(single_process):
-    looped, stepper = make_stepper(single_process)
+    looped, trainer = make_trainer(single_process)
     batch = make_batch(5, masked=3)
     weights = dict(looped.named_parameters())
     output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
     losses = torch.stack(
         [reference.token_losses(h, reference.head_weight(weights, MODEL), batch.labels_SB) for h in output.hidden]
     )
-    stats = stepper.evaluate(repeat(batch), 1)
+    stats = trainer.evaluate(repeat(batch), 1)
     expected = [reference.masked_mean(loss_SB, batch.mask_SB).item() for loss_SB in losses]
     assert stats.loss_per_loop == pytest.approx(expected, rel=1e-5)
     assert stats.exit_distribution == pytest.approx([1 / 3] * 3, abs=1e-6)
@@ -92,8 +89,8 @@ def test_stats_are_those_of_the_oracle(single_process):
 
 
 def test_weight_decay_spares_norms_biases_and_gate(single_process):
-    looped, stepper = make_stepper(single_process)
-    decayed = {id(p) for g in stepper.optimizer.param_groups if g["wd_mult"] for p in g["params"]}
+    looped, trainer = make_trainer(single_process)
+    decayed = {id(p) for g in trainer.optimizer.param_groups if g["wd_mult"] for p in g["params"]}
     names = {name for name, parameter in looped.named_parameters() if id(parameter) in decayed}
     assert names == {n for n, p in looped.named_parameters() if p.dim() == 2 and not n.startswith("gate.")}
 
@@ -109,22 +106,22 @@ def test_weight_decay_spares_norms_biases_and_gate(single_process):
 )
 def test_schedules(single_process, changes, expected):
     optim = dataclasses.replace(OPTIM, **changes)
-    _, stepper = make_stepper(single_process, optim=optim)
+    _, trainer = make_trainer(single_process, optim=optim)
     rates = []
     for _ in range(optim.train_steps):
-        stepper.scheduler.step(1)
-        rates.append(1e3 * stepper.optimizer.param_groups[0]["lr"])
+        trainer.scheduler.step(1)
+        rates.append(1e3 * trainer.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(expected, abs=1e-4)
 
 
 def test_gate_stage_equals_the_oracle_and_costs_no_trunk_gradient(single_process):
     loss = LossConfig(objective="adaptive_gate", target="next")
-    looped, stepper = make_stepper(single_process, loss, dataclasses.replace(OPTIM, clip_grad=0.0))
+    looped, trainer = make_trainer(single_process, loss, dataclasses.replace(OPTIM, clip_grad=0.0))
     with torch.no_grad():
         looped.gate.readout.weight.normal_()
     weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
     batch = make_batch(1, masked=2)
-    stats, _, _ = stepper.train(repeat(batch), 1)
+    stats, _, _ = trainer.train(repeat(batch), 1)
 
     output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
     head = reference.head_weight(weights, MODEL)
@@ -152,8 +149,8 @@ def test_accumulation_equals_one_large_batch(single_process):
     large = Batch(*(torch.cat([b[i] for b in small], 0 if i == 0 else 1) for i in range(3)), None)
     norms = []
     for batches in (small, [large]):
-        _, stepper = make_stepper(single_process)
-        norms.append(stepper.train(chain(batches), len(batches))[1])
+        _, trainer = make_trainer(single_process)
+        norms.append(trainer.train(chain(batches), len(batches))[1])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
@@ -161,7 +158,7 @@ def test_sharing_survives_the_engine(single_process):
     """One tensor per weight however many loops, also inside DDP's buffers and the optimizer."""
     for loops in (1, 2, 5):
         model: ModelConfig = dataclasses.replace(MODEL, num_loops=loops)
-        looped, stepper = make_stepper(single_process, model=model)
-        owned = [id(p) for group in stepper.optimizer.param_groups for p in group["params"]]
+        looped, trainer = make_trainer(single_process, model=model)
+        owned = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
         assert len(owned) == len(set(owned)) == len(list(looped.parameters()))
         assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in LoopLM(MODEL, GATE, single_process).parameters())  # fmt: skip

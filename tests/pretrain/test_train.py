@@ -28,7 +28,7 @@ EXACT = ("step", "samples", "tokens", "loss", "loss_per_loop", "exit_distributio
 def run(config: RunConfig) -> list[dict]:
     """Train in this process, as ``main`` does, and return the training lines."""
     groups = process_groups.start(config.seed)
-    train(config, check_corpus(config), groups)
+    train(config, check_corpus(config.data, config.model.vocab_size), groups)
     return train_rows(config.output_dir)
 
 
@@ -133,9 +133,9 @@ def test_a_later_stage_may_take_the_moments_along(corpus, tmp_path, single_proce
 
     def moments(folder: str) -> dict[str, dict[str, torch.Tensor]]:
         config = run_config(corpus, tmp_path / folder)
-        trained, _, _ = build(config, check_corpus(config), single_process)
-        assert checkpoint.resume(tmp_path / folder / "checkpoints", trained, config, print) is not None
-        return optimizer_state.plain_state(trained.optimizer, trained.model)
+        trainer, _ = build(config, single_process)
+        assert checkpoint.resume(tmp_path / folder / "checkpoints", trainer.state, config, print) is not None
+        return optimizer_state.plain_state(trainer.optimizer, trainer.model)
 
     one = {"train_steps": 1, "warmup_steps": 0, "decay_steps": 0}
     for folder, taken in (("with", True), ("without", False)):
@@ -148,7 +148,7 @@ def test_a_later_stage_may_take_the_moments_along(corpus, tmp_path, single_proce
             expected = beta * old[name][moment] + fresh[name][moment]
             torch.testing.assert_close(taken[name][moment], expected, rtol=1e-4, atol=1e-9)
     about = checkpoint.read_about(step_folder.locate(str(tmp_path / "with")))
-    assert about.step == 1 and about.steps_of_optimizer == 7, "Adam's bias correction counts the steps of both"
+    assert about.step == 1 and about.adam_steps == 7, "Adam's bias correction counts the steps of both"
 
 
 def test_a_stage_with_moments_taken_along_resumes_bit_for_bit(corpus, tmp_path, single_process):
@@ -159,7 +159,7 @@ def test_a_stage_with_moments_taken_along_resumes_bit_for_bit(corpus, tmp_path, 
     run(halves)
     (tmp_path / "b/checkpoints/step_00000004/manifest.json").unlink()
     assert exact(run(halves)) == exact(straight)
-    assert checkpoint.read_about(step_folder.locate(str(tmp_path / "b"))).steps_of_optimizer == 10
+    assert checkpoint.read_about(step_folder.locate(str(tmp_path / "b"))).adam_steps == 10
 
 
 def test_moments_that_do_not_fit_are_refused(corpus, tmp_path, single_process):

@@ -25,8 +25,8 @@ from looplm.megatron import process_groups
 from looplm.model import LoopLM, local_layers
 from pretrain import optim
 from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_batches
-from pretrain.step import Stepper
 from pretrain.train import train
+from pretrain.trainer import Trainer
 from tests.support.gradients import whole_gradients
 from tests.support.saving import spare_the_spawn
 
@@ -40,36 +40,33 @@ def steps(config: RunConfig, weights: Path, output: Path, repeats: int = 0, stoc
     the validation loss after them. ``repeats`` more backward passes of the first step are first compared with it bit by
     bit. ``stock_projections`` are Megatron's own where ours are replicated."""
     local_layers.ReplicatedLinear = ColumnParallelLinear if stock_projections else REPLICATED  # type: ignore[misc]
-    corpus = check_corpus(config)
+    corpus = check_corpus(config.data, config.model.vocab_size)
     groups = process_groups.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel, engine=config.engine)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(weights))
     model.load_state_dict(state["model"], strict=False)
-    ddp = optim.wrap_data_parallel(model, config.loss, config.parallel)
-    optimizer = optim.build_optimizer(ddp, config.optim, config.parallel)
-    scheduler = optim.build_scheduler(optimizer, config.optim)
+    trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
     data, train_steps = config.data, config.optim.train_steps
-    stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, data.seq_length, data.micro_batch_size)
     count, samples = BatchSchedule(data, groups.dp.size(), config.parallel.pipeline).at(0)
     train_set = build_train_set(config, corpus, train_steps * samples, train_steps * samples)
 
     batches = micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size())
     first = list(islice(batches, count))
     if config.parallel.overlap_grad_reduce:  # Megatron counts the gradients in a first step and overlaps from then on
-        stepper.backward(iter([*first, *first]), 2 * count)
-    stats = stepper.backward(iter(first), count)
-    gradients = whole_gradients(ddp, groups)
+        trainer.backward(iter([*first, *first]), 2 * count)
+    stats = trainer.backward(iter(first), count)
+    gradients = whole_gradients(trainer.ddp, groups)
     different = 0
     for _ in range(repeats):
-        same = stepper.backward(iter(first), count) == stats
-        again = whole_gradients(ddp, groups)
+        same = trainer.backward(iter(first), count) == stats
+        again = whole_gradients(trainer.ddp, groups)
         different += not (same and all(torch.equal(again[name], value) for name, value in gradients.items()))
     all_different = torch.tensor([different])
     dist.all_reduce(all_different)
 
     batches = chain(first, batches)
-    losses = [stepper.train(batches, count)[0].loss for _ in range(train_steps)]
-    valid = stepper.evaluate(micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size()), count)
+    losses = [trainer.train(batches, count)[0].loss for _ in range(train_steps)]
+    valid = trainer.evaluate(micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size()), count)
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,7 +87,7 @@ def reshard(config: RunConfig, weights: Path, output: Path) -> None:
     model = LoopLM(config.model, config.gate, groups, torch.bfloat16, config.parallel)
     about = checkpoint.load_weights(weights, model, config.gate)
     checkpoint.save_weights(
-        output, model, config.gate, about, weights / "tokenizer.json", weights / checkpoint.COMPANIONS
+        output, model, config.gate, about, weights / "tokenizer.json", weights / checkpoint.COMPANION_FOLDER
     )
 
 
@@ -117,7 +114,9 @@ def emulation(config: RunConfig, output: Path) -> None:
 
 def training(config: RunConfig) -> None:
     """A whole run, or the rest of one."""
-    train(config, check_corpus(config), process_groups.start(config.seed, config.parallel))
+    train(
+        config, check_corpus(config.data, config.model.vocab_size), process_groups.start(config.seed, config.parallel)
+    )
 
 
 def run(jobs: Sequence[Callable[[], None]]) -> None:

@@ -13,5 +13,5 @@ from tests.support.tiny import run_config
 def tiny_run(corpus, tmp_path_factory, single_process) -> Path:
     """A finished run of the tiny model; read it, do not write to it."""
     config = run_config(corpus, tmp_path_factory.mktemp("source") / "run")
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     return Path(config.output_dir)

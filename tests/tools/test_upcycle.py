@@ -32,7 +32,7 @@ def resume(output: Path, groups, steps: int) -> list[dict]:
     """Train an upcycled run on, from its own config.yaml."""
     config = from_dict(RunConfig, yaml.safe_load((output / "config.yaml").read_text()), where="config.yaml")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, train_steps=steps))
-    train(config, check_corpus(config), groups)
+    train(config, check_corpus(config.data, config.model.vocab_size), groups)
     return train_rows(output)
 
 
@@ -116,7 +116,7 @@ def test_without_sandwich_norms_the_scale_goes_into_the_output_matrices():
 
 def test_a_bf16_run_keeps_the_optimizers_own_weights(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path / "run", optim={"precision": "bf16"})
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     main(["depth", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'deep'}", "--layers=4"])
     source, deep = (open_source(str(tmp_path / name), single_process).parts for name in ("run", "deep"))
     name = "decoder.layers.{}.mlp.linear_fc1.weight"
@@ -140,7 +140,7 @@ def test_weights_alone_give_weights_alone_for_a_run_to_start_from(tiny_run, corp
         model={"num_layers": 4, "num_loops": 2},
         checkpoint={"initial": str(tmp_path / "short")},
     )
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
 
 
 @pytest.mark.parametrize("loops", [2, 5])
@@ -179,7 +179,7 @@ def test_a_gate_stage_gives_its_weights(tiny_run, corpus, tmp_path, single_proce
     config = run_config(
         corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tiny_run)}
     )
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     main(["depth", f"--checkpoint={tmp_path / 'gate'}", f"--output={tmp_path / 'deep'}", "--layers=4"])
     assert checkpoint.read_about(tmp_path / "deep").objective == checkpoint.WEIGHTS_ONLY
 

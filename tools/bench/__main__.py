@@ -21,14 +21,14 @@ from torch import Tensor
 
 from looplm.accounting import training_flops_per_token
 from looplm.cli import parse_config, require, run_main
-from looplm.config import RunConfig
+from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import device, process_groups
 from looplm.model import LoopLM
 from looplm.model.losses import token_losses
 from looplm.reference import ReferenceLM
 from pretrain.data import Batch
-from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
-from pretrain.step import Stepper
+from pretrain.optim import DTYPES
+from pretrain.trainer import Trainer
 from tools.bench import pipeline
 from tools.bench.early_exit import bench_exit, drawn_setting, trained_setting
 from tools.bench.generation import bench_decode
@@ -142,12 +142,10 @@ def bench_training(recipe: RunConfig, config: BenchConfig, groups: ProcessGroupC
 
 
 def _engine_step(recipe: RunConfig, batch: Batch, groups: ProcessGroupCollection) -> Callable[[], Any]:
-    ddp = wrap_data_parallel(LoopLM(recipe.model, recipe.gate, groups, DTYPES[recipe.optim.precision]), recipe.loss)
-    optimizer = build_optimizer(ddp, recipe.optim)
-    scheduler = build_scheduler(optimizer, recipe.optim)
-    stepper = Stepper(ddp, optimizer, scheduler, recipe.loss, groups, *batch.ids_BS.t().shape)
+    model = LoopLM(recipe.model, recipe.gate, groups, DTYPES[recipe.optim.precision])
+    trainer = Trainer(model, recipe.loss, recipe.optim, ParallelConfig(), groups)
     batches: Iterator[Batch] = repeat(batch)
-    return lambda: stepper.train(batches, 1)
+    return lambda: trainer.train(batches, 1)
 
 
 def _plain_step(recipe: RunConfig, batch: Batch) -> Callable[[], Any]:

@@ -31,7 +31,7 @@ from looplm.inference.prefill import Prefill
 from looplm.inference.stack import LoopedStack
 from looplm.megatron import device
 from looplm.model import LoopLM
-from pretrain.data import build_valid_set, check_corpus, micro_batches
+from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
 from tools.bench.timing import Prepare, show, timed
 
 PROMPT, NEW = 64, 64
@@ -189,7 +189,8 @@ def _validation_texts(folder: Path) -> list[Text]:
     """The documents in the validation samples that the checkpoint's run measured."""
     run = checkpoint.read_config(folder)
     assert run is not None, "a run made it"
-    valid_set = build_valid_set(run, check_corpus(run))
+    corpus = check_corpus(run.data, run.model.vocab_size)
+    valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, index_cache(run))
     assert valid_set is not None, "the recipe validates"
     count = max(1, run.logging.eval_samples // run.data.micro_batch_size)
     batches = islice(micro_batches(valid_set, run.data, 0, 0, 1), count)

@@ -16,8 +16,8 @@ from looplm.config import Recompute, RunConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from pretrain.data import Batch
-from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
-from pretrain.step import Stepper
+from pretrain.optim import DTYPES
+from pretrain.trainer import Trainer
 
 
 class SavedBytes:
@@ -70,13 +70,10 @@ def peak_saved_bytes(config: RunConfig, batch: Batch, groups: ProcessGroupCollec
     """Peak of one micro-batch's forward and backward under ``config.parallel.recompute``."""
     layout = config.parallel
     model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], layout)
-    ddp = wrap_data_parallel(model, config.loss, layout)
-    optimizer = build_optimizer(ddp, config.optim, layout)
-    scheduler = build_scheduler(optimizer, config.optim)
-    stepper = Stepper(ddp, optimizer, scheduler, config.loss, groups, *batch.ids_BS.t().shape)
+    trainer = Trainer(model, config.loss, config.optim, layout, groups)
     batches: Iterator[Any] = repeat(batch)
     with saved_bytes(model) as count:
-        stepper.backward(batches, 1)
+        trainer.backward(batches, 1)
     return count.peak
 
 

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,8 +28,7 @@ from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from looplm.model.pipeline import LoopStage
 from pretrain.data import Batch
-from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
-from pretrain.step import Stepper
+from pretrain.trainer import Trainer
 from tools.planning.schedule import loop_by_loop_bubble, virtual_stage_bubble
 
 RANKS, TIMEOUT_S = 2, 900
@@ -56,13 +56,6 @@ class PipelineBenchConfig:
 
     def __post_init__(self) -> None:
         require(self.repeats > 0, "repeats", self.repeats, "give a number above 0")
-
-
-class LoopByLoopStepper(Stepper):
-    """Steps whose loops are passes of their own through the pipeline; all else is the engine's."""
-
-    def _forward_backward(self) -> Callable[..., list[Tensor]]:
-        return partial(loop_by_loop, group=self.groups.pp)
 
 
 def loop_by_loop(
@@ -176,7 +169,7 @@ def main(argv: list[str]) -> None:
     require(ranks > 1, "WORLD_SIZE", ranks, f"a pipeline has at least 2 ranks: {command}")
     for count in config.micro_batches:
         require(count > 0 and count % ranks == 0, "micro_batches", count, f"give multiples of the {ranks} ranks")
-    steppers = build(config, ranks)
+    trainers = build(config, ranks)
     try:
         lines = [
             f"pipeline: {ranks} ranks, {config.num_loops} loops of {config.layers_per_rank} layers a rank, "
@@ -184,14 +177,14 @@ def main(argv: list[str]) -> None:
             f"  {'micro-batches':<15}{'schedule':<16}{'step':>9}{'work':>9}{'bubble':>9}{'formula':>9}",
         ]
         for count in config.micro_batches:
-            lines += measure(steppers, config, ranks, count)
+            lines += measure(trainers, config, ranks, count)
         if process_groups.is_rank_0():
             print("\n".join(lines), flush=True)
     finally:
         process_groups.stop()
 
 
-def build(config: PipelineBenchConfig, ranks: int) -> dict[str, Stepper]:
+def build(config: PipelineBenchConfig, ranks: int) -> dict[str, Trainer]:
     """One model under both schedules."""
     layout = ParallelConfig(pipeline=ranks)
     width = config.hidden_size
@@ -202,10 +195,10 @@ def build(config: PipelineBenchConfig, ranks: int) -> dict[str, Stepper]:
     )  # fmt: skip
     loss, optim = LossConfig(), OptimConfig(train_steps=1, precision="fp32")
     groups = process_groups.start(0, layout)
-    ddp = wrap_data_parallel(LoopLM(model, GateConfig(), groups, layout=layout), loss)
-    optimizer = build_optimizer(ddp, optim)
-    parts = (ddp, optimizer, build_scheduler(optimizer, optim), loss, groups, config.seq_length, 1)
-    return {"virtual stages": Stepper(*parts), "loop by loop": LoopByLoopStepper(*parts)}
+    trainer = Trainer(LoopLM(model, GateConfig(), groups, layout=layout), loss, optim, layout, groups)
+    other = copy(trainer)
+    other.schedule = partial(loop_by_loop, group=groups.pp)
+    return {"virtual stages": trainer, "loop by loop": other}
 
 
 def random_batches(config: PipelineBenchConfig, count: int) -> list[Batch]:
@@ -215,13 +208,13 @@ def random_batches(config: PipelineBenchConfig, count: int) -> list[Batch]:
     return [Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), mask_SB, None) for ids_BS in ids]
 
 
-def measure(steppers: dict[str, Stepper], config: PipelineBenchConfig, ranks: int, count: int) -> list[str]:
+def measure(trainers: dict[str, Trainer], config: PipelineBenchConfig, ranks: int, count: int) -> list[str]:
     """Lines on both schedules with ``count`` micro-batches."""
     batches = random_batches(config, count)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steppers}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
     for turn in range(config.repeats + 1):
-        for name, stepper in steppers.items():
-            took = _timed(stepper, batches)
+        for name, trainer in trainers.items():
+            took = _timed(trainer, batches)
             if turn:  # the first turn warms up
                 seconds[name].append(took)
     sizes, lines, medians = (ranks, config.num_loops, count), [], {}
@@ -238,12 +231,12 @@ def measure(steppers: dict[str, Stepper], config: PipelineBenchConfig, ranks: in
     return [*lines, f"  {'':<15}{'virtual stages / loop by loop':<34}{ratio:>9.2f}{expected:>9.2f}"]
 
 
-def _timed(stepper: Stepper, batches: list[Batch]) -> tuple[float, float]:
+def _timed(trainer: Trainer, batches: list[Batch]) -> tuple[float, float]:
     """Seconds of the slowest rank's schedule, and of the busiest rank's work in it."""
-    config = stepper.ddp.module.config
+    config = trainer.ddp.module.config
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None  # the schedule alone
     config.timers = Timers(log_level=2, log_option="max")
-    stepper.backward(iter(batches), len(batches))
+    trainer.backward(iter(batches), len(batches))
     step = config.timers("forward-backward").elapsed()
     work = sum(config.timers(f"{way}-compute").elapsed() for way in ("forward", "backward"))
     config.finalize_model_grads_func, config.timers = finalize, None

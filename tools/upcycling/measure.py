@@ -5,6 +5,7 @@ Shapes: R loops.
 
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.cli import UserError
-from looplm.config import DataConfig, DataSource, LoggingConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+from looplm.config import DataConfig, DataSource, LossConfig, ModelConfig
 from looplm.evaluation.depth import DepthMeter
 from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
 from pretrain.step import loop_losses
 from tools.upcycling.parts import Parts, assemble
 
 _BATCH = 4  # samples in one forward pass
+_SEED = 1234  # decides which samples of the data are read
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,13 @@ class Sample:
             UserError: a damaged prefix, one that is too short, or one of another tokenizer than the model's.
         """
         source, count = (DataSource(prefix=self.prefix),), -(-self.samples // _BATCH)
+        sizes = {"seq_length": self.seq_length, "micro_batch_size": _BATCH, "global_batch_size": _BATCH}
+        data = DataConfig(train=source, valid=source, **sizes)
+        corpus = check_corpus(data, model.vocab_size)
+        if corpus.tokenizer_sha256 != tokenizer_sha256:
+            raise UserError(f"{self.prefix}: made with another tokenizer than the model's; name data of its own")
         with TemporaryDirectory() as folder:  # for Megatron's indices: nothing is written beside the data
-            data = DataConfig(train=source, valid=source, seq_length=self.seq_length, micro_batch_size=_BATCH,
-                              global_batch_size=_BATCH)  # fmt: skip
-            logging, optim = LoggingConfig(eval_samples=count * _BATCH), OptimConfig(train_steps=1)
-            run = RunConfig(output_dir=folder, model=model, data=data, optim=optim, logging=logging)
-            corpus = check_corpus(run)
-            if corpus.tokenizer_sha256 != tokenizer_sha256:
-                raise UserError(f"{self.prefix}: made with another tokenizer than the model's; name data of its own")
-            found = build_valid_set(run, corpus)
+            found = build_valid_set(data, corpus, count * _BATCH, _SEED, Path(folder))
             assert found is not None
             return list(islice(micro_batches(found, data, 0, groups.dp.rank(), groups.dp.size()), count))
 

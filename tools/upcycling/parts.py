@@ -17,12 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from looplm import checkpoint
-from looplm.checkpoint import COMPANIONS, WEIGHTS_ONLY, About, Trained, optimizer_state, step_folder
+from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, optimizer_state, step_folder
 from looplm.cli import to_dict
-from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
 from looplm.files import write_whole
 from looplm.model import LoopLM
-from pretrain.optim import DTYPES, build_optimizer, build_scheduler, wrap_data_parallel
+from pretrain.optim import DTYPES
+from pretrain.trainer import Trainer
 
 RECORD = "upcycle.json"
 
@@ -83,7 +84,8 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
         opened = checkpoint.open_model(str(found), groups)
         parts = Parts(opened.model.model_config, opened.gate, _weights(opened.model))
         return Source(found, parts, about, found / "tokenizer.json", _companions(found))
-    trained = _build_trained(LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision]), run)
+    model = LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision])
+    trained = Trainer(model, run.loss, run.optim, ParallelConfig(), groups).state
     checkpoint.load_run(found, trained)
     weights, moments = _weights(trained.model), {}
     for name, state in optimizer_state.plain_state(trained.optimizer, trained.model).items():
@@ -120,7 +122,7 @@ def write(output: Path, source: Source, parts: Parts, record: dict[str, Any], gr
         git_revision=checkpoint.git_revision(),
     )
     with TemporaryDirectory() as folder:
-        companions = Path(folder) / COMPANIONS
+        companions = Path(folder) / COMPANION_FOLDER
         companions.mkdir()
         for path in source.companions:
             shutil.copyfile(path, companions / path.name)
@@ -140,16 +142,17 @@ def _write_run(
     assert source.run is not None and source.scheduler is not None and parts.moments is not None
     start = replace(source.run.checkpoint, initial=None, initial_optimizer=False)
     run = replace(source.run, output_dir=str(output), model=parts.model, gate=parts.gate, checkpoint=start)
-    trained = _build_trained(assemble(parts, groups, DTYPES[run.optim.precision]), run)
+    model = assemble(parts, groups, DTYPES[run.optim.precision])
+    trained = Trainer(model, run.loss, run.optim, ParallelConfig(), groups).state
     weights = dict(trained.model.named_parameters())
     state = {name: _state_of(name, weight, parts) for name, weight in weights.items()}
-    optimizer_state.load_state(trained.optimizer, trained.model, state, about.steps_of_optimizer)
+    optimizer_state.load_state(trained.optimizer, trained.model, state, about.adam_steps)
     trained.scheduler.load_state_dict(source.scheduler)
-    partial = step_folder.aside(output)
+    partial = step_folder.create_partial(output)
     checkpoint.save(partial / "checkpoints", trained, run, about, source.tokenizer, run.checkpoint.keep, companions)
-    shutil.copytree(companions, partial / COMPANIONS)
+    shutil.copytree(companions, partial / COMPANION_FOLDER)
     write_whole(partial / "config.yaml", yaml.safe_dump(to_dict(run), sort_keys=False))
-    step_folder.settle(partial, output)
+    step_folder.move_into_place(partial, output)
 
 
 def _state_of(name: str, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
@@ -160,14 +163,8 @@ def _state_of(name: str, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
     return {**parts.moments.get(name, nothing), **main}
 
 
-def _build_trained(model: LoopLM, run: RunConfig) -> Trained:
-    ddp = wrap_data_parallel(model, run.loss)
-    optimizer = build_optimizer(ddp, run.optim)
-    return Trained(model, optimizer, build_scheduler(optimizer, run.optim))
-
-
 def _companions(step: Path) -> tuple[Path, ...]:
-    return tuple(sorted((step / COMPANIONS).glob("*")))
+    return tuple(sorted((step / COMPANION_FOLDER).glob("*")))
 
 
 def _weights(model: LoopLM) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig
 from looplm.model import LoopLM
 from pretrain import optim
 from pretrain.data import Batch
-from pretrain.step import Stepper
+from pretrain.trainer import Trainer
 from tests.support.tiny import MODEL
 
 KINDS = {
@@ -33,15 +33,14 @@ class Run:
         config = OptimConfig(train_steps=9, warmup_steps=1, decay_steps=1, lr=1e-2, precision=precision)
         loss = LossConfig(objective=objective)
         self.model = LoopLM(MODEL, GateConfig(state_size=8), groups, optim.DTYPES[precision], layout)
-        ddp = optim.wrap_data_parallel(self.model, loss, layout)
-        self.optimizer: MegatronOptimizer = optim.build_optimizer(ddp, config, layout)
-        self.scheduler = optim.build_scheduler(self.optimizer, config)
-        self.stepper = Stepper(ddp, self.optimizer, self.scheduler, loss, groups, 32, 2)
+        self.trainer = Trainer(self.model, loss, config, layout, groups)
+        self.optimizer: MegatronOptimizer = self.trainer.optimizer
+        self.scheduler = self.trainer.scheduler
 
     def train(self, step: int) -> float:
         ids = torch.randint(MODEL.vocab_size, (2, 33), generator=torch.Generator().manual_seed(step))
         batch = Batch(ids[:, :-1], ids[:, 1:].t().contiguous(), torch.ones(32, 2), None)
-        return self.stepper.train(iter([batch]), 1)[0].loss
+        return self.trainer.train(iter([batch]), 1)[0].loss
 
     def state(self, is_loading: bool) -> dict:
         weights = self.model.sharded_state_dict()

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from looplm import checkpoint
-from looplm.config import LossConfig, OptimConfig
+from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.huggingface.convert import examine, export_model, import_source
 from looplm.model.exit_gate import exit_log_probs
 from pretrain.data import Batch
-from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
-from pretrain.step import Stepper, loop_losses
+from pretrain.step import loop_losses
+from pretrain.trainer import Trainer
 from tests.support import ouro_reference as ouro
 from tests.support.parity import assert_close_relative
 
@@ -62,12 +62,9 @@ def test_an_optimizer_step_of_stage_1(imported, single_process, tmp_path):
     """Megatron's optimizer on the imported model, against AdamW on the directory's tensors; read back through an export."""
     config, tensors, opened = imported
     optim = OptimConfig(train_steps=10, lr=3e-3, schedule="constant", precision="fp32")
-    ddp = wrap_data_parallel(opened.model, LossConfig())
-    optimizer = build_optimizer(ddp, optim)
-    loss = LossConfig(beta=BETA)
-    stepper = Stepper(ddp, optimizer, build_scheduler(optimizer, optim), loss, single_process, 12, 2)
+    trainer = Trainer(opened.model, LossConfig(beta=BETA), optim, ParallelConfig(), single_process)
     batch = batch_of(config)
-    stats, grad_norm, _ = stepper.train(iter([batch]), 1)
+    stats, grad_norm, _ = trainer.train(iter([batch]), 1)
 
     spared = [tensor for name, tensor in tensors.items() if tensor.dim() == 1 or "early_exit_gate" in name]
     decayed = [tensor for name, tensor in tensors.items() if not (tensor.dim() == 1 or "early_exit_gate" in name)]

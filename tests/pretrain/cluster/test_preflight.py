@@ -164,7 +164,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory, single_proce
     """A run's folder; read it, do not write to it."""
     folder = tmp_path_factory.mktemp("trained") / "stage1"
     config = run_config(corpus, folder, optim={"train_steps": 2, "warmup_steps": 0, "decay_steps": 0})
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     return folder
 
 
@@ -243,7 +243,7 @@ def test_the_predicted_size_of_a_checkpoint_is_the_real_one(corpus: Path, tmp_pa
     stage = run_config(corpus, tmp_path / "stage", model=wide, optim=optim)
     gate = run_config(corpus, tmp_path / "gate", model=wide, optim=optim, loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tmp_path / "stage")})  # fmt: skip
     for config, frozen in ((stage, False), (gate, True)):
-        train(config, check_corpus(config), single_process)
+        train(config, check_corpus(config.data, config.model.vocab_size), single_process)
         state = Path(config.output_dir) / "checkpoints/step_00000001/state"
         real = sum(path.stat().st_size for path in state.iterdir())
         predicted = checkpoint_bytes(config.model, config.gate, "bf16", frozen)

@@ -39,7 +39,7 @@ def test_drawn_depths_are_followed_by_every_contender(single_process, capsys):
 
 def test_the_lowest_threshold_within_a_percent_is_taken(corpus, tmp_path, single_process, capsys):
     config = run_config(corpus, tmp_path / "run")
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     setting = early_exit.trained_setting(str(tmp_path / "run"), single_process)
     all_texts = early_exit._validation_texts(tmp_path / "run/checkpoints/step_00000006")
     texts = [text for text in all_texts if len(text.ids) >= PROMPT + NEW]

@@ -90,7 +90,7 @@ def test_a_range_of_layers_loops_and_learns(llama, corpus, tmp_path, single_proc
     )
     shape = replace(opened.model.model_config)
     config = replace(config, model=shape, optim=replace(config.optim, train_steps=20))
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     rows = train_rows(tmp_path / "run")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and max(row["loss"] for row in rows) < rows[0]["loss"] + 0.1
 

@@ -153,7 +153,7 @@ def test_second_moments_are_those_of_what_attention_reads(corpus, single_process
 def mha_run(corpus, tmp_path_factory, single_process):
     shape = {"attention": "mha", "num_attention_heads": 4}
     config = run_config(corpus, tmp_path_factory.mktemp("mha") / "run", model=shape, optim={"train_steps": 30})
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     return config
 
 
@@ -168,7 +168,7 @@ def test_a_trained_model_at_half_width_learns_on_and_generates(mha_run, corpus, 
     start = {"initial": str(tmp_path / "latent")}
     config = run_config(corpus, tmp_path / "on", optim={"train_steps": 20, "lr": 3e-3}, checkpoint=start)
     config = replace(config, model=source.parts.model)
-    train(config, check_corpus(config), single_process)
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     losses = torch.tensor([row["loss"] for row in train_rows(tmp_path / "on")]).view(4, 5).mean(1)
     assert losses[-1] < losses[0] - 0.1 and losses.max() < losses[0] + 0.05, losses
     assert_same_text_without_a_cache(Generator.open(str(tmp_path / "on")))

@@ -1,0 +1,89 @@
+"""Position of a run in its data and its schedule, as a checkpoint records it."""
+
+from dataclasses import dataclass, replace
+
+from looplm import checkpoint
+from looplm.checkpoint import About
+from looplm.cli import UserError
+from looplm.config import RunConfig
+from pretrain.data import Corpus, data_order
+from pretrain.optim import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Position of a run.
+
+    Args:
+        horizon_samples: samples in one shuffled pass over the data; fixed when the run starts.
+        inherited_steps: optimizer steps of earlier stages in Adam's moments; its bias correction counts them too.
+        step: optimizer steps done.
+        samples: training samples consumed.
+        tokens: tokens in those samples.
+    """
+
+    horizon_samples: int
+    inherited_steps: int = 0
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def start(cls, config: RunConfig, total_samples: int, resumed: About | None, initial: About | None) -> "Progress":
+        """Return the position at which a run of ``total_samples`` samples starts or resumes.
+
+        ``resumed`` describes the run's own checkpoint, ``initial`` the one that its weights come from; None if there is
+        no such checkpoint.
+        """
+        if resumed is None:
+            inherited = initial.adam_steps if initial and config.checkpoint.initial_optimizer else 0
+            return cls(horizon_samples=config.data.horizon_samples or total_samples, inherited_steps=inherited)
+        return cls(
+            horizon_samples=resumed.horizon_samples,
+            inherited_steps=resumed.adam_steps - resumed.step,
+            step=resumed.step,
+            samples=resumed.samples,
+            tokens=resumed.tokens,
+        )
+
+    def advance(self, samples: int, seq_length: int) -> "Progress":
+        """Return the position after one more step, of ``samples`` samples with ``seq_length`` tokens each."""
+        return replace(
+            self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + samples * seq_length
+        )
+
+
+def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
+    """Return the description that is saved with a checkpoint at this position."""
+    return About(
+        step=progress.step,
+        samples=progress.samples,
+        tokens=progress.tokens,
+        horizon_samples=progress.horizon_samples,
+        objective=config.loss.objective,
+        gate_trained=config.model.num_loops > 1,
+        tokenizer_sha256=corpus.tokenizer_sha256,
+        eos_id=corpus.stop_id,
+        data_order=data_order(config, corpus),
+        versions=checkpoint.versions(),
+        git_revision=checkpoint.git_revision(),
+        bos_id=corpus.bos_id,
+        pad_id=corpus.pad_id,
+        dtype=str(DTYPES[config.optim.precision]).removeprefix("torch."),
+        optimizer_step=progress.step + progress.inherited_steps,
+    )
+
+
+def refuse_other_data(config: RunConfig, corpus: Corpus, resumed: About | None, initial: About | None) -> None:
+    """Raise if the weights belong to another tokenizer, or if the run would resume in other data or another order."""
+    for about, where in ((initial, config.checkpoint.initial), (resumed, config.output_dir)):
+        if about is not None and about.tokenizer_sha256 != corpus.tokenizer_sha256:
+            raise UserError(
+                f"{where}: trained with another tokenizer ({about.tokenizer_sha256[:12]}) than the data's "
+                f"({corpus.tokenizer_sha256[:12]}); tokenize the data with {where}/…/tokenizer.json"
+            )
+    if resumed is not None and resumed.data_order != data_order(config, corpus):
+        raise UserError(
+            f"{config.output_dir}: was trained on other data, weights, data.seq_length or seed than given now; "
+            "restore them, or give a new output_dir and name this one in checkpoint.initial"
+        )
