@@ -1,11 +1,14 @@
-"""From sources to split documents: read, filter, drop duplicates, divide into training and validation."""
+"""Split documents from sources: read, filter, drop duplicates, and divide into training and validation."""
 
+import hashlib
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
@@ -15,12 +18,13 @@ from data_pipeline.dedup import find_duplicates
 from data_pipeline.executor import Stages, say
 from data_pipeline.filters import build_filters
 from data_pipeline.sources import make_reader
-from data_pipeline.split import TRAIN, VALID, Split
 from looplm.cli import UserError
+
+TRAIN, VALID = "train", "valid"
 
 
 def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: Path, stages: Stages) -> None:
-    """Read, filter, deduplicate and split: leaves WORK/split/SOURCE_SPLIT/TASK.jsonl.zst."""
+    """Read, filter, deduplicate and split all sources into WORK/split/SOURCE_SPLIT/TASK.jsonl.zst."""
     documents, tasks = work / "documents", config.executor.tasks
     documents.mkdir(exist_ok=True)
     for source in config.sources:
@@ -28,7 +32,8 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
         reader = make_reader(source, files[source.name], work / f"{source.name}.paths")
         steps = [reader, *build_filters(source), _writer(documents / source.name, "${rank}.jsonl")]
         counts = stages.run(f"read-{source.name}", steps, tasks if source.limit is None else 1)
-        dropped = _listed(_reasons(sum(counts[1:-1], Counter())))
+        reasons = {key: count for key, count in sum(counts[1:-1], Counter()).items() if key.startswith("dropped_")}
+        dropped = _dropped({key.removeprefix("dropped_"): count for key, count in reasons.items()})
         if not counts[-1]["total"]:
             fix = f"loosen sources.{source.name}.filters or min_chars"
             raise UserError(f"sources.{source.name}: no document is left after its filters ({dropped}); {fix}")
@@ -38,8 +43,9 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
     split = Split(config.seed, config.validation_fraction)
     steps = [JsonlReader(str(documents)), *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
     counts = stages.run("split", steps)
-    found = dict(zip(_kinds_of_duplicates(config), (count["dropped"] for count in counts[1:-2]), strict=True))
-    say("deduplicate and split", counts[-1]["total"], _listed(found), started)
+    kinds = ["exact duplicates"] * config.dedup.exact + ["near-duplicates"] * config.dedup.minhash
+    duplicates = dict(zip(kinds, (count["dropped"] for count in counts[1:-2]), strict=True))
+    say("deduplicate and split", counts[-1]["total"], _dropped(duplicates), started)
     for source in config.sources:
         for part in (TRAIN, VALID) if config.validation_fraction else (TRAIN,):
             if not (work / "split" / f"{source.name}_{part}").exists():
@@ -47,23 +53,39 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
                 raise UserError(f"sources.{source.name}: no document is left for its {part} split; {fix}")
 
 
+def split_of(source: str, document_id: str, seed: int, validation_fraction: float) -> str:
+    """Return ``train`` or ``valid``, independent of the number of workers and of all other documents."""
+    digest = hashlib.sha256(f"{seed}/{source}/{document_id}".encode()).digest()
+    return VALID if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else TRAIN
+
+
+class Split(PipelineStep):
+    """Step that adds ``prefix`` (SOURCE_train or SOURCE_valid) to each document's metadata, for the writer."""
+
+    type = "✂ - SPLIT"
+    name = "by document id"
+
+    def __init__(self, seed: int, validation_fraction: float) -> None:
+        super().__init__()
+        self.seed, self.validation_fraction = seed, validation_fraction
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for document in data:
+            source = document.metadata["source"]
+            split = split_of(source, document.id, self.seed, self.validation_fraction)
+            document.metadata["prefix"] = f"{source}_{split}"
+            yield document
+
+
 def _writer(folder: Path, name: str) -> JsonlWriter:
     return JsonlWriter(str(folder), name, compression="zstd", adapter=_text_and_source)
 
 
 def _text_and_source(self: JsonlWriter, document: Document) -> dict[str, Any]:
-    """Keeps what later stages need and drops the metadata that datatrove's steps collect on the way."""
+    """Return what later steps need, without the metadata that datatrove's steps collect on the way."""
     kept = {key: document.metadata[key] for key in ("source", MESSAGES) if key in document.metadata}
     return {"text": document.text, "id": document.id, "metadata": kept}
 
 
-def _kinds_of_duplicates(config: PipelineConfig) -> list[str]:
-    return ["exact duplicates"] * config.dedup.exact + ["near-duplicates"] * config.dedup.minhash
-
-
-def _reasons(counts: Counter[str]) -> dict[str, int]:
-    return {key.removeprefix("dropped_"): count for key, count in counts.items() if key.startswith("dropped_")}
-
-
-def _listed(dropped: dict[str, int]) -> str:
-    return "dropped " + (", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none")
+def _dropped(counts: dict[str, int]) -> str:
+    return "dropped " + (", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count) or "none")

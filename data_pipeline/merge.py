@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from data_pipeline.index_file import read_index
+from data_pipeline.token_file import read_index
 from looplm.cli import UserError, run_main
 
 

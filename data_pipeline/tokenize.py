@@ -22,14 +22,14 @@ from datatrove.pipeline.readers import JsonlReader
 from tokenizers import Tokenizer
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.documents import split_documents
+from data_pipeline.documents import TRAIN, VALID, split_documents
 from data_pipeline.executor import Stages, check_slurm, say
 from data_pipeline.filters import check_language
-from data_pipeline.manifest import TokenizerRecord, check_prefix, describe, write_manifest
+from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.shards import write_shards
 from data_pipeline.sources import check_files, find_files
-from data_pipeline.split import TRAIN, VALID
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
+from data_pipeline.verify import check_prefix
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
 from looplm import chat
 from looplm.cli import UserError, parse_config, run_main
@@ -63,7 +63,7 @@ def build(config: PipelineConfig) -> None:
     for prefix in sorted(path.with_suffix("") for path in output.glob("*.idx")):
         manifest = check_prefix(prefix, deep=False)
         shown = os.path.relpath(prefix)
-        print(f"{shown}: {describe(manifest)}, {manifest.vocab_size:,} ids")
+        print(f"{shown}: {manifest.describe()}, {manifest.vocab_size:,} ids")
 
 
 def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:

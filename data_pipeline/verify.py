@@ -1,9 +1,18 @@
-"""Check token files against their manifests: ``python -m data_pipeline.verify PREFIX... [--deep]``."""
+"""Check token files against their manifests.
+
+Without ``--deep`` the sizes, the index and the tokenizer are checked, in a time that does not depend on the amount of
+data. With it everything is read: the hashes, every token id, and the end of every document.
+"""
 
 import argparse
+from pathlib import Path
 
-from data_pipeline.manifest import check_prefix, describe
+import numpy as np
+
+from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
+from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
 from looplm.cli import UserError, run_main
+from looplm.files import sha256_of
 
 
 def main(argv: list[str]) -> None:
@@ -14,13 +23,77 @@ def main(argv: list[str]) -> None:
     faults = []
     for prefix in arguments.prefix:
         try:
-            found = check_prefix(prefix, deep=arguments.deep)
-            fingerprint = found.fingerprint[:16]
-            print(f"{prefix}: whole, {describe(found)}, fingerprint {fingerprint}")
+            manifest = check_prefix(prefix, deep=arguments.deep)
+            print(f"{prefix}: whole, {manifest.describe()}, fingerprint {manifest.fingerprint[:16]}")
         except UserError as error:
             faults.append(str(error))
     if faults:
         raise UserError("\nerror: ".join(faults))
+
+
+def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
+    """Compare the files of ``prefix`` with its manifest, and return the manifest.
+
+    Args:
+        deep: also read everything: hashes, ids below the vocabulary, an eos at the end of every document. Without it
+            the time does not depend on the amount of data.
+
+    Raises:
+        UserError: the first difference.
+    """
+    manifest, folder = read_manifest(prefix), Path(prefix).parent
+    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    if set(manifest.files) != {bin_path.name, idx_path.name}:
+        raise _broken(manifest_path(prefix), f"describes {' and '.join(manifest.files)}, which were renamed")
+    for name, record in manifest.files.items():
+        if not (folder / name).is_file():
+            raise _broken(folder / name, "is missing")
+        if (size := (folder / name).stat().st_size) != record.bytes:
+            raise _broken(folder / name, f"{size} bytes, the manifest says {record.bytes}; truncated or replaced")
+    if not manifest.documents:
+        raise _broken(manifest_path(prefix), "describes no document")
+    index = read_index(idx_path)
+    found = (index.documents, index.tokens, index.bin_bytes)
+    described = (manifest.documents, manifest.tokens, manifest.files[bin_path.name].bytes)
+    if found != described:
+        fault = f"documents, tokens, bytes are {found}, not {described}; it belongs to another data set"
+        raise _broken(idx_path, fault)
+    tokenizer_path = folder / manifest.tokenizer.path
+    if not tokenizer_path.is_file():
+        raise _broken(tokenizer_path, "the tokenizer is missing", "put it back or build the data again")
+    if sha256_of(tokenizer_path) != manifest.tokenizer.sha256:
+        raise _broken(tokenizer_path, f"not the tokenizer that made {prefix}", "put that one back")
+    if deep:
+        _check_content(manifest, bin_path, index)
+    return manifest
+
+
+def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None:
+    for name, record in manifest.files.items():
+        if sha256_of(bin_path.parent / name) != record.sha256:
+            raise _broken(bin_path.parent / name, "its content is not what was written")
+    if manifest.fingerprint != fingerprint_of(manifest.files, manifest.tokenizer):
+        raise _broken(manifest_path(bin_path.with_suffix("")), "its fingerprint does not match the files")
+    size, eos, answer_tokens = manifest.vocab_size, manifest.tokenizer.eos_id, 0
+    for tokens_N in read_blocks(bin_path, index.dtype):
+        if manifest.chat is not None:
+            tokens_N, has_loss_N = unmark(tokens_N)
+            answer_tokens += int(has_loss_N.sum())
+        low, high = int(tokens_N.min()), int(tokens_N.max())
+        if low < 0 or high >= size:
+            raise _broken(bin_path, f"holds token id {low if low < 0 else high}, the vocabulary has {size}")
+    if manifest.chat is not None and answer_tokens != manifest.chat.answer_tokens:
+        fault = f"marks {answer_tokens} tokens as learned, the manifest says {manifest.chat.answer_tokens}"
+        raise _broken(bin_path, fault)
+    ends = np.cumsum(index.lengths(), dtype=np.int64)
+    data = np.memmap(bin_path, index.dtype, mode="r")
+    last = data[ends - 1] if manifest.chat is None else unmark(data[ends - 1])[0]
+    if int(ends[-1]) != data.size or bool((last != eos).any()):
+        raise _broken(bin_path, f"a document does not end in eos ({eos}); the index belongs to another data set")
+
+
+def _broken(path: Path, what: str, fix: str = "build the data again") -> UserError:
+    return UserError(f"{path}: {what}; {fix}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
-from data_pipeline.loss_marks import unmark
+from data_pipeline.token_file import unmark
 
 
 @dataclass

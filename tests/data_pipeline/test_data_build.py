@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_pipeline import tokenize
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.manifest import check_prefix
+from data_pipeline.verify import check_prefix
 from looplm.cli import UserError
 
 

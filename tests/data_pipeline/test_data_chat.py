@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, models
 from data_pipeline import verify
 from data_pipeline.chat import MESSAGES
 from data_pipeline.config import ChatConfig, SourceConfig, TokenizerConfig
-from data_pipeline.loss_marks import NO_LOSS, mark, unmark
-from data_pipeline.manifest import check_prefix, manifest_path
+from data_pipeline.manifest import manifest_path
 from data_pipeline.sources import check_files, find_files, read_documents
 from data_pipeline.synthetic import questions
+from data_pipeline.token_file import NO_LOSS, mark, unmark
+from data_pipeline.verify import check_prefix
 from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.cli import UserError
 
@@ -163,7 +164,7 @@ def test_verify_sees_a_mark_that_was_lost_and_an_id_under_a_mark(
     path = manifest_path(output / "talk_train")
     values = json.loads(path.read_text())
     for change, message in (
-        ({"chat": {**values["chat"], "answer_tokens": 5}}, r"marks \d+ tokens as learnt, the manifest says 5"),
+        ({"chat": {**values["chat"], "answer_tokens": 5}}, r"marks \d+ tokens as learned, the manifest says 5"),
         ({"vocab_size": 200}, r"holds token id \d+, the vocabulary has 200"),
         ({"chat": None}, r"holds token id 10737\d+"),
     ):

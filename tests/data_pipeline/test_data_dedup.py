@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import DedupConfig
-from data_pipeline.split import split_of
+from data_pipeline.documents import split_of
 
 
 def near(text: str) -> str:

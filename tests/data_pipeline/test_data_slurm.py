@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import SlurmConfig
-from data_pipeline.manifest import check_prefix
+from data_pipeline.verify import check_prefix
 from looplm.cli import UserError
 
 SBATCH = """#!/bin/bash

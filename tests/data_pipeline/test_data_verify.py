@@ -11,8 +11,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from data_pipeline import verify
-from data_pipeline.manifest import TokenizerRecord, check_prefix, write_manifest
+from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.merge import merge_shards
+from data_pipeline.verify import check_prefix
 from looplm.cli import UserError
 from looplm.files import sha256_of
 

@@ -10,8 +10,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_pipeline.loss_marks import mark
 from data_pipeline.manifest import TokenizerRecord, write_manifest
+from data_pipeline.token_file import mark
 from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.checkpoint import WEIGHTS_ONLY, About, versions
 from looplm.config import DataConfig, DataSource, GateConfig, LoggingConfig, ModelConfig, OptimConfig, RunConfig
