@@ -1,8 +1,8 @@
-"""A folder that is whole or absent, and is checked before it is trusted: one step of a run, or weights from elsewhere.
+"""Folders that are complete or absent, and verified before they are trusted: one step of a run, or imported weights.
 
-It is written aside, its files are hashed into ``manifest.json``, everything is fsynced, and it is renamed. A kill at any
-moment leaves either the old state or the new one. Nothing in it is opened before its size and hash were compared, and
-of a pickle only what torch itself writes is read.
+A folder is written beside its final place, its files are hashed into ``manifest.json``, everything is fsynced, and then
+the folder is renamed. A kill at any moment leaves either the old state or the new one. No file is opened before its
+size and hash are compared with the manifest, and a pickle may contain only the names that torch and Megatron write.
 """
 
 import json
@@ -20,7 +20,7 @@ from looplm.cli import UserError
 from looplm.files import fsync, sha256_of, write_whole
 from looplm.megatron import process_groups
 
-# All that torch and Megatron name in .metadata.
+# Every name that torch and Megatron write into state/.metadata.
 _PICKLE_MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.planner",
@@ -38,37 +38,34 @@ _PICKLE_NAMES = {
 
 
 def create_partial(final: Path) -> Path:
-    """An empty folder to write ``final`` into, until :func:`publish` renames it."""
-    discard_partial(final)
-    partial = _partial(final)
+    """Create an empty folder for the files of ``final``, until :func:`publish` renames it."""
+    partial = discard_partial(final)
     partial.mkdir(parents=True)
     return partial
 
 
-def discard_partial(final: Path) -> None:
-    """Remove what was written aside for ``final`` and not published."""
-    shutil.rmtree(_partial(final), ignore_errors=True)
-
-
-def _partial(final: Path) -> Path:
-    return final.parent / f".{final.name}.partial"
+def discard_partial(final: Path) -> Path:
+    """Remove the folder of :func:`create_partial` if it was not published; return its path."""
+    partial = final.parent / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Write the manifest of what :func:`create_partial` gave, and :func:`move_into_place` it."""
+    """Write the manifest of a folder and :func:`move_into_place`."""
     files = {str(path.relative_to(partial)): fingerprint(path) for path in files_in(partial)}
     write_whole(partial / "manifest.json", json.dumps(files, indent=1))
     move_into_place(partial, final)
 
 
 def move_into_place(partial: Path, final: Path) -> None:
-    """Wait for the disk, and rename a whole folder to where it belongs."""
+    """Flush a complete folder to the disk and rename it to ``final``."""
     folders = [path for path in partial.rglob("*") if path.is_dir()]
     for path in (*files_in(partial), *folders, partial):
         fsync(path)
     replaced = final.parent / f".{final.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # the same step again, after falling back from it: gone only once the new one is there
+    if final.exists():  # the same step again, after a fallback to an older one; deleted once the new one is in place
         os.rename(final, replaced)
     os.rename(partial, final)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -76,10 +73,10 @@ def move_into_place(partial: Path, final: Path) -> None:
 
 
 def locate(directory: str) -> Path:
-    """The whole checkpoint that ``directory`` is or holds.
+    """Return the complete step directory that ``directory`` is or contains.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or the one named is damaged.
     """
     path = Path(directory)
     if (path / "manifest.json").exists():
@@ -94,7 +91,10 @@ def locate(directory: str) -> Path:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of ``folder`` that is whole; broken ones are named through ``say`` and passed over."""
+    """Return the newest undamaged step directory of ``folder``, if any. Damaged ones are reported to ``say``.
+
+    Collective if torch.distributed is initialized: every rank gets the answer of rank 0.
+    """
     found: list[Path | None] = [None]
     if process_groups.is_rank_0():
         for step in steps_in(folder):
@@ -109,7 +109,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def find_fault(step: Path) -> str | None:
-    """What is wrong with a step directory, in words; None if every file has the size and hash it was written with."""
+    """Describe the damage of a step directory; None if every file has the size and hash of the manifest."""
     try:
         manifest = json.loads((step / "manifest.json").read_text())
         for name, (size, sha256) in manifest.items():
@@ -125,8 +125,8 @@ def find_fault(step: Path) -> str | None:
         return f"manifest.json cannot be read ({error})"
 
 
-class _NoCode(pickle.Unpickler):
-    """Reads what torch writes into ``.metadata`` and refuses every other name: a pickle can run any code it names."""
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Unpickler for ``state/.metadata`` that refuses unexpected names: a pickle can run any code that it names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if "." not in name and (module.startswith(_PICKLE_MODULES) or (module, name) in _PICKLE_NAMES):
@@ -134,13 +134,13 @@ class _NoCode(pickle.Unpickler):
         found = None if module != "torch" else getattr(torch, name, None)
         if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
             return found
-        raise UserError(f"names {module}.{name}, which a checkpoint has no need of")
+        raise UserError(f"names {module}.{name}, which no checkpoint needs")
 
 
 def _unsafe_pickle(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
-            _NoCode(file).load()
+            _RestrictedUnpickler(file).load()
     except UserError as error:
         return f"{path.name} {error}; it may run code and is not opened"
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
@@ -149,15 +149,15 @@ def _unsafe_pickle(path: Path) -> str | None:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Step directories, newest first."""
+    """Return the step directories of ``folder``, newest first."""
     return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Every file of a folder but its manifest."""
+    """Return every file of a folder except its manifest."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
 
 
 def fingerprint(path: Path) -> tuple[int, str]:
-    """Size and hash, as manifest.json holds them."""
+    """Return size and sha256 of a file, as in manifest.json."""
     return path.stat().st_size, sha256_of(path)

@@ -1,4 +1,4 @@
-"""What a checkpoint costs a test besides its bytes."""
+"""Cheaper checkpoints for tests."""
 
 import multiprocessing
 
@@ -6,5 +6,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def spare_the_spawn() -> None:
-    """Megatron's first save starts a process that holds a queue, and that imports all that this one has. A fork is it."""
+    """Fork the process that holds Megatron's queue of results.
+
+    Megatron would spawn it at the first save, and a spawned process would re-import everything the parent imported.
+    """
     filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()

@@ -1,4 +1,4 @@
-"""The optimizer's state passes between Megatron's optimizers, which the files of a checkpoint cannot tell apart."""
+"""The optimizer's state moves between Megatron's optimizers: a checkpoint does not depend on which one wrote it."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from pretrain.data import Batch
 from pretrain.trainer import Trainer
 from tests.support.tiny import MODEL
 
-KINDS = {
+LAYOUTS = {
     "plain": ParallelConfig(),
     "distributed": ParallelConfig(distributed_optimizer=True),
     "distributed, many buckets": ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True),
@@ -24,7 +24,7 @@ KINDS = {
 
 
 class Run:
-    """A model in training; ``seed`` draws its first weights."""
+    """A model in training, with initial weights drawn from ``seed``."""
 
     def __init__(
         self, groups, layout: ParallelConfig, precision: str, seed: int, objective: str = "entropy_regularised"
@@ -58,21 +58,21 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    """Megatron's are of 40 million parameters; offsets go wrong from the second one on."""
+    """Make several buckets: Megatron's hold 40 million parameters, and wrong offsets show from the second one on."""
     monkeypatch.setattr(
         optim, "DistributedDataParallelConfig", partial(DistributedDataParallelConfig, bucket_size=3000)
     )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("target", KINDS)
-@pytest.mark.parametrize("source", KINDS)
-def test_another_optimizer_goes_on_where_one_stopped(source, target, precision, single_process, tmp_path):
-    first = Run(single_process, KINDS[source], precision, seed=1)
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_another_optimizer_continues_where_one_stopped(source, target, precision, single_process, tmp_path):
+    first = Run(single_process, LAYOUTS[source], precision, seed=1)
     for step in range(3):
         first.train(step)
     dist_checkpointing.save(first.state(is_loading=False), str(tmp_path))
-    second = Run(single_process, KINDS[target], precision, seed=2)
+    second = Run(single_process, LAYOUTS[target], precision, seed=2)
     second.load(str(tmp_path), 3)
     assert second.adam_steps() == first.adam_steps() and set(second.adam_steps()) == {3.0}
     for step in range(3, 6):
@@ -82,6 +82,6 @@ def test_another_optimizer_goes_on_where_one_stopped(source, target, precision, 
 
 
 def test_a_frozen_trunk_has_no_state(single_process):
-    run = Run(single_process, KINDS["distributed"], "fp32", seed=1, objective="adaptive_gate")
+    run = Run(single_process, LAYOUTS["distributed"], "fp32", seed=1, objective="adaptive_gate")
     names = run.state(is_loading=True)["optimizer"]
     assert names and all(name.startswith("gate.") for name in names)

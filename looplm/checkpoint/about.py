@@ -1,0 +1,195 @@
+"""What a checkpoint says of itself: its progress, its origin, its model, and whether a run may start from it."""
+
+import dataclasses
+import json
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from looplm.cli import UserError, from_dict
+from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.files import sha256_of
+
+FORMAT_VERSION = 2  # of the checkpoints that this release writes; _upgrade reads older ones
+WEIGHTS_ONLY = "weights"  # takes the place of the objective if no run of ours made the checkpoint
+
+# Keys that may differ between a checkpoint and the run that starts from it. All others shape the weights.
+CHANGEABLE = {"num_loops", "rope_base", "max_sequence_length", "norm_eps", "init_std", "embedding_init_std"}
+
+
+@dataclass(frozen=True)
+class About:
+    """The content of about.json. Ids that are not known are None; an unknown ``dtype`` is empty."""
+
+    step: int
+    samples: int
+    tokens: int
+    horizon_samples: int
+    objective: str
+    gate_trained: bool
+    tokenizer_sha256: str
+    eos_id: int
+    data_order: str
+    versions: dict[str, str]
+    git_revision: str
+    bos_id: int | None = None
+    pad_id: int | None = None
+    dtype: str = ""
+    optimizer_step: int | None = None
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def for_weights(
+        cls,
+        tokenizer: Path,
+        eos_id: int,
+        bos_id: int | None,
+        pad_id: int | None,
+        gate_trained: bool,
+        dtype: torch.dtype,
+    ) -> "About":
+        """Metadata for imported weights. There is no run to resume."""
+        return cls(
+            **dict.fromkeys(("step", "samples", "tokens", "horizon_samples"), 0),
+            objective=WEIGHTS_ONLY,
+            gate_trained=gate_trained,
+            tokenizer_sha256=sha256_of(tokenizer),
+            eos_id=eos_id,
+            data_order="",
+            versions=versions(),
+            git_revision=git_revision(),
+            bos_id=bos_id,
+            pad_id=pad_id,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+
+    @property
+    def adam_steps(self) -> int:
+        """Steps behind Adam's moments: more than this run's own if it took over the moments of another."""
+        return self.step if self.optimizer_step is None else self.optimizer_step
+
+
+class ModelDescription(NamedTuple):
+    """The configuration of a checkpoint's weights."""
+
+    model: ModelConfig
+    gate: GateConfig
+
+
+def read_about(step: Path) -> About:
+    """Return the about.json of a step directory, of this format version or an older one."""
+    path = step / "about.json"
+    return from_dict(About, _upgrade(json.loads(path.read_text()), path), where=str(path))
+
+
+def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the values of an about.json in the form of :data:`FORMAT_VERSION`, upgraded one version at a time.
+
+    ======= =====================================================================================================
+    version change
+    ======= =====================================================================================================
+    1       no format_version (releases before 0.2.0); bos_id, pad_id, dtype and optimizer_step came one by one
+    2       format_version
+    ======= =====================================================================================================
+    """
+    found = values.get("format_version", 1)
+    if type(found) is not int or found > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written in checkpoint format {found}, but this release reads formats up to {FORMAT_VERSION}; "
+            "install the release of LoopLM that wrote it, or a newer one"
+        )
+    if found == 1:
+        values = {"bos_id": None, "pad_id": None, "dtype": "", "optimizer_step": None, **values, "format_version": 2}
+    return values
+
+
+def read_config(step: Path) -> RunConfig | None:
+    """Return the configuration of the run that made a checkpoint; None for weights alone."""
+    values, path = _read_yaml(step)
+    return from_dict(RunConfig, values, where=path) if "output_dir" in values else None
+
+
+def read_model(step: Path) -> ModelDescription:
+    """Return the configuration of a checkpoint's weights."""
+    values, path = _read_yaml(step)
+    model = from_dict(ModelConfig, values.get("model", {}), where=path)
+    return ModelDescription(model, from_dict(GateConfig, values.get("gate", {}), where=path))
+
+
+def _read_yaml(step: Path) -> tuple[dict[str, Any], str]:
+    path = step / "config.yaml"
+    return yaml.safe_load(path.read_text()), str(path)
+
+
+def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
+    """Return a checkpoint's about.json; raise a :class:`UserError` if its weights do not fit the given configuration.
+
+    The message names the first key that differs.
+    """
+    about, saved = read_about(step), read_model(step)
+    for section, ours, theirs in (("model", model, saved.model), ("gate", gate, saved.gate)):
+        found = _shaping(theirs)
+        for key, want in _shaping(ours).items():
+            have = found.get(key)
+            if have != want:
+                raise UserError(
+                    f"{step}: made with {section}.{key}={have}, this run has {want}; "
+                    f"set {section}.{key} to {have} or start from another checkpoint"
+                )
+    writer, reader = about.versions["megatron-core"], version("megatron-core")
+    if _release(writer) > _release(reader) and not (step / "state/common.pt").exists():
+        raise UserError(
+            f"{step}: written by megatron-core {writer}, which {reader} cannot read; install {writer} or newer"
+        )
+    return about
+
+
+def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
+    """Return the keys that shape weights, without those of other kinds of attention and gate.
+
+    A null that stands for a derived number is replaced by that number.
+    """
+    values, ignored = dataclasses.asdict(config), set(CHANGEABLE)
+    if isinstance(config, GateConfig):
+        ignored |= set() if config.kind == "lru" else {"state_size"}
+    elif config.attention == "mha":
+        values |= {"num_query_groups": config.query_groups, "head_dim": config.attention_head_dim}
+        ignored |= {
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "qk_rope_period",
+            "v_head_dim",
+        }
+    return {key: value for key, value in values.items() if key not in ignored}
+
+
+def _release(number: str) -> tuple[int, ...]:
+    """Return the first two parts of a version: 0.16.1 → (0, 16)."""
+    return tuple(int(part) for part in number.split(".")[:2])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a run's numbers depend on."""
+    found = {}
+    for package in ("torch", "megatron-core", "transformer-engine", "numpy", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def git_revision() -> str:
+    """Return the revision of the running code, or an empty string outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except OSError:
+        return ""

@@ -1,0 +1,261 @@
+"""Save and load checkpoints: a run's whole state, or weights alone.
+
+A checkpoint is a directory ``step_00000300/``::
+
+    state/          weights, optimizer, schedule, random state: Megatron's sharded torch_dist format
+    config.yaml     the resolved configuration; for weights alone, only its sections model and gate
+    about.json      format version, step, samples, package versions, git revision, fingerprints of tokenizer and data
+    tokenizer.json  the tokenizer, so that the directory needs no other file
+    companions/     files that came with imported weights and leave with an export, such as a chat template
+    manifest.json   size and sha256 of every other file; written last
+
+The directory is complete or absent (:mod:`looplm.checkpoint.step_folder`); ``latest`` beside it names the newest.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from looplm.checkpoint import optimizer_state, step_folder
+from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_model
+from looplm.cli import UserError, to_dict
+from looplm.config import GateConfig, RunConfig
+from looplm.files import write_whole
+from looplm.megatron import device, process_groups
+from looplm.model import EXTRA_STATE, LoopLM
+
+COMPANION_FOLDER = "companions"
+
+
+class TrainingState(NamedTuple):
+    """The parts of a training run whose state a checkpoint holds."""
+
+    model: LoopLM
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+class OpenedModel(NamedTuple):
+    """A model loaded for evaluation, generation or export."""
+
+    model: LoopLM
+    gate: GateConfig
+    about: About
+    tokenizer: Tokenizer
+    folder: Path
+
+
+def save(
+    folder: Path,
+    training: TrainingState,
+    config: RunConfig,
+    about: About,
+    tokenizer: Path,
+    keep: int,
+    companions: Path | None = None,
+) -> Path:
+    """Write the checkpoint ``folder/step_XXXXXXXX``, point ``latest`` at it, and delete all but the ``keep`` newest.
+
+    Collective: every rank calls it.
+
+    Args:
+        folder: holds all checkpoints of the run.
+        training: the state to save.
+        config: the run's configuration.
+        about: the content of about.json.
+        tokenizer: a tokenizer.json to copy.
+        keep: number of checkpoints to keep.
+        companions: a folder to copy, if it exists.
+    """
+    final = folder / f"step_{about.step:08d}"
+    _write(final, _sharded_state(training, is_loading=False), to_dict(config), about, tokenizer, companions)
+    if process_groups.is_rank_0():
+        write_whole(folder / "latest", final.name + "\n")
+        for old in step_folder.steps_in(folder)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+def save_weights(
+    final: Path, model: LoopLM, gate: GateConfig, about: About, tokenizer: Path, companions: Path | None = None
+) -> None:
+    """Write weights alone to the directory ``final``, for ``checkpoint.initial``, evaluation or export.
+
+    Collective. ``about.objective`` is :data:`WEIGHTS_ONLY`.
+    """
+    config = {"model": to_dict(model.model_config), "gate": to_dict(gate)}
+    _write(final, {"model": sharded_weights(model)}, config, about, tokenizer, companions)
+
+
+def _write(
+    final: Path, state: dict[str, Any], config: dict[str, Any], about: About, tokenizer: Path, companions: Path | None
+) -> None:
+    created = [step_folder.create_partial(final) if process_groups.is_rank_0() else None]
+    dist.broadcast_object_list(created, src=0)
+    (folder,) = created
+    assert folder is not None
+    if process_groups.is_rank_0():
+        (folder / "state").mkdir()
+    dist.barrier()
+    force_all_tensors_to_non_fp8(state)  # engine.fp8_params
+    dist_checkpointing.save(state, str(folder / "state"))
+    dist.barrier()
+    if process_groups.is_rank_0():
+        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_whole(folder / "about.json", json.dumps(dataclasses.asdict(about), indent=1))
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        if companions is not None and companions.is_dir():
+            shutil.copytree(companions, folder / COMPANION_FOLDER)
+        step_folder.publish(folder, final)
+    dist.barrier()
+
+
+def resume(folder: Path, training: TrainingState, config: RunConfig, say: Callable[[str], None]) -> About | None:
+    """Load the newest complete checkpoint of ``folder`` into ``training``; return None if there is none.
+
+    Raises:
+        UserError: the checkpoint's weights have other shapes, or another training stage wrote it.
+    """
+    found = step_folder.newest(folder, say)
+    if found is None:
+        return None
+    about = check_fit(found, config.model, config.gate)
+    if about.objective == WEIGHTS_ONLY:
+        raise UserError(f"{found}: holds weights alone, no run to resume; name it in checkpoint.initial")
+    if about.objective != config.loss.objective:
+        raise UserError(
+            f"{found}: belongs to the stage loss.objective={about.objective}, not {config.loss.objective}; "
+            "give this stage an output_dir of its own and name the other in checkpoint.initial"
+        )
+    load_run(found, training)
+    return about
+
+
+def load_run(step: Path, training: TrainingState) -> None:
+    """Load a run's whole state from one of its step directories."""
+    wanted = _sharded_state(training, is_loading=True)
+    state, missing, unexpected = dist_checkpointing.load(wanted, str(step / "state"), strict=StrictHandling.RETURN_ALL)
+    # Older checkpoints hold empty extra states.
+    different = [key for key in sorted({*missing, *unexpected}) if EXTRA_STATE not in key]
+    if different:
+        raise UserError(
+            f"{step}: not a checkpoint of this run: only one of the two has {', '.join(different)}; "
+            "resume with the configuration that wrote it"
+        )
+    training.model.load_state_dict(state["model"])
+    adam_steps = read_about(step).adam_steps
+    optimizer_state.load_state(training.optimizer, training.model, state["optimizer"], adam_steps)
+    training.scheduler.load_state_dict(state["scheduler"])
+    device.set_rng_state(state["rng"])
+
+
+def load_optimizer(step: Path, training: TrainingState, config: RunConfig) -> None:
+    """Load only the optimizer's state, for a stage that continues with the moments of the previous one.
+
+    Raises:
+        UserError: the checkpoint has no moments, or they belong to other parameters or another precision.
+    """
+    about, objective = read_about(step), config.loss.objective
+    where, fix = f"checkpoint.initial_optimizer: {step}", "leave it false"
+    if about.objective == WEIGHTS_ONLY:
+        raise UserError(f"{where} holds weights alone, no moments; {fix}")
+    if about.objective == "adaptive_gate" != objective:
+        raise UserError(f"{where} holds moments of the gate alone, loss.objective={objective} trains all; {fix}")
+    dtype = str(training.model.config.params_dtype).removeprefix("torch.")
+    if about.dtype not in ("", dtype):
+        raise UserError(f"{where} was trained in {about.dtype}, this stage in {dtype}; change optim.precision or {fix}")
+    weights = training.model.sharded_state_dict()
+    wanted = optimizer_state.sharded_state(training.optimizer, training.model, weights, is_loading=True)
+    state = dist_checkpointing.load({"optimizer": wanted}, str(step / "state"))
+    optimizer_state.load_state(training.optimizer, training.model, state["optimizer"], about.adam_steps)
+
+
+def load_weights(step: Path, model: LoopLM, gate: GateConfig) -> About:
+    """Load only the weights of a step directory, into a model of the same shapes."""
+    about = check_fit(step, model.model_config, gate)
+    state = dist_checkpointing.load({"model": sharded_weights(model)}, str(step / "state"))
+    model.load_state_dict(state["model"])
+    return about
+
+
+def open_model(
+    directory: str, groups: ProcessGroupCollection, dtype: torch.dtype | None = torch.float32
+) -> OpenedModel:
+    """Build the model that a checkpoint describes, load its weights, and set it to eval mode.
+
+    Args:
+        directory: a training directory, whose newest complete checkpoint is used, or a step directory.
+        groups: from :func:`looplm.megatron.process_groups.start`.
+        dtype: precision to compute in; None for that of the stored weights.
+    """
+    found = step_folder.locate(directory)
+    about, (model_config, gate) = read_about(found), read_model(found)
+    dtype = dtype or getattr(torch, about.dtype or "float32")
+    model = LoopLM(model_config, gate, groups, dtype, draw=False)
+    load_weights(found, model, gate)
+    tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
+    return OpenedModel(model.eval(), gate, about, tokenizer, found)
+
+
+def _sharded_state(training: TrainingState, is_loading: bool) -> dict[str, Any]:
+    weights = training.model.sharded_state_dict()
+    return {
+        "model": weights,
+        "optimizer": optimizer_state.sharded_state(training.optimizer, training.model, weights, is_loading),
+        "scheduler": training.scheduler.state_dict(),
+        "rng": device.rng_state(),
+    }
+
+
+def sharded_weights(model: LoopLM) -> dict[str, Any]:
+    """Return ``model.sharded_state_dict()`` without the copies that Megatron makes of fused matrices.
+
+    Megatron stores the two halves of a gated feed-forward layer's first matrix apart. When it saves, it copies both
+    halves of every layer, because a half is a view. When it loads, it concatenates them into a new matrix, although
+    they were read into the old one. For a model with Ouro's shapes that is 0.4 of its size.
+
+    For weights alone: an optimizer's state needs Megatron's own factories.
+    """
+    state = model.sharded_state_dict()
+    for factory in state.values():
+        if isinstance(factory, ShardedTensorFactory):
+            factory.build_fn = partial(_build_halves, factory.build_fn)
+            factory.merge_fn = partial(_merge_halves, factory.data, factory.merge_fn)
+    return state
+
+
+def _build_halves(build: Callable[..., Any], *args: Any) -> Any:
+    """Return the halves with a storage of their own over the same memory, so that Megatron sees no view to copy."""
+    halves = build(*args)
+    for half in halves:
+        if half.data.device.type == "cpu":
+            half.data = torch.from_numpy(half.data.detach().view(torch.uint8).numpy()).view(half.data.dtype)
+    return halves
+
+
+def _merge_halves(matrix: Tensor, merge: Callable[[Any], Tensor], halves: list[Tensor]) -> Tensor:
+    """Return the matrix itself if its halves were filled in place."""
+    address = matrix.data_ptr()
+    for half in halves:
+        if half.data_ptr() != address:
+            return merge(halves)
+        address += half.nbytes
+    return matrix
