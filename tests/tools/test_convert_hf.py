@@ -134,7 +134,7 @@ MISTAKES = {
     "cut": (cut, "model-00001-of-00002.safetensors: truncated"),
     "shard missing": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "00002.safetensors: missing"),
     "tensor missing": (lambda f: change_tensor(f, lambda t: t.pop("model.norm.weight")), "model.norm.weight is missing"),
-    "tensor too many": (lambda f: change_tensor(f, lambda t: t.update(x=t["model.norm.weight"] + 1)), "x is here, for which"),
+    "tensor too many": (lambda f: change_tensor(f, lambda t: t.update(x=t["model.norm.weight"] + 1)), "x is here, but config.json describes no such tensor"),
     "wrong shape": (lambda f: rewrite(f, intermediate_size=64), r"the shape [48, 32], but config.json asks for [64, 32]"),
     "pickle": (only_a_pickle, "pytorch_model.bin: a pickle can run any code"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing; name a tokenizer.json with --tokenizer"),

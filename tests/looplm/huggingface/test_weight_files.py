@@ -1,4 +1,4 @@
-"""Safetensors, tensor by tensor: what the safetensors package itself reads from our files, and every kind of damage."""
+"""Safetensors, tensor by tensor: the safetensors package reads our files, and every kind of damage is reported."""
 
 import json
 
@@ -18,7 +18,7 @@ def values(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("limit", "files"), [(10**6, 1), (60, 3)])
-def test_what_is_written_is_read_to_the_bit(dtype, limit, files, tmp_path):
+def test_written_tensors_are_read_back_to_the_bit(dtype, limit, files, tmp_path):
     tensors, asked = values(dtype), []
 
     def one_by_one():
@@ -44,7 +44,7 @@ def test_what_is_written_is_read_to_the_bit(dtype, limit, files, tmp_path):
         assert {name: found[name].path.name for name in found} == index["weight_map"]
 
 
-def test_a_tensor_is_written_before_the_next_one_is_asked_for(tmp_path):
+def test_a_tensor_is_written_before_the_next_is_requested(tmp_path):
     sizes = []
 
     def watch():
@@ -53,11 +53,12 @@ def test_a_tensor_is_written_before_the_next_one_is_asked_for(tmp_path):
             yield tensor
 
     write_tensors(tmp_path, SHAPES, torch.float32, 1, watch())
-    assert sizes == sorted(set(sizes)), "files do not grow while tensors are asked for"
+    assert sizes == sorted(set(sizes)), "files do not grow while tensors are requested"
 
 
-def test_two_types_become_the_one_that_holds_both(tmp_path):
-    save_file({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float16)}, tmp_path / "model.safetensors")  # fmt: skip
+def test_two_dtypes_become_the_one_that_holds_both(tmp_path):
+    tensors = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float16)}
+    save_file(tensors, tmp_path / "model.safetensors")
     assert common_dtype(find_tensors(tmp_path)) is torch.float32
 
 
@@ -72,27 +73,43 @@ def rewrite_index(folder, change):
     path.write_text(json.dumps(index))
 
 
+def shard(number):
+    return f"model-{number:05d}-of-00004.safetensors"
+
+
 def cut(folder):
-    path = folder / "model-00002-of-00004.safetensors"
+    path = folder / shard(2)
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def move_in_index(folder):
+    def change(weight_map):
+        del weight_map["a.weight"]
+        weight_map["b.weight"] = shard(1)
+
+    rewrite_index(folder, change)
+
+
+def add_to_index(file):
+    return lambda folder: rewrite_index(folder, lambda weight_map: weight_map.update(e=file))
+
+
 DAMAGE = {
-    "cut": (cut, "model-00002-of-00004.safetensors: truncated, or not in safetensors format"),
-    "missing": (lambda f: (f / "model-00003-of-00004.safetensors").unlink(), "model-00003-of-00004.safetensors: missing, although"),
-    "garbage": (lambda f: (f / "model-00001-of-00004.safetensors").write_bytes(b"x" * 99), "truncated, or not in safetensors"),
-    "absent file named": (lambda f: rewrite_index(f, lambda m: m.update(e="model-9.safetensors")), "model-9.safetensors: missing, although"),
-    "path in index": (lambda f: rewrite_index(f, lambda m: m.update(e="../x.safetensors")), "names '../x.safetensors', which is no"),
-    "pickle in index": (lambda f: rewrite_index(f, lambda m: m.update(e="pytorch_model.bin")), "names 'pytorch_model.bin', which is no"),
-    "tensor that no shard has": (lambda f: rewrite_index(f, lambda m: m.update(e="model-00001-of-00004.safetensors")), "of e, the shards say nothing"),
-    "tensor that the index has not": (lambda f: rewrite_index(f, lambda m: m.pop("a.weight") and m.update({"b.weight": "model-00001-of-00004.safetensors"})), "says nothing of a.weight"),
+    "cut": (cut, f"{shard(2)}: truncated, or not in safetensors format"),
+    "missing": (lambda f: (f / shard(3)).unlink(), f"{shard(3)}: missing, although"),
+    "garbage": (lambda f: (f / shard(1)).write_bytes(b"x" * 99), "truncated, or not in safetensors"),
+    "absent file named": (add_to_index("model-9.safetensors"), "model-9.safetensors: missing, although"),
+    "path in index": (add_to_index("../x.safetensors"), "names '../x.safetensors', which is no"),
+    "pickle in index": (add_to_index("pytorch_model.bin"), "names 'pytorch_model.bin', which is no"),
+    "tensor in no shard": (add_to_index(shard(1)), f"places e in {shard(1)}, but it is in no shard"),
+    "tensor not in the index": (move_in_index, f"places a.weight in no shard, but it is in {shard(1)}"),
     "no index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not an index of safetensors"),
     "nothing": (lambda f: [p.unlink() for p in f.iterdir()], "neither model.safetensors nor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named(damage, tmp_path):
+def test_damage_is_reported(damage, tmp_path):
     sharded(tmp_path)
     find_tensors(tmp_path)
     harm, words = DAMAGE[damage]
@@ -102,9 +119,9 @@ def test_damage_is_named(damage, tmp_path):
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_quantised_weights_are_refused(tmp_path):
+def test_quantized_weights_are_refused(tmp_path):
     save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"a is stored as I8.*not quantised"):
+    with pytest.raises(UserError, match=r"a is stored as I8.*not quantized"):
         find_tensors(tmp_path)
 
 
@@ -119,11 +136,14 @@ def test_a_pickle_is_refused_unopened(name, tmp_path):
     ("expected", "words"),
     [
         (SHAPES | {"e": (1,), "f": (1,)}, "e and 1 more are missing"),
-        ({name: shape for name, shape in SHAPES.items() if name != "b.weight"}, "b.weight is here"),
+        (
+            {name: shape for name, shape in SHAPES.items() if name != "b.weight"},
+            "b.weight is here, but config.json describes no such tensor",
+        ),
         (SHAPES | {"a.weight": (6, 4)}, r"a.weight has the shape \[4, 6\], but config.json asks for \[6, 4\]"),
     ],
 )
-def test_other_tensors_than_the_config_asks_for(expected, words, tmp_path):
+def test_tensors_that_the_config_does_not_describe(expected, words, tmp_path):
     sharded(tmp_path)
     with pytest.raises(UserError, match=words):
         check_shapes(find_tensors(tmp_path), expected, tmp_path)
