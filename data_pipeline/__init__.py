@@ -1,1 +1,1 @@
-"""From raw text to Megatron token files: read, filter, deduplicate, split, tokenise, merge, describe; on datatrove."""
+"""From raw text to Megatron token files, on datatrove: read, filter, deduplicate, split, tokenize, merge, describe."""

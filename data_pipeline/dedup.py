@@ -1,7 +1,7 @@
-"""Exact and near-duplicates, by datatrove's own steps, over the documents of all sources.
+"""Exact and near-duplicates over the documents of all sources, found by datatrove's steps.
 
-Each stage reads the same files with the same number of tasks, because datatrove names a document by its task and its
-place in that task's input.
+Each step reads the same files with the same number of tasks, because datatrove identifies a document by its task and its
+position in that task's input.
 """
 
 from pathlib import Path
@@ -27,26 +27,22 @@ from data_pipeline.executor import Stages
 
 
 def find_duplicates(config: DedupConfig, documents: Path, work: Path, stages: Stages) -> list[PipelineStep]:
-    """Run the stages that find duplicates.
+    """Find duplicates, and return the filters that drop them from ``documents``, in the order in which they must run.
 
     Args:
         documents: folder of datatrove's JSON lines.
-        work: folder for signatures and findings.
-
-    Returns:
-        The filters that drop the duplicates from ``documents``, in the order they must run.
+        work: folder for signatures and results.
     """
     filters: list[PipelineStep] = []
     if config.exact:
         exact = ExactDedupConfig(content_getter=_text)
         stages.run("exact-signatures", [JsonlReader(str(documents)), ExactDedupSignature(str(work / "exact"), exact)])
-        # One finder: with more, datatrove 0.10.1 globs for a file named ".c4_sig", finds none and drops nothing.
+        # One task: with more, datatrove 0.10.1 looks for a file named ".c4_sig", does not find it and drops nothing.
         stages.run("exact-find", [ExactFindDedups(str(work / "exact"), str(work / "exact-found"), exact)], tasks=1)
         filters.append(ExactDedupFilter(str(work / "exact-found"), exact))
     if config.minhash:
-        minhash = MinhashConfig(
-            n_grams=config.ngram, num_buckets=config.buckets, hashes_per_bucket=config.hashes_per_bucket
-        )
+        sizes = {"num_buckets": config.buckets, "hashes_per_bucket": config.hashes_per_bucket}
+        minhash = MinhashConfig(n_grams=config.ngram, **sizes)
         signatures, pairs, found = (str(work / f"minhash-{part}") for part in ("signatures", "pairs", "found"))
         signature = MinhashDedupSignature(signatures, minhash, language=config.language or _WhiteSpace())
         stages.run("minhash-signatures", [JsonlReader(str(documents)), *filters, signature])
@@ -61,7 +57,7 @@ def _text(document: Document) -> str:
 
 
 class _WhiteSpace(WordTokenizer):
-    """Words of the simplified text (lower case, punctuation gone): 12 times faster than spaCy's rules."""
+    """Splitter of simplified text (lower case, no punctuation) at white space, 12 times faster than spaCy's rules."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return text.split()

@@ -1,7 +1,7 @@
-"""A source's quality filters: datatrove's, held to what works without a network.
+"""Filters of a source: length, answers, and those of datatrove's quality filters that work without a network.
 
-C4's list of bad words and every model-based filter would be downloaded, so they are not offered. Words and sentences
-are split by spaCy's blank pipelines, which ship their rules with the package.
+C4's list of bad words and all model-based filters would be downloaded, so they are not offered. Words and sentences are
+split by spaCy's blank pipelines, whose rules are part of the package.
 """
 
 from datatrove.data import Document
@@ -21,38 +21,36 @@ from looplm.cli import UserError
 _QUALITY = {
     "gopher_quality": GopherQualityFilter,  # Rae et al. 2021, section A.1.1
     "gopher_repetition": GopherRepetitionFilter,  # Rae et al. 2021, table A1
-    "c4": C4QualityFilter,  # Raffel et al. 2020, section 2.2; rewrites the text: lines without an end are cut
+    "c4": C4QualityFilter,  # Raffel et al. 2020, section 2.2; rewrites the text: drops lines without final punctuation
     "fineweb_quality": FineWebQualityFilter,  # Penedo et al. 2024, section 3.6
 }
 
 
 def build_filters(source: SourceConfig) -> list[BaseFilter]:
-    """The length filter, then the source's quality filters in their order; a conversation needs an answer."""
+    """Return the length filter, for conversations the answer filter, then the quality filters in the source's order."""
     quality = [_QUALITY[name](language=source.language) for name in source.filters]
     answered = [] if source.chat is None else [AnswerFilter()]
     return [LengthFilter(source.min_chars, source.max_chars), *answered, *quality]
 
 
 def check_language(code: str, key: str) -> None:
-    """Refuse a language whose words datatrove cannot split here and now.
+    """Raise a :class:`UserError` if datatrove cannot split words of this language on this machine without a network.
 
-    Raises:
-        UserError: an unknown code, a package that is missing, or a tokenizer that would be downloaded.
+    The reason is an unknown code, a missing package, or a tokenizer that would be downloaded.
     """
     try:
         tokenizer = load_word_tokenizer(code)
         if isinstance(tokenizer, StanzaTokenizer | TibetanTokenizer):
             raise UserError(f"{key}: {code!r} needs a model that would be downloaded; choose a language without one")
-        tokenizer.word_tokenize("a")  # some packages are only looked for here
+        tokenizer.word_tokenize("a")  # some packages are imported only here
     except (ValueError, ImportError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{key}: {code!r} cannot be used ({reason}); give a code of datatrove's such as eng or deu"
-        ) from error
+        fix = "give one of datatrove's codes such as eng or deu"
+        raise UserError(f"{key}: {code!r} cannot be used ({reason}); {fix}") from error
 
 
 class LengthFilter(BaseFilter):
-    """Keeps documents of ``min_chars`` to ``max_chars`` characters."""
+    """Filter that keeps documents of ``min_chars`` to ``max_chars`` characters."""
 
     name = "📏 Length"
 

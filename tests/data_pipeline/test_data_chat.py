@@ -191,7 +191,7 @@ def test_a_tokenizer_without_the_template_is_one_line(talks: Any, config: Any, b
 def test_special_tokens_are_told_apart(tokens):
     with pytest.raises(UserError, match=r"tokenizer\.special_tokens"):
         TokenizerConfig(vocab_size=320, special_tokens=tokens)
-    with pytest.raises(UserError, match="a given tokenizer has its own"):
+    with pytest.raises(UserError, match="an existing tokenizer has its own"):
         TokenizerConfig(path="t.json", special_tokens=("x",))
 
 

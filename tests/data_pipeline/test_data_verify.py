@@ -143,7 +143,7 @@ def test_merge_refuses(tmp_path: Path) -> None:
     cut(Path(f"{short}.bin"))
     for shards, message in [
         ((good, wide), "int32 and uint16"),
-        ((empty,), "none of its 1 shards"),
+        ((empty,), "all 1 shards are empty"),
         ((good, short), "short.bin: 52 bytes"),
     ]:
         with pytest.raises(UserError, match=message):
