@@ -75,11 +75,11 @@ def test_a_mistake_is_one_line(tmp_path, argv):
 
 
 FILES = {
-    "model: {num_lops: 3}": r"base\.yaml: model\.num_lops: unknown key; did you mean model\.num_loops\?",
-    "data: {train: [{prefx: a}]}": r"base\.yaml: data\.train\[0\]\.prefx: unknown key; did you mean .*prefix\?",
-    "modle: {}": r"base\.yaml: modle: unknown key; did you mean model\?",
+    "model: {num_lops: 3}": r"base\.yaml:1: model\.num_lops: unknown key; did you mean model\.num_loops\?",
+    "data: {train: [{prefx: a}]}": r"base\.yaml:1: data\.train\[0\]\.prefx: unknown key; did you mean .*prefix\?",
+    "modle: {}": r"base\.yaml:1: modle: unknown key; did you mean model\?",
     "- 1": r"base\.yaml: holds list, not a mapping",
-    "model: {": r"base\.yaml: not valid YAML",
+    "model: {": r"base\.yaml:1: not valid YAML",
     "": r"base\.yaml: holds NoneType",
 }
 
