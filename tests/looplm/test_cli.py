@@ -1,0 +1,165 @@
+"""The command line: positionals, switches, subcommands, --help, and where a wrong value comes from."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from looplm.bounds import check_bounds, positive
+from looplm.cli import UserError, parse_command, parse_config, positional, run_main, switch
+from looplm.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check token files.
+
+    Read their manifests.
+
+    Args:
+        prefix: paths without a suffix.
+        deep: read everything.
+        limit: how many files.
+    """
+
+    prefix: tuple[str, ...] = positional("PREFIX")
+    deep: bool = switch()
+    limit: int = positive(3)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draw a run.
+
+    Args:
+        run: a directory.
+        output: a file.
+    """
+
+    run: Path = positional("RUN_DIR")
+    output: Path | None = None
+
+
+def verify(*argv: str) -> Verify:
+    return parse_config(Verify, argv, prog="python -m verify", description="About.")
+
+
+def command(*argv: str) -> tuple[str, object]:
+    return parse_command({"verify": Verify, "report": Report}, argv, prog="python -m x", description="Two things.")
+
+
+def test_positionals_and_switches():
+    assert verify("a") == Verify(prefix=("a",))
+    assert verify("--deep", "a", "b", "--limit", "4") == verify("a", "b", "--limit=4", "--deep")
+    assert verify("a", "--deep") == Verify(prefix=("a",), deep=True, limit=3)
+
+
+def test_subcommands():
+    assert command("verify", "a", "--deep") == ("verify", Verify(prefix=("a",), deep=True))
+    assert command("report", "a", "--output=b") == ("report", Report(run=Path("a"), output=Path("b")))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["verify"], "prefix: required and not given"),
+        (["verify", "a", "--limit", "x"], "limit: Expected a .*int.* x"),
+        (["verify", "a", "--limit", "0"], "limit: 0 is not allowed; give a number above 0"),
+        (["verify", "a", "--dep"], r"--dep: unknown key; did you mean deep\?"),
+        (["report", "a", "b"], "unrecognized arguments: b"),
+        (["verfy", "a"], r"python -m x: verfy: unknown command; did you mean verify\?"),
+        ([], "python -m x: no command: unknown command; give one of verify, report"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(argv, message, monkeypatch, capsys):
+    with pytest.raises(UserError, match=message):
+        command(*argv)
+    monkeypatch.setattr("sys.argv", ["x", *argv])
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda argv: print(command(*argv)))
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def shown(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        command(*argv)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_of_subcommands(capsys):
+    overview = shown(capsys, "--help")
+    assert overview.startswith("usage: python -m x COMMAND [--KEY VALUE]...\n\nTwo things.\n")
+    assert "  verify      Check token files.\n  report      Draw a run.\n" in overview
+    own = shown(capsys, "verify", "--help")
+    usage = "usage: python -m x verify PREFIX... [--config FILE]... [--KEY VALUE]...\n"
+    assert own.startswith(f"{usage}\nCheck token files.\n\nRead their manifests.\n")
+    assert "read everything." in own and "(type: int, default: 3)" in own
+
+
+def test_help_is_usage_then_examples_as_written_then_keys_by_section(capsys):
+    examples = "    python -m train --config a.yaml\n    python -m train --config a.yaml --model.num_loops 8"
+    with pytest.raises(SystemExit):
+        parse_config(RunConfig, ["--help"], prog="python -m train", description=f"Train.\n\n{examples}\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: python -m train [--config FILE]... [--KEY VALUE]..."
+    assert lines[1:6] == ["", "Train.", "", *examples.splitlines()]
+    sections = [lines.index(f"{section}:") for section in ("the looped transformer", "optimizer, schedule, precision")]
+    keys = [
+        next(n for n, line in enumerate(lines) if line.startswith(f"  --{key} "))
+        for key in ("model.num_loops", "optim.lr")
+    ]
+    assert sections[0] < keys[0] < sections[1] < keys[1]
+    assert "learning rate after warm-up. (type: float, default: 0.0003)" in " ".join(" ".join(lines).split())
+
+
+BASE = """output_dir: run
+model: {vocab_size: 64, hidden_size: 32, ffn_hidden_size: 48, num_layers: 2, num_attention_heads: 4}
+optim:
+  train_steps: 10
+data:
+  train:
+    - {prefix: a, weight: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lr_: 1\n", r"b\.yaml:2: optim\.lr_: unknown key; did you mean optim\.lr\?"),
+        ("data:\n  train:\n  - prefix: a\n    wight: 1\n", r"b\.yaml:4: data\.train\[0\]\.wight: unknown key; did you .*"),
+        ("optim:\n  lr: fast\n", r"b\.yaml:2: optim\.lr: Expected .*float.* fast"),
+        ("optim:\n\n  lr: 0\n", r"b\.yaml:3: optim\.lr: 0\.0 is not allowed; give a number above 0"),
+        ("model: {num_loops: 0}", r"b\.yaml:1: model\.num_loops: 0 is not allowed.*"),
+        ("seed: 1\nmodel: {num_loops: 3}\nseed: 2\n", r"b\.yaml:3: seed: given twice, first on line 1; remove one"),
+        ("optim:\n  lr: 1.0\n  lr: 2.0\n", r"b\.yaml:3: optim\.lr: given twice, first on line 2; remove one"),
+        ("a: 1\nb: {\n", r"b\.yaml:3: not valid YAML: .*"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_file_names_file_and_line(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(BASE)
+    (tmp_path / "b.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        parse_run(tmp_path / "a.yaml", tmp_path / "b.yaml")
+    assert re.fullmatch(rf"{tmp_path}/{message}", str(refused.value)), refused.value
+
+
+def parse_run(*files: Path, argv: tuple[str, ...] = ()) -> RunConfig:
+    flags = [word for path in files for word in ("--config", str(path))]
+    return parse_config(RunConfig, [*flags, *argv], prog="p", description="")
+
+
+def test_the_line_is_that_of_the_value_in_effect(tmp_path):
+    base, first, second = (tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml"))
+    base.write_text(BASE)
+    first.write_text("model: {num_loops: 0}")
+    second.write_text("\nmodel:\n  num_loops: -1\n")
+    with pytest.raises(UserError, match=r"c\.yaml:3: model\.num_loops: -1 is"):
+        parse_run(base, first, second)
+    with pytest.raises(UserError, match=r"^model\.num_loops: -2 is"):
+        parse_run(base, first, argv=("--model.num_loops=-2",))
+    assert parse_run(base, first, argv=("--model.num_loops", "2")).model.num_loops == 2
