@@ -1,4 +1,4 @@
-"""Training data: checked prefixes in, micro-batches out, in an order that depends on consumed samples alone.
+"""Training data: checked data sets in, micro-batches out, in an order that depends only on the consumed samples.
 
 Shapes: B micro-batch, S sequence (model inputs; a sample holds S + 1 tokens).
 """
@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,8 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, Subset
 
-from data_pipeline.manifest import Manifest
 from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError, require
@@ -25,19 +25,19 @@ from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE
 from pretrain.mixed_data import MixConfig, MixedDataset
 
-READ_WHOLE_BYTES = 1 << 28
+FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipeline.verify --deep
 
 
 class Batch(NamedTuple):
-    """A micro-batch on its device."""
+    """A micro-batch on this rank's device."""
 
     ids_BS: Tensor
     labels_SB: Tensor
-    mask_SB: Tensor  # 1.0 where the label counts
-    document_start_SB: Tensor | None  # None: a sample is one document
+    mask_SB: Tensor  # 1.0 for labels with a loss, 0.0 for the others
+    document_start_SB: Tensor | None  # position at which each token's document starts; None: a sample is one document
 
     def deal(self, group: context_parallel.Group) -> "Batch":
-        """The positions that this context-parallel rank holds; a document's start still counts from the sample's."""
+        """Return this context-parallel rank's positions; document starts still count from the start of the sample."""
         start_SB = self.document_start_SB
         return Batch(
             context_parallel.deal(self.ids_BS, group, dim=1),
@@ -49,10 +49,19 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the checked sources have in common.
+    """Checked data sources, with the tokenizer that they share.
 
-    ``conversations`` are the prefixes that hold some; a run that trains on any ends what it writes as an answer ends.
-    ``left_out`` are lines on conversations that no sample has room for.
+    Args:
+        tokenizer: its file.
+        tokenizer_sha256: of that file.
+        vocab_size: tokens of the tokenizer.
+        bos_id: its special tokens; None if it has no such token.
+        eos_id: likewise.
+        pad_id: likewise.
+        fingerprint: hash of all sources.
+        conversations: prefixes that hold conversations.
+        end_id: the chat end token, if any training source is conversational.
+        left_out: messages about conversations that are too long for a sample.
     """
 
     tokenizer: Path
@@ -68,7 +77,7 @@ class Corpus:
 
     @property
     def stop_id(self) -> int:
-        """The token at which generation ends."""
+        """The token at which generation stops: the chat end token if there is one."""
         return self.eos_id if self.end_id is None else self.end_id
 
 
@@ -76,21 +85,24 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
     """Check the manifests of all sources, before any long work starts, against each other and the model's vocabulary.
 
     Raises:
-        UserError: files missing, truncated or not fitting each other, the sequence length or the model's vocabulary.
+        UserError: a file is missing or truncated, or does not fit the others, the sequence length or the vocabulary.
     """
     prefixes = [source.prefix for source in (*data.train, *data.valid)]
-    checked = [(prefix, check_prefix(prefix, deep=_is_small(prefix))) for prefix in prefixes]
+    checked = [(prefix, check_prefix(prefix, deep=_size(prefix) <= FULL_CHECK_BYTES)) for prefix in prefixes]
     first_prefix, first = checked[0]
     left_out = list[str]()
     for prefix, manifest in checked:
         if manifest.tokenizer.sha256 != first.tokenizer.sha256:
             raise UserError(
-                f"{prefix}: made with another tokenizer than {first_prefix}; tokenise both with the same one"
+                f"{prefix}: made with another tokenizer than {first_prefix}; tokenize both with the same one"
             )
-        if manifest.chat is None:
-            _require_enough_tokens(prefix, manifest, data.seq_length)
-        else:
-            left_out += _too_long(prefix, data.seq_length)
+        if manifest.chat is not None:
+            left_out += _find_too_long(prefix, data.seq_length)
+        elif manifest.tokens <= data.seq_length:
+            raise UserError(
+                f"{prefix}: holds {manifest.tokens} tokens, fewer than a sample of data.seq_length={data.seq_length} "
+                "needs; shorten data.seq_length or add data"
+            )
     require(
         first.vocab_size <= vocab_size,
         "model.vocab_size",
@@ -114,29 +126,20 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
     )
 
 
-def _is_small(prefix: str) -> bool:
-    """Small enough to read whole before every run: ids and hashes too. data_pipeline.verify --deep does it for the rest."""
+def _size(prefix: str) -> int:
     path = Path(f"{prefix}.bin")
-    return path.is_file() and path.stat().st_size <= READ_WHOLE_BYTES
+    return path.stat().st_size if path.is_file() else 0
 
 
 def data_order(config: RunConfig, corpus: Corpus) -> str:
-    """Fingerprint of everything that decides which tokens the n-th training sample holds."""
+    """Return a fingerprint of everything that decides which tokens the n-th training sample holds."""
     weights = [source.weight for source in config.data.train]
     parts = (corpus.fingerprint, weights, config.data.seq_length, config.seed)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _require_enough_tokens(prefix: str, manifest: Manifest, seq_length: int) -> None:
-    if manifest.tokens <= seq_length:
-        raise UserError(
-            f"{prefix}: holds {manifest.tokens} tokens, fewer than a sample of data.seq_length={seq_length} needs; "
-            "shorten data.seq_length or add data"
-        )
-
-
-def _too_long(prefix: str, seq_length: int) -> list[str]:
-    """A line on the conversations that no sample of this length holds, if there are any; some must fit."""
+def _find_too_long(prefix: str, seq_length: int) -> list[str]:
+    """Return a message if some conversations are too long for a sample; raise if all are."""
     lengths_N = read_index(Path(f"{prefix}.idx")).lengths()
     longer = int((lengths_N > seq_length + 1).sum())
     if longer == len(lengths_N):
@@ -149,15 +152,15 @@ def _too_long(prefix: str, seq_length: int) -> list[str]:
 
 
 class BatchSchedule:
-    """How many samples a step takes: constant, or growing with the samples consumed (data.rampup).
+    """Samples of each step: constant, or growing with the consumed samples (data.rampup).
 
-    Megatron-core had this as a calculator until 0.17; from 0.18 on it has another, of other steps.
+    It equals Megatron-core 0.16's calculator, which 0.18 replaced by one with other steps.
     """
 
     def __init__(self, data: DataConfig, data_parallel_size: int, pipeline: int = 1) -> None:
         unit = data.micro_batch_size * data_parallel_size * pipeline
         parts = f"data.micro_batch_size={data.micro_batch_size} x {data_parallel_size} data-parallel ranks"
-        if pipeline > 1:  # Megatron's interleaved schedule deals micro-batches in groups of that many
+        if pipeline > 1:  # Megatron's interleaved schedule processes micro-batches in groups of that many
             parts += f" x parallel.pipeline={pipeline}"
         sizes = {"data.global_batch_size": data.global_batch_size}
         if data.rampup is not None:
@@ -167,7 +170,7 @@ class BatchSchedule:
         self._data, self._samples_per_microbatch = data, data.micro_batch_size * data_parallel_size
 
     def at(self, consumed_samples: int) -> tuple[int, int]:
-        """Micro-batches per rank and samples over all ranks of the step that starts at ``consumed_samples``."""
+        """Return micro-batches per rank and samples over all ranks for the step that starts at ``consumed_samples``."""
         size, ramp = self._data.global_batch_size, self._data.rampup
         if ramp is not None and consumed_samples < ramp.samples:
             rises = (size - ramp.start) // ramp.increment
@@ -175,7 +178,7 @@ class BatchSchedule:
         return size // self._samples_per_microbatch, size
 
     def samples_of(self, steps: int) -> int:
-        """Samples that ``steps`` steps from the start consume."""
+        """Return the samples that the first ``steps`` steps consume."""
         consumed = 0
         for _ in range(steps):
             consumed += self.at(consumed)[1]
@@ -183,16 +186,16 @@ class BatchSchedule:
 
 
 def schedule_on(config: RunConfig, ranks: int) -> BatchSchedule:
-    """The batch on that many ranks.
+    """Return the run's batch schedule on that many ranks.
 
     Raises:
-        UserError: the layout, or the batch of one step, does not divide into them.
+        UserError: the ranks are no multiple of the layout's, or the batch does not divide by the replicas.
     """
     return BatchSchedule(config.data, config.parallel.replicas(ranks), config.parallel.pipeline)
 
 
 class _Tokenizer:
-    """The four things that Megatron's GPTDataset asks of a tokenizer."""
+    """The part of a tokenizer that Megatron's GPTDataset uses."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.eod, self.pad, self.vocab_size = corpus.eos_id, corpus.pad_id, corpus.vocab_size
@@ -201,16 +204,15 @@ class _Tokenizer:
 
 
 def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horizon: int) -> Dataset[Any]:
-    """The training mix, in passes of ``horizon`` samples.
+    """Return the training mix, in passes of ``horizon`` samples.
 
     Megatron shuffles all epochs that ``num_samples`` needs together, so a longer run would see another order from the
     start. The pass length is therefore fixed when a run starts: an extended run appends a pass and leaves the earlier
     ones as they were.
     """
-    passes = -(-train_samples // horizon)
-    data, cache = config.data, index_cache(config)
-    built = [_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in range(passes)]
-    return _Passes(built, horizon)
+    data, cache, passes = config.data, index_cache(config), range(-(-train_samples // horizon))
+    built = (_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in passes)
+    return ConcatDataset([Subset(dataset, range(horizon)) for dataset in built])
 
 
 def build_valid_set(data: DataConfig, corpus: Corpus, samples: int, seed: int, cache: Path) -> Dataset[Any] | None:
@@ -229,7 +231,7 @@ def index_cache(config: RunConfig) -> Path:
 def _build(
     data: DataConfig, sources: tuple[DataSource, ...], corpus: Corpus, samples: int, seed: int, cache: Path
 ) -> GPTDataset:
-    """Return Megatron's blended dataset. Its indices are cached under the data's fingerprint: a cache outlives its data."""
+    """Return Megatron's blended dataset. The cache is keyed by the data's fingerprint, because it outlives its data."""
     dataset_config = MixConfig(
         conversations=corpus.conversations,
         random_seed=seed,
@@ -245,44 +247,23 @@ def _build(
     return BlendedMegatronDatasetBuilder(MixedDataset, [samples, 0, 0], lambda: True, dataset_config).build()[0]
 
 
-class _Passes(Dataset[Any]):
-    """Sample i is sample ``i % horizon`` of pass ``i // horizon``."""
-
-    def __init__(self, passes: list[GPTDataset], horizon: int) -> None:
-        self.passes, self.horizon = passes, horizon
-
-    def __len__(self) -> int:
-        return len(self.passes) * self.horizon
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.passes[index // self.horizon][index % self.horizon]
-
-
-class _MicroBatches(Sampler[list[int]]):
-    """Consecutive micro-batches dealt to the data-parallel ranks in turn, from ``consumed_samples`` on."""
-
-    def __init__(self, total: int, consumed_samples: int, micro_batch: int, rank: int, ranks: int) -> None:
-        self.total, self.consumed, self.micro, self.rank, self.ranks = total, consumed_samples, micro_batch, rank, ranks
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(self.consumed + self.rank * self.micro, self.total, self.micro * self.ranks):
-            if start + self.micro <= self.total:
-                yield list(range(start, start + self.micro))
-
-
 def micro_batches(
     dataset: Dataset[Any], data: DataConfig, consumed_samples: int, rank: int, ranks: int
 ) -> Iterator[Batch]:
-    """This data-parallel rank's micro-batches, on its device."""
-    sampler = _MicroBatches(len(dataset), consumed_samples, data.micro_batch_size, rank, ranks)  # type: ignore[arg-type]
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=data.num_workers)
+    """Return this data-parallel rank's micro-batches, on its device.
+
+    Consecutive micro-batches from ``consumed_samples`` on go to the ranks in turn.
+    """
+    samples = range(consumed_samples, len(dataset))  # type: ignore[arg-type]  # Dataset declares no length
+    consecutive = BatchSampler(samples, data.micro_batch_size, drop_last=True)
+    loader = DataLoader(dataset, batch_sampler=islice(consecutive, rank, None, ranks), num_workers=data.num_workers)
     return (_to_batch(sample, data.document_masking) for sample in loader)
 
 
 def _to_batch(sample: dict[str, Tensor], document_masking: bool) -> Batch:
     ids_BS = sample["tokens"].to(DEVICE)
     document_start_SB = None
-    if document_masking:  # position ids restart with each document
+    if document_masking:  # position ids restart at each document
         position_BS = torch.arange(ids_BS.size(1)).expand_as(sample["position_ids"])
         document_start_SB = (position_BS - sample["position_ids"]).t().contiguous().to(DEVICE)
     return Batch(

@@ -19,7 +19,7 @@ from pretrain.step import StepStats
 
 
 class RunLog:
-    """Writer of ``metrics.jsonl`` and ``tensorboard/`` in ``output_dir``, and the display of progress. Only rank 0 writes.
+    """Writer of ``metrics.jsonl`` and ``tensorboard/`` in ``output_dir``, and progress display. Only rank 0 writes.
 
     Args:
         config: the run's.

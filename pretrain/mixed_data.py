@@ -1,7 +1,8 @@
-"""Megatron's GPTDataset, which also reads conversations: packed whole into samples, with the loss on their answers.
+"""Megatron's GPTDataset, extended to read conversations, which are packed whole into samples.
 
-Plain text is concatenated and cut, as Megatron does it. A conversation that is cut loses its question, so conversations are
-packed instead: by best fit, the rest of a sample padded. Both kinds blend in one run.
+Megatron concatenates plain text and cuts it into samples. A conversation that is cut loses its question, so
+conversations are packed by best fit instead, and the rest of a sample is padded. Only answers have a loss. Both kinds
+blend in one run.
 
 Shapes: N documents, S sequence (model inputs; a sample holds S + 1 tokens).
 """
@@ -21,7 +22,7 @@ from data_pipeline.token_file import unmark
 
 @dataclass
 class MixConfig(GPTDatasetConfig):
-    """Megatron's, and which prefixes hold conversations."""
+    """Megatron's dataset config, with the prefixes that hold conversations."""
 
     conversations: tuple[str, ...] = ()
 
@@ -36,17 +37,17 @@ class MixedDataset(GPTDataset):
         return self.dataset_path in self.config.conversations
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For conversations: documents in the order they are read, where each sample begins in it, and no more shuffling."""
+        """For conversations, return the order of documents, each sample's start in it, and an unused shuffle index."""
         if not self._packs:
             return super()._build_document_sample_shuffle_indices()
         path = Path(self.config.path_to_cache) / f"{self.unique_description_hash}-packing.npz"
         if not path.is_file():  # rank 0 builds before the others look
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{os.getpid()}.npz")
+            partial = path.with_suffix(f".{os.getpid()}.npz")
             lengths_N = self.dataset.sequence_lengths
             order, starts = pack(lengths_N, self.config.sequence_length + 1, self.num_samples, self.config.random_seed)
-            np.savez(aside, order=order, starts=starts)
-            os.replace(aside, path)
+            np.savez(partial, order=order, starts=starts)
+            os.replace(partial, path)
         with np.load(path) as packing:
             return packing["order"], packing["starts"], np.arange(0)
 
@@ -54,26 +55,26 @@ class MixedDataset(GPTDataset):
         if not self._packs:
             return super().__getitem__(idx)
         start, end = self.sample_index[idx : idx + 2]
-        parts = [self.dataset.get(int(document)) for document in self.document_index[start:end]]
-        room = self.config.sequence_length + 1 - sum(map(len, parts))
-        tokens, learnt = unmark(np.concatenate([*parts, np.zeros(room, np.int32)]).astype(np.int64))
-        tokens[len(tokens) - room :], learnt[len(tokens) - room :] = self.config.tokenizer.pad, False
-        position = np.concatenate([np.arange(length) for length in (*map(len, parts), room)])
+        documents = [self.dataset.get(int(document)) for document in self.document_index[start:end]]
+        padding = self.config.sequence_length + 1 - sum(map(len, documents))
+        tokens, has_loss = unmark(np.concatenate([*documents, np.zeros(padding, np.int32)]).astype(np.int64))
+        tokens[len(tokens) - padding :], has_loss[len(tokens) - padding :] = self.config.tokenizer.pad, False
+        position = np.concatenate([np.arange(length) for length in (*map(len, documents), padding)])
         return {
             "tokens": torch.from_numpy(tokens[:-1]),
             "labels": torch.from_numpy(tokens[1:]),
-            "loss_mask": torch.from_numpy(learnt[1:]).float(),
+            "loss_mask": torch.from_numpy(has_loss[1:]).float(),
             "position_ids": torch.from_numpy(position[:-1]),
         }
 
 
 def pack(lengths_N: np.ndarray, size: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deal documents to samples, whole, in as many epochs as give ``samples`` samples.
+    """Pack whole documents into at least ``samples`` samples of ``size`` tokens, in as many epochs as that takes.
 
     Every epoch holds each document that fits once, in an order of its own.
 
     Returns:
-        documents in the order they are read, and the place in it where each sample begins, with the end.
+        the documents in reading order, and the index in it at which each sample begins, followed by the end.
 
     Raises:
         ValueError: no document fits.
@@ -86,7 +87,7 @@ def pack(lengths_N: np.ndarray, size: int, samples: int, seed: int) -> tuple[np.
         random = np.random.default_rng((seed, epoch))
         documents = random.permutation(fitting)
         sample = best_fit(lengths_N[documents], size)
-        sample = random.permutation(sample.max() + 1)[sample]  # samples in an order of their own too
+        sample = random.permutation(sample.max() + 1)[sample]  # shuffle the samples too
         orders.append(documents[np.argsort(sample, kind="stable")])
         counts.append(np.bincount(sample))
         if sum(map(len, counts)) >= samples:
@@ -95,10 +96,10 @@ def pack(lengths_N: np.ndarray, size: int, samples: int, seed: int) -> tuple[np.
 
 
 def best_fit(lengths_N: np.ndarray, size: int) -> np.ndarray:
-    """The bin of each item: longest first, each into the fullest bin that still has room for it.
+    """Return the bin of each item: longest items first, each in the fullest bin that still has room for it.
 
-    Bins are kept by the room they have left; ``rooms`` has bit r set where there is a bin with room r, so that the fullest
-    one that fits is found by a shift, whatever the number of bins.
+    Bins are listed by their free room. Bit r of ``rooms`` is set if some bin has room r, so the fullest bin that fits
+    is found by one shift, however many bins there are.
     """
     bins: list[list[int]] = [[] for _ in range(size + 1)]
     bin_N, rooms, used = np.empty(len(lengths_N), np.int64), 0, 0
@@ -107,11 +108,11 @@ def best_fit(lengths_N: np.ndarray, size: int) -> np.ndarray:
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            place = bins[room].pop()
+            chosen = bins[room].pop()
             rooms ^= 0 if bins[room] else 1 << room
         else:
-            room, place, used = size, used, used + 1
-        bin_N[item] = place
-        bins[room - length].append(place)
+            room, chosen, used = size, used, used + 1
+        bin_N[item] = chosen
+        bins[room - length].append(chosen)
         rooms |= 1 << (room - length)
     return bin_N

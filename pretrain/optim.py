@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper, optimizer and schedules, set up from our configuration."""
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, set up from our configuration."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -14,41 +14,40 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def freeze_trunk(model: LoopLM) -> None:
-    """Stage 2: only the gate learns."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    """Make the exit gate the only trainable part (stage 2)."""
+    model.requires_grad_(False)
     if model.post_process:
-        for parameter in model.gate.parameters():
-            parameter.requires_grad_(True)
+        model.gate.requires_grad_(True)
 
 
 def wrap_data_parallel(model: LoopLM, loss: LossConfig, layout: ParallelConfig) -> DistributedDataParallel:
-    """Megatron's DDP: gradients in contiguous buffers, reduced over the data-parallel ranks.
+    """Return the model in Megatron's DDP: gradients in contiguous buffers, reduced over the data-parallel ranks.
 
-    With ``layout.distributed_optimizer`` a rank's ``main_grad`` afterwards holds true sums only in that rank's share.
+    With ``layout.distributed_optimizer``, a rank's ``main_grad`` afterwards holds true sums only in that rank's shard.
     """
     frozen = loss.frozen_trunk
     if frozen:
         freeze_trunk(model)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=layout.accumulate_fp32,
-        # The gate's stage has next to nothing to reduce, and under a pipeline no schedule that marks the last backward.
+        # Stage 2 has next to nothing to reduce, and under a pipeline no schedule that marks the last backward.
         overlap_grad_reduce=layout.overlap_grad_reduce and not frozen,
         use_distributed_optimizer=layout.distributed_optimizer,
         fp8_param_gather=model.config.fp8_param,
     )
     ddp = DistributedDataParallel(model.config, config, model)
     model.config.no_sync_func = ddp.no_sync
-    # One wrapped model, however many views of it a pipeline's schedule knows.
+    # A pipeline's schedule passes its views of the model, one per loop; all of them share this one wrapper.
     model.config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads([ddp], *args, **kwargs)
     return ddp
 
 
 def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: ParallelConfig) -> MegatronOptimizer:
-    """AdamW with fp32 main weights; weight decay spares norms, biases and the gate.
+    """Return AdamW with fp32 main weights; weight decay spares norms, biases and the gate.
 
-    With ``layout.distributed_optimizer`` each data-parallel rank holds main weights and moments of its share alone.
+    With ``layout.distributed_optimizer``, each data-parallel rank holds main weights and moments of its shard only.
     """
+    model_config = ddp.module.config
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -61,22 +60,21 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: Pa
         bf16=optim.precision == "bf16",
         params_dtype=DTYPES[optim.precision],
         use_distributed_optimizer=layout.distributed_optimizer,
-        fp8_recipe=ddp.module.config.fp8_recipe if ddp.module.config.fp8 else None,
+        fp8_recipe=model_config.fp8_recipe if model_config.fp8 else None,
     )
     spared = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=spared_by_weight_decay))
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})
-    model_config = ddp.module.config
     model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
 def spared_by_weight_decay(parameter: nn.Parameter, name: str) -> bool:
-    """Norms and biases are vectors; the gate is meant to move freely away from its prior."""
+    """Return True for norms and biases, which are vectors, and for the gate, which must be free to leave its prior."""
     return parameter.dim() == 1 or ".gate." in f".{name}"
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:
-    """Megatron's learning-rate schedule, counted in optimizer steps; ``step(1)`` before each step of the optimizer."""
+    """Return Megatron's learning-rate schedule in optimizer steps; call ``step(1)`` before each optimizer step."""
     style = {"wsd": "WSD" if optim.decay_steps else "constant", "cosine": "cosine", "constant": "constant"}
     return OptimizerParamScheduler(
         optimizer,

@@ -32,7 +32,7 @@ class StepStats:
 
     @classmethod
     def of_sums(cls, sums: Tensor) -> "StepStats":
-        """Return the statistics of the sums that :func:`statistics_sums` makes, added up over micro-batches and ranks."""
+        """Return the statistics of :func:`statistics_sums`, added up over micro-batches and ranks."""
         means = (sums[1:] / sums[0].clamp(min=1)).tolist()
         num_loops = (len(means) - 2) // 2
         exits = means[2 + num_loops :]

@@ -27,7 +27,7 @@ class Trainer:
     """A model in training.
 
     Args:
-        model: with the weights to start from; the optimizer copies them. Its trunk is frozen if ``loss`` trains the gate.
+        model: with its initial weights, which the optimizer copies; frozen except for the gate if ``loss`` trains only that.
         loss: what is minimized.
         optim: optimizer, learning-rate schedule and precision.
         parallel: the layout that the model was built in.
@@ -71,7 +71,7 @@ class Trainer:
         return stats, float(grad_norm or 0.0), learning_rate
 
     def backward(self, batches: Iterator[Batch], num_microbatches: int) -> StepStats:
-        """Run forward and backward of one step; each ``main_grad`` then holds the mean gradient over the step's tokens."""
+        """Run one step's forward and backward; each ``main_grad`` then holds the mean gradient over its tokens."""
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
