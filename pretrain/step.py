@@ -49,7 +49,14 @@ class StepStats:
 def objective(loss: LossConfig, token_loss_RSB: Tensor, gate_logit_RSB: Tensor, mask_SB: Tensor) -> Tensor:
     """Return the training stage's loss, a mean over the unmasked tokens."""
     if loss.objective == "adaptive_gate":
-        return adaptive_gate_loss(token_loss_RSB, gate_logit_RSB, loss.slope, loss.threshold, mask_SB, loss.target)
+        return adaptive_gate_loss(
+            token_loss_RSB,
+            gate_logit_RSB,
+            slope=loss.slope,
+            threshold=loss.threshold,
+            target=loss.target,
+            mask_SB=mask_SB,
+        )
     prior_R = geometric_prior(token_loss_RSB.size(0), loss.geometric_rate) if loss.prior == "geometric" else None
     return entropy_regularised_loss(token_loss_RSB, gate_logit_RSB, loss.beta, mask_SB, prior_R)
 

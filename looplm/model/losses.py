@@ -162,10 +162,11 @@ def entropy_regularised_loss(
 def adaptive_gate_loss(
     token_loss_RSB: Tensor,
     gate_logit_RSB: Tensor,
-    slope: float = 50.0,
-    threshold: float = 0.005,
+    *,
+    slope: float,
+    threshold: float,
+    target: Literal["paper", "next"],
     mask_SB: Tensor | None = None,
-    target: Literal["paper", "next"] = "paper",
 ) -> Tensor:
     """Stage 2 (Ouro section 3.4): the gate learns to go on exactly where the next loop still helps.
 
@@ -177,9 +178,9 @@ def adaptive_gate_loss(
         gate_logit_RSB: the gate's logit after each loop.
         slope: steepness k.
         threshold: least gain, in nats, that is worth a loop.
+        target: ``paper``: lambda_t is compared with w_t as printed, which leaves lambda_1 untrained and trains
+            lambda_R, which nothing uses. ``next``: lambda_t is compared with w_{t+1}, so that it predicts the gain.
         mask_SB: 1 for tokens that count.
-        target: ``paper``: lambda_t is held against w_t as printed, which leaves lambda_1 untrained and trains
-            lambda_R, which nothing uses. ``next``: lambda_t is held against w_{t+1}, so that it foresees the gain.
     """
     num_loops = token_loss_RSB.size(0)
     gain = (token_loss_RSB[:-1] - token_loss_RSB[1:]).clamp(min=0).detach()

@@ -165,7 +165,7 @@ def test_the_gate_stage_trains_the_gate_and_nothing_else(case: str, single_proce
     with torch.no_grad():
         token_loss_RSB = losses(output, model.head_weight(), labels_SB)
     # Stage 2 looks at small differences of large losses; give both sides the same ones to compare the gate alone.
-    settings = {"mask_SB": mask_SB, "target": "next"}
+    settings = {"slope": 50.0, "threshold": 0.005, "target": "next", "mask_SB": mask_SB}
     loss = adaptive_gate_loss(token_loss_RSB, output.gate_logit_RSB, **settings)
     frozen_logit_RSB = reference_gate_alone(their_params, gate, theirs, start_SB)
     their_loss = reference.adaptive_gate_loss(token_loss_RSB.double(), frozen_logit_RSB, **settings)
