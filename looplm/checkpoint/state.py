@@ -209,7 +209,7 @@ def open_model(
     found = step_folder.locate(directory)
     about, (model_config, gate) = read_about(found), read_model(found)
     dtype = dtype or getattr(torch, about.dtype or "float32")
-    model = LoopLM(model_config, gate, groups, dtype, draw=False)
+    model = LoopLM(model_config, gate, groups, dtype, initialize=False)
     load_weights(found, model, gate)
     tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
     return OpenedModel(model.eval(), gate, about, tokenizer, found)

@@ -24,12 +24,12 @@ def transformer_config(
     model: ModelConfig,
     dtype: torch.dtype = torch.float32,
     layout: ParallelConfig | None = None,
-    draw: bool = True,
+    initialize: bool = True,
     engine: EngineConfig | None = None,
 ) -> TransformerConfig:
     """``model`` as Megatron's config; gradients are normalised by the number of tokens that count, over all ranks.
 
-    ``draw`` gives the matrices their random start; what ``engine`` asks for is checked against this machine.
+    ``initialize`` False leaves the matrices undefined until weights are loaded. ``engine`` is checked against this machine.
     """
     layout, engine = layout or ParallelConfig(), engine or EngineConfig()
     check_engine(engine)
@@ -70,7 +70,7 @@ def transformer_config(
         # Megatron fuses the rotation of MLA for YaRN only.
         "apply_rope_fusion": HAS_CUDA and HAS_TRANSFORMER_ENGINE and model.attention == "mha",
         "use_cpu_initialization": not HAS_CUDA,
-        "perform_initialization": draw,
+        "perform_initialization": initialize,
         **_engine_keys(engine),
     }
     if model.attention == "mha":

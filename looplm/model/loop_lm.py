@@ -55,8 +55,8 @@ class LoopLM(LanguageModule):
         groups: Megatron's process groups, from :func:`looplm.megatron.process_groups.start`.
         dtype: of the parameters; the gate computes in fp32 whatever this is.
         layout: what the ranks share; None for a whole model on each.
-        draw: give the matrices their random start; without it they hold anything until weights are loaded, and the fp32
-            copies in which they are drawn are spared.
+        initialize: initialize the matrices randomly; False leaves them undefined until weights are loaded, which saves
+            the fp32 copies that initialization needs.
         engine: what the stack's linears are made of; None for Megatron's local ones.
     """
 
@@ -67,11 +67,11 @@ class LoopLM(LanguageModule):
         groups: ProcessGroupCollection,
         dtype: torch.dtype = torch.float32,
         layout: ParallelConfig | None = None,
-        draw: bool = True,
+        initialize: bool = True,
         engine: EngineConfig | None = None,
     ) -> None:
         layout, engine = layout or ParallelConfig(), engine or EngineConfig()
-        config = transformer_config(model, dtype, layout, draw, engine)
+        config = transformer_config(model, dtype, layout, initialize, engine)
         super().__init__(config, pg_collection=groups)
         self.model_config = model
         self.attends_packed = engine.packs_documents(layout)
