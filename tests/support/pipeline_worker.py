@@ -45,7 +45,7 @@ def compare() -> None:
             for parameter in model.gate.parameters():
                 parameter.normal_(std=0.3)
     orders = {
-        "virtual stages": [schedule.virtual_stage_order(RANKS, TINY.num_loops, COUNT)],
+        "virtual stages": [schedule.interleaved_order(RANKS, TINY.num_loops, COUNT)],
         "loop by loop": schedule.loop_by_loop_order(RANKS, TINY.num_loops, COUNT),
     }
     expected, gradients, _ = one_step(trainers["virtual stages"])

@@ -1,4 +1,4 @@
-"""The planner: formulas against the engine's own accounting and schedule, figures done by hand, and the command."""
+"""The planner: formulas against accounting and Megatron's schedule, figures computed by hand, and the command."""
 
 import json
 import re
@@ -25,8 +25,7 @@ from pretrain.data import BatchSchedule
 from tools.plan import PlanConfig, main
 from tools.planning import communication, schedule
 from tools.planning.activations import in_flight, peak_activation_bytes
-from tools.planning.budget import budget_of, days
-from tools.planning.estimate import estimate, pass_time, step_time
+from tools.planning.estimate import budget_of, days, estimate, pass_time, step_time
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
 from tools.planning.hardware import GIB, GPUS, LATENCY_S, Assumptions, Cluster
 from tools.planning.layouts import find_layouts
@@ -34,16 +33,15 @@ from tools.planning.planned_run import PlannedRun
 from tools.planning.search import rank_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
-MLA = ModelConfig(
-    vocab_size=4096, hidden_size=512, ffn_hidden_size=1408, num_layers=8, num_loops=4, num_attention_heads=4,
-    q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, max_sequence_length=2048,
-)  # fmt: skip
-MHA = ModelConfig(
-    vocab_size=4096, hidden_size=512, ffn_hidden_size=1408, num_layers=8, num_loops=4, num_attention_heads=4,
-    attention="mha", num_query_groups=2, max_sequence_length=2048,
-)  # fmt: skip
+COMMON: dict[str, Any] = {
+    **{"vocab_size": 4096, "hidden_size": 512, "ffn_hidden_size": 1408, "num_layers": 8, "num_loops": 4},
+    **{"num_attention_heads": 4, "max_sequence_length": 2048},
+}
+LATENT = {"q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+MLA = ModelConfig(**COMMON, **LATENT)
+MHA = ModelConfig(**COMMON, attention="mha", num_query_groups=2)
 OURO = ["--config", str(ROOT / "configs/ouro-1.4b/mha.yaml"), "--config", str(ROOT / "configs/ouro-1.4b/stage1a.yaml")]
-# A handful of candidates: the command's own work is the same for any number.
+# A handful of layouts: the command does the same work for any number.
 FEW = [*OURO, "--gpu", "h100", "--gpus", "2", "--model.num_loops", "2", "--data.seq_length", "1024"]
 FP8 = ["--engine.transformer_impl", "transformer_engine", "--engine.fp8", "hybrid"]
 
@@ -60,7 +58,7 @@ def recipe(model: ModelConfig = MLA, **sections: Any) -> RunConfig:
     return replace(config, **{key: replace(getattr(config, key), **values) for key, values in sections.items()})
 
 
-def candidate(replicas: int = 1, model: ModelConfig = MLA, **sections: Any) -> PlannedRun:
+def planned(replicas: int = 1, model: ModelConfig = MLA, **sections: Any) -> PlannedRun:
     return PlannedRun(recipe(model, **sections), replicas)
 
 
@@ -70,13 +68,13 @@ def cluster(gpus: int = 8, **changes: Any) -> Cluster:
 
 
 @pytest.mark.parametrize("model", [MLA, MHA, replace(MLA, q_lora_rank=None, sandwich_norm=False)])
-def test_the_ranks_of_a_layout_hold_the_model_between_them(model: ModelConfig) -> None:
+def test_ranks_together_hold_the_whole_model(model: ModelConfig) -> None:
     gate = GateConfig()
     whole = sum(parameter_counts(model, gate).values())
-    assert candidate(model=model).trained(0) == whole
-    stages = candidate(model=model, parallel={"pipeline": 4, "last_stage_layers": 2})
-    assert sum(stages.trained(rank) for rank in range(4)) == whole
-    halves = candidate(model=model, parallel={"tensor": 2})
+    assert planned(model=model).trained(0) == whole
+    split = planned(model=model, parallel={"pipeline": 4, "last_stage_layers": 2})
+    assert sum(split.trained(rank) for rank in range(4)) == whole
+    halves = planned(model=model, parallel={"tensor": 2})
     replicated = 2 * halves.trained(0) - whole
     norms = 8 * (4 if model.sandwich_norm else 2) * 512 + 512
     latent = 0
@@ -87,30 +85,30 @@ def test_the_ranks_of_a_layout_hold_the_model_between_them(model: ModelConfig) -
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 4), (2, 4, 2), (2, 4, 8), (4, 2, 8), (4, 4, 4), (4, 4, 16), (8, 3, 24)])
-def test_in_flight_is_what_the_schedule_holds(sizes: tuple[int, int, int]) -> None:
+def test_in_flight_passes_match_the_schedule(sizes: tuple[int, int, int]) -> None:
     ranks, loops, micro_batches = sizes
     model = replace(MLA, num_loops=loops)
-    one = candidate(model=model, parallel={"pipeline": ranks}, data={"global_batch_size": 2 * micro_batches})
-    slots = schedule.simulate([schedule.virtual_stage_order(*sizes)], schedule.Costs())
+    one = planned(model=model, parallel={"pipeline": ranks}, data={"global_batch_size": 2 * micro_batches})
+    slots = schedule.simulate([schedule.interleaved_order(*sizes)], schedule.Costs())
     assert [in_flight(one, rank) for rank in range(ranks)] == [schedule.in_flight([row]) for row in slots]
 
 
 @pytest.mark.parametrize("model", [MLA, MHA])
-def test_flops_of_all_passes_are_those_of_accounting(model: ModelConfig) -> None:
-    """No recomputation and no mask: forward and backward of every loop and rank are what the model asks for."""
+def test_flops_of_all_passes_match_accounting(model: ModelConfig) -> None:
+    """Without recomputation and mask, all loops and ranks together compute the model's FLOPs."""
     plain: dict[str, Any] = {"loss": {"head_recompute": False}, "data": {"document_masking": False}}
-    one = candidate(2, model, **plain, parallel={"tensor": 2, "pipeline": 2, "context": 2})
+    one = planned(2, model, **plain, parallel={"tensor": 2, "pipeline": 2, "context": 2})
     each = sum(way(one, rank).total for rank in range(2) for way in (forward_flops, backward_flops))
     asked = training_flops_per_token(model, GateConfig(), 1024, 4) * 2 * 1024
     assert 4 * each * 2 * 2 == pytest.approx(asked)
     assert model_flops_per_token(one) * 2 * 1024 == pytest.approx(asked)
 
 
-def test_what_is_made_again_costs_its_forward() -> None:
+def test_recomputation_costs_a_forward() -> None:
     def backward(mode: str, **loss: Any) -> float:
-        return backward_flops(candidate(parallel={"recompute": mode}, loss={"head_recompute": False} | loss), 0).total
+        return backward_flops(planned(parallel={"recompute": mode}, loss={"head_recompute": False} | loss), 0).total
 
-    forward = forward_flops(candidate(), 0)
+    forward = forward_flops(planned(), 0)
     assert backward("none") == 2 * forward.total
     assert backward("selective") - backward("none") == pytest.approx(forward.attention)
     assert backward("loop") == backward("full")
@@ -118,22 +116,24 @@ def test_what_is_made_again_costs_its_forward() -> None:
     assert backward("none", head_recompute=True) - backward("none") == pytest.approx(forward.head)
 
 
-def test_a_mask_makes_the_kernel_compute_both_halves() -> None:
+def test_with_a_mask_the_kernel_computes_both_halves() -> None:
     def attention(**sections: Any) -> float:
-        return forward_flops(candidate(**sections), 0).attention
+        return forward_flops(planned(**sections), 0).attention
 
     causal = attention(data={"document_masking": False})
     assert attention() == 2 * causal
     assert attention(parallel={"context": 4}) == pytest.approx(causal / 4 * (1 + 1 / 8))
-    packed = {"transformer_impl": "transformer_engine"}  # told where documents begin, but not under context parallelism
+    packed = {
+        "transformer_impl": "transformer_engine"
+    }  # it knows where documents begin, except under context parallelism
     assert attention(engine=packed) == causal
     assert attention(engine=packed, parallel={"context": 4}) == attention(parallel={"context": 4})
-    activations = [peak_activation_bytes(candidate(engine=engine), 0) for engine in ({}, packed)]
+    activations = [peak_activation_bytes(planned(engine=engine), 0) for engine in ({}, packed)]
     assert activations[0] - activations[1] == 2 * 1024 * 1024 * 2
 
 
-def test_the_frozen_trunk_has_no_backward() -> None:
-    frozen = candidate(loss={"objective": "adaptive_gate"}, checkpoint={"initial": "unused"}, parallel={"pipeline": 2})
+def test_a_frozen_trunk_has_no_backward() -> None:
+    frozen = planned(loss={"objective": "adaptive_gate"}, checkpoint={"initial": "unused"}, parallel={"pipeline": 2})
     gate = parameter_counts(MLA, GateConfig())["gate"]
     assert [frozen.trained(rank) for rank in range(2)] == [0, gate]
     assert backward_flops(frozen, 0).total == 0
@@ -141,12 +141,12 @@ def test_the_frozen_trunk_has_no_backward() -> None:
     assert estimate(frozen, cluster(2)).memory.activations < 2**26
 
 
-def test_messages_by_hand() -> None:
-    """Sizes of one pass of 2 x 1,024 tokens in bf16."""
+def test_messages_computed_by_hand() -> None:
+    """One pass of 2 x 1,024 tokens in bf16."""
     hidden = 2 * 1024 * 512 * 2
-    both = candidate(2, MHA, parallel={"tensor": 2, "pipeline": 2, "context": 2, "distributed_optimizer": True})
+    both = planned(2, MHA, parallel={"tensor": 2, "pipeline": 2, "context": 2, "distributed_optimizer": True})
     big = cluster(16)
-    # Two sublayers, gathered and scattered, of this context rank's half; half of it is the rank's own. The head's gather.
+    # Two sublayers, gathered and scattered, on this context rank's half, half of which is its own; the head's gather.
     tensor = communication.tensor_traffic(both, 1, big, backward=False)
     assert tensor.bytes == (4 * 4 * hidden / 2 + hidden / 2) / 2
     assert communication.tensor_traffic(both, 0, big, backward=False).bytes == 4 * 4 * hidden / 2 / 2
@@ -154,34 +154,34 @@ def test_messages_by_hand() -> None:
     keys = communication.context_traffic(both, 0, big, backward=False)
     assert keys.bytes == 4 * (2 * 1024) * (2 * 1 * 128) * 2 / 2
     assert communication.pipeline_message(both, big).bytes == hidden / 2 / 2
-    # fp32 gradients and bf16 weights over the 2 x 2 ranks that hold the same.
+    # fp32 gradients and bf16 weights over the 2 x 2 ranks that hold the same parameters.
     assert communication.gradient_traffic(both, 0, big).bytes == both.trained(0) * 4 * 3 / 4
     assert communication.weight_traffic(both, 0, big).bytes == both.trained(0) * 2 * 3 / 4
-    whole = candidate(2, MHA, parallel={"tensor": 2, "pipeline": 2, "context": 2})
+    whole = planned(2, MHA, parallel={"tensor": 2, "pipeline": 2, "context": 2})
     assert communication.gradient_traffic(whole, 0, big).bytes == 2 * both.trained(0) * 4 * 3 / 4
     assert communication.weight_traffic(whole, 0, big).bytes == 0
-    loop = candidate(2, MHA, parallel={"tensor": 2, "recompute": "loop"})
+    loop = planned(2, MHA, parallel={"tensor": 2, "recompute": "loop"})
     ways = [communication.tensor_traffic(loop, 0, big, backward=way).bytes for way in (False, True)]
     assert ways[1] == 2 * ways[0] - hidden / 2
 
 
-def test_links() -> None:
-    """Inside a node NVLink; across, the adapters of the group's members on a node together."""
+def test_link_bandwidth() -> None:
+    """NVLink inside a node; across nodes, the adapters of all the group's members on a node."""
     big = cluster(64, assume=Assumptions(links=1.0))
     found = {key: big.link_bytes_per_s(*key) / 1e9 for key in ((8, 1), (4, 2), (16, 1), (8, 8), (32, 2), (2, 32))}
     assert found == {(8, 1): 450, (4, 2): 450, (16, 1): 400, (8, 8): 50, (32, 2): 200, (2, 32): 50}
     one = communication._ring(big, 8, 8, 8e9, 2)
     assert one.bytes == 7e9 and one.seconds == pytest.approx(7e9 / 50e9 + 2 * LATENCY_S)
-    crossing = candidate(16, parallel={"pipeline": 4})
+    crossing = planned(16, parallel={"pipeline": 4})
     assert communication.pipeline_message(crossing, big).seconds == pytest.approx(2 * 1024 * 512 * 2 / 50e9 + LATENCY_S)
 
 
 @pytest.mark.parametrize("micro_batches", [4, 16])
 @pytest.mark.parametrize("last", [None, 5])
-def test_a_pipelines_step_is_the_schedules(micro_batches: int, last: int | None) -> None:
-    """With a head that makes the last rank the slowest, and messages that take no time."""
+def test_a_pipeline_step_takes_as_long_as_its_schedule(micro_batches: int, last: int | None) -> None:
+    """The head makes the last rank the slowest; messages take no time."""
     layers = {None: 8, 5: 17}[last]
-    one = candidate(
+    one = planned(
         model=replace(MLA, num_layers=layers),
         parallel={"pipeline": 4, "last_stage_layers": last},
         data={"global_batch_size": 2 * micro_batches},
@@ -189,30 +189,28 @@ def test_a_pipelines_step_is_the_schedules(micro_batches: int, last: int | None)
     on = cluster(4)
     (forward, backward), slowest = ([pass_time(one, rank, on, way).total for way in (False, True)] for rank in (0, 3))
     assert sum(slowest) > 1.1 * (forward + backward)
-    head = sum(slowest) / (1 + backward / forward) - forward  # the schedule's head keeps the ratio of both ways
+    head = sum(slowest) / (1 + backward / forward) - forward  # the schedule's head has the layers' ratio
     costs = schedule.Costs(forward=forward, backward=backward, head=head)
-    simulated = schedule.end_of(schedule.simulate([schedule.virtual_stage_order(4, 4, micro_batches)], costs))
+    simulated = schedule.end_of(schedule.simulate([schedule.interleaved_order(4, 4, micro_batches)], costs))
     time = step_time(one, on, 2 * micro_batches)
     messages = 2 * 3 * communication.pipeline_message(one, on).seconds
     assert time.matmul + time.attention + time.traffic + time.bubble - messages == pytest.approx(simulated)
 
 
-def test_gradients_hide_behind_one_loops_backward() -> None:
+def test_gradient_reduction_overlaps_the_backward_of_one_loop() -> None:
     def exposed(overlap: bool, replicas: int = 64) -> float:
         parallel = {"overlap_grad_reduce": overlap, "distributed_optimizer": True}
-        one = candidate(replicas, parallel=parallel, data={"global_batch_size": 128, "micro_batch_size": 1})
+        one = planned(replicas, parallel=parallel, data={"global_batch_size": 128, "micro_batch_size": 1})
         return step_time(one, slow, 128).gradients
 
     slow = cluster(64, network_gbs=0.5)
-    one = candidate(
-        64, parallel={"distributed_optimizer": True}, data={"global_batch_size": 128, "micro_batch_size": 1}
-    )
+    one = planned(64, parallel={"distributed_optimizer": True}, data={"global_batch_size": 128, "micro_batch_size": 1})
     assert exposed(False) == communication.gradient_traffic(one, 0, slow).seconds > 0
     assert exposed(True) == pytest.approx(exposed(False) - pass_time(one, 0, slow, backward=True).total)
     assert exposed(True, replicas=1) == 0
 
 
-def test_the_budget_follows_the_growing_batch() -> None:
+def test_the_budget_follows_a_growing_batch() -> None:
     ramp = RampUpConfig(start=16, increment=16, samples=96)
     grown = recipe(data={"global_batch_size": 64, "rampup": ramp}, optim={"train_steps": 12})
     budget = budget_of(grown)
@@ -223,8 +221,8 @@ def test_the_budget_follows_the_growing_batch() -> None:
     assert days(one, on, budget) == pytest.approx(by_hand)
 
 
-def test_ouro_by_hand() -> None:
-    """6 N R and causal attention; and the days are what model FLOPs utilisation says they are."""
+def test_ouro_computed_by_hand() -> None:
+    """FLOPs are 6 N R plus causal attention, and the days follow from model FLOPs utilization."""
     plan = parse_config(PlanConfig, [*OURO, "--gpu", "h100", "--gpus", "512"], prog="plan", description="")
     model, gate = plan.model, plan.gate
     counts = parameter_counts(model, gate)
@@ -234,19 +232,19 @@ def test_ouro_by_hand() -> None:
     assert flops == pytest.approx(6 * 8 * weights + attention, rel=1e-3)
     one = PlannedRun(replace(plan.recipe, data=replace(plan.data, rampup=None, micro_batch_size=1)), 512)
     found, budget = estimate(one, plan.cluster), budget_of(one.config)
-    seconds = budget.tokens * flops / (512 * 989e12 * found.utilisation(plan.cluster))
+    seconds = budget.tokens * flops / (512 * 989e12 * found.utilization(plan.cluster))
     assert days(one, plan.cluster, budget) == pytest.approx(seconds / 86400)
 
 
-def test_every_layout_that_the_checks_accept_is_found() -> None:
-    """Against every division of the ranks, put to the checks one by one."""
+def test_every_legal_layout_is_found() -> None:
+    """Compare with every division of the ranks, checked one by one."""
     small = recipe(replace(MHA, num_layers=6), data={"global_batch_size": 48})
     found = find_layouts(small, 8, node=4)
     seen = {
-        (one.config.parallel.tensor, one.config.parallel.pipeline, one.config.parallel.context,
-         one.config.parallel.last_stage_layers, one.config.data.micro_batch_size)
+        (layout.tensor, layout.pipeline, layout.context, layout.last_stage_layers, one.config.data.micro_batch_size)
         for one in found.legal
-    }  # fmt: skip
+        for layout in [one.config.parallel]
+    }
     expected = set()
     for tensor in (1, 2, 4):
         for pipeline in (1, 2, 4):
@@ -273,20 +271,22 @@ def test_every_layout_that_the_checks_accept_is_found() -> None:
     assert found.refused["data.global_batch_size"] > 0
 
 
-def test_the_ranking_is_by_time_and_only_of_what_fits() -> None:
+def test_fitting_layouts_are_ranked_by_time() -> None:
     small, on = recipe(), cluster(4)
     ranking = rank_layouts(small, on)
     times = [one.time.total for one in ranking.fitting]
-    assert times == sorted(times) and len(times) == len(ranking.found.legal)
+    assert times == sorted(times) and len(times) == len(ranking.search.legal)
     limit = sorted(one.memory.total for one in ranking.fitting)[len(times) // 2]
     tight = replace(on, gpu=replace(on.gpu, memory_gib=limit / GIB), assume=Assumptions(margin=0.0))
     some = rank_layouts(small, tight).fitting
     assert 0 < len(some) < len(times) and all(one.memory.total <= limit for one in some)
-    assert len(ranking.divisions()) == len({(p.tensor, p.pipeline, p.context) for p in (one.candidate.config.parallel for one in ranking.fitting)})  # fmt: skip
+    layouts = [one.run.config.parallel for one in ranking.fitting]
+    divisions = {(layout.tensor, layout.pipeline, layout.context) for layout in layouts}
+    assert len(ranking.fastest_per_division()) == len(divisions)
 
 
-def test_fp8_speeds_up_the_layers_alone() -> None:
-    one = candidate()
+def test_fp8_speeds_up_only_the_layers() -> None:
+    one = planned()
     bf16, fp8 = (pass_time(one, 0, cluster(1, fp8=way), backward=False) for way in (False, True))
     flops, peak = forward_flops(one, 0), 989e12 * 0.65
     assert bf16.matmul == pytest.approx((flops.layers + flops.head) / peak)
@@ -294,7 +294,7 @@ def test_fp8_speeds_up_the_layers_alone() -> None:
     assert replace(fp8, matmul=0.0) == replace(bf16, matmul=0.0)
 
 
-def test_the_recipes_engine_decides_what_its_layers_multiply_in(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipes_engine_section_decides_the_matmul_precision(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = []
     for engine, peak in (([], "989 bf16"), (FP8, "1979 fp8")):
         main([*FEW, *engine, "--top", "1"])
@@ -327,7 +327,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert pasted["data"] == {"micro_batch_size": first["micro_batch_size"]}
 
 
-def test_help_is_of_the_planners_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_only_the_planners_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*OURO, "--help"])
     shown = capsys.readouterr().out
@@ -335,15 +335,16 @@ def test_help_is_of_the_planners_own_keys(capsys: pytest.CaptureFixture[str]) ->
     assert "python -m tools.plan --config configs/ouro-1.4b/mha.yaml" in shown
 
 
-def test_a_cluster_may_stand_in_a_file(tmp_path: Path) -> None:
+def test_a_cluster_can_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("gpu: h200\ngpus: 16\nnetwork: ib-200\nassume: {matmul: 0.6}\n")
     config = parse_config(PlanConfig, [*OURO, "--config", str(tmp_path / "cluster.yaml")], prog="plan", description="")
     assert config.cluster.gpu == GPUS["h200"] and config.cluster.network_gbs == 25 and config.assume.matmul == 0.6
 
 
-def test_a_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     main([*FEW, "--parallel.context", "8"])
-    assert "cannot run here: parallel.tensor x pipeline x context: 8 is not allowed; it must divide the number of ranks, 2" in capsys.readouterr().out  # fmt: skip
+    reason = "parallel.tensor x pipeline x context: 8 is not allowed; it must divide the number of ranks, 2"
+    assert f"this recipe cannot run here as written: {reason}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -359,19 +360,24 @@ def test_a_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixture
         ([*FEW, "--assume.matmul", "1.5"], "assume.matmul: 1.5 is not allowed"),
         ([*FEW, "--assume.margin", "1"], "assume.margin: 1.0 is not allowed"),
         ([*FEW, "--gpu_count", "8"], "--gpu_count: unknown key"),
-        ([*FEW, "--gpus", "7"], "gpus: 7 is not allowed; the recipe has no layout .* data.global_batch_size.* 4 below and 8 above"),
-        ([*FEW, "--gpu", "a100-40", "--data.seq_length", "4096", "--model.hidden_size", "6144"],
-         r"gpus: 2 hold no layout .* recompute .* GiB of 35.5 usable on each; nearest that fits: --gpu a100-80 or --gpus 4$"),
+        (
+            [*FEW, "--gpus", "7"],
+            "gpus: 7 is not allowed; the recipe has no layout .* data.global_batch_size.* 4 below and 8 above",
+        ),
+        (
+            [*FEW, "--gpu", "a100-40", "--data.seq_length", "4096", "--model.hidden_size", "6144"],
+            "gpus: 2 hold no layout .* recompute .* GiB of 35.5 usable on each; "
+            "nearest that fits: --gpu a100-80 or --gpus 4$",
+        ),
     ],
-)  # fmt: skip
-def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+)
+def test_bad_input_gives_a_one_line_error(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         main(arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_the_page_has_the_formulas_it_names() -> None:
-    """Every module that the page sends its reader to is there."""
+def test_every_module_named_in_the_docs_exists() -> None:
     page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
     named = re.findall(r"tools/planning/\w+\.py", page)
     assert named and all((ROOT / name).is_file() for name in named)

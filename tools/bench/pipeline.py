@@ -29,7 +29,7 @@ from looplm.model import LoopLM
 from looplm.model.pipeline import LoopStage
 from pretrain.data import Batch
 from pretrain.trainer import Trainer
-from tools.planning.schedule import loop_by_loop_bubble, virtual_stage_bubble
+from tools.planning.schedule import loop_by_loop_bubble, interleaved_bubble
 
 RANKS, TIMEOUT_S = 2, 900
 
@@ -218,7 +218,7 @@ def measure(trainers: dict[str, Trainer], config: PipelineBenchConfig, ranks: in
             if turn:  # the first turn warms up
                 seconds[name].append(took)
     sizes, lines, medians = (ranks, config.num_loops, count), [], {}
-    formulas = {"virtual stages": virtual_stage_bubble(*sizes), "loop by loop": loop_by_loop_bubble(*sizes)}
+    formulas = {"virtual stages": interleaved_bubble(*sizes), "loop by loop": loop_by_loop_bubble(*sizes)}
     for name, runs in seconds.items():
         step, work = (statistics.median(column) for column in zip(*runs, strict=True))
         bubble = statistics.median(step / work - 1 for step, work in runs)

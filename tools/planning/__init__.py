@@ -1,1 +1,1 @@
-"""What a layout of a recipe on a cluster would hold, compute, send and cost: formulas, and a search over layouts."""
+"""Predicted memory, FLOPs, traffic and cost of a recipe in a parallel layout, and a search over layouts."""

@@ -1,9 +1,9 @@
-"""GPUs and networks, from their makers' data sheets: dense peaks, memory as torch sees it, bandwidths in one direction."""
+"""GPUs and networks from the vendors' data sheets: dense peaks, memory visible to torch, bandwidth in one direction."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from looplm.cli import require
+from looplm.bounds import at_least, check_bounds, positive
 from looplm.megatron.device import BF16_TFLOPS
 
 GpuName = Literal["a100-40", "a100-80", "h100", "h200", "b200"]
@@ -17,11 +17,11 @@ class Gpu:
     """One device.
 
     Args:
-        memory_gib: that a process can allocate from, in GiB; the data sheet's gigabytes less what the driver keeps.
-        bf16_tflops: dense matrix products.
-        fp8_tflops: the same; 0 where the device has no FP8.
-        hbm_gbs: memory bandwidth, in gigabytes a second.
-        nvlink_gbs: to the other GPUs of its node, in gigabytes a second in each direction.
+        memory_gib: memory that a process can allocate, in GiB: the data sheet's gigabytes less what the driver keeps.
+        bf16_tflops: dense bf16 peak, in TFLOP/s.
+        fp8_tflops: dense FP8 peak, in TFLOP/s; 0 if the device has no FP8.
+        hbm_gbs: memory bandwidth, in gigabytes per second.
+        nvlink_gbs: bandwidth to the other GPUs of its node, in gigabytes per second in each direction.
     """
 
     memory_gib: float
@@ -40,44 +40,50 @@ GPUS: dict[GpuName, Gpu] = {
     "b200": Gpu(memory_gib=178.4, bf16_tflops=BF16_TFLOPS["B200"], fp8_tflops=4500, hbm_gbs=7700, nvlink_gbs=900),
 }
 
-# Gigabytes a second and GPU, each direction: one adapter of that many gigabits for every GPU; eth-100 is one for a node of
-# eight, as on machines that were not bought for training.
+# Gigabytes per second and GPU in each direction. Every GPU has an adapter of that many gigabits. With eth-100 a node of
+# eight shares one, as on machines that were not bought for training.
 NETWORKS: dict[NetworkName, float] = {"eth-100": 12.5 / 8, "ib-100": 12.5, "ib-200": 25, "ib-400": 50, "ib-800": 100}
-LATENCY_S = 20e-6  # of a collective operation or a message, whatever its size
-ADAM_BYTES = 64  # of memory traffic per main weight: torch's AdamW reads and writes its four fp32 arrays several times
-LOGIT_BYTES = 16  # of memory traffic per logit in forward; twice that in backward
+LATENCY_S = 20e-6  # of a collective operation or a message of any size
+ADAM_BYTES = 64  # memory traffic per main weight: torch's AdamW reads and writes its four fp32 arrays several times
+LOGIT_BYTES = 16  # memory traffic per logit in forward; twice that in backward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What arithmetic cannot know; measure yours and set it.
+    """Efficiencies that arithmetic cannot predict; measure yours and set them.
 
     Args:
         matmul: share of the dense peak that large matrix products reach.
         attention: share of the dense bf16 peak that fused attention reaches, forward and backward together.
         links: share of a link's bandwidth that collective operations reach.
-        traffic: memory traffic of everything that is no matrix product (norms, rotary embedding, activation function,
-            residual adds, casts), in units of the bytes that a layer saves for backward; a third of it in forward.
-        margin: share of the memory left free: fragmentation, communication buffers, CUDA's context.
+        traffic: memory traffic of all operations other than matrix products (norms, rotary embedding, activation
+            function, residual adds, casts), in units of the bytes that a layer saves for backward; a third of it is in
+            forward.
+        margin: share of the memory left free for fragmentation, communication buffers and CUDA's context.
     """
 
-    matmul: float = 0.65
-    attention: float = 0.4
-    links: float = 0.75
-    traffic: float = 6.0
-    margin: float = 0.1
+    matmul: float = positive(0.65, at_most=1)
+    attention: float = positive(0.4, at_most=1)
+    links: float = positive(0.75, at_most=1)
+    traffic: float = at_least(0, 6.0)
+    margin: float = at_least(0, 0.1, below=1)
 
     def __post_init__(self) -> None:
-        for key in ("matmul", "attention", "links"):
-            value = getattr(self, key)
-            require(0 < value <= 1, f"assume.{key}", value, "it is a share; give a number above 0, at most 1")
-        require(self.traffic >= 0, "assume.traffic", self.traffic, "give a number of at least 0")
-        require(0 <= self.margin < 1, "assume.margin", self.margin, "it is a share; give a number from 0 to below 1")
+        check_bounds(self, "assume")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Equal nodes of equal GPUs."""
+    """Equal nodes of equal GPUs.
+
+    Args:
+        gpu: the device.
+        gpus: GPUs in all.
+        node: GPUs per node.
+        network_gbs: bandwidth between nodes, in gigabytes per second, GPU and direction.
+        fp8: the layers' matrix products run at the FP8 peak.
+        assume: efficiencies.
+    """
 
     gpu: Gpu
     gpus: int
@@ -88,22 +94,22 @@ class Cluster:
 
     @property
     def usable_bytes(self) -> float:
-        """Of one GPU's memory."""
+        """Bytes of one GPU's memory less the margin."""
         return self.gpu.memory_gib * GIB * (1 - self.assume.margin)
 
     @property
     def traffic_bytes_per_s(self) -> float:
-        """Of one GPU's memory."""
+        """Memory bandwidth of one GPU, in bytes per second."""
         return self.gpu.hbm_gbs * 1e9
 
     def link_bytes_per_s(self, ranks: int, stride: int) -> float:
-        """What one rank of a collective operation moves in a second.
+        """Return the bytes per second that one rank moves in a collective operation.
 
-        A ring through several nodes is as fast as the adapters of all its members on a node together.
+        A ring that spans nodes is as fast as the adapters of all its members on one node together.
 
         Args:
-            ranks: of the group.
-            stride: ranks of the job between two neighbours of the group.
+            ranks: size of the group.
+            stride: distance, in ranks of the job, between two neighbors of the group.
         """
         adapters = max(1, self.node // stride)
         across = ranks * stride > self.node

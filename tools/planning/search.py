@@ -1,4 +1,4 @@
-"""The search: every legal layout estimated, those that fit ranked; or one line on what is nearest where none does."""
+"""Search: estimate every legal layout and rank those that fit, or name the nearest change if none does."""
 
 from dataclasses import dataclass, replace
 
@@ -6,8 +6,8 @@ from looplm.cli import UserError
 from looplm.config import RunConfig
 from tools.planning.estimate import Estimate, estimate
 from tools.planning.hardware import GIB, GPUS, Cluster
-from tools.planning.layouts import Found, find_layouts
-from tools.planning.memory import fullest_rank
+from tools.planning.layouts import LayoutSearch, find_layouts
+from tools.planning.memory import fullest_rank_memory
 from tools.planning.planned_run import PlannedRun
 
 MOST_GPUS = 1 << 14
@@ -15,21 +15,21 @@ MOST_GPUS = 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """What a search gives.
+    """Result of a search.
 
     Args:
-        fitting: layouts that fit the GPUs' memory, the fastest first.
-        found: all that were tried.
+        fitting: layouts that fit the GPUs' memory, fastest first.
+        search: all layouts that were tried.
     """
 
     fitting: list[Estimate]
-    found: Found
+    search: LayoutSearch
 
-    def divisions(self) -> list[Estimate]:
-        """The fastest of each division of the ranks into TP, PP, CP and DP."""
+    def fastest_per_division(self) -> list[Estimate]:
+        """Return the fastest layout of each division of the ranks into TP, PP, CP and DP."""
         first: dict[tuple[int, int, int], Estimate] = {}
         for one in self.fitting:
-            layout = one.candidate.config.parallel
+            layout = one.run.config.parallel
             first.setdefault((layout.tensor, layout.pipeline, layout.context), one)
         return list(first.values())
 
@@ -38,46 +38,44 @@ def rank_layouts(recipe: RunConfig, cluster: Cluster) -> Ranking:
     """Estimate every legal layout of a recipe on a cluster.
 
     Raises:
-        UserError: none is legal, or none fits.
+        UserError: no layout is legal, or none fits.
     """
-    found = find_layouts(recipe, cluster.gpus, cluster.node)
-    if not found.legal:
-        raise UserError(_no_layout(recipe, cluster, found))
-    fitting = [one for one in found.legal if _fits(one, cluster)]
+    search = find_layouts(recipe, cluster.gpus, cluster.node)
+    if not search.legal:
+        raise UserError(_no_layout_message(recipe, cluster, search))
+    fitting = [run for run in search.legal if _fits(run, cluster)]
     if not fitting:
-        raise UserError(_too_large(recipe, cluster, found))
-    estimates = [estimate(candidate, cluster) for candidate in fitting]
+        raise UserError(_too_large_message(recipe, cluster, search))
+    estimates = [estimate(run, cluster) for run in fitting]
     estimates.sort(key=lambda one: (one.time.total, one.memory.total))
-    return Ranking(fitting=estimates, found=found)
+    return Ranking(fitting=estimates, search=search)
 
 
-def _fits(candidate: PlannedRun, cluster: Cluster) -> bool:
-    return fullest_rank(candidate)[1].total <= cluster.usable_bytes
+def _fits(run: PlannedRun, cluster: Cluster) -> bool:
+    return fullest_rank_memory(run).total <= cluster.usable_bytes
 
 
-def _no_layout(recipe: RunConfig, cluster: Cluster, found: Found) -> str:
-    """Nearest numbers of GPUs, below and above, that have a layout."""
-    below = (number for number in range(cluster.gpus - 1, 0, -1))
-    above = (number for number in range(cluster.gpus + 1, 2 * cluster.gpus + 1))
-    nearest = [
-        str(next((n for n in numbers if find_layouts(recipe, n, cluster.node).legal), "none"))
-        for numbers in (below, above)
-    ]
-    reason = found.reasons[found.refused.most_common(1)[0][0]] if found.refused else "nothing divides them"
+def _no_layout_message(recipe: RunConfig, cluster: Cluster, search: LayoutSearch) -> str:
+    """Return the most common refusal, and the nearest numbers of GPUs below and above that have a layout."""
+    ranges = (range(cluster.gpus - 1, 0, -1), range(cluster.gpus + 1, 2 * cluster.gpus + 1))
+    below, above = (
+        next((n for n in numbers if find_layouts(recipe, n, cluster.node).legal), "none") for numbers in ranges
+    )
+    reason = search.reasons[search.refused.most_common(1)[0][0]] if search.refused else "nothing divides them"
     return (
         f"gpus: {cluster.gpus} is not allowed; the recipe has no layout on so many, mostly because of {reason}; "
-        f"the nearest numbers with one are {nearest[0]} below and {nearest[1]} above"
+        f"the nearest numbers with one are {below} below and {above} above"
     )
 
 
-def _too_large(recipe: RunConfig, cluster: Cluster, found: Found) -> str:
-    """The layout that needs least, and the smallest change of the cluster under which one fits."""
-    leanest = min(found.legal, key=lambda one: fullest_rank(one)[1].total)
-    needed, layout = fullest_rank(leanest)[1].total, leanest.config.parallel
+def _too_large_message(recipe: RunConfig, cluster: Cluster, search: LayoutSearch) -> str:
+    """Return the layout that needs the least memory, and the smallest change of the cluster with which one fits."""
+    leanest = min(search.legal, key=lambda run: fullest_rank_memory(run).total)
+    needed, layout = fullest_rank_memory(leanest).total, leanest.config.parallel
     fixes = [f"--gpu {name}" for name in GPUS if _fits(leanest, replace(cluster, gpu=GPUS[name]))][:1]
     number = 2 * cluster.gpus
     while number <= MOST_GPUS:
-        if any(_fits(one, cluster) for one in find_layouts(recipe, number, cluster.node).legal):
+        if any(_fits(run, cluster) for run in find_layouts(recipe, number, cluster.node).legal):
             fixes.append(f"--gpus {number}")
             break
         number *= 2

@@ -1,4 +1,4 @@
-"""The schedule on paper against Megatron's engine itself, run rank by rank with a communicator that receives noise."""
+"""Simulated schedules against Megatron's own, run rank by rank with a communicator that receives noise."""
 
 import itertools
 import subprocess
@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from looplm.cli import UserError, parse_config
-from looplm.megatron import device
+from looplm.megatron import patches
 from tools.plan import main
 from tools.planning import schedule
 from tools.planning.schedule import Costs, Work
@@ -45,7 +45,7 @@ class Groups:
 
 
 class Communicator:
-    """Answers a schedule's messages at once, so that a single rank runs through it alone."""
+    """Communicator that answers every message at once, so that one rank can run a schedule alone."""
 
     def __init__(self, pp_group: Group, config: TransformerConfig) -> None:
         self.pp_group, self.config = pp_group, config
@@ -70,7 +70,7 @@ class Communicator:
 
 
 class Recorder(nn.Module):
-    """A virtual stage that writes down when it runs, forward and backward."""
+    """One loop's part of the model, which records when its forward and backward run."""
 
     def __init__(self, config: TransformerConfig, loop: int, record: list[Work]) -> None:
         super().__init__()
@@ -90,10 +90,10 @@ class Recorder(nn.Module):
         return output
 
 
-def of_the_engine(rank: int, pipeline: int, loops: int, micro_batches: int) -> list[Work]:
-    """The order in which Megatron's own schedule calls the stages of one rank."""
+def megatron_order(rank: int, pipeline: int, loops: int, micro_batches: int) -> list[Work]:
+    """Return the order in which Megatron's own schedule runs the loops of one rank."""
     config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
-    # Set afterwards, as looplm.model.pipeline does: Megatron's own check wants parallel_state for it.
+    # Set afterwards, as looplm.model.pipeline does: Megatron's own check needs parallel_state.
     config.virtual_pipeline_model_parallel_size, config.microbatch_group_size_per_vp_stage = loops, pipeline
     config.deallocate_pipeline_outputs, config.pipeline_dtype = False, torch.float32
     record: list[Work] = []
@@ -115,30 +115,30 @@ def of_the_engine(rank: int, pipeline: int, loops: int, micro_batches: int) -> l
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_the_order_is_the_engines(sizes: tuple[int, int, int]) -> None:
-    device.install()
-    order = schedule.virtual_stage_order(*sizes)
+def test_the_order_is_megatrons(sizes: tuple[int, int, int]) -> None:
+    patches.install()
+    order = schedule.interleaved_order(*sizes)
     for rank in range(sizes[0]):
-        assert order[rank] == of_the_engine(rank, *sizes), f"rank {rank}"
+        assert order[rank] == megatron_order(rank, *sizes), f"rank {rank}"
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("costs", [Costs(), Costs(forward=3.0, backward=4.0)])
-def test_the_bubble_is_the_formulas(sizes: tuple[int, int, int], costs: Costs) -> None:
+def test_the_bubble_matches_the_formula(sizes: tuple[int, int, int], costs: Costs) -> None:
     ranks, loops, micro_batches = sizes
-    virtual = schedule.simulate([schedule.virtual_stage_order(*sizes)], costs)
+    virtual = schedule.simulate([schedule.interleaved_order(*sizes)], costs)
     by_loop = schedule.simulate(schedule.loop_by_loop_order(*sizes), costs)
     assert schedule.bubble(virtual) == pytest.approx((ranks - 1) / (loops * micro_batches))
     assert schedule.bubble(by_loop) == pytest.approx((ranks - 1) / micro_batches)
-    assert schedule.virtual_stage_bubble(*sizes) == pytest.approx((ranks - 1) / (loops * micro_batches))
+    assert schedule.interleaved_bubble(*sizes) == pytest.approx((ranks - 1) / (loops * micro_batches))
     assert schedule.loop_by_loop_bubble(*sizes) == pytest.approx((ranks - 1) / micro_batches)
     assert schedule.in_flight(virtual) == min(loops * micro_batches, (loops + 1) * ranks - 1)
     assert schedule.in_flight(by_loop) == loops * micro_batches
 
 
-def test_work_never_starts_before_its_input_is_there() -> None:
+def test_work_never_starts_before_its_input_arrives() -> None:
     costs = Costs(forward=1.0, backward=2.0, head=0.5, send=0.25)
-    for passes in ([schedule.virtual_stage_order(4, 3, 8)], schedule.loop_by_loop_order(4, 3, 8)):
+    for passes in ([schedule.interleaved_order(4, 3, 8)], schedule.loop_by_loop_order(4, 3, 8)):
         slots = schedule.simulate(passes, costs)
         times = {(rank, slot.work): slot for rank, row in enumerate(slots) for slot in row}
         assert len(times) == 4 * 2 * 3 * 8
@@ -153,8 +153,8 @@ def test_work_never_starts_before_its_input_is_there() -> None:
                 assert times[after].start >= times[before].end + (0.0 if free else 0.25)
 
 
-def test_an_order_that_cannot_run_is_refused() -> None:
-    order = schedule.virtual_stage_order(2, 2, 2)
+def test_a_deadlock_is_an_error() -> None:
+    order = schedule.interleaved_order(2, 2, 2)
     order[0].reverse()
     with pytest.raises(ValueError, match="wait for each other"):
         schedule.simulate([order], Costs())
@@ -172,20 +172,20 @@ def test_an_order_that_cannot_run_is_refused() -> None:
         (["--micro_batch", "8"], "--micro_batch: unknown key; did you mean micro_batches?"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+def test_bad_input_gives_a_one_line_error(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse_config(TimelineConfig, arguments, prog="plan", description="")
     assert "\n" not in str(caught.value)
 
 
-def test_the_flag_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flag_can_be_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--timeline", "--pipeline", "2", "--micro_batches", "2"])
     drawn = capsys.readouterr().out
     main(["--pipeline", "2", "--micro_batches", "2", "--timeline"])
     assert capsys.readouterr().out == drawn
 
 
-def test_the_page_shows_what_the_command_prints() -> None:
+def test_the_docs_show_what_the_command_prints() -> None:
     page = (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
     command = "python -m tools.plan --timeline --pipeline 4 --loops 4 --micro_batches 4"
     assert f"`{command}`" in page
