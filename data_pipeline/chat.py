@@ -1,16 +1,13 @@
-"""Conversations: checked messages read from a source's records, and written as ids with loss marks."""
+"""Conversations as documents: messages read from a source's records and checked."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
-from datatrove.utils.batching import batched
 
 from data_pipeline.config import ChatConfig
-from data_pipeline.token_file import mark
-from looplm.chat import ANSWERS, ROLES, ChatTemplate, Message
+from looplm.chat import ANSWERS, ROLES, Message
 from looplm.cli import UserError
 
 MESSAGES = "messages"  # key of a document's metadata: [role, content] pairs
@@ -69,15 +66,3 @@ class AnswerFilter(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         answered = any(role == ANSWERS and content.strip() for role, content in doc.metadata[MESSAGES])
         return answered or (False, "without_answer")
-
-
-def write_conversations(
-    documents: Iterable[Document], shard: MegatronTokenizedFile, template: ChatTemplate, eos_id: int, batch_size: int
-) -> Iterator[int]:
-    """Write every conversation, ended by eos, into ``shard``, and yield the number of tokens of each."""
-    for batch in batched(documents, batch_size):
-        conversations = [[Message(*pair) for pair in document.metadata[MESSAGES]] for document in batch]
-        for ids, has_loss in template.encode(conversations):
-            marked = mark([*ids, eos_id], [*has_loss, False])
-            shard.write(marked)
-            yield len(marked)

@@ -216,9 +216,9 @@ class PipelineConfig:
     Args:
         output_dir: a folder that holds only token files, manifests, tokenizer and logs.
         sources: the sources of text.
-        tokenizer: trained or existing.
-        dedup: duplicates to drop.
-        executor: this machine or Slurm.
+        tokenizer: the tokenizer, trained or existing.
+        dedup: deduplication over all sources.
+        executor: division of the work, on this machine or Slurm.
         validation_fraction: share of the documents held out, chosen by document id; 0 holds out none.
         seed: seed of that choice.
         replace: rebuild an output_dir that was made with other settings instead of refusing.

@@ -23,10 +23,10 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data_pipeline.config import DedupConfig
-from data_pipeline.executor import Stages
+from data_pipeline.executor import StepRunner
 
 
-def find_duplicates(config: DedupConfig, documents: Path, work: Path, stages: Stages) -> list[PipelineStep]:
+def find_duplicates(config: DedupConfig, documents: Path, work: Path, runner: StepRunner) -> list[PipelineStep]:
     """Find duplicates, and return the filters that drop them from ``documents``, in the order in which they must run.
 
     Args:
@@ -36,18 +36,18 @@ def find_duplicates(config: DedupConfig, documents: Path, work: Path, stages: St
     filters: list[PipelineStep] = []
     if config.exact:
         exact = ExactDedupConfig(content_getter=_text)
-        stages.run("exact-signatures", [JsonlReader(str(documents)), ExactDedupSignature(str(work / "exact"), exact)])
+        runner.run("exact-signatures", [JsonlReader(str(documents)), ExactDedupSignature(str(work / "exact"), exact)])
         # One task: with more, datatrove 0.10.1 looks for a file named ".c4_sig", does not find it and drops nothing.
-        stages.run("exact-find", [ExactFindDedups(str(work / "exact"), str(work / "exact-found"), exact)], tasks=1)
+        runner.run("exact-find", [ExactFindDedups(str(work / "exact"), str(work / "exact-found"), exact)], tasks=1)
         filters.append(ExactDedupFilter(str(work / "exact-found"), exact))
     if config.minhash:
         sizes = {"num_buckets": config.buckets, "hashes_per_bucket": config.hashes_per_bucket}
         minhash = MinhashConfig(n_grams=config.ngram, **sizes)
         signatures, pairs, found = (str(work / f"minhash-{part}") for part in ("signatures", "pairs", "found"))
         signature = MinhashDedupSignature(signatures, minhash, language=config.language or _WhiteSpace())
-        stages.run("minhash-signatures", [JsonlReader(str(documents)), *filters, signature])
-        stages.run("minhash-buckets", [MinhashDedupBuckets(signatures, pairs, config=minhash)], tasks=config.buckets)
-        stages.run("minhash-cluster", [MinhashDedupCluster(pairs, found, minhash)], tasks=1)
+        runner.run("minhash-signatures", [JsonlReader(str(documents)), *filters, signature])
+        runner.run("minhash-buckets", [MinhashDedupBuckets(signatures, pairs, config=minhash)], tasks=config.buckets)
+        runner.run("minhash-cluster", [MinhashDedupCluster(pairs, found, minhash)], tasks=1)
         filters.append(MinhashDedupFilter(found))
     return filters
 

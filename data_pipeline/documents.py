@@ -15,7 +15,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from data_pipeline.chat import MESSAGES
 from data_pipeline.config import PipelineConfig
 from data_pipeline.dedup import find_duplicates
-from data_pipeline.executor import Stages, say
+from data_pipeline.executor import StepRunner, say
 from data_pipeline.filters import build_filters
 from data_pipeline.sources import make_reader
 from looplm.cli import UserError
@@ -23,15 +23,15 @@ from looplm.cli import UserError
 TRAIN, VALID = "train", "valid"
 
 
-def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: Path, stages: Stages) -> None:
+def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: Path, runner: StepRunner) -> None:
     """Read, filter, deduplicate and split all sources into WORK/split/SOURCE_SPLIT/TASK.jsonl.zst."""
     documents, tasks = work / "documents", config.executor.tasks
     documents.mkdir(exist_ok=True)
     for source in config.sources:
         started = time.time()
         reader = make_reader(source, files[source.name], work / f"{source.name}.paths")
-        steps = [reader, *build_filters(source), _writer(documents / source.name, "${rank}.jsonl")]
-        counts = stages.run(f"read-{source.name}", steps, tasks if source.limit is None else 1)
+        pipeline = [reader, *build_filters(source), _writer(documents / source.name, "${rank}.jsonl")]
+        counts = runner.run(f"read-{source.name}", pipeline, tasks if source.limit is None else 1)
         reasons = {key: count for key, count in sum(counts[1:-1], Counter()).items() if key.startswith("dropped_")}
         dropped = _dropped({key.removeprefix("dropped_"): count for key, count in reasons.items()})
         if not counts[-1]["total"]:
@@ -39,10 +39,10 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
             raise UserError(f"sources.{source.name}: no document is left after its filters ({dropped}); {fix}")
         say(f"read {source.name}", counts[-1]["total"], dropped, started)
     started = time.time()
-    filters = find_duplicates(config.dedup, documents, work, stages)
+    filters = find_duplicates(config.dedup, documents, work, runner)
     split = Split(config.seed, config.validation_fraction)
-    steps = [JsonlReader(str(documents)), *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
-    counts = stages.run("split", steps)
+    pipeline = [JsonlReader(str(documents)), *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
+    counts = runner.run("split", pipeline)
     kinds = ["exact duplicates"] * config.dedup.exact + ["near-duplicates"] * config.dedup.minhash
     duplicates = dict(zip(kinds, (count["dropped"] for count in counts[1:-2]), strict=True))
     say("deduplicate and split", counts[-1]["total"], _dropped(duplicates), started)

@@ -13,46 +13,27 @@ from looplm.files import sha256_of, write_whole
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecord:
-    """The tokenizer of a prefix.
+    """The tokenizer of a prefix."""
 
-    Args:
-        path: the tokenizer.json, relative to the manifest's folder.
-        sha256: hash of that file.
-        bos_id: beginning of a sequence, which is not in the data; None if the tokenizer has no such token.
-        eos_id: end of every document.
-        pad_id: padding, which is not in the data.
-    """
-
-    path: str
+    path: str  # the tokenizer.json, relative to the manifest's folder
     sha256: str
-    bos_id: int | None
-    eos_id: int
-    pad_id: int
+    bos_id: int | None  # beginning of a sequence, not in the data; None if the tokenizer has no such token
+    eos_id: int  # end of every document
+    pad_id: int  # padding, not in the data
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRecord:
-    """The conversations of a prefix.
+    """The conversations of a prefix."""
 
-    Args:
-        template: name of the chat template.
-        end_id: the token that ends an answer.
-        answer_tokens: tokens with loss: the answers including their ends.
-    """
-
-    template: str
-    end_id: int
-    answer_tokens: int
+    template: str  # name of the chat template
+    end_id: int  # the token that ends an answer
+    answer_tokens: int  # tokens with loss: the answers including their ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """Size and content of one file.
-
-    Args:
-        bytes: its size.
-        sha256: hash of its content.
-    """
+    """Size and content of one file."""
 
     bytes: int
     sha256: str
@@ -60,12 +41,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Size of a source's contribution.
-
-    Args:
-        documents: number of documents.
-        tokens: number of tokens, including the eos of each document.
-    """
+    """Number of documents, and of tokens including the eos of each document."""
 
     documents: int
     tokens: int
@@ -73,31 +49,18 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Contents of a prefix.
-
-    Args:
-        documents: number of documents.
-        tokens: number of tokens, including the eos of each document.
-        vocab_size: one more than the largest id of the tokenizer.
-        split: train or valid.
-        sources: the contribution of each source.
-        tokenizer: the tokenizer that made the ids.
-        files: the .bin and the .idx by name.
-        fingerprint: SHA-256 over content and tokenizer; equal fingerprints mean equal data.
-        config_sha256: hash of the settings and input files in data_pipeline.json, in the same folder.
-        chat: None if the documents are plain text.
-    """
+    """Contents of a prefix. The numbers of documents and tokens are those of :class:`Counts`, over all sources."""
 
     documents: int
     tokens: int
-    vocab_size: int
-    split: str
+    vocab_size: int  # one more than the largest id of the tokenizer
+    split: str  # train or valid
     sources: dict[str, Counts]
     tokenizer: TokenizerRecord
-    files: dict[str, FileRecord]
-    fingerprint: str
-    config_sha256: str
-    chat: ChatRecord | None = None
+    files: dict[str, FileRecord]  # the .bin and the .idx by name
+    fingerprint: str  # SHA-256 over content and tokenizer; equal fingerprints mean equal data
+    config_sha256: str  # hash of the settings and input files in data_pipeline.json, in the same folder
+    chat: ChatRecord | None = None  # None if the documents are plain text
 
     def describe(self) -> str:
         """Return the amount of data in words, for the terminal."""

@@ -1,39 +1,73 @@
-"""Megatron shards, one per file of split documents, and the plan by which :mod:`data_pipeline.merge` joins them."""
+"""Megatron shards, one per file of split documents, and the prefixes into which they are merged."""
 
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.io import DataFolder
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import MegatronDocumentTokenizer
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+from datatrove.utils.batching import batched
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
-from data_pipeline.chat import MESSAGES, write_conversations
-from data_pipeline.executor import Stages, say
-from looplm.chat import ChatTemplate
+from data_pipeline.chat import MESSAGES
+from data_pipeline.executor import StepRunner, say
+from data_pipeline.token_file import mark, read_index, write_index
+from looplm.chat import ChatTemplate, Message
+from looplm.cli import UserError
 
 
-def write_shards(eos_token: str, work: Path, stages: Stages) -> dict[str, list[str]]:
-    """Turn every split file into a shard.
+def write_prefixes(eos_token: str, work: Path, runner: StepRunner) -> None:
+    """Turn every file of WORK/split into a shard, and merge the shards of each prefix into WORK/final.
 
-    Returns:
-        Each output prefix with its shards, in the order of the tasks that wrote the documents.
+    Shards are merged in the order of the tasks that wrote their documents.
     """
     started = time.time()
-    shards = work / "shards"
-    names = DataFolder(str(work / "split")).list_files()  # the reader below gives task i the i-th file of this list
-    tokenizer = MegatronTokenizer(str(shards), str(work / "final" / "tokenizer.json"), eos_token)
-    counts = stages.run("tokenise", [JsonlReader(str(work / "split")), tokenizer], tasks=len(names))
-    say("tokenise", counts[0]["input_files"], f"{counts[1]['tokens']:,} tokens", started, unit="shards")
+    split, shards, final = (work / name for name in ("split", "shards", "final"))
+    names = DataFolder(str(split)).list_files()  # the reader below gives task i the i-th file of this list
+    tokenizer = MegatronTokenizer(str(shards), str(final / "tokenizer.json"), eos_token)
+    counts = runner.run("tokenize", [JsonlReader(str(split)), tokenizer], tasks=len(names))
+    say("tokenize", counts[0]["input_files"], f"{counts[1]['tokens']:,} tokens", started, unit="shards")
+    started = time.time()
     plan: dict[str, list[str]] = {}
     for task, name in enumerate(names):
-        plan.setdefault(str(work / "final" / Path(name).parent), []).append(str(shards / f"{task:05d}_tokens"))
-    return plan
+        plan.setdefault(str(final / Path(name).parent), []).append(str(shards / f"{task:05d}_tokens"))
+    for prefix, parts in tqdm(plan.items(), desc="merge", unit="prefix", leave=False, disable=None):
+        merge_shards(parts, prefix)
+    say("merge", len(plan), "", started, unit="prefixes")
+
+
+def merge_shards(shards: Sequence[str], prefix: str) -> None:
+    """Write ``prefix``.bin and .idx with the documents of ``shards`` in the given order.
+
+    The result is that of Megatron's IndexedDatasetBuilder, which takes seconds to import and keeps a Python number for
+    every document in memory.
+
+    Raises:
+        UserError: a shard is truncated, the shards differ in their token type, or all of them are empty.
+    """
+    indices = [read_index(Path(f"{shard}.idx")) for shard in shards]
+    for shard, index in zip(shards, indices, strict=True):
+        if (size := Path(f"{shard}.bin").stat().st_size) != index.bin_bytes:
+            raise UserError(f"{shard}.bin: {size} bytes, its .idx says {index.bin_bytes}; build the data again")
+    dtypes = {index.dtype for index in indices if index.documents}
+    if not dtypes:
+        raise UserError(f"{prefix}: all {len(shards)} shards are empty; loosen the filters or add text")
+    if len(dtypes) > 1:
+        found = " and ".join(sorted(map(str, dtypes)))
+        raise UserError(f"{prefix}: shards of {found}; tokenize all with one tokenizer")
+    with Path(f"{prefix}.bin").open("wb") as merged:
+        for shard in shards:
+            with Path(f"{shard}.bin").open("rb") as stream:
+                shutil.copyfileobj(stream, merged, 1 << 24)
+    write_index(Path(f"{prefix}.idx"), np.concatenate([index.lengths() for index in indices]), dtypes.pop())
 
 
 class MegatronTokenizer(MegatronDocumentTokenizer):
@@ -55,15 +89,19 @@ class MegatronTokenizer(MegatronDocumentTokenizer):
 
     def write_tokens(self, data: Iterator[Document], filename: str) -> MegatronTokenizedFile:
         documents = iter(data)
-        first = list(islice(documents, 1))  # all documents of a shard are of one source
+        first = list(islice(documents, 1))
         documents = chain(first, documents)
-        if not any(MESSAGES in document.metadata for document in first):
+        if not any(MESSAGES in document.metadata for document in first):  # all documents of a shard are of one source
             return super().write_tokens(documents, filename)
         template = ChatTemplate(self.tokenizer, self.tokenizer_name_or_path)
         shard = MegatronTokenizedFile(self.output_folder, filename, token_size=4)  # the marks need int32
         eos_id = self.tokenizer.token_to_id(self.eos_token)
         assert eos_id is not None  # checked by special_ids
-        for tokens in write_conversations(documents, shard, template, eos_id, self.batch_size):
-            self.stat_update("tokens", value=tokens)
+        for batch in batched(documents, self.batch_size):
+            conversations = [[Message(*pair) for pair in document.metadata[MESSAGES]] for document in batch]
+            for ids, has_loss in template.encode(conversations):
+                marked = mark([*ids, eos_id], [*has_loss, False])
+                shard.write(marked)
+                self.stat_update("tokens", value=len(marked))
         shard.close()
         return shard

@@ -72,6 +72,17 @@ def read_index(path: Path) -> IndexFile:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
 
 
+def write_index(path: Path, lengths_N: np.ndarray, dtype: np.dtype) -> None:
+    """Write the index of documents with ``lengths_N`` tokens (int32) that lie one after the other in the .bin."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    pointers_N = np.zeros(lengths_N.size, np.int64)
+    np.cumsum(lengths_N[:-1], out=pointers_N[1:])
+    with path.open("wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, lengths_N.size, lengths_N.size + 1))
+        for part in (lengths_N, pointers_N * dtype.itemsize, np.arange(lengths_N.size + 1, dtype=np.int64)):
+            part.tofile(stream)
+
+
 def read_blocks(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yield the tokens of a .bin in blocks, so that its size does not matter."""
     with path.open("rb") as stream:

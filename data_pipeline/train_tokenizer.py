@@ -1,7 +1,9 @@
-"""Train a byte-level BPE on the sources of a data config, or check a given tokenizer.json.
+"""Train a byte-level BPE on the filtered sources of a data config, including duplicates.
 
-The command trains on the filtered sources, duplicates included, and writes one file, to be shared by several data sets
-through ``tokenizer.path``. ``data_pipeline.tokenize`` trains on its own deduplicated training split.
+Several data sets can share the file that is written, through ``tokenizer.path``. ``data_pipeline.tokenize`` trains on
+its own deduplicated training split instead.
+
+    python -m data_pipeline.train_tokenizer --config data.yaml --output tokenizer.json
 """
 
 import sys
@@ -19,7 +21,7 @@ from looplm.cli import UserError, parse_config, require, run_main
 
 
 class SpecialIds(NamedTuple):
-    """Ids of the special tokens; bos is None where a given tokenizer has none."""
+    """Ids of the special tokens; bos is None if an existing tokenizer does not have it."""
 
     bos: int | None
     eos: int
@@ -27,14 +29,13 @@ class SpecialIds(NamedTuple):
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """A byte-level BPE: digits one by one, no normalisation, so that decoding gives the text back.
+    """Train a byte-level BPE with single digits and without normalization, so that decoding restores the text.
 
     The same texts in the same order give the same tokenizer. Little text may give fewer than ``vocab_size`` tokens.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits, in_bytes = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     assert config.bos_token is not None and config.vocab_size is not None
     trainer = trainers.BpeTrainer(
@@ -48,10 +49,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The given tokenizer.json, checked.
+    """Load and check the existing tokenizer.json.
 
     Raises:
-        UserError: no such file, not a tokenizer, or special tokens missing or shared.
+        UserError: no such file, not a tokenizer, or special tokens are missing or not distinct.
     """
     path = Path(str(config.path))
     if not path.is_file():
@@ -59,21 +60,19 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
-        raise UserError(f"tokenizer.path: {path} is not a tokenizer.json ({error}); give a whole one") from error
+        raise UserError(f"tokenizer.path: {path} is not a tokenizer.json ({error}); give a complete one") from error
     special_ids(tokenizer, config)
     count, ids = tokenizer.get_vocab_size(), vocab_size(tokenizer)
-    if count <= 2**16 < ids:  # datatrove chooses uint16 by the count
-        raise UserError(
-            f"tokenizer.path: {path} has {count} tokens but ids up to {ids - 1}; renumber them without gaps"
-        )
+    if count <= 2**16 < ids:  # datatrove would choose uint16 by the count
+        raise UserError(f"tokenizer.path: {path} has {count} tokens but ids up to {ids - 1}; renumber without gaps")
     return tokenizer
 
 
 def special_ids(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialIds:
-    """Ids of bos, eos and pad.
+    """Return the ids of bos, eos and pad.
 
     Raises:
-        UserError: one of them is not in the vocabulary, or eos and pad are one token.
+        UserError: one of them is not in the vocabulary, or pad is the same token as eos or bos.
     """
 
     def find(key: str, token: str) -> int:
@@ -84,17 +83,22 @@ def special_ids(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialIds:
 
     bos = None if config.bos_token is None else find("bos_token", config.bos_token)
     ids = SpecialIds(bos, find("eos_token", config.eos_token), find("pad_token", config.pad_token))
-    require(ids.pad not in (ids.eos, ids.bos), "tokenizer.pad_token", config.pad_token, "pad needs an id of its own")
+    require(
+        ids.pad not in (ids.eos, ids.bos),
+        "tokenizer.pad_token",
+        config.pad_token,
+        "pad needs its own id; name another token",
+    )
     return ids
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: what a model's embedding must hold."""
+    """Return one more than the largest id: the rows that a model's embedding needs."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def sample_texts(streams: Sequence[Callable[[], Iterable[str]]], budget: int) -> Iterator[str]:
-    """Texts from every stream up to ``budget`` characters; what a short stream leaves unused goes to the later ones."""
+    """Yield texts of every stream, ``budget`` characters in all; later streams share what a short one leaves unused."""
     for index, stream in enumerate(streams):
         share = budget / (len(streams) - index)
         for text in stream():
@@ -107,19 +111,18 @@ def sample_texts(streams: Sequence[Callable[[], Iterable[str]]], budget: int) ->
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(PipelineConfig):
-    """The data config, and where the tokenizer goes.
+    """A data config, and the file to write.
 
     Args:
-        output: file to write.
+        output: tokenizer.json to write.
     """
 
     output: str = "tokenizer.json"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.tokenizer.path is None, "tokenizer.path", self.tokenizer.path, "give vocab_size: here one is trained"
-        )
+        path = self.tokenizer.path
+        require(path is None, "tokenizer.path", path, "this command trains a tokenizer; give vocab_size instead")
 
 
 def main(argv: list[str]) -> None:

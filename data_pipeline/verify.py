@@ -1,29 +1,39 @@
-"""Check token files against their manifests.
+"""Compare token files with their manifests: sizes, index and tokenizer, in a time independent of the amount of data.
 
-Without ``--deep`` the sizes, the index and the tokenizer are checked, in a time that does not depend on the amount of
-data. With it everything is read: the hashes, every token id, and the end of every document.
+With ``--deep`` everything is read: the hashes, every token id, and the end of every document.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
 from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
-from looplm.cli import UserError, run_main
+from looplm.cli import UserError, parse_config, positional, run_main, switch
 from looplm.files import sha256_of
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Prefixes to check.
+
+    Args:
+        prefixes: paths without .bin or .idx, as in data.train of a training config.
+        deep: read everything: hashes, ids, document ends.
+    """
+
+    prefixes: tuple[str, ...] = positional("PREFIX")
+    deep: bool = switch()
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.verify", description=__doc__)
-    parser.add_argument("prefix", nargs="+", help="path without .bin / .idx, as in data.train of a training config")
-    parser.add_argument("--deep", action="store_true", help="read everything: hashes, ids, document ends")
-    arguments = parser.parse_args(argv)
+    prog = "python -m data_pipeline.verify"
+    config = parse_config(VerifyConfig, argv, prog=prog, description=__doc__ or "")
     faults = []
-    for prefix in arguments.prefix:
+    for prefix in config.prefixes:
         try:
-            manifest = check_prefix(prefix, deep=arguments.deep)
+            manifest = check_prefix(prefix, deep=config.deep)
             print(f"{prefix}: whole, {manifest.describe()}, fingerprint {manifest.fingerprint[:16]}")
         except UserError as error:
             faults.append(str(error))
@@ -35,8 +45,7 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
     """Compare the files of ``prefix`` with its manifest, and return the manifest.
 
     Args:
-        deep: also read everything: hashes, ids below the vocabulary, an eos at the end of every document. Without it
-            the time does not depend on the amount of data.
+        deep: also read everything: hashes, ids below the vocabulary, an eos at the end of every document.
 
     Raises:
         UserError: the first difference.

@@ -1,7 +1,7 @@
-"""The output folder as one atomic whole: built in OUTPUT_DIR.partial, put in place by a rename when it is finished.
+"""The output folder, complete or absent: built in OUTPUT_DIR.partial and renamed when it is finished.
 
-``data_pipeline.json`` in it says from which settings and input files it was made, so that a second run knows whether there is
-anything to do.
+Its ``data_pipeline.json`` records the settings and input files, so that a second run knows whether there is anything to
+do.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from typing import Any
 from fasteners import InterProcessLock
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.executor import StageFailed
+from data_pipeline.executor import StepFailed
 from data_pipeline.sources import common_folder
 from looplm.cli import UserError, to_dict
 from looplm.files import fsync
 
 _IDENTITY = "data_pipeline.json"
-_WITHOUT_EFFECT = ("output_dir", "replace", "verbose")
+_WITHOUT_EFFECT = ("output_dir", "replace", "verbose")  # settings that do not change the result
 
 
 def identity_of(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[str, Any]:
-    """Everything that decides the result: the settings, and name, size and time of every input file."""
+    """Return everything on which the result depends: settings, and name, size and time of every input file."""
     identity = {key: value for key, value in to_dict(config).items() if key not in _WITHOUT_EFFECT}
     identity["executor"] = {"tasks": config.executor.tasks}
     inputs = dict(files)
@@ -37,15 +37,15 @@ def identity_of(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[st
 
 
 def identity_hash(identity: dict[str, Any]) -> str:
-    """SHA-256 of the identity."""
+    """Return the SHA-256 of the identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(output: Path, identity: dict[str, Any], replace: bool) -> bool:
-    """Whether ``output`` already holds what ``identity`` describes.
+    """Return True if ``output`` already holds what ``identity`` describes.
 
     Raises:
-        UserError: it holds something else, and that may not be replaced.
+        UserError: it holds something else that may not be replaced.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
@@ -58,16 +58,16 @@ def is_finished(output: Path, identity: dict[str, Any], replace: bool) -> bool:
     if not replace:
         fix = "add --replace true or choose another folder"
         raise UserError(f"output_dir: {output} was made with other settings ({changed}); {fix}")
-    print(f"{os.path.relpath(output)}: was made with other settings ({changed}); building it anew")
+    print(f"{os.path.relpath(output)}: was made with other settings ({changed}); rebuilding it")
     return False
 
 
 @contextmanager
 def workspace(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """A folder to work in; its subfolder ``final`` becomes ``output`` when the block ends well.
+    """Yield a folder to work in, whose subfolder ``final`` becomes ``output`` if the block succeeds.
 
-    After a crash the folder stays and the next run of the same settings goes on in it. After a mistake in the data it
-    is removed.
+    After a crash the folder stays, and the next run with the same settings continues in it. After a mistake in the data
+    it is removed.
     """
     work = output.with_name(f"{output.name}.partial")
     work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def workspace(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
         _publish(work / "final", output)
         shutil.rmtree(work)
     except UserError as error:
-        if not isinstance(error, StageFailed):
+        if not isinstance(error, StepFailed):
             shutil.rmtree(work)
         raise
     finally:
@@ -97,7 +97,7 @@ def _publish(final: Path, output: Path) -> None:
     for path in [*final.rglob("*"), final]:
         fsync(path)
     old = output.with_name(f"{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed in these lines
+    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed in these lines
     if output.exists():
         os.rename(output, old)
     os.rename(final, output)
@@ -127,7 +127,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts and lists by their dotted keys."""
+    """Yield the leaves of nested dicts and lists with their dotted keys."""
     if isinstance(value, (dict, list)):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _flat(inner, f"{key}.{name}" if key else str(name))

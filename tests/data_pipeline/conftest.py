@@ -1,8 +1,8 @@
-"""Generated text, and a build that merges in this process instead of paying for a second import of Megatron-core."""
+"""Generated text, small configs and builds."""
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from tokenizers import Tokenizer
 
 from data_pipeline import tokenize
 from data_pipeline.config import DedupConfig, ExecutorConfig, PipelineConfig, SourceConfig, TokenizerConfig
-from data_pipeline.merge import merge_shards
 
 
 class Corpus:
-    """Prose-like documents: common words around random ones, so that no two are alike."""
+    """Prose-like documents: common words around random ones, so that all documents differ."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random = random.Random(seed)
@@ -42,7 +41,7 @@ def corpus() -> Corpus:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[[str, list[str]], Path]:
-    """Writes texts to NAME.jsonl, a document a line."""
+    """Return ``write(name, texts)``, which writes NAME.jsonl with one document per line."""
 
     def write(name: str, texts: list[str]) -> Path:
         path = tmp_path / f"{name}.jsonl"
@@ -54,7 +53,7 @@ def jsonl(tmp_path: Path) -> Callable[[str, list[str]], Path]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., PipelineConfig]:
-    """A small config of jsonl sources: ``config({"name": path}, seed=3)``; tasks=, workers= and dedup=True are shortcuts."""
+    """Return ``config({"name": path}, seed=3)``: small, of jsonl sources; tasks=, workers= and dedup= are shortcuts."""
 
     def make(sources: dict[str, Path], **changes: Any) -> PipelineConfig:
         executor = ExecutorConfig(tasks=changes.pop("tasks", 2), workers=changes.pop("workers", 1))
@@ -74,24 +73,19 @@ def config(tmp_path: Path) -> Callable[..., PipelineConfig]:
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[PipelineConfig], Path]]:
-    """``build(config)`` returns the output folder."""
-
-    def merge(plan: dict[str, list[str]], work: Path) -> None:
-        for prefix, shards in plan.items():
-            merge_shards(shards, prefix)
+def build() -> Callable[[PipelineConfig], Path]:
+    """Return ``build(config)``, which returns the output folder."""
 
     def run(config: PipelineConfig) -> Path:
         tokenize.build(config)
         return Path(config.output_dir)
 
-    monkeypatch.setattr(tokenize, "_merge", merge)
-    yield run
+    return run
 
 
 @pytest.fixture
 def decoded() -> Callable[[Path], list[str]]:
-    """The documents of a prefix as text, without the eos that ends each."""
+    """Return ``decoded(prefix)``: its documents as text, without the eos at their ends."""
 
     def decode(prefix: Path) -> list[str]:
         tokenizer = Tokenizer.from_file(str(prefix.parent / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""The whole pipeline: what comes out, and that nothing half-done is ever taken for it."""
+"""The whole pipeline: its output, and that incomplete work is never mistaken for it."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def test_counts_and_texts(corpus: Any, jsonl: Any, config: Any, build: Any, deco
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_same_result_twice_and_nothing_to_do_the_third_time(
+def test_same_result_twice_and_no_work_the_third_time(
     source: Any, config: Any, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = check_prefix(build(config(source)) / "a_train", deep=True)
@@ -76,14 +76,14 @@ def test_a_foreign_folder_is_left_alone(source: Any, config: Any, build: Any, tm
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
 
 
-def test_an_interrupted_run_goes_on(source: Any, config: Any, build: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_interrupted_run_continues(source: Any, config: Any, build: Any, tmp_path: Path, monkeypatch: Any) -> None:
     whole = check_prefix(build(config(source, output_dir=str(tmp_path / "whole"))) / "a_train", deep=True)
 
     def die(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "write_shards", die)
+        patch.setattr(tokenize, "write_prefixes", die)
         with pytest.raises(KeyboardInterrupt):
             build(config(source))
     assert not (tmp_path / "out").exists()
@@ -102,7 +102,7 @@ def test_unfinished_work_of_other_settings_is_not_used(
     source: Any, config: Any, build: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "write_shards", lambda *args: 1 / 0)
+        patch.setattr(tokenize, "write_prefixes", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config(source))
     other = build(config(source, seed=99))
@@ -126,7 +126,7 @@ def test_ids_above_65535_do_not_wrap(source: Any, config: Any, build: Any, tmp_p
 
 
 def test_the_command_with_two_workers(source: Any, config: Any, build: Any, tmp_path: Path) -> None:
-    """Worker processes, and the merge in a process of its own; fingerprints equal those of one worker."""
+    """Two worker processes give the fingerprint of one."""
     alone = check_prefix(build(config(source, dedup=True)) / "a_train", deep=True)
     path = tmp_path / "c.yaml"
     path.write_text(

@@ -46,7 +46,7 @@ def test_slurm_gives_what_this_machine_gives(
     settings = config(source, tasks=1, output_dir=str(tmp_path / "slurm"))
     settings = replace(settings, executor=replace(settings.executor, slurm=slurm))
     assert check_prefix(build(settings) / "a_train", deep=True).fingerprint == local.fingerprint
-    assert (tmp_path / "slurm" / "logs" / "tokenise" / "launch_script.slurm").exists()
+    assert (tmp_path / "slurm" / "logs" / "tokenize" / "launch_script.slurm").exists()
 
 
 def test_a_bad_line_on_another_machine_is_named_here(

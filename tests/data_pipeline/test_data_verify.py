@@ -1,4 +1,4 @@
-"""check_prefix and the verify command find every fault; merging refuses broken shards."""
+"""check_prefix and the verify command find every fault; merging equals Megatron's and refuses broken shards."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from data_pipeline import verify
 from data_pipeline.manifest import TokenizerRecord, write_manifest
-from data_pipeline.merge import merge_shards
+from data_pipeline.shards import merge_shards
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError
 from looplm.files import sha256_of
@@ -100,7 +100,7 @@ def test_whole_data_passes(prefix: Path, capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("fault", SHALLOW)
-def test_faults_seen_at_a_glance(prefix: Path, fault: str, deep: bool) -> None:
+def test_faults_found_without_reading(prefix: Path, fault: str, deep: bool) -> None:
     harm, message = SHALLOW[fault]
     harm(prefix)
     with pytest.raises(UserError, match=message) as caught:
@@ -109,7 +109,7 @@ def test_faults_seen_at_a_glance(prefix: Path, fault: str, deep: bool) -> None:
 
 
 @pytest.mark.parametrize("fault", DEEP)
-def test_faults_seen_by_reading(prefix: Path, fault: str) -> None:
+def test_faults_found_by_reading(prefix: Path, fault: str) -> None:
     harm, message = DEEP[fault]
     harm(prefix)
     check_prefix(prefix, deep=False)
@@ -124,7 +124,7 @@ def test_verify_reports_each_bad_prefix(prefix: Path, capsys: pytest.CaptureFixt
     assert "whole" in capsys.readouterr().out
 
 
-def test_merge_keeps_order_and_leaves_empty_shards_out(tmp_path: Path) -> None:
+def test_merge_equals_megatrons_in_order_without_empty_shards(tmp_path: Path) -> None:
     shards = [
         write_shard(tmp_path / "1", DOCUMENTS[:2]),
         write_shard(tmp_path / "2", []),
@@ -132,6 +132,12 @@ def test_merge_keeps_order_and_leaves_empty_shards_out(tmp_path: Path) -> None:
     ]
     assert Path(f"{shards[1]}.bin").stat().st_size == 0
     merge_shards([str(shard) for shard in shards], str(tmp_path / "all"))
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for shard in (shards[0], shards[2]):
+        builder.add_index(str(shard))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"all.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
     dataset = IndexedDataset(str(tmp_path / "all"))
     assert [np.array(dataset[index]).tolist() for index in range(len(dataset))] == DOCUMENTS
     assert dataset.document_indices.tolist() == [0, 1, 2, 3]
