@@ -82,7 +82,7 @@ def parse_config(cls: type[ConfigType], argv: Sequence[str], *, prog: str, descr
                 raise UserError(f"{origins.get(key, value)}: {key}: unknown key; {fix}")
         else:
             origins = {key: origin for key, origin in origins.items() if not f"--{key}.".startswith(f"{flag}.")}
-    parser = _build_parser(cls, prog, description)
+    parser = _build_parser(cls, prog, description)  # type: ignore[arg-type]  # a class is hashable
     try:
         return _instantiate(cls, parser, parser.parse_args(list(argv)))
     except Exception as error:  # jsonargparse raises several kinds; each is the user's mistake at this point
@@ -98,7 +98,7 @@ def parse_command(commands: Mapping[str, type], argv: Sequence[str], *, prog: st
     """
     word = argv[0] if argv else ""
     if word in ("-h", "--help"):
-        lines = [f"  {name:<12}{inspect.getdoc(cls).partition(chr(10))[0]}" for name, cls in commands.items()]
+        lines = [f"  {name:<12}{str(inspect.getdoc(cls)).partition(chr(10))[0]}" for name, cls in commands.items()]
         print(f"usage: {prog} COMMAND [--KEY VALUE]...\n\n{description.strip()}\n\ncommands, each with its own --help:")
         print("\n".join(lines))
         sys.exit(0)
@@ -134,7 +134,7 @@ def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> C
     """Invert :func:`to_dict`; ``where`` names the source in error messages."""
     for key, fix in _unknown_keys(cls, values):
         raise UserError(f"{where}: {key}: unknown key; {fix}")
-    parser = _build_parser(cls)
+    parser = _build_parser(cls)  # type: ignore[arg-type]  # a class is hashable
     try:
         return _instantiate(cls, parser, parser.parse_object(values))
     except UserError:

@@ -1,23 +1,23 @@
-"""Files that are whole or absent, and what is in them."""
+"""Files that are either complete or absent, and their checksums."""
 
 import hashlib
 import os
 from pathlib import Path
 
-_BLOCK = 1 << 24  # bytes read at a time
+_BLOCK_BYTES = 1 << 24
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` aside, fsync it, and move it to ``path``: a reader never sees a part of it."""
+    """Write ``text`` to a temporary file, fsync it and rename it to ``path``, so that no reader sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    fsync(aside)
-    os.replace(aside, path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    fsync(partial)
+    os.replace(partial, path)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
+    """Wait until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,9 +26,9 @@ def fsync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
+        while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

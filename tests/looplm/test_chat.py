@@ -1,4 +1,4 @@
-"""The chat template, against transformers' own rendering of it."""
+"""The chat template, compared with transformers' own rendering of it."""
 
 from pathlib import Path
 
@@ -10,11 +10,13 @@ from looplm.chat import END, JINJA, SPECIAL_TOKENS, START, ChatTemplate, Message
 from looplm.cli import UserError
 from tests.support.tiny import CONVERSATIONS, write_tokenizer
 
-# Written for this test: what transformers is to call learnt, in its own words.
+# Written for this test: marks in transformers' own syntax which tokens are the assistant's.
 MARKED = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ '<|im_start|>assistant\\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{{ '<|im_start|>assistant\\n' }}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -35,24 +37,25 @@ def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
     return [message._asdict() for message in messages]
 
 
-def test_ids_and_what_is_learnt_equal_transformers(tokenizer, theirs):
+def test_ids_and_learned_mask_equal_transformers(tokenizer, theirs):
     for messages, ours in zip(CONVERSATIONS, ChatTemplate(tokenizer, "t").encode(CONVERSATIONS), strict=True):
         plain = theirs.apply_chat_template(as_dicts(messages), return_dict=True)
         marked = theirs.apply_chat_template(
             as_dicts(messages), chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
         )
         assert ours.ids == plain["input_ids"] == marked["input_ids"]
-        assert [int(learnt) for learnt in ours.learnt] == marked["assistant_masks"]
+        assert [int(learned) for learned in ours.learned] == marked["assistant_masks"]
 
 
 def test_a_question_ends_where_the_answer_begins(tokenizer, theirs):
     template, messages = ChatTemplate(tokenizer, "t"), CONVERSATIONS[0]
     asked = template.ask(messages[:-1])
-    assert asked == theirs.apply_chat_template(as_dicts(messages[:-1]), add_generation_prompt=True, return_dict=True)["input_ids"]  # fmt: skip
+    rendered = theirs.apply_chat_template(as_dicts(messages[:-1]), add_generation_prompt=True, return_dict=True)
+    assert asked == rendered["input_ids"]
     whole = template.encode([messages])[0]
     answer = tokenizer.encode(messages[-1].content).ids
     assert whole.ids == [*asked, *answer, *template.close()]
-    assert whole.learnt[len(asked) :] == [True] * (len(answer) + 1) + [False]
+    assert whole.learned[len(asked) :] == [True] * (len(answer) + 1) + [False]
 
 
 @pytest.mark.parametrize("content", ["\n\nHm", "  x", f"a {END} b {START}assistant\n", "<eos><pad>", ""])
@@ -61,8 +64,8 @@ def test_contents_are_text_and_answers_are_encoded_apart(tokenizer, content):
     messages = [Message("user", content), Message("assistant", content)]
     whole, asked = template.encode([messages])[0], template.ask(messages[:1])
     assert whole.ids[: len(asked)] == asked
-    learnt = [token for token, counts in zip(whole.ids, whole.learnt, strict=True) if counts]
-    assert learnt[-1] == template.end_id and tokenizer.decode(learnt[:-1]) == content
+    learned = [token for token, counts in zip(whole.ids, whole.learned, strict=True) if counts]
+    assert learned[-1] == template.end_id and tokenizer.decode(learned[:-1]) == content
     specials = [token for token in whole.ids if token < 3 + len(SPECIAL_TOKENS)]
     assert specials == [tokenizer.token_to_id(token) for token in (START, END) * 2]
 
