@@ -27,7 +27,7 @@ class Trainer:
     """A model in training.
 
     Args:
-        model: with its initial weights, which the optimizer copies; frozen except for the gate if ``loss`` trains only that.
+        model: with its initial weights, which the optimizer copies; ``loss`` may freeze all of it but the gate.
         loss: what is minimized.
         optim: optimizer, learning-rate schedule and precision.
         parallel: the layout that the model was built in.

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.config import PipelineConfig
 from looplm.cli import parse_config
 from looplm.config import RunConfig
-from pretrain.chain import ChainConfig
+from pretrain.cluster.submit import SubmitConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,7 +82,7 @@ def test_every_job_that_is_submitted_is_understood(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", typed("python -m pretrain.chain"), ids=" ".join)
 def test_every_chain_that_is_submitted_is_understood(words: list[str]) -> None:
-    parse_config(ChainConfig, words[3:], prog="test", description="")
+    parse_config(SubmitConfig, words[3:], prog="test", description="")
 
 
 def test_the_jobs_of_the_cluster_page_are_among_them() -> None:

@@ -1,4 +1,4 @@
-"""A recipe's stages as a chain of Slurm jobs, against a stand-in for sbatch that numbers and writes down what it is given."""
+"""Submission of a recipe's stages, against a stand-in for sbatch that numbers and records what it is given."""
 
 import re
 import shlex
@@ -12,13 +12,13 @@ import yaml
 
 from looplm.cli import UserError, parse_config, to_dict
 from pretrain import chain
-from pretrain.chain import ChainConfig, StageConfig
+from pretrain.cluster.submit import StageConfig, SubmitConfig, find_faults, plan
 from pretrain.data import schedule_on
 from tests.support.tiny import run_config
 from tests.test_recipes import OURO, STAGES, load
 
 ROOT = Path(__file__).resolve().parents[3]
-# Numbers jobs from 100 on, and refuses the one whose name the file `refused` holds.
+# Number jobs from 100 on, and refuse the one named in the file `refused`.
 SBATCH = """#!/bin/bash
 cd "$(dirname "$0")"
 for word; do [[ $word != --job-name=$(cat refused) ]] || { echo "sbatch: error: Invalid
@@ -30,13 +30,13 @@ SCANCEL = '#!/bin/bash\necho "$@" >>"$(dirname "$0")/cancelled"\n'
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder with the stand-ins."""
+    """Return the folder of the stand-ins."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, script in {"sbatch": SBATCH, "scancel": SCANCEL}.items():
@@ -49,7 +49,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def recipe(corpus: Path, tmp_path: Path) -> Path:
-    """Two stages and a conversion of a tiny model, on one node of one GPU."""
+    """Write a recipe of two stages and a conversion of a tiny model, on one node with one GPU."""
     folder = tmp_path / "recipe"
     folder.mkdir()
     first = run_config(corpus, folder / "runs/one")
@@ -72,7 +72,7 @@ def submitted(slurm: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_each_stage_waits_for_the_one_before(slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_stage_waits_for_the_previous_one(slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain.main(["--config", str(recipe), "--after", "7", "--arguments", "--optim.lr 0.5"])
     jobs = submitted(slurm)
     assert [re.search(r"--job-name=(\S+)", job)[1] for job in jobs] == ["tiny-preflight", "tiny-one", "tiny-two", "tiny-exported"]  # type: ignore[index]  # fmt: skip
@@ -85,7 +85,7 @@ def test_each_stage_waits_for_the_one_before(slurm: Path, recipe: Path, capsys: 
     assert capsys.readouterr().out.splitlines()[-1] == "103  tiny-exported, 1 node, after 102"
 
 
-def test_a_part_of_the_chain(slurm: Path, recipe: Path) -> None:
+def test_start_and_stop_select_stages(slurm: Path, recipe: Path) -> None:
     made = recipe.parent / "runs/one/checkpoints"
     made.mkdir(parents=True)
     (made / "latest").touch()
@@ -94,12 +94,12 @@ def test_a_part_of_the_chain(slurm: Path, recipe: Path) -> None:
     assert "--job-name=tiny-two" in job and "--dependency" not in job
 
 
-def test_a_part_that_starts_from_what_another_job_makes(slurm: Path, recipe: Path) -> None:
+def test_after_stands_for_a_missing_checkpoint(slurm: Path, recipe: Path) -> None:
     chain.main(["--config", str(recipe), "--start", "two", "--preflight", "false", "--after", "7"])
     assert "--job-name=tiny-two" in submitted(slurm)[0] and "--dependency=afterok:7" in submitted(slurm)[0]
 
 
-def test_a_refused_job_takes_the_others_with_it(slurm: Path, recipe: Path) -> None:
+def test_a_refused_job_cancels_the_earlier_ones(slurm: Path, recipe: Path) -> None:
     (slurm / "refused").write_text("tiny-two")
     with pytest.raises(UserError, match=r"^two: sbatch: sbatch: error: Invalid account; nothing stays submitted$"):
         chain.main(["--config", str(recipe)])
@@ -107,7 +107,7 @@ def test_a_refused_job_takes_the_others_with_it(slurm: Path, recipe: Path) -> No
     assert (slurm / "cancelled").read_text() == "100 101\n"
 
 
-def test_a_dry_run_is_a_script_of_what_a_run_submits(
+def test_a_dry_run_prints_a_script_that_submits_the_same_jobs(
     slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chain.main(["--config", str(recipe), "--dry_run", "true"])
@@ -117,8 +117,8 @@ def test_a_dry_run_is_a_script_of_what_a_run_submits(
     by_script = submitted(slurm)
     (slurm / "submitted").unlink()
     chain.main(["--config", str(recipe)])
-    by_chain = [re.sub(r"afterok:(\d+)", r"afterok:\1;cluster", job) for job in submitted(slurm)]
-    assert by_script == by_chain, "and --parsable names the cluster, where there are several"
+    by_command = [re.sub(r"afterok:(\d+)", r"afterok:\1;cluster", job) for job in submitted(slurm)]
+    assert by_script == by_command, "--parsable also names the cluster if there are several"
     comments = [line for line in printed.splitlines() if line.startswith("#   srun ")]
     assert [re.findall(r"-m (pretrain\.\w+|tools\.\w+)", line)[0] for line in comments] == ["pretrain.preflight", "pretrain.train", "pretrain.train", "tools.convert_hf"]  # fmt: skip
 
@@ -128,7 +128,7 @@ def test_a_dry_run_is_a_script_of_what_a_run_submits(
     [
         ({}, ["--start", "three"], ["start: 'three' is not allowed; the stages are one, two, exported"]),
         ({}, ["--start", "two", "--stop", "one"], ["stop: 'one' is not allowed; it comes before start=two"]),
-        ({}, ["--start", "two"], ["two: starts from FOLDER/runs/one, which holds no checkpoint and which no stage"]),
+        ({}, ["--start", "two"], ["two: starts from FOLDER/runs/one, which holds no checkpoint and which no earlier stage"]),
         ({}, ["--nodes", "3"], ["one on 3 GPUs: data.global_batch_size: 4 is not allowed; give a multiple of", "two on 3 GPUs: "]),
         ({}, ["--arguments=--parallel.pipeline 2"], ["one on 1 GPUs: parallel.tensor x pipeline x context: 2 is not allowed; it must divide the number of ranks, 1", "two on 1"]),
         ({}, ["--arguments=--optim.rl 1"], ["one: --optim.rl: unknown key", "two: --optim.rl: unknown key"]),
@@ -139,7 +139,7 @@ def test_a_dry_run_is_a_script_of_what_a_run_submits(
         ({"one.yaml": {"model": {"vocab_size": 100}}}, [], ["one, two: model.vocab_size: 100 is not allowed; the tokenizer"]),
     ],
 )  # fmt: skip
-def test_what_would_fail_later_is_said_now(
+def test_faults_are_reported_before_submission(
     slurm: Path, recipe: Path, changed: dict[str, Any], arguments: list[str], messages: list[str]
 ) -> None:
     for name, sections in changed.items():
@@ -160,7 +160,7 @@ def test_what_would_fail_later_is_said_now(
     assert not submitted(slurm)
 
 
-def test_a_dry_run_shows_the_commands_and_the_faults(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_commands_and_faults(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="two: starts from"):
         chain.main(["--config", str(recipe), "--start", "two", "--dry_run", "true"])
     assert "pretrain/slurm/multi_node.sbatch" in capsys.readouterr().out
@@ -182,37 +182,34 @@ def test_without_slurm(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"name": "a", "config": ("x",), "gpus": 0}, "stages[].gpus: 0"),
     ],
 )
-def test_odd_stages(values: dict[str, Any], message: str) -> None:
+def test_invalid_stages(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         StageConfig(**values)
 
 
-def test_two_stages_of_one_name() -> None:
+def test_stage_names_must_differ() -> None:
     with pytest.raises(UserError, match=r"stages\[\].name: \['a', 'a'\]"):
-        ChainConfig(name="x", stages=(StageConfig(name="a", run="y"), StageConfig(name="a", run="y")))
+        SubmitConfig(name="x", stages=(StageConfig(name="a", run="y"), StageConfig(name="a", run="y")))
 
 
 @pytest.mark.parametrize(("size", "attention"), [("1.4b", "mla"), ("2.6b", "mha")])
-def test_shipped_chains_are_the_recipes_and_fit_their_nodes(size: str, attention: str) -> None:
+def test_shipped_recipes_are_planned_and_fit_their_nodes(size: str, attention: str) -> None:
     arguments = ["--config", f"configs/ouro-{size}/chain.yaml", "--attention", attention]
-    jobs, faults = chain.plan(parse_config(ChainConfig, arguments, prog="test", description=""))
+    jobs, faults = plan(parse_config(SubmitConfig, arguments, prog="test", description=""))
     for index, job in enumerate(jobs):
-        faults += chain.find_faults(
-            job, jobs[:index], awaited=size == "2.6b"
-        )  # that one is made of the other's first stage
+        faults += find_faults(job, jobs[:index], awaited=size == "2.6b")  # that one is made of the other's first stage
     assert faults == []
-    trained = {job.name: job for job in jobs if job.recipe is not None}
+    trained = {job.name: job for job in jobs if job.run is not None}
     assert list(trained) == list(STAGES[size == "2.6b" :])
     for name, job in trained.items():
-        assert job.recipe == load(*OURO[size, attention, name])
+        assert job.run == load(*OURO[size, attention, name])
         for nodes in {job.nodes, 1, 8, 64} - (
             {64} if name == "sft" else set()
         ):  # a batch of 64 on 512 GPUs is too small
-            schedule_on(job.recipe, nodes * job.gpus)
+            schedule_on(job.run, nodes * job.gpus)
 
 
-def test_the_commands_of_shipped_chains_are_understood() -> None:
-    """Their words are those of the command's own configuration."""
+def test_shipped_recipes_use_options_that_their_commands_have() -> None:
     for path in sorted((ROOT / "configs").glob("*/chain.yaml")):
         for stage in yaml.safe_load(path.read_text())["stages"]:
             words = shlex.split(stage.get("run", ""))
