@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study plan-check test test-layouts test-newest test-hf-oldest test-te
-.PHONY: check format bench clean clean-quickstart clean-ouro-tiny
+.PHONY: check format bench docs clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -20,6 +20,8 @@ HF_OLDEST := .venv-hf-oldest
 # Transformer Engine beside the newest Megatron-core: built against CUDA's headers, it shows its parameters without a GPU.
 TE      := .venv-te
 CUDA_HOME ?= /usr/local/cuda
+# The documentation's packages, and none of the product's: the pages read the code, they do not import it.
+DOCS    := .venv-docs
 CONFIGS := configs/quickstart
 RUN     := runs/quickstart
 DONE    := $(RUN)/.done
@@ -91,6 +93,15 @@ $(TE)/.installed: setup.py $(TE)/constraints.txt
 		$(TE)/bin/python -m pip install --quiet --no-deps --no-build-isolation -c $(TE)/constraints.txt transformer-engine-torch
 	@touch $@
 
+$(DOCS)/.installed: constraints.txt
+	$(need_python)
+	@"$(PYTHON)" -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet -c constraints.txt mkdocs mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+# With HISTORY=1 a command that succeeds appends its time and figures to docs/history.csv.
+recorded = $(if $(HISTORY),$(PY) -m tools.history $(1) --)
+
 # ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
 # it stood; one whose config has changed since is made anew, with all that hangs on it
 
@@ -98,8 +109,13 @@ $(TE)/.installed: setup.py $(TE)/constraints.txt
 phase = @echo "== $(1)"; mkdir -p $(@D)
 anew  = @if test -e $@; then rm -rf $@ $(@D:%/.done=%)/$(@F); fi
 
+ifdef HISTORY
+quickstart: $(READY)
+	@$(call recorded,quickstart) $(MAKE) --no-print-directory HISTORY= quickstart
+else
 quickstart: $(DONE)/report  ## text to trained, measured, talking model: runs/quickstart/report.html
 	@echo "== quickstart is done: open $(RUN)/report.html  (start over: make clean-quickstart)"
+endif
 
 $(DONE)/data: $(CONFIGS)/data.yaml | $(READY)
 	$(call phase,quickstart 1/6: data)
@@ -161,7 +177,7 @@ upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, a
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## all tests, in two processes
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
+	@OMP_NUM_THREADS=1 $(if $(TESTS),,$(call recorded,test)) $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 test-layouts: $(READY)  ## every parallel layout, of which `make test` takes a sample (10 to 15 minutes)
 	@LAYOUTS=all OMP_NUM_THREADS=1 $(PY) -m pytest tests/parallel
@@ -189,10 +205,14 @@ format: $(READY)  ## let ruff mend what it can
 BENCHED = $(firstword $(wildcard runs/longer/gate runs/quickstart/gate))
 
 bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
-	@$(PY) -m tools.bench $(if $(BENCHED),--checkpoint $(BENCHED))
+	@$(call recorded,bench) $(PY) -m tools.bench $(if $(BENCHED),--checkpoint $(BENCHED))
 
 plan-check: $(READY)  ## the planner's memory against training steps on this CPU, up to four processes
 	@OMP_NUM_THREADS=1 $(PY) -m tools.plan_check
+
+docs: $(DOCS)/.installed  ## the documentation as a site: site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "open site/index.html"
 
 # ---- clean
 
@@ -200,5 +220,5 @@ clean-quickstart:  ## forget the quickstart's results
 	rm -rf $(RUN)
 
 clean: clean-quickstart clean-ouro-tiny  ## also forget the environments and every cache
-	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) $(DOCS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

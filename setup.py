@@ -1,12 +1,16 @@
 """Packaging of LoopLM. Ranges live here; the exact versions that were tested live in constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
+
+README = Path(__file__).parent / "README.md"  # absent in a container image, which holds packages only
 
 EXTRAS = {
     # One NVIDIA GPU or more: FP8, fused attention. Building these needs the CUDA toolkit.
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    # Turning raw text into token files. datatrove's bare install lacks what its own steps import;
-    # xxhash 4 breaks its MinHash signatures.
+    # Raw text to token files. datatrove's bare install lacks packages that its own steps import; xxhash 4 breaks its
+    # MinHash signatures.
     "data": [
         "datatrove>=0.10,<0.11",
         "fasteners>=0.19",
@@ -19,10 +23,12 @@ EXTRAS = {
         "xxhash>=3.5,<4",
         "zstandard>=0.23",
     ],
-    # Running what is exported to Hugging Face; the conversion itself needs none of it.
+    # Running an export with Hugging Face's transformers; the conversion itself does not need it.
     "hf": ["transformers>=4.54"],
     # Downstream benchmarks; the harness's own Hugging Face model needs accelerate.
     "eval": ["accelerate>=1.0", "lm-eval>=0.4.9"],
+    # The documentation. `make docs` installs these alone, into an environment of their own.
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"],
     "dev": [
         "mypy>=1.14",
         "pytest>=8.3",
@@ -36,13 +42,36 @@ EXTRAS = {
 
 setup(
     name="looplm",
-    version="0.1.0",
+    version="0.2.0",
     description="Pretraining of looped language models with learned exit gates, on Megatron-core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The LoopLM contributors",
+    project_urls={"Method (Ouro)": "https://arxiv.org/abs/2510.25741"},
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["language model", "looped transformer", "adaptive depth", "early exit", "Megatron"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["looplm*", "pretrain*", "data_pipeline*", "tools*"]),
     package_data={"": ["*.css", "*.html", "*.sbatch", "*.sh"]},
+    entry_points={
+        "console_scripts": [
+            f"looplm-{command} = tools.commands:{command}"
+            for command in ("tokenize", "train", "evaluate", "generate", "convert", "plan")
+        ]
+    },
     install_requires=[
+        "docstring-parser>=0.16",
         "jsonargparse[signatures]>=4.40,<5",
         "matplotlib>=3.10",
         "megatron-core>=0.16.1,<0.20",

@@ -1,0 +1,21 @@
+"""Use a trained model from Python; run `make quickstart` first. The same lines are in docs/inference.md."""
+
+import torch
+
+from looplm import checkpoint
+from looplm.inference.generator import GenerationConfig, Generator
+from looplm.megatron import process_groups
+from looplm.model.exit_gate import exit_log_probs
+
+groups = process_groups.start(seed=0)
+opened = checkpoint.open_model("runs/quickstart/gate", groups)
+ids_BS = torch.tensor([opened.tokenizer.encode("import os").ids])
+with torch.no_grad():
+    output = opened.model(ids_BS, num_loops=6)  # output.hidden: 6 tensors [S, B, D]
+trained = opened.model.model_config.num_loops
+p_RSB = exit_log_probs(output.gate_logit_RSB[:trained]).exp()  # where each token would leave
+
+generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
+(answer,) = generator.generate(["import os"], GenerationConfig(temperature=0.0, exit_threshold=0.5, max_new_tokens=8))
+print(answer.text, answer.depths)
+process_groups.stop()
