@@ -1,6 +1,6 @@
-"""What a preflight measures: where each rank runs, how fast ranks talk, how fast they write.
+"""Measurements of a preflight: what each rank runs on, how fast ranks communicate, how fast they write.
 
-Nothing is judged here: see :mod:`pretrain.cluster.verdicts`.
+:mod:`pretrain.cluster.findings` judges them.
 """
 
 import os
@@ -22,24 +22,24 @@ from looplm.megatron import device
 
 T = TypeVar("T")
 
-clock = time.time  # a name of its own: tests set it back on one rank
+clock = time.time  # replaced by tests, on one rank
 _REPEATS = 5
 _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Place:
-    """What one rank found where it runs.
+class RankInfo:
+    """One rank's description of itself.
 
     Args:
         rank: its number.
         node: its machine.
         device: what it computes on.
-        versions: of the software, and the code's revision.
-        clock: seconds since 1970, read by all ranks right after they had met.
+        versions: of the software, with the code's revision.
+        clock: seconds since 1970, read by all ranks right after a barrier.
         flops: FLOP/s of a matrix product on its device.
-        ram_bytes: of main memory that are free.
-        shm_bytes: of /dev/shm.
+        ram_bytes: free main memory.
+        shm_bytes: size of /dev/shm.
     """
 
     rank: int
@@ -52,16 +52,15 @@ class Place:
     shm_bytes: int
 
 
-def look_around() -> list[Place]:
-    """The places of all ranks, on every rank; collective."""
-    on_gpu = device.HAS_CUDA
-    flops = device.matmul_flops(8192, torch.bfloat16) if on_gpu else device.matmul_flops(512)
+def describe_ranks() -> list[RankInfo]:
+    """Return all ranks' descriptions, on every rank; collective."""
+    flops = device.matmul_flops(8192, torch.bfloat16) if device.HAS_CUDA else device.matmul_flops(512)
     versions = ", ".join(f"{package} {number}" for package, number in checkpoint.versions().items())
     revision = checkpoint.git_revision()
     shm = Path("/dev/shm")
     dist.barrier()
     now = clock()
-    mine = Place(
+    mine = RankInfo(
         rank=dist.get_rank(),
         node=socket.gethostname(),
         device=device.describe(),
@@ -71,26 +70,18 @@ def look_around() -> list[Place]:
         ram_bytes=psutil.virtual_memory().available,
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else 0,
     )
-    return all_of(mine)
+    return gather(mine)
 
 
-def all_of(mine: T) -> list[T]:
-    """Every rank's object, in the order of the ranks; collective."""
+def gather(mine: T) -> list[T]:
+    """Return every rank's object, in the order of the ranks; collective."""
     found = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
 
 
-def sums_right(group: dist.ProcessGroup) -> bool:
-    """Whether an all-reduce over ``group`` gives this rank the sum that it should; collective."""
-    members = dist.get_process_group_ranks(group)
-    values = torch.full((1 << 16,), float(dist.get_rank() + 1), device=device.DEVICE)
-    dist.all_reduce(values, group=group)
-    return bool((values == sum(members) + len(members)).all())
-
-
 def wrong_sums(groups: ProcessGroupCollection) -> list[str]:
-    """Groups of the layout in which some rank had a wrong sum; collective."""
+    """Return the groups of the layout in which an all-reduce gave some rank a wrong sum; collective."""
     named = {
         "all": dist.group.WORLD,
         "tensor": groups.tp,
@@ -98,13 +89,20 @@ def wrong_sums(groups: ProcessGroupCollection) -> list[str]:
         "context": groups.cp,
         "data": groups.dp,
     }
-    right = {name: sums_right(group) for name, group in named.items()}
-    return [name for name in named if not all(found[name] for found in all_of(right))]
+    right = {}
+    for name, group in named.items():
+        members = dist.get_process_group_ranks(group)
+        values = torch.full((1 << 16,), float(dist.get_rank() + 1), device=device.DEVICE)
+        dist.all_reduce(values, group=group)
+        right[name] = bool((values == sum(members) + len(members)).all())
+    return [name for name in named if not all(found[name] for found in gather(right))]
 
 
 def bandwidth(num_bytes: int) -> float:
-    """Bytes per second of an all-reduce over all ranks, as nccl-tests counts them: what each rank sends and receives
-    does not depend on their number, 2 (n - 1) / n of the message; collective. 0 for a single rank."""
+    """Return the bytes per second of an all-reduce over all ranks, counted as in nccl-tests; 0 for a single rank.
+
+    Each of n ranks sends and receives 2 (n - 1) / n of the message, so the figure does not depend on n. Collective.
+    """
     ranks = dist.get_world_size()
     values = torch.ones(num_bytes // 4, device=device.DEVICE)
     best = float("inf")
@@ -121,26 +119,26 @@ def bandwidth(num_bytes: int) -> float:
 
 
 @dataclass(frozen=True)
-class Writing:
+class WriteSpeed:
     """How fast a checkpoint would be written.
 
     Args:
-        fault: why it cannot be, if it cannot.
+        fault: why it cannot be written; empty if it can.
         writers: ranks that write.
-        speed: bytes per second of all writers together, until everything is on the disk.
-        hashing: bytes per second of the hash that the first rank makes of everything.
+        writing: bytes per second of all writers together, until everything is on the disk.
+        hashing: bytes per second of rank 0, which hashes every file.
     """
 
     fault: str = ""
     writers: int = 0
-    speed: float = 0.0
+    writing: float = 0.0
     hashing: float = 0.0
 
 
-def write_speed(folder: Path, groups: ProcessGroupCollection, num_bytes: int) -> Writing:
+def write_speed(folder: Path, groups: ProcessGroupCollection, num_bytes: int) -> WriteSpeed:
     """Let the ranks that would write a checkpoint write ``num_bytes`` each into ``folder``; collective.
 
-    These are the first replica's: one rank for each part of the model.
+    These are the ranks of the first replica, one for each part of the model.
     """
     writes = groups.dp.rank() == 0 and groups.cp.rank() == 0
     path = folder / f".preflight.{dist.get_rank()}"
@@ -152,20 +150,19 @@ def write_speed(folder: Path, groups: ProcessGroupCollection, num_bytes: int) ->
             _write(path, num_bytes)
     except OSError as error:
         fault = f"{folder} cannot be written ({error.strerror})"
-    faults = all_of(fault)  # also waits for the slowest
+    faults = gather(fault)  # also waits for the slowest
     seconds = time.perf_counter() - start
     if dist.get_rank() == 0 and not fault:
         start = time.perf_counter()
         sha256_of(path)
         hashing = num_bytes / (time.perf_counter() - start)
     path.unlink(missing_ok=True)
-    writers = sum(all_of(writes))
-    hashing = all_of(hashing)[0]
-    return Writing(next(filter(None, faults), ""), writers, writers * num_bytes / seconds, hashing)
+    writers = sum(gather(writes))
+    return WriteSpeed(next(filter(None, faults), ""), writers, writers * num_bytes / seconds, gather(hashing)[0])
 
 
 def _write(path: Path, num_bytes: int) -> None:
-    block = os.urandom(min(num_bytes, _BLOCK))  # a file system that compresses would be too fast otherwise
+    block = os.urandom(min(num_bytes, _BLOCK))  # random, because a file system that compresses would seem too fast
     with path.open("wb") as file:
         for _ in range(num_bytes // len(block)):
             file.write(block)

@@ -1,4 +1,4 @@
-"""A preflight on several ranks, sound and then with the last rank's clock set forward and its sums damaged."""
+"""A preflight on several ranks: first sound ones, then with the last rank's clock set forward and its sums wrong."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from looplm.cli import from_dict
 from looplm.config import RunConfig
 from looplm.megatron import process_groups
 from pretrain.cluster import probes
-from pretrain.preflight import examine
+from pretrain.cluster.examine import examine
 
 FORWARD = 200.0  # seconds
 
@@ -21,11 +21,11 @@ def damage_the_last_rank() -> None:
         return
     reduce = dist.all_reduce
 
-    def one_too_many(values: Any, group: Any = None, **kwargs: Any) -> None:
+    def reduce_and_add_one(values: Any, group: Any = None, **kwargs: Any) -> None:
         reduce(values, group=group, **kwargs)
         values += dist.get_world_size(group) > 1
 
-    dist.all_reduce = one_too_many
+    dist.all_reduce = reduce_and_add_one
     probes.clock = lambda: time.time() + FORWARD
 
 

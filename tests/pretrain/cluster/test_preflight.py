@@ -1,4 +1,4 @@
-"""Preflight: every verdict seen to fail on figures, the measurements on two processes, the command whole."""
+"""Preflight: every finding on given figures, the measurements on two processes, and the whole command."""
 
 import dataclasses
 import json
@@ -15,9 +15,9 @@ from looplm.cli import UserError, to_dict
 from looplm.config import EngineConfig, ParallelConfig, RunConfig
 from looplm.megatron.device import Description
 from pretrain import preflight
-from pretrain.cluster import probes, verdicts
-from pretrain.cluster.probes import Place, Writing
-from pretrain.cluster.verdicts import GB, Verdict
+from pretrain.cluster import examine, findings, probes
+from pretrain.cluster.findings import GB, Finding
+from pretrain.cluster.probes import RankInfo, WriteSpeed
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support import preflight_worker
@@ -26,91 +26,131 @@ from tests.support.preflight_worker import FORWARD
 from tests.support.tiny import run_config
 
 H100 = Description("H100", 80 * 10**9, 79 * 10**9, (9, 0), "13.1", "13.1")
-PLACE = Place(0, "n1", H100, "torch 2.10", 1000.0, 6e14, 10**12, 10**12)
-EVERYTHING = ["all-reduce", "network", "gpus", "engine", "software", "speed", "clocks", "shm", "data", "mix", "start", "disk", "saving", "memory"]  # fmt: skip
+RANK = RankInfo(0, "n1", H100, "torch 2.10", 1000.0, 6e14, 10**12, 10**12)
+SUBJECTS = "all-reduce network gpus engine software speed clocks shm data mix start disk saving memory".split()
 
 
-def places(**changed: Any) -> list[Place]:
+def four_ranks(**changed: Any) -> list[RankInfo]:
     """Four ranks on two nodes, the last one changed."""
-    ranks = [dataclasses.replace(PLACE, rank=rank, node=f"n{1 + rank // 2}") for rank in range(4)]
+    ranks = [dataclasses.replace(RANK, rank=rank, node=f"n{1 + rank // 2}") for rank in range(4)]
     device = {key: changed.pop(key) for key in list(changed) if hasattr(H100, key)}
     last = dataclasses.replace(ranks[3], device=dataclasses.replace(H100, **device), **changed)
     return [*ranks[:3], last]
 
 
-WRITING = Writing(writers=2, speed=2e9, hashing=1e9)
-CASES: list[tuple[Callable[[], Verdict], str, str]] = [
-    (lambda: verdicts.enough_gpus(8, 8), "ok", "8 ranks on this node, 8 GPUs"),
-    (lambda: verdicts.enough_gpus(8, 4), "FAIL", "8 ranks on this node, 4 GPUs; start as many"),
-    (lambda: verdicts.no_gpu("", ""), "warn", "would train on the CPU"),
-    (lambda: verdicts.no_gpu("NVRM 580", "13.1"), "FAIL", "torch is built for CUDA 13.1; take a newer driver"),
-    (lambda: verdicts.no_gpu("NVRM 580", ""), "FAIL", "this is torch's CPU build"),
-    (lambda: verdicts.gpus(places(), ["bf16"]), "ok", "4 x H100, 80 GB each"),
-    (lambda: verdicts.gpus(places(name="V100", capability=(7, 0)), ["bf16"]), "FAIL", "rank 3 on n2: V100 has compute capability 7.0, bf16 needs 8.0"),
-    (lambda: verdicts.gpus(places(name="V100", capability=(7, 0)), ["fp32"]), "warn", "3 x H100, 1 x V100; the slowest sets"),
-    (lambda: verdicts.gpus(places(free_bytes=40 * 10**9), ["bf16"]), "FAIL", "rank 3 on n2: 50% of the memory of H100 is taken"),
-    (lambda: verdicts.gpus(places(driver_for="12.9"), ["bf16"]), "warn", "the driver is made for CUDA 12.9, torch for 13.1"),
-    (lambda: verdicts.engine(EngineConfig(), ["", ""]), "ok", "local, fp8 none"),
-    (lambda: verdicts.engine(EngineConfig(), ["", "too old"]), "FAIL", "rank 1: too old"),
-    (lambda: verdicts.software(places()), "ok", "torch 2.10"),
-    (lambda: verdicts.software(places(versions="torch 2.9")), "FAIL", "rank 3 on n2 has torch 2.9; others have torch 2.10"),
-    (lambda: verdicts.speed(places()), "ok", "600.00 TFLOP/s, the slowest of 4 ranks at 100%"),
-    (lambda: verdicts.speed(places(flops=3e14)), "warn", "at 50% of it: rank 3 on n2"),
-    (lambda: verdicts.clocks(places(clock=1000.4)), "ok", "at most 0.400 s"),
-    (lambda: verdicts.clocks(places(clock=1005.0)), "warn", "at most 5.000 s from the median: rank 3 on n2"),
-    (lambda: verdicts.clocks(places(clock=900.0)), "FAIL", "at most 100.000 s from the median: rank 3 on n2"),
-    (lambda: verdicts.sums([]), "ok", "right in every group"),
-    (lambda: verdicts.sums(["tensor"]), "FAIL", "wrong sums in the groups tensor"),
-    (lambda: verdicts.sums([], fault="ncclSystemError"), "FAIL", "failed: ncclSystemError; NCCL_DEBUG=INFO"),
-    (lambda: verdicts.network(0, 1, 1, True), "ok", "a single rank"),
-    (lambda: verdicts.network(9e10, 16, 2, True), "ok", "all-reduce over 16 ranks (nodes: 2): 90.0 GB/s"),
-    (lambda: verdicts.network(1e9, 16, 2, True), "warn", "1.0 GB/s; NVLink and InfiniBand give more than 10"),
-    (lambda: verdicts.network(1e9, 16, 2, False), "ok", "1.0 GB/s"),
-    (lambda: verdicts.environment(2, (9, 0), "1"), "ok", "CUDA_DEVICE_MAX_CONNECTIONS=1"),
-    (lambda: verdicts.environment(2, (9, 0), None), "warn", "CUDA_DEVICE_MAX_CONNECTIONS=unset; set it to 1"),
-    (lambda: verdicts.environment(1, (9, 0), None), "ok", ""),
-    (lambda: verdicts.environment(2, (10, 0), None), "ok", ""),
-    (lambda: verdicts.same_data({"n1": "a", "n2": "a"}), "ok", "on 2 nodes"),
-    (lambda: verdicts.same_data({"n1": "a", "n2": "b", "n3": "a"}), "FAIL", "n2 sees other data"),
-    (lambda: verdicts.passes({"a": 4e9, "b": 1e9}, {"a": 2 * 10**9, "b": 10**9}), "ok", "5 billion tokens to train on, 3 there; a is read 2.00 times"),
-    (lambda: verdicts.passes({"a": 4e9, "b": 9e9}, {"a": 2 * 10**9, "b": 10**9}), "warn", "b is read 9.00 times; add data"),
-    (lambda: verdicts.disk(100 * GB, 20 * GB, 4, 0), "ok", "4 + 1 checkpoints of 20.00 GB, 0 there, need 100.0"),
-    (lambda: verdicts.disk(99 * GB, 20 * GB, 4, 0), "FAIL", "99.0 GB free"),
-    (lambda: verdicts.disk(20 * GB, 20 * GB, 4, 4), "ok", "need 20.0"),
-    (lambda: verdicts.disk(19 * GB, 20 * GB, 4, 4), "FAIL", "need 20.0"),
-    (lambda: verdicts.saving(WRITING, 20 * GB, 1000), "ok", "2.00 GB/s from 2 ranks, hashed at 1.00: about 30 s for a checkpoint, every 1000 steps"),
-    (lambda: verdicts.saving(WRITING, 600 * GB, 0), "warn", "about 900 s for a checkpoint, at the end; take a faster"),
-    (lambda: verdicts.saving(Writing(fault="x cannot be written"), 1, 1), "FAIL", "x cannot be written"),
-    (lambda: verdicts.memory(places(), 20 * GB, 1), "ok", "at least 1000.0 GB free on every node; a checkpoint takes 20.00"),
-    (lambda: verdicts.memory(places(ram_bytes=12 * GB), 20 * GB, 1), "FAIL", "12.0 GB free on every node; a checkpoint takes 20.00 of a node: too little on n2"),
-    (lambda: verdicts.memory(places(ram_bytes=12 * GB), 20 * GB, 4), "ok", "a checkpoint takes 10.00"),
-    (lambda: verdicts.shared_memory(places()), "ok", "1000.0 GB of /dev/shm"),
-    (lambda: verdicts.shared_memory(places(shm_bytes=64 * 10**6)), "warn", "0.1 GB of /dev/shm, on n2"),
-]  # fmt: skip
+SPEED = WriteSpeed(writers=2, writing=2e9, hashing=1e9)
+CASES: list[tuple[Callable[[], Finding], str, str]] = [
+    (lambda: findings.enough_gpus(8, 8), "ok", "8 ranks on this node, 8 GPUs"),
+    (lambda: findings.enough_gpus(8, 4), "FAIL", "8 ranks on this node, 4 GPUs; start as many"),
+    (lambda: findings.no_gpu("", ""), "warn", "would train on the CPU"),
+    (lambda: findings.no_gpu("NVRM 580", "13.1"), "FAIL", "torch is built for CUDA 13.1; take a newer driver"),
+    (lambda: findings.no_gpu("NVRM 580", ""), "FAIL", "this is torch's CPU build"),
+    (lambda: findings.gpus(four_ranks(), ["bf16"]), "ok", "4 x H100, 80 GB each"),
+    (
+        lambda: findings.gpus(four_ranks(name="V100", capability=(7, 0)), ["bf16"]),
+        "FAIL",
+        "rank 3 on n2: V100 has compute capability 7.0, bf16 needs 8.0",
+    ),
+    (
+        lambda: findings.gpus(four_ranks(name="V100", capability=(7, 0)), ["fp32"]),
+        "warn",
+        "3 x H100, 1 x V100; the slowest sets",
+    ),
+    (
+        lambda: findings.gpus(four_ranks(free_bytes=40 * 10**9), ["bf16"]),
+        "FAIL",
+        "rank 3 on n2: 50% of the memory of H100 is in use",
+    ),
+    (
+        lambda: findings.gpus(four_ranks(driver_for="12.9"), ["bf16"]),
+        "warn",
+        "the driver is made for CUDA 12.9, torch for 13.1",
+    ),
+    (lambda: findings.engine(EngineConfig(), ["", ""]), "ok", "local, fp8 none"),
+    (lambda: findings.engine(EngineConfig(), ["", "too old"]), "FAIL", "rank 1: too old"),
+    (lambda: findings.software(four_ranks()), "ok", "torch 2.10"),
+    (
+        lambda: findings.software(four_ranks(versions="torch 2.9")),
+        "FAIL",
+        "rank 3 on n2 has torch 2.9; others have torch 2.10",
+    ),
+    (lambda: findings.speed(four_ranks()), "ok", "600.00 TFLOP/s, the slowest of 4 ranks at 100%"),
+    (lambda: findings.speed(four_ranks(flops=3e14)), "warn", "at 50% of it: rank 3 on n2"),
+    (lambda: findings.clocks(four_ranks(clock=1000.4)), "ok", "at most 0.400 s"),
+    (lambda: findings.clocks(four_ranks(clock=1005.0)), "warn", "at most 5.000 s from the median: rank 3 on n2"),
+    (lambda: findings.clocks(four_ranks(clock=900.0)), "FAIL", "at most 100.000 s from the median: rank 3 on n2"),
+    (lambda: findings.sums([]), "ok", "right in every group"),
+    (lambda: findings.sums(["tensor"]), "FAIL", "wrong sums in the groups tensor"),
+    (lambda: findings.sums([], fault="ncclSystemError"), "FAIL", "failed: ncclSystemError; NCCL_DEBUG=INFO"),
+    (lambda: findings.network(0, 1, 1, True), "ok", "single rank"),
+    (lambda: findings.network(9e10, 16, 2, True), "ok", "all-reduce over 16 ranks (nodes: 2): 90.0 GB/s"),
+    (lambda: findings.network(1e9, 16, 2, True), "warn", "1.0 GB/s; NVLink and InfiniBand give more than 10"),
+    (lambda: findings.network(1e9, 16, 2, False), "ok", "1.0 GB/s"),
+    (lambda: findings.environment(2, (9, 0), "1"), "ok", "CUDA_DEVICE_MAX_CONNECTIONS=1"),
+    (lambda: findings.environment(2, (9, 0), None), "warn", "CUDA_DEVICE_MAX_CONNECTIONS=unset; set it to 1"),
+    (lambda: findings.environment(1, (9, 0), None), "ok", ""),
+    (lambda: findings.environment(2, (10, 0), None), "ok", ""),
+    (lambda: findings.same_data({"n1": "a", "n2": "a"}), "ok", "on 2 nodes"),
+    (lambda: findings.same_data({"n1": "a", "n2": "b", "n3": "a"}), "FAIL", "n2 sees other data"),
+    (
+        lambda: findings.passes({"a": 4e9, "b": 1e9}, {"a": 2 * 10**9, "b": 10**9}),
+        "ok",
+        "5 billion tokens to train on, 3 there; a is read 2.00 times",
+    ),
+    (
+        lambda: findings.passes({"a": 4e9, "b": 9e9}, {"a": 2 * 10**9, "b": 10**9}),
+        "warn",
+        "b is read 9.00 times; add data",
+    ),
+    (lambda: findings.disk(100 * GB, 20 * GB, 4, 0), "ok", "4 + 1 checkpoints of 20.00 GB, 0 there, need 100.0"),
+    (lambda: findings.disk(99 * GB, 20 * GB, 4, 0), "FAIL", "99.0 GB free"),
+    (lambda: findings.disk(20 * GB, 20 * GB, 4, 4), "ok", "need 20.0"),
+    (lambda: findings.disk(19 * GB, 20 * GB, 4, 4), "FAIL", "need 20.0"),
+    (
+        lambda: findings.saving(SPEED, 20 * GB, 1000),
+        "ok",
+        "2.00 GB/s from 2 ranks, hashed at 1.00: about 30 s for a checkpoint, every 1000 steps",
+    ),
+    (lambda: findings.saving(SPEED, 600 * GB, 0), "warn", "about 900 s for a checkpoint, at the end; take a faster"),
+    (lambda: findings.saving(WriteSpeed(fault="x cannot be written"), 1, 1), "FAIL", "x cannot be written"),
+    (
+        lambda: findings.memory(four_ranks(), 20 * GB, 1),
+        "ok",
+        "at least 1000.0 GB free on every node; a checkpoint takes 20.00",
+    ),
+    (
+        lambda: findings.memory(four_ranks(ram_bytes=12 * GB), 20 * GB, 1),
+        "FAIL",
+        "12.0 GB free on every node; a checkpoint takes 20.00 of a node: too little on n2",
+    ),
+    (lambda: findings.memory(four_ranks(ram_bytes=12 * GB), 20 * GB, 4), "ok", "a checkpoint takes 10.00"),
+    (lambda: findings.shared_memory(four_ranks()), "ok", "1000.0 GB of /dev/shm"),
+    (lambda: findings.shared_memory(four_ranks(shm_bytes=64 * 10**6)), "warn", "0.1 GB of /dev/shm, on n2"),
+]
 
 
 @pytest.mark.parametrize(("judge", "level", "text"), CASES)
-def test_a_verdict_on_figures(judge: Callable[[], Verdict], level: str, text: str) -> None:
+def test_findings_on_given_figures(judge: Callable[[], Finding], level: str, text: str) -> None:
     found = judge()
     assert found.level == level and text in found.text
     assert "\n" not in str(found)
 
 
-def test_the_layout_is_held_against_the_ranks(tmp_path: Path) -> None:
+def test_the_layout_is_compared_with_the_ranks(tmp_path: Path) -> None:
     config = run_config(tmp_path, tmp_path, parallel=ParallelConfig(tensor=2))
-    assert verdicts.layout(config, 4, 4).level == "ok"
-    assert "2 replicas of tensor 2" in verdicts.layout(config, 4, 4).text
-    across = verdicts.layout(config, 4, 1)
+    assert findings.layout(config, 4, 4).level == "ok"
+    assert "2 replicas of tensor 2" in findings.layout(config, 4, 4).text
+    across = findings.layout(config, 4, 1)
     assert across.level == "warn" and "should divide the 1 ranks of a node" in across.text
     with pytest.raises(UserError, match=r"parallel.tensor x pipeline x context: 2 .* the number of ranks, 3"):
-        verdicts.layout(config, 3, 3)
+        findings.layout(config, 3, 3)
     with pytest.raises(UserError, match=r"data.global_batch_size: 4 .*=2 x 4 data-parallel ranks = 8"):
-        verdicts.layout(config, 8, 8)
+        findings.layout(config, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
-    """Verdicts by what they are about, sound and with damage done to rank 1."""
+    """Return the findings by subject, of two sound ranks and with a damaged rank 1."""
     folder = tmp_path_factory.mktemp("preflight")
     (folder / "config.json").write_text(json.dumps(to_dict(run_config(corpus, folder / "runs/stage"))))
     log = tmp_path_factory.mktemp("log") / "log.txt"
@@ -122,18 +162,18 @@ def on_two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def test_two_sound_ranks(on_two_ranks: dict) -> None:
     sound = on_two_ranks["sound"]
-    assert list(sound) == EVERYTHING
+    assert list(sound) == SUBJECTS
     assert {about for about, (level, _) in sound.items() if level == "FAIL"} == set()
     assert "all-reduce over 2 ranks (nodes: 1)" in sound["network"][1]
-    assert "from 1 ranks" in sound["saving"][1], "of two replicas one writes"
+    assert "from 1 ranks" in sound["saving"][1], "one of two replicas writes"
 
 
-def test_a_wrong_clock_and_wrong_sums_are_seen(on_two_ranks: dict) -> None:
+def test_a_wrong_clock_and_wrong_sums_are_found(on_two_ranks: dict) -> None:
     damaged = on_two_ranks["damaged"]
     assert {about for about, (level, _) in damaged.items() if level == "FAIL"} == {"all-reduce", "clocks"}
-    assert "wrong sums in the groups all, data;" in damaged["all-reduce"][1], "one rank is its own tensor group"
+    assert "wrong sums in the groups all, data;" in damaged["all-reduce"][1], "each rank is its own tensor group"
     apart = float(damaged["clocks"][1].split()[2])
-    assert apart == pytest.approx(FORWARD / 2, abs=5), "the median of two lies between them"
+    assert apart == pytest.approx(FORWARD / 2, abs=5), "the median of two clocks is halfway between them"
 
 
 def run(config: RunConfig, tmp_path: Path) -> None:
@@ -151,35 +191,37 @@ def test_go(
 ) -> None:
     run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines[:-1]] == ["layout", "ranks", *EVERYTHING]
+    assert [line.split()[1] for line in lines[:-1]] == ["layout", "ranks", *SUBJECTS]
     assert lines[-1] == "go"
     monkeypatch.setenv("RANK", "1")
     run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
-    assert capfd.readouterr().out == "", "one rank speaks"
+    assert capfd.readouterr().out == "", "only rank 0 prints"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory, single_process: Any) -> Path:
-    """A run's folder; read it, do not write to it."""
+    """Return the folder of a run, which no test may change."""
     folder = tmp_path_factory.mktemp("trained") / "stage1"
     config = run_config(corpus, folder, optim={"train_steps": 2, "warmup_steps": 0, "decay_steps": 0})
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     return folder
 
 
-def verdict_on(about: str, config: RunConfig, groups: Any) -> Verdict:
-    return {verdict.about: verdict for verdict in preflight.examine(config, groups)}[about]
+def finding_on(subject: str, config: RunConfig, groups: Any) -> Finding:
+    return {finding.subject: finding for finding in examine.examine(config, groups)}[subject]
 
 
-def test_what_a_run_starts_from(corpus: Path, trained: Path, tmp_path: Path, single_process: Any) -> None:
-    def start(output: Path, **sections: Any) -> Verdict:
-        return verdict_on("start", run_config(corpus, output, **sections), single_process)
+def test_the_checkpoint_that_a_run_starts_from(
+    corpus: Path, trained: Path, tmp_path: Path, single_process: Any
+) -> None:
+    def start(output: Path, **sections: Any) -> Finding:
+        return finding_on("start", run_config(corpus, output, **sections), single_process)
 
     assert start(tmp_path / "new").text == "step 1 of 6, from fresh weights"
     assert "after step 2 of 6" in start(trained).text
     initial = {"initial": str(trained)}
-    assert "which are whole and fit" in start(tmp_path / "new", checkpoint=initial).text
+    assert "which are complete and fit" in start(tmp_path / "new", checkpoint=initial).text
     wider = start(tmp_path / "new", checkpoint=initial, model={"ffn_hidden_size": 64})
     assert (wider.level, "model.ffn_hidden_size=48" in wider.text) == ("FAIL", True)
     other = start(trained, seed=7)
@@ -187,15 +229,13 @@ def test_what_a_run_starts_from(corpus: Path, trained: Path, tmp_path: Path, sin
     copy = Path(shutil.copytree(trained, tmp_path / "copy"))
     (copy / "checkpoints/step_00000002/about.json").write_text("{}")
     broken = start(copy)
-    assert (broken.level, broken.text.endswith("step_00000002 is broken; the run would go on from the start")) == (
-        "warn",
-        True,
-    )
+    assert broken.level == "warn"
+    assert broken.text.endswith("step_00000002 is broken; the run would resume from the start")
     lost = start(tmp_path / "new", checkpoint={"initial": str(copy)})
     assert (lost.level, "no whole checkpoint here" in lost.text) == ("FAIL", True)
 
 
-def test_no_go_names_everything_that_is_wrong(
+def test_no_go_lists_every_failed_check(
     job_goes_on: None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def full(path: Path, num_bytes: int) -> None:
@@ -203,7 +243,7 @@ def test_no_go_names_everything_that_is_wrong(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(probes, "_write", full)
-    monkeypatch.setattr(preflight, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(examine, "disk_usage", lambda path: SimpleNamespace(free=1000))
     config = run_config(
         corpus,
         tmp_path / "runs",
@@ -225,29 +265,37 @@ def test_no_go_names_everything_that_is_wrong(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "data"]
 
 
-def test_nccl_failing_is_a_line(
+def test_an_error_of_nccl_is_one_line(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_process: Any
 ) -> None:
     def fail(num_bytes: int) -> float:
         raise RuntimeError("NCCL error: unhandled system error\nmore")
 
     monkeypatch.setattr(probes, "bandwidth", fail)
-    found = list(preflight.examine(run_config(corpus, tmp_path / "runs"), single_process))
-    assert [verdict.level for verdict in found] == ["ok", "FAIL"], "nothing after it: it would hang"
+    found = list(examine.examine(run_config(corpus, tmp_path / "runs"), single_process))
+    assert [finding.level for finding in found] == ["ok", "FAIL"], "nothing after it, because it would hang"
     assert "failed: NCCL error: unhandled system error;" in found[1].text
 
 
 def test_the_predicted_size_of_a_checkpoint_is_the_real_one(corpus: Path, tmp_path: Path, single_process: Any) -> None:
-    wide = {"hidden_size": 128, "ffn_hidden_size": 768, "num_layers": 1}  # a file has some bytes for each tensor
+    wide = {
+        "hidden_size": 128,
+        "ffn_hidden_size": 768,
+        "num_layers": 1,
+    }  # wide, because a file has some bytes of overhead for each tensor
     optim = {"train_steps": 1, "warmup_steps": 0, "decay_steps": 0, "precision": "bf16"}
     stage = run_config(corpus, tmp_path / "stage", model=wide, optim=optim)
-    gate = run_config(corpus, tmp_path / "gate", model=wide, optim=optim, loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tmp_path / "stage")})  # fmt: skip
+    start = {"initial": str(tmp_path / "stage")}
+    gate_loss = {"objective": "adaptive_gate"}
+    gate = run_config(corpus, tmp_path / "gate", model=wide, optim=optim, loss=gate_loss, checkpoint=start)
     for config, frozen in ((stage, False), (gate, True)):
         train(config, check_corpus(config.data, config.model.vocab_size), single_process)
         state = Path(config.output_dir) / "checkpoints/step_00000001/state"
         real = sum(path.stat().st_size for path in state.iterdir())
         predicted = checkpoint_bytes(config.model, config.gate, "bf16", frozen)
-        assert 0 < real - predicted < 250_000, "names, shapes and heads of files; of 5.4 MB, or 0.8 of the gate's stage"
+        assert 0 < real - predicted < 250_000, (
+            "overhead for names, shapes and headers, of 5.4 MB (stage 1) or 0.8 MB (gate)"
+        )
     total = sum(parameter_counts(stage.model, stage.gate).values())
     assert checkpoint_bytes(stage.model, stage.gate, "bf16") == 14 * total
     assert checkpoint_bytes(stage.model, stage.gate, "fp32") == 12 * total

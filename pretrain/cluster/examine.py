@@ -1,0 +1,119 @@
+"""The checks of a preflight, in order: measurements (probes.py), judged by findings.py."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import disk_usage
+
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from data_pipeline.manifest import read_manifest
+from looplm import checkpoint
+from looplm.accounting import checkpoint_bytes
+from looplm.checkpoint import step_folder
+from looplm.cli import UserError
+from looplm.config import RunConfig
+from looplm.megatron import device
+from looplm.megatron.settings import check_engine
+from pretrain.cluster import findings, probes
+from pretrain.cluster.findings import Finding
+from pretrain.cluster.probes import RankInfo, gather
+from pretrain.data import Corpus, check_corpus, schedule_on
+from pretrain.progress import refuse_other_data
+
+ALL_REDUCE_BYTES = 1 << 28 if device.HAS_CUDA else 1 << 22
+FILE_BYTES = 1 << 28 if device.HAS_CUDA else 1 << 24  # per rank that writes
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def examine(config: RunConfig, groups: ProcessGroupCollection) -> Iterator[Finding]:
+    """Yield the findings of all checks, the same on every rank; collective."""
+    try:
+        yield findings.sums(probes.wrong_sums(groups))
+        speed = probes.bandwidth(ALL_REDUCE_BYTES)
+    except RuntimeError as error:  # from NCCL; the collectives of later checks would hang
+        yield findings.sums([], fault=str(error).strip().splitlines()[0])
+        return
+    ranks = probes.describe_ranks()
+    nodes = {info.node: info.rank for info in reversed(ranks)}  # and the first rank of each
+    yield findings.network(speed, len(ranks), len(nodes), device.HAS_CUDA)
+    yield from _machines(config, ranks)
+    yield from _data(config, nodes)
+    yield from _storage(config, groups, ranks)
+
+
+def _machines(config: RunConfig, ranks: list[RankInfo]) -> Iterator[Finding]:
+    if device.HAS_CUDA:
+        yield findings.gpus(ranks, [config.optim.precision])
+        connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+        yield findings.environment(config.parallel.tensor, ranks[0].device.capability, connections)
+    else:
+        driver = DRIVER.read_text().splitlines()[0] if DRIVER.exists() else ""
+        yield findings.no_gpu(driver, ranks[0].device.built_for)
+    fault = ""
+    try:
+        check_engine(config.engine)
+    except UserError as error:
+        fault = str(error)
+    yield findings.engine(config.engine, gather(fault))
+    for check in (findings.software, findings.speed, findings.clocks, findings.shared_memory):
+        yield check(ranks)
+
+
+def _data(config: RunConfig, nodes: dict[str, int]) -> Iterator[Finding]:
+    """Check the data as each node sees them, and then the checkpoint to start from, which shares their tokenizer."""
+    corpus, fault = None, ""
+    if dist.get_rank() in nodes.values():
+        try:
+            corpus = check_corpus(config.data, config.model.vocab_size)
+        except UserError as error:
+            fault = str(error)
+    faults, corpora = gather(fault), gather(corpus)
+    for node, rank in nodes.items():
+        if faults[rank]:
+            yield Finding("FAIL", "data", f"{node}: {faults[rank]}")
+            return
+    seen = {node: corpora[rank] for node, rank in nodes.items()}
+    yield findings.same_data({node: "" if one is None else one.fingerprint for node, one in seen.items()})
+    weights = {source.prefix: source.weight for source in config.data.train}
+    tokens = schedule_on(config, dist.get_world_size()).samples_of(config.optim.train_steps) * config.data.seq_length
+    needed = {prefix: tokens * weight / sum(weights.values()) for prefix, weight in weights.items()}
+    yield findings.passes(needed, {prefix: read_manifest(prefix).tokens for prefix in weights})
+    first = corpora[0]
+    assert first is not None
+    # Only one rank reads whole checkpoints.
+    yield gather(_start(config, first) if dist.get_rank() == 0 else Finding("ok", "start", ""))[0]
+
+
+def _start(config: RunConfig, corpus: Corpus) -> Finding:
+    """Check that the checkpoint from which the run resumes or starts is complete and fits."""
+    steps = step_folder.steps_in(Path(config.output_dir) / "checkpoints") if config.checkpoint.resume else []
+    step = next((step for step in steps if step_folder.find_fault(step) is None), None)
+    try:
+        initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
+        resumed, initial_about = (
+            None if path is None else checkpoint.check_fit(path, config.model, config.gate) for path in (step, initial)
+        )
+        refuse_other_data(config, corpus, resumed, initial_about)
+    except UserError as error:
+        return Finding("FAIL", "start", str(error))
+    if steps and steps[0] != step:
+        return Finding("warn", "start", f"{steps[0]} is broken; the run would resume from {step or 'the start'}")
+    total = config.optim.train_steps
+    if resumed is not None:
+        return Finding("ok", "start", f"resumes from {step}, after step {resumed.step} of {total}")
+    origin = f"the weights of {initial}, which are complete and fit" if initial else "fresh weights"
+    return Finding("ok", "start", f"step 1 of {total}, from {origin}")
+
+
+def _storage(config: RunConfig, groups: ProcessGroupCollection, ranks: list[RankInfo]) -> Iterator[Finding]:
+    size = checkpoint_bytes(config.model, config.gate, config.optim.precision, config.loss.frozen_trunk)
+    output, keep = Path(config.output_dir), config.checkpoint.keep
+    folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    kept = min(keep, len(step_folder.steps_in(output / "checkpoints")))
+    free, kept = gather((disk_usage(folder).free, kept))[0]
+    yield findings.disk(free, size, keep, kept)
+    speed = probes.write_speed(folder, groups, FILE_BYTES)
+    yield findings.saving(speed, size, config.checkpoint.save_every)
+    yield findings.memory(ranks, size, speed.writers)
