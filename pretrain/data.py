@@ -40,10 +40,10 @@ class Batch(NamedTuple):
         """Return this context-parallel rank's positions; document starts still count from the start of the sample."""
         start_SB = self.document_start_SB
         return Batch(
-            context_parallel.deal(self.ids_BS, group, dim=1),
-            context_parallel.deal(self.labels_SB, group),
-            context_parallel.deal(self.mask_SB, group),
-            None if start_SB is None else context_parallel.deal(start_SB, group),
+            context_parallel.shard(self.ids_BS, group, dim=1),
+            context_parallel.shard(self.labels_SB, group),
+            context_parallel.shard(self.mask_SB, group),
+            None if start_SB is None else context_parallel.shard(start_SB, group),
         )
 
 

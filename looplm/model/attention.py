@@ -103,7 +103,7 @@ class CoreAttention(MegatronModule):
         """
         widths = [key.size(-1), value.size(-1)]
         if self.context.size() > 1:  # both in one message
-            key, value = context_parallel.restore(torch.cat((key, value), -1), self.context).split(widths, -1)
+            key, value = context_parallel.gather(torch.cat((key, value), -1), self.context).split(widths, -1)
         q_BHSK, k_BHTK, v_BHTW = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         pad = widths[0] - widths[1]
         if pad > 0:  # unequal widths would leave the flash kernel for one that materialises S x T
@@ -136,8 +136,8 @@ def document_mask(document_start_SB: Tensor, dtype: torch.dtype, group: context_
         group: the context-parallel ranks.
     """
     start_BS1 = document_start_SB.t().unsqueeze(-1)
-    key_T = torch.arange(document_start_SB.size(0) * context_parallel.place(group)[1], device=start_BS1.device)
-    query_S1 = context_parallel.deal(key_T, group).unsqueeze(-1)
+    key_T = torch.arange(document_start_SB.size(0) * context_parallel.rank_and_size(group)[1], device=start_BS1.device)
+    query_S1 = context_parallel.shard(key_T, group).unsqueeze(-1)
     visible_BST = (key_T <= query_S1) & (key_T >= start_BS1)
     mask_BST = torch.zeros(visible_BST.shape, dtype=dtype, device=start_BS1.device)
     return mask_BST.masked_fill_(~visible_BST, float("-inf")).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Context parallelism in one process: who holds which positions. Its gradients are in tests/parallel."""
+"""Context parallelism in one process: which rank holds which positions. Its gradients are in tests/parallel."""
 
 from dataclasses import dataclass
 
@@ -12,37 +12,39 @@ from looplm.model.attention import document_mask
 
 @dataclass(frozen=True)
 class Rank:
-    """Stands in for a process group, seen from one of its ranks."""
+    """A fake process group, seen from one of its ranks."""
 
-    place: int
+    index: int
     ranks: int
 
     def rank(self) -> int:
-        return self.place
+        return self.index
 
     def size(self) -> int:
         return self.ranks
 
 
 def group_of(ranks: int) -> list[Rank]:
-    return [Rank(place, ranks) for place in range(ranks)]
+    return [Rank(index, ranks) for index in range(ranks)]
 
 
 def documents(length: int) -> torch.Tensor:
-    """[S, 2]: one sample of three documents, one of a single one."""
+    """Return start positions [S, 2]: a sample of three documents and a sample of one."""
     starts = torch.zeros(length, 2, dtype=torch.int64)
     starts[3:, 0], starts[length - 5 :, 0] = 3, length - 5
     return starts
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_what_is_dealt_can_be_put_back(ranks, monkeypatch):
+def test_gather_inverts_shard(ranks, monkeypatch):
     whole = torch.randn(8 * ranks, 2, 3)
-    held = [context_parallel.deal(whole, rank) for rank in group_of(ranks)]
-    monkeypatch.setattr(context_parallel, "gather_from_sequence_parallel_region", lambda mine, group: torch.cat(held))
+    shards = [context_parallel.shard(whole, rank) for rank in group_of(ranks)]
+    monkeypatch.setattr(context_parallel, "gather_from_sequence_parallel_region", lambda mine, group: torch.cat(shards))
     for rank in group_of(ranks):
-        assert torch.equal(context_parallel.restore(held[rank.place], rank), whole)
-        assert torch.equal(context_parallel.deal(whole.transpose(0, 1), rank, dim=1), held[rank.place].transpose(0, 1))
+        assert torch.equal(context_parallel.gather(shards[rank.index], rank), whole)
+        assert torch.equal(
+            context_parallel.shard(whole.transpose(0, 1), rank, dim=1), shards[rank.index].transpose(0, 1)
+        )
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -68,14 +70,14 @@ def test_spans_are_consecutive_and_see_no_later_key(ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_ranks_document_mask_is_its_rows_of_the_whole_one(ranks):
+def test_a_ranks_document_mask_is_its_rows_of_the_whole_mask(ranks):
     starts = documents(8 * ranks)
     whole = document_mask(starts, torch.float32)
     for rank in group_of(ranks):
-        mine = document_mask(context_parallel.deal(starts, rank), torch.float32, rank)
-        assert torch.equal(mine, context_parallel.deal(whole, rank, dim=2))
+        mine = document_mask(context_parallel.shard(starts, rank), torch.float32, rank)
+        assert torch.equal(mine, context_parallel.shard(whole, rank, dim=2))
 
 
-def test_a_sequence_that_cannot_be_dealt_is_refused():
+def test_a_sequence_that_cannot_be_sharded_is_refused():
     with pytest.raises(RuntimeError):
-        context_parallel.deal(torch.zeros(10, 1), Rank(0, 2))
+        context_parallel.shard(torch.zeros(10, 1), Rank(0, 2))

@@ -1,16 +1,16 @@
-"""The CPU adapter, and leaving it."""
+"""The CPU adapter, and switching it off."""
 
 import pytest
 import torch
 
-from looplm.megatron import device
+from looplm.megatron import device, patches
 
 on_cpu = pytest.mark.skipif(device.HAS_CUDA, reason="the adapter changes nothing on CUDA")
 
 
 @on_cpu
-def test_the_adapter_can_be_left_for_a_while() -> None:
-    device.install()
+def test_the_adapter_can_be_switched_off_for_a_while() -> None:
+    patches.install()
     assert torch.zeros(1, device="cuda").device.type == "cpu"
     with device.adapter_off():
         with device.adapter_off(), pytest.raises((RuntimeError, AssertionError)):
