@@ -1,9 +1,9 @@
-"""The looped language model in plain torch: what the product is measured against, and the shortest way to learn it.
+"""The looped language model in one file of plain torch: the shortest way to learn it, and the oracle of the tests.
 
-Written from the papers' formulas and independent of the product: nothing here imports looplm or Megatron, and autograd
-alone makes the gradients. Parameters come as one flat dict under the names of the product's state dict, so the same
-tensors drive both sides and the gradient of each parameter is compared by name. Configs are duck typed: anything with
-the attributes of `ModelConfig` and `GateConfig` will do.
+It is written from the papers' formulas and independent of the product: nothing here imports looplm or Megatron, and
+autograd alone computes the gradients. Parameters come as one flat dict under the names of the product's state dict, so
+the same tensors drive both sides and the gradient of each parameter is compared by name. Configs are duck typed:
+anything with the attributes of `ModelConfig` and `GateConfig` will do.
 
     ids_BS ─embed─▶ h_SBD ─┬─▶ L layers ─▶ norm ─▶ h_SBD ─┬─ head ─▶ cross-entropy_SB ─┐  loop r
                            └──── R times, same weights ◀──┴─ gate ─▶ exit logit_SB ────┴─▶ sum_r p_r ce_r - beta H(p)
@@ -28,9 +28,6 @@ from torch import Tensor, nn
 Params = Mapping[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------- the model
-
-
 class Output(NamedTuple):
     hidden: tuple[Tensor, ...]  # R tensors [S, B, D]: the hidden state after each loop's norm
     gate_logit_RSB: Tensor
@@ -45,9 +42,9 @@ def forward(
     document_start_SB: Tensor | None = None,
     fused_attention: bool = False,
 ) -> Output:
-    """The whole model: embed, run the shared stack R times, ask the gate after each loop.
+    """Embed, run the shared stack R times, ask the gate after each loop.
 
-    `num_loops` runs fewer or more than the R of the config; the gate goes on as it was trained, for R.
+    `num_loops` runs fewer or more loops than the config's R; the gate still computes for R, as it was trained.
     """
     layers = [scope(params, f"decoder.layers.{i}.") for i in range(cfg.num_layers)]
     gate = scope(params, "gate.")
@@ -66,12 +63,12 @@ def forward(
 
 
 def head_weight(params: Params, cfg: Any) -> Tensor:
-    """[V, D]: a matrix of its own, or the embedding again when tied."""
+    """Return the head's matrix [V, D]: its own, or the embedding when tied."""
     return params["embedding.word_embeddings.weight" if cfg.tie_embeddings else "output_layer.weight"]
 
 
 def block(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor:
-    """x + norm_b(attention(norm_a(x))), then x + norm_d(mlp(norm_c(x))); b and d only with sandwich norms."""
+    """Return x + norm_b(attention(norm_a(x))), then x + norm_d(mlp(norm_c(x))); b and d only with sandwich norms."""
     attention = latent_attention if cfg.attention == "mla" else grouped_attention
     normed_SBD = rms_norm(x_SBD, p["input_layernorm.weight"], cfg.norm_eps)
     y_SBD = attention(scope(p, "self_attention."), cfg, normed_SBD, view)
@@ -91,12 +88,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(p: Params, x_SBD: Tensor) -> Tensor:
-    """silu(W_gate x) * W_up x, both halves in one matrix, gate rows first."""
+    """Return W_down (silu(W_gate x) * W_up x); gate and up are one matrix, gate rows first."""
     gate_SBF, up_SBF = F.linear(x_SBD, p["linear_fc1.weight"]).chunk(2, dim=-1)
     return F.linear(F.silu(gate_SBF) * up_SBF, p["linear_fc2.weight"])
-
-
-# ----------------------------------------------------------------------------------------------------------- attention
 
 
 def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor:
@@ -113,7 +107,7 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     kv = F.linear(rms_norm(latent_SBC, p["kv_layernorm.weight"], cfg.norm_eps), p["linear_kv_up_proj.weight"])
     k_nope, v_SBHK = kv.unflatten(-1, (heads, nope + cfg.v_head_dim)).split([nope, cfg.v_head_dim], dim=-1)
 
-    # DeepSeek pairs neighbouring channels (0,1), (2,3), ...: de-interleave them, then rotate halves.
+    # DeepSeek pairs neighboring channels (0,1), (2,3), ...: de-interleave them, then rotate halves.
     q_rope = rotate(evens_then_odds(q_rope), view)
     k_rope = rotate(evens_then_odds(k_rope[:, :, None]), view).expand_as(q_rope)
     y_SBHK = attend(torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v_SBHK, view)
@@ -135,12 +129,12 @@ def grouped_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tenso
 
 
 class View(NamedTuple):
-    """What the tokens know about places: the angle of their own, and which others they may look at."""
+    """Positions and mask for one forward call: each token's rotation angles, and which tokens it may attend to."""
 
     cos_SK: Tensor
     sin_SK: Tensor
     visible_BSS: Tensor  # True where query i may see key j; B is 1 when documents do not differ by sample
-    packed: bool  # whether samples hold several documents, so that causality alone is not enough
+    packed: bool  # samples hold several documents, so that a causal mask is not enough
     fused: bool  # scaled_dot_product_attention in place of the explicit softmax
 
     @classmethod
@@ -149,7 +143,7 @@ class View(NamedTuple):
         place_S = torch.arange(ids_BS.shape[1], device=ids_BS.device, dtype=torch.float64)
         period = (
             cfg.qk_rope_period if cfg.attention == "mla" else None
-        ) or width  # several keys side by side: each anew
+        ) or width  # of one of several keys side by side
         speed_K = cfg.rope_base ** (-torch.arange(0, period, 2, device=ids_BS.device, dtype=torch.float64) / period)
         speed_K = speed_K.repeat(width // period)
         angle_SK, packed = torch.outer(place_S, speed_K), document_start_SB is not None
@@ -157,7 +151,7 @@ class View(NamedTuple):
 
 
 def visible(place_S: Tensor, document_start_SB: Tensor | None = None) -> Tensor:
-    """[B, S, S]: j <= i, and j in i's document, which is known by the place of its first token."""
+    """Return [B, S, S]: True if j <= i and j is in i's document, which is known by the index of its first token."""
     causal_1SS = (place_S[:, None] >= place_S)[None]
     if document_start_SB is None:
         return causal_1SS
@@ -166,7 +160,7 @@ def visible(place_S: Tensor, document_start_SB: Tensor | None = None) -> Tensor:
 
 
 def rotate(x_SBHK: Tensor, view: View) -> Tensor:
-    """Turns the pair (x_k, x_{k+K/2}) of the token at place i by the angle i * base^(-2k/K)."""
+    """Rotate the pair (x_k, x_{k+K/2}) of the token at position i by the angle i * base^(-2k/K)."""
     cos, sin = (t.to(x_SBHK.dtype)[:, None, None] for t in (view.cos_SK, view.sin_SK))
     first, second = x_SBHK.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -177,10 +171,10 @@ def evens_then_odds(x: Tensor) -> Tensor:
 
 
 def attend(q_SBHK: Tensor, k_SBHK: Tensor, v_SBHK: Tensor, view: View) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over the visible tokens, head by head."""
+    """Return softmax(q k^T / sqrt(K)) v over the visible tokens, head by head."""
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBHK, k_SBHK, v_SBHK))  # [B, H, S, K]
     if view.fused:
-        # The flash kernel wants one width for q, k and v; padding v with zeros is exact and faster than going without.
+        # The flash kernel needs one width for q, k and v; padding v with zeros is exact and faster than another kernel.
         padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
         mask = view.visible_BSS[:, None] if view.packed else None
         y = F.scaled_dot_product_attention(q, k, padded, attn_mask=mask, is_causal=mask is None)[..., : v.shape[-1]]
@@ -191,26 +185,25 @@ def attend(q_SBHK: Tensor, k_SBHK: Tensor, v_SBHK: Tensor, view: View) -> Tensor
     return y.permute(2, 0, 1, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------- exit gate
-
-
 def exit_gate(
     p: Params, gate_cfg: Any, h_SBD: Tensor, state_SBZ: Tensor | None, loop: int, num_loops: int, visible_BSS: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The exit logit a_r [S, B] after loop `loop` (counted from 0) and the state that travels to the next loop.
+    """Return the exit logit a_r [S, B] after loop `loop` (counted from 0) and the state that travels to the next loop.
 
-    Linear: a = w h + b. LRU: a recurrent unit over loops, z_r = GRU(W_u h_r, z_{r-1}), a = w z + b, plus at will a
-    reading of the running mean of z over the document so far, plus the offset logit(1 / (loops left)) that makes an
-    untrained gate (w = b = 0) leave after each loop with the same probability 1/R.
+    linear: a = w h + b.
+    lru: a recurrent unit over loops, z_r = GRU(W_u h_r, z_{r-1}), a = w z + b, optionally plus a readout of the running
+    mean of z over the document so far.
+    lru adds the offset logit(1 / (loops left)), so that an untrained gate (w = b = 0) leaves after each loop
+    with the same probability 1/R.
     """
     h_SBD, p = h_SBD.to(at_least_fp32(h_SBD)), {name: t.to(at_least_fp32(t)) for name, t in p.items()}
+    readout = p["readout.weight"], p["readout.bias"]
     if gate_cfg.kind == "linear":
-        return F.linear(h_SBD, p["readout.weight"], p["readout.bias"]).squeeze(-1), None
-
+        return F.linear(h_SBD, *readout).squeeze(-1), None
     u_SBZ = F.linear(h_SBD, p["input_proj.weight"])
     state_SBZ = torch.zeros_like(u_SBZ) if state_SBZ is None else state_SBZ
     state_SBZ = gru_cell(scope(p, "cell."), u_SBZ, state_SBZ)
-    logit_SB = F.linear(state_SBZ, p["readout.weight"], p["readout.bias"]).squeeze(-1)
+    logit_SB = F.linear(state_SBZ, *readout).squeeze(-1)
     if gate_cfg.sequence_level:
         seen_BSS = visible_BSS.to(state_SBZ.dtype).expand(h_SBD.shape[1], -1, -1)
         mean_SBZ = torch.einsum("bij,jbz->ibz", seen_BSS / seen_BSS.sum(-1, keepdim=True), state_SBZ)
@@ -229,7 +222,7 @@ def gru_cell(p: Params, u: Tensor, z: Tensor) -> Tensor:
 
 
 def exit_distribution(gate_logit_RSB: Tensor) -> Tensor:
-    """p_r = lambda_r * prod_{j<r} (1 - lambda_j), lambda = sigmoid(logit); the last loop takes what remains."""
+    """Return p_r = lambda_r * prod_{j<r} (1 - lambda_j), lambda = sigmoid(logit); the last loop takes the rest."""
     survival_SB, p = torch.ones_like(gate_logit_RSB[0]), []
     for logit_SB in gate_logit_RSB[:-1]:
         p.append(survival_SB * torch.sigmoid(logit_SB))
@@ -242,7 +235,7 @@ def entropy(p_RSB: Tensor) -> Tensor:
 
 
 def q_exit(p_RSB: Tensor, threshold: float) -> Tensor:
-    """Depth [S, B], counted from 1: the first loop by which the exit mass reaches the threshold; all R at 1. Slow."""
+    """Return the depth [S, B] from 1: the first loop by which the exit mass reaches the threshold, R at 1. Slow."""
     depths = []
     for p_R in p_RSB.flatten(1).T.tolist():
         reached = [depth for depth, mass in enumerate(accumulate(p_R), start=1) if mass >= threshold]
@@ -250,11 +243,8 @@ def q_exit(p_RSB: Tensor, threshold: float) -> Tensor:
     return torch.tensor(depths).view(p_RSB.shape[1:])
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
-
-
 def token_losses(hidden_SBD: Tensor, weight_VD: Tensor, labels_SB: Tensor) -> Tensor:
-    """Cross-entropy [S, B] of each token through the whole matrix of logits [S, B, V]."""
+    """Return the cross-entropy [S, B] of each token, from the whole matrix of logits [S, B, V]."""
     logits_SBV = F.linear(hidden_SBD, weight_VD)
     logits_SBV = logits_SBV.to(at_least_fp32(logits_SBV))
     return F.cross_entropy(logits_SBV.flatten(0, 1), labels_SB.flatten(), reduction="none").view_as(labels_SB)
@@ -267,7 +257,7 @@ def entropy_regularised_loss(
     mask_SB: Tensor | None = None,
     prior_R: Tensor | None = None,
 ) -> Tensor:
-    """Stage 1: expected loss under the exit distribution, minus beta H(p), or plus beta KL(p || prior)."""
+    """Return stage 1's loss: the expected loss under the exit distribution - beta H(p), or + beta KL(p || prior)."""
     p_RSB = exit_distribution(gate_logit_RSB)
     if prior_R is None:
         penalty_SB = -entropy(p_RSB)
@@ -284,9 +274,10 @@ def adaptive_gate_loss(
     mask_SB: Tensor | None = None,
     target: str = "paper",
 ) -> Tensor:
-    """Stage 2: go on where one more loop still helps. w_t, t = 2..R, tells how much loop t improved on loop t - 1.
+    """Return stage 2's loss: continue where one more loop still helps.
 
-    "paper" trains lambda_t on it, as printed; "next" trains lambda_{t-1}, which decides whether loop t is run at all.
+    w_t, t = 2..R, says how much loop t improved on loop t - 1. "paper" trains lambda_t on it, as printed; "next" trains
+    lambda_{t-1}, which decides whether loop t is run at all.
     """
     loops = token_loss_RSB.shape[0]
     total_SB = torch.zeros_like(token_loss_RSB[0])
@@ -294,7 +285,7 @@ def adaptive_gate_loss(
         improvement_SB = (token_loss_RSB[t - 1] - token_loss_RSB[t]).clamp(min=0).detach()
         w_SB = torch.sigmoid(slope * (improvement_SB - threshold))
         logit_SB = gate_logit_RSB[t if target == "paper" else t - 1]
-        # 1 - lambda = sigmoid(-logit): binary cross-entropy of going on against w.
+        # Binary cross-entropy between the continue probability, 1 - lambda = sigmoid(-logit), and w.
         total_SB = total_SB - w_SB * F.logsigmoid(-logit_SB) - (1 - w_SB) * F.logsigmoid(logit_SB)
     return masked_mean(total_SB / loops, mask_SB)
 
@@ -305,18 +296,15 @@ def geometric_prior(num_loops: int, rate: float) -> Tensor:
 
 
 def masked_mean(x_SB: Tensor, mask_SB: Tensor | None) -> Tensor:
-    """Mean over the tokens with mask 1; zero when there is none."""
+    """Return the mean over the tokens with mask 1; zero if there are no such tokens."""
     if mask_SB is None:
         return x_SB.mean()
     mask_SB = mask_SB.to(x_SB.dtype)
     return (x_SB * mask_SB).sum() / mask_SB.sum().clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------- parameters
-
-
 class ReferenceLM(nn.Module):
-    """The model as a module that owns its parameters, under the product's names, and computes the stage-1 loss."""
+    """A module that owns the parameters, under the product's names, and computes stage 1's loss."""
 
     def __init__(self, cfg: Any, gate_cfg: Any, fused_attention: bool = True) -> None:
         super().__init__()
@@ -348,7 +336,7 @@ class ReferenceLM(nn.Module):
 
 
 def parameter_shapes(cfg: Any, gate_cfg: Any) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model by name. The number of loops is nowhere in it."""
+    """Return the shape of every parameter by name. The number of loops is in none."""
     d, f, v, heads = cfg.hidden_size, cfg.ffn_hidden_size, cfg.vocab_size, cfg.num_attention_heads
     if cfg.attention == "mla":
         c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
@@ -374,14 +362,12 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> dict[str, tuple[int, ...]]:
     layer = {f"{norm}.weight": (d,) for norm in norms} | {f"self_attention.{n}": s for n, s in attention.items()}
     layer |= {"mlp.linear_fc1.weight": (2 * f, d), "mlp.linear_fc2.weight": (d, f)}
 
-    z = gate_cfg.state_size
-    gate: dict[str, tuple[int, ...]] = {"readout.weight": (1, d), "readout.bias": (1,)}
+    z, read = gate_cfg.state_size, {"linear": d, "lru": gate_cfg.state_size}[gate_cfg.kind]
+    gate: dict[str, tuple[int, ...]] = {"readout.weight": (1, read), "readout.bias": (1,)}
     if gate_cfg.kind == "lru":
-        gate |= {"input_proj.weight": (z, d), "readout.weight": (1, z)}
-        gate |= {"cell.weight_ih": (3 * z, z), "cell.weight_hh": (3 * z, z)}
+        gate |= {"input_proj.weight": (z, d), "cell.weight_ih": (3 * z, z), "cell.weight_hh": (3 * z, z)}
         gate |= {"cell.bias_ih": (3 * z,), "cell.bias_hh": (3 * z,)}
-        if gate_cfg.sequence_level:
-            gate["sequence_readout.weight"] = (1, z)
+        gate |= {"sequence_readout.weight": (1, z)} if gate_cfg.sequence_level else {}
 
     shapes = {"embedding.word_embeddings.weight": (v, d), "decoder.final_layernorm.weight": (d,)}
     shapes |= {f"decoder.layers.{i}.{name}": shape for i in range(cfg.num_layers) for name, shape in layer.items()}
@@ -394,7 +380,7 @@ def mha_head_dim(cfg: Any) -> int:
 
 
 def scope(params: Params, prefix: str) -> Params:
-    """The parameters below a prefix, with the prefix taken off."""
+    """Return the parameters below a prefix, without the prefix."""
     return {name.removeprefix(prefix): t for name, t in params.items() if name.startswith(prefix)}
 
 

@@ -5,10 +5,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
-from torch import nn
 
 from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.model import LoopLM
+from looplm.parameters import decayed_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -62,15 +62,12 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: Pa
         use_distributed_optimizer=layout.distributed_optimizer,
         fp8_recipe=model_config.fp8_recipe if model_config.fp8 else None,
     )
-    spared = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=spared_by_weight_decay))
+    decayed = decayed_names(ddp.module.model_config, ddp.module.gate_config)
+    spares = ParamWithNamePredicate("no_weight_decay", lambda _, name: name.removeprefix("module.") not in decayed)
+    spared = ParamKey(with_name_predicate=spares)
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})
     model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
-
-
-def spared_by_weight_decay(parameter: nn.Parameter, name: str) -> bool:
-    """Return True for norms and biases, which are vectors, and for the gate, which must be free to leave its prior."""
-    return parameter.dim() == 1 or ".gate." in f".{name}"
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:

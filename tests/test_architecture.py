@@ -13,8 +13,9 @@ MAX_LINES = 400
 # Top to bottom as in docs/architecture.md: a module belongs to the row that has the longest prefix of its name.
 ROWS = (
     ("looplm.cli", "looplm.bounds", "looplm.files", "looplm.chat"),
-    ("looplm.config",),
+    ("looplm.config.model", "looplm.config.parallel", "looplm.config.engine"),
     ("looplm.parameters", "looplm.accounting", "looplm.reference"),
+    ("looplm.config",),
     ("looplm.megatron",),
     ("looplm.model",),
     ("looplm.checkpoint",),

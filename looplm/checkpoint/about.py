@@ -13,6 +13,7 @@ import yaml
 
 from looplm.cli import UserError, from_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
+from looplm.config.model import foreign_keys
 from looplm.files import sha256_of
 
 FORMAT_VERSION = 2  # of the checkpoints that this release writes; _upgrade reads older ones
@@ -154,20 +155,10 @@ def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
 
     A null that stands for a derived number is replaced by that number.
     """
-    values, ignored = dataclasses.asdict(config), set(CHANGEABLE)
-    if isinstance(config, GateConfig):
-        ignored |= set() if config.kind == "lru" else {"state_size"}
-    elif config.attention == "mha":
+    values = dataclasses.asdict(config)
+    if isinstance(config, ModelConfig):
         values |= {"num_query_groups": config.query_groups, "head_dim": config.attention_head_dim}
-        ignored |= {
-            "q_lora_rank",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "qk_rope_period",
-            "v_head_dim",
-        }
-    return {key: value for key, value in values.items() if key not in ignored}
+    return {key: value for key, value in values.items() if key not in CHANGEABLE | foreign_keys(config)}
 
 
 def _release(number: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ engine.py    backend and matmul precision of the linear layers
 run.py       loss, optimizer, data, checkpoints, logging, and the run that holds them all
 """
 
-from looplm.config.engine import EMULATED, EngineConfig, Recipe, linear_widths
+from looplm.config.engine import EMULATED, EngineConfig, Recipe
 from looplm.config.model import GateConfig, ModelConfig
 from looplm.config.parallel import ParallelConfig, Recompute
 from looplm.config.run import (
@@ -36,5 +36,4 @@ __all__ = [
     "Recipe",
     "Recompute",
     "RunConfig",
-    "linear_widths",
 ]

@@ -25,12 +25,12 @@ hide tensor parallelism's messages behind the products: Megatron-core supports t
 Ouro's size fits on one GPU.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from looplm.bounds import at_least, check_bounds, positive
 from looplm.cli import require
-from looplm.config.model import ModelConfig
 from looplm.config.parallel import ParallelConfig
 
 Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
@@ -100,16 +100,19 @@ class EngineConfig:
         """Return True if layer ``layer`` (from 0, over the whole stack) keeps its linear layers in bf16."""
         return layer < self.first_layers_bf16 or layer >= num_layers - self.last_layers_bf16
 
-    def check(self, model: ModelConfig, layout: ParallelConfig, tokens: int, frozen: bool) -> None:
+    def check(
+        self, num_layers: int, widths: Mapping[str, int], layout: ParallelConfig, tokens: int, frozen: bool
+    ) -> None:
         """Raise a :class:`UserError` if these keys do not go with the model or the layout.
 
         Args:
-            model: the model that the linear layers are in.
+            num_layers: layers of the stack.
+            widths: sides of a block's matrices on one rank, by what they come from.
             layout: the parallel layout.
             tokens: tokens of a micro-batch: sequence length times sequences.
             frozen: True if the trunk is frozen (the gate's stage).
         """
-        layers, recompute = model.num_layers // layout.pipeline, layout.recompute
+        layers, recompute = num_layers // layout.pipeline, layout.recompute
         for key in ("first_layers_bf16", "last_layers_bf16"):
             kept = getattr(self, key)
             require(kept <= layers, f"engine.{key}", kept, f"a pipeline rank has {layers} layers")
@@ -128,35 +131,13 @@ class EngineConfig:
         fix = "it needs parallel.distributed_optimizer=true"
         require(sharded or not self.fp8_params, "engine.fp8_params", True, fix)
         if self.real_fp8:
-            self._check_sizes(model, layout, tokens)
+            self._check_sizes(widths, layout, tokens)
 
-    def _check_sizes(self, model: ModelConfig, layout: ParallelConfig, tokens: int) -> None:
+    def _check_sizes(self, widths: Mapping[str, int], layout: ParallelConfig, tokens: int) -> None:
         unit, recipe = 32 if self.fp8_recipe == "mxfp8" else 16, f"engine.fp8_recipe={self.fp8_recipe}"
-        for key, width in linear_widths(model, layout.tensor).items():
+        for key, width in widths.items():
             fix = f"{recipe} multiplies in multiples of {unit} (after parallel.tensor={layout.tensor})"
             require(width % unit == 0, key, width, fix)
         own = tokens // (layout.context * (layout.tensor if layout.sequence_parallel else 1))
         fix = f"{recipe} needs a multiple of {unit} tokens per rank"
         require(own % unit == 0, "data.seq_length x micro_batch_size", own, fix)
-
-
-def linear_widths(model: ModelConfig, tensor: int) -> dict[str, int]:
-    """Return the side lengths of a block's matrices on one of ``tensor`` ranks, by config key."""
-    heads = model.num_attention_heads // tensor
-    widths = {"model.hidden_size": model.hidden_size, "model.ffn_hidden_size": model.ffn_hidden_size // tensor}
-    if model.attention == "mha":
-        groups = model.query_groups // tensor
-        return {
-            **widths,
-            "model.num_attention_heads x head_dim": heads * model.attention_head_dim,
-            "(num_attention_heads + 2 x num_query_groups) x head_dim": (heads + 2 * groups) * model.attention_head_dim,
-        }
-    widths |= {
-        "model.num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)": heads * model.attention_head_dim,
-        "model.num_attention_heads x (qk_nope_head_dim + v_head_dim)": heads
-        * (model.qk_nope_head_dim + model.v_head_dim),
-        "model.num_attention_heads x v_head_dim": heads * model.v_head_dim,
-        "model.kv_lora_rank": model.kv_lora_rank,
-        "model.kv_lora_rank + qk_rope_head_dim": model.kv_lora_rank + model.qk_rope_head_dim,
-    }
-    return widths if model.q_lora_rank is None else {**widths, "model.q_lora_rank": model.q_lora_rank}

@@ -1,10 +1,56 @@
 """The looped transformer and its exit gate in numbers; also stored with every checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 from looplm.bounds import at_least, check_bounds, positive
 from looplm.cli import require
+
+Variant = TypeVar("Variant")
+
+
+# Keys that only one kind of attention or of gate reads.
+ATTENTION_KEYS = {
+    "mla": ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
+    "mha": ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"),
+}
+GATE_KEYS = {"lru": ("state_size", "sequence_level"), "linear": ()}
+
+
+def chosen(variants: Mapping[str, Variant], key: str, kind: str) -> Variant:
+    """Return the variant named ``kind``.
+
+    Raises:
+        ValueError: ``variants`` has no such kind; the message names ``key`` and the kinds there are.
+    """
+    if kind not in variants:
+        raise ValueError(f"{key}: {kind!r} is unknown here; known are {', '.join(variants)}")
+    return variants[kind]
+
+
+class AttentionWidths(NamedTuple):
+    """Widths of one layer's attention, the same terms for every kind of attention.
+
+    Args:
+        key_heads: heads of keys and of values that the core attends with.
+        query_key: width of a query or key head.
+        value: width of a value head.
+        rotary: width of the rotated part of a head.
+        latents: widths of the normalized latents; empty without latents.
+        projected: width of the inputs that tensor-parallel ranks gather for queries, keys and values.
+        cached: values that a cache keeps of one token.
+        summary: what the cache keeps, in words.
+    """
+
+    key_heads: int
+    query_key: int
+    value: int
+    rotary: int
+    latents: tuple[int, ...]
+    projected: int
+    cached: int
+    summary: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +119,7 @@ class ModelConfig:
             whole = self.rope_period % 2 == 0 and rope % self.rope_period == 0
             fix = f"give null or an even divisor of model.qk_rope_head_dim={rope}"
             require(whole, "model.qk_rope_period", self.qk_rope_period, fix)
-            for key in ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"):
+            for key in ATTENTION_KEYS["mha"]:
                 value = getattr(self, key)
                 require(value in (None, False), f"model.{key}", value, "only model.attention=mha has it; leave it out")
             return
@@ -102,16 +148,28 @@ class ModelConfig:
         return self.qk_rope_period or self.qk_rope_head_dim
 
     @property
-    def tensor_parallel_widths(self) -> dict[str, int]:
-        """Widths that tensor-parallel ranks divide among themselves, by config key."""
-        groups = {"model.num_query_groups": self.query_groups} if self.attention == "mha" else {}
-        keys = ("num_attention_heads", "ffn_hidden_size", "vocab_size")
-        return {**{f"model.{key}": getattr(self, key) for key in keys}, **groups}
-
-    @property
     def query_groups(self) -> int:
         """Key-value heads (mha)."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def attention_widths(self) -> AttentionWidths:
+        """Widths of one layer's attention."""
+        width, groups = self.attention_head_dim, self.query_groups
+        if self.attention == "mha":
+            cached, summary = 2 * groups * width, f"{groups} for keys and values"
+            return AttentionWidths(groups, width, width, width, (), self.hidden_size, cached, summary)
+        query, latent, rotary = self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim
+        return AttentionWidths(
+            key_heads=self.num_attention_heads,
+            query_key=width,
+            value=self.v_head_dim,
+            rotary=rotary,
+            latents=(latent,) if query is None else (latent, query),
+            projected=(query or self.hidden_size) + latent + rotary,
+            cached=latent + rotary,
+            summary=f"a latent of {latent}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +186,23 @@ class GateConfig:
     state_size: int = positive(64)
     sequence_level: bool = False
 
+    @property
+    def starts_uniform(self) -> bool:
+        """True if a constant in the logits makes the untrained gate the uniform prior over the loops."""
+        return self.kind != "linear"
+
     def __post_init__(self) -> None:
         check_bounds(self, "gate")
         averages = self.kind == "lru" or not self.sequence_level
         require(averages, "gate.sequence_level", True, "only gate.kind=lru has a state to average; leave it false")
+
+
+def foreign_keys(config: ModelConfig | GateConfig) -> set[str]:
+    """Return the keys that only other kinds of attention or of gate read."""
+    if isinstance(config, GateConfig):
+        return _keys_of_others(GATE_KEYS, config.kind)
+    return _keys_of_others(ATTENTION_KEYS, config.attention)
+
+
+def _keys_of_others(keys: Mapping[str, tuple[str, ...]], own: str) -> set[str]:
+    return {key for kind in keys if kind != own for key in keys[kind]}

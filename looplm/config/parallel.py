@@ -75,24 +75,24 @@ class ParallelConfig:
         even = (num_layers - sum(named.values())) // others if others else 0
         return [named.get(rank, even) for rank in range(self.pipeline)]
 
-    def check(self, widths: Mapping[str, int], seq_length: int, num_layers: int, mla: bool, tied: bool) -> None:
+    def check(self, units: Mapping[str, int], seq_length: int, num_layers: int, replicated: bool, tied: bool) -> None:
         """Raise a :class:`UserError` that names the nearest legal layout if the model cannot have this one.
 
         Args:
-            widths: sizes that tensor parallelism divides, by config key.
+            units: numbers that the tensor-parallel size must divide, by config key.
             seq_length: tokens of a sample, which context and sequence parallelism divide.
             num_layers: layers of the stack, which the pipeline divides.
-            mla: True for multi-head latent attention.
+            replicated: True if every tensor-parallel rank holds some matrices whole, as with mla.
             tied: True if embedding and head are one matrix.
         """
-        divided = {**widths, "data.seq_length": seq_length} if self.sequence_parallel else widths
+        divided = {**units, "data.seq_length": seq_length} if self.sequence_parallel else units
         legal = _largest_divisor(self.tensor, divided.values())
         for name, value in divided.items():
             fix = f"it must divide {name}={value}; the nearest legal value is {legal}"
             require(value % self.tensor == 0, "parallel.tensor", self.tensor, fix)
         # Without it the gradients of MLA's down projections are wrong in Megatron-core: local_layers.ReplicatedLinear.
         fix = "mla with parallel.tensor > 1 needs it; leave it null or take model.attention=mha"
-        require(not mla or self.tensor == 1 or self.sequence_parallel, "parallel.sequence", False, fix)
+        require(not replicated or self.tensor == 1 or self.sequence_parallel, "parallel.sequence", False, fix)
         self._check_pipeline(num_layers)
         fix = "embedding and head are on different pipeline ranks; untie them or take parallel.pipeline=1"
         require(self.pipeline == 1 or not tied, "model.tie_embeddings", True, fix)

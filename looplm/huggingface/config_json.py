@@ -1,10 +1,11 @@
-"""``config.json`` in our terms, and ours in its: what a Hugging Face directory says of its model.
+"""``config.json`` of a Hugging Face directory, to and from our configuration.
 
-Two layouts. ``ouro`` is that of the released Ouro models, keys and all: plain or grouped attention, sandwich norms, the
-linear gate, a head of its own. ``looplm`` is ours and holds any model; its code travels with it.
+There are two Hugging Face layouts. ``ouro`` is that of the released Ouro models with all its keys: multi-head or
+grouped attention, sandwich norms, the linear gate, an untied head. ``looplm`` is ours and holds any model; its code
+travels with it.
 
-A key that would change what the model computes, in a way that ours cannot, is refused. A key that we do not know is
-carried: :func:`merge_changes` changes nothing in a ``config.json`` but what has changed since it was read.
+A key that changes what the model computes, in a way that ours cannot, is refused. An unknown key is kept:
+:func:`merge_changes` changes only those entries of a ``config.json`` that have changed since it was read.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from looplm.config import GateConfig, ModelConfig
 OURO, LOOPLM = "ouro", "looplm"
 CONFIG = "config.json"
 
-# Where a key of ours stands. Both layouts have those of the first table.
+# Our keys and theirs. Both layouts have the keys of the first table; only looplm has those of the others.
 _MODEL_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -39,7 +40,7 @@ _MODEL_KEYS = {
     "init_std": "initializer_range",
     "embedding_init_std": "embedding_initializer_range",
 }
-_OWN_KEYS = {
+_LOOPLM_KEYS = {
     "attention": "attention",
     "qkv_bias": "qkv_bias",
     "qk_norm": "qk_norm",
@@ -51,11 +52,17 @@ _OWN_KEYS = {
     "qk_rope_period": "qk_rope_period",
     "v_head_dim": "v_head_dim",
 }
-_GATE_KEYS = {"kind": "early_exit_gate", "state_size": "gate_state_size", "sequence_level": "gate_sequence_level"}
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")  # fmt: skip
+_GATE_KEYS = {
+    field.name: "early_exit_gate" if field.name == "kind" else f"gate_{field.name}"
+    for field in dataclasses.fields(GateConfig)
+}
+_REQUIRED = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "max_position_embeddings",
+]
 
-# The values with which these keys say nothing that ours would not do; other ones are refused. Absent is as null.
-_ONLY: dict[str, tuple[object, ...]] = {
+# Keys that our models cannot vary, with the values they may have; the first is ours. A missing key counts as null.
+_FIXED: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -64,12 +71,11 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
-# Ouro's code is ByteDance's and is not copied here: a config of our own making names its repository.
-_OURO_CODE = "ByteDance/Ouro-1.4B--"
+# Ouro's code is ByteDance's and is not copied here: a config that we write names its repository.
 _OURO_CLASSES = {
-    "AutoConfig": "configuration_ouro.OuroConfig",
-    "AutoModel": "modeling_ouro.OuroModel",
-    "AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM",
+    "AutoConfig": "ByteDance/Ouro-1.4B--configuration_ouro.OuroConfig",
+    "AutoModel": "ByteDance/Ouro-1.4B--modeling_ouro.OuroModel",
+    "AutoModelForCausalLM": "ByteDance/Ouro-1.4B--modeling_ouro.OuroForCausalLM",
 }
 _LOOPLM_CLASSES = {
     "AutoConfig": "configuration_looplm.LoopLMConfig",
@@ -78,7 +84,7 @@ _LOOPLM_CLASSES = {
 
 
 class TokenIds(NamedTuple):
-    """Of the special tokens; None where there is none."""
+    """Ids of the special tokens; None for a token that the tokenizer does not have."""
 
     bos: int | None
     eos: int | None
@@ -86,9 +92,9 @@ class TokenIds(NamedTuple):
 
 
 class HFDescription(NamedTuple):
-    """What a directory says of its model."""
+    """The model that a Hugging Face directory describes."""
 
-    layout: str
+    hf_layout: str
     model: ModelConfig
     gate: GateConfig
     gate_trained: bool
@@ -96,66 +102,63 @@ class HFDescription(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Return the JSON object in a file; raise a :class:`UserError` if it contains anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no JSON object; get the file again")
+        raise UserError(f"{path}: not a JSON object; get the file again")
     return values
 
 
 def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], where: Path) -> HFDescription:
-    """``config.json`` in our terms.
+    """Return the model that a ``config.json`` describes.
 
     Args:
-        values: of ``config.json``.
-        generation: of ``generation_config.json``, whose special tokens go before; empty where there is none.
-        where: the file, for messages.
+        values: content of ``config.json``.
+        generation: content of ``generation_config.json``, whose special tokens have precedence; empty if there is none.
+        where: path of the file, for messages.
 
     Raises:
-        UserError: it is another model than we have.
+        UserError: the model is not supported.
     """
-    layout = values.get("model_type")
-    if layout not in (OURO, LOOPLM):
-        raise UserError(f"{where}: model_type: {layout!r} is not a layout that we read; give a directory of ouro or looplm")  # fmt: skip
+    hf_layout = values.get("model_type")
+    if hf_layout not in (OURO, LOOPLM):
+        raise UserError(
+            f"{where}: model_type: {hf_layout!r} is not supported; give a directory whose model_type is ouro or looplm"
+        )
     for key in _REQUIRED:
         if values.get(key) is None:
             raise UserError(f"{where}: {key}: missing; get the file again")
-    _refuse_what_we_cannot(values, where)
-    rope = values.get("rope_parameters") or {}  # where transformers 5 writes what 4 wrote beside it
+    _refuse_unsupported(values, where)
+    rope = values.get("rope_parameters") or {}  # where transformers 5 writes the base
     values = {**values, "rope_theta": rope.get("rope_theta", values.get("rope_theta"))}
-    own = layout == LOOPLM
-    model_keys = {**_MODEL_KEYS, **_OWN_KEYS} if own else _MODEL_KEYS
-    model = _typed(ModelConfig, model_keys, values, where)
-    if not own:
-        model["attention"] = "mha"
-    if model.get("attention") == "mha":  # null where it is the default, as a recipe would have it
+    is_looplm = hf_layout == LOOPLM
+    model_keys = {**_MODEL_KEYS, **_LOOPLM_KEYS} if is_looplm else _MODEL_KEYS
+    model_values = _read_fields(ModelConfig, model_keys, values, where)
+    if not is_looplm:
+        model_values["attention"] = "mha"
+    groups, head_dim = model_values.pop("num_query_groups", None), model_values.pop("head_dim", None)
+    if model_values.get("attention") == "mha":  # null for defaults, as a recipe has it
         heads = values["num_attention_heads"]
-        model["num_query_groups"] = None if model.get("num_query_groups") == heads else model.get("num_query_groups")
-        plain = model.get("head_dim") is not None and model["head_dim"] * heads == values["hidden_size"]
-        model["head_dim"] = None if plain else model.get("head_dim")
-    else:
-        model["num_query_groups"] = model["head_dim"] = None
-    gate = _typed(GateConfig, _GATE_KEYS, values, where) if own else {"kind": "linear"}
+        model_values["num_query_groups"] = None if groups == heads else groups
+        is_default = head_dim is not None and head_dim * heads == values["hidden_size"]
+        model_values["head_dim"] = None if is_default else head_dim
+    gate_values = _read_fields(GateConfig, _GATE_KEYS, values, where) if is_looplm else {"kind": "linear"}
     try:
-        shape, its_gate = ModelConfig(**model), GateConfig(**gate)
+        model, gate = ModelConfig(**model_values), GateConfig(**gate_values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    fault = None if own else ouro_fault(shape, its_gate)
+    fault = None if is_looplm else ouro_fault(model, gate)
     if fault is not None:
-        raise UserError(f"{where}: {fault}; no released model is like that")
+        raise UserError(f"{where}: {fault}, unlike every released Ouro model; get the file again")
     ids = TokenIds(*(_token_id(values, generation, f"{name}_token_id", where) for name in TokenIds._fields))
-    return HFDescription(layout, shape, its_gate, bool(values.get("gate_trained", shape.num_loops > 1)), ids)
+    return HFDescription(hf_layout, model, gate, bool(values.get("gate_trained", model.num_loops > 1)), ids)
 
 
 def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
-    """Why a model cannot be in Ouro's layout, in words; None if it can."""
+    """Say why a model does not fit Ouro's layout; None if it does."""
     width = model.num_attention_heads * model.attention_head_dim
     faults = {
         f"model.attention={model.attention} is not mha": model.attention != "mha",
@@ -165,19 +168,20 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
         "model.qkv_bias is true": model.qkv_bias,
         "model.qk_norm is true": model.qk_norm,
         # vLLM's Ouro does not read head_dim.
-        f"model.head_dim times num_attention_heads={model.num_attention_heads} is {width}, not model.hidden_size={model.hidden_size}": width != model.hidden_size,
-    }  # fmt: skip
+        f"model.head_dim times num_attention_heads={model.num_attention_heads} is {width}, "
+        f"not model.hidden_size={model.hidden_size}": width != model.hidden_size,
+    }
     return next((fault for fault, holds in faults.items() if holds), None)
 
 
-def to_config_json(described: HFDescription, dtype: torch.dtype) -> dict[str, Any]:
-    """The inverse of :func:`from_config_json`: a whole ``config.json``."""
-    layout, model, gate, gate_trained, ids = described
-    own = layout == LOOPLM
+def to_config_json(description: HFDescription, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a complete ``config.json``: the inverse of :func:`from_config_json`."""
+    hf_layout, model, gate, gate_trained, ids = description
+    is_looplm = hf_layout == LOOPLM
     values: dict[str, Any] = {
-        "architectures": ["LoopLMForCausalLM" if own else "OuroForCausalLM"],
-        "auto_map": _LOOPLM_CLASSES if own else {key: _OURO_CODE + name for key, name in _OURO_CLASSES.items()},
-        "model_type": layout,
+        "architectures": ["LoopLMForCausalLM" if is_looplm else "OuroForCausalLM"],
+        "auto_map": _LOOPLM_CLASSES if is_looplm else _OURO_CLASSES,
+        "model_type": hf_layout,
         **{theirs: getattr(model, ours) for ours, theirs in _MODEL_KEYS.items()},
         "num_key_value_heads": model.query_groups,
         "head_dim": model.attention_head_dim if model.attention == "mha" else None,
@@ -187,8 +191,8 @@ def to_config_json(described: HFDescription, dtype: torch.dtype) -> dict[str, An
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{f"{name}_token_id": value for name, value in ids._asdict().items()},
     }
-    if own:
-        values |= {theirs: getattr(model, ours) for ours, theirs in _OWN_KEYS.items()}
+    if is_looplm:
+        values |= {theirs: getattr(model, ours) for ours, theirs in _LOOPLM_KEYS.items()}
         values |= {theirs: getattr(gate, ours) for ours, theirs in _GATE_KEYS.items()}
         return values | {"gate_trained": gate_trained}
     if model.embedding_init_std is None:
@@ -203,16 +207,16 @@ def to_config_json(described: HFDescription, dtype: torch.dtype) -> dict[str, An
     }
 
 
-def merge_changes(carried: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """A file that came with imported weights, with what has changed since.
+def merge_changes(original: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a file that came with imported weights, with what has changed since.
 
     Args:
-        carried: the file's values.
-        then: what we would have written when it was read.
-        now: what we would write.
+        original: the values of the file.
+        before: what we would have written at the import.
+        after: what we would write now.
     """
-    changed = {key: value for key, value in now.items() if key not in then or then[key] != value}
-    kept = {key: value for key, value in carried.items() if key in now or key not in then}
+    changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
+    kept = {key: value for key, value in original.items() if key in after or key not in before}
     if "rope_theta" in changed and "rope_parameters" in kept:
         kept["rope_parameters"] = {**kept["rope_parameters"], "rope_theta": changed["rope_theta"]}
     if "torch_dtype" in changed and "dtype" in kept:
@@ -220,40 +224,47 @@ def merge_changes(carried: Mapping[str, Any], then: Mapping[str, Any], now: Mapp
     return kept | changed
 
 
-def _refuse_what_we_cannot(values: Mapping[str, Any], where: Path) -> None:
-    for key, allowed in _ONLY.items():
+def _refuse_unsupported(values: Mapping[str, Any], where: Path) -> None:
+    """Raise if a key says that the model computes something that ours does not."""
+
+    def refuse(key: str, wanted: str) -> typing.NoReturn:
+        raise UserError(f"{where}: {key}: {values[key]!r} is not supported; it must be {wanted}")
+
+    for key, allowed in _FIXED.items():
         if values.get(key) not in allowed:
-            raise UserError(f"{where}: {key}: {values[key]!r} is not something our model does; it has {allowed[0]!r}")
-    kinds = values.get("layer_types") or []
-    if set(kinds) - {"full_attention"} or (kinds and len(kinds) != values["num_hidden_layers"]):
-        raise UserError(f"{where}: layer_types: {kinds!r} is not something our model does; it has full_attention in each layer")  # fmt: skip
+            refuse(key, repr(allowed[0]))
+    layer_types = values.get("layer_types") or []
+    if set(layer_types) - {"full_attention"} or len(layer_types) not in (0, values["num_hidden_layers"]):
+        refuse("layer_types", "full_attention for each layer")
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default" or any(isinstance(part, dict) for part in rope.values()):  # fmt: skip
-            raise UserError(f"{where}: {key}: {rope!r} is not something our model does; it scales no rotary positions")
+        nested = any(isinstance(part, dict) for part in rope.values())
+        if nested or rope.get("rope_type", rope.get("type", "default")) != "default":
+            refuse(key, "of type default, without scaled positions")
 
 
-def _typed(cls: type, keys: Mapping[str, str], values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The values of a dataclass of ours that are given, each of its type."""
+def _read_fields(cls: type, keys: Mapping[str, str], values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Return the fields of a dataclass that ``values`` has under the names of ``keys``; check their types."""
     hints, found = typing.get_type_hints(cls), dict[str, Any]()
-    for field in dataclasses.fields(cls):
-        value = values.get(keys.get(field.name, ""))
+    type_names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    for field, key in keys.items():
+        value = values.get(key)
         if value is None:
             continue
-        kinds = [kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if isinstance(kind, type)]
-        kind = kinds[0] if kinds else str  # a Literal names its strings
-        if kind is float and type(value) is int:
+        options = typing.get_args(hints[field]) or (hints[field],)  # of Literal["a", "b"], int | None, or int
+        choices = [option for option in options if isinstance(option, str)]
+        expected = str if choices else options[0]
+        if expected is float and type(value) is int:
             value = float(value)
-        choices = [choice for choice in typing.get_args(hints[field.name]) if isinstance(choice, str)]
-        if type(value) is not kind or (choices and value not in choices):
-            wanted = " or ".join(choices) or {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-            raise UserError(f"{where}: {keys[field.name]}: {value!r} is not allowed; it must be {wanted}")
-        found[field.name] = value
+        if type(value) is not expected or (choices and value not in choices):
+            wanted = " or ".join(choices) or type_names[expected]
+            raise UserError(f"{where}: {key}: {value!r} is not allowed; it must be {wanted}")
+        found[field] = value
     return found
 
 
 def _token_id(values: Mapping[str, Any], generation: Mapping[str, Any], key: str, where: Path) -> int | None:
-    """Of several ends of text the first."""
+    """Return the id of a special token; the first one if a text may end in several."""
     found = values.get(key) if generation.get(key) is None else generation[key]
     found = found[0] if isinstance(found, list) and found else found
     limit = values["vocab_size"]

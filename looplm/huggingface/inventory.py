@@ -1,4 +1,4 @@
-"""What a directory holds, of either kind, as a table: from headers alone, no weight is read into a model."""
+"""Describe a Hugging Face directory or a checkpoint in a table, without reading its weights."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,45 +11,45 @@ from looplm import checkpoint
 from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, step_folder
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
+from looplm.config.model import GATE_KEYS
 from looplm.huggingface.companion_files import read_description
 from looplm.huggingface.config_json import CONFIG, TokenIds, ouro_fault
 from looplm.huggingface.convert import examine
-from looplm.huggingface.names import entries
 from looplm.huggingface.weight_files import find_tensors
+from looplm.parameters import Shape, parameters
 
 Row = tuple[str, str]
 
 
 def inspect(path: Path) -> str:
-    """The table of a Hugging Face directory, a training directory, or a step directory.
-
-    Raises:
-        UserError: it is none of them.
-    """
+    """Return the table of a Hugging Face directory, a training directory, or a step directory."""
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         rows = _checkpoint(path)
     elif (path / CONFIG).is_file():
         rows = _hugging_face(path)
     else:
-        raise UserError(f"{path}: neither a Hugging Face directory ({CONFIG}) nor a checkpoint (manifest.json, checkpoints/)")  # fmt: skip
+        raise UserError(
+            f"{path}: neither a Hugging Face directory ({CONFIG}) nor a checkpoint (manifest.json, checkpoints/); "
+            "give one of the two"
+        )
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
 def _hugging_face(folder: Path) -> list[Row]:
-    described = read_description(folder)
-    rows = [("directory", f"{folder}: Hugging Face, layout {described.layout}")]
-    rows += _model(described.model, described.gate, described.gate_trained)
+    description = read_description(folder)
+    rows = [("directory", f"{folder}: Hugging Face, layout {description.hf_layout}")]
+    rows += _model(description.model, description.gate, description.gate_trained)
     try:
-        tensors = find_tensors(folder)
-        rows.append(("parameters", _counts((stored.shape, stored.dtype) for stored in tensors.values())))
-        files = Counter(stored.path for stored in tensors.values())
+        tensors = find_tensors(folder).values()
+        rows.append(("parameters", _counts((stored.shape, stored.dtype) for stored in tensors)))
+        files = {stored.path for stored in tensors}
         size = sum(path.stat().st_size for path in files)
         rows.append(("weights", f"{size / 1e6:,.1f} MB in {len(files)} file{'s' if len(files) > 1 else ''}"))
-        described = examine(folder).described
+        description = examine(folder).description
         whole = "yes"
     except UserError as error:
         whole = f"no: {error}"
-    return [*rows, ("tokens", _ids(described.ids)), ("beside", _names(folder)), ("whole", whole)]
+    return [*rows, ("tokens", _ids(description.ids)), ("beside", _names(folder)), ("whole", whole)]
 
 
 def _checkpoint(path: Path) -> list[Row]:
@@ -61,12 +61,14 @@ def _checkpoint(path: Path) -> list[Row]:
     else:
         step = step_folder.newest(path / "checkpoints", faults.append)
     if step is None:
-        return [("directory", f"{path}: checkpoint"), ("whole", f"no: {'; '.join(faults) or 'there is none'}")]
+        return [("directory", f"{path}: checkpoint"), ("whole", f"no: {'; '.join(faults) or 'no checkpoint here'}")]
     about, (model, gate) = checkpoint.read_about(step), checkpoint.read_model(step)
-    made = "weights alone" if about.objective == WEIGHTS_ONLY else f"{about.objective}, step {about.step}, {about.tokens:,} tokens"  # fmt: skip
+    origin = f"{about.objective}, step {about.step}, {about.tokens:,} tokens"
+    if about.objective == WEIGHTS_ONLY:
+        origin = "weights alone"
     fault = ouro_fault(model, gate)
     return [
-        ("directory", f"{step}: checkpoint, {made}"),
+        ("directory", f"{step}: checkpoint, {origin}"),
         *_model(model, gate, about.gate_trained),
         ("parameters", _counts(stored_tensors(step, model, gate))),
         ("export", f"layout {'ouro' if fault is None else f'looplm ({fault})'}"),
@@ -76,9 +78,12 @@ def _checkpoint(path: Path) -> list[Row]:
     ]
 
 
-def stored_tensors(step: Path, model: ModelConfig, gate: GateConfig) -> Iterable[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each of the model's tensors, from a checkpoint's metadata; Megatron stacks those of the layers."""
-    ours = {entry.ours for entry in entries(model, gate)}
+def stored_tensors(step: Path, model: ModelConfig, gate: GateConfig) -> list[tuple[Shape, torch.dtype]]:
+    """Return shape and dtype of the model's tensors from a checkpoint's metadata.
+
+    Megatron stacks the tensors of the layers.
+    """
+    ours = {row.name for row in parameters(model, gate)}
     names = {".".join(part for part in name.split(".") if not part.isdigit()) for name in ours}
     found = load_tensors_metadata(str(step / "state"))
     return [(tuple(found[name].global_shape), found[name].dtype) for name in found if name in names]
@@ -86,27 +91,26 @@ def stored_tensors(step: Path, model: ModelConfig, gate: GateConfig) -> Iterable
 
 def _model(model: ModelConfig, gate: GateConfig, gate_trained: bool) -> list[Row]:
     heads = f"{model.num_attention_heads} heads of {model.attention_head_dim}"
-    kept = (
-        f"a latent of {model.kv_lora_rank}" if model.attention == "mla" else f"{model.query_groups} for keys and values"
-    )
     norms = "sandwich norms" if model.sandwich_norm else "no sandwich norms"
     head = "tied to the embedding" if model.tie_embeddings else "of its own"
-    signal = ", with the sequence's" if gate.sequence_level else ""
-    state = "" if gate.kind == "linear" else f", a state of {gate.state_size}{signal}"
+    gate_keys = "".join(f", {key} {getattr(gate, key)}" for key in GATE_KEYS[gate.kind])
+    size = f"{model.num_layers} layers x {model.num_loops} loops, hidden {model.hidden_size:,}"
+    positions = f"RoPE base {model.rope_base:,.0f}, {model.max_sequence_length:,} positions"
     return [
-        ("model", f"{model.num_layers} layers x {model.num_loops} loops, hidden {model.hidden_size:,}, feed-forward {model.ffn_hidden_size:,}, {norms}"),
-        ("attention", f"{model.attention}, {heads}, {kept}; RoPE base {model.rope_base:,.0f}, {model.max_sequence_length:,} positions"),
+        ("model", f"{size}, feed-forward {model.ffn_hidden_size:,}, {norms}"),
+        ("attention", f"{model.attention}, {heads}, {model.attention_widths.summary}; {positions}"),
         ("head", f"{head}, {model.vocab_size:,} tokens"),
-        ("gate", f"{gate.kind}{state}, {'trained' if gate_trained else 'untrained'}"),
-    ]  # fmt: skip
+        ("gate", f"{gate.kind}{gate_keys}, {'trained' if gate_trained else 'untrained'}"),
+    ]
 
 
-def _counts(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> str:
+def _counts(tensors: Iterable[tuple[Shape, torch.dtype]]) -> str:
+    """Return the number of parameters, by dtype if there are several."""
     total: Counter[str] = Counter()
     for shape, dtype in tensors:
         total[str(dtype).removeprefix("torch.")] += torch.Size(shape).numel()
-    kinds = ", ".join(total) if len(total) < 2 else ", ".join(f"{count:,} {kind}" for kind, count in total.items())
-    return f"{sum(total.values()):,} ({kinds})"
+    by_dtype = ", ".join(total if len(total) < 2 else (f"{count:,} {dtype}" for dtype, count in total.items()))
+    return f"{sum(total.values()):,} ({by_dtype})"
 
 
 def _ids(ids: TokenIds) -> str:

@@ -1,6 +1,6 @@
-"""The model card (``README.md``) of an export: shape, how to load it, data, recipe, and what was measured.
+"""The model card (``README.md``) of an export: sizes, how to load it, data, recipe, and measurements.
 
-It says what the checkpoint knows, and nothing else.
+It contains nothing but what the checkpoint records.
 """
 
 import json
@@ -25,17 +25,17 @@ tags:
 """
 
 
-def model_card(name: str, opened: OpenedModel, described: HFDescription, dtype: torch.dtype) -> str:
-    """The card of an export called ``name``."""
-    run, measured = read_config(opened.folder), _evaluation_of(opened.folder)
-    parts = [_HEAD, f"# {name}", _shape(described, dtype), _loading(described)]
+def model_card(name: str, opened: OpenedModel, description: HFDescription, dtype: torch.dtype) -> str:
+    """Return the card of an export called ``name``."""
+    run, report = read_config(opened.folder), _evaluation_of(opened.folder)
+    parts = [_HEAD, f"# {name}", _sizes(description, dtype), _loading(description)]
     parts += _training(run, opened.about) if run is not None else []
-    parts += _measured(measured) if measured is not None else []
+    parts += _measurements(report) if report is not None else []
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _shape(described: HFDescription, dtype: torch.dtype) -> str:
-    _, model, gate, gate_trained, _ = described
+def _sizes(description: HFDescription, dtype: torch.dtype) -> str:
+    _, model, gate, gate_trained, _ = description
     count = sum(parameter_counts(model, gate).values())
     attention = {
         "mla": f"latent (MLA), a latent of {model.kv_lora_rank}",
@@ -56,43 +56,46 @@ def _shape(described: HFDescription, dtype: torch.dtype) -> str:
     )
 
 
-def _loading(described: HFDescription) -> str:
-    return (
-        "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)  # it reads config.json first\n```\n\n'
-        f"The layout is `{described.layout}`; `auto_map` in config.json names its code. `total_ut_steps` is the number of loops, "
-        "`early_exit_threshold` the summed exit probability at which a token leaves (1 runs all loops)."
-    )
+def _loading(description: HFDescription) -> str:
+    return f"""## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)  # it reads config.json first
+```
+
+The layout is `{description.hf_layout}`; `auto_map` in config.json names its code. `total_ut_steps` is the number \
+of loops, `early_exit_threshold` the summed exit probability at which a token leaves (1 runs all loops)."""
 
 
 def _training(run: RunConfig, about: About) -> list[str]:
     optim, loss, data = run.optim, run.loss, run.data
     whole = sum(source.weight for source in data.train)
     sources = [(f"`{Path(source.prefix).name}`", f"{source.weight / whole:.1%}") for source in data.train]
+    rates = f"lr {optim.lr:g}, {optim.schedule} to {optim.min_lr:g}, betas {optim.beta1:g}, {optim.beta2:g}"
     recipe = [
         ("stage", loss.objective + (f", beta {loss.beta:g}" if loss.objective == "entropy_regularised" else "")),
         ("steps, tokens", f"{about.step:,}, {about.tokens:,}"),
         ("batch, sequence", f"{data.global_batch_size} sequences of {data.seq_length:,} tokens"),
-        ("AdamW", f"lr {optim.lr:g}, {optim.schedule} to {optim.min_lr:g}, betas {optim.beta1:g}, {optim.beta2:g}, "
-                  f"weight decay {optim.weight_decay:g}, clip {optim.clip_grad:g}"),
+        ("AdamW", f"{rates}, weight decay {optim.weight_decay:g}, clip {optim.clip_grad:g}"),
         ("precision", optim.precision),
         ("started from", f"`{Path(run.checkpoint.initial).name}`" if run.checkpoint.initial else "random weights"),
         ("software", ", ".join(f"{name} {version}" for name, version in about.versions.items() if version != "absent")),
         ("code", f"LoopLM {about.git_revision}"),
-    ]  # fmt: skip
+    ]
     return [
         "## Data of the last stage\n\n" + _table(("source", "share of the samples"), sources),
         "## Recipe of the last stage\n\n" + _table(("", ""), recipe),
     ]
 
 
-def _measured(report: dict[str, Any]) -> list[str]:
-    trained = report["trained_loops"]
-    depths = [
-        (str(row["depth"]) + ("" if row["depth"] <= trained else " (beyond training)"), f"{row['loss']:.4f}", f"{row['perplexity']:.2f}")
-        for row in report["depths"]
-    ]  # fmt: skip
+def _measurements(report: dict[str, Any]) -> list[str]:
+    depths = []
+    for row in report["depths"]:
+        beyond = " (beyond training)" if row["depth"] > report["trained_loops"] else ""
+        depths.append((f"{row['depth']}{beyond}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}"))
     curve = [
         (f"{row['threshold']:g}", f"{row['mean_depth']:.2f}", f"{row['loss']:.4f}") for row in report["exit_curve"]
     ]
@@ -105,12 +108,12 @@ def _measured(report: dict[str, Any]) -> list[str]:
 
 
 def _evaluation_of(step: Path) -> dict[str, Any] | None:
-    """The evaluation.json of this very checkpoint, in its run's directory or the one above."""
-    place = step.resolve()
-    for folder in (place, *place.parents[1:3]):
+    """Return the evaluation.json of this checkpoint, from its run's directory or the one above."""
+    step = step.resolve()
+    for folder in (step, *step.parents[1:3]):
         try:
             report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-            if Path(report["checkpoint"]).parts[-3:] == place.parts[-3:]:  # a run may have moved since
+            if Path(report["checkpoint"]).parts[-3:] == step.parts[-3:]:  # the run may have been moved
                 return report
         except (OSError, ValueError, KeyError, TypeError):
             continue

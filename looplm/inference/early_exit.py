@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.model.exit_gate import LinearExitGate, LRUExitGate, uniform_offset
+from looplm.model.exit_gate import ExitGate
 
 ExitSignal = Literal["gate", "confidence", "entropy", "change"]
 
@@ -71,11 +71,11 @@ def steadiness(before_ND: Tensor, after_ND: Tensor, loops: Sequence[int]) -> Ten
 
 
 class ExitGateReader:
-    """Asks the gate after each loop of each token, and keeps what it must know from earlier loops and tokens.
+    """Asks the gate after each loop of each token, and keeps what it must know of earlier loops and tokens.
 
-    The gate's state lives through the loops of a token. With ``gate.sequence_level`` there are sums over earlier tokens
-    too, one per row and loop: the causal mean at loop r runs over the positions that ran loop r. When all positions run
-    all loops this is exactly the training-time mean; a token that left early is missing from the later loops' means.
+    The gate's state lives through the loops of a token. A gate that reads the sequence also needs sums over earlier
+    tokens, one per row and loop: the causal mean at loop r runs over the positions that ran loop r. When all positions
+    run all loops this is exactly the training-time mean. A token that left early is missing from later loops' means.
 
     Args:
         gate: the model's.
@@ -83,81 +83,67 @@ class ExitGateReader:
         rows: texts side by side (B).
     """
 
-    def __init__(self, gate: LRUExitGate | LinearExitGate, num_loops: int, rows: int) -> None:
-        self.gate = gate
-        weight = self._weight = gate.readout.weight.detach().float()
-        self._bias = gate.readout.bias.detach().float()
-        self._offset_R = self._mean_weight = None
-        if isinstance(gate, LRUExitGate):
-            self._offset_R = torch.tensor(
-                [uniform_offset(loop, num_loops) for loop in range(num_loops)], device=weight.device
-            )
-            if gate.sequence_readout is not None:
-                self._mean_weight = gate.sequence_readout.weight.detach().float()
-                self._sum_RBZ = weight.new_zeros(num_loops, rows, weight.size(1))
-                self._count_RB = weight.new_zeros(num_loops, rows)
+    def __init__(self, gate: ExitGate, num_loops: int, rows: int) -> None:
+        self.gate, self._num_loops = gate, num_loops
+        self._zero = torch.zeros((), device=next(gate.parameters()).device)
+        self._sum_RB = self._zero.new_zeros(num_loops, rows)
+        self._count_RB = self._zero.new_zeros(num_loops, rows)
         self.begin(0)
 
     @property
     def sequence_level(self) -> bool:
-        """Whether a prompt's earlier positions matter to its last one."""
-        return self._mean_weight is not None
+        """True if a prompt's earlier positions matter to its last one."""
+        return self.gate.reads_sequence
 
     def begin(self, tokens: int, length: int = 1) -> None:
-        """Forget the tokens so far: these many new ones enter loop 1 (S of them in a row, in a prompt)."""
-        self._log_survival_N = self._weight.new_zeros(tokens)
-        self._state_SNZ = (
-            self._weight.new_zeros(length, tokens, self._weight.size(1)) if self._offset_R is not None else None
-        )
+        """Start over with this many tokens in loop 1, or with this many prompts of ``length`` positions."""
+        self._log_survival_N = self._zero.new_zeros(tokens)
+        self._state_SNZ = self._zero.new_zeros(length, tokens, self.gate.state_size)
 
     def regroup(self, order_N: Tensor, new: int) -> None:
-        """Set up the next pass: ``new`` tokens join at the end, then this order is taken of all."""
+        """Set up the next pass: append ``new`` tokens, then take all in this order."""
         self._log_survival_N = F.pad(self._log_survival_N, (0, new))[order_N]
-        if self._state_SNZ is not None:
-            self._state_SNZ = F.pad(self._state_SNZ, (0, 0, 0, new))[:, order_N]
+        self._state_SNZ = F.pad(self._state_SNZ, (0, 0, 0, new))[:, order_N]
 
     def score(self, h_SND: Tensor, rows: Sequence[int], loops: Sequence[int], length_N: Tensor | None = None) -> Tensor:
-        """Probability [N] that the tokens have left by the end of the loop they are in.
+        """Return the probability [N] that the tokens have left by the end of the loop they are in.
 
         Args:
-            h_SND: hidden states after the loop: one token's, or a prompt's, whose last is asked.
-            rows: of the tokens.
+            h_SND: hidden states after the loop: of single tokens (S = 1), or of prompts, whose last token is scored.
+            rows: rows of the tokens.
             loops: 0-based.
-            length_N: of prompts: how many of the S positions are the row's own; the others are padding.
+            length_N: for prompts: how many of the S positions are the row's own; the others are padding.
         """
         loop_N, rows_N = torch.tensor([list(loops), list(rows)], device=h_SND.device)
-        if length_N is not None and not self.sequence_level:  # a token's logit is its own affair
+        if length_N is not None and not self.sequence_level:  # then a token's logit depends on its own state alone
             h_SND, length_N = last_token(h_SND, length_N).unsqueeze(0), None
-        if self._offset_R is None or self._state_SNZ is None:
-            logit_N = F.linear(h_SND[0].float(), self._weight, self._bias).squeeze(-1)
-        else:
-            assert isinstance(self.gate, LRUExitGate)
-            self._state_SNZ = self.gate.advance(h_SND, self._state_SNZ)
-            state_NZ = self._state_SNZ[0] if length_N is None else last_token(self._state_SNZ, length_N)
-            logit_N = F.linear(state_NZ, self._weight, self._bias).squeeze(-1) + self._offset_R[loop_N]
-            if self._mean_weight is not None:
-                mean_NZ = self._mean(self._state_SNZ, rows_N, loop_N, length_N)
-                logit_N = logit_N + F.linear(mean_NZ, self._mean_weight).squeeze(-1)
+
+        def causal_mean(value_SN: Tensor) -> Tensor:
+            return self._mean(value_SN, rows_N, loop_N, length_N)
+
+        logit_SN, state_SNZ = self.gate.step(h_SND, self._state_SNZ, loop_N, self._num_loops, causal_mean)
+        assert state_SNZ is not None  # a gate without a state returns the one of width 0 that it was given
+        self._state_SNZ = state_SNZ
+        logit_N = logit_SN[0] if length_N is None else last_token(logit_SN, length_N)
         self._log_survival_N = self._log_survival_N + F.logsigmoid(-logit_N)
         return -torch.expm1(self._log_survival_N)
 
     def adopt(self, row: int, other: "ExitGateReader", other_row: int) -> None:
-        """Take over a row's sums from another reader, or from another row of this one."""
-        if self.sequence_level:
-            self._sum_RBZ[:, row] = other._sum_RBZ[:, other_row]
-            self._count_RB[:, row] = other._count_RB[:, other_row]
+        """Copy a row's sums from another reader, or from another row of this one."""
+        self._sum_RB[:, row] = other._sum_RB[:, other_row]
+        self._count_RB[:, row] = other._count_RB[:, other_row]
 
-    def _mean(self, state_SNZ: Tensor, rows_N: Tensor, loop_N: Tensor, length_N: Tensor | None) -> Tensor:
-        """Count these states too, and return the mean of each token's row and loop."""
+    def _mean(self, value_SN: Tensor, rows_N: Tensor, loop_N: Tensor, length_N: Tensor | None) -> Tensor:
+        """Add these values to the sums, and return the mean of each token's row and loop, [N]."""
         if length_N is None:
-            total_NZ, count_N = state_SNZ[0], torch.ones_like(rows_N)
+            total_N, count_N = value_SN[0], torch.ones_like(rows_N)
         else:
-            own_SN1 = (torch.arange(len(state_SNZ), device=state_SNZ.device)[:, None] < length_N).unsqueeze(-1)
-            total_NZ, count_N = (state_SNZ * own_SN1).sum(0), length_N
+            own_SN = torch.arange(len(value_SN), device=value_SN.device)[:, None] < length_N
+            total_N, count_N = (value_SN * own_SN).sum(0), length_N
         place = (loop_N, rows_N)
-        total_NZ, count_N = self._sum_RBZ[place] + total_NZ, self._count_RB[place] + count_N
-        self._sum_RBZ[place], self._count_RB[place] = total_NZ, count_N
-        return total_NZ / count_N.unsqueeze(-1)
+        total_N, count_N = self._sum_RB[place] + total_N, self._count_RB[place] + count_N
+        self._sum_RB[place], self._count_RB[place] = total_N, count_N
+        return total_N / count_N
 
 
 class Verdict(NamedTuple):

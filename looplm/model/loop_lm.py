@@ -73,7 +73,7 @@ class LoopLM(LanguageModule):
         layout, engine = layout or ParallelConfig(), engine or EngineConfig()
         config = transformer_config(model, dtype, layout, initialize, engine)
         super().__init__(config, pg_collection=groups)
-        self.model_config = model
+        self.model_config, self.gate_config = model, gate
         self.attends_packed = engine.packs_documents(layout)
         self.recompute_loops = layout.recompute == "loop"
         self.pre_process, self.post_process = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
@@ -155,7 +155,7 @@ class LoopLM(LanguageModule):
         """Run the stack ``num_loops`` times.
 
         Args:
-            ids_BS: token ids; under context parallelism this rank's positions (:func:`looplm.megatron.context_parallel.deal`).
+            ids_BS: token ids; under context parallelism this rank's positions (:func:`looplm.megatron.context_parallel.shard`).
             num_loops: how often; None takes ``model.num_loops``. More than in training is allowed.
             document_start_SB: index, in the whole sample, of the first position of each token's document; None if a
                 sample is one document.

@@ -9,7 +9,7 @@ One *pass* is one micro-batch through one loop of a rank's layers. All R passes 
 backward. Under a pipeline these are the passes that its schedule has in flight.
 """
 
-from looplm.config import ModelConfig
+from looplm.parameters import gate_rows
 from tools.planning.planned_run import PlannedRun
 
 FP32 = 4
@@ -74,52 +74,43 @@ def _norm_bytes(run: PlannedRun, width: int) -> float:
 def _attention_bytes(run: PlannedRun) -> float:
     """Return the bytes kept between the input of the first projection and the output of the last."""
     layout, e = run.config.parallel, run.number_bytes
-    queries, keys, values = _head_widths(run.config.model)
+    widths, heads = run.config.model.attention_widths, run.config.model.num_attention_heads
     tokens = run.tokens / layout.tensor
     whole = tokens * layout.context  # keys and values of the whole sequence, gathered
-    latents, padded = _latent_bytes(run), max(values[0], keys[0]) * values[1]
-    value, query, key = values[0] * values[1], queries[0] * queries[1], keys[0] * keys[1]
-    out = queries[1] * max(values[0], queries[0])  # as wide as the padded values
-    mha = run.config.model.attention == "mha"
-    row_sums = tokens * queries[1] * FP32
+    wider = max(widths.value, widths.query_key)
+    latents, padded = _latent_bytes(run), wider * widths.key_heads
+    value, query, key = widths.value * widths.key_heads, widths.query_key * heads, widths.query_key * widths.key_heads
+    out = heads * wider  # as wide as the padded values
+    one_projection = not widths.latents
+    row_sums = tokens * heads * FP32
     if layout.recompute == "selective":
         # The core's inputs, and its result, which is the last projection's input. Plain attention's values are a view
         # of the output of the one projection that computes queries, keys and values.
-        inputs = query + key + (query + key + value if mha else value)
-        return latents + tokens * (inputs + queries[1] * values[0]) * e
-    cut = 0 if out == queries[1] * values[0] and layout.context == 1 else queries[1] * values[0]
+        inputs = query + key + (query + key + value if one_projection else value)
+        return latents + tokens * (inputs + heads * widths.value) * e
+    cut = 0 if out == heads * widths.value and layout.context == 1 else heads * widths.value
     own = tokens * (query + out + cut) * e + row_sums
     if layout.context == 1:
-        return latents + own + tokens * (key + (query + key + value if mha else padded)) * e
+        return latents + own + tokens * (key + (query + key + value if one_projection else padded)) * e
     gathered = key + value + (padded if padded != value else 0)
     return latents + own + whole * gathered * e
 
 
-def _head_widths(model: ModelConfig) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Return the width and number of the heads of queries, keys and values."""
-    width, heads = model.attention_head_dim, model.num_attention_heads
-    if model.attention == "mha":
-        return (width, heads), (width, model.query_groups), (width, model.query_groups)
-    return (width, heads), (width, heads), (model.v_head_dim, heads)
-
-
 def _latent_bytes(run: PlannedRun) -> float:
     """Return the bytes kept of MLA's latents: each is normalized, and is the input of an up-projection."""
-    model, e = run.config.model, run.number_bytes
-    if model.attention == "mha":
+    widths, e = run.config.model.attention_widths, run.number_bytes
+    if not widths.latents:
         return 0.0
-    widths = [model.kv_lora_rank] + ([model.q_lora_rank] if model.q_lora_rank else [])
-    kept = sum(_norm_bytes(run, width) + run.shard_tokens * width * e for width in widths)
+    kept = sum(_norm_bytes(run, width) + run.shard_tokens * width * e for width in widths.latents)
     # The rotary key is part of the same product, so it lives as long as the latent; an fp32 copy does not contain it.
     shared = run.fused_norms or e == FP32
-    return kept + (run.shard_tokens * model.qk_rope_head_dim * e if shared else 0.0)
+    return kept + (run.shard_tokens * widths.rotary * e if shared else 0.0)
 
 
 def _rotary_bytes(run: PlannedRun) -> float:
     """Return the bytes of cosines and sines for queries and for keys; all sequences of a micro-batch share them."""
-    model, data = run.config.model, run.config.data
-    width = model.qk_rope_head_dim if model.attention == "mla" else model.attention_head_dim
-    return 4 * data.seq_length / run.config.parallel.context * width * run.number_bytes
+    length, width = run.config.data.seq_length, run.config.model.attention_widths.rotary
+    return 4 * length / run.config.parallel.context * width * run.number_bytes
 
 
 def mask_bytes(run: PlannedRun) -> float:
@@ -166,9 +157,8 @@ def _deepest_bytes(run: PlannedRun) -> float:
 
 
 def _gate_bytes(run: PlannedRun) -> float:
-    """Return the bytes kept after a loop by the gate: an fp32 hidden state unless shared, and the GRU cell's values."""
+    """Return the bytes kept after a loop by the gate: an fp32 hidden state unless shared, and values of its own."""
     config, layout = run.config, run.config.parallel
     kept_anyway = not run.frozen and not (layout.pipeline > 1 and layout.sequence_parallel)
     copy = 0 if run.number_bytes == FP32 and kept_anyway else config.model.hidden_size
-    state = 9 * config.gate.state_size if config.gate.kind == "lru" else 0
-    return run.shard_tokens * (copy + state) * FP32
+    return run.shard_tokens * (copy + gate_rows(config.model, config.gate).kept_values) * FP32

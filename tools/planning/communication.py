@@ -41,9 +41,7 @@ def tensor_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool)
     layout, model = run.config.parallel, run.config.model
     if layout.tensor == 1 or (backward and run.frozen):
         return Traffic()
-    attention = model.hidden_size
-    if model.attention == "mla":  # the input of the up-projections, and the rotary key
-        attention = (model.q_lora_rank or model.hidden_size) + model.kv_lora_rank + model.qk_rope_head_dim
+    attention = model.attention_widths.projected
     # Gathered and scattered once each around both sublayers; without sequence parallelism all-reduced, the same bytes.
     layer = run.tokens * (attention + 3 * model.hidden_size) * run.number_bytes
     layers, operations = run.layers_per_rank()[rank] * layer, run.layers_per_rank()[rank] * 4
@@ -60,10 +58,8 @@ def context_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool
     layout, model = run.config.parallel, run.config.model
     if layout.context == 1 or (backward and run.frozen):
         return Traffic()
-    if model.attention == "mla":
-        width = model.num_attention_heads * (model.attention_head_dim + model.v_head_dim)
-    else:
-        width = 2 * model.query_groups * model.attention_head_dim
+    widths = model.attention_widths
+    width = widths.key_heads * (widths.query_key + widths.value)
     layers = run.layers_per_rank()[rank]
     size = layers * run.tokens * layout.context * width / layout.tensor * run.number_bytes
     times = 2 if backward and layout.recompute != "none" else 1

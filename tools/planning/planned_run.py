@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from looplm.accounting import parameter_counts, weight_bytes
 from looplm.config import RunConfig
+from looplm.parameters import layer_parameters
 
 AmountsType = TypeVar("AmountsType", bound="Amounts")
 
@@ -83,14 +84,10 @@ class PlannedRun:
 
         Norms, the gate and MLA's down projections are replicated on every tensor-parallel rank; all else is split.
         """
-        model, tensor = self.config.model, self.config.parallel.tensor
-        counts = parameter_counts(model, self.config.gate)
-        layer = counts["layers"] / model.num_layers
-        d = model.hidden_size
-        whole = (4 if model.sandwich_norm else 2) * d
-        if model.attention == "mla":
-            whole += (d + 1) * (model.kv_lora_rank + (model.q_lora_rank or 0)) + d * model.qk_rope_head_dim
-        parts = {"layers": self.layers_per_rank()[rank] * (whole + (layer - whole) / tensor)}
+        tensor, counts = self.config.parallel.tensor, parameter_counts(self.config.model, self.config.gate)
+        rows = layer_parameters(self.config.model)
+        layer = sum(row.size / (1 if row.tensor_split is None else tensor) for row in rows)
+        parts = {"layers": self.layers_per_rank()[rank] * layer}
         if rank == 0:
             parts["embedding"] = counts["embedding"] / tensor
         if self.is_last(rank):

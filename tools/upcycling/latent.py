@@ -1,23 +1,25 @@
-"""Plain or grouped attention made latent: rotary keys beside a latent that values, and the rest of the keys, grow from.
+"""Convert plain or grouped attention to latent attention.
 
-Three things stand between multi-head attention (MHA) and multi-head latent attention (MLA).
+Multi-head latent attention (MLA) differs from multi-head attention (MHA) in three respects.
 
-*Rotary keys.* MLA's is shared by all heads, MHA has one per key-value head. Channel pair k of a key is a complex number that
-the position turns with frequency k, the same in every head; a unitary mix across heads of the pairs of one frequency
-therefore commutes with the turning (TransMLA, arXiv 2502.07864). We mix by principal components, so that the first mixed
-key holds most, and lay M of them side by side as the shared key (``model.qk_rope_period`` repeats the frequencies). Each
-head's query takes the mix back. M = G keys are exact. What fewer keep out becomes a key without position: what turns by
-w d at distance d is replaced by its mean over near distances, cos(w d) over d < 32. (Without that factor, M = 1 of 4 keys
-cost ten times as much loss.)
+*Rotary keys.* MLA has one, shared by all heads; MHA has one per key-value head. Channel pair k of a key is a complex
+number, which the position rotates with frequency k in every head. A unitary mix, across heads, of the pairs of one
+frequency therefore commutes with the rotation (TransMLA, arXiv 2502.07864). We mix by principal components, so that the
+first mixed key holds most, and concatenate M of them to the shared key (``model.qk_rope_period`` repeats the
+frequencies). Each head's query inverts the mix. M = G keys are exact. The keys beyond M become keys without position:
+the rotation by w d at distance d is replaced by its mean over near distances, cos(w d) over d < 32. (Without that
+factor, M = 1 of 4 keys cost ten times as much loss.)
 
-*The latent* is a projection of the normed hidden state u: the principal components of what is to grow from it.
+*The latent* is a projection of the normed hidden state u: the principal components of the values, and of the keys
+without position, that are computed from it.
 
-*Its norm.* MLA normalises the latent, MHA has nothing there. But u has a mean square of 1, and a projection on
-orthonormal directions of full width keeps it: at kv_lora_rank = hidden_size the norm does nothing. (Up to the norms'
-epsilon: the mean square of what u is made from must be far above it.) Narrower latents vary in length from token to
-token, and the norm takes that away.
+*The latent's norm.* MLA normalizes the latent, MHA has no such norm. But u has a mean square of 1, which a projection
+on orthonormal directions of full width preserves: at kv_lora_rank = hidden_size the norm changes nothing. (Up to the
+norms'
+epsilon: the mean square of u before its norm must be far above it.) Narrower latents vary in length from token to
+token, and the norm removes that variation.
 
-MLA divides scores by the root of another width; queries carry the difference.
+MLA divides scores by the root of another width, which the queries compensate.
 
 Shapes: D hidden, H heads, G key-value heads, K head width, F = K/2 frequencies, M rotary keys kept, C latent, N rows.
 """
@@ -32,15 +34,16 @@ from torch import Tensor
 
 from looplm.accounting import cache_values_per_token
 from looplm.cli import require
-from looplm.config import GateConfig, ModelConfig
-from looplm.huggingface.names import entries
-from tools.upcycling.parts import Parts, Upcycled
+from looplm.config import ModelConfig
+from looplm.huggingface.names import split
+from looplm.parameters import layer_parameters
+from tools.upcycling.model_state import ModelState, Upcycled
 
-_NEAR = 32  # distances, in tokens, at which attention mostly looks
+_NEAR = 32  # attention mostly looks at distances, in tokens, below this
 
 
-class Attention(NamedTuple):
-    """The projections of one layer's plain attention, in fp64, as they act on u (the norm's gain is in them)."""
+class Projections(NamedTuple):
+    """Projections of one layer's plain attention, in fp64, as they act on u: the norm's gain is multiplied in."""
 
     query_HKD: Tensor
     key_GKD: Tensor
@@ -48,32 +51,34 @@ class Attention(NamedTuple):
 
 
 def to_latent(
-    parts: Parts, kv_lora_rank: int, qk_rope_head_dim: int | None, moments_LDD: Sequence[Tensor] | None
+    source: ModelState, kv_lora_rank: int, qk_rope_head_dim: int | None, moments_LDD: Sequence[Tensor] | None
 ) -> Upcycled:
-    """The model with MLA in place of MHA.
+    """Return the model with MLA instead of MHA.
 
     Args:
-        parts: of a model with plain or grouped attention.
+        source: a model with plain or grouped attention.
         kv_lora_rank: C, at most D.
         qk_rope_head_dim: M K, a multiple of the head's width; None takes every head's key (M = G).
-        moments_LDD: second moments E[u u^T] of each layer's normed input (:mod:`tools.upcycling.calibrate`); None takes
-            all directions as equally likely.
+        moments_LDD: second moments E[u u^T] of each layer's normed input, from
+            :func:`tools.upcycling.measure.second_moments`; None treats all directions as equally likely.
 
     Raises:
-        UserError: another attention, or widths that do not fit.
+        UserError: the source has another kind of attention, or a width is not possible.
     """
-    shape = parts.model
-    require(shape.attention == "mha", "checkpoint", shape.attention, "its attention is latent already; give a model with model.attention=mha")  # fmt: skip
+    plain = source.config
+    fix = "its attention is latent already; give a model with model.attention=mha"
+    require(plain.attention == "mha", "checkpoint", plain.attention, fix)
     for key in ("qkv_bias", "qk_norm"):
-        require(not getattr(shape, key), "checkpoint", f"model.{key}=true", "latent attention has no place for it; give a model without")  # fmt: skip
-    width, groups = shape.attention_head_dim, shape.query_groups
+        fix = "latent attention has no place for it; give a model without"
+        require(not getattr(plain, key), "checkpoint", f"model.{key}=true", fix)
+    width, groups = plain.attention_head_dim, plain.query_groups
     rope = groups * width if qk_rope_head_dim is None else qk_rope_head_dim
     legal = rope % width == 0 and 0 < rope <= groups * width
     require(legal, "qk_rope_head_dim", rope, f"give a multiple of the head's width {width}, up to {groups * width}")
-    fix = f"give a number from 1 to the source's hidden_size={shape.hidden_size}"
-    require(0 < kv_lora_rank <= shape.hidden_size, "kv_lora_rank", kv_lora_rank, fix)
-    model = replace(
-        shape,
+    fix = f"give a number from 1 to the source's hidden_size={plain.hidden_size}"
+    require(0 < kv_lora_rank <= plain.hidden_size, "kv_lora_rank", kv_lora_rank, fix)
+    config = replace(
+        plain,
         attention="mla",
         num_query_groups=None,
         head_dim=None,
@@ -84,46 +89,46 @@ def to_latent(
         qk_rope_period=None if rope == width else width,
         v_head_dim=width,
     )
-    weights = dict(parts.weights)
-    isotropic = torch.eye(shape.hidden_size, dtype=torch.float64)
-    for layer in range(shape.num_layers):
+    weights = dict(source.weights)
+    isotropic = torch.eye(plain.hidden_size, dtype=torch.float64)
+    for layer in range(plain.num_layers):
         moment_DD = isotropic if moments_LDD is None else moments_LDD[layer]
         prefix = f"decoder.layers.{layer}."
         gain = prefix + "input_layernorm.weight"
-        plain = _attention(shape, layer, weights, weights[gain])
+        projections = _projections(plain, layer, weights, weights[gain])
         del weights[f"{prefix}self_attention.linear_qkv.weight"]
-        latent = convert(plain, model, moment_DD, shape.norm_eps)
+        latent = convert(projections, config, moment_DD, plain.norm_eps)
         weights |= {f"{prefix}self_attention.{name}": weight.float() for name, weight in latent.items()}
         weights[gain] = torch.ones_like(weights[gain])
-    return Upcycled(Parts(model, parts.gate, weights), *_account(shape, model))
+    return Upcycled(ModelState(config, source.gate, weights), *_describe(plain, config))
 
 
-def convert(plain: Attention, model: ModelConfig, moment_DD: Tensor, eps: float) -> dict[str, Tensor]:
-    """One layer's projections for MLA, by the end of our names.
+def convert(plain: Projections, config: ModelConfig, moment_DD: Tensor, eps: float) -> dict[str, Tensor]:
+    """Return one layer's projections for MLA, by the last part of our names.
 
     Args:
-        plain: the layer's.
-        model: of the result.
+        plain: the layer's projections.
+        config: the result's configuration.
         moment_DD: second moment of u, with a trace of D.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
     heads, groups = len(plain.query_HKD), len(plain.key_GKD)
-    kept = model.qk_rope_head_dim // model.v_head_dim
+    kept = config.qk_rope_head_dim // config.v_head_dim
     key_GFD, query_HFD = _complex(plain.key_GKD), _complex(plain.query_HKD)
-    mix_FGM = _principal(key_GFD, moment_DD)[:, :, :kept]  # of keys z: z_g = sum_m mix_gm y_m, and y = mix^H z
+    mix_FGM = _principal(key_GFD, moment_DD)[:, :, :kept]  # keys z are z_g = sum_m mix_gm y_m, and y = mix^H z
     rotary_FMD = mix_FGM.mH @ key_GFD.transpose(0, 1)
     group_H = torch.arange(heads) // (heads // groups)
-    turned_HMFD = torch.einsum("fhm,hfd->hmfd", mix_FGM[:, group_H].conj(), query_HFD)
-    left_GFD = (key_GFD - (mix_FGM @ rotary_FMD).transpose(0, 1)) * _mean_turn(model)[:, None]
+    rotated_HMFD = torch.einsum("fhm,hfd->hmfd", mix_FGM[:, group_H].conj(), query_HFD)
+    rest_GFD = (key_GFD - (mix_FGM @ rotary_FMD).transpose(0, 1)) * _mean_rotation(config)[:, None]
 
-    grown_GND = plain.value_GKD
-    query_HND = _pairs(turned_HMFD.flatten(1, 2))
-    if model.qk_nope_head_dim:
-        grown_GND = torch.cat((_halves(left_GFD), plain.value_GKD), dim=1)
+    target_GND = plain.value_GKD
+    query_HND = _pairs(rotated_HMFD.flatten(1, 2))
+    if config.qk_nope_head_dim:
+        target_GND = torch.cat((_halves(rest_GFD), plain.value_GKD), dim=1)
         query_HND = torch.cat((plain.query_HKD, query_HND), dim=1)
-    down_CD, up_NC = factorise(grown_GND.flatten(0, 1), moment_DD, model.kv_lora_rank)
+    down_CD, up_NC = factorize(target_GND.flatten(0, 1), moment_DD, config.kv_lora_rank)
     length = (torch.einsum("cd,de,ce->", down_CD, moment_DD, down_CD) / len(down_CD) + eps).sqrt()
-    scale = math.sqrt(model.attention_head_dim / model.v_head_dim)
+    scale = math.sqrt(config.attention_head_dim / config.v_head_dim)
     return {
         "linear_q_proj.weight": query_HND.flatten(0, 1) * scale,
         "linear_kv_down_proj.weight": torch.cat((down_CD, _pairs(rotary_FMD.transpose(0, 1).flatten(0, 1)))),
@@ -132,25 +137,30 @@ def convert(plain: Attention, model: ModelConfig, moment_DD: Tensor, eps: float)
     }
 
 
-def factorise(target_ND: Tensor, moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``up_NC @ down_CD``, nearest to ``target_ND`` on vectors of this second moment; the rows of down are orthonormal."""
-    root_DD = _root(moment_DD)
+def factorize(target_ND: Tensor, moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return down_CD and up_NC such that up @ down is nearest to the target on vectors of this second moment.
+
+    The rows of down are orthonormal.
+    """
+    values_D, vectors_DD = torch.linalg.eigh(moment_DD)
+    root_DD = (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.mT
     left_NN, _, _ = torch.linalg.svd(target_ND @ root_DD)
     rows_CD = left_NN[:, :rank].mT @ target_ND
-    _, _, basis_DD = torch.linalg.svd(rows_CD)  # its first rows span them, the others make it whole
+    _, _, basis_DD = torch.linalg.svd(rows_CD)  # its first rows span them, the others complete the basis
     down_CD = basis_DD[:rank]
     seen_CC = down_CD @ moment_DD @ down_CD.mT
     return down_CD, torch.linalg.solve(seen_CC, down_CD @ moment_DD @ target_ND.mT).mT
 
 
-def _mean_turn(model: ModelConfig) -> Tensor:
-    """What is left, on average over near tokens, of a pair of each frequency that no longer turns: [F]."""
-    frequency_F = model.rope_base ** (-torch.arange(0, model.rope_period, 2, dtype=torch.float64) / model.rope_period)
+def _mean_rotation(config: ModelConfig) -> Tensor:
+    """Return the mean cosine of each frequency's rotation over near tokens: [F]."""
+    exponent_F = torch.arange(0, config.rope_period, 2, dtype=torch.float64) / config.rope_period
+    frequency_F = config.rope_base**-exponent_F
     return torch.outer(torch.arange(_NEAR, dtype=torch.float64), frequency_F).cos().mean(0)
 
 
-def _account(plain: ModelConfig, latent: ModelConfig) -> tuple[list[str], list[str]]:
-    """What is exact, what is not."""
+def _describe(plain: ModelConfig, latent: ModelConfig) -> tuple[list[str], list[str]]:
+    """Return sentences on what is exact, and on what is approximate."""
     exact, approximate = ["everything but the attention's projections"], []
     keys, kept = plain.query_groups, latent.qk_rope_head_dim // latent.rope_period
     if kept == keys:
@@ -162,42 +172,37 @@ def _account(plain: ModelConfig, latent: ModelConfig) -> tuple[list[str], list[s
     if latent.kv_lora_rank == plain.hidden_size:
         exact.append("the latent: its norm does nothing at full width, up to the norms' epsilon")
     else:
-        what = "values" if kept == keys else "values and keys without position"
-        approximate.append(f"{what}: from a latent of {latent.kv_lora_rank} of {plain.hidden_size}, whose length per token the norm takes away")  # fmt: skip
-    cached = [cache_values_per_token(shape, 1) for shape in (plain, latent)]
+        projected = "values" if kept == keys else "values and keys without position"
+        width = f"{latent.kv_lora_rank} of {plain.hidden_size}"
+        approximate.append(f"{projected}: from a latent of {width}, whose length per token the norm takes away")
+    cached = [cache_values_per_token(config, 1) for config in (plain, latent)]
     exact.append(f"the cache holds {cached[1]:,} numbers per token and loop, before {cached[0]:,}")
     return exact, approximate
 
 
 def _principal(key_GFD: Tensor, moment_DD: Tensor) -> Tensor:
-    """For each frequency the unitary [G, G] of its pairs' principal components across heads, largest first."""
+    """Return, for each frequency, the unitary [G, G] of its pairs' principal components across heads, largest first."""
     key_FGD = key_GFD.transpose(0, 1)
     _, vectors_FGG = torch.linalg.eigh(key_FGD @ moment_DD.to(key_FGD.dtype) @ key_FGD.mH)
     return vectors_FGG.flip(-1)
 
 
-def _attention(shape: ModelConfig, layer: int, weights: dict[str, Tensor], gain_D: Tensor) -> Attention:
-    name = f"decoder.layers.{layer}.self_attention.linear_qkv.weight"
-    (entry,) = (entry for entry in entries(shape, GateConfig()) if entry.ours == name)
-    parts = entry.split((weights[name] * gain_D).double())
-    return Attention(*(part.unflatten(0, (-1, shape.attention_head_dim)) for part in parts))
+def _projections(config: ModelConfig, layer: int, weights: dict[str, Tensor], gain_D: Tensor) -> Projections:
+    (row,) = (row for row in layer_parameters(config) if row.name == "self_attention.linear_qkv.weight")
+    parts = split(row, (weights[f"decoder.layers.{layer}.{row.name}"] * gain_D).double())
+    return Projections(*(part.unflatten(0, (-1, config.attention_head_dim)) for part in parts))
 
 
 def _complex(x_GKD: Tensor) -> Tensor:
-    """MHA turns channel k together with k + K/2: [G, F, D]."""
+    """Return pairs as complex numbers, [G, F, D]: MHA rotates channel k together with k + K/2."""
     return torch.complex(*x_GKD.chunk(2, dim=1))
 
 
 def _halves(z_GFD: Tensor) -> Tensor:
-    """The inverse of :func:`_complex`."""
+    """Invert :func:`_complex`."""
     return torch.cat((z_GFD.real, z_GFD.imag), dim=1)
 
 
 def _pairs(z: Tensor) -> Tensor:
-    """[..., F, D] to [..., 2 F, D]: MLA turns neighbouring channels together."""
+    """Return complex [..., F, D] as real [..., 2 F, D]: MLA rotates neighboring channels together."""
     return torch.stack((z.real, z.imag), dim=-2).flatten(-3, -2)
-
-
-def _root(moment_DD: Tensor) -> Tensor:
-    values_D, vectors_DD = torch.linalg.eigh(moment_DD)
-    return (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.mT

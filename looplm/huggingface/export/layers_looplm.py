@@ -1,6 +1,6 @@
-"""The block and the gates of a LoopLM. They travel inside an export and need torch and transformers alone.
+"""The block and the gates of a LoopLM. This file travels inside an export and needs only torch and transformers.
 
-Shapes: B batch, S tokens of this call, T tokens seen: those before and these, D hidden, H heads, G key-value heads, K
+Shapes: B batch, S tokens of this call, T tokens seen (cached ones and these), D hidden, H heads, G key-value heads, K
 query-key width, W value width, C latent, R loops, Z gate state. Loops count from 0.
 
 Sources: loops, sandwich norms, linear gate: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2 (2405.04434).
@@ -19,7 +19,7 @@ from .configuration_looplm import LoopLMConfig
 
 
 class LoopLMRMSNorm(nn.Module):
-    """``x / rms(x) * weight``; the weight starts at ``start``."""
+    """``x / rms(x) * weight``, with an initial weight of ``start``."""
 
     def __init__(self, width: int, eps: float, start: float = 1.0) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class LoopLMRMSNorm(nn.Module):
 
 
 class LoopLMMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU feed-forward layer."""
 
     def __init__(self, config: LoopLMConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LoopLMMLP(nn.Module):
 
 
 class LoopLMHeadAttention(nn.Module):
-    """MHA, or GQA where a key-value head serves several queries. Channels i and i + K/2 turn together, as in Llama."""
+    """Multi-head or grouped-query attention. Channels i and i + K/2 rotate together, as in Llama."""
 
     def __init__(self, config: LoopLMConfig, block: int) -> None:
         super().__init__()
@@ -66,16 +66,16 @@ class LoopLMHeadAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, view), rotate(key, view)
         if view.cache is not None:
-            key, value = view.cache.enter(loop, self.block, key, value, view.rows)
+            key, value = view.cache.store(loop, self.block, key, value, view.rows)
         return self.o_proj(attend(query, key, value, view.visible_B1ST, self.width**-0.5))
 
 
 class LoopLMLatentAttention(nn.Module):
-    """MLA: keys and values of all heads grow from one latent, and one rotary key is shared by the heads.
+    """Multi-head latent attention: all heads' keys and values come from one latent, and they share one rotary key.
 
-    Channels (0, 1), (2, 3), ... of the rotary part turn together, as in DeepSeek. Latent and rotary key are what is
-    cached. Later tokens do not grow the past's keys again: since ``q . (U c) = (U^T q) . c``, queries go down into the
-    latent space instead, and the mixed latents come up as values.
+    Channels (0, 1), (2, 3), ... of the rotary part rotate together, as in DeepSeek. The latent and the rotary key are
+    cached. Later calls do not recompute the keys of past tokens: since ``q . (U c) = (U^T q) . c``, they project the
+    queries down into the latent space instead, and the mixed latents up to values.
     """
 
     def __init__(self, config: LoopLMConfig, block: int) -> None:
@@ -106,20 +106,20 @@ class LoopLMLatentAttention(nn.Module):
         rope, key_rope = rotate(evens_then_odds(rope), view), rotate(evens_then_odds(key_rope), view)
         latent = self.kv_a_layernorm(latent)
         if view.cache is not None:
-            latent, key_rope = view.cache.enter(loop, self.block, latent, key_rope, view.rows)
-        # Adapters and quantisation put other modules here, offloading leaves no weight: their own forward must be run.
-        plain = type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
-        if plain and latent.size(2) > x_BSD.size(1):
+            latent, key_rope = view.cache.store(loop, self.block, latent, key_rope, view.rows)
+        # Adapters and quantization put other modules here, and offloading leaves no weight: then call the module.
+        is_plain = type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
+        if is_plain and latent.size(2) > x_BSD.size(1):
             return self.o_proj(self._attend_latents(nope, rope, latent, key_rope, view.visible_B1ST))
-        grown = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).squeeze(1).transpose(1, 2)
-        key_nope, value = grown.split([self.nope, self.value], -1)
+        projected = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).squeeze(1).transpose(1, 2)
+        key_nope, value = projected.split([self.nope, self.value], -1)
         key = torch.cat((key_nope, key_rope.expand(-1, self.heads, -1, -1)), -1)
         return self.o_proj(attend(torch.cat((nope, rope), -1), key, value, view.visible_B1ST, self.scale))
 
     def _attend_latents(
         self, nope: Tensor, rope: Tensor, latent_B1TC: Tensor, key_rope_B1TK: Tensor, visible_B1ST: Tensor | None
     ) -> Tensor:
-        """The absorbed form; for the kernel the heads are queries of one head, which has the entries."""
+        """Attend in the absorbed form. For the kernel, all heads are queries of the one head that has the entries."""
         up_HXC = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
         key_up_HKC, value_up_HWC = up_HXC.split([self.nope, self.value], 1)
         length = nope.size(2)
@@ -141,7 +141,7 @@ class LoopLMBlock(GradientCheckpointingLayer):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm, self.post_attention_layernorm = LoopLMRMSNorm(width, eps), LoopLMRMSNorm(width, eps)
         self.sandwich_norm = config.sandwich_norm
-        if self.sandwich_norm:  # it undoes a small start of the sublayer's output, so its gain starts small instead
+        if self.sandwich_norm:  # a small initial sublayer output would be normalized away; the gain is small instead
             start = (2 * config.num_hidden_layers * config.total_ut_steps) ** -0.5
             self.input_layernorm_2 = LoopLMRMSNorm(width, eps, start)
             self.post_attention_layernorm_2 = LoopLMRMSNorm(width, eps, start)
@@ -154,21 +154,21 @@ class LoopLMBlock(GradientCheckpointingLayer):
 
 
 def rotate(x_BHSK: Tensor, view: View) -> Tensor:
-    """Turn the channels i and i + K/2 together, by the angles of the tokens' positions."""
+    """Rotate the channels i and i + K/2 by the angles of the tokens' positions."""
     first, second = x_BHSK.chunk(2, -1)
     cos, sin = view.cos_B1SK, view.sin_B1SK
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BHSK.dtype)
 
 
 def evens_then_odds(x: Tensor) -> Tensor:
-    """Channels (0, 1), (2, 3), ... to where :func:`rotate` looks for pairs; queries and keys agree on the order."""
+    """Move channels (0, 1), (2, 3), ... to where :func:`rotate` expects pairs; queries and keys share the order."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """[B, H, S, K], [B, G, T, K], [B, G, T, W] and [B, 1, S, T] to [B, S, H * W]."""
+    """Attend: [B, H, S, K], [B, G, T, K], [B, G, T, W] and [B, 1, S, T] give [B, S, H * W]."""
     width = value.size(-1)
-    if key.size(-1) > width:  # unequal widths would leave the flash kernel for one that materialises S x T
+    if key.size(-1) > width:  # unequal widths would exclude the flash kernel for one that materializes S x T
         value = F.pad(value, (0, key.size(-1) - width))
     causal, grouped = visible is None and query.size(2) > 1, key.size(1) != query.size(1)
     mixed = F.scaled_dot_product_attention(
@@ -177,13 +177,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, sc
     return mixed[..., :width].transpose(1, 2).flatten(2)
 
 
-# ------------------------------------------------------------------------------------------------------------ the gate
+# ------------------------------------------------------------------------------------------------------------ gates
 
 
 class LoopLMGateLinear(nn.Linear):
-    """In fp32 whatever its weights are stored in: exit probabilities are products of R small numbers.
+    """A linear layer in fp32, whatever its weights are stored in: exit probabilities are products of R small numbers.
 
-    Its weight starts at standard deviation ``start_std``; at 0 an untrained gate has no opinion.
+    The initial weight has standard deviation ``start_std``; at 0 an untrained gate ignores its input.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, start_std: float = 0.0) -> None:
@@ -195,7 +195,7 @@ class LoopLMGateLinear(nn.Linear):
 
 
 class LoopLMLinearGate(LoopLMGateLinear):
-    """Ouro's: ``a_r = w . h_r + b``."""
+    """Ouro's gate: ``a_r = w . h_r + b``."""
 
     def __init__(self, config: LoopLMConfig) -> None:
         super().__init__(config.hidden_size, 1)
@@ -233,25 +233,33 @@ class LoopLMRecurrentGate(nn.Module):
         state_BSZ = torch.gru_cell(u_BSZ.flatten(0, 1), state_BSZ.flatten(0, 1), *weights).view_as(u_BSZ)
         logit_BS = self.readout(state_BSZ).squeeze(-1)
         if self.sequence_readout is not None:
-            # The read-out of a mean is the mean of read-outs, and those are one number per token to keep.
+            # The readout of a mean is the mean of readouts, and those are one number per token to keep.
             logit_BS = logit_BS + running_mean(self.sequence_readout(state_BSZ).squeeze(-1), view, loop)
-        remaining = self.num_loops - loop
-        return logit_BS - (math.log(remaining - 1) if remaining > 1 else 0.0), state_BSZ
+        return logit_BS + uniform_offset(loop, self.num_loops), state_BSZ
+
+
+GATES: dict[str, type[nn.Module]] = {"lru": LoopLMRecurrentGate, "linear": LoopLMLinearGate}
+
+
+def uniform_offset(loop: int, num_loops: int) -> float:
+    """Return ``logit(1 / (R - r + 1))`` for r = loop + 1; the last loop takes the rest, its logit is never used: 0."""
+    remaining = num_loops - loop
+    return -math.log(remaining - 1) if remaining > 1 else 0.0
 
 
 def running_mean(signal_BS: Tensor, view: View, loop: int) -> Tensor:
-    """Of each row's tokens up to each one, without the padding, those of earlier calls too. Sums run in double."""
+    """Return the mean over each row's tokens up to each one, cached ones included, without padding; in double."""
     counts_BS = view.counts_BS.to(signal_BS.dtype)
     signal_BT, counts_BT = signal_BS, counts_BS
     if view.cache is not None:
-        signal_BT, counts_BT = view.cache.remember(loop, signal_BS, counts_BS, view.rows)
+        signal_BT, counts_BT = view.cache.store_signal(loop, signal_BS, counts_BS, view.rows)
     total_BT = (signal_BT * counts_BT).double().cumsum(-1)
     mean_BT = total_BT / counts_BT.double().cumsum(-1).clamp(min=1)
     return mean_BT[:, -signal_BS.size(1) :].to(signal_BS.dtype)
 
 
 def exit_log_probs(logit_RBS: Tensor) -> Tensor:
-    """``log p_r = logsigmoid(a_r) + sum_{j<r} logsigmoid(-a_j)``; the last loop takes what is left. [R, ...] both ways."""
+    """Return ``log p_r = logsigmoid(a_r) + sum_{j<r} logsigmoid(-a_j)``; the last loop takes the rest. [R, ...]."""
     stay = F.logsigmoid(-logit_RBS[:-1]).cumsum(0)
     nothing = torch.zeros_like(logit_RBS[:1])
     return torch.cat((F.logsigmoid(logit_RBS[:-1]), nothing)) + torch.cat((nothing, stay))

@@ -24,13 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_looplm import LoopLMCache, View
 from .configuration_looplm import LoopLMConfig
-from .layers_looplm import (
-    LoopLMBlock,
-    LoopLMLinearGate,
-    LoopLMRecurrentGate,
-    LoopLMRMSNorm,
-    exit_log_probs,
-)
+from .layers_looplm import GATES, LoopLMBlock, LoopLMRMSNorm, exit_log_probs
 
 
 @dataclass
@@ -101,8 +95,11 @@ class LoopLMModel(LoopLMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LoopLMBlock(config, block) for block in range(config.num_hidden_layers))
         self.norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        gate = LoopLMRecurrentGate if config.early_exit_gate == "lru" else LoopLMLinearGate
-        self.early_exit_gate = gate(config)
+        if config.early_exit_gate not in GATES:
+            raise ValueError(
+                f"early_exit_gate: {config.early_exit_gate!r} is not allowed; give one of {', '.join(GATES)}"
+            )
+        self.early_exit_gate = GATES[config.early_exit_gate](config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -1,4 +1,4 @@
-"""config.json in our terms and back: nothing lost, nothing misread, what we cannot do refused."""
+"""config.json to our configuration and back: nothing is lost or misread, and unsupported models are refused."""
 
 import json
 from pathlib import Path
@@ -24,77 +24,89 @@ from tests.test_recipes import GATES, MHA, SHAPES
 IDS = TokenIds(bos=0, eos=1, pad=2)
 WHERE = Path("x/config.json")
 LINEAR = GateConfig(kind="linear")
-# ByteDance/Ouro-1.4B's, as far as it is known: its special tokens are one.
+# ByteDance/Ouro-1.4B's config.json, as far as it is known. Its special tokens are one token.
 RELEASED = CONFIG | {
-    "head_dim": 128, "hidden_size": 2048, "intermediate_size": 5632, "layer_types": ["full_attention"] * 24,
-    "max_position_embeddings": 65536, "max_window_layers": 24, "num_attention_heads": 16, "num_hidden_layers": 24,
-    "num_key_value_heads": 16, "total_ut_steps": 4, "vocab_size": 49152, "torch_dtype": "bfloat16",
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "layer_types": ["full_attention"] * 24,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 24,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "total_ut_steps": 4,
+    "vocab_size": 49152,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 del RELEASED["a_key_of_tomorrow"], RELEASED["transformers_version"]
 
 
-def test_the_released_config_in_our_terms():
-    layout, model, gate, gate_trained, ids = from_config_json(RELEASED, {}, WHERE)
-    assert (layout, gate, gate_trained, ids) == (OURO, LINEAR, True, TokenIds(0, 0, 0))
+def test_the_released_config_is_read():
+    hf_layout, model, gate, gate_trained, ids = from_config_json(RELEASED, {}, WHERE)
+    assert (hf_layout, gate, gate_trained, ids) == (OURO, LINEAR, True, TokenIds(0, 0, 0))
     assert (model.hidden_size, model.ffn_hidden_size, model.num_layers, model.num_loops) == (2048, 5632, 24, 4)
     assert (model.attention, model.query_groups, model.attention_head_dim) == ("mha", 16, 128)
     assert (model.rope_base, model.max_sequence_length, model.norm_eps) == (1e6, 65536, 1e-6)
     assert model.sandwich_norm and not model.tie_embeddings
 
 
-def test_what_we_write_in_ouros_layout_has_the_released_keys_and_values():
+def test_ouros_layout_is_written_with_the_released_keys_and_values():
     ours = to_config_json(from_config_json(RELEASED, {}, WHERE), torch.bfloat16)
-    assert {key: value for key, value in ours.items() if key != "auto_map"} == {k: v for k, v in RELEASED.items() if k != "auto_map"}  # fmt: skip
-    assert ours["auto_map"] == {key: f"ByteDance/Ouro-1.4B--{name}" for key, name in RELEASED["auto_map"].items()}
+    classes = {key: f"ByteDance/Ouro-1.4B--{name}" for key, name in RELEASED["auto_map"].items()}
+    assert ours == RELEASED | {"auto_map": classes}
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_our_own_layout_keeps_everything(shape, gate):
-    said = HFDescription(LOOPLM, SHAPES[shape], GATES[gate], False, IDS)
-    values = json.loads(json.dumps(to_config_json(said, torch.float32)))
-    assert from_config_json(values, {}, WHERE) == said
+@pytest.mark.parametrize("config", SHAPES)
+def test_our_layout_keeps_everything(config, gate):
+    description = HFDescription(LOOPLM, SHAPES[config], GATES[gate], False, IDS)
+    values = json.loads(json.dumps(to_config_json(description, torch.float32)))
+    assert from_config_json(values, {}, WHERE) == description
     assert values["model_type"] == "looplm" and values["architectures"] == ["LoopLMForCausalLM"]
     assert values["auto_map"]["AutoModelForCausalLM"] == "modeling_looplm.LoopLMForCausalLM"
-    assert values["head_dim"] == (SHAPES[shape].attention_head_dim if "mla" not in shape else None)
+    assert values["head_dim"] == (SHAPES[config].attention_head_dim if "mla" not in config else None)
     assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (0, 1, 2)
 
 
-def test_transformers_5_writes_rope_and_type_elsewhere():
+def test_the_rope_base_and_dtype_keys_of_transformers_5():
     values = {key: value for key, value in RELEASED.items() if key not in ("rope_theta", "torch_dtype")}
     values |= {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}, "dtype": "bfloat16"}
-    said = from_config_json(values, {}, WHERE)
-    assert said.model.rope_base == 5e4
-    now = to_config_json(said._replace(model=from_config_json(RELEASED, {}, WHERE).model), torch.float32)
-    after = merge_changes(values, to_config_json(said, torch.bfloat16), now)
+    description = from_config_json(values, {}, WHERE)
+    assert description.model.rope_base == 5e4
+    now = to_config_json(description._replace(model=from_config_json(RELEASED, {}, WHERE).model), torch.float32)
+    after = merge_changes(values, to_config_json(description, torch.bfloat16), now)
     assert after["rope_parameters"]["rope_theta"] == after["rope_theta"] == 1e6 and after["dtype"] == "float32"
 
 
-def test_carrying_changes_what_has_changed_and_nothing_else():
+def test_only_what_has_changed_is_changed():
     then = from_config_json(CONFIG, {}, WHERE)
     written = to_config_json(then, torch.float32)
     assert merge_changes(CONFIG, written, written) == CONFIG
-    changed = CONFIG | {"total_ut_steps": 2, "rope_theta": 4e4, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}  # fmt: skip
+    changed = CONFIG | {"total_ut_steps": 2, "rope_theta": 4e4, "num_hidden_layers": 4}
+    changed["layer_types"] = ["full_attention"] * 4
     after = merge_changes(CONFIG, written, to_config_json(from_config_json(changed, {}, WHERE), torch.float32))
     assert after == changed | {"max_window_layers": 4} and list(after) == list(CONFIG)
 
 
-def test_special_tokens_of_generation_go_before():
-    said = from_config_json(RELEASED, {"eos_token_id": [2, 0], "pad_token_id": 7}, WHERE)
-    assert said.ids == TokenIds(0, 2, 7)
+def test_special_tokens_of_generation_have_precedence():
+    description = from_config_json(RELEASED, {"eos_token_id": [2, 0], "pad_token_id": 7}, WHERE)
+    assert description.ids == TokenIds(0, 2, 7)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "model_type: 'llama' is not a layout"),
+        ({"model_type": "llama"}, "model_type: 'llama' is not supported"),
         ({"hidden_size": None}, "hidden_size: missing"),
         ({"hidden_size": "2048"}, "hidden_size: '2048' is not allowed; it must be a whole number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is not allowed; it must be true or false"),
         ({"rope_theta": "high"}, "rope_theta: 'high' is not allowed; it must be a number"),
         ({"num_hidden_layers": 0, "layer_types": None}, "model.num_layers: 0 is not allowed"),
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not something our model does; it has 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; it must be 'silu'"),
         ({"attention_bias": True}, "attention_bias: True"),
         ({"mlp_bias": True}, "mlp_bias: True"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
@@ -108,17 +120,17 @@ def test_special_tokens_of_generation_go_before():
         ({"head_dim": 64}, "model.head_dim times num_attention_heads=16 is 1024, not model.hidden_size=2048"),
         ({"eos_token_id": 50000}, "eos_token_id: 50000 is not allowed; give a whole number below vocab_size=49152"),
         ({"model_type": "looplm", "attention": "linear"}, "attention: 'linear' is not allowed; it must be mla or mha"),
-        ({"model_type": "looplm", "early_exit_gate": "mlp"}, "early_exit_gate: 'mlp' is not allowed"),
+        ({"model_type": "looplm", "early_exit_gate": "gru"}, "early_exit_gate: 'gru' is not allowed"),
     ],
 )
-def test_what_we_cannot_do_is_refused(changes, words):
+def test_unsupported_models_are_refused(changes, words):
     with pytest.raises(UserError) as raised:
         from_config_json(RELEASED | changes, {}, WHERE)
     assert str(raised.value).startswith("x/config.json: ") and words in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_which_models_are_in_ouros_layout():
+def test_which_models_fit_ouros_layout():
     assert ouro_fault(MHA, LINEAR) is None
     assert ouro_fault(SHAPES["mla"], LINEAR) == "model.attention=mla is not mha"
     assert ouro_fault(MHA, GateConfig()) == "gate.kind=lru is not linear"

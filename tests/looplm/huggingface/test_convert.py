@@ -1,6 +1,7 @@
-"""Round trips between Hugging Face directories and checkpoints of ours: no bit and no key is lost, no code is run."""
+"""Round trips between Hugging Face directories and our checkpoints: no bit and no key is lost, no code is run."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -13,9 +14,10 @@ from looplm.cli import to_dict
 from looplm.config import GateConfig
 from looplm.files import sha256_of
 from looplm.huggingface import companion_files
-from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
-from looplm.huggingface.names import entries
+from looplm.huggingface.convert import choose_hf_layout, examine, export_model, import_source, with_tokens
+from looplm.huggingface.names import join, split
 from looplm.model import LoopLM
+from looplm.parameters import parameters
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support import ouro_reference as ouro
@@ -29,7 +31,7 @@ MHA = dataclasses.replace(MODEL, attention="mha", num_attention_heads=4)
 
 @pytest.fixture(autouse=True)
 def code(tmp_path_factory, monkeypatch):
-    """Stand-ins for the code that an export of our own layout takes along."""
+    """Stand-ins for the code that travels inside an export in our layout."""
     folder = tmp_path_factory.mktemp("code")
     paths = tuple(folder / f"{kind}_looplm.py" for kind in ("configuration", "modeling"))
     for path in paths:
@@ -37,10 +39,10 @@ def code(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(companion_files, "CODE", paths)
 
 
-def export(directory, final, groups, layout="auto", dtype=None, limit=BIG):
+def export(directory, final, groups, hf_layout="auto", dtype=None, limit=BIG):
     opened = checkpoint.open_model(str(directory), groups, dtype=None)
-    shape = checkpoint.ModelDescription(opened.model.model_config, opened.gate)
-    return export_model(opened, final, choose_layout(layout, shape), dtype, limit)
+    found = checkpoint.ModelDescription(opened.model.model_config, opened.gate)
+    return export_model(opened, final, choose_hf_layout(hf_layout, found), dtype, limit)
 
 
 def tensors_of(folder):
@@ -57,20 +59,20 @@ def weights_of(directory, groups):
     return dict(checkpoint.open_model(str(directory), groups, dtype=None).model.named_parameters())
 
 
-def test_every_parameter_has_its_place(single_process):
-    for shape, gate in ((shape, gate) for shape in SHAPES.values() for gate in GATES.values()):
-        model = LoopLM(shape, gate, single_process)
-        parameters = dict(model.named_parameters())
-        mapped = {entry.ours: entry for entry in entries(shape, gate)}
-        assert mapped.keys() == parameters.keys()
-        for name, entry in mapped.items():
-            parts = entry.split(parameters[name])
-            assert [tuple(part.shape) for part in parts] == list(entry.theirs.values())
-            assert torch.equal(entry.join(parts), parameters[name])
+def test_every_parameter_has_a_row(single_process):
+    for config, gate in itertools.product(SHAPES.values(), GATES.values()):
+        model = LoopLM(config, gate, single_process)
+        tensors = dict(model.named_parameters())
+        rows = {row.name: row for row in parameters(config, gate)}
+        assert {name: row.shape for name, row in rows.items()} == {name: tuple(t.shape) for name, t in tensors.items()}
+        for name, row in rows.items():
+            parts = split(row, tensors[name])
+            assert [tuple(part.shape) for part in parts] == list(row.hugging_face_parts.values())
+            assert torch.equal(join(row, parts), tensors[name])
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 1)])
-def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_path, single_process):
+def test_a_released_directory_comes_back_unchanged(dtype, shards, corpus, tmp_path, single_process):
     config = ouro.CONFIG | {"torch_dtype": str(dtype).removeprefix("torch."), "num_key_value_heads": 2}
     tensors = {name: value.to(dtype) for name, value in ouro.random_tensors(config).items()}
     source = ouro.write_folder(tmp_path / "hf", tensors, config, corpus / "tokenizer.json", shards)
@@ -81,8 +83,8 @@ def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_pa
     (tmp_path / "secret").write_text("not in the directory")
     (source / "notes.txt").symlink_to(tmp_path / "secret")
 
-    left = import_source(examine(source), tmp_path / "ours", single_process)
-    assert left == ["notes.txt", "pytorch_model.bin"]
+    left_behind = import_source(examine(source), tmp_path / "ours", single_process)
+    assert left_behind == ["notes.txt", "pytorch_model.bin"]
     about = checkpoint.read_about(tmp_path / "ours")
     assert (about.objective, about.dtype, about.step) == (WEIGHTS_ONLY, config["torch_dtype"], 0)
     assert (about.bos_id, about.eos_id, about.pad_id) == (0, 1, 2)
@@ -92,62 +94,62 @@ def test_a_released_directory_comes_back_as_it_was(dtype, shards, corpus, tmp_pa
     export(tmp_path / "ours", tmp_path / "back", single_process, limit=BIG if shards == 1 else 20_000)
     assert_same_bits(tensors_of(tmp_path / "back"), tensors)
     for path in source.iterdir():
-        if "safetensors" not in path.name and path.name not in left:
+        if "safetensors" not in path.name and path.name not in left_behind:
             assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert not (tmp_path / "ran").exists(), "code that came along was run"
+    assert not (tmp_path / "ran").exists(), "imported code was run"
     assert not list(tmp_path.glob(".*"))
 
 
 OWN = {
     "mla, lru": (dataclasses.replace(MODEL, q_lora_rank=12), GateConfig(state_size=8, sequence_level=True), "looplm"),
     "mla, linear, tied": (dataclasses.replace(MODEL, tie_embeddings=True, embedding_init_std=0.5), LINEAR, "looplm"),
-    "mha, lru, plain norms": (
-        dataclasses.replace(MHA, sandwich_norm=False, num_query_groups=2),
-        GateConfig(),
-        "looplm",
-    ),
+    "mha, lru": (dataclasses.replace(MHA, sandwich_norm=False, num_query_groups=2), GateConfig(), "looplm"),
     "mha, linear": (MHA, LINEAR, "ouro"),
 }
 
 
 @pytest.mark.parametrize("case", OWN)
-def test_a_checkpoint_of_ours_comes_back_as_it_was(case, corpus, tmp_path, single_process):
-    shape, gate, layout = OWN[case]
-    model = LoopLM(shape, gate, single_process, torch.bfloat16)
+def test_our_checkpoint_comes_back_unchanged(case, corpus, tmp_path, single_process):
+    config, gate, hf_layout = OWN[case]
+    model = LoopLM(config, gate, single_process, torch.bfloat16)
     checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("bfloat16"), corpus / "tokenizer.json")
-    assert export(tmp_path / "ours", tmp_path / "hf", single_process, limit=5000).layout == layout
+    assert export(tmp_path / "ours", tmp_path / "hf", single_process, limit=5000).hf_layout == hf_layout
     import_source(examine(tmp_path / "hf"), tmp_path / "again", single_process)
     assert_same_bits(weights_of(tmp_path / "again", single_process), weights_of(tmp_path / "ours", single_process))
     before, after = (checkpoint.read_model(tmp_path / name) for name in ("ours", "again"))
-    if layout == "looplm":
+    if hf_layout == "looplm":
         assert after == before
-    checkpoint.load_weights(tmp_path / "again", model, gate)  # whatever keys of another attention it was made with
+    checkpoint.load_weights(tmp_path / "again", model, gate)  # although keys of another attention differ
     export(tmp_path / "again", tmp_path / "hf2", single_process, limit=5000)
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {path.name for path in (tmp_path / "hf2").iterdir()}
     for path in (tmp_path / "hf").iterdir():
         assert (tmp_path / "hf2" / path.name).read_bytes() == path.read_bytes(), path.name
     code = {path.name for path in companion_files.CODE}
-    assert {path.name for path in (tmp_path / "hf").glob("*.py")} == (code if layout == "looplm" else set())
+    assert {path.name for path in (tmp_path / "hf").glob("*.py")} == (code if hf_layout == "looplm" else set())
 
 
-def test_an_import_is_trained_on_and_goes_out_with_what_has_changed(corpus, tmp_path, single_process):
+def test_an_export_of_a_trained_import_changes_only_what_has_changed(corpus, tmp_path, single_process):
     tensors = ouro.random_tensors(ouro.CONFIG)
     shared = ouro.CONFIG | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # as released
     source = ouro.write_folder(tmp_path / "hf", tensors, shared, corpus / "tokenizer.json")
     (source / "README.md").write_text("# Theirs\n")
     (source / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.9}')
     import_source(examine(source), tmp_path / "ours", single_process)
-    shape = checkpoint.read_model(tmp_path / "ours")
-    model = dataclasses.replace(shape.model, num_loops=2, head_dim=8, num_query_groups=4)
-    config = run_config(corpus, tmp_path / "run", model=model, gate=LINEAR, checkpoint={"initial": str(tmp_path / "ours")})  # fmt: skip
+    imported = checkpoint.read_model(tmp_path / "ours").model
+    model = dataclasses.replace(imported, num_loops=2, head_dim=8, num_query_groups=4)
+    start = {"initial": str(tmp_path / "ours")}
+    config = run_config(corpus, tmp_path / "run", model=model, gate=LINEAR, checkpoint=start)
     assert train(config, check_corpus(config.data, config.model.vocab_size), single_process)
 
     step = tmp_path / "run/checkpoints/step_00000006"
     report = {
-        "checkpoint": str(step), "step": 6, "tokens": 1234, "trained_loops": 2,
+        "checkpoint": str(step),
+        "step": 6,
+        "tokens": 1234,
+        "trained_loops": 2,
         "depths": [{"depth": 1, "loss": 2.5, "perplexity": 12.2}, {"depth": 3, "loss": 2.25, "perplexity": 9.5}],
         "exit_curve": [{"threshold": 0.5, "loss": 2.4, "mean_depth": 1.25}],
-    }  # fmt: skip
+    }
     (tmp_path / "evaluation.json").write_text(json.dumps(report))
     export(tmp_path / "run", tmp_path / "out", single_process, dtype=torch.bfloat16)
     after = json.loads((tmp_path / "out/config.json").read_text())
@@ -160,9 +162,17 @@ def test_an_import_is_trained_on_and_goes_out_with_what_has_changed(corpus, tmp_
     assert {value.dtype for value in trained.values()} == {torch.bfloat16} and trained.keys() == tensors.keys()
     assert not torch.equal(trained["lm_head.weight"], tensors["lm_head.weight"].bfloat16())
     card = (tmp_path / "out/README.md").read_text()
-    for words in ("# out", "38,209 (bfloat16)", "| `train` | 100.0% |", "| steps, tokens | 6, 768 |", "| `ours` |",
-                  "1,234 validation tokens", "| 1 | 2.5000 | 12.20 |", "| 3 (beyond training) | 2.2500 | 9.50 |",
-                  "| 0.5 | 1.25 | 2.4000 |"):  # fmt: skip
+    for words in (
+        "# out",
+        "38,209 (bfloat16)",
+        "| `train` | 100.0% |",
+        "| steps, tokens | 6, 768 |",
+        "| `ours` |",
+        "1,234 validation tokens",
+        "| 1 | 2.5000 | 12.20 |",
+        "| 3 (beyond training) | 2.2500 | 9.50 |",
+        "| 0.5 | 1.25 | 2.4000 |",
+    ):
         assert words in card, words
     assert (tmp_path / "out/README.source.md").read_text() == "# Theirs\n"
 
@@ -173,7 +183,8 @@ def test_an_import_is_trained_on_and_goes_out_with_what_has_changed(corpus, tmp_
 
 def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
     transformers = pytest.importorskip("transformers")
-    config = run_config(corpus, tmp_path / "run", model=MHA, gate=LINEAR, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})  # fmt: skip
+    one_step = {"train_steps": 1, "warmup_steps": 0, "decay_steps": 0}
+    config = run_config(corpus, tmp_path / "run", model=MHA, gate=LINEAR, optim=one_step)
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     export(tmp_path / "run", tmp_path / "out", single_process)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
@@ -185,9 +196,10 @@ def test_transformers_reads_our_tokenizer(corpus, tmp_path, single_process):
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == VOCAB
 
 
-def test_weights_that_are_read_are_not_drawn_first(corpus, tmp_path, single_process, monkeypatch):
-    """Drawing takes fp32 copies, which a model that just fits in memory has no room for."""
-    source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")  # fmt: skip
+def test_weights_are_not_initialized_before_they_are_read(corpus, tmp_path, single_process, monkeypatch):
+    """Initialization takes fp32 copies, for which a model that just fits in memory leaves no room."""
+    tensors = ouro.random_tensors(ouro.CONFIG)
+    source = ouro.write_folder(tmp_path / "hf", tensors, ouro.CONFIG, corpus / "tokenizer.json")
 
     def drawn(*_: object, **__: object) -> None:
         raise AssertionError("a weight was drawn")
@@ -198,24 +210,24 @@ def test_weights_that_are_read_are_not_drawn_first(corpus, tmp_path, single_proc
 
 
 def test_a_directory_of_hugging_faces_cache(corpus, tmp_path, single_process):
-    """Its files are links to blobs beside it."""
-    blobs = ouro.write_folder(tmp_path / "blobs", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")  # fmt: skip
+    """Its files are links to blobs in another folder."""
+    tensors = ouro.random_tensors(ouro.CONFIG)
+    blobs = ouro.write_folder(tmp_path / "blobs", tensors, ouro.CONFIG, corpus / "tokenizer.json")
     snapshot = tmp_path / "snapshots/0123"
     snapshot.mkdir(parents=True)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     assert import_source(examine(snapshot), tmp_path / "ours", single_process) == []
-    assert {path.name for path in (tmp_path / "ours/companions").iterdir()} == {
-        "chat_template.jinja", "config.json", "tokenizer_config.json",
-    }  # fmt: skip
+    companions = {path.name for path in (tmp_path / "ours/companions").iterdir()}
+    assert companions == {"chat_template.jinja", "config.json", "tokenizer_config.json"}
 
 
-def test_special_tokens_that_no_file_gives_an_id(corpus, tmp_path, single_process):
-    """tokenizer_config.json names the token; or the user does, and an export says so in every file."""
+def test_special_tokens_without_ids_in_any_file(corpus, tmp_path, single_process):
+    """tokenizer_config.json names the tokens, or the user does; then every file of an export agrees."""
     config = {key: value for key, value in ouro.CONFIG.items() if not key.endswith("_token_id")}
     source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(config), config, corpus / "tokenizer.json")
     found = examine(source)
-    assert found.described.ids == (BOS, EOS, PAD)
+    assert found.description.ids == (BOS, EOS, PAD)
     swapped = with_tokens(found, {"bos": None, "eos": "<pad>", "pad": "<eos>"})
     import_source(swapped, tmp_path / "ours", single_process)
     export(tmp_path / "ours", tmp_path / "out", single_process)

@@ -256,4 +256,4 @@ def test_what_only_a_state_can_tell(fresh: LoopLMForCausalLM) -> None:
 )
 def test_a_config_that_cannot_be(keys: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(keys))):
-        hf_config(SHAPES["gqa"], GATES["lru"], **keys)
+        LoopLMForCausalLM(hf_config(SHAPES["gqa"], GATES["lru"], **keys))

@@ -16,7 +16,7 @@ KINDS = [
     pytest.param(GateConfig(state_size=6), id="lru"),
     pytest.param(GateConfig(state_size=6, sequence_level=True), id="lru-sequence"),
 ]
-LRU_KINDS = KINDS[1:]
+UNIFORM_KINDS = KINDS[1:]
 
 
 @pytest.fixture(autouse=True)
@@ -81,13 +81,14 @@ def test_logits_states_and_gradients_equal_the_oracle(config: GateConfig, loops:
     their_logits, their_states = run_oracle(their_params, config, list(their_hidden.values()), document_start_SB)
     assert logits.dtype == torch.float32
     assert_close_relative({"logits": logits}, {"logits": their_logits})
-    mix_logit, mix_state = torch.randn_like(logits), torch.randn(S, B, config.state_size)
+    mix_logit = torch.randn_like(logits)
     loss, their_loss = (mix_logit * logits).sum(), (mix_logit * their_logits).sum()
-    if config.kind == "lru":
+    if gate.state_size:
         pairs = {f"state.{r}": pair for r, pair in enumerate(zip(states, their_states, strict=True))}
         assert_close_relative(
             {n: ours for n, (ours, _) in pairs.items()}, {n: theirs for n, (_, theirs) in pairs.items()}
         )
+        mix_state = torch.randn(S, B, gate.state_size)
         loss, their_loss = loss + (mix_state * states[-1]).sum(), their_loss + (mix_state * their_states[-1]).sum()
     assert_close_relative(gradients(loss, params | hidden), gradients(their_loss, their_params | their_hidden))
 
@@ -114,7 +115,7 @@ def test_the_future_does_not_reach_back_by_a_single_bit(config: GateConfig, docu
         after, states_after = run(gate, changed, document_start_SB)
         assert torch.equal(before[:, :place], after[:, :place])
         assert not torch.equal(before[:, place:], after[:, place:])
-        if config.kind == "lru":
+        if gate.state_size:
             assert all(torch.equal(a[:place], b[:place]) for a, b in zip(states_before, states_after, strict=True))
 
 
@@ -142,11 +143,29 @@ def test_a_long_past_does_not_drown_a_late_short_document():
 
 
 @pytest.mark.parametrize("loops", range(1, 9))
-@pytest.mark.parametrize("config", LRU_KINDS)
-def test_an_untrained_lru_gate_leaves_after_each_loop_alike(config: GateConfig, loops: int):
+@pytest.mark.parametrize("config", UNIFORM_KINDS)
+def test_an_untrained_gate_with_an_offset_is_the_uniform_prior(config: GateConfig, loops: int):
     logits, _ = run(fresh_gate(config), [5 * torch.randn(S, B, D) for _ in range(loops)])
     p_RSB = exit_log_probs(logits).exp()
     assert (p_RSB - 1 / loops).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_a_step_with_tokens_in_different_loops_equals_each_token_alone(config: GateConfig):
+    """A token in loop 0 and one in loop 2 side by side: what decoding asks of a gate."""
+    gate, hidden, num_loops = trained_gate(config), torch.randn(3, 5, D), 4
+    depths = [0, 2, 1, 0, 2]
+    logits, states = torch.zeros(5), torch.zeros(1, 5, gate.state_size)
+    for token, depth in enumerate(depths):
+        state = None
+        for loop in range(depth):
+            _, state = gate(hidden[loop, token].view(1, 1, D), state, loop, num_loops)
+        logits[token] = gate(hidden[depth, token].view(1, 1, D), state, depth, num_loops)[0]
+        if state is not None:
+            states[:, token] = state[:, 0]
+    h_1ND = torch.stack([hidden[depth, token] for token, depth in enumerate(depths)]).unsqueeze(0)
+    together, _ = gate.step(h_1ND, states, torch.tensor(depths), num_loops, lambda value_SN: value_SN[0])
+    torch.testing.assert_close(together[0], logits, rtol=1e-5, atol=1e-5)
 
 
 def test_loops_beyond_the_trained_ones_carry_no_offset():

@@ -85,7 +85,7 @@ class Counted:
     """In place of Megatron's wrapper: counts who asks for new FP8 copies of the weights."""
 
     def __init__(self, loops: int) -> None:
-        self.module, self.asked = SimpleNamespace(shape=SimpleNamespace(num_loops=loops)), 0
+        self.module, self.asked = SimpleNamespace(model_config=SimpleNamespace(num_loops=loops)), 0
 
     def set_is_first_microbatch(self) -> None:
         self.asked += 1

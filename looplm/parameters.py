@@ -1,0 +1,255 @@
+"""One table of a model's parameters: names, shapes, roles, tensor splits, and their parts in a Hugging Face checkpoint.
+
+Counts, FLOPs (:mod:`looplm.accounting`), legal tensor-parallel sizes, FP8 width checks, weight-decay groups, the map of
+Hugging Face names and the planner's weights per rank derive from these rows. A variant of attention or of the gate
+contributes its rows in one function, registered in :data:`ATTENTIONS` or :data:`GATES`.
+
+Names there: where Ouro has a name, it is Ouro's; MLA's projections have DeepSeek-V3's. A model with plain attention,
+sandwich norms and the linear gate therefore *is* in Ouro's layout.
+
+Shapes: D hidden, F feed-forward, V vocabulary, H heads, G key-value heads, K head width, C latent, Z gate state.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from looplm.config.model import GateConfig, ModelConfig, chosen
+
+Shape = tuple[int, ...]
+Section = Literal["embedding", "layers", "loop_end_norm", "head", "gate"]
+
+
+class TensorSplit(NamedTuple):
+    """How tensor-parallel ranks share a parameter: along ``dim``, in ``units`` indivisible pieces."""
+
+    dim: int
+    units: int
+    key: str  # the config key that counts the pieces
+
+
+class Parameter(NamedTuple):
+    """A row of the table.
+
+    Args:
+        name: in the model's state dict.
+        shape: of the whole parameter; the number of loops is in none.
+        section: part of the model that it belongs to.
+        role: matrix (multiplied with every token in every loop), table (looked up) or vector (a norm's gain, a bias).
+        tensor_split: None if every tensor-parallel rank holds the whole parameter.
+        hugging_face_parts: tensors that it is made of there, with their shapes.
+        groups: number of blocks of rows; each block holds its share of every part, one part after the other.
+        sides: for a block's matrix, where the widths of its output and its input come from.
+    """
+
+    name: str
+    shape: Shape
+    section: Section
+    role: Literal["matrix", "table", "vector"]
+    hugging_face_parts: Mapping[str, Shape]
+    tensor_split: TensorSplit | None = None
+    groups: int = 1
+    sides: tuple[str, str] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.shape[0] * (self.shape[1] if len(self.shape) > 1 else 1)
+
+
+def parameters(model: ModelConfig, gate: GateConfig) -> list[Parameter]:
+    """Return every parameter of a model, in the order in which a forward pass meets them."""
+    vocabulary, shape = TensorSplit(0, model.vocab_size, "model.vocab_size"), (model.vocab_size, model.hidden_size)
+    table = _row("embedding", "embedding.word_embeddings.weight", "model.embed_tokens.weight", shape)
+    rows = [table._replace(role="table", tensor_split=vocabulary)]
+    for layer in range(model.num_layers):
+        rows += [_in_layer(row, layer) for row in layer_parameters(model)]
+    rows.append(_row("loop_end_norm", "decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)))
+    rows += gate_parameters(model, gate)
+    if not model.tie_embeddings:
+        head = _row("head", "output_layer.weight", "lm_head.weight", shape)
+        rows.append(head._replace(tensor_split=vocabulary))
+    return rows
+
+
+def layer_parameters(model: ModelConfig) -> list[Parameter]:
+    """Return the parameters of one layer, under their names inside it; all layers are alike."""
+    d, f = model.hidden_size, model.ffn_hidden_size
+    norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+    if model.sandwich_norm:
+        norms |= {"self_attn_bda.norm": "input_layernorm_2", "mlp_bda.norm": "post_attention_layernorm_2"}
+    halves, by_column = {f"mlp.{half}_proj.weight": (f, d) for half in ("gate", "up")}, "model.ffn_hidden_size"
+    sides = (f"2 x {by_column}", "model.hidden_size")
+    return [
+        *(_row("layers", f"{ours}.weight", f"{theirs}.weight", (d,)) for ours, theirs in norms.items()),
+        *chosen(ATTENTIONS, "model.attention", model.attention)(model),
+        Parameter(
+            "mlp.linear_fc1.weight", (2 * f, d), "layers", "matrix", halves, TensorSplit(0, f, by_column), sides=sides
+        ),
+        _linear("mlp.linear_fc2", "mlp.down_proj", (d, f), (sides[1], by_column), TensorSplit(1, f, by_column)),
+    ]
+
+
+def gate_parameters(model: ModelConfig, gate: GateConfig) -> list[Parameter]:
+    """Return the parameters of the exit gate, which every tensor-parallel rank holds whole."""
+    rows = gate_rows(model, gate)
+    return [
+        _row("gate", f"gate.{name}", f"model.early_exit_gate.{rows.renamed.get(name, name)}", shape)
+        for name, shape in rows.shapes.items()
+    ]
+
+
+def gate_rows(model: ModelConfig, gate: GateConfig) -> "GateRows":
+    """Return what the gate's variant contributes.
+
+    Raises:
+        ValueError: there is no gate of that kind.
+    """
+    return chosen(GATES, "gate.kind", gate.kind)(model, gate)
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+def _latent_attention(model: ModelConfig) -> list[Parameter]:
+    """MLA. The down projections are replicated, because each rank's heads read the whole latent."""
+    d, heads, query, latent = model.hidden_size, model.num_attention_heads, model.q_lora_rank, model.kv_lora_rank
+    by_head = TensorSplit(0, heads, "model.num_attention_heads")
+    query_width = heads * model.attention_head_dim
+    query_side = "model.num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)"
+    key_value_width = heads * (model.qk_nope_head_dim + model.v_head_dim)
+    key_value_side = "model.num_attention_heads x (qk_nope_head_dim + v_head_dim)"
+    down_side = "model.kv_lora_rank + qk_rope_head_dim"
+    hidden, kv_rank, q_rank = "model.hidden_size", "model.kv_lora_rank", "model.q_lora_rank"
+    if query is None:
+        rows = [_attention("linear_q_proj", "q_proj", (query_width, d), (query_side, hidden), by_head)]
+    else:
+        rows = [
+            _attention("linear_q_down_proj", "q_a_proj", (query, d), (q_rank, hidden)),
+            _attention_norm("q_layernorm", "q_a_layernorm", query),
+            _attention("linear_q_up_proj", "q_b_proj", (query_width, query), (query_side, q_rank), by_head),
+        ]
+    down, out = (latent + model.qk_rope_head_dim, d), (d, heads * model.v_head_dim)
+    out_sides = (hidden, "model.num_attention_heads x v_head_dim")
+    return [
+        *rows,
+        _attention("linear_kv_down_proj", "kv_a_proj_with_mqa", down, (down_side, hidden)),
+        _attention_norm("kv_layernorm", "kv_a_layernorm", latent),
+        _attention("linear_kv_up_proj", "kv_b_proj", (key_value_width, latent), (key_value_side, kv_rank), by_head),
+        _attention("linear_proj", "o_proj", out, out_sides, TensorSplit(1, heads, "model.num_attention_heads")),
+    ]
+
+
+def _head_attention(model: ModelConfig) -> list[Parameter]:
+    """MHA and GQA. Ours holds, key-value head by key-value head, its queries, its key and its value."""
+    d, heads, groups, width = model.hidden_size, model.num_attention_heads, model.query_groups, model.attention_head_dim
+    rows, by_group = {"q": heads * width, "k": groups * width, "v": groups * width}, "model.num_query_groups"
+    name, split, total = "self_attention.linear_qkv", TensorSplit(0, groups, by_group), sum(rows.values())
+    sides = ("(num_attention_heads + 2 x num_query_groups) x head_dim", "model.hidden_size")
+    weights = {f"self_attn.{part}_proj.weight": (number, d) for part, number in rows.items()}
+    found = [Parameter(f"{name}.weight", (total, d), "layers", "matrix", weights, split, groups, sides)]
+    if model.qkv_bias:
+        biases = {f"self_attn.{part}_proj.bias": (number,) for part, number in rows.items()}
+        found.append(Parameter(f"{name}.bias", (total,), "layers", "vector", biases, split, groups))
+    if model.qk_norm:
+        found += [_attention_norm(f"{part}_layernorm", f"{part}_norm", width) for part in "qk"]
+    sides = ("model.hidden_size", "model.num_attention_heads x head_dim")
+    by_head = TensorSplit(1, heads, "model.num_attention_heads")
+    return [*found, _attention("linear_proj", "o_proj", (d, heads * width), sides, by_head)]
+
+
+class GateRows(NamedTuple):
+    """A gate's parameters.
+
+    Args:
+        shapes: by name inside the gate.
+        kept_values: values that autograd keeps of one token and loop, besides the hidden state.
+        renamed: the names that differ in a Hugging Face checkpoint.
+    """
+
+    shapes: Mapping[str, Shape]
+    kept_values: int
+    renamed: Mapping[str, str] = {}
+
+
+def _linear_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
+    ouro_names = {"readout.weight": "weight", "readout.bias": "bias"}
+    return GateRows({"readout.weight": (1, model.hidden_size), "readout.bias": (1,)}, 0, ouro_names)
+
+
+def _lru_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
+    z = gate.state_size
+    shapes: dict[str, Shape] = {"input_proj.weight": (z, model.hidden_size)}
+    shapes |= {f"cell.weight_{side}": (3 * z, z) for side in ("ih", "hh")}
+    shapes |= {f"cell.bias_{side}": (3 * z,) for side in ("ih", "hh")}
+    shapes |= {"readout.weight": (1, z), "readout.bias": (1,)}
+    shapes |= {"sequence_readout.weight": (1, z)} if gate.sequence_level else {}
+    return GateRows(shapes, 9 * z)  # the GRU cell keeps its state and its gates
+
+
+ATTENTIONS: dict[str, Callable[[ModelConfig], list[Parameter]]] = {"mla": _latent_attention, "mha": _head_attention}
+GATES: dict[str, Callable[[ModelConfig, GateConfig], GateRows]] = {
+    "lru": _lru_gate,
+    "linear": _linear_gate,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- what derives here
+
+
+def tensor_parallel_units(model: ModelConfig) -> dict[str, int]:
+    """Return the numbers that the tensor-parallel size must divide, by the config key that each comes from."""
+    splits = [row.tensor_split for row in parameters(model, GateConfig())]
+    return {split.key: split.units for split in splits if split is not None}
+
+
+def replicates_matrices(model: ModelConfig) -> bool:
+    """Return True if every tensor-parallel rank holds some matrix of a block whole, as with MLA's down projections."""
+    return any(row.role == "matrix" and row.tensor_split is None for row in layer_parameters(model))
+
+
+def linear_widths(model: ModelConfig, tensor: int) -> dict[str, int]:
+    """Return the sides of a block's matrices as each of ``tensor`` ranks holds them, by what they come from."""
+    widths = {}
+    for row in layer_parameters(model):
+        for dim, side in enumerate(row.sides or ()):
+            split = row.tensor_split is not None and row.tensor_split.dim == dim
+            widths[side] = row.shape[dim] // (tensor if split else 1)
+    return dict(sorted(widths.items(), key=lambda item: len(item[0])))  # the simplest source of a fault comes first
+
+
+def decayed_names(model: ModelConfig, gate: GateConfig) -> set[str]:
+    """Return the names that weight decay applies to.
+
+    Norms and biases are spared; so is the gate, which is meant to move freely away from its prior.
+    """
+    return {row.name for row in parameters(model, gate) if row.role != "vector" and row.section != "gate"}
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _row(section: Section, ours: str, theirs: str, shape: Shape) -> Parameter:
+    """Return a parameter that is one tensor on both sides."""
+    return Parameter(ours, shape, section, "matrix" if len(shape) > 1 else "vector", {theirs: shape})
+
+
+def _linear(
+    ours: str, theirs: str, shape: Shape, sides: tuple[str, str], split: TensorSplit | None = None
+) -> Parameter:
+    row = _row("layers", f"{ours}.weight", f"{theirs}.weight", shape)
+    return row._replace(tensor_split=split, sides=sides)
+
+
+def _attention(
+    ours: str, theirs: str, shape: Shape, sides: tuple[str, str], split: TensorSplit | None = None
+) -> Parameter:
+    return _linear(f"self_attention.{ours}", f"self_attn.{theirs}", shape, sides, split)
+
+
+def _attention_norm(ours: str, theirs: str, width: int) -> Parameter:
+    return _row("layers", f"self_attention.{ours}.weight", f"self_attn.{theirs}.weight", (width,))
+
+
+def _in_layer(row: Parameter, layer: int) -> Parameter:
+    parts = {f"model.layers.{layer}.{name}": shape for name, shape in row.hugging_face_parts.items()}
+    return row._replace(name=f"decoder.layers.{layer}.{row.name}", hugging_face_parts=parts)

@@ -1,0 +1,97 @@
+"""The table of parameters against the reference's own formulas and against real modules, for every kind of model."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from looplm import reference
+from looplm.accounting import forward_flops_per_token, parameter_counts
+from looplm.config import GateConfig, ModelConfig
+from looplm.model import LoopLM
+from looplm.model.exit_gate import build_exit_gate
+from looplm.parameters import ATTENTIONS, GATES, decayed_names, layer_parameters, parameters, tensor_parallel_units
+
+SIZES: dict[str, int] = {"vocab_size": 320, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_loops": 3}
+MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+MODELS = {
+    "mla": ModelConfig(**SIZES, **MLA),
+    "query latent, tied": ModelConfig(**SIZES, **MLA, q_lora_rank=20, tie_embeddings=True),
+    "mha": ModelConfig(**SIZES, attention="mha", sandwich_norm=False),
+    "gqa, biases, norms": ModelConfig(
+        **SIZES, attention="mha", num_query_groups=2, head_dim=10, qkv_bias=True, qk_norm=True
+    ),
+}
+EXIT_GATES = {
+    "lru": GateConfig(state_size=6),
+    "sequence": GateConfig(state_size=6, sequence_level=True),
+    "linear": GateConfig(kind="linear"),
+}
+CASES = list(itertools.product(MODELS, EXIT_GATES))
+
+
+@pytest.mark.parametrize(("model", "gate"), CASES)
+def test_names_and_shapes_equal_the_reference(model: str, gate: str) -> None:
+    shapes = {row.name: row.shape for row in parameters(MODELS[model], EXIT_GATES[gate])}
+    assert shapes == reference.parameter_shapes(MODELS[model], EXIT_GATES[gate])
+
+
+@pytest.mark.parametrize(("model", "gate"), CASES)
+def test_names_and_shapes_equal_the_built_model(model: str, gate: str, single_process) -> None:
+    built = LoopLM(MODELS[model], EXIT_GATES[gate], single_process)
+    shapes = {row.name: row.shape for row in parameters(MODELS[model], EXIT_GATES[gate])}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in built.named_parameters()}
+
+
+@pytest.mark.parametrize(("model", "gate"), CASES)
+def test_rows_hold_as_many_values_as_their_parts(model: str, gate: str) -> None:
+    for row in parameters(MODELS[model], EXIT_GATES[gate]):
+        parts = sum(torch.Size(shape).numel() for shape in row.hugging_face_parts.values())
+        assert row.size == parts == torch.Size(row.shape).numel(), row.name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_splits_divide_the_dimension_that_they_name(model: str) -> None:
+    for row in parameters(MODELS[model], GateConfig()):
+        if row.tensor_split is not None:
+            assert row.shape[row.tensor_split.dim] % row.tensor_split.units == 0, row.name
+
+
+def test_the_tensor_parallel_size_divides_heads_groups_widths_and_vocabulary() -> None:
+    heads = {"model.num_attention_heads": 4, "model.ffn_hidden_size": 48, "model.vocab_size": 320}
+    assert tensor_parallel_units(MODELS["mla"]) == heads
+    assert tensor_parallel_units(MODELS["gqa, biases, norms"]) == heads | {"model.num_query_groups": 2}
+
+
+@pytest.mark.parametrize(("model", "gate"), CASES)
+def test_weight_decay_spares_vectors_and_the_gate(model: str, gate: str, single_process) -> None:
+    built = LoopLM(MODELS[model], EXIT_GATES[gate], single_process)
+    matrices = {name for name, tensor in built.named_parameters() if tensor.dim() > 1 and not name.startswith("gate.")}
+    assert decayed_names(MODELS[model], EXIT_GATES[gate]) == matrices
+
+
+def test_the_number_of_loops_changes_no_parameter() -> None:
+    model, gate = MODELS["mla"], GateConfig()
+    assert parameters(model, gate) == parameters(dataclasses.replace(model, num_loops=9), gate)
+
+
+def test_a_tied_embedding_is_still_multiplied_as_the_head() -> None:
+    tied, gate = MODELS["query latent, tied"], GateConfig()
+    untied = dataclasses.replace(tied, tie_embeddings=False)
+    assert forward_flops_per_token(tied, gate, 64, 2) == forward_flops_per_token(untied, gate, 64, 2)
+    assert parameter_counts(tied, gate)["head"] == 0
+
+
+def test_an_unknown_kind_is_refused_everywhere(single_process) -> None:
+    model, gate = MODELS["mla"], GateConfig()
+    with pytest.raises(ValueError, match=r"model\.attention: 'none' is unknown here; known are mla, mha"):
+        layer_parameters(dataclasses.replace(model, attention="none"))
+    unknown = dataclasses.replace(gate, kind="none")
+    with pytest.raises(ValueError, match=r"gate\.kind: 'none' is unknown here; known are lru, linear"):
+        parameters(model, unknown)
+    config = LoopLM(model, gate, single_process).config
+    with pytest.raises(ValueError, match=r"gate\.kind: 'none' is unknown here"):
+        build_exit_gate(config, unknown)
+    assert set(ATTENTIONS) == {"mla", "mha"} and {"lru", "linear"} <= set(GATES)
