@@ -1,1 +1,1 @@
-"""What LoopLM knows of Megatron-core, of CPU versus CUDA, and of the process groups of a job."""
+"""Everything specific to Megatron-core, to CPU versus CUDA, and to the process groups of a job."""

@@ -1,7 +1,7 @@
 """Context parallelism: how the ranks of a group share a sequence.
 
-The sequence is cut into 2 C parts for C ranks; rank r holds parts r and 2 C - 1 - r, an early and a late one, because under
-a causal mask late positions are more work. With C = 2::
+The sequence is cut into 2 C parts for C ranks; rank r holds parts r and 2 C - 1 - r, an early and a late one, because
+under a causal mask late positions are more work. With C = 2::
 
     whole   0 1 2 3         rank 0   0 3         rank 1   1 2
 

@@ -1,4 +1,4 @@
-"""The device of this process. With :mod:`looplm.megatron.patches` the only code that names ``torch.cuda``."""
+"""The device of this process. Only this module and :mod:`looplm.megatron.patches` use ``torch.cuda``."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
 BACKEND = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
 
-# Dense bf16 peak in TFLOP/s, from the makers' data sheets; matched against the device's name.
+# Dense bf16 peak in TFLOP/s from NVIDIA's data sheets, by a part of the device's name.
 BF16_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.0,
@@ -28,19 +28,22 @@ BF16_TFLOPS = {
 
 @contextmanager
 def adapter_off() -> Iterator[None]:
-    """For code that calls torch alone and often, such as decoding: the adapter looks at every call, which costs time."""
+    """Switch the CPU adapter off for code that makes many small calls to torch only, such as decoding.
+
+    The adapter intercepts every call, which costs time; see :mod:`looplm.megatron.patches`.
+    """
     with torch._C.DisableTorchFunction():
         yield
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The state of this process's random number generators."""
+    """Return the state of this process's random number generators."""
     states = {"cpu": torch.get_rng_state()}
     return {**states, "cuda": torch.cuda.get_rng_state()} if HAS_CUDA else states
 
 
 def set_rng_state(states: dict[str, torch.Tensor]) -> None:
-    """Inverse of :func:`rng_state`."""
+    """Restore a state that :func:`rng_state` returned."""
     torch.set_rng_state(states["cpu"])
     if HAS_CUDA and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
@@ -48,15 +51,15 @@ def set_rng_state(states: dict[str, torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Description:
-    """What a process computes on.
+    """The device of a process.
 
     Args:
-        name: of the GPU, or "CPU".
-        total_bytes: of its memory; 0 on a CPU.
-        free_bytes: of them, that no process uses.
+        name: the GPU's name, or "CPU".
+        total_bytes: memory of the GPU; 0 on a CPU.
+        free_bytes: memory that no process uses.
         capability: compute capability, (9, 0) for Hopper; (0, 0) on a CPU.
         built_for: the CUDA version that torch was built for; empty in a CPU build.
-        driver_for: the newest CUDA version that the driver knows; empty without one.
+        driver_for: the newest CUDA version that the driver supports; empty without a driver.
     """
 
     name: str = "CPU"
@@ -68,45 +71,43 @@ class Description:
 
 
 def describe() -> Description:
-    """The device of this process."""
+    """Return a description of the device of this process."""
     built_for = torch.version.cuda or ""
     if not HAS_CUDA:
         return Description(built_for=built_for)
     free, total = torch.cuda.mem_get_info()
-    known = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13010 is 13.1
-    driver_for = f"{known // 1000}.{known % 1000 // 10}"
-    return Description(
-        torch.cuda.get_device_name(), total, free, torch.cuda.get_device_capability(), built_for, driver_for
-    )
+    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13010 is 13.1
+    driver_for = f"{version // 1000}.{version % 1000 // 10}"
+    return Description(torch.cuda.get_device_name(), total, free, compute_capability(), built_for, driver_for)
 
 
 def visible_gpus() -> int:
-    """GPUs that this process could use; more ranks than that cannot share a node."""
+    """Return the number of GPUs that this process can use; a node cannot have more ranks."""
     return torch.cuda.device_count() if HAS_CUDA else 0
 
 
 def bind_local_rank(local_rank: int) -> None:
-    """Let this process use the node's GPU number ``local_rank``."""
+    """Make the node's GPU number ``local_rank`` this process's device."""
     if HAS_CUDA:
         torch.cuda.set_device(local_rank)
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a clock read next is true."""
+    """Wait until the device is idle, so that a clock read afterwards is right."""
     if HAS_CUDA:
         torch.cuda.synchronize()
 
 
 def compute_capability() -> tuple[int, int]:
-    """Of this process's GPU, as NVIDIA counts: (9, 0) is Hopper; (0, 0) without one."""
+    """Return the compute capability of this process's GPU: (9, 0) is Hopper; (0, 0) without a GPU."""
     return torch.cuda.get_device_capability() if HAS_CUDA else (0, 0)
 
 
 @cache
 def peak_flops() -> float:
-    """FLOP/s of one device: the data sheet's bf16 figure for a known GPU, else the measured fp32 matmul rate.
+    """Return the FLOP/s of one device: a known GPU's bf16 peak, or a CPU's measured fp32 matmul rate.
 
-    Returns 0.0 for a GPU that is not in the table: utilisation is then left out rather than guessed.
+    An unknown GPU gives 0.0, for which metrics leave utilization out instead of guessing.
     """
     if HAS_CUDA:
         name = torch.cuda.get_device_name()
@@ -115,8 +116,10 @@ def peak_flops() -> float:
 
 
 def matmul_flops(size: int, dtype: torch.dtype = torch.float32, repeats: int = 8) -> float:
-    """Best measured FLOP/s of a square matrix product on this device, laid out as a linear layer's."""
-    a = torch.ones(size, size, device=DEVICE, dtype=dtype)  # draws no random number: ranks must stay in step
+    """Return the best measured FLOP/s of a square matrix product on this device, with a linear layer's strides."""
+    a = torch.ones(
+        size, size, device=DEVICE, dtype=dtype
+    )  # no random numbers: all ranks' generators must stay in the same state
     best = float("inf")
     for _ in range(repeats):
         synchronize()

@@ -1,7 +1,13 @@
 """Every change that LoopLM makes to Megatron-core or torch at run time, each with its reason.
 
-Megatron-core names CUDA in many places although most of it runs on any device. On a machine without a GPU,
-:func:`install` answers those calls for the CPU, once per process. On CUDA it changes nothing.
+| patch | without it | upstream |
+|---|---|---|
+| ``device="cuda"``, ``.cuda()`` and ``torch.cuda`` calls mean the CPU | Megatron-core needs a GPU | none known |
+| ``multi_latent_attention.HAVE_TE`` is False | MLA without Transformer Engine fails | NVIDIA/Megatron-LM#3764 |
+| handles of ``isend`` are kept for a while | pipelines on gloo hang | pytorch/gloo#308 |
+| ``multi_latent_attention.Linear`` is our class | MLA refuses our down projections | NVIDIA/Megatron-LM#1699 |
+
+The first three apply only without a GPU (:func:`install`), the last one only without Transformer Engine.
 """
 
 from collections import deque
@@ -17,7 +23,7 @@ from looplm.megatron.device import DEVICE, HAS_CUDA, HAS_TRANSFORMER_ENGINE
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """``device="cuda"``, ``.cuda()`` and ``tensor.type()`` in Megatron-core, as a CPU understands them."""
+    """Answers ``device="cuda"``, ``.cuda()`` and ``tensor.type()`` for the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -33,7 +39,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream on a device that has one queue only."""
+    """A CUDA stream on a device that has only one queue."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -51,9 +57,32 @@ _installed: list[TorchFunctionMode] = []
 _sends: deque[Any] = deque(maxlen=8)  # Megatron's schedules leave at most one in flight in each direction
 
 
+def install() -> None:
+    """Make Megatron-core run without a GPU; does nothing on CUDA or if called before in this process."""
+    if _installed or HAS_CUDA:
+        return
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: DEVICE
+    cuda.synchronize = cuda.empty_cache = lambda *_: None
+    cuda.current_stream = cuda.Stream = _Stream
+    cuda.stream = lambda stream: stream
+    cuda.manual_seed = torch.manual_seed  # one generator serves both: random numbers for "CUDA" come from the CPU's
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    if not HAS_TRANSFORMER_ENGINE:
+        multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
+    _keep_sends_alive()
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)
+
+
 def _keep_sends_alive() -> None:
-    """A gloo message whose handle is dropped before it is received is never sent: the receiver hangs, or takes the next
-    one for it. Megatron's schedules drop the handle of their last send."""
+    """Keep the handles that ``dist.isend`` returns, of which Megatron's schedules drop the last.
+
+    gloo never sends a message whose handle is dropped before the message is received: the receiver hangs, or takes the
+    next message instead.
+    """
     send = dist.isend
 
     def isend(*args: Any, **kwargs: Any) -> Any:
@@ -64,31 +93,10 @@ def _keep_sends_alive() -> None:
     dist.isend = isend
 
 
-def install() -> None:
-    """Make Megatron-core run on this machine; a second call, or one on CUDA, does nothing."""
-    if _installed or HAS_CUDA:
-        return
-    cuda: Any = torch.cuda
-    cuda.current_device = lambda: DEVICE
-    cuda.synchronize = cuda.empty_cache = lambda *_: None
-    cuda.current_stream = cuda.Stream = _Stream
-    cuda.stream = lambda stream: stream
-    cuda.manual_seed = torch.manual_seed  # one generator serves both: "CUDA" draws are CPU draws
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    if not HAS_TRANSFORMER_ENGINE:
-        # Megatron-core 0.16 takes HAVE_TE as true without Transformer Engine, then fails in isinstance(x, None).
-        multi_latent_attention.HAVE_TE = False
-    _keep_sends_alive()
-    mode = _CudaMeansCpu()
-    mode.__enter__()
-    _installed.append(mode)
-
-
 def accept_as_mla_down_projection(linear: type) -> None:
     """Let MLA's down projections be modules of class ``linear``.
 
-    Megatron-core 0.16 accepts listed classes only for these projections. One of the names it lists, ``Linear``, is None
-    without Transformer Engine and is not used by LoopLM with it, so that name can stand for ours.
+    Megatron-core 0.16 accepts only listed classes for these projections. One of the listed names, ``Linear``, is None
+    without Transformer Engine and is not used by LoopLM with it, so that name can be given to our class.
     """
     multi_latent_attention.Linear = linear

@@ -1,7 +1,4 @@
-"""Processes and their groups: the only module that touches Megatron's global state.
-
-Everything else is handed a ``ProcessGroupCollection``.
-"""
+"""Process groups. Only this module uses Megatron's global state; others receive a ``ProcessGroupCollection``."""
 
 import gc
 import os
@@ -23,14 +20,11 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollection:
-    """Join the job that torchrun started, or be a job of one process; seed every generator.
+    """Join the job that torchrun started, or start a job of one process; seed every random number generator.
 
     Args:
-        seed: of weights and sampling; the same on every rank.
-        layout: what the ranks share; None makes every rank a replica.
-
-    Returns:
-        Megatron's groups.
+        seed: seed of weights and sampling; the same on every rank.
+        layout: the parallel layout; None makes every rank a replica.
 
     Raises:
         UserError: the layout does not fit the number of ranks.
@@ -41,7 +35,7 @@ def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollec
         if "RANK" in os.environ:
             device.bind_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(device.BACKEND, timeout=TIMEOUT)
-        else:  # no port to agree on, so that two runs on a laptop never collide
+        else:  # without a port, so that two runs on a laptop never collide
             dist.init_process_group(device.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     layout.replicas(dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
@@ -57,9 +51,9 @@ def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollec
 
 @contextmanager
 def seeded(part: str) -> Iterator[None]:
-    """Inside, random numbers depend on the job's seed and ``part`` alone, so that weights do not depend on the layout.
+    """Make random numbers depend only on the job's seed and ``part``, so that weights do not depend on the layout.
 
-    Holds for generators of the CPU; a GPU's own draws differ between tensor-parallel layouts.
+    This applies to the CPU's generator; a GPU's random numbers differ between tensor-parallel layouts.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((torch.initial_seed() + zlib.crc32(part.encode())) % 2**63)
@@ -67,10 +61,10 @@ def seeded(part: str) -> Iterator[None]:
 
 
 def reset() -> None:
-    """Give up the layout but stay in the job: another may be started. The same call on every rank.
+    """Destroy the groups but stay in the job, so that another layout can be started. Call it on every rank.
 
-    Megatron forgets its groups without closing them; each of gloo's keeps threads that wake up all the time, for as long
-    as anything holds the group: models and optimizers do, in cycles that only the collector finds.
+    Megatron drops its groups without closing them. Each gloo group has threads that wake up all the time while anything
+    refers to it. Models and optimizers do, in reference cycles that only the garbage collector finds.
     """
     parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -87,5 +81,5 @@ def stop() -> None:
 
 
 def is_rank_0() -> bool:
-    """Whether this process speaks for the job; true outside of one too."""
+    """Return True on rank 0, or outside of a job."""
     return not dist.is_initialized() or dist.get_rank() == 0

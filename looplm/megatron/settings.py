@@ -1,4 +1,4 @@
-"""Our configuration in Megatron-core's terms, with what differs between CPU and CUDA decided here."""
+"""Translation of our configuration into Megatron-core's, including the settings that differ between CPU and CUDA."""
 
 from typing import Any
 
@@ -10,14 +10,16 @@ from looplm.cli import require
 from looplm.config import EngineConfig, ModelConfig, ParallelConfig, Recompute
 from looplm.megatron.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE, compute_capability
 
-# What Megatron makes again in backward; `loop` is LoopLM's own. Under sequence parallelism what it keeps instead is
-# already this rank's part of the sequence, so there is nothing to distribute any further.
+# `loop` is LoopLM's own. Megatron can also distribute the kept activations over tensor-parallel ranks, which is not
+# used here: under sequence parallelism they are already this rank's part of the sequence.
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "loop": {},
 }
+# Smallest compute capability for each FP8 recipe: Ada, Hopper, Blackwell.
+_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def transformer_config(
@@ -27,9 +29,14 @@ def transformer_config(
     initialize: bool = True,
     engine: EngineConfig | None = None,
 ) -> TransformerConfig:
-    """``model`` as Megatron's config; gradients are normalised by the number of tokens that count, over all ranks.
+    """Return ``model`` as Megatron's config; gradients are divided by the number of unmasked tokens over all ranks.
 
-    ``initialize`` False leaves the matrices undefined until weights are loaded. ``engine`` is checked against this machine.
+    Args:
+        model: the looped transformer.
+        dtype: dtype of the parameters.
+        layout: the parallel layout; None means one rank.
+        initialize: initialize the matrices randomly; False leaves them undefined until weights are loaded.
+        engine: backend and precision of the linear layers, checked against this machine; None means the defaults.
     """
     layout, engine = layout or ParallelConfig(), engine or EngineConfig()
     check_engine(engine)
@@ -57,21 +64,21 @@ def transformer_config(
         "pipeline_model_parallel_size": layout.pipeline,
         "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
         "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
-        # Megatron's own choice for its interleaved schedule; batched messages would also lose their order on gloo.
+        # As Megatron chooses for its interleaved schedule; batched messages would also lose their order on gloo.
         "overlap_p2p_comm": layout.pipeline > 1,
         "batch_p2p_comm": False,
         # gloo still reads a tensor after the call that sends it; NCCL keeps it until it is sent.
         "deallocate_pipeline_outputs": HAS_CUDA and layout.pipeline > 1,
         "microbatch_group_size_per_vp_stage": layout.pipeline,
         **_RECOMPUTE[layout.recompute],
-        "gradient_accumulation_fusion": False,  # the head and the embedding would need an extension of Apex
+        "gradient_accumulation_fusion": False,  # embedding and head would need an extension of Apex
         "bias_dropout_fusion": HAS_CUDA,
         "masked_softmax_fusion": HAS_CUDA,
-        # Megatron fuses the rotation of MLA for YaRN only.
+        # Megatron fuses MLA's rotary embedding for YaRN only.
         "apply_rope_fusion": HAS_CUDA and HAS_TRANSFORMER_ENGINE and model.attention == "mha",
         "use_cpu_initialization": not HAS_CUDA,
         "perform_initialization": initialize,
-        **_engine_keys(engine),
+        **_fp8_settings(engine),
     }
     if model.attention == "mha":
         return TransformerConfig(
@@ -79,7 +86,7 @@ def transformer_config(
             kv_channels=model.attention_head_dim,
             num_query_groups=model.query_groups,
             add_qkv_bias=model.qkv_bias,
-            qk_layernorm=model.qk_norm,  # tensor-parallel ranks then sum the gradients of these norms, with or without SP
+            qk_layernorm=model.qk_norm,  # tensor-parallel ranks sum the gradients of these norms, with or without SP
         )
     return MLATransformerConfig(
         **common,
@@ -96,26 +103,20 @@ def transformer_config(
 
 
 def check_engine(engine: EngineConfig) -> None:
-    """Refuse what this machine does not have; :class:`EngineConfig` has checked the rest.
-
-    Raises:
-        UserError: no Transformer Engine, too old a GPU for the recipe, or an emulation where the real one could be.
-    """
+    """Raise a :class:`UserError` if this machine lacks what ``engine`` needs, or has real FP8 in place of emulated."""
     missing = "Transformer Engine is not installed here (setup.py, [gpu]); take local"
     installed = engine.transformer_impl == "local" or HAS_TRANSFORMER_ENGINE
     require(installed, "engine.transformer_impl", engine.transformer_impl, missing)
-    require(not (engine.emulated and HAS_CUDA), "engine.fp8", engine.fp8, "emulation is for machines without a GPU; take engine.transformer_impl=transformer_engine")  # fmt: skip
+    fix = "emulation is for machines without a GPU; take engine.transformer_impl=transformer_engine"
+    require(not (engine.emulated and HAS_CUDA), "engine.fp8", engine.fp8, fix)
     if engine.real_fp8 and HAS_CUDA:
         need, have = _CAPABILITY[engine.fp8_recipe], compute_capability()
-        require(have >= need, "engine.fp8_recipe", engine.fp8_recipe, f"it needs compute capability {need[0]}.{need[1]}, this GPU has {have[0]}.{have[1]}")  # fmt: skip
+        fix = f"it needs compute capability {need[0]}.{need[1]}, this GPU has {have[0]}.{have[1]}"
+        require(have >= need, "engine.fp8_recipe", engine.fp8_recipe, fix)
 
 
-# The first GPUs that have it: Ada, Hopper, Blackwell.
-_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-
-
-def _engine_keys(engine: EngineConfig) -> dict[str, Any]:
-    """FP8 in Megatron's terms; an emulation is none of Megatron's business."""
+def _fp8_settings(engine: EngineConfig) -> dict[str, Any]:
+    """Return Megatron's FP8 settings. Emulation happens in our modules, for which Megatron needs none."""
     if not engine.real_fp8:
         return {}
     return {
