@@ -186,10 +186,18 @@ def _lru_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
     return GateRows(shapes, 9 * z)  # the GRU cell keeps its state and its gates
 
 
+def _mlp_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
+    z = gate.hidden_size
+    shapes: dict[str, Shape] = {"hidden.weight": (z, model.hidden_size), "hidden.bias": (z,), "change.weight": (z, 1)}
+    shapes |= {"readout.weight": (1, z), "readout.bias": (1,)}
+    return GateRows(shapes, model.hidden_size + 2 * z)  # the change of the hidden state, both sides of silu
+
+
 ATTENTIONS: dict[str, Callable[[ModelConfig], list[Parameter]]] = {"mla": _latent_attention, "mha": _head_attention}
 GATES: dict[str, Callable[[ModelConfig, GateConfig], GateRows]] = {
     "lru": _lru_gate,
     "linear": _linear_gate,
+    "mlp": _mlp_gate,
 }
 
 

@@ -193,17 +193,26 @@ def exit_gate(
     linear: a = w h + b.
     lru: a recurrent unit over loops, z_r = GRU(W_u h_r, z_{r-1}), a = w z + b, optionally plus a readout of the running
     mean of z over the document so far.
-    lru adds the offset logit(1 / (loops left)), so that an untrained gate (w = b = 0) leaves after each loop
+    mlp: a = w silu(W h_r + v c_r + b_1) + b_2 with the relative change c_r = |h_r - h_{r-1}| / |h_{r-1}|, c_1 = 1.
+    lru and mlp add the offset logit(1 / (loops left)), so that an untrained gate (w = b = 0) leaves after each loop
     with the same probability 1/R.
     """
     h_SBD, p = h_SBD.to(at_least_fp32(h_SBD)), {name: t.to(at_least_fp32(t)) for name, t in p.items()}
     readout = p["readout.weight"], p["readout.bias"]
     if gate_cfg.kind == "linear":
         return F.linear(h_SBD, *readout).squeeze(-1), None
-    u_SBZ = F.linear(h_SBD, p["input_proj.weight"])
-    state_SBZ = torch.zeros_like(u_SBZ) if state_SBZ is None else state_SBZ
-    state_SBZ = gru_cell(scope(p, "cell."), u_SBZ, state_SBZ)
-    logit_SB = F.linear(state_SBZ, *readout).squeeze(-1)
+    if gate_cfg.kind == "mlp":
+        change_SB1 = torch.ones_like(h_SBD[..., :1])
+        if state_SBZ is not None:
+            change_SB1 = ((h_SBD - state_SBZ).square().sum(-1) / state_SBZ.square().sum(-1)).sqrt().unsqueeze(-1)
+        first_layer = torch.cat((p["hidden.weight"], p["change.weight"]), 1)
+        inner_SBZ = F.silu(F.linear(torch.cat((h_SBD, change_SB1), -1), first_layer, p["hidden.bias"]))
+        logit_SB, state_SBZ = F.linear(inner_SBZ, *readout).squeeze(-1), h_SBD
+    else:
+        u_SBZ = F.linear(h_SBD, p["input_proj.weight"])
+        state_SBZ = torch.zeros_like(u_SBZ) if state_SBZ is None else state_SBZ
+        state_SBZ = gru_cell(scope(p, "cell."), u_SBZ, state_SBZ)
+        logit_SB = F.linear(state_SBZ, *readout).squeeze(-1)
     if gate_cfg.sequence_level:
         seen_BSS = visible_BSS.to(state_SBZ.dtype).expand(h_SBD.shape[1], -1, -1)
         mean_SBZ = torch.einsum("bij,jbz->ibz", seen_BSS / seen_BSS.sum(-1, keepdim=True), state_SBZ)
@@ -362,12 +371,14 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> dict[str, tuple[int, ...]]:
     layer = {f"{norm}.weight": (d,) for norm in norms} | {f"self_attention.{n}": s for n, s in attention.items()}
     layer |= {"mlp.linear_fc1.weight": (2 * f, d), "mlp.linear_fc2.weight": (d, f)}
 
-    z, read = gate_cfg.state_size, {"linear": d, "lru": gate_cfg.state_size}[gate_cfg.kind]
+    z, read = gate_cfg.state_size, {"linear": d, "lru": gate_cfg.state_size, "mlp": gate_cfg.hidden_size}[gate_cfg.kind]
     gate: dict[str, tuple[int, ...]] = {"readout.weight": (1, read), "readout.bias": (1,)}
     if gate_cfg.kind == "lru":
         gate |= {"input_proj.weight": (z, d), "cell.weight_ih": (3 * z, z), "cell.weight_hh": (3 * z, z)}
         gate |= {"cell.bias_ih": (3 * z,), "cell.bias_hh": (3 * z,)}
         gate |= {"sequence_readout.weight": (1, z)} if gate_cfg.sequence_level else {}
+    if gate_cfg.kind == "mlp":
+        gate |= {"hidden.weight": (read, d), "hidden.bias": (read,), "change.weight": (read, 1)}
 
     shapes = {"embedding.word_embeddings.weight": (v, d), "decoder.final_layernorm.weight": (d,)}
     shapes |= {f"decoder.layers.{i}.{name}": shape for i in range(cfg.num_layers) for name, shape in layer.items()}

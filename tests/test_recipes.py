@@ -77,6 +77,7 @@ GATES = {
     "lru": GateConfig(state_size=8),
     "lru with the sequence": GateConfig(state_size=8, sequence_level=True),
     "linear": GateConfig(kind="linear"),
+    "mlp": GateConfig(kind="mlp", hidden_size=7),
 }
 
 

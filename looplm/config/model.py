@@ -15,7 +15,7 @@ ATTENTION_KEYS = {
     "mla": ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
     "mha": ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"),
 }
-GATE_KEYS = {"lru": ("state_size", "sequence_level"), "linear": ()}
+GATE_KEYS = {"lru": ("state_size", "sequence_level"), "linear": (), "mlp": ("hidden_size",)}
 
 
 def chosen(variants: Mapping[str, Variant], key: str, kind: str) -> Variant:
@@ -177,14 +177,17 @@ class GateConfig:
     """The exit gate: for each token, the probability of leaving after each loop.
 
     Args:
-        kind: lru (a GRU state carried over the loops; ours) or linear (a linear layer on the hidden state; Ouro's).
+        kind: lru (a GRU state carried over the loops; ours), linear (a linear layer on the hidden state; Ouro's) or mlp
+            (two layers on the hidden state and on how much the loop changed it).
         state_size: lru only: width of the state (Z).
         sequence_level: lru only: add a readout of the running mean of the state over the document so far.
+        hidden_size: mlp only: width of the hidden layer.
     """
 
-    kind: Literal["lru", "linear"] = "lru"
+    kind: Literal["lru", "linear", "mlp"] = "lru"
     state_size: int = positive(64)
     sequence_level: bool = False
+    hidden_size: int = positive(64)
 
     @property
     def starts_uniform(self) -> bool:

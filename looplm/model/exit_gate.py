@@ -147,7 +147,42 @@ class LRUExitGate(ExitGate):
         return logit + uniform_offset(loop, num_loops), state
 
 
-GATES: dict[str, type[ExitGate]] = {"lru": LRUExitGate, "linear": LinearExitGate}
+class MLPExitGate(ExitGate):
+    """A two-layer readout of the hidden state and of how much the loop changed it. It has no recurrent state.
+
+    ::
+
+        c_r = |h_r - h_{r-1}| / |h_{r-1}|,  c_1 = 1
+        a_r = w . silu(W h_r + v c_r + b_1) + b_2  + logit(1 / (R - r + 1))        lambda_r = sigmoid(a_r)
+
+    What it carries to the next loop is h_r itself. Untrained (w = b_2 = 0) it is the uniform prior, like the LRU gate.
+    """
+
+    def __init__(self, config: TransformerConfig, gate: GateConfig, groups: ProcessGroupCollection | None) -> None:
+        super().__init__(config, gate, groups)
+        self.state_size = config.hidden_size
+        self.hidden = nn.Linear(config.hidden_size, gate.hidden_size, dtype=config.params_dtype)
+        self.change = nn.Linear(1, gate.hidden_size, bias=False, dtype=config.params_dtype)
+        self.readout = _zero_linear(gate.hidden_size, config)
+        nn.init.normal_(self.hidden.weight, std=config.hidden_size**-0.5)
+        nn.init.normal_(self.change.weight, std=1.0)
+        nn.init.zeros_(self.hidden.bias)
+        mark_replicated(self, config)
+
+    def step(
+        self, h: Tensor, state: Tensor | None, loop: int | Tensor, num_loops: int, causal_mean: CausalMean
+    ) -> tuple[Tensor, Tensor]:
+        h = h.float()
+        change = torch.ones_like(h[..., :1])
+        if state is not None:
+            before = state.norm(dim=-1, keepdim=True)  # zero for a token in its first loop
+            moved = (h - state).norm(dim=-1, keepdim=True) / before.masked_fill(before == 0, 1.0)
+            change = torch.where(before > 0, moved, change)
+        inner = F.silu(_linear_fp32(h, self.hidden) + _linear_fp32(change, self.change))
+        return _linear_fp32(inner, self.readout).squeeze(-1) + uniform_offset(loop, num_loops), h
+
+
+GATES: dict[str, type[ExitGate]] = {"lru": LRUExitGate, "linear": LinearExitGate, "mlp": MLPExitGate}
 
 
 def build_exit_gate(

@@ -28,6 +28,7 @@ EXIT_GATES = {
     "lru": GateConfig(state_size=6),
     "sequence": GateConfig(state_size=6, sequence_level=True),
     "linear": GateConfig(kind="linear"),
+    "mlp": GateConfig(kind="mlp", hidden_size=5),
 }
 CASES = list(itertools.product(MODELS, EXIT_GATES))
 

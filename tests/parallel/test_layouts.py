@@ -33,13 +33,14 @@ LINEAR = GateConfig(kind="linear")
 GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
 
-LATER = "mha biases, normed heads"  # drawn last: a new model must not move the seeds of the others
+LATER = ("mha biases, normed heads", "mla mlp")  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
     "mla linear": (MLA, LINEAR, {}),
     "mha lru": (MHA, LRU, {}),
     "mha linear": (MHA, LINEAR, {}),
-    LATER: (dataclasses.replace(MHA, qkv_bias=True, qk_norm=True), LINEAR, {}),
+    LATER[0]: (dataclasses.replace(MHA, qkv_bias=True, qk_norm=True), LINEAR, {}),
+    LATER[1]: (MLA, GateConfig(kind="mlp", hidden_size=8), {}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -117,7 +118,8 @@ CASES = [
     *(Case(layout, "mla lru in brief") for layout in ("TP2 + SP, selective", "TP2 + SP, full", "PP2, loop", "CP2, full")),
     *(Case(layout, "mha linear in brief") for layout in ("TP2 + SP, loop", "PP2, full")),
     Case("TP2 without SP", "mha lru"),
-    *(Case(layout, LATER) for layout in ("TP2 + SP", "TP2 without SP", "PP2")),
+    *(Case(layout, LATER[0]) for layout in ("TP2 + SP", "TP2 without SP", "PP2")),
+    *(Case(layout, LATER[1]) for layout in ("TP2 + SP", "PP2", "CP2", "TP2 + SP x PP2")),
 ]  # fmt: skip
 FOUR_RANK_SAMPLE = {
     Case("TP2 + SP x PP2", "mla lru"),
@@ -162,7 +164,8 @@ def folder_of(case: Case) -> str:
 def results(corpus, tmp_path_factory, single_process) -> Path:
     """What the worker saved of every model alone, and of every case."""
     folder = tmp_path_factory.mktemp("layouts")
-    references = sorted({case.alone for case in CASES}, key=lambda case: (case.model == LATER, case))
+    later = {model: 1 + index for index, model in enumerate(LATER)}
+    references = sorted({case.alone for case in CASES}, key=lambda case: (later.get(case.model, 0), case))
     for number, case in enumerate(references):
         config = config_of(case, corpus, folder)
         # A gradient that cancels to nearly nothing would measure rounding; with these seeds none does.

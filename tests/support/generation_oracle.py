@@ -36,6 +36,7 @@ GATES = {
     "lru": GateConfig(state_size=6),
     "sequence": GateConfig(state_size=6, sequence_level=True),
     "linear": GateConfig(kind="linear"),
+    "mlp": GateConfig(kind="mlp", hidden_size=7),
 }
 
 

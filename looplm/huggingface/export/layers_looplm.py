@@ -238,7 +238,35 @@ class LoopLMRecurrentGate(nn.Module):
         return logit_BS + uniform_offset(loop, self.num_loops), state_BSZ
 
 
-GATES: dict[str, type[nn.Module]] = {"lru": LoopLMRecurrentGate, "linear": LoopLMLinearGate}
+class LoopLMMLPGate(nn.Module):
+    """A two-layer readout of the hidden state and of how much the loop changed it.
+
+    ::
+
+        c_r = |h_r - h_{r-1}| / |h_{r-1}|,  c_1 = 1
+        a_r = w . silu(W h_r + v c_r + b_1) + b_2  + logit(1 / (R - r + 1))
+
+    What it carries to the next loop is h_r itself.
+    """
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__()
+        width = config.gate_hidden_size
+        self.num_loops = config.total_ut_steps
+        self.hidden = LoopLMGateLinear(config.hidden_size, width, start_std=config.hidden_size**-0.5)
+        self.change = LoopLMGateLinear(1, width, bias=False, start_std=1.0)
+        self.readout = LoopLMGateLinear(width, 1)
+
+    def forward(self, h_BSD: Tensor, state_BSD: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor]:
+        h_BSD = h_BSD.float()
+        change_BS1 = torch.ones_like(h_BSD[..., :1])
+        if state_BSD is not None:
+            change_BS1 = (h_BSD - state_BSD).norm(dim=-1, keepdim=True) / state_BSD.norm(dim=-1, keepdim=True)
+        logit_BS = self.readout(F.silu(self.hidden(h_BSD) + self.change(change_BS1))).squeeze(-1)
+        return logit_BS + uniform_offset(loop, self.num_loops), h_BSD
+
+
+GATES: dict[str, type[nn.Module]] = {"lru": LoopLMRecurrentGate, "linear": LoopLMLinearGate, "mlp": LoopLMMLPGate}
 
 
 def uniform_offset(loop: int, num_loops: int) -> float:

@@ -15,6 +15,7 @@ KINDS = [
     pytest.param(GateConfig(kind="linear"), id="linear"),
     pytest.param(GateConfig(state_size=6), id="lru"),
     pytest.param(GateConfig(state_size=6, sequence_level=True), id="lru-sequence"),
+    pytest.param(GateConfig(kind="mlp", hidden_size=6), id="mlp"),
 ]
 UNIFORM_KINDS = KINDS[1:]
 

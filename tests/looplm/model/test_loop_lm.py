@@ -38,6 +38,7 @@ CASES = {
     "mla-wide-values": (replace(MLA, v_head_dim=20), LRU),
     "mla-long-waves": (replace(MLA, rope_base=1e6, norm_eps=1e-2), LRU),
     "mla-two-rotary-keys": (replace(MLA, qk_rope_head_dim=8, qk_rope_period=4), LRU),
+    "mla-mlp-gate": (MLA, GateConfig(kind="mlp", hidden_size=6)),
     "mla-nothing-but-rotary": (replace(MLA, qk_rope_head_dim=12, qk_rope_period=4, qk_nope_head_dim=0), LINEAR),
     "mha": (MHA, LINEAR),
     "mha-grouped": (replace(MHA, num_query_groups=2), SEQUENCE),
