@@ -1,0 +1,74 @@
+"""Effects of keys that no other test changes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from looplm import reference
+from looplm.config import LossConfig, ModelConfig
+from pretrain.data import build_train_set, check_corpus, micro_batches
+from pretrain.step import objective
+from pretrain.train import train
+from tests.support.tiny import MODEL, run_config
+
+
+def test_logging_and_cache_keys(corpus, tmp_path, single_process):
+    logging = {"log_every": 4, "eval_every": 3, "tensorboard": False, "peak_tflops": 1e-30}
+    data = {"cache_dir": str(tmp_path / "cache"), "horizon_samples": 8}
+    config = run_config(corpus, tmp_path / "run", data=data, logging=logging, checkpoint={"save_every": 2, "keep": 2})
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [4, 6]  # always the last one
+    assert [row["step"] for row in rows if row["kind"] == "valid"] == [3, 6]
+    assert all(row["mfu"] > 1e6 for row in rows if row["kind"] == "train")
+    assert list((tmp_path / "cache").rglob("*.npy"))
+    assert not {"tensorboard", "index_cache"} & {path.name for path in (tmp_path / "run").iterdir()}
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == [
+        "step_00000004",
+        "step_00000006",
+    ]
+
+
+def test_processes_that_prefetch_change_no_batch(corpus, tmp_path, single_process):
+    config = run_config(corpus, tmp_path)
+    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 8, 8)
+    ids = [
+        [batch.ids_BS for batch in micro_batches(train_set, data, 0, 0, 1)]
+        for data in (config.data, dataclasses.replace(config.data, num_workers=2))
+    ]
+    assert len(ids[0]) == len(ids[1]) == 4 and all(map(torch.equal, *ids))
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_the_geometric_prior_reaches_the_objective(rate):
+    loss_RSB, logit_RSB, mask_SB = torch.rand(4, 5, 2), torch.randn(4, 5, 2), torch.ones(5, 2)
+    config = LossConfig(prior="geometric", geometric_rate=rate, beta=0.3)
+    expected = reference.entropy_regularised_loss(loss_RSB, logit_RSB, 0.3, mask_SB, reference.geometric_prior(4, rate))
+    torch.testing.assert_close(objective(config, loss_RSB, logit_RSB, mask_SB), expected)
+
+
+@pytest.mark.parametrize("target", ["paper", "next"])
+def test_the_gate_losss_keys_reach_the_objective(target):
+    loss_RSB, logit_RSB, mask_SB = torch.rand(4, 5, 2), torch.randn(4, 5, 2), torch.ones(5, 2)
+    config = LossConfig(objective="adaptive_gate", slope=7.0, threshold=0.1, target=target)
+    expected = reference.adaptive_gate_loss(loss_RSB, logit_RSB, 7.0, 0.1, mask_SB, target)
+    torch.testing.assert_close(objective(config, loss_RSB, logit_RSB, mask_SB), expected)
+
+
+def test_the_gate_loss_has_one_default_target():
+    assert (LossConfig().slope, LossConfig().threshold, LossConfig().target) == (50.0, 0.005, "next")
+
+
+@pytest.mark.parametrize(
+    ("keys", "std"),
+    [
+        ({}, 1.0),
+        ({"tie_embeddings": True, "init_std": 0.5}, 0.5),
+        ({"tie_embeddings": True, "embedding_init_std": 0.25}, 0.25),
+    ],
+)
+def test_the_embeddings_initial_scale(keys, std):
+    config: ModelConfig = dataclasses.replace(MODEL, **keys)
+    assert config.embedding_std == std
