@@ -1,6 +1,7 @@
-"""What the documentation tells people to type exists: modules, files, make targets, links and their anchors; and what it
-tells them to submit is understood, by the launcher and by the command that it starts."""
+"""The documentation names things that exist: modules, files, make targets, links and their anchors. The jobs that it
+submits are accepted by the launcher and by the command that they start. Generated pages are up to date."""
 
+import ast
 import os
 import re
 import shlex
@@ -13,18 +14,20 @@ import pytest
 from data_pipeline.config import PipelineConfig
 from looplm.cli import parse_config
 from looplm.config import RunConfig
+from looplm.files import sha256_of
 from pretrain.cluster.submit import SubmitConfig
+from tools import config_docs, history
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
-FOLDERS = ("looplm", "pretrain", "data_pipeline", "tools", "configs", "tests", "docs")
-# LOG.md tells what was run when; a file that it names may be gone.
-CURRENT = [name for name in TEXTS if name != "docs/LOG.md"]
+FOLDERS = ("looplm", "pretrain", "data_pipeline", "tools", "configs", "tests", "docs", "examples")
+# These describe the past: files that they name may be gone.
+CURRENT = [name for name in TEXTS if name not in ("docs/LOG.md", "CHANGELOG.md")]
 
 
 def code(text: str) -> str:
-    """What stands between backticks: blocks and words."""
+    """Return the code of a page: its blocks and the words between backticks."""
     blocks = re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", prose)])
@@ -33,13 +36,14 @@ def code(text: str) -> str:
 @pytest.mark.parametrize("name", CURRENT)
 def test_every_module_that_is_run_exists(name: str) -> None:
     modules = set(re.findall(rf"-m ((?:{'|'.join(FOLDERS)})[\w.]*)", code(TEXTS[name])))
-    missing = [module for module in modules if not (ROOT / (module.replace(".", "/") + ".py")).is_file()]
+    paths = {module: ROOT / module.replace(".", "/") for module in modules}
+    missing = [m for m, path in paths.items() if not any(map(Path.is_file, (Path(f"{path}.py"), path / "__main__.py")))]
     assert not missing
 
 
 @pytest.mark.parametrize("name", CURRENT)
 def test_every_file_that_is_named_exists(name: str) -> None:
-    """A path below one of our folders, as far as it is spelled out: no NAME, no star, no brace."""
+    """Paths below one of our folders that are spelled out: no NAME, no star, no brace."""
     paths = set(re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*{{}}-]*", code(TEXTS[name])))
     spelled = [path.rstrip(".") for path in paths if not re.search(r"[*{}]|[A-Z]{4}|…", path)]
     assert not [path for path in spelled if not (ROOT / path).exists()]
@@ -54,7 +58,7 @@ def test_every_make_target_exists(name: str) -> None:
 
 
 def typed(program: str) -> list[list[str]]:
-    """The words of every command line of ``program`` whose files are ours to look at."""
+    """Return the words of every command line of ``program`` that names only files of the repository."""
     lines = [line.strip() for name in CURRENT for line in code(TEXTS[name]).replace("\\\n", " ").splitlines()]
     commands = [
         shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ") and "…" not in line
@@ -85,14 +89,16 @@ def test_every_chain_that_is_submitted_is_understood(words: list[str]) -> None:
     parse_config(SubmitConfig, words[3:], prog="test", description="")
 
 
-def test_the_jobs_of_the_cluster_page_are_among_them() -> None:
+def test_the_jobs_of_the_cluster_page_are_found() -> None:
     assert len(typed("sbatch")) >= 4 and len(typed("python -m pretrain.chain")) >= 4
 
 
 def anchors(text: str) -> set[str]:
-    """As GitHub makes them of headings."""
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """Return the anchors of a page's headings, which GitHub and mkdocs form alike except for repeated hyphens."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)]
+    assert len(set(found)) == len(found) and not any("--" in anchor for anchor in found)
+    return set(found)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -106,3 +112,43 @@ def test_every_link_leads_somewhere(name: str) -> None:
         if not page.exists() or (anchor and anchor not in anchors(page.read_text(encoding="utf-8"))):
             broken.append(target)
     assert not broken
+
+
+def test_the_readme_is_one_screen() -> None:
+    readme = TEXTS["README.md"]
+    assert readme.count("\n") <= 150 and len(readme.split()) <= 1300
+
+
+def test_the_list_of_configuration_keys_is_up_to_date() -> None:
+    assert config_docs.page() == TEXTS["docs/config.md"], "run python -m tools.config_docs"
+
+
+def test_the_plot_of_repeated_runs_is_up_to_date() -> None:
+    assert sha256_of(history.TABLE) in history.PLOT.read_text(), "run python -m tools.history plot"
+    assert sha256_of(history.TABLE) in history.plot()
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if ROOT / "docs" in page.parents]
+    assert sorted(listed) == sorted(pages)
+
+
+def test_every_documented_module_exists() -> None:
+    for module in re.findall(r"^::: ([\w.]+)$", "\n".join(TEXTS.values()), re.MULTILINE):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_the_documentations_environment_holds_its_extra() -> None:
+    (docs,) = re.findall(r'"docs": (\[.*\])', (ROOT / "setup.py").read_text())
+    declared = [re.split("[><=]", requirement)[0] for requirement in ast.literal_eval(docs)]
+    (installed,) = re.findall(r"pip install --quiet -c constraints.txt (mkdocs .*)", (ROOT / "Makefile").read_text())
+    assert shlex.split(installed) == declared
+
+
+def test_every_console_command_runs_a_module() -> None:
+    (names,) = re.findall(r"for command in (\(.*\))", (ROOT / "setup.py").read_text())
+    source = (ROOT / "tools/commands.py").read_text()
+    for command in ast.literal_eval(names):
+        (module,) = re.findall(rf'^def {command}\(.*\n.*\n    _run\("([\w.]+)"\)', source, re.MULTILINE)
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()

@@ -1,0 +1,56 @@
+"""Repeated runs are recorded if they succeed and are complete, and nothing else is."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import history
+
+HEAD = ",".join(history.COLUMNS) + "\n"
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "history.csv"
+    path.write_text(HEAD)
+    monkeypatch.setattr(history, "TABLE", path)
+    return path
+
+
+def say(text: str, status: int = 0) -> list[str]:
+    """Return a command that prints ``text`` and exits with ``status``."""
+    return [sys.executable, "-c", f"import sys; print({text!r}); sys.exit({status})"]
+
+
+def test_a_successful_run_is_recorded(table: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert history.record("test", say("== 7 passed, 2 skipped in 1.5s ==")) == 0
+    (row,) = history.read_rows()
+    assert (row["command"], row["result"]) == ("make test", "7 passed, 2 skipped") and int(row["seconds"]) < 60
+    assert "7 passed" in capfd.readouterr().out
+
+
+def test_a_failed_or_partial_run_is_not_recorded(table: Path) -> None:
+    assert history.record("test", say("1 failed, 7 passed in 2s", status=1)) == 1
+    assert history.record("quickstart", say("== quickstart 6/6: report")) == 0
+    assert table.read_text() == HEAD
+
+
+def test_a_table_that_cannot_be_written_is_no_failure(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(history, "TABLE", table.parent)
+    assert history.record("test", say("7 passed")) == 0
+    assert "not recorded" in capsys.readouterr().err
+
+
+def test_the_figures_of_the_quickstart_and_the_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text('{"depths": [{"depth": 1, "loss": 4.5581}, {"depth": 2, "loss": 4.411}]}')
+    monkeypatch.setattr(history, "EVALUATION", evaluation)
+    assert history.result("quickstart", "== quickstart 1/6: data\n") == "4.558 4.411"
+    printed = (
+        "  chunks of 256 tokens           209 MiB above the start   18.0%\n"
+        "  engine / plain torch          0.98 x\n  engine / plain torch          1.00 x\n"
+    )
+    assert history.result("bench", printed) == "fp32 0.98x, bf16 1.00x, head 18.0 %"
