@@ -1,15 +1,11 @@
-"""Hugging Face directories in and out.
+"""Import and export Hugging Face directories.
 
-python -m tools.convert_hf import  --input HF_DIR --output DIR          a checkpoint of weights alone: name it in
-                                                                        checkpoint.initial, evaluate it, generate with it
-python -m tools.convert_hf export  --checkpoint DIR --output HF_DIR     in Ouro's layout where that holds the model
-python -m tools.convert_hf inspect --input DIR                          what either kind of directory holds
-
-Each has its own --help.
+python -m tools.convert_hf import  --input HF_DIR --output DIR       weights for checkpoint.initial, evaluate, generate
+python -m tools.convert_hf export  --checkpoint DIR --output HF_DIR  in Ouro's layout if that holds the model
+python -m tools.convert_hf inspect --input DIR                       show what a directory of either kind holds
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,10 +13,11 @@ from typing import Literal
 import torch
 
 from looplm import checkpoint
+from looplm.bounds import check_bounds, positive
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.cli import parse_command, require, run_main
 from looplm.huggingface.companion_files import names_sharing_an_id
-from looplm.huggingface.convert import choose_layout, examine, export_model, import_source, with_tokens
+from looplm.huggingface.convert import choose_hf_layout, examine, export_model, import_source, with_tokens
 from looplm.huggingface.inventory import inspect
 from looplm.megatron import process_groups
 
@@ -29,20 +26,20 @@ GB = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Make a checkpoint of weights alone from a Hugging Face directory.
+    """Convert a Hugging Face directory to a checkpoint of weights alone.
 
     Args:
-        input: the directory: config.json, safetensors and tokenizer.json, in Ouro's layout or our own.
-        output: directory to make.
-        tokenizer: a tokenizer.json in place of the directory's own.
-        bos_token: the token that begins a text; null takes what the directory says.
-        eos_token: the token that ends a text; null takes what the directory says.
-        pad_token: the token that fills up; null takes what the directory says.
+        input: the directory with config.json, safetensors and tokenizer.json, in Ouro's layout or ours.
+        output: directory to create.
+        tokenizer: a tokenizer.json to use instead of the directory's own.
+        bos_token: the token that begins a text; null takes the directory's.
+        eos_token: the token that ends a text; null takes the directory's.
+        pad_token: the token for padding; null takes the directory's.
     """
 
-    input: str
-    output: str
-    tokenizer: str | None = None
+    input: Path
+    output: Path
+    tokenizer: Path | None = None
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None
@@ -50,91 +47,76 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Make a Hugging Face directory from a checkpoint, at whatever layout it was trained.
+    """Convert a checkpoint of any parallel layout to a Hugging Face directory.
 
     Args:
-        checkpoint: a training directory (its newest checkpoint is taken), a step directory, or imported weights.
-        output: directory to make.
+        checkpoint: a training directory (its newest checkpoint is used), a step directory, or imported weights.
+        output: directory to create.
         layout: ouro (Ouro's own code and vLLM read it), looplm (any model; its code is written beside it), or auto:
-            ouro where it holds the model.
-        dtype: of the weights; null keeps the checkpoint's.
-        max_shard_gb: largest file of weights, in units of 1e9 bytes.
+            ouro if it holds the model.
+        dtype: dtype of the weights; null keeps the checkpoint's.
+        max_shard_gb: largest size of a weight file, in units of 1e9 bytes.
     """
 
     checkpoint: str
-    output: str
+    output: Path
     layout: Literal["auto", "ouro", "looplm"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
-    max_shard_gb: float = 4.0
+    max_shard_gb: float = positive(4.0)
 
     def __post_init__(self) -> None:
-        require(self.max_shard_gb > 0, "max_shard_gb", self.max_shard_gb, "give a number above 0")
+        check_bounds(self, "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what a directory holds, without its weights being read.
+    """Show what a directory holds, without reading its weights.
 
     Args:
         input: a Hugging Face directory, a training directory, or a step directory.
     """
 
-    input: str
+    input: Path
 
 
 def main(argv: list[str]) -> None:
     """``python -m tools.convert_hf import|export|inspect ...``"""
-    verbs: dict[str, Callable[[list[str]], None]] = {"import": _import, "export": _export, "inspect": _inspect}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+    commands = {"import": ImportConfig, "export": ExportConfig, "inspect": InspectConfig}
+    prog = "python -m tools.convert_hf"
+    _, config = parse_command(commands, argv or ["--help"], prog=prog, description=str(__doc__))
+    if isinstance(config, InspectConfig):
+        print(inspect(config.input))
         return
-    if argv[0] not in verbs:
-        raise UserError(f"{argv[0]}: no such command; give one of {', '.join(verbs)}")
-    verbs[argv[0]](argv[1:])
+    require(not config.output.exists(), "output", str(config.output), "it exists already; name a directory to create")
+    (_import if isinstance(config, ImportConfig) else _export)(config)
+    print(inspect(config.output))
 
 
-def _import(argv: list[str]) -> None:
-    config = parse_config(ImportConfig, argv, prog="python -m tools.convert_hf import", description=str(__doc__))
-    _refuse_existing(config.output)
-    source = examine(Path(config.input), None if config.tokenizer is None else Path(config.tokenizer))
+def _import(config: ImportConfig) -> None:
+    source = examine(config.input, config.tokenizer)
     source = with_tokens(source, {name: getattr(config, f"{name}_token") for name in ("bos", "eos", "pad")})
     groups = process_groups.start(seed=0)
     try:
-        left = import_source(source, Path(config.output), groups)
+        left_behind = import_source(source, config.output, groups)
     finally:
         process_groups.stop()
-    shared = names_sharing_an_id(source.described.ids)
+    shared = " and ".join(names_sharing_an_id(source.description.ids))
     if shared:
-        _warn(
-            f"{' and '.join(shared)} are one token; data made with this tokenizer need tokens of their own (--pad_token)"
-        )
-    if left:
-        _warn(f"left behind: {', '.join(left)}")
-    print(inspect(Path(config.output)))
+        _warn(f"{shared} are one token; data made with this tokenizer need tokens of their own (--pad_token)")
+    if left_behind:
+        _warn(f"left behind: {', '.join(left_behind)}")
 
 
-def _export(argv: list[str]) -> None:
-    config = parse_config(ExportConfig, argv, prog="python -m tools.convert_hf export", description=str(__doc__))
-    _refuse_existing(config.output)
-    found = step_folder.locate(config.checkpoint)
-    layout = choose_layout(config.layout, checkpoint.read_model(found))
+def _export(config: ExportConfig) -> None:
+    step = step_folder.locate(config.checkpoint)
+    hf_layout = choose_hf_layout(config.layout, checkpoint.read_model(step))
     groups = process_groups.start(seed=0)
     try:
-        opened = checkpoint.open_model(str(found), groups, dtype=None)
+        opened = checkpoint.open_model(str(step), groups, dtype=None)
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        export_model(opened, Path(config.output), layout, dtype, int(config.max_shard_gb * GB))
+        export_model(opened, config.output, hf_layout, dtype, int(config.max_shard_gb * GB))
     finally:
         process_groups.stop()
-    print(inspect(Path(config.output)))
-
-
-def _inspect(argv: list[str]) -> None:
-    config = parse_config(InspectConfig, argv, prog="python -m tools.convert_hf inspect", description=str(__doc__))
-    print(inspect(Path(config.input)))
-
-
-def _refuse_existing(output: str) -> None:
-    require(not Path(output).exists(), "output", output, "it exists already; name a directory to make")
 
 
 def _warn(message: str) -> None:

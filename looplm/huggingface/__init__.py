@@ -1,1 +1,1 @@
-"""The doors to Hugging Face: one map of names used both ways, and the code that travels inside an export."""
+"""Conversion to and from Hugging Face directories, and the model code that travels inside an export."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from looplm import checkpoint
 from looplm.config import ParallelConfig
 from looplm.huggingface import companion_files
-from looplm.huggingface.convert import choose_layout, examine, export_model, import_source
+from looplm.huggingface.convert import choose_hf_layout, examine, export_model, import_source
 from looplm.model import LoopLM
 from tests.parallel.test_layouts import LINEAR, LRU, MHA, MLA
 from tests.support import worker
@@ -24,7 +24,7 @@ LAYOUTS = {"TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}
 
 def export(directory, final, groups):
     opened = checkpoint.open_model(str(directory), groups, dtype=None)
-    layout = choose_layout("auto", checkpoint.read_model(directory))
+    layout = choose_hf_layout("auto", checkpoint.read_model(directory))
     export_model(opened, final, layout, None, 10**9)
     return final
 

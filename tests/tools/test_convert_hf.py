@@ -1,13 +1,15 @@
-"""The command: both ways, what it says, and every mistake in one line with nothing written."""
+"""The command: import, export, its output, and every mistake in one line with nothing written."""
 
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError
@@ -22,7 +24,7 @@ CONFIG = ouro.CONFIG | {"eos_token_id": 0}  # bos and eos are one token, as rele
 
 @pytest.fixture(autouse=True)
 def one_job(single_process, monkeypatch):
-    monkeypatch.setattr(process_groups, "stop", lambda: None)  # the session's job goes on
+    monkeypatch.setattr(process_groups, "stop", lambda: None)  # the session's process groups stay
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def released(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def source(released, tmp_path) -> Path:
-    """A copy of it to damage."""
+    """A copy of the released directory, to be damaged."""
     return shutil.copytree(released, tmp_path / "hf")
 
 
@@ -46,7 +48,7 @@ def ours(released, tmp_path_factory, single_process) -> Path:
     return output
 
 
-def test_in_out_and_looked_at(released, tmp_path, capsys):
+def test_import_export_and_inspect(released, tmp_path, capsys):
     main(["import", "--input", str(released), "--output", str(tmp_path / "new/ours")])
     said = capsys.readouterr()
     assert "note: bos and eos are one token" in said.err and "left behind" not in said.err
@@ -55,16 +57,8 @@ def test_in_out_and_looked_at(released, tmp_path, capsys):
     assert shown["parameters"] == "38,209 (float32)" and shown["export"] == "layout ouro"
     assert shown["tokens"] == "bos 0, eos 0, pad 2" and "chat_template.jinja" in shown["beside"]
 
-    main(
-        [
-            "export",
-            "--checkpoint",
-            str(tmp_path / "new/ours"),
-            "--output",
-            str(tmp_path / "back"),
-            "--max_shard_gb=1e-4",
-        ]
-    )
+    arguments = ["--checkpoint", str(tmp_path / "new/ours"), "--output", str(tmp_path / "back"), "--max_shard_gb=1e-4"]
+    main(["export", *arguments])
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["directory"].endswith("back: Hugging Face, layout ouro") and shown["weights"] == "0.2 MB in 2 files"
     assert shown["parameters"] == "38,209 (float32)" and shown["gate"] == "linear, trained"
@@ -109,7 +103,7 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def change_tensor(folder: Path, change) -> None:
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     stored = find_tensors(folder)["model.norm.weight"].path
     tensors = load_file(stored)
     change(tensors)
@@ -125,23 +119,43 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
 
 
+def without_eos(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    rewrite(folder, eos_token_id=None)
+
+
+def delete(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+NORM = "model.norm.weight"
 MISTAKES = {
-    "no such directory": (lambda f: shutil.rmtree(f), "hf: not a directory"),
-    "no config": (lambda f: (f / "config.json").unlink(), "no config.json here"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+    "no such directory": (shutil.rmtree, "hf: not a directory"),
+    "no config": (delete("config.json"), "no config.json here"),
+    "config is no JSON": (write("config.json", "{"), "config.json: cannot be read as JSON"),
     "another model": (lambda f: rewrite(f, model_type="llama"), "model_type: 'llama'"),
     "scaled rope": (lambda f: rewrite(f, rope_scaling={"rope_type": "yarn"}), "rope_scaling: "),
     "cut": (cut, "model-00001-of-00002.safetensors: truncated"),
-    "shard missing": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "00002.safetensors: missing"),
-    "tensor missing": (lambda f: change_tensor(f, lambda t: t.pop("model.norm.weight")), "model.norm.weight is missing"),
-    "tensor too many": (lambda f: change_tensor(f, lambda t: t.update(x=t["model.norm.weight"] + 1)), "x is here, but config.json describes no such tensor"),
-    "wrong shape": (lambda f: rewrite(f, intermediate_size=64), r"the shape [48, 32], but config.json asks for [64, 32]"),
+    "shard missing": (delete("model-00002-of-00002.safetensors"), "00002.safetensors: missing"),
+    "tensor missing": (lambda f: change_tensors(f, lambda t: t.pop(NORM)), f"{NORM} is missing"),
+    "tensor too many": (
+        lambda f: change_tensors(f, lambda t: t.update(x=t[NORM] + 1)),
+        "x is here, but config.json describes no such tensor",
+    ),
+    "wrong shape": (
+        lambda f: rewrite(f, intermediate_size=64),
+        "the shape [48, 32], but config.json asks for [64, 32]",
+    ),
     "pickle": (only_a_pickle, "pytorch_model.bin: a pickle can run any code"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing; name a tokenizer.json with --tokenizer"),
-    "tokenizer is none": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer.json"),
-    "tokenizer too large": (lambda f: rewrite_vocab(f, 300), "has ids up to 319, the model's vocab_size is 300"),
-    "no end of text": (lambda f: (f / "tokenizer_config.json").unlink() or rewrite(f, eos_token_id=None), "name it with --eos_token"),
-}  # fmt: skip
+    "no tokenizer": (delete("tokenizer.json"), "tokenizer.json: missing; name a tokenizer.json with --tokenizer"),
+    "not a tokenizer": (write("tokenizer.json", "{}"), "tokenizer.json: not a tokenizer.json"),
+    "tokenizer too large": (lambda f: rewrite_vocab(f, 300), "has ids up to 319, but the model's vocab_size is 300"),
+    "no end of text": (without_eos, "name it with --eos_token"),
+}
 
 
 def rewrite_vocab(folder: Path, size: int) -> None:
@@ -163,22 +177,25 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, source, tmp_path):
 
 def test_mistakes_on_the_command_line(released, ours, corpus, tmp_path, capsys):
     exists = str(tmp_path)
+    importing = ["import", "--input", str(released), "--output", "x"]
+    exporting = ["export", "--checkpoint", str(ours), "--output", "x"]
     for argv, words in (
-        (["convert"], "convert: no such command; give one of import, export, inspect"),
-        (["import", "--input", str(released), "--output", exists], "it exists already"),
+        (["convert"], "convert: unknown command; give one of import, export, inspect"),
+        ([*importing[:-1], exists], "it exists already"),
         (["import", "--inptu", "x"], "unknown key; did you mean input"),
-        (["import", "--input", str(released), "--output", "x", "--eos_token", "<end>"], "eos_token: '<end>' is not a token of"),
-        (["import", "--input", str(released), "--output", "x", "--tokenizer", "nowhere.json"], "nowhere.json: missing"),
-        (["export", "--checkpoint", str(ours), "--output", exists], "it exists already"),
+        ([*importing, "--eos_token", "<end>"], "eos_token: '<end>' is not a token of"),
+        ([*importing, "--tokenizer", "nowhere.json"], "nowhere.json: missing"),
+        ([*exporting[:-1], exists], "it exists already"),
         (["export", "--checkpoint", "nowhere", "--output", "x"], "nowhere: no whole checkpoint here"),
-        (["export", "--checkpoint", str(ours), "--output", "x", "--max_shard_gb", "0"], "max_shard_gb: 0"),
-        (["export", "--checkpoint", str(ours), "--output", "x", "--layout", "llama"], "layout"),
-    ):  # fmt: skip
+        ([*exporting, "--max_shard_gb", "0"], "max_shard_gb: 0"),
+        ([*exporting, "--layout", "llama"], "layout"),
+    ):
         with pytest.raises(UserError) as raised:
             main(argv)
         assert words in str(raised.value), raised.value
     assert not Path("x").exists()
-    main([])
+    with pytest.raises(SystemExit, match="0"):
+        main([])
     assert "python -m tools.convert_hf export" in capsys.readouterr().out
 
 
@@ -193,11 +210,11 @@ def test_a_layout_that_cannot_hold_the_model(ours, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_what_fails_midway_leaves_nothing(released, ours, tmp_path, monkeypatch):
+def test_a_failure_midway_leaves_nothing(released, ours, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("looplm.huggingface.companion_files.write_all", full)
+    monkeypatch.setattr("looplm.huggingface.companion_files.write", full)
     with pytest.raises(OSError, match="no space"):
         main(["export", "--checkpoint", str(ours), "--output", str(tmp_path / "hf")])
     monkeypatch.setattr("looplm.checkpoint.step_folder.publish", full)

@@ -1,1 +1,1 @@
-"""The model that travels inside an export: these files import torch, transformers and each other alone."""
+"""The model code that travels inside an export. These files import only torch, transformers and each other."""

@@ -1,7 +1,7 @@
 """The cache of a LoopLM, and the positions and mask of a forward call. This file travels inside an export.
 
-Shapes: B batch, N rows of the batch that still run, S tokens of this call, T tokens seen (cached ones and these), K rotary
-width. Loops count from 0, depth from 1.
+Shapes: B batch, N rows of the batch that still run, S tokens of this call, T tokens seen (cached ones and these), K
+rotary width. Loops count from 0, depth from 1.
 """
 
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ class LoopLMCache(DynamicCache):
     """Cache for generation: with MLA the normed latent and the rotated key, otherwise keys and values.
 
     ``per_loop`` has a slot for each loop and block, at ``loop * L + block`` as in Ouro, and is exact. ``last`` has one
-    for each block, whose newest entries each loop overwrites: a prompt is seen with each loop's own entries, a past token
-    as of the last loop it ran. Tokens that are given together after a prompt see each other as of their own loop.
+    for each block, whose newest entries each loop overwrites: a prompt is seen with each loop's own entries, a past
+    token as of the last loop it ran. Tokens that are given together after a prompt see each other as of their own loop.
 
     A gate that reads the text so far adds one slot to each loop: its signal for each token, and whether that counts.
 

@@ -1,13 +1,13 @@
-"""LoopLM in transformers: one stack of blocks run several times, a norm at the end of every loop, an exit gate.
+"""LoopLM for transformers: one stack of blocks run several times, a norm at the end of every loop, an exit gate.
 
-It travels inside an export and needs torch and transformers alone (4.54 and later)::
+This file travels inside an export and needs only torch and transformers (4.54 or later)::
 
     input_ids --embed--> h --+--> shared stack --> norm --> h --+--> lm_head              loop r
                              |                                  +--> early_exit_gate      loop r
                              +------- R times, same weights <---+
 
-Shapes: B batch, N rows of it still in the loops, S tokens of this call, T tokens seen: those before and these, D hidden,
-V vocabulary, R loops. Loops count from 0, depth from 1.
+Shapes: B batch, N rows of the batch that still run, S tokens of this call, T tokens seen (cached ones and these), D
+hidden, V vocabulary, R loops. Loops count from 0, depth from 1.
 
 Sources: loops, loss, Q-exit, shared caches: Ouro (arXiv 2510.25741).
 """
@@ -29,14 +29,14 @@ from .layers_looplm import GATES, LoopLMBlock, LoopLMRMSNorm, exit_log_probs
 
 @dataclass
 class LoopLMModelOutput(ModelOutput):
-    """What the stack gives.
+    """Output of the stack.
 
     Args:
-        last_hidden_state: [B, S, D], of each token after the loop it left.
+        last_hidden_state: [B, S, D], the state of each token after the loop at which it exited.
         past_key_values: the cache, if one is used.
         hidden_states: on request, R tensors [B, S, D]: the normed state after each loop.
-        gate_logits: on request, [R, B, S] in fp32: the logit of leaving after each loop.
-        exit_depths: below a threshold of 1, [B, S]: how many loops each token ran before it left.
+        gate_logits: on request, [R, B, S] in fp32: the logit of exiting after each loop.
+        exit_depths: for a threshold below 1, [B, S]: number of loops that each token ran.
     """
 
     last_hidden_state: Tensor | None = None
@@ -48,7 +48,7 @@ class LoopLMModelOutput(ModelOutput):
 
 @dataclass
 class LoopLMCausalOutput(ModelOutput):
-    """As :class:`LoopLMModelOutput`, with ``logits`` [B, S, V] of the loop each token left, and the ``loss``."""
+    """As :class:`LoopLMModelOutput`, with the ``loss`` and each token's ``logits`` [B, S, V] at its exit."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -59,7 +59,7 @@ class LoopLMCausalOutput(ModelOutput):
 
 
 class LoopLMPreTrainedModel(PreTrainedModel):
-    """First weights, and what transformers must know."""
+    """Initial weights, and the properties that transformers asks for."""
 
     config: LoopLMConfig
     config_class = LoopLMConfig
@@ -70,14 +70,14 @@ class LoopLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As in pretraining. A module that starts out otherwise than its like says so itself."""
+        """Initialize as in pretraining. A module with initial values of its own has them as attributes."""
         config = self.config
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=getattr(module, "start_std", config.initializer_range))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            # An untied embedding has the scale of the loop-end norm's output, which every later loop reads.
+            # An untied embedding gets the scale of the loop-end norm's output, which every later loop reads.
             std = config.initializer_range if config.tie_word_embeddings else 1.0
             nn.init.normal_(module.weight, std=config.embedding_initializer_range or std)
         elif isinstance(module, LoopLMRMSNorm):
@@ -122,19 +122,19 @@ class LoopLMModel(LoopLMPreTrainedModel):
 
         Args:
             input_ids: [B, S].
-            attention_mask: [B, T], 0 at padding, on either side; of the tokens in the cache too.
+            attention_mask: [B, T], 0 for padding on either side; it covers the cached tokens too.
             position_ids: [B, S]; None counts each row's tokens.
-            past_key_values: of the tokens before.
+            past_key_values: cache of the previous tokens.
             inputs_embeds: [B, S, D] in place of ``input_ids``.
-            use_cache: None takes the config's, and none while gradients are recorded.
-            num_loops: how deep; None takes the config's.
+            use_cache: return a cache; None takes the config's, and no cache while gradients are recorded.
+            num_loops: depth; None takes the config's.
             early_exit_threshold: None takes the config's.
-            output_hidden_states: whether to return the state after each loop.
-            output_gate_logits: whether to return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
-            kwargs: what a release of transformers hands to every model; not used.
+            output_hidden_states: return the state after each loop.
+            output_gate_logits: return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
+            kwargs: other arguments that transformers passes to every model; unused.
 
         Raises:
-            ValueError: arguments that do not go together, in one line.
+            ValueError: the arguments contradict each other.
         """
         depth, threshold = self._plan(num_loops, early_exit_threshold)
         if (input_ids is None) == (inputs_embeds is None):
@@ -144,14 +144,14 @@ class LoopLMModel(LoopLMPreTrainedModel):
         past = 0 if cache is None else cache.begin(depth)
         view = self._view(h_BSD, attention_mask, position_ids, cache, past)
 
-        # In a shared cache a past token is seen as of its last loop: one that leaves need not be run any further.
+        # In a shared cache a past token is seen as of its last loop, so a token that exits need not run any further.
         shared = cache if cache is not None and cache.shared and past > 0 and h_BSD.size(1) == 1 else None
         if shared is not None and threshold < 1 and (output_hidden_states or output_gate_logits):
             raise ValueError(
-                "output_hidden_states: with kv_cache=last a token that leaves has no later ones; "
+                "output_hidden_states: with kv_cache=last a token that exits has no later states; "
                 "give early_exit_threshold=1, or a cache per loop"
             )
-        reads_text = self.config.gate_sequence_level and cache is not None  # it must see every token, asked or not
+        reads_text = self.config.gate_sequence_level and cache is not None  # then the gate must run for every token
         exits = Exits(h_BSD, threshold, depth) if threshold < 1 else None
         hidden, logits, state_NSZ = [], [], None
         for loop in range(depth):
@@ -167,7 +167,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
             logits.append(logit_NS)
             if exits is None:
                 continue
-            stay_N = exits.judge(h_BSD, logit_NS, loop, view.rows)
+            stay_N = exits.record(h_BSD, logit_NS, loop, view.rows)
             if shared is not None and not stay_N.all():
                 if not stay_N.any():
                     shared.skip(range(loop + 1, depth))
@@ -183,7 +183,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
         )
 
     def _plan(self, num_loops: int | None, threshold: float | None) -> tuple[int, float]:
-        """The depth, and the threshold."""
+        """Return depth and threshold; raise if they are not allowed."""
         config = self.config
         num_loops = config.num_loops if num_loops is None else num_loops
         threshold = config.early_exit_threshold if threshold is None else threshold
@@ -205,10 +205,10 @@ class LoopLMModel(LoopLMPreTrainedModel):
 
     def _cache(self, given: LoopLMCache | None, use_cache: bool | None) -> LoopLMCache | None:
         if self.gradient_checkpointing and self.training:
-            return None  # what is made again in backward would be entered again
+            return None  # the recomputation in backward would store its entries again
         if given is not None and not isinstance(given, LoopLMCache):
             raise ValueError(
-                f"past_key_values: {type(given).__name__} is not allowed; a loop needs entries of its own; "
+                f"past_key_values: {type(given).__name__} is not allowed, because each loop needs entries of its own; "
                 "give LoopLMCache(model.config), or nothing"
             )
         if use_cache is None:
@@ -223,8 +223,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
             mask_BT = torch.ones(rows, past + length, dtype=torch.bool, device=device)
         elif mask_BT.shape != (rows, past + length):
             raise ValueError(
-                f"attention_mask: {list(mask_BT.shape)} is not allowed; give [{rows}, {past + length}]: "
-                "of every token, those in the cache too"
+                f"attention_mask: {list(mask_BT.shape)} is not allowed; give [{rows}, {past + length}], "
+                "which includes the cached tokens"
             )
         mask_BT = mask_BT.bool()
         if position_BS is None:
@@ -239,18 +239,18 @@ class LoopLMModel(LoopLMPreTrainedModel):
         if not mask_BT.all() or (past > 0 and length > 1):
             key_T = torch.arange(past + length, device=device)
             query_S1 = key_T[past:, None]
-            # Padding sees itself: a row that sees nothing would be NaN, and NaN times a weight of 0 is NaN.
+            # Padding attends to itself: attending to nothing gives NaN, and NaN times a weight of 0 is NaN.
             visible_BST = (key_T <= query_S1) & mask_BT[:, None] | (key_T == query_S1)
             visible_B1ST = visible_BST.unsqueeze(1)
         return View(cos_B1SK, sin_B1SK, visible_B1ST, mask_BT[:, past:], cache)
 
 
 class Exits:
-    """Where each token leaves: after the first loop by which its summed exit probability reaches the threshold.
+    """Exits of the tokens: each after the first loop by which its cumulative exit probability reaches the threshold.
 
     Attributes:
-        h_BSD: the state after that loop.
-        depth_BS: how many loops that were.
+        h_BSD: each token's state at its exit.
+        depth_BS: number of loops that each token ran.
     """
 
     def __init__(self, h_BSD: Tensor, threshold: float, depth: int) -> None:
@@ -258,22 +258,22 @@ class Exits:
         self._threshold, self._depth = threshold, depth
         self._log_survival_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
 
-    def judge(self, h_NSD: Tensor, logit_NS: Tensor, loop: int, rows: Tensor | None) -> Tensor:
-        """Take note of the tokens that leave after this loop; whether each row has others, [N]."""
+    def record(self, h_NSD: Tensor, logit_NS: Tensor, loop: int, rows: Tensor | None) -> Tensor:
+        """Record the tokens that exit after this loop; return which rows have tokens that do not, [N]."""
         here = slice(None) if rows is None else rows
         log_survival_NS = self._log_survival_BS[here] + F.logsigmoid(-logit_NS.detach())
         self._log_survival_BS[here] = log_survival_NS
-        leaves_NS = -torch.expm1(log_survival_NS) >= self._threshold
+        exits_NS = -torch.expm1(log_survival_NS) >= self._threshold
         if loop + 1 == self._depth:
-            leaves_NS = torch.ones_like(leaves_NS)
-        new_NS = leaves_NS & (self.depth_BS[here] == 0)
+            exits_NS = torch.ones_like(exits_NS)
+        new_NS = exits_NS & (self.depth_BS[here] == 0)
         self.h_BSD[here] = torch.where(new_NS.unsqueeze(-1), h_NSD, self.h_BSD[here])
         self.depth_BS[here] = self.depth_BS[here].masked_fill(new_NS, loop + 1)
-        return ~leaves_NS.all(-1)
+        return ~exits_NS.all(-1)
 
 
 class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
-    """The model with its head: what ``AutoModelForCausalLM`` gives."""
+    """The model with its head, as ``AutoModelForCausalLM`` loads it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -285,7 +285,7 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """The cache that ``generate`` makes by itself has no room for loops."""
+        """Return False: the cache that ``generate`` creates by itself has no room for loops."""
         return False
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -312,23 +312,14 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
         output_gate_logits: bool = False,
         **kwargs: Any,
     ) -> LoopLMCausalOutput:
-        """As :meth:`LoopLMModel.forward`, and the head.
+        """Run the loops and the head. Arguments that are not listed are those of :meth:`LoopLMModel.forward`.
 
         Args:
-            input_ids: [B, S].
-            attention_mask: [B, T].
-            position_ids: [B, S].
-            past_key_values: of the tokens before.
-            inputs_embeds: [B, S, D].
-            labels: [B, S], the tokens themselves, -100 where they do not count. The loss is that of pretraining's first
-                stage without its entropy term: the expectation of the loops' cross-entropies under the exit
-                distribution, not the cross-entropy of mixed predictions; a mean over the tokens that count.
-            use_cache: whether to return a cache.
-            logits_to_keep: of the last tokens, or of those at these indices; 0 is all.
-            num_loops: how deep. Loops beyond ``total_ut_steps`` have no part in the loss.
-            early_exit_threshold: which loop's logits.
-            output_hidden_states: whether to return the state after each loop.
-            output_gate_logits: whether to return the gate's logits.
+            labels: [B, S], the tokens themselves, or -100 for tokens that do not count. The loss is that of
+                pretraining's first stage without its entropy term: the expectation of the loops' cross-entropies under
+                the exit distribution, not the cross-entropy of mixed predictions; a mean over the tokens that count.
+            logits_to_keep: number of last tokens, or indices of tokens, to compute logits for; 0 for all.
+            num_loops: depth. Loops beyond ``total_ut_steps`` do not enter the loss.
             kwargs: ``num_items_in_batch``, by which Trainer divides the loss of a part of a batch.
         """
         output = self.model(
@@ -367,16 +358,15 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         trained = min(len(hidden), self.config.total_ut_steps)
         target_BS = labels_BS[:, 1:].to(hidden[0].device)
-        losses = [
-            checkpoint(self._token_loss, h_BSD[:, :-1], target_BS, use_reentrant=False) for h_BSD in hidden[:trained]
-        ]
+        states = [h_BSD[:, :-1] for h_BSD in hidden[:trained]]
+        losses = [checkpoint(self._token_loss, h_BSD, target_BS, use_reentrant=False) for h_BSD in states]
         p_RBS = exit_log_probs(gate_logit_RBS[:trained, :, :-1]).exp()
-        total = (p_RBS * torch.stack(losses)).sum()  # a label that does not count has a loss of 0 in every loop
+        total = (p_RBS * torch.stack(losses)).sum()  # a label of -100 has a loss of 0 in every loop
         counted = (target_BS != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / counted
 
     def _token_loss(self, h_BSD: Tensor, target_BS: Tensor) -> Tensor:
-        """[B, S] in fp32. Under :func:`checkpoint`, so that no more than one loop's logits exist at once."""
+        """Return the loss [B, S] in fp32; under :func:`checkpoint`, the logits of one loop exist at a time."""
         logits_NV = self.lm_head(h_BSD).float().flatten(0, 1)
         loss_N = F.cross_entropy(logits_NV, target_BS.flatten(), ignore_index=-100, reduction="none")
         return loss_N.view_as(target_BS)
