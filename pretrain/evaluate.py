@@ -1,27 +1,27 @@
-"""Measure a checkpoint at every depth, beyond the trained one too, and along the exit gate's thresholds; with --kv_caches
-also as it generates, token by token through each cache.
+"""Measure a checkpoint at every depth, also beyond the trained one, and along the exit gate's thresholds.
 
-Prints a table and writes it as JSON. Validation data are the checkpoint's own (data.valid) unless others are named.
+With --kv_caches also measure it as it generates, token by token through each cache. Prints a table and writes it as JSON.
+The validation data is the checkpoint's own (data.valid) unless --valid names another.
 """
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
 from looplm import checkpoint
+from looplm.bounds import check_bounds, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import DataConfig, DataSource, LossConfig, OptimConfig, RunConfig
-from looplm.evaluation.cached import decoding_report, texts_of
+from looplm.evaluation.cached import cache_losses, texts_of
 from looplm.evaluation.depth import DepthMeter
-from looplm.files import write_whole
+from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation
 from looplm.inference.early_exit import ExitRule, ExitSignal
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
@@ -34,48 +34,46 @@ THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)] + [0.975, 0.99, 1.
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What is measured.
+    """What to measure.
 
     Args:
         checkpoint: a training directory, or one step directory of it.
-        depths: depths to report, separated by commas; larger than the trained number of loops is allowed.
+        depths: depths to report, separated by commas; they may exceed the trained number of loops.
         samples: validation sequences.
         batch_size: sequences in one forward pass.
-        valid: prefix of validation data; null takes the checkpoint's own.
-        seq_length: tokens of a sequence; null takes the training's, or of weights that no run has made at most 1024.
-        output: JSON file to write; null writes CHECKPOINT/evaluation.json.
-        kv_caches: caches to decode the same samples through, separated by commas: per_loop, last, mean, first; none if
-            empty.
+        valid: prefix of validation data; null for the checkpoint's own.
+        seq_length: tokens of a sequence; null for the training run's, or for imported weights at most 1024.
+        output: JSON file to write; null for CHECKPOINT/evaluation.json.
+        kv_caches: caches to decode the same samples through, separated by commas: per_loop, last, mean, first; empty to
+            skip decoding.
         exit_thresholds: with kv_caches: thresholds to decode at; 1 is full depth.
-        exit_signal: with kv_caches: the score that is held against the thresholds.
+        exit_signal: with kv_caches: the score that is compared with the thresholds.
         prompt_tokens: with kv_caches: tokens of each text that are read as a prompt; those after them are measured.
     """
 
     checkpoint: str
     depths: str = "1,2,3,4,6,8"
-    samples: int = 64
-    batch_size: int = 4
+    samples: int = positive(64)
+    batch_size: int = positive(4)
     valid: str | None = None
-    seq_length: int | None = None
+    seq_length: int | None = positive(None)
     output: str | None = None
     kv_caches: str = ""
     exit_thresholds: str = "1"
     exit_signal: ExitSignal = "gate"
-    prompt_tokens: int = 32
+    prompt_tokens: int = positive(32)
 
     def __post_init__(self) -> None:
-        require(self.samples > 0, "samples", self.samples, "give a number above 0")
-        require(self.batch_size > 0, "batch_size", self.batch_size, "give a number above 0")
-        require(self.seq_length is None or self.seq_length > 0, "seq_length", self.seq_length, "give null or a number above 0")  # fmt: skip
+        check_bounds(self, "")
         require(bool(self.depth_list), "depths", self.depths, "give whole numbers above 0, such as 1,2,4,8")
-        modes = set(get_args(CacheMode))
-        require(modes.issuperset(self.cache_list), "kv_caches", self.kv_caches, "give some of per_loop,last,mean,first")
-        require(bool(self.threshold_list), "exit_thresholds", self.exit_thresholds, "give numbers from 0 to 1, such as 0.5,0.9,1")  # fmt: skip
-        require(self.prompt_tokens > 0, "prompt_tokens", self.prompt_tokens, "give a number above 0")
+        modes = get_args(CacheMode)
+        require(set(self.cache_list) <= set(modes), "kv_caches", self.kv_caches, f"give some of {','.join(modes)}")
+        fix = "give numbers from 0 to 1, such as 0.5,0.9,1"
+        require(bool(self.threshold_list), "exit_thresholds", self.exit_thresholds, fix)
 
     @property
     def depth_list(self) -> list[int]:
-        """Depths in rising order; empty when they cannot be read."""
+        """Depths in ascending order; empty if they cannot be parsed."""
         parts = [part.strip() for part in self.depths.split(",")]
         return sorted({int(part) for part in parts}) if all(part.isdigit() and int(part) > 0 for part in parts) else []
 
@@ -86,7 +84,7 @@ class EvaluateConfig:
 
     @property
     def threshold_list(self) -> list[float]:
-        """Thresholds in the order given; empty when they cannot be read."""
+        """Thresholds in the order given; empty if they cannot be parsed."""
         try:
             values = [float(part) for part in self.exit_thresholds.split(",")]
         except ValueError:
@@ -95,107 +93,100 @@ class EvaluateConfig:
 
 
 def main(argv: list[str]) -> None:
-    """``python -m pretrain.evaluate --checkpoint DIR --depths 1,2,3,4,6,8``"""
+    """Run ``python -m pretrain.evaluate --checkpoint DIR --depths 1,2,3,4,6,8``."""
     config = parse_config(EvaluateConfig, argv, prog="python -m pretrain.evaluate", description=str(__doc__))
-    found = step_folder.locate(config.checkpoint)
-    run = _validation_run(config, found)
-    corpus, about = check_corpus(run.data, run.model.vocab_size), checkpoint.read_about(found)
-    _check_decoding(config, run, about.gate_trained)
+    step = step_folder.locate(config.checkpoint)
+    run = _validation_run(config, step)
+    corpus, about = check_corpus(run.data, run.model.vocab_size), checkpoint.read_about(step)
+    _check_decoding(config, run.data.seq_length, about.gate_trained)
     if corpus.tokenizer_sha256 != about.tokenizer_sha256:
-        raise UserError(
-            f"{run.data.valid[0].prefix}: made with another tokenizer than {found}; use {found}/tokenizer.json"
-        )
+        prefix = run.data.valid[0].prefix
+        raise UserError(f"{prefix}: made with another tokenizer than {step}; use {step}/tokenizer.json")
     groups = process_groups.start(run.seed)
     try:
-        opened = checkpoint.open_model(str(found), groups)
+        opened = checkpoint.open_model(str(step), groups)
         valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, index_cache(run))
-        assert valid_set is not None  # _validation_run saw to it
+        assert valid_set is not None  # _validation_run names data.valid
         count = -(-config.samples // (config.batch_size * groups.dp.size()))
         batches = list(islice(micro_batches(valid_set, run.data, 0, groups.dp.rank(), groups.dp.size()), count))
-        report = {"checkpoint": str(found), "step": opened.about.step}
-        report |= measure(opened.model, batches, config, groups, run.loss)
-        if config.cache_list:
-            report["decoding"] = measure_decoding(opened.model, batches, config, groups)
+        measured = measure(opened.model, batches, config.depth_list, groups, run.loss)
+        decoding = measure_decoding(opened.model, batches, config, groups) if config.cache_list else None
+        evaluation = replace(measured, checkpoint=str(step), step=opened.about.step, decoding=decoding)
     finally:
         process_groups.stop()
     if process_groups.is_rank_0():
-        _show(report)
-        write_whole(
-            Path(config.output or Path(config.checkpoint) / "evaluation.json"), json.dumps(report, indent=1) + "\n"
-        )
+        _show(evaluation)
+        evaluation.write(Path(config.output or Path(config.checkpoint) / FILE_NAME))
 
 
-def _validation_run(config: EvaluateConfig, found: Path) -> RunConfig:
-    """The run that made the checkpoint, or a plain one of its shape, reading ``samples`` validation sequences."""
-    trained, shape = checkpoint.read_config(found), checkpoint.read_model(found)
+def _validation_run(config: EvaluateConfig, step: Path) -> RunConfig:
+    """Return the run that made the checkpoint, or a plain one for imported weights, reading ``samples`` sequences."""
+    trained, shape = checkpoint.read_config(step), checkpoint.read_model(step)
     valid = (DataSource(prefix=config.valid),) if config.valid else trained.data.valid if trained else ()
     if not valid:
         raise UserError("valid: the checkpoint was made without data.valid; name a prefix with --valid")
     if trained is None:
         plain = DataConfig(train=valid, seq_length=min(1024, shape.model.max_sequence_length))
-        trained = RunConfig(output_dir=str(found), data=plain, optim=OptimConfig(train_steps=1), **shape._asdict())
-    data = replace(trained.data, train=valid, valid=valid, micro_batch_size=config.batch_size, rampup=None,
-                   global_batch_size=config.batch_size, seq_length=config.seq_length or trained.data.seq_length)  # fmt: skip
-    samples = max(config.samples, config.batch_size)
-    return replace(trained, data=data, logging=replace(trained.logging, eval_samples=samples))
+        trained = RunConfig(output_dir=str(step), data=plain, optim=OptimConfig(train_steps=1), **shape._asdict())
+    rows, seq_length = config.batch_size, config.seq_length or trained.data.seq_length
+    data = replace(trained.data, train=valid, valid=valid, seq_length=seq_length)
+    data = replace(data, micro_batch_size=rows, global_batch_size=rows, rampup=None)
+    return replace(trained, data=data, logging=replace(trained.logging, eval_samples=max(config.samples, rows)))
+
+
+def _check_decoding(config: EvaluateConfig, seq_length: int, gate_trained: bool) -> None:
+    """Raise if the checkpoint or its samples do not allow the decoding that is asked for."""
+    if not config.cache_list:
+        return
+    by_gate = config.exit_signal == "gate" and min(config.threshold_list) < 1
+    fix = "this checkpoint's gate was never trained; run the gate stage, give 1, or another exit_signal"
+    require(gate_trained or not by_gate, "exit_thresholds", config.exit_thresholds, fix)
+    fix = f"samples have {seq_length} tokens; give fewer, so that some are left to measure"
+    require(config.prompt_tokens < seq_length, "prompt_tokens", config.prompt_tokens, fix)
 
 
 @torch.no_grad()
 def measure(
-    model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection, loss: LossConfig
-) -> dict[str, Any]:
-    """Run every validation batch to the deepest depth asked for; see :class:`DepthMeter` for what comes back."""
-    trained, depths = model.model_config.num_loops, config.depth_list
+    model: LoopLM, batches: list[Batch], depths: list[int], groups: ProcessGroupCollection, loss: LossConfig
+) -> Evaluation:
+    """Return the losses at ``depths`` and along :data:`THRESHOLDS`. Every batch runs to the deepest depth."""
+    trained = model.model_config.num_loops
     deepest = max(trained, *depths)
     meter = DepthMeter(sorted({*depths, deepest}), trained, THRESHOLDS)
     for batch in tqdm(batches, unit="batch", disable=not (process_groups.is_rank_0() and sys.stderr.isatty())):
         meter.add(*loop_losses(model, batch, loss, num_loops=deepest), batch.mask_SB)
-    report = meter.report(groups.dp)
-    report["depths"] = [row for row in report["depths"] if row["depth"] in depths]
-    return report
+    evaluation = meter.evaluation(groups.dp)
+    return replace(evaluation, depths=tuple(row for row in evaluation.depths if row.depth in depths))
 
 
 def measure_decoding(
     model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection
-) -> list[dict[str, Any]]:
-    """The same samples token by token, through each cache at each threshold."""
+) -> tuple[CacheLoss, ...]:
+    """Return the losses of the same samples, decoded token by token through each cache at each threshold."""
     texts = [text for batch in batches for text in texts_of(*batch)]
     rules = [
         ExitRule(max_depth=model.model_config.num_loops, threshold=threshold, signal=config.exit_signal)
         for threshold in config.threshold_list
     ]
     modes = cast(list[CacheMode], config.cache_list)
-    return decoding_report(model, texts, config.prompt_tokens, config.batch_size, modes, rules, groups.dp)
+    return cache_losses(model, texts, config.prompt_tokens, config.batch_size, modes, rules, groups.dp)
 
 
-def _check_decoding(config: EvaluateConfig, run: RunConfig, gate_trained: bool) -> None:
-    """What only the checkpoint can tell of the decoding that is asked for."""
-    if not config.cache_list:
-        return
-    by_gate = config.exit_signal == "gate" and min(config.threshold_list) < 1
-    require(gate_trained or not by_gate, "exit_thresholds", config.exit_thresholds, "this checkpoint's gate was never trained; run the gate stage, give 1, or another exit_signal")  # fmt: skip
-    length = run.data.seq_length
-    require(config.prompt_tokens < length, "prompt_tokens", config.prompt_tokens, f"samples have {length} tokens; leave some to measure")  # fmt: skip
-
-
-def _show(report: dict[str, Any]) -> None:
-    print(
-        f"{report['checkpoint']}: {report['tokens']:,} validation tokens, trained with {report['trained_loops']} loops"
-    )
+def _show(evaluation: Evaluation) -> None:
+    trained = evaluation.trained_loops
+    print(f"{evaluation.checkpoint}: {evaluation.tokens:,} validation tokens, trained with {trained} loops")
     print(f"{'depth':>10} {'loss':>9} {'perplexity':>11}")
-    for row in report["depths"]:
-        mark = "" if row["depth"] <= report["trained_loops"] else "  beyond training"
-        print(f"{row['depth']:>10} {row['loss']:>9.4f} {row['perplexity']:>11.2f}{mark}")
+    for at in evaluation.depths:
+        mark = "" if at.depth <= trained else "  beyond training"
+        print(f"{at.depth:>10} {at.loss:>9.4f} {at.perplexity:>11.2f}{mark}")
     print(f"{'threshold':>10} {'loss':>9} {'mean depth':>11}")
-    for row in report["exit_curve"]:
-        print(f"{row['threshold']:>10} {row['loss']:>9.4f} {row['mean_depth']:>11.2f}")
-    if "decoding" in report:
+    for point in evaluation.exit_curve:
+        print(f"{point.threshold:>10} {point.loss:>9.4f} {point.mean_depth:>11.2f}")
+    if evaluation.decoding is not None:
         print(f"{'cache':>10} {'loss':>9} {'perplexity':>11} {'threshold':>10} {'mean depth':>11}")
-    for row in report.get("decoding", []):
-        print(
-            f"{row['kv_cache']:>10} {row['loss']:>9.4f} {row['perplexity']:>11.2f} {row['exit_threshold']:>10} "
-            f"{row['mean_depth']:>11.2f}"
-        )
+    for row in evaluation.decoding or ():
+        figures = f"{row.loss:>9.4f} {row.perplexity:>11.2f} {row.exit_threshold:>10} {row.mean_depth:>11.2f}"
+        print(f"{row.kv_cache:>10} {figures}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Measurements of a looped model: at every depth, and as it decodes."""
+"""Evaluation of a looped model: loss at every depth, along the exit gate's thresholds, and through each cache."""

@@ -1,16 +1,16 @@
-"""Loss through the decode path: what sharing a cache between the loops, and leaving them early, really costs.
+"""Loss through the decode path: what it costs to share a cache between the loops, and to exit them early.
 
-A text's first tokens are read as a prompt, in which nothing is shared; the rest is decoded token by token, each text's
-own next token handed in. Only tokens that were decoded count. ``per_loop`` at threshold 1 is the cacheless model's loss.
+The first tokens of a text are read as a prompt, in which no loops share a cache. The others are decoded one by one: each
+step is given the text's own next token. Only decoded tokens count. With ``per_loop`` at threshold 1, the loss is the
+cacheless model's.
 
-Shapes: B samples, S sequence, N rows side by side, V vocabulary.
+Shapes: B samples, S sequence, N rows side by side.
 """
 
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,31 +18,77 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from looplm.evaluation.record import CacheLoss, perplexity
+from looplm.inference.depth_batch import DepthBatch, ExitedTokens
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.kv_cache import CacheMode
-from looplm.inference.lockstep import Decoder
-from looplm.megatron import process_groups
+from looplm.inference.prefill import Prefill
+from looplm.inference.sampling import NextLogits
+from looplm.inference.stack import LoopedStack
+from looplm.megatron import device, process_groups
 from looplm.model import LoopLM
 
 
 class Text(NamedTuple):
-    """Token ids, what follows each of them, and whether that counts."""
+    """Token ids, the label of each, and whether it counts."""
 
     ids: list[int]
     labels: list[int]
     counts: list[bool]
 
 
-class Decoded(NamedTuple):
-    """Sums over the tokens that were decoded and count."""
+class LossSums(NamedTuple):
+    """Sums over the decoded tokens that count."""
 
     tokens: float
     loss: float
     depth: float
 
 
+class LockstepDecoder:
+    """Decodes given tokens, one at a time in each row; rows wait for each other.
+
+    With a ``per_loop`` cache all loops run, and logits are read at the exit loop. With a shared cache, tokens that exit
+    take part in no further loop.
+
+    Args:
+        model: in eval mode.
+        rule: when tokens exit.
+        mode: of the cache.
+        prompts: one per row, read at once.
+        piece: the most prompt tokens that run through the stack at once.
+
+    Attributes:
+        prompt_logits: for the token after each prompt.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: LoopLM, rule: ExitRule, mode: CacheMode, prompts: Sequence[Sequence[int]], piece: int = 1 << 30
+    ) -> None:
+        stack = LoopedStack(model)
+        self._batch = DepthBatch(stack, rule, mode, len(prompts))
+        with device.adapter_off():
+            prefill = Prefill(stack, rule, mode, prompts, piece)
+            while not prefill.done:
+                prefill.advance()
+            for row in range(len(prompts)):
+                self._batch.seat(row, prefill, row)
+            self.prompt_logits = prefill.next_logits()
+
+    @torch.inference_mode()
+    def decode(self, ids: Sequence[int]) -> NextLogits:
+        """Decode one more token in each of the first ``len(ids)`` rows, and return the logits after it."""
+        with device.adapter_off():
+            self._batch.append(range(len(ids)), ids)
+            passes: list[ExitedTokens] = []
+            while sum(len(exited.rows) for exited in passes) < len(ids):
+                passes.append(self._batch.advance())
+            return self._batch.read(passes)
+
+
 def texts_of(ids_BS: Tensor, labels_SB: Tensor, mask_SB: Tensor, document_start_SB: Tensor | None) -> list[Text]:
-    """Samples as texts; where documents in a sample do not see each other, each document's part is a text of its own."""
+    """Return the samples as texts, one per document if the documents of a sample do not see each other."""
     texts = []
     for sample in range(len(ids_BS)):
         ids, labels = ids_BS[sample].tolist(), labels_SB[:, sample].tolist()
@@ -55,40 +101,39 @@ def texts_of(ids_BS: Tensor, labels_SB: Tensor, mask_SB: Tensor, document_start_
 
 def decode_texts(
     model: LoopLM, texts: Iterable[Text], prompt: int, rows: int, mode: CacheMode, rule: ExitRule
-) -> Decoded:
+) -> LossSums:
     """Decode all texts that are longer than the prompt.
 
     Args:
         model: in eval mode.
         texts: in any order.
-        prompt: tokens of each that are read at once.
+        prompt: tokens of each text that are read as a prompt.
         rows: texts side by side.
-        mode: what the cache keeps.
-        rule: when tokens leave the loops.
+        mode: of the cache.
+        rule: when tokens exit.
     """
     longer = sorted((text for text in texts if len(text.ids) > prompt), key=lambda text: -len(text.ids))
     groups = [longer[start : start + rows] for start in range(0, len(longer), rows)]
     sums = [_decode_group(model, group, prompt, mode, rule) for group in groups]
-    return Decoded(*(sum(part) for part in zip(*sums, strict=True))) if sums else Decoded(0.0, 0.0, 0.0)
+    return LossSums(*(sum(part) for part in zip(*sums, strict=True))) if sums else LossSums(0.0, 0.0, 0.0)
 
 
-def _decode_group(model: LoopLM, group: Sequence[Text], prompt: int, mode: CacheMode, rule: ExitRule) -> Decoded:
-    """Texts side by side, the longest first: those that end are the last rows."""
-    decoder = Decoder(model, rule, mode, len(group))
-    decoder.prefill([text.ids[:prompt] for text in group])
+def _decode_group(model: LoopLM, group: Sequence[Text], prompt: int, mode: CacheMode, rule: ExitRule) -> LossSums:
+    """Decode texts side by side, the longest in the first row, so that those that end are in the last rows."""
+    decoder = LockstepDecoder(model, rule, mode, [text.ids[:prompt] for text in group])
     tokens = loss = depth = 0.0
     for place in range(prompt, len(group[0].ids)):
-        going = [text for text in group if place < len(text.ids)]
-        step = decoder.decode([text.ids[place] for text in going], range(len(going)))
-        labels_N = torch.tensor([text.labels[place] for text in going], device=step.logits_NV.device)
-        counts_N = torch.tensor([text.counts[place] for text in going], device=step.logits_NV.device)
-        loss += float(F.cross_entropy(step.logits_NV[counts_N], labels_N[counts_N], reduction="sum"))
+        longer = [text for text in group if place < len(text.ids)]
+        _, logits_NV, depths = decoder.decode([text.ids[place] for text in longer])
+        labels_N = torch.tensor([text.labels[place] for text in longer], device=logits_NV.device)
+        counts_N = torch.tensor([text.counts[place] for text in longer], device=logits_NV.device)
+        loss += float(F.cross_entropy(logits_NV[counts_N], labels_N[counts_N], reduction="sum"))
         tokens += int(counts_N.sum())
-        depth += sum(d for d, text in zip(step.depths, going, strict=True) if text.counts[place])
-    return Decoded(tokens, loss, depth)
+        depth += sum(d for d, text in zip(depths, longer, strict=True) if text.counts[place])
+    return LossSums(tokens, loss, depth)
 
 
-def decoding_report(
+def cache_losses(
     model: LoopLM,
     texts: Sequence[Text],
     prompt: int,
@@ -96,23 +141,23 @@ def decoding_report(
     modes: Sequence[CacheMode],
     rules: Sequence[ExitRule],
     group: dist.ProcessGroup,
-) -> list[dict[str, Any]]:
-    """Each cache under each rule: means over the tokens of every rank of ``group``, as evaluation.json holds them."""
-    report, hidden = [], not (process_groups.is_rank_0() and sys.stderr.isatty())
+) -> tuple[CacheLoss, ...]:
+    """Return the losses through each cache under each rule, as means over the tokens of every rank of ``group``."""
+    losses, hidden = [], not (process_groups.is_rank_0() and sys.stderr.isatty())
     for mode, rule in tqdm(list(product(modes, rules)), desc="decoding", unit="setting", disable=hidden):
         sums = torch.tensor(decode_texts(model, texts, prompt, rows, mode, rule), dtype=torch.float64)
         dist.all_reduce(sums, group=group)
         tokens, loss, depth = sums.tolist()
         loss, depth = loss / max(1, tokens), depth / max(1, tokens)
-        report.append(
-            {
-                "kv_cache": mode,
-                "exit_signal": rule.signal,
-                "exit_threshold": rule.threshold,
-                "tokens": int(tokens),
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "mean_depth": depth,
-            }
+        losses.append(
+            CacheLoss(
+                kv_cache=mode,
+                exit_signal=rule.signal,
+                exit_threshold=rule.threshold,
+                tokens=int(tokens),
+                loss=loss,
+                perplexity=perplexity(loss),
+                mean_depth=depth,
+            )
         )
-    return report
+    return tuple(losses)

@@ -1,19 +1,20 @@
-"""The model's attention with a cache between its two halves: tokens to queries and entries, entries to contexts.
+"""The model's attention, split where the cache is: tokens to queries and entries, cached entries to contexts.
 
-What a token leaves behind is one vector per layer, its *entry* [W]:
+The cache keeps one vector per token and layer, its *entry* [W]:
 
-    MLA        [normed latent C | rotated rotary key K']     keys and values of all heads grow from it
+    MLA        [normed latent C | rotated rotary key K']     keys and values of all heads are projected from it
     MHA, GQA   [rotated keys G * K | values G * K]
 
-A prompt is attended to as in training: causally, heads expanded. A later token attends to cached entries. MLA then never
-expands them: since ``q . (U c) = (U^T q) . c``, queries go down into the latent space, the softmax runs over entries as
-they lie in the cache, and one up-projection per token makes the values (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+A prompt attends as in training: causally, with all heads expanded. A later token attends to cached entries. MLA never
+expands those: since ``q . (U c) = (U^T q) . c``, queries are projected down into the latent space, the softmax runs over
+the entries as cached, and one up-projection per token gives the values (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
 
-The weights are the model's own, in plain torch calls: one token is so little work that a module's wrapping would show.
-Rotated channels lie in pairs here, whatever their order in training: queries and keys agree, so their products do.
+The weights are the model's own, used in plain torch calls: the overhead of module calls would show in the time that one
+token takes. Rotated channels are stored as adjacent pairs, whatever their order in training. Queries and keys use the same
+order, so their products do not change.
 
-Shapes: S tokens of a lane, one after another, N lanes, D hidden, H heads, G key-value heads, P query heads per key-value
-head, K query-key width, V value width, C latent, W entry, T cached positions.
+Shapes: S tokens of a lane, at consecutive positions, N lanes, D hidden, H heads, G key-value heads, P query heads per
+key-value head, K query-key width, V value width, C latent, W entry, T cached positions, Q queries per entry and lane.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ Query = tuple[Tensor, ...]
 
 
 def rotate(x_SNHK: Tensor, turn_SN1K: Tensor) -> Tensor:
-    """Turn the pairs of channels (0,1), (2,3), ... by the angles of ``turn`` (complex, [S, N, 1, K/2])."""
+    """Rotate the pairs of channels (0,1), (2,3), ... by complex numbers of length 1, [S, N, 1, K/2]."""
     pairs = torch.view_as_complex(x_SNHK.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn_SN1K).flatten(-2).to(x_SNHK.dtype)
 
@@ -40,24 +41,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask_11ST: Tensor | None, 
         query: [S, N, H, K].
         key: [T, N, G, K].
         value: [T, N, G, V].
-        mask_11ST: added to the scores; None for plainly causal, with S = T.
+        mask_11ST: is added to the scores; None for a causal mask with S = T.
         scale: of the scores; None for 1 / sqrt(K).
 
     Returns:
         [S, N, H * V].
     """
-    width, wider = value.size(-1), key.size(-1) - value.size(-1)
-    if wider > 0:  # unequal widths would leave the flash kernel for one that materialises S x T
-        value = F.pad(value, (0, wider))
+    width, missing = value.size(-1), key.size(-1) - value.size(-1)
+    if missing > 0:  # with unequal widths, torch leaves the flash kernel for one that materializes S x T
+        value = F.pad(value, (0, missing))
     query_NHSK, key_NGTK, value_NGTV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    causal, grouped = mask_11ST is None, key.size(2) != query.size(2)
     mixed_NHSV = F.scaled_dot_product_attention(
-        query_NHSK,
-        key_NGTK,
-        value_NGTV,
-        attn_mask=mask_11ST,
-        is_causal=mask_11ST is None,
-        scale=scale,
-        enable_gqa=key.size(2) != query.size(2),
+        query_NHSK, key_NGTK, value_NGTV, attn_mask=mask_11ST, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return mixed_NHSV[..., :width].permute(2, 0, 1, 3).flatten(2)
 
@@ -66,16 +62,16 @@ class LatentAttention:
     """MLA. The absorbed matrices are views of the model's weights.
 
     Args:
-        module: Megatron's.
-        shape: the model's.
+        module: Megatron's attention.
+        config: the model's.
     """
 
-    def __init__(self, module: Any, shape: ModelConfig) -> None:
-        self.scale, self.eps = module.softmax_scale, shape.norm_eps
-        self.heads, self.latent = shape.num_attention_heads, shape.kv_lora_rank
-        self.nope, self.rope, self.value = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
+    def __init__(self, module: Any, config: ModelConfig) -> None:
+        self.scale, self.eps = module.softmax_scale, config.norm_eps
+        self.heads, self.latent = config.num_attention_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.queries_per_entry = self.heads
-        self._has_query_latent = shape.q_lora_rank is not None
+        self._has_query_latent = config.q_lora_rank is not None
         if self._has_query_latent:
             self._query_down = module.linear_q_down_proj.weight.detach()
             self._query_norm = module.q_layernorm.weight.detach()
@@ -90,7 +86,7 @@ class LatentAttention:
         self._value_up_HCV = value_up_HVC.transpose(1, 2)
 
     def project(self, x_SND: Tensor, turn_SN1K: Tensor) -> tuple[Query, Tensor]:
-        """Queries ([S, N, H, K] without and with position) and entries [S, N, W]."""
+        """Return queries ([S, N, H, K] without and with position) and entries [S, N, W]."""
         down = x_SND
         if self._has_query_latent:
             down = F.linear(x_SND, self._query_down)
@@ -103,20 +99,20 @@ class LatentAttention:
         return (nope, turned[:, :, : self.heads]), torch.cat((latent, turned[:, :, self.heads]), dim=-1)
 
     def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:
-        """The last S of T positions over themselves and those before them: contexts [S, N, H * V]."""
+        """Return contexts [S, N, H * V] of the last S of T positions, which attend to all positions up to their own."""
         latent, key_rope = entry_TNW.split_with_sizes([self.latent, self.rope], -1)
-        grown = F.linear(latent, self._up).unflatten(-1, (self.heads, -1))
-        nope, value = grown.split_with_sizes([self.nope, self.value], -1)
+        expanded = F.linear(latent, self._up).unflatten(-1, (self.heads, -1))
+        nope, value = expanded.split_with_sizes([self.nope, self.value], -1)
         key = torch.cat((nope, key_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
         return attend(torch.cat(query, dim=-1), key, value, mask_11ST, self.scale)
 
     def attend_cached(self, query: Query, entry_NTW: Tensor, mask_N1QT: Tensor | None) -> Tensor:
-        """Tokens over their lanes' entries: contexts [S, N, H * V]; Q is S * H."""
+        """Return contexts [S, N, H * V] of tokens that attend to their lanes' entries; Q is S * H."""
         nope, rope = query
         length, lanes = nope.shape[:2]
         lowered_HXC = torch.bmm(nope.flatten(0, 1).transpose(0, 1), self._key_up_HKC)
         query_SNHW = torch.cat((lowered_HXC.transpose(0, 1).unflatten(0, (length, lanes)), rope), dim=-1)
-        # All heads share the entries: for the kernel they are queries of one head. Values are the entries' first C.
+        # All heads share the entries, so the kernel sees them as queries of one head. Values are the entries' first C.
         query_N1QW = query_SNHW.transpose(0, 1).flatten(1, 2).unsqueeze(1)
         entry_N1TW = entry_NTW.unsqueeze(1)
         mixed_N1QW = F.scaled_dot_product_attention(query_N1QW, entry_N1TW, entry_N1TW, mask_N1QT, scale=self.scale)
@@ -126,39 +122,39 @@ class LatentAttention:
 
 
 class HeadAttention:
-    """MHA and GQA: the cache holds keys and values of each key-value head."""
+    """MHA and GQA. The cache holds keys and values of each key-value head; see :class:`LatentAttention`."""
 
-    def __init__(self, module: Any, shape: ModelConfig) -> None:
-        self.groups, self.width = shape.query_groups, shape.attention_head_dim
-        self.queries_per_entry = shape.num_attention_heads // shape.query_groups
-        self.eps = shape.norm_eps
+    def __init__(self, module: Any, config: ModelConfig) -> None:
+        self.groups, self.width = config.query_groups, config.attention_head_dim
+        self.queries_per_entry = config.num_attention_heads // config.query_groups
+        self.eps = config.norm_eps
         self._qkv = module.linear_qkv.weight.detach()
-        self._bias = module.linear_qkv.bias.detach() if shape.qkv_bias else None
+        self._bias = module.linear_qkv.bias.detach() if config.qkv_bias else None
         self._norms = None
-        if shape.qk_norm:
+        if config.qk_norm:
             self._norms = module.q_layernorm.weight.detach(), module.k_layernorm.weight.detach()
 
     def project(self, x_SND: Tensor, turn_SN1K: Tensor) -> tuple[Query, Tensor]:
-        """Queries [S, N, G, P, K] and entries [S, N, W]."""
+        """Return queries [S, N, G, P, K] and entries [S, N, W]."""
         per = self.queries_per_entry
         grouped = F.linear(x_SND, self._qkv, self._bias).unflatten(-1, (self.groups, per + 2, self.width))
         heads, value = grouped[:, :, :, : per + 1], grouped[:, :, :, per + 1]
         if self._norms is not None:
             parts = zip(heads.split([per, 1], 3), self._norms, strict=True)
             heads = torch.cat([torch.rms_norm(part, weight.shape, weight, self.eps) for part, weight in parts], 3)
-        # The model turns channel i together with i + K/2: bring such pairs side by side.
+        # The model rotates channel i together with i + K/2; make such pairs adjacent.
         pairs = heads.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         turned = rotate(pairs, turn_SN1K.unsqueeze(2))
         key = turned[:, :, :, per]
         return (turned[:, :, :, :per],), torch.cat((key.flatten(2), value.flatten(2)), dim=-1)
 
     def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:
-        """The last S of T positions over themselves and those before them: contexts [S, N, H * K]."""
+        """Return contexts [S, N, H * K] of the last S of T positions, which attend to all positions up to their own."""
         key, value = entry_TNW.unflatten(-1, (2, self.groups, self.width)).unbind(2)
         return attend(query[0].flatten(2, 3), key, value, mask_11ST)
 
     def attend_cached(self, query: Query, entry_NTW: Tensor, mask_N1QT: Tensor | None) -> Tensor:
-        """Tokens over their lanes' entries: contexts [S, N, H * K]; Q is S * P."""
+        """Return contexts [S, N, H * K] of tokens that attend to their lanes' entries; Q is S * P."""
         key, value = entry_NTW.unflatten(-1, (2, self.groups, self.width)).permute(2, 0, 3, 1, 4)
         (query_SNGPK,) = query
         query_NGQK = query_SNGPK.permute(1, 2, 0, 3, 4).flatten(2, 3)

@@ -1,18 +1,18 @@
-"""When a token leaves the loops: at a fixed depth, or at the first loop whose score reaches a threshold.
+"""Early exit: a token leaves the loops at a fixed depth, or after the first loop whose score reaches a threshold.
 
-    gate        probability by the exit gate that the token has left: Q-exit (Ouro, arXiv 2510.25741)
+    gate        probability by the exit gate that the token has exited: Q-exit (Ouro, arXiv 2510.25741)
     confidence  probability of the likeliest next token
     entropy     1 - entropy of the next token / log V
-    change      1 - |h_r - h_{r-1}| / |h_r| of the hidden state; 0 in the first loop, which has none before it
+    change      1 - |h_r - h_{r-1}| / |h_r| of the hidden state; 0 in the first loop, which has no state before it
 
-The last three need no gate: they are what one compares a gate with. All are in [0, 1], and rise as a token settles.
-Tokens that are scored together may be in different loops.
+The last three need no gate; they are baselines for it. All scores are in [0, 1], and rise as a token settles. Tokens that
+are scored together may be in different loops.
 
 Shapes: S sequence, N tokens side by side, B rows, D hidden, V vocabulary, Z gate state, R loops.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looplm.inference.stack import LoopedStack
 from looplm.model.exit_gate import ExitGate
 
 ExitSignal = Literal["gate", "confidence", "entropy", "change"]
@@ -27,12 +28,12 @@ ExitSignal = Literal["gate", "confidence", "entropy", "change"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExitRule:
-    """How deep a token may go.
+    """When a token exits.
 
     Args:
-        max_depth: every token leaves after this loop at the latest.
-        min_depth: no token leaves before this one.
-        threshold: that the score must reach; at 1 every token goes to max_depth, however the score rounds.
+        max_depth: every token exits after this loop at the latest.
+        min_depth: no token exits before this loop.
+        threshold: the score to reach. At 1 every token runs max_depth loops, however the score is rounded.
         signal: which score.
     """
 
@@ -43,28 +44,76 @@ class ExitRule:
 
     @property
     def decides(self) -> bool:
-        """Whether anything depends on the score."""
+        """Whether depths depend on the score."""
         return self.threshold < 1.0 and self.min_depth < self.max_depth
 
-    @property
-    def reads_head(self) -> bool:
-        """Whether the score is made from logits."""
-        return self.signal in ("confidence", "entropy")
+
+class ExitDecision(NamedTuple):
+    """Which of N tokens exit after the loop they are in, and the logits of all N if the score needed them."""
+
+    exits: list[bool]
+    logits_NV: Tensor | None = None
+
+
+class ExitDecider:
+    """Applies a rule to the tokens of a pass.
+
+    Args:
+        stack: whose exit gate and head give the scores.
+        rule: when tokens exit.
+        rows: texts side by side.
+    """
+
+    def __init__(self, stack: LoopedStack, rule: ExitRule, rows: int) -> None:
+        self._rule, self._head = rule, stack.head
+        self.gate = ExitGateReader(stack.gate, stack.model_config.num_loops, rows)
+
+    def decide(
+        self,
+        before_ND: Tensor,
+        h_SND: Tensor,
+        rows: Sequence[int],
+        loops: Sequence[int],
+        length_N: Tensor | None = None,
+    ) -> ExitDecision:
+        """Decide which tokens, or last tokens of prompts, exit after the loop they are in.
+
+        Args:
+            before_ND: hidden states before the loop.
+            h_SND: hidden states after it.
+            rows: of the tokens.
+            loops: of the tokens, 0-based.
+            length_N: for prompts: number of positions without padding.
+        """
+        rule, last = self._rule, self._rule.max_depth - 1
+        if not rule.decides or min(loops) == last or (rule.signal != "gate" and max(loops) + 1 < rule.min_depth):
+            return ExitDecision([loop == last for loop in loops])
+        after_ND, logits_NV = h_SND[0] if length_N is None else last_token(h_SND, length_N), None
+        if rule.signal == "gate":
+            score_N = self.gate.score(h_SND, rows, loops, length_N)
+        elif rule.signal == "change":
+            score_N = steadiness(before_ND, after_ND, loops)
+        else:
+            logits_NV = self._head(after_ND)
+            score_N = confidence(logits_NV) if rule.signal == "confidence" else certainty(logits_NV)
+        settled = (score_N >= rule.threshold).tolist()
+        pairs = zip(loops, settled, strict=True)
+        return ExitDecision([loop == last or (done and loop + 1 >= rule.min_depth) for loop, done in pairs], logits_NV)
 
 
 def confidence(logits_NV: Tensor) -> Tensor:
-    """Probability of the likeliest id, [N]."""
+    """Return the probability of the likeliest id, [N]."""
     return (logits_NV.amax(-1) - logits_NV.logsumexp(-1)).exp()
 
 
 def certainty(logits_NV: Tensor) -> Tensor:
-    """1 - entropy / log V, [N]: 0 where all ids are equally likely, 1 where one of them is certain."""
+    """Return 1 - entropy / log V, [N]: 0 if all ids are equally likely, 1 if one of them is certain."""
     log_p_NV = logits_NV.log_softmax(-1)
     return 1 + (log_p_NV.exp() * log_p_NV).sum(-1) / math.log(max(2, logits_NV.size(-1)))
 
 
 def steadiness(before_ND: Tensor, after_ND: Tensor, loops: Sequence[int]) -> Tensor:
-    """1 - |change| / |state|, not below 0, [N]; 0 in the first loop."""
+    """Return 1 - |change| / |state|, at least 0, [N]; 0 in the first loop."""
     before_ND, after_ND = before_ND.float(), after_ND.float()
     score_N = (1 - (after_ND - before_ND).norm(dim=-1) / after_ND.norm(dim=-1)).clamp_min(0)
     return score_N.masked_fill(torch.tensor([loop == 0 for loop in loops], device=score_N.device), 0.0)
@@ -75,7 +124,7 @@ class ExitGateReader:
 
     The gate's state lives through the loops of a token. A gate that reads the sequence also needs sums over earlier
     tokens, one per row and loop: the causal mean at loop r runs over the positions that ran loop r. When all positions
-    run all loops this is exactly the training-time mean. A token that left early is missing from later loops' means.
+    run all loops this is exactly the training-time mean. A token that exited early is missing from later loops' means.
 
     Args:
         gate: the model's.
@@ -106,7 +155,7 @@ class ExitGateReader:
         self._state_SNZ = F.pad(self._state_SNZ, (0, 0, 0, new))[:, order_N]
 
     def score(self, h_SND: Tensor, rows: Sequence[int], loops: Sequence[int], length_N: Tensor | None = None) -> Tensor:
-        """Return the probability [N] that the tokens have left by the end of the loop they are in.
+        """Return the probability [N] that the tokens have exited by the end of the loop they are in.
 
         Args:
             h_SND: hidden states after the loop: of single tokens (S = 1), or of prompts, whose last token is scored.
@@ -128,10 +177,10 @@ class ExitGateReader:
         self._log_survival_N = self._log_survival_N + F.logsigmoid(-logit_N)
         return -torch.expm1(self._log_survival_N)
 
-    def adopt(self, row: int, other: "ExitGateReader", other_row: int) -> None:
+    def copy_row(self, row: int, source: "ExitGateReader", source_row: int) -> None:
         """Copy a row's sums from another reader, or from another row of this one."""
-        self._sum_RB[:, row] = other._sum_RB[:, other_row]
-        self._count_RB[:, row] = other._count_RB[:, other_row]
+        self._sum_RB[:, row] = source._sum_RB[:, source_row]
+        self._count_RB[:, row] = source._count_RB[:, source_row]
 
     def _mean(self, value_SN: Tensor, rows_N: Tensor, loop_N: Tensor, length_N: Tensor | None) -> Tensor:
         """Add these values to the sums, and return the mean of each token's row and loop, [N]."""
@@ -146,61 +195,6 @@ class ExitGateReader:
         return total_N / count_N
 
 
-class Verdict(NamedTuple):
-    """Which of N tokens leave after the loop they are in; and all N logits, where the score was made from them."""
-
-    leaves: list[bool]
-    logits_NV: Tensor | None = None
-
-
-class ExitMeter:
-    """Applies a rule to the tokens of a pass.
-
-    Args:
-        rule: when tokens leave.
-        gate: asked if the rule's signal is the gate.
-        head: hidden states [N, D] to logits [N, V].
-    """
-
-    def __init__(self, rule: ExitRule, gate: ExitGateReader, head: Callable[[Tensor], Tensor]) -> None:
-        self.rule, self.gate, self._head = rule, gate, head
-
-    def judge(
-        self,
-        before_ND: Tensor,
-        h_SND: Tensor,
-        rows: Sequence[int],
-        loops: Sequence[int],
-        length_N: Tensor | None = None,
-    ) -> Verdict:
-        """Judge tokens, or the last ones of prompts, after the loop they are in.
-
-        Args:
-            before_ND: their hidden states before the loop.
-            h_SND: and after it.
-            rows: of the tokens.
-            loops: 0-based.
-            length_N: of prompts: how many of the S positions are the row's own.
-        """
-        rule, last = self.rule, self.rule.max_depth - 1
-        if not rule.decides or min(loops) == last or (rule.signal != "gate" and max(loops) + 1 < rule.min_depth):
-            return Verdict([loop == last for loop in loops])
-        after_ND = h_SND[0] if length_N is None else last_token(h_SND, length_N)
-        logits_NV = self._head(after_ND) if rule.reads_head else None
-        if rule.signal == "gate":
-            score_N = self.gate.score(h_SND, rows, loops, length_N)
-        elif rule.signal == "change":
-            score_N = steadiness(before_ND, after_ND, loops)
-        else:
-            assert logits_NV is not None
-            score_N = confidence(logits_NV) if rule.signal == "confidence" else certainty(logits_NV)
-        settled = (score_N >= rule.threshold).tolist()
-        leaves = [
-            loop == last or (enough and loop + 1 >= rule.min_depth) for loop, enough in zip(loops, settled, strict=True)
-        ]
-        return Verdict(leaves, logits_NV)
-
-
 def last_token(x_SND: Tensor, length_N: Tensor) -> Tensor:
-    """Each row's last position that is not padding, [N, D]."""
+    """Return each row's last position that is not padding, [N, D]."""
     return x_SND[length_N - 1, torch.arange(len(length_N), device=x_SND.device)]

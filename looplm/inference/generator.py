@@ -2,20 +2,20 @@
 
 In a notebook::
 
-    from looplm.inference.generator import GenerationConfig, Generator, Request
+    from looplm.inference import GenerationConfig, Generator, Request
 
     generator = Generator.open("runs/quickstart/gate")
     for answer in generator.generate(["def f(", "class "]):
         print(answer.prompt + answer.text, answer.depths)         # the depth of a token: how many loops it ran
 
-    # one cache for all loops, and easy tokens leave them early
+    # one cache for all loops, and easy tokens exit early
     cheap = GenerationConfig(temperature=0.0, kv_cache="last", exit_threshold=0.5, max_new_tokens=64)
     (answer,) = generator.generate(["def f("], cheap)
 
     # a text as it grows
     generator.generate(["def f("], cheap, on_token=lambda index, token: print(token.text, end="", flush=True))
 
-    # any number of requests, 16 at a time, each as soon as it ends; seed and length are the request's own
+    # any number of requests, 16 at a time, each as soon as it finishes; a request may have its own seed and length
     queue = (Request(prompt, seed=7, max_new_tokens=20) for prompt in prompts)
     for index, answer in generator.stream(queue, cheap):
         print(index, answer.finish, answer.text)
@@ -31,14 +31,11 @@ import torch
 from tokenizers import Tokenizer
 
 from looplm.checkpoint import open_model
-from looplm.inference.early_exit import ExitRule
-from looplm.inference.request import Generation, Request, Running
+from looplm.inference.request import ActiveRequest, Generation, Request
 from looplm.inference.scheduler import OnToken, Scheduler
 from looplm.inference.settings import GenerationConfig
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
-
-__all__ = ["Generation", "GenerationConfig", "Generator", "Request"]
 
 Prompt = str | Sequence[int] | Request
 
@@ -48,9 +45,9 @@ class Generator:
 
     Args:
         model: in eval mode.
-        tokenizer: that it was trained with.
+        tokenizer: the one that the model was trained with.
         eos_id: end of text.
-        gate_trained: whether the gate may be asked when a token leaves.
+        gate_trained: whether the exit gate may decide when a token exits.
     """
 
     def __init__(self, model: LoopLM, tokenizer: Tokenizer, eos_id: int, gate_trained: bool = True) -> None:
@@ -58,10 +55,10 @@ class Generator:
 
     @classmethod
     def open(cls, directory: str, dtype: torch.dtype = torch.float32) -> "Generator":
-        """Of a checkpoint: a training directory (its newest is taken) or a step directory.
+        """Open a checkpoint: a step directory, or a training directory, of which the newest step is taken.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: no checkpoint is there, or it is damaged.
         """
         opened = open_model(directory, process_groups.start(seed=0), dtype)
         return cls(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
@@ -69,11 +66,11 @@ class Generator:
     def generate(
         self, prompts: Iterable[Prompt], config: GenerationConfig | None = None, on_token: OnToken | None = None
     ) -> list[Generation]:
-        """Continue all prompts. One that cannot be continued yields an error, the others go on.
+        """Continue all prompts. A prompt that cannot be continued yields an error; the others are not affected.
 
         Args:
-            prompts: texts, lists of token ids, or :class:`Request` objects with a seed and length of their own.
-            config: what all of them share.
+            prompts: texts, lists of token ids, or :class:`Request` objects with their own seed and length.
+            config: the settings that all of them share.
             on_token: called with (index of the prompt, token) as soon as a token's text is final.
 
         Returns:
@@ -89,34 +86,28 @@ class Generator:
     def stream(
         self, prompts: Iterable[Prompt], config: GenerationConfig | None = None, on_token: OnToken | None = None
     ) -> Iterator[tuple[int, Generation]]:
-        """As :meth:`generate`, but each as soon as it ends, with its index. ``prompts`` is read on only as there is room
-        for the next one, so it may be endless."""
-        config = config or GenerationConfig()
-        rule = config.exit_rule(self.model.model_config.num_loops, self.gate_trained)
-        return self._stream(prompts, config, rule, on_token or (lambda index, token: None))
+        """Continue prompts as :meth:`generate` does, and yield (index, continuation) as soon as each finishes.
 
-    def _stream(
-        self, prompts: Iterable[Prompt], config: GenerationConfig, rule: ExitRule, on_token: OnToken
-    ) -> Iterator[tuple[int, Generation]]:
-        trained, ended = self.model.model_config.num_loops, list[Running]()
+        ``prompts`` is read only as there is room for the next one, so it may be endless.
+        """
+        config, model_config = config or GenerationConfig(), self.model.model_config
+        rule = config.exit_rule(model_config.num_loops, self.gate_trained)
+        finished = list[ActiveRequest]()
 
-        def sound() -> Iterator[Running]:
-            """Requests that can be run; what is wrong with another is its own error, not the batch's."""
+        def valid_requests() -> Iterator[ActiveRequest]:
             for index, prompt in enumerate(prompts):
-                running = self._open(prompt, index, config)
-                if running.finish is None:
-                    yield running
+                request = prompt if isinstance(prompt, Request) else Request(prompt)
+                active = ActiveRequest(request, index, config, self.tokenizer, model_config, self.eos_id)
+                if active.finish is None:
+                    yield active
                 else:
-                    ended.append(running)
+                    finished.append(active)
 
         rows = min(config.batch_size, max(1, len(prompts))) if isinstance(prompts, Sized) else config.batch_size
-        scheduler = Scheduler(self.model, rule, config, rows, sound(), on_token)
-        while ended or not scheduler.done:
-            yield from ((running.index, running.generation(trained)) for running in ended)
-            ended.clear()
+        show = on_token or (lambda index, token: None)
+        scheduler = Scheduler(self.model, rule, config, rows, valid_requests(), show)
+        while finished or not scheduler.done:
+            yield from ((active.index, active.generation()) for active in finished)
+            finished.clear()
             if not scheduler.done:
-                ended.extend(scheduler.step())
-
-    def _open(self, prompt: Prompt, index: int, config: GenerationConfig) -> Running:
-        request, shape = prompt if isinstance(prompt, Request) else Request(prompt), self.model.model_config
-        return Running(request, index, config, self.tokenizer, shape.vocab_size, shape.max_sequence_length, self.eos_id)
+                finished.extend(scheduler.step())

@@ -1,27 +1,28 @@
-"""What generation keeps of the past: a cache per loop, or one cache that the loops share.
+"""Key-value caches of the looped stack: one per loop, or one that all loops share.
 
     per_loop   R caches, one per loop: exact
-    last       one; each loop overwrites it: a past token shows the last loop it ran
-    mean       one; the mean over the loops a token ran
-    first      one; the first loop's
+    last       one; each loop overwrites it, so a past token shows the last loop that it ran
+    mean       one; the mean over the loops that a token ran
+    first      one; the first loop's entries
 
-A prompt is attended to with each loop's own entries whatever the mode; sharing starts with the first generated token.
-Sharing in the prompt too costs more than 10 points on GSM8K; after it, last and mean cost next to nothing, and first
-nearly everything (Ouro, arXiv 2510.25741).
+Prompts always attend to each loop's own entries. Sharing starts with the first generated token: sharing in the prompt too
+costs more than 10 points on GSM8K, whereas after it ``last`` and ``mean`` cost next to nothing, and ``first`` nearly
+everything (Ouro, arXiv 2510.25741).
 
-In every mode a token sees *its own* entry of the loop it is in; the mode says what it sees of others. A
-token that left early has no hole to fill: a shared cache holds what it last computed.
+In every mode a token attends to *its own* entry of the loop it is in. The mode decides which entry it sees of others. A
+token that exits early leaves no hole: a shared cache holds the entry that it computed last.
 
-Tokens that share a pass may be in different loops. Each reads one *lane*: its row's cache, of its loop if there is one
-per loop.
+Tokens that share a pass may be in different loops. Each attends to one *lane*: the cache of its row, or with ``per_loop``
+the cache of its row and loop.
 
-Shapes: N lanes read in a pass, S tokens of each, W entry, T positions, X lanes in all: caches times rows.
+Shapes: N lanes of a pass, S tokens of each, W entry, T positions, X all lanes (caches times rows).
 """
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.accounting import cache_values_per_token
@@ -30,34 +31,35 @@ from looplm.config import ModelConfig
 CacheMode = Literal["per_loop", "last", "mean", "first"]
 
 
-class Places(NamedTuple):
-    """Where the tokens of a pass lie, worked out once for all layers."""
+class CacheIndex(NamedTuple):
+    """Where the tokens of a pass write and read, computed once for all layers."""
 
-    token: tuple[Tensor, Tensor]  # lane and position of each token: [N] and [N], or [N, 1] and [N, S]
+    written: tuple[Tensor, Tensor]  # lane and position of each token: [N] and [N], or [N, 1] and [N, S]
     position_SN: Tensor
-    seen: slice | Tensor  # the lanes they read: a slice is a view, a tensor makes a copy
-    span: int  # positions they look at
-    weight: (
-        Tensor | None
-    )  # what a shared cache's blend needs of each token: 1 / depth, or whether this is its first loop
+    lanes: slice | Tensor  # the lanes to read: a slice gives a view, a tensor a copy
+    length: int  # positions to read
+    weight_N1: Tensor | None  # for blending in a shared cache: 1 / depth (mean), or True in the first loop (first)
 
 
 class KVCache:
-    """Entries of ``rows`` rows, preallocated and grown by blocks of positions.
+    """Cache entries of ``rows`` texts, allocated in blocks of positions.
 
     Args:
-        shape: the model's.
-        mode: see above.
-        rows: how many texts are generated side by side.
-        num_loops: most loops a token will run.
+        config: the model's.
+        mode: see the module's docstring.
+        rows: texts generated side by side.
+        num_loops: the most loops that a token will run.
         dtype: of the entries.
-        device: where they lie.
-        block: positions added at a time.
+        device: of the entries.
+        block: positions that are allocated at a time.
+
+    Attributes:
+        layers_XTW: the entries of each layer.
     """
 
     def __init__(
         self,
-        shape: ModelConfig,
+        config: ModelConfig,
         mode: CacheMode,
         rows: int,
         num_loops: int,
@@ -65,114 +67,96 @@ class KVCache:
         device: torch.device,
         block: int = 256,
     ) -> None:
-        self.mode, self.rows, self.block = mode, rows, block
-        self.num_caches = num_loops if mode == "per_loop" else 1
-        width = cache_values_per_token(shape, num_caches=1) // shape.num_layers
-        # Zeros, not empty: what a mask hides is multiplied by 0, and 0 * NaN is NaN.
-        empty = torch.zeros(self.num_caches * rows, 0, width, dtype=dtype, device=device)
-        self._layers = [empty] * shape.num_layers
+        self.mode, self.rows, self._block = mode, rows, block
+        lanes = rows * (num_loops if mode == "per_loop" else 1)
+        width = cache_values_per_token(config, num_caches=1) // config.num_layers
+        # Zeros, not empty: masked entries are multiplied by 0, and 0 * NaN is NaN.
+        self.layers_XTW = [torch.zeros(lanes, 0, width, dtype=dtype, device=device)] * config.num_layers
 
     @property
     def capacity(self) -> int:
-        """Positions there is room for."""
-        return self._layers[0].size(1)
-
-    def bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes, over all layers and caches, read off the allocation."""
-        return self.num_caches * sum(layer.size(-1) * layer.element_size() for layer in self._layers)
-
-    def allocated_bytes(self) -> int:
-        """Bytes held now."""
-        return sum(layer.numel() * layer.element_size() for layer in self._layers)
+        """Number of positions allocated."""
+        return self.layers_XTW[0].size(1)
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions."""
-        if length <= self.capacity:
-            return
-        capacity = -(-length // self.block) * self.block
-        for index, old in enumerate(self._layers):
-            self._layers[index] = old.new_zeros(old.size(0), capacity, old.size(2))
-            self._layers[index][:, : old.size(1)] = old
+        """Allocate room for ``length`` positions."""
+        if length > self.capacity:
+            new = -(-length // self._block) * self._block - self.capacity
+            self.layers_XTW = [F.pad(layer, (0, 0, 0, new)) for layer in self.layers_XTW]
 
-    def places(self, rows: Sequence[int], loops: Sequence[int], positions: Sequence[int], length: int = 1) -> Places:
-        """Plan a pass, and make room for it.
+    def index(self, rows: Sequence[int], loops: Sequence[int], positions: Sequence[int], length: int = 1) -> CacheIndex:
+        """Return the index of a pass, and reserve the positions that it needs.
 
         Args:
-            rows: of each lane's tokens.
-            loops: they are in, 0-based.
-            positions: of each lane's first token.
-            length: tokens of each lane (S), at consecutive positions.
+            rows: the row of each lane.
+            loops: the 0-based loop of each lane's tokens.
+            positions: the position of each lane's first token.
+            length: number of tokens in each lane (S), at consecutive positions.
         """
-        device = self._layers[0].device
-        span = max(positions) + length
-        self.reserve(span)
-        offset = self.rows if self.mode == "per_loop" else 0
-        lanes = [row + loop * offset for row, loop in zip(rows, loops, strict=True)]
+        device, end = self.layers_XTW[0].device, max(positions) + length
+        self.reserve(end)
+        lanes = [self._first_lane(loop) + row for row, loop in zip(rows, loops, strict=True)]
         lane_N, position_N = torch.tensor([lanes, list(positions)], device=device)
-        adjacent = lanes == list(range(lanes[0], lanes[0] + len(lanes)))
-        seen = slice(lanes[0], lanes[0] + len(lanes)) if adjacent else lane_N
+        adjacent = slice(lanes[0], lanes[0] + len(lanes))
+        read = adjacent if lanes == list(range(adjacent.start, adjacent.stop)) else lane_N
         if length == 1:
-            token, position_SN = (lane_N, position_N), position_N.unsqueeze(0)
-        else:
-            position_NS = position_N[:, None] + torch.arange(length, device=device)
-            token, position_SN = (lane_N[:, None], position_NS), position_NS.t()
-        return Places(token, position_SN, seen, span, self._weight(loops))
+            return CacheIndex((lane_N, position_N), position_N.unsqueeze(0), read, end, self._weight(loops))
+        position_NS = position_N[:, None] + torch.arange(length, device=device)
+        return CacheIndex((lane_N[:, None], position_NS), position_NS.t(), read, end, self._weight(loops))
 
-    def enter(self, layer: int, places: Places, entry_SNW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Put down the tokens' entries of the loop they are in.
+    def write(self, layer: int, index: CacheIndex, entry_SNW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Write the entries of the loops that the tokens are in.
 
         Returns:
-            what the tokens see, [N, ``span``, W]; and, if that is not what later tokens shall see of them, what is to
-            be handed to :meth:`settle` once they have looked.
+            the entries [N, T, W] that the tokens attend to; and, if later tokens must not see the written entries, those
+            to :meth:`replace` them with after attention.
         """
-        store_XTW = self._layers[layer]
-        entry = entry_SNW[0] if places.token[0].dim() == 1 else entry_SNW.transpose(0, 1)
-        kept = None if places.weight is None else self._blend(store_XTW[places.token], entry, places.weight)
-        store_XTW[places.token] = entry
-        return store_XTW[places.seen, : places.span], kept
+        entries_XTW = self.layers_XTW[layer]
+        entry = entry_SNW[0] if index.written[0].dim() == 1 else entry_SNW.transpose(0, 1)
+        blended = None if index.weight_N1 is None else self._blend(entries_XTW[index.written], entry, index.weight_N1)
+        entries_XTW[index.written] = entry
+        return entries_XTW[index.lanes, : index.length], blended
 
-    def settle(self, layer: int, places: Places, kept: Tensor) -> None:
-        """Put down what later tokens see."""
-        self._layers[layer][places.token] = kept
+    def replace(self, layer: int, index: CacheIndex, blended: Tensor) -> None:
+        """Replace the tokens' entries by those that later tokens see."""
+        self.layers_XTW[layer][index.written] = blended
 
     def write_prompt(self, layer: int, loop: int, start: int, entry_SNW: Tensor) -> None:
-        """Put down a piece of the prompts of all rows: entries of one loop, from position ``start``."""
-        entry_NSW, store_NTW = entry_SNW.transpose(0, 1), self._loop(layer, loop)
-        place_NSW = store_NTW[:, start : start + entry_NSW.size(1)]
-        weight = self._weight([loop])
-        place_NSW.copy_(entry_NSW if weight is None else self._blend(place_NSW, entry_NSW, weight))
+        """Write one loop's entries for a piece of every row's prompt, from position ``start``."""
+        entry_NSW, weight = entry_SNW.transpose(0, 1), self._weight([loop])
+        old_NSW = self._loop_entries(layer, loop)[:, start : start + entry_NSW.size(1)]
+        old_NSW.copy_(entry_NSW if weight is None else self._blend(old_NSW, entry_NSW, weight))
 
     def read_prompt(self, layer: int, loop: int, end: int) -> Tensor:
-        """What lies at the first positions of all rows, [T, N, W]."""
-        return self._loop(layer, loop)[:, :end].transpose(0, 1)
+        """Return the entries of all rows before position ``end``, [T, N, W]."""
+        return self._loop_entries(layer, loop)[:, :end].transpose(0, 1)
 
-    def adopt(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
-        """Take over a row of another cache of the same mode."""
+    def copy_row(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
+        """Copy the first ``length`` positions of a row of ``source``, a cache of the same mode or this one, to ``row``."""
         self.reserve(length)
-        for mine, theirs in zip(self._layers, other._layers, strict=True):
-            mine[row :: self.rows, :length] = theirs[other_row :: other.rows, :length]
+        for ours_XTW, theirs_XTW in zip(self.layers_XTW, source.layers_XTW, strict=True):
+            ours_XTW[row :: self.rows, :length] = theirs_XTW[source_row :: source.rows, :length]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row over another."""
-        self.adopt(target, self, source, length)
+    def zero_row(self, row: int) -> None:
+        """Zero a row that contains NaNs."""
+        for layer_XTW in self.layers_XTW:
+            layer_XTW[row :: self.rows] = 0
 
-    def clear(self, row: int) -> None:
-        """Forget a row that holds numbers that are none."""
-        for layer in self._layers:
-            layer[row :: self.rows] = 0
+    def _first_lane(self, loop: int) -> int:
+        return loop * self.rows if self.mode == "per_loop" else 0
 
-    def _loop(self, layer: int, loop: int) -> Tensor:
-        start = loop * self.rows if self.mode == "per_loop" else 0
-        return self._layers[layer][start : start + self.rows]
+    def _loop_entries(self, layer: int, loop: int) -> Tensor:
+        first = self._first_lane(loop)
+        return self.layers_XTW[layer][first : first + self.rows]
 
     def _weight(self, loops: Sequence[int]) -> Tensor | None:
         if self.mode in ("per_loop", "last") or not any(loops):
             return None
-        dtype, device = self._layers[0].dtype, self._layers[0].device
+        dtype, device = self.layers_XTW[0].dtype, self.layers_XTW[0].device
         if self.mode == "first":
             return torch.tensor([[loop == 0] for loop in loops], device=device)
         return torch.tensor([[1 / (loop + 1)] for loop in loops], dtype=dtype, device=device)
 
     def _blend(self, old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-        """What is kept of tokens that had the entries ``old`` and now have ``new``."""
+        """Return the entries to keep of tokens that had ``old`` and now computed ``new``."""
         return torch.where(weight, new, old) if self.mode == "first" else torch.lerp(old, new, weight)

@@ -1,4 +1,4 @@
-"""A request on its way: what was asked for, what is there so far, why it ended."""
+"""Requests to continue a text: what is asked for, its state while it runs, and the result."""
 
 import random
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from looplm.config import ModelConfig
 from looplm.inference.settings import GenerationConfig
 from looplm.inference.text_stream import TextStream, Token
 
-Finish = Literal["eos", "stop", "length", "context", "error"]
+FinishReason = Literal["eos", "stop", "length", "context", "error"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Request:
     """A text to continue.
 
     Args:
-        prompt: the text, or its token ids.
-        seed: of its random numbers; None takes the run's seed plus the request's place in the run.
-        max_new_tokens: None takes the run's.
+        prompt: text or token ids.
+        seed: of its random numbers; None for the run's seed plus the request's index in the run.
+        max_new_tokens: None for the run's.
     """
 
     prompt: str | Sequence[int]
@@ -30,23 +31,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """What became of a request.
+    """The result of a request.
 
     Args:
         prompt: as text.
-        tokens: what was added: id, text and depth of each.
-        finish: why it ended.
-        error: with finish "error": what was wrong with this request.
-        trained_loops: what depths are to be held against.
-        drafted: tokens that were drafted for it, if it was speculated.
-        accepted: how many of those stood the check.
+        tokens: id, text and depth of each new token.
+        finish: why the text ended.
+        error: what is wrong with the request, if ``finish`` is "error".
+        drafted: number of tokens that were drafted, with speculation.
+        accepted: how many of those were accepted.
     """
 
     prompt: str
     tokens: list[Token]
-    finish: Finish
+    finish: FinishReason
     error: str | None = None
-    trained_loops: int = 0
     drafted: int = 0
     accepted: int = 0
 
@@ -57,30 +56,24 @@ class Generation:
 
     @property
     def ids(self) -> list[int]:
-        """The continuation's token ids."""
+        """Token ids of the continuation."""
         return [token.id for token in self.tokens]
 
     @property
     def depths(self) -> list[int]:
-        """How many loops each token of the continuation was drawn after."""
+        """Number of loops that ran before each token was sampled."""
         return [token.depth for token in self.tokens]
 
-    @property
-    def beyond_training(self) -> int:
-        """How many tokens ran more loops than the model was trained with."""
-        return sum(depth > self.trained_loops for depth in self.depths)
 
-
-class Running:
-    """A request in a run: checked, its tokens collected, ended where that is due.
+class ActiveRequest:
+    """A request while it runs. If it is invalid, it has finished with an error from the start.
 
     Args:
-        request: what was asked for.
-        index: its place in the run.
-        config: what all requests share.
-        tokenizer: of the model.
-        vocab_size: ids below it are known.
-        context: longest text of the model, in tokens.
+        request: what is asked for.
+        index: its index in the run.
+        config: the settings that all requests share.
+        tokenizer: the model's.
+        model: the config that bounds ids and length.
         eos_id: end of text.
     """
 
@@ -90,57 +83,53 @@ class Running:
         index: int,
         config: GenerationConfig,
         tokenizer: Tokenizer,
-        vocab_size: int,
-        context: int,
+        model: ModelConfig,
         eos_id: int,
     ) -> None:
-        prompt = request.prompt
-        text = prompt if isinstance(prompt, str) else ""
-        self.ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
-        foreign = [token_id for token_id in self.ids if not 0 <= token_id < vocab_size]
-        known = [] if foreign else self.ids
-        most = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        self.index, self.prompt = index, text or tokenizer.decode(known)
-        self.finish: Finish | None = None
+        prompt, context = request.prompt, model.max_sequence_length
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
+        unknown = [token_id for token_id in ids if not 0 <= token_id < model.vocab_size]
+        self.index, self.ids = index, ids  # of the whole text: the prompt and what is added
+        self.prompt = prompt if isinstance(prompt, str) else tokenizer.decode([] if unknown else ids)
+        self.finish: FinishReason | None = None
         self.error: str | None = None
         self.drafted = self.accepted = 0
         self.random = random.Random(config.seed + index if request.seed is None else request.seed)
-        self._stream = TextStream(tokenizer, known, config.stop)
-        self._eos_id, self._most, self._context = eos_id, most, context
-        if not self.ids:
+        self._stream, self._eos_id = TextStream(tokenizer, [] if unknown else ids, config.stop), eos_id
+        max_new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        self._end, self._context = len(ids) + max_new, context
+        if not ids:
             self.fail("the prompt is empty; give at least one token")
-        elif foreign:
-            self.fail(f"token id {foreign[0]} is not below the vocabulary's {vocab_size}; use the model's tokenizer")
-        elif len(self.ids) >= context:
+        elif unknown:
             self.fail(
-                f"the prompt has {len(self.ids)} tokens and leaves no room in the context of {context}; shorten it"
+                f"token id {unknown[0]} is not below the vocabulary's {model.vocab_size}; use the model's tokenizer"
             )
-        elif most < 1:
-            self.fail(f"max_new_tokens is {most}; give at least 1")
+        elif len(ids) >= context:
+            self.fail(f"the prompt has {len(ids)} tokens and leaves no room in the context of {context}; shorten it")
+        elif max_new < 1:
+            self.fail(f"max_new_tokens is {max_new}; give at least 1")
 
     def fail(self, error: str) -> None:
-        """End here."""
+        """Finish with an error."""
         self.finish, self.error = "error", error
 
-    def take(self, token_id: int, depth: int) -> list[Token]:
-        """Take a drawn id into the text, end the text if that is due, and return what can be shown."""
+    def add(self, token_id: int, depth: int) -> list[Token]:
+        """Add a sampled id, finish if the text ends with it, and return the tokens whose text has become final."""
         if self.finish is None and token_id == self._eos_id:
             self.finish = "eos"
         if self.finish is not None:
             return self._stream.close()
-        shown = self._stream.push(token_id, depth)
-        added = len(self._stream.tokens)
+        final = self._stream.push(token_id, depth)
+        self.ids.append(token_id)
         if self._stream.stopped:
             self.finish = "stop"
-        elif added == self._most:
+        elif len(self.ids) == self._end:
             self.finish = "length"
-        elif len(self.ids) + added == self._context:
+        elif len(self.ids) == self._context:
             self.finish = "context"
-        return shown + self._stream.close() if self.finish else shown
+        return final + self._stream.close() if self.finish else final
 
-    def generation(self, trained_loops: int) -> Generation:
-        """The result, once it has ended."""
+    def generation(self) -> Generation:
+        """Return the result of a finished request."""
         assert self.finish is not None
-        return Generation(
-            self.prompt, self._stream.tokens, self.finish, self.error, trained_loops, self.drafted, self.accepted
-        )
+        return Generation(self.prompt, self._stream.tokens, self.finish, self.error, self.drafted, self.accepted)

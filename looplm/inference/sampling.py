@@ -1,34 +1,55 @@
-"""From logits to ids: pure functions, one row as good as another, randomness handed in; and who hands it in.
+"""Sampling: logits to token ids. Row-independent pure functions; the caller supplies the random numbers.
 
-One uniform number per row decides its token by the inverse of the cumulative distribution, so a row draws the same
+One uniform number per row selects its token by the inverse of the cumulative distribution. A row therefore gets the same
 token alone and in a batch, on CPU and GPU.
 
-Shapes: N rows side by side, B rows in all, V vocabulary.
+Shapes: N rows side by side, V vocabulary, k drafted tokens of a row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from looplm.inference.request import Running
+from looplm.inference.request import ActiveRequest
 from looplm.inference.settings import GenerationConfig
 
 
-def penalise(logits_NV: Tensor, seen_NV: Tensor, penalty: float) -> Tensor:
-    """Make ids that a row has seen less likely: positive logits over, negative ones times ``penalty`` (CTRL, 1909.05858)."""
+class NextLogits(NamedTuple):
+    """Logits for the next token of some rows, in fp32, and the depth at which each row's were computed."""
+
+    rows: list[int]
+    logits_NV: Tensor
+    depths: list[int]
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Ids that extend a row's text, at least one. ``finite`` is False if their logits were not."""
+
+    row: int
+    ids: list[int]
+    depth: int
+    finite: bool = True
+    drafted: int = 0
+    accepted: int = 0
+
+
+def penalize_repetition(logits_NV: Tensor, seen_NV: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of ids that a row has seen by ``penalty``, and multiply negative ones (CTRL, 1909.05858)."""
     return torch.where(seen_NV, torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty), logits_NV)
 
 
 def probabilities(logits_NV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """What tokens are drawn from, [N, V] in fp64.
+    """Return the distribution that tokens are sampled from, [N, V] in fp64.
 
     Args:
         logits_NV: any floating type.
-        temperature: 0 gives all to the likeliest.
-        top_k: only the k likeliest ids; 0 for all.
-        top_p: of those, the fewest likeliest ids whose probability reaches p (nucleus, 1904.09751); 1 for all.
+        temperature: 0 gives the likeliest id probability 1.
+        top_k: keep only the k likeliest ids; 0 for all.
+        top_p: of those, keep the fewest likeliest ids whose probability reaches p (nucleus, 1904.09751); 1 for all.
     """
     if temperature == 0:
         certain_NV = torch.zeros_like(logits_NV, dtype=torch.float64)
@@ -44,96 +65,55 @@ def probabilities(logits_NV: Tensor, temperature: float, top_k: int = 0, top_p: 
     return torch.zeros_like(scaled_NV).scatter_(-1, ids_NK, probability_NK / probability_NK.sum(-1, keepdim=True))
 
 
-def draw(probability_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """One id per row, int64 [N], by numbers in [0, 1) in fp64."""
+def sample(probability_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Return one id per row, int64 [N], given numbers in [0, 1) in fp64."""
     cumulative_NV = probability_NV.cumsum(-1)
-    goal_N1 = (uniform_N * cumulative_NV[:, -1]).unsqueeze(-1)  # in fp64 below the total, so what is drawn has a chance
+    # In fp64 the goal is below the total, so the sampled id has a probability above 0.
+    goal_N1 = (uniform_N.to(cumulative_NV.device) * cumulative_NV[:, -1]).unsqueeze(-1)
     return torch.searchsorted(cumulative_NV, goal_N1, right=True).squeeze(-1)
 
 
-def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One id per row; see :func:`probabilities` and :func:`draw`."""
-    if temperature == 0:
-        return logits_NV.argmax(-1)
-    return draw(probabilities(logits_NV, temperature, top_k, top_p), uniform_N)
-
-
-class Drawn(NamedTuple):
-    """Next ids of some rows, and for each whether its logits were numbers."""
-
-    ids: list[int]
-    sound: list[bool]
-
-
 class Sampler:
-    """Draws for the rows of a batch, each with the random numbers of the request that has it.
+    """Samples the next tokens of a batch's rows, each with the random numbers of the row's request.
 
     Args:
         config: temperature, cut-offs and penalty.
-        rows: texts side by side (B).
-        vocab_size: V.
-        device: of the logits.
+        requests: the request in each row, as they are when a method is called.
     """
 
-    def __init__(self, config: GenerationConfig, rows: int, vocab_size: int, device: torch.device) -> None:
-        self._config, self._device = config, device
-        self._requests: list[Running | None] = [None] * rows
-        self._seen_BV: Tensor | None = None
-        if config.repetition_penalty != 1:
-            self._seen_BV = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+    def __init__(self, config: GenerationConfig, requests: Sequence[ActiveRequest | None]) -> None:
+        self._config, self._requests = config, requests
+        self._cutoffs = config.temperature, config.top_k, config.top_p
 
-    def seat(self, row: int, request: Running) -> None:
-        """A request's prompt has been read."""
-        self._requests[row] = request
-        if self._seen_BV is not None:
-            self._seen_BV[row] = False
-            self._seen_BV[row, torch.tensor(request.ids, device=self._device)] = True
-
-    def move(self, source: int, target: int) -> None:
-        """A request goes on in another row."""
-        self._requests[target] = self._requests[source]
-        if self._seen_BV is not None:
-            self._seen_BV[target] = self._seen_BV[source]
-
-    def saw(self, rows: Sequence[int], ids: Sequence[int]) -> None:
-        """These ids are now in these rows' texts."""
-        if self._seen_BV is not None:
-            self._seen_BV[list(rows), list(ids)] = True
-
-    def draw(self, rows: Sequence[int], logits_NV: Tensor) -> Drawn:
-        """The rows' next ids."""
-        logits_NV = self._penalised(rows, logits_NV, ())
-        most_N, ids_N = logits_NV.max(-1)  # a row with a NaN has no other maximum
-        sound = most_N.isfinite().tolist()
+    def sample(self, next_logits: NextLogits) -> list[NewTokens]:
+        """Sample the next token of each row."""
+        rows, logits_NV, depths = next_logits
+        logits_NV = self._penalized(rows, logits_NV, ())
+        largest_N, ids_N = logits_NV.max(-1)
+        finite_N = largest_N.isfinite()  # the maximum of a row that contains a NaN is NaN
         if self._config.temperature > 0:
-            if not all(sound):
-                logits_NV = logits_NV.masked_fill(~most_N.isfinite()[:, None], 0.0)
-            ids_N = draw(self._law(logits_NV), self.uniform(rows))
-        return Drawn(ids_N.tolist(), sound)
+            logits_NV = logits_NV.masked_fill(~finite_N[:, None], 0.0)
+            ids_N = sample(probabilities(logits_NV, *self._cutoffs), self.uniform(rows))
+        each = zip(rows, ids_N.tolist(), depths, finite_N.tolist(), strict=True)
+        return [NewTokens(row, [token_id], depth, finite) for row, token_id, depth, finite in each]
 
-    def law(self, rows: Sequence[int], logits_NV: Tensor, since: Sequence[Sequence[int]]) -> Tensor:
-        """What the rows' next ids are drawn from, [N, V], if first each took the ids of ``since``, [..., N]."""
-        return self._law(self._penalised(rows, logits_NV, since))
-
-    def _law(self, logits_NV: Tensor) -> Tensor:
-        config = self._config
-        return probabilities(logits_NV, config.temperature, config.top_k, config.top_p)
-
-    def _penalised(self, rows: Sequence[int], logits_NV: Tensor, since: Sequence[Sequence[int]]) -> Tensor:
-        if self._seen_BV is None:
-            return logits_NV
-        seen_NV = self._seen_BV[list(rows)]  # a copy
-        for ids in since:
-            seen_NV[range(len(rows)), list(ids)] = True
-        return penalise(logits_NV, seen_NV, self._config.repetition_penalty)
+    def distribution(self, rows: Sequence[int], logits_NV: Tensor, drafted_kN: Sequence[Sequence[int]]) -> Tensor:
+        """Return the distribution [N, V] of the rows' next ids, as if their texts already contained ``drafted_kN``."""
+        return probabilities(self._penalized(rows, logits_NV, drafted_kN), *self._cutoffs)
 
     def uniform(self, rows: Sequence[int]) -> Tensor:
-        """The next random number of each row, [N] in fp64."""
-        numbers = [self.random(row) for row in rows]
-        return torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        """Return the next random number of each row, [N] in fp64."""
+        return torch.tensor([self._request(row).random.random() for row in rows], dtype=torch.float64)
 
-    def random(self, row: int) -> float:
-        """The next random number of a row."""
+    def _penalized(self, rows: Sequence[int], logits_NV: Tensor, drafted_kN: Sequence[Sequence[int]]) -> Tensor:
+        if self._config.repetition_penalty == 1:
+            return logits_NV
+        seen_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
+        for n, row in enumerate(rows):
+            seen_NV[n, [*self._request(row).ids, *(ids_N[n] for ids_N in drafted_kN)]] = True
+        return penalize_repetition(logits_NV, seen_NV, self._config.repetition_penalty)
+
+    def _request(self, row: int) -> ActiveRequest:
         request = self._requests[row]
         assert request is not None
-        return request.random.random()
+        return request

@@ -1,27 +1,28 @@
-"""Requests from a queue into the rows of a batch, until none is left.
+"""Scheduler: runs requests from a queue in the rows of a batch, until none is left.
 
 ::
 
-    queue --admit--> prefill --seat--> row of the batch --pass after pass--> ids --> texts --> ended: the row is free
+    queue --admit--> prefill --seat--> row of the batch --pass after pass--> ids --> texts --> finished: the row is free
                                           ^                                   |
                                           +------- next token, loop 1 --------+
 
-A request that ends frees its row for the next one. Prompts are read between passes, a piece at a time. Rows in use stay
-the first ones: where no request comes to fill a hole, the last row moves into it, and the cache is read without a copy.
-A request's text depends on its own prompt and seed; on its neighbours only by rounding.
+A request that finishes frees its row for the next one. Prompts are read between passes, a piece at a time. The rows in use
+are always the first ones: if no request comes to fill a hole, the last row moves into it, so the cache is read without a
+copy. A request's text depends on its own prompt and seed; on its neighbors only by rounding.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 
+from looplm.inference.batch import TextBatch
 from looplm.inference.depth_batch import DepthBatch
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.prefill import Prefill
-from looplm.inference.request import Running
-from looplm.inference.sampling import Sampler
+from looplm.inference.request import ActiveRequest
+from looplm.inference.sampling import NewTokens, Sampler
 from looplm.inference.settings import GenerationConfig
-from looplm.inference.speculation import Emission, Speculation
+from looplm.inference.speculation import SpeculativeBatch
 from looplm.inference.stack import LoopedStack
 from looplm.inference.text_stream import Token
 from looplm.megatron import device
@@ -36,10 +37,10 @@ class Scheduler:
 
     Args:
         model: in eval mode.
-        rule: when tokens leave the loops.
-        config: the rest.
+        rule: when tokens exit.
+        config: the settings that all requests share.
         rows: texts side by side.
-        queue: requests that can be run; read on only as rows become free, so it may be endless.
+        queue: valid requests. It is read only as rows become free, so it may be endless.
         on_token: called with (index of the request, token) as soon as a token's text is final.
     """
 
@@ -49,124 +50,99 @@ class Scheduler:
         rule: ExitRule,
         config: GenerationConfig,
         rows: int,
-        queue: Iterator[Running],
+        queue: Iterator[ActiveRequest],
         on_token: OnToken,
     ) -> None:
-        self._model, self._rule, self._config, self._queue, self._on_token = model, rule, config, queue, on_token
-        self._stack = LoopedStack(model)
-        self._batch: DepthBatch | Speculation
-        self._sampler = Sampler(config, rows, model.model_config.vocab_size, self._stack.device)
+        self._rule, self._config, self._queue, self._on_token = rule, config, queue, on_token
+        self._rows: list[ActiveRequest | None] = [None] * rows
+        self._stack, self._sampler = LoopedStack(model), Sampler(config, self._rows)
+        self._batch: TextBatch = DepthBatch(self._stack, rule, config.kv_cache, rows)
         if config.speculate:
-            self._batch = Speculation(
-                self._stack, rule.max_depth, config.draft_depth, config.speculate, rows, self._sampler
-            )
-        else:
-            self._batch = DepthBatch(model, self._stack, rule, config.kv_cache, rows)
-        self._rows: list[Running | None] = [None] * rows
-        self._waiting: Running | None = next(queue, None)
-        self._job: Prefill | None = None
-        self._reading: list[Running] = []
+            self._batch = SpeculativeBatch(self._stack, rule, config.draft_depth, config.speculate, rows)
+        self._waiting: ActiveRequest | None = next(queue, None)
+        self._prefill: Prefill | None = None
+        self._prefilling: list[ActiveRequest] = []
 
     @property
     def done(self) -> bool:
-        """Whether all requests have ended."""
-        return self._waiting is None and self._job is None and not any(self._rows)
+        """True once all requests have finished."""
+        return self._waiting is None and self._prefill is None and not any(self._rows)
 
     @torch.inference_mode()
-    def step(self) -> list[Running]:
-        """One pass of the stack over the tokens in flight, and some reading of prompts; returns the requests that ended."""
-        ended: list[Running] = []
+    def step(self) -> list[ActiveRequest]:
+        """Decode once in every row, read some prompts, and return the requests that finished."""
+        finished: list[ActiveRequest] = []
         with device.adapter_off():
             if any(self._rows):
-                self._take(self._decode(), ended)
-            self._read(ended)
-            self._close_up()
-        return ended
+                self._extend(self._batch.decode(self._sampler), finished)
+            self._read_prompts(finished)
+            self._close_holes()
+        return finished
 
-    def _decode(self) -> list[Emission]:
-        if isinstance(self._batch, Speculation):
-            return self._batch.round()
-        left = self._batch.advance()
-        if not left.rows:
-            return []
-        step = self._batch.read([left])
-        drawn = self._sampler.draw(step.rows, step.logits_NV)
-        rows = zip(step.rows, drawn.ids, step.depths, drawn.sound, strict=True)
-        return [Emission(row, [token_id], depth, sound) for row, token_id, depth, sound in rows]
-
-    def _take(self, emissions: list[Emission], ended: list[Running]) -> None:
-        """Ids into texts; rows whose text goes on start their next token."""
-        rows, ids = [], []
-        for emission in emissions:
-            request = self._rows[emission.row]
+    def _extend(self, new: list[NewTokens], finished: list[ActiveRequest]) -> None:
+        """Add new ids to their texts, and free the rows of texts that end."""
+        continued: dict[int, int] = {}
+        for tokens in new:
+            request = self._rows[tokens.row]
             assert request is not None
-            if not emission.sound:
+            if not tokens.finite:
                 request.fail(_NOT_FINITE)
-            request.drafted += emission.drafted
-            request.accepted += emission.accepted
-            for token_id in emission.ids:
-                for token in request.take(token_id, emission.depth):
+            request.drafted += tokens.drafted
+            request.accepted += tokens.accepted
+            for token_id in tokens.ids:
+                for token in request.add(token_id, tokens.depth):
                     self._on_token(request.index, token)
                 if request.finish is not None:
                     break
-                self._sampler.saw([emission.row], [token_id])
             if request.finish is None:
-                rows.append(emission.row)
-                ids.append(emission.ids[-1])
+                continued[tokens.row] = tokens.ids[-1]
             else:
-                ended.append(request)
-                self._rows[emission.row] = None
-                self._batch.release(emission.row, broken=not emission.sound)
-        if rows:
-            self._batch.start(rows, ids)
+                finished.append(request)
+                self._rows[tokens.row] = None
+                self._batch.free(tokens.row, broken=not tokens.finite)
+        self._batch.append(list(continued), list(continued.values()))
 
-    def _read(self, ended: list[Running]) -> None:
-        """Go on reading prompts: about a chunk's worth of tokens if rows are waiting for their next pass."""
+    def _read_prompts(self, finished: list[ActiveRequest]) -> None:
+        """Read about ``prefill_chunk`` prompt tokens, before rows that are in use take their next pass."""
         budget = self._config.prefill_chunk
         while budget > 0:
-            if self._job is None:
-                self._admit()
-            if self._job is None:
+            self._prefill = self._prefill or self._admit()
+            if self._prefill is None:
                 return
-            while not self._job.done and budget > 0:
-                budget -= self._job.advance()
-            if self._job.done:
-                self._seat(self._job, ended)
-                self._job = None
+            while not self._prefill.done and budget > 0:
+                budget -= self._prefill.advance()
+            if self._prefill.done:
+                self._seat(self._prefill, finished)
+                self._prefill = None
 
-    def _admit(self) -> None:
-        """Take requests from the queue that are short enough to be read side by side, or one that is not."""
-        free, longest, group = self._rows.count(None), 0, list[Running]()
+    def _admit(self) -> Prefill | None:
+        """Take requests from the queue whose prompts are short enough to be read side by side, or a single long one."""
+        chunk, free, longest, group = self._config.prefill_chunk, self._rows.count(None), 0, list[ActiveRequest]()
         while self._waiting is not None and len(group) < free:
             longest = max(longest, len(self._waiting.ids))
-            if group and longest * (len(group) + 1) > self._config.prefill_chunk:
+            if group and longest * (len(group) + 1) > chunk:
                 break
             group.append(self._waiting)
             self._waiting = next(self._queue, None)
-        if group:
-            prompts, config = [request.ids for request in group], self._config
-            self._job = Prefill(self._model, self._stack, self._rule, config.kv_cache, prompts, config.prefill_chunk)
-            self._reading = group
+        self._prefilling = group
+        prompts = [request.ids for request in group]
+        return Prefill(self._stack, self._rule, self._config.kv_cache, prompts, chunk) if group else None
 
-    def _seat(self, job: Prefill, ended: list[Running]) -> None:
-        """Prompts that have been read get rows, and their first ids."""
-        step, rows = job.step, []
-        for index, request in enumerate(self._reading):
+    def _seat(self, prefill: Prefill, finished: list[ActiveRequest]) -> None:
+        """Give rows to requests whose prompts have been read, and sample their first ids."""
+        rows = []
+        for index, request in enumerate(self._prefilling):
             row = self._rows.index(None)
             self._rows[row] = request
-            self._batch.seat(row, job, index)
-            self._sampler.seat(row, request)
+            self._batch.seat(row, prefill, index)
             rows.append(row)
-        drawn = self._sampler.draw(rows, step.logits_NV)
-        firsts = zip(rows, drawn.ids, step.depths, drawn.sound, strict=True)
-        self._take([Emission(row, [token_id], depth, sound) for row, token_id, depth, sound in firsts], ended)
+        self._extend(self._sampler.sample(prefill.next_logits()._replace(rows=rows)), finished)
 
-    def _close_up(self) -> None:
-        """Let the last rows move into holes."""
+    def _close_holes(self) -> None:
+        """Move the last rows into free ones before them."""
         used = len(self._rows) - self._rows.count(None)
         for hole in range(used):
             if self._rows[hole] is None:
                 last = max(row for row, request in enumerate(self._rows) if request is not None)
                 self._batch.move(last, hole)
-                self._sampler.move(last, hole)
                 self._rows[hole], self._rows[last] = self._rows[last], None

@@ -1,7 +1,9 @@
-"""How to continue a text: the settings that all requests of a run share."""
+"""Settings that all requests of a run share."""
 
 from dataclasses import dataclass
+from typing import get_args
 
+from looplm.bounds import at_least, check_bounds, positive
 from looplm.cli import require
 from looplm.inference.early_exit import ExitRule, ExitSignal
 from looplm.inference.kv_cache import CacheMode
@@ -12,99 +14,86 @@ class GenerationConfig:
     """How to continue a text.
 
     Args:
-        max_new_tokens: tokens to add at most; the model's context may end it sooner.
-        temperature: 0 takes the likeliest token each time; 1 draws from the model's own distribution.
-        top_k: draw from the k likeliest tokens only; 0 for all.
-        top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
+        max_new_tokens: the most tokens to add; the model's context may end the text sooner.
+        temperature: 0 takes the likeliest token each time; 1 samples from the model's own distribution.
+        top_k: sample from the k likeliest tokens only; 0 for all.
+        top_p: sample from the likeliest tokens that together reach this probability; 1 for all.
         repetition_penalty: above 1, tokens already in the text become less likely.
-        stop: strings the text ends before.
-        seed: of the first request; request i takes seed + i unless it has one of its own.
+        stop: strings that end the text before them.
+        seed: of the first request; request i takes seed + i unless it has its own.
         kv_cache: per_loop (exact), or one cache that the loops share: last, mean or first.
-        exit_threshold: a token leaves at the first loop whose score reaches this, from 0 to 1; null for all loops.
-        exit_signal: the score: gate (probability of having left by the exit gate), or, to compare it with: confidence
+        exit_threshold: a token exits at the first loop whose score reaches this, from 0 to 1; null for all loops.
+        exit_signal: the score: gate (probability of having exited, by the exit gate), or for comparison: confidence
             (probability of the likeliest token), entropy (1 - entropy / log vocabulary), change (1 - relative change of
             the hidden state).
-        min_depth: with exit_threshold: no token leaves before this loop.
-        max_depth: with exit_threshold: every token leaves after this loop; null for the trained number of loops. Only
-            the gate has no opinion on loops beyond those.
-        depth: run every token exactly this many loops, more than trained if you like; null for the trained number.
-        speculate: tokens that are drafted with draft_depth loops before all loops check them together; 0 for none.
+        min_depth: with exit_threshold: no token exits before this loop.
+        max_depth: with exit_threshold: every token exits after this loop; null for the trained number of loops. Only the
+            gate is limited to those.
+        depth: run every token exactly this many loops, also more than trained; null for the trained number.
+        speculate: number of tokens to draft with draft_depth loops before all loops check them together; 0 for no drafts.
         draft_depth: with speculate: loops of the draft.
         batch_size: texts side by side; further ones take the places of those that end.
-        prefill_chunk: tokens of prompts that run through the stack at once; long prompts are read in pieces.
+        prefill_chunk: prompt tokens that run through the stack at once; longer prompts are read in pieces.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 0.95
-    repetition_penalty: float = 1.0
+    max_new_tokens: int = at_least(1, 128)
+    temperature: float = at_least(0, 0.8)
+    top_k: int = at_least(0, 0)
+    top_p: float = positive(0.95, at_most=1)
+    repetition_penalty: float = positive(1.0)
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int = at_least(0, 0, below=2**31)
     kv_cache: CacheMode = "per_loop"
-    exit_threshold: float | None = None
+    exit_threshold: float | None = at_least(0, None, at_most=1)
     exit_signal: ExitSignal = "gate"
-    min_depth: int = 1
-    max_depth: int | None = None
-    depth: int | None = None
-    speculate: int = 0
-    draft_depth: int = 1
-    batch_size: int = 16
-    prefill_chunk: int = 1024
+    min_depth: int = at_least(1, 1)
+    max_depth: int | None = at_least(1, None)
+    depth: int | None = at_least(1, None)
+    speculate: int = at_least(0, 0)
+    draft_depth: int = at_least(1, 1)
+    batch_size: int = at_least(1, 16)
+    prefill_chunk: int = at_least(1, 1024)
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "give at least 1")
-        require(self.temperature >= 0, "temperature", self.temperature, "give 0 (greedy) or more")
-        require(self.top_k >= 0, "top_k", self.top_k, "give 0 (all) or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and at most 1")
-        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "give a number above 0; 1 is none")  # fmt: skip
+        check_bounds(self, "")
         require("" not in self.stop, "stop", list(self.stop), "an empty string would stop at once; leave it out")
-        require(0 <= self.seed < 2**31, "seed", self.seed, "give a whole number from 0 to 2147483647")
-        require(self.kv_cache in ("per_loop", "last", "mean", "first"), "kv_cache", self.kv_cache, "give per_loop, last, mean or first")  # fmt: skip
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "give at least 1")
-        require(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "give at least 1")
-        self._check_exit()
-        self._check_speculation()
+        for key, choices in (("kv_cache", get_args(CacheMode)), ("exit_signal", get_args(ExitSignal))):
+            require(getattr(self, key) in choices, key, getattr(self, key), f"give one of {', '.join(choices)}")
+        threshold = self.exit_threshold
+        fix = "exit_threshold has no effect at a fixed depth; give one of the two"
+        require(self.depth is None or threshold is None, "depth", self.depth, fix)
+        self._require_unless(threshold is not None, "exit_threshold", min_depth=1, max_depth=None, exit_signal="gate")
+        self._require_unless(self.speculate > 0, "speculate", draft_depth=1)
+        if self.speculate:
+            # A shared cache holds a token's last loop, but tokens drafted after it have seen an earlier one.
+            fix = f"drafts are exact with kv_cache=per_loop only, not {self.kv_cache}"
+            require(self.kv_cache == "per_loop", "speculate", self.speculate, fix)
+            require(
+                threshold is None, "speculate", self.speculate, "drafts need a fixed depth; leave exit_threshold out"
+            )
 
-    def _check_exit(self) -> None:
-        threshold, signals = self.exit_threshold, ("gate", "confidence", "entropy", "change")
-        require(threshold is None or 0 <= threshold <= 1, "exit_threshold", threshold, "give a number from 0 to 1")
-        require(self.exit_signal in signals, "exit_signal", self.exit_signal, f"give one of {', '.join(signals)}")
-        require(self.min_depth >= 1, "min_depth", self.min_depth, "give at least 1")
-        require(self.depth is None or self.depth >= 1, "depth", self.depth, "give at least 1")
-        require(self.depth is None or threshold is None, "depth", self.depth, "a fixed depth leaves exit_threshold nothing to decide; give one of the two")  # fmt: skip
-        for key, default in (("min_depth", 1), ("max_depth", None), ("exit_signal", "gate")):
+    def _require_unless(self, given: bool, owner: str, **defaults: object) -> None:
+        """Raise if a key that belongs to ``owner`` is set although ``owner`` is not ``given``."""
+        for key, default in defaults.items():
             value = getattr(self, key)
-            require(threshold is not None or value == default, key, value, "it belongs to exit_threshold; give that too, or depth alone")  # fmt: skip
-
-    def _check_speculation(self) -> None:
-        require(self.speculate >= 0, "speculate", self.speculate, "give 0 (none) or more")
-        require(self.draft_depth >= 1, "draft_depth", self.draft_depth, "give at least 1")
-        if self.speculate == 0:
-            require(self.draft_depth == 1, "draft_depth", self.draft_depth, "it belongs to speculate; give that too")
-            return
-        # A shared cache shows later tokens a token's last loop: those drafted meanwhile saw an earlier one.
-        require(self.kv_cache == "per_loop", "speculate", self.speculate, f"a checked draft is exact with kv_cache=per_loop only, not {self.kv_cache}")  # fmt: skip
-        require(self.exit_threshold is None, "speculate", self.speculate, "it checks with a fixed depth; leave exit_threshold out")  # fmt: skip
+            require(given or value == default, key, value, f"it has no effect without {owner}; give that too")
 
     def exit_rule(self, trained_loops: int, gate_trained: bool) -> ExitRule:
-        """The rule for a model; raises :class:`UserError` where the model cannot follow it."""
-        if self.exit_threshold is None:
+        """Return the exit rule for a model.
+
+        Raises:
+            UserError: the model cannot follow the settings.
+        """
+        threshold, by_gate = self.exit_threshold, self.exit_signal == "gate"
+        if threshold is None:
             depth = self.depth or trained_loops
-            if self.speculate:
-                require(self.draft_depth < depth, "draft_depth", self.draft_depth, f"give less than the {depth} loops that check it")  # fmt: skip
+            fix = f"give less than the {depth} loops that check it"
+            require(not self.speculate or self.draft_depth < depth, "draft_depth", self.draft_depth, fix)
             return ExitRule(max_depth=depth)
-        by_gate = self.exit_signal == "gate"
-        require(
-            gate_trained or self.exit_threshold == 1 or not by_gate,
-            "exit_threshold",
-            self.exit_threshold,
-            "this checkpoint's gate was never trained; run the gate stage, or give depth or another exit_signal",
-        )
-        most = trained_loops if self.max_depth is None else self.max_depth
-        require(most >= 1, "max_depth", most, "give at least 1")
-        require(most <= trained_loops or not by_gate, "max_depth", most, f"the gate knows loops 1 to {trained_loops}; to go deeper give depth or another exit_signal")  # fmt: skip
-        require(self.min_depth <= most, "min_depth", self.min_depth, f"give at most {most}")
-        return ExitRule(
-            max_depth=most, min_depth=self.min_depth, threshold=self.exit_threshold, signal=self.exit_signal
-        )
+        fix = "this checkpoint's gate was never trained; run the gate stage, or give depth or another exit_signal"
+        require(gate_trained or threshold == 1 or not by_gate, "exit_threshold", threshold, fix)
+        max_depth = trained_loops if self.max_depth is None else self.max_depth
+        fix = f"the gate knows loops 1 to {trained_loops}; to go deeper give depth or another exit_signal"
+        require(max_depth <= trained_loops or not by_gate, "max_depth", max_depth, fix)
+        require(self.min_depth <= max_depth, "min_depth", self.min_depth, f"give at most {max_depth}")
+        return ExitRule(max_depth=max_depth, min_depth=self.min_depth, threshold=threshold, signal=self.exit_signal)

@@ -1,10 +1,10 @@
-"""The shared stack as generation runs it: once over whatever tokens share a pass, with a cache in between.
+"""The shared stack for generation: run once over whatever tokens share a pass, attending over a cache.
 
-Megatron's inference context keys its cache by layer only and holds no latents, so the blocks are run here from their own
-weights, in the same order as ``TransformerLayer.forward``. Which loop a token is in shows nowhere: the weights are the
-same in all of them. Only the cache knows, through ``attend``.
+Megatron's inference context keys its cache by layer only and holds no latents, so the blocks run here from their own
+weights, in the same order as ``TransformerLayer.forward``. All loops have the same weights, so the stack does not know
+which loop a token is in. Only the cache does, through ``attend``.
 
-Shapes: S tokens of a lane, one after another, N lanes, D hidden, F feed-forward, V vocabulary, T positions, K rotary width.
+Shapes: S tokens of a lane, at consecutive positions, N lanes, D hidden, V vocabulary, T positions, K rotary width.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ _TABLE_BLOCK = 1024
 
 
 class LoopedStack:
-    """A model's embedding, blocks, loop-end norm and head.
+    """A model's embedding, blocks, loop-end norm, exit gate and head.
 
     Args:
-        model: whole on this process; its weights are read, not copied.
+        model: not split over processes. Its weights are shared, not copied.
     """
 
     def __init__(self, model: LoopLM) -> None:
-        self.model_config = model.model_config
+        self.model_config, self.gate = model.model_config, model.gate
         self._embedding_VD = model.embedding.word_embeddings.weight.detach()
         self._head_VD = model.head_weight().detach()
         self.dtype, self.device = self._head_VD.dtype, self._head_VD.device
@@ -45,25 +45,27 @@ class LoopedStack:
 
     @property
     def queries_per_entry(self) -> int:
-        """Query heads that read the same entry."""
+        """Number of query heads that attend to the same entry."""
         return self._blocks[0].attention.queries_per_entry
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[...] to [..., D]."""
+        """Return the embeddings [..., D] of ids [...]."""
         return F.embedding(ids, self._embedding_VD)
 
     def turns(self, position: Tensor, end: int) -> Tensor:
-        """The rotary angles of positions below ``end``, [...] to [..., 1, K/2], rounded to the model's type as in
-        training."""
+        """Return the rotations [..., 1, K/2] for positions [...] below ``end``, as complex numbers.
+
+        Cosine and sine are rounded to the model's dtype, as in training.
+        """
         if end > len(self._turn_TK):
-            place_T = torch.arange(-(-end // _TABLE_BLOCK) * _TABLE_BLOCK, device=self.device)
-            angle_TK = place_T[:, None].float() * self._frequency_K
+            position_T = torch.arange(-(-end // _TABLE_BLOCK) * _TABLE_BLOCK, device=self.device)
+            angle_TK = position_T[:, None].float() * self._frequency_K
             cos_TK, sin_TK = (part.to(self.dtype).float() for part in (angle_TK.cos(), angle_TK.sin()))
             self._turn_TK = torch.complex(cos_TK, sin_TK)
         return self._turn_TK[position].unsqueeze(-2)
 
     def run(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
-        """One loop: every layer once, then the loop-end norm."""
+        """Run one loop: every layer once, then the loop-end norm."""
         for layer, block in enumerate(self._blocks):
             query, entry_SNW = block.attention.project(block.norm(h_SND, block.before_attention), turn_SN1K)
             context = attend(layer, block.attention, query, entry_SNW)
@@ -73,27 +75,27 @@ class LoopedStack:
         return torch.rms_norm(h_SND, self._end_norm.shape, self._end_norm, self.model_config.norm_eps)
 
     def head(self, h: Tensor) -> Tensor:
-        """Logits [..., V] in fp32."""
+        """Return logits [..., V] in fp32."""
         return F.linear(h, self._head_VD).float()
 
 
 class _Block:
     """The weights of one block."""
 
-    def __init__(self, layer: Any, shape: ModelConfig) -> None:
-        attention = LatentAttention if shape.attention == "mla" else HeadAttention
-        self.attention: Attention = attention(layer.self_attention, shape)
+    def __init__(self, layer: Any, config: ModelConfig) -> None:
+        attention = LatentAttention if config.attention == "mla" else HeadAttention
+        self.attention: Attention = attention(layer.self_attention, config)
         self.out = layer.self_attention.linear_proj.weight.detach()
         self.fc1, self.fc2 = layer.mlp.linear_fc1.weight.detach(), layer.mlp.linear_fc2.weight.detach()
         self.before_attention = layer.input_layernorm.weight.detach()
         self.before_mlp = layer.pre_mlp_layernorm.weight.detach()
         self.after_attention: Tensor | None = None
         self.after_mlp: Tensor | None = None
-        if shape.sandwich_norm:
+        if config.sandwich_norm:
             self.after_attention = layer.self_attn_bda.norm.weight.detach()
             self.after_mlp = layer.mlp_bda.norm.weight.detach()
-        self._eps = shape.norm_eps
+        self._eps = config.norm_eps
 
     def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """RMSNorm with this weight; without one, ``x`` as it is."""
+        """Apply RMSNorm with this weight; return ``x`` itself if there is none."""
         return x if weight is None else torch.rms_norm(x, weight.shape, weight, self._eps)

@@ -26,15 +26,15 @@ def test_meter_equals_a_slow_loop(single_process):
     meter = DepthMeter([1, 3, 5], 3, thresholds)
     for half in (slice(0, 3), slice(3, 6)):
         meter.add(loss[:, half], logit[:, half], mask[half])
-    report = meter.report(single_process.dp)
+    measured = meter.evaluation(single_process.dp)
 
     p = reference.exit_distribution(logit[:3])
     kept = [(s, b) for s in range(6) for b in range(2) if mask[s, b]]
-    for row, depth in zip(report["depths"], (1, 3, 5), strict=True):
+    for row, depth in zip(measured.depths, (1, 3, 5), strict=True):
         expected = sum(loss[depth - 1, s, b].item() for s, b in kept) / len(kept)
-        assert row["depth"] == depth and row["loss"] == pytest.approx(expected, rel=1e-6)
-        assert row["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
-    for row, threshold in zip(report["exit_curve"], thresholds, strict=True):
+        assert row.depth == depth and row.loss == pytest.approx(expected, rel=1e-6)
+        assert row.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
+    for row, threshold in zip(measured.exit_curve, thresholds, strict=True):
         depths = {}
         for s, b in kept:
             total = 0.0
@@ -43,10 +43,10 @@ def test_meter_equals_a_slow_loop(single_process):
                 if total >= threshold - 1e-9 or depth == 3:
                     depths[s, b] = depth
                     break
-        assert row["mean_depth"] == pytest.approx(sum(depths.values()) / len(kept), rel=1e-6)
+        assert row.mean_depth == pytest.approx(sum(depths.values()) / len(kept), rel=1e-6)
         expected = sum(loss[depth - 1, s, b].item() for (s, b), depth in depths.items()) / len(kept)
-        assert row["loss"] == pytest.approx(expected, rel=1e-6)
-    assert sum(report["exit_distribution"]) == pytest.approx(1)
+        assert row.loss == pytest.approx(expected, rel=1e-6)
+    assert sum(measured.exit_distribution) == pytest.approx(1)
 
 
 def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single_process, monkeypatch, capsys):

@@ -24,8 +24,8 @@ from looplm import checkpoint
 from looplm.checkpoint import OpenedModel
 from looplm.config import GateConfig, ModelConfig
 from looplm.evaluation.cached import Text, decode_texts, texts_of
-from looplm.inference.depth_batch import DepthBatch, Left
-from looplm.inference.early_exit import ExitMeter, ExitRule, Verdict
+from looplm.inference.depth_batch import DepthBatch, ExitedTokens
+from looplm.inference.early_exit import ExitDecider, ExitDecision, ExitRule
 from looplm.inference.kv_cache import CacheMode
 from looplm.inference.prefill import Prefill
 from looplm.inference.stack import LoopedStack
@@ -132,23 +132,23 @@ def _drive(
 
     @torch.inference_mode()
     def prepare() -> Callable[[], object]:
-        batch = DepthBatch(model, stack, rule, CACHE, rows)
-        job = Prefill(model, stack, rule, CACHE, [text[:PROMPT] for text in texts], rows * PROMPT)
+        batch = DepthBatch(stack, rule, CACHE, rows)
+        job = Prefill(stack, rule, CACHE, [text[:PROMPT] for text in texts], rows * PROMPT)
         while not job.done:
             job.advance()
         for row in range(rows):
             batch.seat(row, job, row)
         batch.runs_on = runs_on
         if setting.depths is not None and not full:
-            batch.meter = _Pattern(batch.meter, setting.depths)
+            batch.decider = _Pattern(batch.decider, setting.depths)
         return lambda: decode(batch)
 
     @torch.inference_mode()
     def decode(batch: DepthBatch) -> None:
         place, left = [PROMPT] * rows, rows * NEW
         with device.adapter_off():
-            batch.start(range(rows), [text[PROMPT] for text in texts])
-            exits: list[Left] = []
+            batch.append(range(rows), [text[PROMPT] for text in texts])
+            exits: list[ExitedTokens] = []
             while left > 0:
                 exits.append(batch.advance())
                 if not (exits[-1].rows if continuous else not batch.in_flight):
@@ -157,32 +157,32 @@ def _drive(
                 step.logits_NV.argmax(-1).tolist()  # what a greedy decoder would wait for
                 for row in step.rows:
                     place[row], left = place[row] + 1, left - 1
-                batch.start(step.rows, [texts[row][place[row] % len(texts[row])] for row in step.rows])
+                batch.append(step.rows, [texts[row][place[row] % len(texts[row])] for row in step.rows])
                 if met is not None:
                     met.extend(step.depths)
 
     return prepare
 
 
-class _Pattern(ExitMeter):
+class _Pattern(ExitDecider):
     """Tokens leave at depths that were drawn beforehand; the gate is asked all the same, and not listened to."""
 
-    def __init__(self, asked: ExitMeter, depths: Sequence[Sequence[int]]) -> None:
-        self._asked, self._depths, self._place = asked, depths, [-1] * len(depths)
+    def __init__(self, asked: ExitDecider, depths: Sequence[Sequence[int]]) -> None:
+        self._asked, self.gate, self._depths, self._place = asked, asked.gate, depths, [-1] * len(depths)
 
-    def judge(
+    def decide(
         self,
         before_ND: Tensor,
         h_SND: Tensor,
         rows: Sequence[int],
         loops: Sequence[int],
         length_N: Tensor | None = None,
-    ) -> Verdict:
-        self._asked.judge(before_ND, h_SND, rows, loops, length_N)
+    ) -> ExitDecision:
+        self._asked.decide(before_ND, h_SND, rows, loops, length_N)
         for row, loop in zip(rows, loops, strict=True):
             self._place[row] += loop == 0
         depths = [self._depths[row][self._place[row] % NEW] for row in rows]
-        return Verdict([loop + 1 >= depth for loop, depth in zip(loops, depths, strict=True)])
+        return ExitDecision([loop + 1 >= depth for loop, depth in zip(loops, depths, strict=True)])
 
 
 def _validation_texts(folder: Path) -> list[Text]:

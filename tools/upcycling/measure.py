@@ -62,6 +62,6 @@ def measure(parts: Parts, batches: list[Batch], depths: int, groups: ProcessGrou
     meter = DepthMeter(list(range(1, max(depths, loops) + 1)), loops, [])
     for batch in batches:
         meter.add(*loop_losses(model, batch, LossConfig(), num_loops=max(depths, loops)), batch.mask_SB)
-    report = meter.report(groups.dp)
-    loss = [row["loss"] for row in report["depths"]]
-    return {"tokens": report["tokens"], "loss_per_depth": loss, "exit_distribution": report["exit_distribution"]}
+    measured = meter.evaluation(groups.dp)
+    loss = [row.loss for row in measured.depths]
+    return {"tokens": measured.tokens, "loss_per_depth": loss, "exit_distribution": list(measured.exit_distribution)}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.config import GateConfig
-from looplm.evaluation.cached import decode_texts, decoding_report, texts_of
+from looplm.evaluation.cached import cache_losses, decode_texts, texts_of
 from looplm.inference.early_exit import ExitRule
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs, q_exit
@@ -82,12 +82,12 @@ def test_shared_caches_the_slow_way(mode: str, model: LoopLM) -> None:
 def test_the_report(model: LoopLM, single_process: ProcessGroupCollection) -> None:
     texts = texts_of(*samples())
     rules = [ExitRule(max_depth=4), ExitRule(max_depth=4, threshold=0.9, signal="entropy")]
-    report = decoding_report(model, texts, PROMPT, 4, ["per_loop", "first"], rules, single_process.dp)
-    assert [(row["kv_cache"], row["exit_threshold"], row["exit_signal"]) for row in report] == [
+    report = cache_losses(model, texts, PROMPT, 4, ["per_loop", "first"], rules, single_process.dp)
+    assert [(row.kv_cache, row.exit_threshold, row.exit_signal) for row in report] == [
         ("per_loop", 1.0, "gate"), ("per_loop", 0.9, "entropy"), ("first", 1.0, "gate"), ("first", 0.9, "entropy"),
     ]  # fmt: skip
     sums = decode_texts(model, texts, PROMPT, 4, "first", rules[0])
-    assert report[2]["loss"] == pytest.approx(sums.loss / sums.tokens) and report[2]["mean_depth"] == 4
-    assert report[2]["tokens"] == sums.tokens and report[0]["loss"] != report[2]["loss"]
-    nothing = decoding_report(model, texts, 24, 4, ["last"], rules[:1], single_process.dp)
-    assert nothing[0]["tokens"] == 0
+    assert report[2].loss == pytest.approx(sums.loss / sums.tokens) and report[2].mean_depth == 4
+    assert report[2].tokens == sums.tokens and report[0].loss != report[2].loss
+    nothing = cache_losses(model, texts, 24, 4, ["last"], rules[:1], single_process.dp)
+    assert nothing[0].tokens == 0

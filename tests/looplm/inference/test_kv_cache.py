@@ -7,9 +7,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.accounting import cache_values_per_token
 from looplm.config import GateConfig, ModelConfig
+from looplm.evaluation.cached import LockstepDecoder
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.kv_cache import KVCache
-from looplm.inference.lockstep import Decoder, Step
+from looplm.inference.sampling import NextLogits
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs, q_exit
@@ -22,15 +23,16 @@ OURO = {"vocab_size": 49152, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_
 
 def teacher_forced(
     model: LoopLM, rule: ExitRule, mode: str = "per_loop", piece: int = 1000
-) -> tuple[torch.Tensor, list[Step]]:
+) -> tuple[torch.Tensor, list[NextLogits]]:
     """Feed given ids through prefill and decode: the ids [B, S], and a step for each new token."""
     ids_BS = torch.randint(0, VOCAB, (len(LENGTHS), max(LENGTHS) + NEW), device=DEVICE)
     texts = ids_BS.tolist()
-    decoder = Decoder(model, rule, mode, len(LENGTHS), piece)
-    steps = [decoder.prefill([text[:length] for text, length in zip(texts, LENGTHS, strict=True)])]
+    prompts = [text[:length] for text, length in zip(texts, LENGTHS, strict=True)]
+    decoder = LockstepDecoder(model, rule, mode, prompts, piece)
+    steps = [decoder.prompt_logits]
     for new in range(NEW):
         ids = [text[length + new] for text, length in zip(texts, LENGTHS, strict=True)]
-        steps.append(decoder.decode(ids, range(len(LENGTHS))))
+        steps.append(decoder.decode(ids))
     assert all(step.rows == list(range(len(LENGTHS))) for step in steps)
     return ids_BS, steps
 
@@ -151,11 +153,11 @@ def look(
     cache: KVCache, rows: list[int], loops: list[int], positions: list[int], entry_1NW: torch.Tensor
 ) -> torch.Tensor:
     """What tokens see in layer 0 while they pass."""
-    places = cache.places(rows, loops, positions)
-    seen_NTW, kept = cache.enter(0, places, entry_1NW)
+    index = cache.index(rows, loops, positions)
+    seen_NTW, blended = cache.write(0, index, entry_1NW)
     seen_NTW = seen_NTW.clone()
-    if kept is not None:
-        cache.settle(0, places, kept)
+    if blended is not None:
+        cache.replace(0, index, blended)
     return seen_NTW
 
 
@@ -170,7 +172,7 @@ def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
     cache.reserve(9)
     assert cache.capacity == 12
     new_1NW = torch.randn(1, 2, width, device=DEVICE)
-    seen_NTW, _ = cache.enter(1, cache.places([0, 1], [1, 1], [3, 3]), new_1NW)
+    seen_NTW, _ = cache.write(1, cache.index([0, 1], [1, 1], [3, 3]), new_1NW)
     assert torch.equal(seen_NTW.transpose(0, 1), torch.cat((entry_SNW + 1, new_1NW)))
 
 
@@ -178,10 +180,9 @@ def measured_bytes_per_token(shape: ModelConfig, mode: str, dtype: torch.dtype) 
     """From a real allocation of one block for one row."""
     cache = KVCache(shape, mode, 1, shape.num_loops, dtype, DEVICE, block=16)
     cache.reserve(1)
-    assert cache.allocated_bytes() == cache.bytes_per_token() * cache.capacity
-    caches = shape.num_loops if mode == "per_loop" else 1
-    assert cache.bytes_per_token() == cache_values_per_token(shape, caches) * dtype.itemsize
-    return cache.allocated_bytes() // cache.capacity
+    caches, allocated = shape.num_loops if mode == "per_loop" else 1, sum(layer.nbytes for layer in cache.layers_XTW)
+    assert allocated == cache_values_per_token(shape, caches) * dtype.itemsize * cache.capacity
+    return allocated // cache.capacity
 
 
 @pytest.mark.parametrize("shape", SHAPES)

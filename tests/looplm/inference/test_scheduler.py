@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.inference.depth_batch import DepthBatch
 from looplm.inference.generator import Generation, GenerationConfig, Generator, Request
-from looplm.inference.kv_cache import KVCache, Places
+from looplm.inference.kv_cache import CacheIndex, KVCache
 from looplm.inference.prefill import Prefill
 from tests.support.generation_oracle import GATES, SHAPES, SlowGenerator, build, byte_tokenizer
 
@@ -82,13 +82,13 @@ class Watched(list[list[tuple[int, int, int]]]):
     """(row, loop, position) of the tokens of every pass."""
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> "Watched":
-        places = KVCache.places
+        index = KVCache.index
 
-        def watched(cache: KVCache, rows: list[int], loops: list[int], positions: list[int], length: int = 1) -> Places:
+        def watched(cache: KVCache, rows: list[int], loops: list[int], positions: list[int], length: int) -> CacheIndex:
             self.append(list(zip(rows, loops, positions, strict=True)))
-            return places(cache, rows, loops, positions, length)
+            return index(cache, rows, loops, positions, length)
 
-        monkeypatch.setattr(KVCache, "places", watched)
+        monkeypatch.setattr(KVCache, "index", watched)
         return self
 
 

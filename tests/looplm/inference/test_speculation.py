@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.cli import UserError
 from looplm.inference import speculation
+from looplm.inference.batch import TextBatch
 from looplm.inference.generator import GenerationConfig, Generator, Request
 from looplm.inference.sampling import probabilities
 from tests.support.generation_oracle import GATES, SHAPES, build, byte_tokenizer
@@ -58,18 +59,15 @@ def test_greedy_text_is_that_of_full_depth(
 def test_the_draft_saves_passes(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every draft right, k tokens cost k d + R - d passes instead of k R."""
     passes: list[int] = []
-    run = speculation.run_cached
-    monkeypatch.setattr(
-        speculation, "run_cached", lambda stack, cache, places, h: passes.append(len(h)) or run(stack, cache, places, h)
-    )
-    monkeypatch.setattr(speculation.Speculation, "_check", _believe)
+    run = TextBatch.run_pass
+    monkeypatch.setattr(TextBatch, "run_pass", lambda self, h, *rest: passes.append(len(h)) or run(self, h, *rest))
+    monkeypatch.setattr(speculation, "check_drafts", _accept_all)
     generator.generate(["abc"], replace(GREEDY, speculate=4, max_new_tokens=9))
     assert passes == ([1] * 4 + [4] * 3) * 2
 
 
-def _believe(batch, rows, drafts, p, q, sound):  # type: ignore[no-untyped-def]
-    ids = [[place[index] for place in drafts] for index in range(len(rows))]
-    return [speculation.Emission(row, ids[index], 4) for index, row in enumerate(rows)]
+def _accept_all(sampler, rows, drafted_kN, p_kNV, q_kNV):  # type: ignore[no-untyped-def]
+    return [([ids_N[n] for ids_N in drafted_kN], len(drafted_kN)) for n in range(len(rows))]
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 1.0}, {"top_k": 5, "top_p": 0.8, "repetition_penalty": 2.0}])
@@ -96,20 +94,15 @@ def test_the_check_is_the_rejection_rule() -> None:
     dice = random.Random(0)
 
     class Dice:
-        def random(self, row: int) -> float:
-            return dice.random()
-
         def uniform(self, rows: list[int]) -> torch.Tensor:
             return torch.tensor([dice.random() for _ in rows], dtype=torch.float64)
 
-    batch = speculation.Speculation.__new__(speculation.Speculation)
-    batch._sampler, batch._length, batch._depth = Dice(), 1, 4  # type: ignore[assignment]
     n = 6000
     drafts = [torch.multinomial(q, n, replacement=True, generator=torch.Generator().manual_seed(1)).tolist()]
-    emissions = batch._check(list(range(n)), drafts, p.expand(1, n, -1), q.expand(1, n, -1), [True] * n)
-    drawn = torch.tensor([emission.ids[0] for emission in emissions]).bincount(minlength=4) / n
-    torch.testing.assert_close(drawn.double(), p, rtol=0, atol=0.025)
-    accepted = sum(emission.accepted for emission in emissions) / n
+    checked = speculation.check_drafts(Dice(), range(n), drafts, p.expand(1, n, -1), q.expand(1, n, -1))  # type: ignore[arg-type]
+    frequency = torch.tensor([ids[0] for ids, _ in checked]).bincount(minlength=4) / n
+    torch.testing.assert_close(frequency.double(), p, rtol=0, atol=0.025)
+    accepted = sum(accepted for _, accepted in checked) / n
     assert accepted == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.025)
 
 
