@@ -1,14 +1,12 @@
-"""Stages of a run that start from one another: their order, their figures, and what happens to the loss where one ends and
-the next begins.
+"""Table of a run's stages, with the jump of the loss where one stage ends and the next begins.
 
-python -m pretrain.stage_jumps RUN_DIR [--max_jump 0.3]
+    python -m pretrain.stage_jumps runs/ouro-tiny --max_jump 0.3
 
-A jump is measured at the deepest loop that both stages run: the highest mean of a few steps among the first of a stage,
-above the mean of the last steps of the stage before it; means, because one batch is no measure. With --max_jump a higher one is an error, but not where the training
-data change: another text has another loss.
+A jump is measured at the deepest loop that both stages run: the highest mean of a few of the new stage's first steps,
+minus the mean of the previous stage's last steps. Means, because a single batch is too noisy. A jump above --max_jump
+is an error, unless the training data change: another text has another loss.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,81 +14,93 @@ from pathlib import Path
 import numpy as np
 
 from looplm.accounting import parameter_counts
-from looplm.cli import UserError, run_main
+from looplm.cli import UserError, parse_config, positional, run_main
 from pretrain.report.data import Stage, read_stages
 
-BEFORE, WATCHED, WINDOW = 10, 20, 10  # steps: at the end of the one; at the start of the other, in means of so many
-NEW_DATA = " *"  # stands beside the jump of a stage that trains on other data
+LAST, FIRST, WINDOW = 10, 20, 10  # steps: at the end of one stage; at the start of the next, in means of so many
+NEW_DATA = " *"  # follows the jump of a stage that trains on other data
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boundary:
-    """Where a stage goes on from another.
+class StageJumpsConfig:
+    """A run and the limit on its jumps.
 
     Args:
-        before: name of the one.
-        after: name of the other.
-        loop: which both run, and at which the losses are compared; counted from 1.
-        jump: in nats; below 0 where the loss fell.
-        same_data: whether both train on the same sources in the same mix.
+        run: directory with a training directory per stage.
+        max_jump: highest jump of the loss in nats that is not an error; null allows any.
+    """
+
+    run: Path = positional("RUN_DIR")
+    max_jump: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJump:
+    """Jump of the loss between a stage and the one that it starts from.
+
+    Args:
+        before: name of the earlier stage.
+        after: name of the later one.
+        loop: loop at which the losses are compared, counted from 1; both stages run it.
+        nats: size of the jump; negative if the loss fell.
+        same_data: True if both train on the same sources in the same mix.
     """
 
     before: str
     after: str
     loop: int
-    jump: float
+    nats: float
     same_data: bool
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.stage_jumps", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="with a training directory per stage")
-    parser.add_argument("--max_jump", type=float, metavar="NATS", help="the highest jump of the loss that is no error")
-    arguments = parser.parse_args(argv)
-    stages = read_stages(arguments.run) if arguments.run.is_dir() else []
+    """``python -m pretrain.stage_jumps RUN_DIR [--max_jump 0.3]``"""
+    config = parse_config(StageJumpsConfig, argv, prog="python -m pretrain.stage_jumps", description=str(__doc__))
+    stages = read_stages(config.run) if config.run.is_dir() else []
     if not stages:
-        raise UserError(f"{arguments.run}: no stage with a metrics.jsonl here; give the directory of a run")
-    found = boundaries(stages)
-    rows = table(stages, found)
+        raise UserError(f"{config.run}: no stage with a metrics.jsonl here; give the directory of a run")
+    jumps = find_jumps(stages)
+    rows = table(stages, jumps)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print("jump: in nats, at a loop that both run; * other training data")
-    for one in found if arguments.max_jump is not None else []:
-        if one.same_data and not one.jump <= arguments.max_jump:  # NaN is above every limit
+    for jump in jumps if config.max_jump is not None else []:
+        if jump.same_data and not jump.nats <= config.max_jump:  # NaN is above every limit
             raise UserError(
-                f"{arguments.run}: from {one.before} to {one.after} the loss of loop {one.loop} jumps by {one.jump:.3f} "
-                f"nats, more than --max_jump {arguments.max_jump:g}; look at the first steps of {one.after}"
+                f"{config.run}: from {jump.before} to {jump.after} the loss of loop {jump.loop} jumps by "
+                f"{jump.nats:.3f} nats, more than --max_jump {config.max_jump:g}; "
+                f"look at the first steps of {jump.after}"
             )
 
 
-def boundaries(stages: Sequence[Stage]) -> list[Boundary]:
-    """One for each stage that goes on from another of them."""
+def find_jumps(stages: Sequence[Stage]) -> list[StageJump]:
+    """Return the jump of each stage that starts from another of ``stages``."""
     named = {stage.name: stage for stage in stages}
-    return [_boundary(named[stage.origin], stage) for stage in stages if stage.origin in named]
+    return [_jump(named[stage.origin], stage) for stage in stages if stage.origin in named]
 
 
-def _boundary(before: Stage, after: Stage) -> Boundary:
+def _jump(before: Stage, after: Stage) -> StageJump:
     loop = min(before.loops, after.loops)
-    ended_N, begun_N = (stage.train["loss_per_loop"][:, loop - 1] for stage in (before, after))
-    begun_N = begun_N[:WATCHED]
-    window = min(WINDOW, len(begun_N))
-    means_N = np.convolve(begun_N, np.ones(window) / window, mode="valid")  # one that is not finite makes its mean so
-    jump = float(means_N.max() - ended_N[-BEFORE:].mean())
+    last_N, first_N = (stage.train["loss_per_loop"][:, loop - 1] for stage in (before, after))
+    first_N = first_N[:FIRST]
+    window = min(WINDOW, len(first_N))
+    means_N = np.convolve(first_N, np.ones(window) / window, mode="valid")  # NaN if one of its values is not finite
+    nats = float(means_N.max() - last_N[-LAST:].mean())
     same = before.run is not None and after.run is not None and before.run.data.train == after.run.data.train
-    return Boundary(before=before.name, after=after.name, loop=loop, jump=jump, same_data=same)
+    return StageJump(before=before.name, after=after.name, loop=loop, nats=nats, same_data=same)
 
 
-def table(stages: Sequence[Stage], found: Sequence[Boundary]) -> list[list[str]]:
-    """A row per stage below a row of headings."""
-    jumps = {one.after: f"{one.jump:+.3f}" + ("" if one.same_data else NEW_DATA) for one in found}
+def table(stages: Sequence[Stage], jumps: Sequence[StageJump]) -> list[list[str]]:
+    """Return a row of headings, and a row per stage."""
+    marked = {jump.after: f"{jump.nats:+.3f}" + ("" if jump.same_data else NEW_DATA) for jump in jumps}
     heads = ["stage", "layers x loops", "parameters", "sequence", "RoPE base", "beta", "learning rate"]
     rows = [[*heads, "steps", "tokens", "loss", "validation", "jump"]]
     for stage in stages:
         steps, rates_N = stage.train["step"][-1], stage.train["learning_rate"]
-        loss = f"{stage.train['loss_per_loop'][-BEFORE:, -1].mean():.3f}"
+        loss = f"{stage.train['loss_per_loop'][-LAST:, -1].mean():.3f}"
         valid = f"{stage.valid['loss_per_loop'][-1, -1]:.3f}" if stage.valid["step"].size else ""
-        cells = [f"{steps:.0f}", f"{stage.train['tokens'][-1]:,.0f}", loss, valid, jumps.get(stage.name, "")]
+        cells = [f"{steps:.0f}", f"{stage.train['tokens'][-1]:,.0f}", loss, valid, marked.get(stage.name, "")]
         rows.append([stage.name, *_settings(stage), f"{np.nanmax(rates_N):.0e} → {rates_N[-1]:.0e}", *cells])
     return rows
 
@@ -100,8 +110,8 @@ def _settings(stage: Stage) -> list[str]:
     if run is None:
         return [f"? x {stage.loops}", "", "", "", ""]
     model, beta = run.model, f"{run.loss.beta:g}" if run.loss.objective == "entropy_regularised" else "gate alone"
-    count = sum(parameter_counts(model, run.gate).values())
-    return [f"{model.num_layers} x {model.num_loops}", f"{count:,}", str(run.data.seq_length), f"{model.rope_base:,.0f}", beta]  # fmt: skip
+    count, layers = sum(parameter_counts(model, run.gate).values()), f"{model.num_layers} x {model.num_loops}"
+    return [layers, f"{count:,}", str(run.data.seq_length), f"{model.rope_base:,.0f}", beta]
 
 
 if __name__ == "__main__":

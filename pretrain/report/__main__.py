@@ -1,265 +1,39 @@
-"""One self-contained HTML page about a run: curves, exits, depths and sample text. No scripts, nothing fetched.
+"""Write one self-contained HTML page about a run: curves, exits, depths and sample text. No scripts, nothing fetched.
 
-python -m pretrain.report RUN_DIR [--output FILE]
+python -m pretrain.report runs/quickstart
 """
 
-import argparse
-from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
-import numpy as np
-
-from looplm.accounting import parameter_counts
-from looplm.cli import UserError, run_main
+from looplm.cli import UserError, parse_config, positional, run_main
 from looplm.files import write_whole
-from pretrain.report import plots
-from pretrain.report.data import Evaluation, Sample, Stage, read_evaluation, read_samples, read_stages
-from pretrain.stage_jumps import boundaries, table
+from pretrain.report.page import build_page
 
-TAIL_STEPS = 10  # "at the end" is the mean of this many
-LAST_STAGES = 3  # of a long chain: whose exits are shown as bars, and more than which a tile does not list
-SETTINGS = ("temperature", "top_k", "top_p", "exit_threshold", "depth", "kv_cache", "seed")  # shown below a sample
-SMALL_MULTIPLES = (
-    ("learning_rate", "Learning rate", ""),
-    ("grad_norm", "Gradient norm", ""),
-    ("tokens_per_second", "Speed", "tokens/s"),
-    ("mean_depth", "Mean depth", "loops"),
-)
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """A run and its page.
+
+    Args:
+        run: directory with a training directory per stage, evaluation.json and samples.jsonl; some may be missing.
+        output: HTML file to write; null writes RUN_DIR/report.html.
+    """
+
+    run: Path = positional("RUN_DIR")
+    output: Path | None = None
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="with stage1/, gate/, evaluation.json, samples.jsonl")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
-    arguments = parser.parse_args(argv)
-    output = arguments.output or arguments.run / "report.html"
-    page = build_page(arguments.run)
+    """``python -m pretrain.report RUN_DIR [--output FILE]``"""
+    config = parse_config(ReportConfig, argv, prog="python -m pretrain.report", description=str(__doc__))
+    output = config.output or config.run / "report.html"
+    page = build_page(config.run)
     try:
         write_whole(output, page)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from error
     print(f"report: {output}")
-
-
-def build_page(run: Path) -> str:
-    """The page as text; what the run does not have (yet) is left out, with a note.
-
-    Raises:
-        UserError: nothing to report on, or a file that is not what it should be.
-    """
-    if not run.is_dir():
-        raise UserError(f"{run}: no such directory; give the directory of a run, such as runs/quickstart")
-    stages = read_stages(run)
-    evaluation = read_evaluation(run / "evaluation.json")
-    samples = read_samples(run / "samples.jsonl")
-    if not (stages or evaluation or samples):
-        raise UserError(
-            f"{run}: no metrics.jsonl, evaluation.json or samples.jsonl in it; train something into it first"
-        )
-    trained = [stage.loops for stage in stages] + ([evaluation.trained_loops] if evaluation else [])
-    deepest = max([1, *trained, *(depth for sample in samples for _, depth in sample.tokens)])
-    loops = max(trained, default=deepest)
-
-    body = [_headline(stages, evaluation), *_notes(stages, evaluation, samples)]
-    if len(stages) > 1:
-        body += _stages(stages)
-    if stages:
-        body += _training(stages, loops)
-    if trained and loops > 1:
-        body += _exits(stages, evaluation)
-    if evaluation:
-        body += _depths(evaluation)
-    if evaluation and evaluation.decoding:
-        body += _caches(evaluation)
-    if samples:
-        body += _sample_text(samples, deepest)
-    body += _configs(stages)
-
-    lines, text = plots.loop_colours(loops), plots.loop_colours(deepest)
-    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return page.substitute(
-        title=escape(run.resolve().name),
-        body="\n".join(body),
-        light=_variables("loop", lines["light"]) + _variables("pale", text["light-pale"]),
-        dark=_variables("loop", lines["dark"]) + _variables("pale", text["dark-pale"]),
-    )
-
-
-def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
-    """The tiles at the top: a name, a figure, and what it refers to."""
-    tiles = []
-    if stages:
-        loss_N = stages[0].train["loss_per_loop"][:, -1]
-        start, end = loss_N[0], _at_end(loss_N)
-        change = f"{'fell' if end <= start else 'rose'} by {abs(start - end):.2f} nats"
-        tiles.append(("Training loss", f"{start:.2f} → {end:.2f}", f"{change} at the deepest loop, {stages[0].name}"))
-    if evaluation:
-        deepest = evaluation.trained_loops
-        tiles += [
-            ("Validation loss", f"{loss:.3f}", f"perplexity {np.exp(loss):.4g} at depth {depth:.0f}")
-            for depth, loss in evaluation.depths
-            if depth == deepest
-        ]
-        mean = np.dot(evaluation.exit_distribution, range(1, len(evaluation.exit_distribution) + 1))
-        tiles.append(("Mean depth", f"{mean:.2f}", f"of {deepest} in training, as the gate decides"))
-    if parameters := _parameters(stages):
-        tiles.append(("Parameters", _short(parameters), "shared by all loops"))
-    tokens = {stage.name: float(np.nanmax(stage.train["tokens"], initial=0)) for stage in stages}
-    seconds = {stage.name: float(np.nansum(stage.train["seconds"])) for stage in stages}
-    for title, totals, form in (("Tokens seen", tokens, _short), ("Training time", seconds, _duration)):
-        if any(totals.values()):
-            parts = " + ".join(f"{name} {form(total)}" for name, total in totals.items())
-            parts = parts if len(totals) <= LAST_STAGES else f"in {len(totals)} stages"
-            tiles.append((title, form(sum(totals.values())), parts))
-    texts = (tuple(map(escape, tile)) for tile in tiles)
-    cells = (f"<div><small>{name}</small><b>{figure}</b><small>{about}</small></div>" for name, figure, about in texts)
-    return f'<div class="tiles">{"".join(cells)}</div>'
-
-
-def _notes(stages: Sequence[Stage], evaluation: Evaluation | None, samples: Sequence[Sample]) -> list[str]:
-    """What is missing, and what is not finite."""
-    notes = []
-    if not stages:
-        notes.append("No training metrics here: pretrain.train writes them.")
-    if evaluation is None:
-        notes.append("No evaluation.json here: pretrain.evaluate writes it.")
-    if not samples:
-        notes.append("No samples.jsonl here: looplm.generate writes it.")
-    for stage in stages:
-        bad = int((~np.isfinite(stage.train["loss_per_loop"]).all(axis=1)).sum())
-        if bad:
-            of = f"{bad} of {len(stage.train['step'])} logged steps"
-            notes.append(f"{stage.name}: {of} have a loss that is not finite; the curves leave them out.")
-    return [f'<p class="note">{escape(note)}</p>' for note in notes]
-
-
-def _stages(stages: Sequence[Stage]) -> list[str]:
-    """A table with a row per stage."""
-    heads, *rows = table(stages, boundaries(stages))
-    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    return [
-        "<h2>Stages</h2><p>Each goes on from the one before. Loss: at the deepest loop, over the last steps. Jump: how far the "
-        "first steps of a stage rise above the last of the one before, at a loop that both run; * on other data.</p>",
-        f'<div class="table"><table><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr>',
-        *(f"<tr>{row}</tr>" for row in cells),
-        "</table></div>",
-    ]
-
-
-def _training(stages: Sequence[Stage], loops: int) -> list[str]:
-    known = {key for key, _, _ in SMALL_MULTIPLES for stage in stages if np.isfinite(stage.train[key]).any()}
-    small = [
-        plots.small_multiple(stages, key, title, unit, log=key == "grad_norm")
-        for key, title, unit in SMALL_MULTIPLES
-        if key in known
-    ]
-    return [
-        "<h2>Training</h2><p>Every loop runs the same weights once more. Open dots: validation at the deepest loop.</p>",
-        _legend("loop", loops),
-        _grid("plots", plots.loss_per_loop(stages), plots.loop_gain(stages) if loops > 1 else ""),
-        _grid("small", *small),
-    ]
-
-
-def _exits(stages: Sequence[Stage], evaluation: Evaluation | None) -> list[str]:
-    last = stages[-LAST_STAGES:]
-    ends = {stage.name: [_at_end(share_N) for share_N in stage.train["exit_distribution"].T] for stage in last}
-    if evaluation:
-        ends["validation"] = evaluation.exit_distribution
-    return [
-        "<h2>Exits</h2><p>The gate gives each token a probability of leaving after each loop.</p>",
-        _grid("plots", plots.exit_over_training(stages) if stages else "", plots.exit_histogram(ends)),
-    ]
-
-
-def _depths(evaluation: Evaluation) -> list[str]:
-    trained = [(depth, loss) for depth, loss in evaluation.depths if depth <= evaluation.trained_loops]
-    return [
-        "<h2>Depth</h2><p>At each depth: all tokens run that many loops; the numbers are perplexities. Early exit: "
-        "a token leaves once its summed exit probability reaches the threshold; the numbers are thresholds.</p>",
-        _grid(
-            "plots",
-            plots.loss_per_depth(evaluation.depths, evaluation.trained_loops) if evaluation.depths else "",
-            plots.exit_curve(evaluation.exit_curve, trained) if evaluation.exit_curve else "",
-        ),
-    ]
-
-
-def _caches(evaluation: Evaluation) -> list[str]:
-    return [
-        "<h2>Caches</h2><p>Loss of text that is decoded token by token: with a cache for each loop, or with one that the "
-        "loops share. The deepest point of each runs all loops, the others leave early.</p>",
-        _grid("plots", plots.cache_curves(evaluation.decoding)),
-    ]
-
-
-def _sample_text(samples: Sequence[Sample], deepest: int) -> list[str]:
-    """Prompts in grey, each generated token on the colour of its depth."""
-    parts = [
-        "<h2>Sample text</h2><p>Colour: how many loops a token ran. Grey: the prompt.</p>",
-        _legend("pale", deepest),
-    ]
-    for sample in samples:
-        spans = "".join(_token(text, depth) for text, depth in sample.tokens)
-        mean = np.mean([depth for _, depth in sample.tokens]) if sample.tokens else np.nan
-        settings = [(key, sample.settings.get(key)) for key in SETTINGS]
-        facts = [f"mean depth {mean:.2f}", *(f"{key} {value}" for key, value in settings if value is not None)]
-        text = f'<div class="text"><q>{escape(sample.prompt)}</q>{spans}</div>'
-        parts.append(f'<div class="sample">{text}<p>{escape(" · ".join(facts))}</p></div>')
-    return parts
-
-
-def _token(text: str, depth: int) -> str:
-    newline = ' class="nl"' if text.startswith("\n") else ""
-    return f'<span{newline} style="--c:var(--pale-{depth})" title="depth {depth}">{escape(text)}</span>'
-
-
-def _configs(stages: Sequence[Stage]) -> list[str]:
-    files = [(f"{stage.name}/config.yaml", stage.config) for stage in stages if stage.config]
-    heading = ["<h2>Configuration</h2>"] if files else []
-    return heading + [f"<details><summary>{escape(a)}</summary><pre>{escape(b)}</pre></details>" for a, b in files]
-
-
-def _legend(colour: str, loops: int) -> str:
-    names = ((loop, f"{'loop' if colour == 'loop' else 'depth'} {loop}") for loop in range(1, loops + 1))
-    chips = (f'<span><i style="--c:var(--{colour}-{loop})"></i>{name}</span>' for loop, name in names)
-    return f'<div class="legend">{"".join(chips)}</div>'
-
-
-def _grid(name: str, *figures: str) -> str:
-    return f'<div class="{name}">{"".join(figures)}</div>'
-
-
-def _variables(name: str, colours: Sequence[str]) -> str:
-    return "".join(f" --{name}-{loop}: {colour};" for loop, colour in enumerate(colours, start=1))
-
-
-def _parameters(stages: Sequence[Stage]) -> int:
-    """Parameters of the last stage whose config.yaml is there; 0 if none is."""
-    runs = [stage.run for stage in stages if stage.run is not None]
-    return sum(parameter_counts(runs[-1].model, runs[-1].gate).values()) if runs else 0
-
-
-def _at_end(values_N: np.ndarray) -> float:
-    """Mean of the last finite values."""
-    finite = values_N[np.isfinite(values_N)][-TAIL_STEPS:]
-    return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _short(count: float) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.3g}\N{NO-BREAK SPACE}{unit}"
-    return f"{count:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours = f"{minutes // 60} h {minutes % 60} min"
-    text = hours if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 if __name__ == "__main__":

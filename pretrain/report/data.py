@@ -1,4 +1,4 @@
-"""What a run directory holds, read and checked for the report: metrics, evaluation, samples."""
+"""Files of a run directory, read and checked for the report: metrics, evaluation, samples."""
 
 import json
 import math
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 class Stage:
     """A training directory. Columns are float arrays over its logged steps: [N], or [N, R] for a value per loop.
 
-    ``origin`` is the name of the stage whose weights it started from, as far as that is known.
+    ``origin`` is the name of the stage whose weights it started from, if known.
     """
 
     name: str
@@ -36,20 +36,20 @@ class Stage:
 
     @cached_property
     def run(self) -> RunConfig | None:
-        """The resolved configuration, parsed; None if it is not there."""
+        """The parsed configuration; None if the directory has no configuration."""
         if not self.config:
             return None
         return from_dict(RunConfig, yaml.safe_load(self.config), where=f"{self.name}/config.yaml")
 
     @property
     def loops(self) -> int:
+        """Loops in training."""
         return self.train["loss_per_loop"].shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """evaluation.json: (depth, loss) points; thresholds by their (mean depth, loss) point; the (mean depth, loss) points
-    of each cache that was decoded through."""
+    """Points of evaluation.json: (depth, loss); (mean depth, loss) with thresholds; (mean depth, loss) per cache."""
 
     trained_loops: int
     depths: list[tuple[float, float]]
@@ -68,48 +68,43 @@ class Sample:
 
 
 def read_stages(run: Path) -> list[Stage]:
-    """Every training directory of ``run`` that has logged a step: each after the one it started from, else oldest first
-    and a gate last."""
+    """Return every training directory of ``run`` that has logged a step.
+
+    Each one follows the one it started from; otherwise the oldest is first and a gate last.
+    """
     found = []
     for path in (run / "metrics.jsonl", *run.glob("*/metrics.jsonl")):
         records = _read_lines(path)
-        train = [entry for entry in records if entry[1].get("kind") == "train"]
-        valid = [entry for entry in records if entry[1].get("kind") == "valid"]
+        train, valid = ([entry for entry in records if entry[1].get("kind") == kind] for kind in ("train", "valid"))
         if train:
             name = path.parent.resolve().name
             stage = Stage(name=name, config=_config_text(path.parent), train=_columns(train), valid=_columns(valid))
-            stage = replace(stage, origin=_origin(stage, run))
             is_gate = train[-1][1].get("objective") == "adaptive_gate"
-            found.append((is_gate, path.stat().st_mtime, name, stage))
-    return _in_order([stage for *_, stage in sorted(found, key=lambda entry: entry[:3])])
-
-
-def _in_order(stages: Sequence[Stage]) -> list[Stage]:
-    """The same order, but for what stands before its origin."""
-    waiting, placed = list(stages), list[Stage]()
+            found.append((is_gate, path.stat().st_mtime, name, replace(stage, origin=_origin(stage, run))))
+    waiting, ordered = [stage for *_, stage in sorted(found, key=lambda entry: entry[:3])], list[Stage]()
     while waiting:
-        unplaced = {stage.name for stage in waiting}
-        ready = [stage for stage in waiting if stage.origin not in unplaced]
-        placed.append((ready or waiting)[0])
-        waiting.remove(placed[-1])
-    return placed
+        names = {stage.name for stage in waiting}
+        ready = [stage for stage in waiting if stage.origin not in names]
+        ordered.append((ready or waiting)[0])
+        waiting.remove(ordered[-1])
+    return ordered
 
 
 def _origin(stage: Stage, run: Path) -> str | None:
-    """The training directory in checkpoint.initial; of weights that tools.upcycle made, the one that they were made of."""
+    """Return the stage that checkpoint.initial names; for upcycled weights, the stage that they were made from."""
     if stage.run is None or stage.run.checkpoint.initial is None:
         return None
     named = Path(stage.run.checkpoint.initial)
     record = run / named.name / "companions/upcycle.json"  # as tools.upcycle writes it
     if not (run / named.name / "metrics.jsonl").is_file() and record.is_file():
-        made = _parse('{"made": ' + _read_text(record) + "}", str(record))
-        named = Path(str(_objects(made, "made", str(record))[-1].get("source")))
+        upcycled = _parse('{"steps": ' + _read_text(record) + "}", str(record))
+        named = Path(str(_objects(upcycled, "steps", str(record))[-1].get("source")))
     names = {path.parent.name for path in run.glob("*/metrics.jsonl")} - {stage.name}
     return next((part for part in reversed(named.parts) if part in names), None)
 
 
 def read_evaluation(path: Path) -> Evaluation | None:
-    """The evaluation; None if there is no such file."""
+    """Return the evaluation; None if there is no such file."""
     if not path.is_file():
         return None
     where, record = str(path), _parse(_read_text(path), str(path))
@@ -133,7 +128,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples; none if there is no such file."""
+    """Return the samples; an empty list if there is no such file."""
     samples = []
     for where, record in _read_lines(path):
         prompt, settings = record.get("prompt"), record.get("settings", {})
@@ -150,7 +145,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _config_text(folder: Path) -> str:
-    """The resolved configuration: the stage's own, or its newest checkpoint's; empty if there is neither."""
+    """Return the stage's resolved configuration, or its newest checkpoint's; empty if there is neither."""
     newest_first = sorted(folder.glob("checkpoints/step_*/config.yaml"), reverse=True)
     return next((_read_text(path) for path in (folder / "config.yaml", *newest_first) if path.is_file()), "")
 
@@ -163,7 +158,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_lines(path: Path) -> list[tuple[str, Record]]:
-    """The objects of a JSON-lines file, each with its ``file:line``; none if there is no such file."""
+    """Return the objects of a JSON-lines file, each with its ``file:line``; an empty list if there is no such file."""
     lines = _read_text(path).split("\n") if path.is_file() else []
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     return [(where, _parse(line, where)) for where, line in numbered]
@@ -187,7 +182,7 @@ def _objects(record: Record, key: str, where: str) -> list[Record]:
 
 
 def _number(record: Record, key: str, where: str) -> float:
-    """The number under ``key``; null (not known) becomes NaN."""
+    """Return the number under ``key``; null (not known) becomes NaN."""
     value = record.get(key, "missing")
     if value is None:
         return math.nan
@@ -203,8 +198,8 @@ def _numbers(record: Record, key: str, where: str) -> list[float]:
     return [_number({key: value}, key, where) for value in values]
 
 
-def _columns(records: list[tuple[str, Record]]) -> Columns:
-    """Records to columns: the step is a must, other scalars may be missing; rows with fewer loops end in NaN."""
+def _columns(records: Sequence[tuple[str, Record]]) -> Columns:
+    """Turn records into columns. Only the step is required; rows with fewer loops end in NaN."""
     columns = {"step": np.array([_number(record, "step", where) for where, record in records])}
     for key in SCALARS:
         columns[key] = np.array([_number({key: None, **record}, key, where) for where, record in records])

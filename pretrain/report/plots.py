@@ -1,7 +1,9 @@
-"""The report's figures as inline SVG, drawn by matplotlib in placeholder colours that the page's style sheet replaces.
+"""The report's figures as inline SVG, drawn by matplotlib in placeholder colors that the page's style sheet replaces.
 
-So one drawing serves light and dark mode: ``_INK`` and its like become ``var(--ink)``, loop r becomes ``var(--loop-r)``.
-Text stays text and takes the page's font. Shapes: N logged steps, R loops.
+One drawing thus serves light and dark mode: ``_INK`` becomes ``var(--ink)``, and loop r becomes ``var(--loop-r)``. Text
+stays text and takes the page's font.
+
+Shapes: N logged steps, R loops.
 """
 
 import html
@@ -58,31 +60,31 @@ _CACHE_STYLES: tuple[dict[str, Any], ...] = (
     {"color": _MUTED, "linestyle": "-", "marker": "^"},
     {"color": _MUTED, "linestyle": ":", "marker": "v"},
 )
-_NAME_WIDTH = 0.018  # of a letter of a stage's name, in widths of the axes
-_MOST_POINTS = 150  # of a curve: more steps than this are averaged in as many groups
+_LETTER_WIDTH = 0.018  # of a stage's name, relative to the axes
+_MAX_POINTS = 150  # of a curve; more steps are averaged in groups
 
 
-def loop_colours(loops: int) -> dict[str, list[str]]:
-    """Hex colours of loops 1 to R for each mode, and pale ones that text can stand on.
+def loop_colors(loops: int) -> dict[str, list[str]]:
+    """Return hex colors of loops 1 to R for each mode, and pale ones for the background of text.
 
-    Viridis: even in lightness and safe for colour-blind readers; the deepest loop is the farthest from the page.
+    Viridis has even steps of lightness and is safe for color-blind readers. The deepest loop has the most contrast.
     """
     at_R = np.linspace(0, 1, loops) if loops > 1 else np.ones(1)
-    colours = {}
+    colors = {}
     for mode, place_R, page, strength_R in (
         ("light", 0.78 - 0.72 * at_R, 1.0, 0.24 + 0.26 * at_R),
         ("dark", 0.36 + 0.60 * at_R, 0.1, 0.46 - 0.06 * at_R),
     ):
         rgb = colormaps["viridis"](place_R)[:, :3]
-        colours[mode] = [to_hex(row) for row in rgb]
-        colours[f"{mode}-pale"] = [to_hex(row) for row in page + (rgb - page) * strength_R[:, None]]
-    return colours
+        colors[mode] = [to_hex(row) for row in rgb]
+        colors[f"{mode}-pale"] = [to_hex(row) for row in page + (rgb - page) * strength_R[:, None]]
+    return colors
 
 
 def _figure(
     title: str, unit: str, size: tuple[float, float] = (4.4, 2.85)
 ) -> Callable[[Callable[Concatenate[Axes, Drawing], None]], Callable[Drawing, str]]:
-    """Turn a function that draws on axes into one that returns the finished <figure>."""
+    """Decorate a function that draws on axes, so that it returns the finished <figure>."""
 
     def decorate(draw: Callable[Concatenate[Axes, Drawing], None]) -> Callable[Drawing, str]:
         @wraps(draw)
@@ -104,7 +106,7 @@ def _figure(
 
 @_figure("Training loss after each loop", "nats per token")
 def loss_per_loop(axes: Axes, stages: Sequence[Stage]) -> None:
-    """Cross-entropy after each loop; dots are validation at the deepest one."""
+    """Draw the cross-entropy after each loop; dots are validation at the deepest one."""
     for stage, step_N, offset in _timeline(axes, stages):
         for loop, loss_N in enumerate(stage.train["loss_per_loop"].T, start=1):
             _curve(axes, step_N, loss_N, _loop(loop))
@@ -115,7 +117,7 @@ def loss_per_loop(axes: Axes, stages: Sequence[Stage]) -> None:
 
 @_figure("Loss above that of the deepest loop", "nats per token")
 def loop_gain(axes: Axes, stages: Sequence[Stage]) -> None:
-    """How far each loop lags the deepest one, which the curves of :func:`loss_per_loop` are too close to show."""
+    """Draw each loop's loss above the deepest loop's; in :func:`loss_per_loop` the curves are too close to tell."""
     for stage, step_N, _ in _timeline(axes, stages):
         loss_NR = stage.train["loss_per_loop"]
         for loop, gain_N in enumerate((loss_NR - loss_NR[:, -1:]).T, start=1):
@@ -124,13 +126,13 @@ def loop_gain(axes: Axes, stages: Sequence[Stage]) -> None:
 
 @_figure("Where tokens leave, over training", "share of tokens")
 def exit_over_training(axes: Axes, stages: Sequence[Stage]) -> None:
-    """The gate's exit distribution, stacked from the first loop (bottom) to the last."""
+    """Draw the gate's exit distribution, stacked from the first loop (bottom) to the last."""
     for stage, all_steps_N, _ in _timeline(axes, stages):
         step_N, share_NR = _thin(all_steps_N, stage.train["exit_distribution"])
         if len(step_N) == 1:
             step_N, share_NR = step_N[0] + np.array([-0.5, 0.5]), share_NR.repeat(2, axis=0)
-        colours = [_loop(loop) for loop in range(1, share_NR.shape[1] + 1)]
-        axes.stackplot(step_N, np.nan_to_num(share_NR.T), colors=colours, edgecolor=_PAPER, linewidth=0.6)
+        colors = [_loop(loop) for loop in range(1, share_NR.shape[1] + 1)]
+        axes.stackplot(step_N, np.nan_to_num(share_NR.T), colors=colors, edgecolor=_PAPER, linewidth=0.6)
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
@@ -138,14 +140,14 @@ def exit_over_training(axes: Axes, stages: Sequence[Stage]) -> None:
 
 @_figure("Where tokens leave, at the end", "share of tokens")
 def exit_histogram(axes: Axes, distributions: Mapping[str, Sequence[float]]) -> None:
-    """Bars per loop; of several distributions the last is the full-coloured one."""
+    """Draw bars per loop; the last of several distributions has the full color."""
     count, width = len(distributions), 0.8 / len(distributions)
     for index, (name, share_R) in enumerate(distributions.items(), start=1):
         x = np.arange(1, len(share_R) + 1) + (index - (count + 1) / 2) * width
         alpha = 1.0 if index == count else 0.25 * index
         axes.bar(x, share_R, 0.92 * width, color=[_loop(loop + 1) for loop in range(len(share_R))], alpha=alpha)
-        axes.bar(1, 0, color=_INK, alpha=alpha, label=name)  # drawn for the legend only
-    for left, share in zip(x - 0.46 * width, share_R, strict=True):  # from the last bars' left edge into the gap
+        axes.bar(1, 0, color=_INK, alpha=alpha, label=name)  # for the legend only
+    for left, share in zip(x - 0.46 * width, share_R, strict=True):  # from the left edge of the last bars into the gap
         axes.annotate(_percent(share), (left, share), (0, 3), textcoords="offset points")
     axes.set_xlabel("loop")
     axes.margins(y=0.15)
@@ -157,12 +159,12 @@ def exit_histogram(axes: Axes, distributions: Mapping[str, Sequence[float]]) -> 
 
 @_figure("Validation loss at each depth", "nats per token")
 def loss_per_depth(axes: Axes, depths: Points, trained: int) -> None:
-    """Points (depth, loss) when every token runs to one depth, labelled with perplexity; hollow beyond the trained."""
+    """Draw points (depth, loss), all tokens at one depth, labeled with perplexity; hollow beyond the trained depth."""
     axes.plot(*zip(*depths, strict=True), color=_MUTED, linewidth=1)
     axes.axvline(trained, **_DASHED, zorder=1)
     for depth, loss in depths:
-        colour = _loop(min(int(depth), trained))
-        axes.plot(depth, loss, "o", color=colour, markersize=7, markerfacecolor=_PAPER if depth > trained else colour)
+        color = _loop(min(int(depth), trained))
+        axes.plot(depth, loss, "o", color=color, markersize=7, markerfacecolor=_PAPER if depth > trained else color)
     axes.plot([], [], "o", color=_loop(trained), label="up to the trained depth")
     axes.plot([], [], "o", color=_loop(trained), markerfacecolor=_PAPER, label="beyond it")
     axes.set_xlabel("depth (loops run)")
@@ -174,7 +176,7 @@ def loss_per_depth(axes: Axes, depths: Points, trained: int) -> None:
 
 @_figure("Early exit: loss against mean depth", "nats per token")
 def exit_curve(axes: Axes, curve: Mapping[tuple[float, float], Sequence[float]], depths: Points) -> None:
-    """Points (mean depth, loss) labelled with their thresholds; squares are all tokens at one depth, to compare."""
+    """Draw points (mean depth, loss) labeled with their thresholds; squares, for comparison, are fixed depths."""
     if depths:
         squares: dict[str, Any] = {"color": _MUTED, "linewidth": 0.8, "markersize": 6, "markerfacecolor": _PAPER}
         axes.plot(*zip(*depths, strict=True), "s--", **squares, label="fixed depth")
@@ -188,7 +190,7 @@ def exit_curve(axes: Axes, curve: Mapping[tuple[float, float], Sequence[float]],
 
 @_figure("Loss through each cache", "nats per token")
 def cache_curves(axes: Axes, decoding: Mapping[str, Points]) -> None:
-    """Points (mean depth, loss) of each cache."""
+    """Draw points (mean depth, loss) of each cache."""
     for (cache, points), style in zip(decoding.items(), cycle(_CACHE_STYLES)):
         axes.plot(*zip(*points, strict=True), **style, markersize=5, label=cache)
     axes.set_xlabel("mean depth (loops run per token)")
@@ -196,8 +198,8 @@ def cache_curves(axes: Axes, decoding: Mapping[str, Points]) -> None:
     axes.figure.legend(**_LEGEND)
 
 
-def small_multiple(stages: Sequence[Stage], key: str, title: str, unit: str, log: bool = False) -> str:
-    """One scalar of the metrics over training, small."""
+def small_plot(stages: Sequence[Stage], key: str, title: str, unit: str, log: bool = False) -> str:
+    """Return a small figure of one scalar of the metrics over training."""
 
     @_figure(title, unit, size=(2.6, 1.7))
     def draw(axes: Axes) -> None:
@@ -214,7 +216,7 @@ def small_multiple(stages: Sequence[Stage], key: str, title: str, unit: str, log
 
 
 def _embeddable(svg: str, label: str) -> str:
-    """matplotlib's file as an element of the page: no header, metadata, size or name of its own; colours by variable."""
+    """Return matplotlib's file as a page element: without header, metadata, size and ids; colors as variables."""
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", svg, count=5)
     svg = re.sub(r' id="[a-zA-Z.]+_[\d.]+"', "", svg)
@@ -232,9 +234,9 @@ def _percent(share: float, _: object = None) -> str:
 
 
 def _timeline(axes: Axes, stages: Sequence[Stage], named: bool = True) -> Iterator[tuple[Stage, np.ndarray, float]]:
-    """Each stage with the places of its steps, one stage after the other, and what was added to them for that."""
-    end, rows = 0.0, list[float]()  # rows of names above the axes, by where each is taken up to
-    whole = sum(stage.train["step"][-1] for stage in stages) * _NAME_WIDTH
+    """Yield the stages in sequence, each with the positions of its steps on the axis and the offset that was added."""
+    end, rows = 0.0, list[float]()  # rows of names above the axes, each with the position where its last name ends
+    whole = sum(stage.train["step"][-1] for stage in stages) * _LETTER_WIDTH
     for stage in stages:
         step_N = stage.train["step"]
         offset = end if step_N[0] <= end else 0.0
@@ -251,31 +253,33 @@ def _timeline(axes: Axes, stages: Sequence[Stage], named: bool = True) -> Iterat
 
 
 def _thin(step_N: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``_MOST_POINTS`` rows, each the mean of neighbours; what is not finite is left out."""
+    """Return at most ``_MAX_POINTS`` rows, each the mean of neighbors; values that are not finite are left out."""
     values = np.where(np.isfinite(values), values, np.nan)
-    groups = np.array_split(np.arange(len(step_N)), min(len(step_N), _MOST_POINTS))
+    groups = np.array_split(np.arange(len(step_N)), min(len(step_N), _MAX_POINTS))
     return np.array([step_N[rows].mean() for rows in groups]), np.array(
         [np.nanmean(values[rows], 0) for rows in groups]
     )
 
 
-def _curve(axes: Axes, step_N: np.ndarray, value_N: np.ndarray, colour: str) -> None:
+def _curve(axes: Axes, step_N: np.ndarray, value_N: np.ndarray, color: str) -> None:
     x, y = _thin(step_N, value_N)
-    axes.plot(x, y, "o" if len(x) == 1 else "-", color=colour, markersize=4)
+    axes.plot(x, y, "o" if len(x) == 1 else "-", color=color, markersize=4)
 
 
 def _label(
     axes: Axes,
     points: Points,
     names: Sequence[str],
-    places: Sequence[tuple[float, float, str, str]],
+    positions: Sequence[tuple[float, float, str, str]],
     avoid: Points = (),
 ) -> None:
-    """Label each point at the first of ``places`` (points off, alignment) that is free of marks, labels and the line
-    through the points; with none free, not at all."""
+    """Label each point at the first of ``positions`` (offset, alignment) that is free of marks, labels and the line.
+
+    Skip the label if no position is free.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # settles the layout, so that boxes are where they will be
+    figure.draw_without_rendering()  # fixes the layout, so that boxes have their final positions
     marks = [axes.transData.transform(point) for point in (*points, *avoid)]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
     for start, end in pairwise(marks[: len(points)]):
@@ -283,7 +287,7 @@ def _label(
         line = (start + (end - start) * step / max(1, steps) for step in range(steps))
         taken += [Bbox.from_extents(x - 1, y - 1, x + 1, y + 1) for x, y in line]
     for point, name in zip(points, names, strict=True):
-        for dx, dy, ha, va in places:
+        for dx, dy, ha, va in positions:
             label = axes.annotate(name, point, (dx, dy), textcoords="offset points", ha=ha, va=va)
             box = label.get_window_extent().padded(2)
             if axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 and not box.count_overlaps(taken):

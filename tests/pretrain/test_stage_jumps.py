@@ -11,9 +11,10 @@ import yaml
 
 from looplm.cli import UserError, to_dict
 from looplm.config import CheckpointConfig, DataConfig, DataSource, LossConfig, ModelConfig, OptimConfig, RunConfig
-from pretrain import report, stage_jumps
+from pretrain import stage_jumps
 from pretrain.report.data import read_stages
-from pretrain.stage_jumps import boundaries
+from pretrain.report.page import build_page
+from pretrain.stage_jumps import find_jumps
 
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=2, attention="mha"
@@ -69,11 +70,11 @@ def test_stages_stand_in_the_order_in_which_they_start_from_each_other(run):
 
 
 def test_jumps_are_the_highest_mean_of_a_few_steps_at_a_loop_that_both_run(run):
-    found = {one.after: one for one in boundaries(read_stages(run))}
+    found = {one.after: one for one in find_jumps(read_stages(run))}
     assert found["stage1b"].loop == 2 and found["stage1b"].same_data
-    assert found["stage1b"].jump == pytest.approx((3 * 4.2 + 7 * 3.9) / 10 - 4.1)
-    assert found["stage2"].jump == pytest.approx(3.4 - 3.9) and not found["stage2"].same_data
-    assert found["gate"].jump == pytest.approx(0) and found["gate"].same_data
+    assert found["stage1b"].nats == pytest.approx((3 * 4.2 + 7 * 3.9) / 10 - 4.1)
+    assert found["stage2"].nats == pytest.approx(3.4 - 3.9) and not found["stage2"].same_data
+    assert found["gate"].nats == pytest.approx(0) and found["gate"].same_data
     assert not found["tuned"].same_data
 
 
@@ -83,10 +84,10 @@ def test_a_spike_that_comes_late_or_is_not_a_number_counts(run):
     for index, row in enumerate(rows):
         row["loss_per_loop"] = [3.5, 9.4 if index in (17, 22) else 3.4]
     (run / "gate/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert {one.after: one.jump for one in boundaries(read_stages(run))}["gate"] == pytest.approx(6 / 10)
+    assert {one.after: one.nats for one in find_jumps(read_stages(run))}["gate"] == pytest.approx(6 / 10)
     rows[3]["loss_per_loop"] = [3.5, None]
     (run / "gate/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert np.isnan({one.after: one.jump for one in boundaries(read_stages(run))}["gate"])
+    assert np.isnan({one.after: one.nats for one in find_jumps(read_stages(run))}["gate"])
     with pytest.raises(UserError, match=r"from stage2 to gate the loss of loop 2 jumps by nan nats"):
         stage_jumps.main([str(run), "--max_jump", "0.3"])
 
@@ -109,7 +110,7 @@ def test_the_command_prints_a_row_per_stage_and_holds_the_limit(run, capsys):
 
 
 def test_the_report_has_the_table_and_names_that_do_not_cover_each_other(run):
-    page = report.build_page(run)
+    page = build_page(run)
     assert page.count("<tr>") == 6 and "-0.500 *" in page
     heights = {name: page.split(f">{name}</text>")[0].rsplit("<text", 1)[1] for name in ("stage2", "gate", "tuned")}
     assert len({text.split('y="')[1].split('"')[0] for text in heights.values()}) > 1, "narrow stages need rows"

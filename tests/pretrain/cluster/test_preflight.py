@@ -27,7 +27,22 @@ from tests.support.tiny import run_config
 
 H100 = Description("H100", 80 * 10**9, 79 * 10**9, (9, 0), "13.1", "13.1")
 RANK = RankInfo(0, "n1", H100, "torch 2.10", 1000.0, 6e14, 10**12, 10**12)
-SUBJECTS = "all-reduce network gpus engine software speed clocks shm data mix start disk saving memory".split()
+SUBJECTS = [
+    "all-reduce",
+    "network",
+    "gpus",
+    "engine",
+    "software",
+    "speed",
+    "clocks",
+    "shm",
+    "data",
+    "mix",
+    "start",
+    "disk",
+    "saving",
+    "memory",
+]
 
 
 def four_ranks(**changed: Any) -> list[RankInfo]:

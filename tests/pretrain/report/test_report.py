@@ -14,8 +14,9 @@ import yaml
 
 from looplm.cli import UserError, to_dict
 from looplm.config import DataConfig, DataSource, ModelConfig, OptimConfig, RunConfig
-from pretrain import report
-from pretrain.report.plots import loop_colours
+from pretrain.report.__main__ import main
+from pretrain.report.page import build_page
+from pretrain.report.plots import loop_colors
 
 PROMPT = "import re\n\n<script>alert('&')</script>\n"
 WORDS = [
@@ -156,7 +157,7 @@ class Page(HTMLParser):
 
 def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "my <run>")
-    report.main([str(run)])
+    main([str(run)])
     assert capsys.readouterr().out == f"report: {run}/report.html\n"
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("figure") == 11
@@ -185,20 +186,20 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 11), (1, 1, 8), (400, 8, 11)])
 def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
-    page = Page(report.build_page(write_run(tmp_path, steps, loops)))
+    page = Page(build_page(write_run(tmp_path, steps, loops)))
     assert page.tags.count("figure") == figures
     assert "No " not in page.text
 
 
 def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", metrics(3, 2))
-    page = Page(report.build_page(tmp_path))
+    page = Page(build_page(tmp_path))
     assert page.tags.count("figure") == 8
     for name in ("evaluation.json", "samples.jsonl"):
         assert f"No {name} here" in page.text
     (tmp_path / "metrics.jsonl").unlink()
     write_lines(tmp_path / "samples.jsonl", [sample(3)])
-    page = Page(report.build_page(tmp_path))
+    page = Page(build_page(tmp_path))
     assert "No training metrics here" in page.text
     assert "depth 3" in page.text
 
@@ -214,7 +215,7 @@ def test_what_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
     for line in lines:
         line |= {"learning_rate": None, "tokens": None}
     write_lines(tmp_path / "stage1/metrics.jsonl", lines)
-    text = report.build_page(tmp_path)
+    text = build_page(tmp_path)
     page = Page(text)
     assert "stage1: 2 of 20 logged steps have a loss that is not finite" in page.text
     assert page.tags.count("figure") == 7
@@ -224,13 +225,13 @@ def test_what_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_stages_with_different_numbers_of_loops(tmp_path: Path) -> None:
     write_lines(tmp_path / "a/metrics.jsonl", metrics(5, 8))
     write_lines(tmp_path / "b/metrics.jsonl", metrics(5, 4))
-    assert "loop 8" in Page(report.build_page(tmp_path)).text
+    assert "loop 8" in Page(build_page(tmp_path)).text
 
 
-def test_text_that_ran_deeper_than_trained_has_colours(tmp_path: Path) -> None:
+def test_text_that_ran_deeper_than_trained_has_colors(tmp_path: Path) -> None:
     run = write_run(tmp_path, steps=1, loops=2)
     write_lines(run / "samples.jsonl", [sample(6)])
-    page = report.build_page(run)
+    page = build_page(run)
     assert "--pale-6:" in page
     assert "--loop-3:" not in page
     assert "depth 6" in Page(page).text
@@ -254,32 +255,30 @@ def test_garbled_files_are_refused_in_one_line(tmp_path: Path, name: str, conten
     path = write_run(tmp_path, steps=1) / name
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message) as caught:
-        report.main([str(tmp_path)])
+        main([str(tmp_path)])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
 
 
 def test_nowhere_to_write_and_nothing_to_report_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out: cannot be written"):
-        report.main(
-            [str(write_run(tmp_path / "run", steps=1)), "--output", str(tmp_path / "run/gate/metrics.jsonl/out")]
-        )
+        main([str(write_run(tmp_path / "run", steps=1)), "--output", str(tmp_path / "run/gate/metrics.jsonl/out")])
     with pytest.raises(UserError, match="no such directory"):
-        report.main([str(tmp_path / "absent")])
+        main([str(tmp_path / "absent")])
     with pytest.raises(UserError, match="train something into it first"):
-        report.main([str(tmp_path)])
+        main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("loops", [1, 2, 4, 8, 16])
-def test_colours_can_be_read_and_told_apart(loops: int) -> None:
-    """WCAG: text on its depth's colour has contrast 4.5 at least; depths differ in lightness, in one direction."""
+def test_colors_can_be_read_and_told_apart(loops: int) -> None:
+    """WCAG: text on its depth's color has contrast 4.5 at least; depths differ in lightness, in one direction."""
 
-    def luminance(colour: str) -> float:
-        rgb = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    def luminance(color: str) -> float:
+        rgb = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
         return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
 
     for mode, ink in (("light", luminance("#1b1f24")), ("dark", luminance("#e8eaed"))):
-        pale = [luminance(colour) for colour in loop_colours(loops)[f"{mode}-pale"]]
+        pale = [luminance(color) for color in loop_colors(loops)[f"{mode}-pale"]]
         assert min((max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) for paper in pale) >= 4.5
-        for colours in (pale, [luminance(colour) for colour in loop_colours(loops)[mode]]):
-            assert (np.diff(colours) < 0).all() if mode == "light" else (np.diff(colours) > 0).all()
+        for colors in (pale, [luminance(color) for color in loop_colors(loops)[mode]]):
+            assert (np.diff(colors) < 0).all() if mode == "light" else (np.diff(colors) > 0).all()
