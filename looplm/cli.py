@@ -86,7 +86,7 @@ def parse_config(cls: type[ConfigType], argv: Sequence[str], *, prog: str, descr
     try:
         return _instantiate(cls, parser, parser.parse_args(list(argv)))
     except Exception as error:  # jsonargparse raises several kinds; each is the user's mistake at this point
-        message = _explain(cls, error)
+        message = _explain(parser, error)
         origin = origins.get(message.partition(":")[0])
         raise UserError(f"{origin}: {message}" if origin else message) from error
 
@@ -140,7 +140,7 @@ def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> C
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{where}: {_explain(cls, error)}") from error
+        raise UserError(f"{where}: {_explain(parser, error)}") from error
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -252,24 +252,14 @@ def _suggest(key: str, known: list[str], prefix: str = "") -> str:
     return f"did you mean {prefix}{close[0]}?" if close else f"give one of {', '.join(known)}"
 
 
-def _all_keys(cls: type, prefix: str = "") -> list[str]:
-    annotations = typing.get_type_hints(cls)
-    keys = []
-    for field in dataclasses.fields(cls):
-        inner = annotations[field.name]
-        nested = isinstance(inner, type) and dataclasses.is_dataclass(inner)
-        keys += _all_keys(inner, f"{prefix}{field.name}.") if nested else [prefix + field.name]
-    return keys
-
-
-def _explain(cls: type, error: Exception) -> str:
+def _explain(parser: ArgumentParser, error: Exception) -> str:
     """Return jsonargparse's message on one line, with a suggestion for a misspelled ``--key``."""
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
         return message
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
     if unknown:
-        return f"--{unknown[1]}: unknown key; {_suggest(unknown[1], _all_keys(cls))}"
+        return f"--{unknown[1]}: unknown key; {_suggest(unknown[1], [action.dest for action in parser._actions])}"
     missing = re.search(r"the following arguments are required: (.*)", message)
     if missing:
         return f"{missing[1]}: required and not given; set it in a --config file or on the command line"

@@ -6,34 +6,18 @@ engine.py    backend and matmul precision of the linear layers
 run.py       loss, optimizer, data, checkpoints, logging, and the run that holds them all
 """
 
-from looplm.config.engine import EMULATED, EngineConfig, Recipe
-from looplm.config.model import GateConfig, ModelConfig
-from looplm.config.parallel import ParallelConfig, Recompute
-from looplm.config.run import (
-    CheckpointConfig,
-    DataConfig,
-    DataSource,
-    LoggingConfig,
-    LossConfig,
-    OptimConfig,
-    RampUpConfig,
-    RunConfig,
-)
-
-__all__ = [
-    "EMULATED",
-    "CheckpointConfig",
-    "DataConfig",
-    "DataSource",
-    "EngineConfig",
-    "GateConfig",
-    "LoggingConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "RampUpConfig",
-    "Recipe",
-    "Recompute",
-    "RunConfig",
-]
+from looplm.config.engine import EMULATED as EMULATED
+from looplm.config.engine import EngineConfig as EngineConfig
+from looplm.config.engine import Recipe as Recipe
+from looplm.config.model import GateConfig as GateConfig
+from looplm.config.model import ModelConfig as ModelConfig
+from looplm.config.parallel import ParallelConfig as ParallelConfig
+from looplm.config.parallel import Recompute as Recompute
+from looplm.config.run import CheckpointConfig as CheckpointConfig
+from looplm.config.run import DataConfig as DataConfig
+from looplm.config.run import DataSource as DataSource
+from looplm.config.run import LoggingConfig as LoggingConfig
+from looplm.config.run import LossConfig as LossConfig
+from looplm.config.run import OptimConfig as OptimConfig
+from looplm.config.run import RampUpConfig as RampUpConfig
+from looplm.config.run import RunConfig as RunConfig

@@ -77,8 +77,7 @@ class EngineConfig:
         lower = self.fp8 not in (None, "emulate-bf16")
         for key in ("first_layers_bf16", "last_layers_bf16"):
             layers = getattr(self, key)
-            fix = "without engine.fp8 every layer is bf16; leave it 0"
-            require(lower or layers == 0, f"engine.{key}", layers, fix)
+            require(lower or layers == 0, f"engine.{key}", layers, "without engine.fp8 every layer is bf16; leave it 0")
             fix = "delayed scaling has one context for all layers; take another engine.fp8_recipe or leave it 0"
             require(self.fp8_recipe != "delayed" or layers == 0, f"engine.{key}", layers, fix)
 
@@ -118,18 +117,15 @@ class EngineConfig:
             require(kept <= layers, f"engine.{key}", kept, f"a pipeline rank has {layers} layers")
         if self.fp8 not in (None, "emulate-bf16") and self.fp8_recipe == "delayed":
             twice = recompute in (("loop",) if self.real_fp8 else ("full", "loop"))
-            reasons = {
-                "a frozen trunk never updates its scales": frozen,
-                f"with parallel.recompute={recompute} its history would hold every value twice": twice,
-                "its emulation compares all ranks, which parallel.pipeline separates": self.emulated
-                and layout.pipeline > 1,
-            }
-            for reason, applies in reasons.items():
-                fix = f"{reason}; take another, such as tensorwise"
-                require(not applies, "engine.fp8_recipe", "delayed", fix)
-        sharded = layout.distributed_optimizer
-        fix = "it needs parallel.distributed_optimizer=true"
-        require(sharded or not self.fp8_params, "engine.fp8_params", True, fix)
+            separate = self.emulated and layout.pipeline > 1
+            for refused, reason in (
+                (frozen, "a frozen trunk never updates its scales"),
+                (twice, f"with parallel.recompute={recompute} its history would hold every value twice"),
+                (separate, "its emulation compares all ranks, which parallel.pipeline separates"),
+            ):
+                require(not refused, "engine.fp8_recipe", "delayed", f"{reason}; take another, such as tensorwise")
+        sharded = layout.distributed_optimizer or not self.fp8_params
+        require(sharded, "engine.fp8_params", True, "it needs parallel.distributed_optimizer=true")
         if self.real_fp8:
             self._check_sizes(widths, layout, tokens)
 

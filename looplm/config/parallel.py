@@ -67,7 +67,7 @@ class ParallelConfig:
         require(ranks % self.model_ranks == 0, "parallel.tensor x pipeline x context", self.model_ranks, fix)
         return ranks // self.model_ranks
 
-    def stage_layers(self, num_layers: int) -> list[int]:
+    def layers_per_rank(self, num_layers: int) -> list[int]:
         """Return the number of layers on each pipeline rank, first to last."""
         given = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
         named = {rank: layers for rank, layers in given.items() if layers is not None}
@@ -104,7 +104,7 @@ class ParallelConfig:
             fix = f"it must divide model.num_layers={num_layers}; the nearest legal value is {legal}"
             fix += ", or give parallel.first_stage_layers or last_stage_layers"
             require(num_layers % self.pipeline == 0, "parallel.pipeline", self.pipeline, fix)
-        layers = self.stage_layers(num_layers)
+        layers = self.layers_per_rank(num_layers)
         fix = f"model.num_layers={num_layers} must leave the same number of layers, at least 1, for each other rank"
         key = "first_stage_layers" if self.first_stage_layers is not None else "last_stage_layers"
         require(sum(layers) == num_layers and min(layers) > 0, f"parallel.{key}", getattr(self, key), fix)

@@ -131,7 +131,7 @@ data:
     ("text", "message"),
     [
         ("optim:\n  lr_: 1\n", r"b\.yaml:2: optim\.lr_: unknown key; did you mean optim\.lr\?"),
-        ("data:\n  train:\n  - prefix: a\n    wight: 1\n", r"b\.yaml:4: data\.train\[0\]\.wight: unknown key; did you .*"),
+        ("data:\n  train:\n  - prefix: a\n    wight: 1\n", r"b\.yaml:4: data\.train\[0\]\.wight: unknown key; did .*"),
         ("optim:\n  lr: fast\n", r"b\.yaml:2: optim\.lr: Expected .*float.* fast"),
         ("optim:\n\n  lr: 0\n", r"b\.yaml:3: optim\.lr: 0\.0 is not allowed; give a number above 0"),
         ("model: {num_loops: 0}", r"b\.yaml:1: model\.num_loops: 0 is not allowed.*"),
@@ -139,7 +139,7 @@ data:
         ("optim:\n  lr: 1.0\n  lr: 2.0\n", r"b\.yaml:3: optim\.lr: given twice, first on line 2; remove one"),
         ("a: 1\nb: {\n", r"b\.yaml:3: not valid YAML: .*"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_file_names_file_and_line(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(BASE)
     (tmp_path / "b.yaml").write_text(text)

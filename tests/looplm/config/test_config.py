@@ -1,4 +1,4 @@
-"""Configuration: typed, stacked, validated at the edge; every mistake is one line that names key, value and fix."""
+"""Configuration: typed, stacked, validated; every mistake is one line that names key, value and fix."""
 
 import subprocess
 import sys
@@ -14,11 +14,15 @@ from tests.support.tiny import run_config
 BASE = {
     "output_dir": "run",
     "model": {
-        "vocab_size": 64, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_layers": 2,
+        "num_attention_heads": 4,
     },
     "optim": {"train_steps": 10},
     "data": {"train": [{"prefix": "a", "weight": 2}]},
-}  # fmt: skip
+}
 
 
 def parse(tmp_path: Path, *argv: str, text: str | None = None) -> RunConfig:
@@ -57,14 +61,14 @@ MISTAKES = {
     ("--optim.warmup_steps", "11"): r"optim\.warmup_steps: 11 .*optim\.train_steps=10",
     ("--optim.schedule", "cosine", "--optim.decay_steps", "3"): r"optim\.decay_steps: 3 .*wsd",
     ("--optim.beta2", "1"): r"optim\.beta2: 1\.0 ",
-    ("--data.global_batch_size", "3", "--data.micro_batch_size", "2"): r"data\.global_batch_size: 3 .*micro_batch_size=2",
+    ("--data.global_batch_size=3", "--data.micro_batch_size", "2"): r"data\.global_batch_size: 3 .*micro_batch_size=2",
     ("--data.seq_length", "9999"): r"data\.seq_length: 9999 .*max_sequence_length=4096",
     ("--data.train", "[]"): r"data\.train: \[\] .*at least one source",
     ("--data.train", "[{prefix: a, weight: 0}]"): r"data\.train\[\]\.weight: 0\.0 ",
     ("--data.rampup", "{start: 8, increment: 1, samples: 4}"): r"data\.rampup\.start: 8 .*global_batch_size=1",
     ("--checkpoint.keep", "0"): r"checkpoint\.keep: 0 .*at least 1",
     ("--seed", "-1"): r"seed: -1 ",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("argv", MISTAKES, ids=lambda argv: " ".join(argv))

@@ -1,4 +1,4 @@
-"""Which layouts are legal, and what the refusal of the others says."""
+"""Parallel layouts: which are legal, and the messages for those that are not."""
 
 import pytest
 
@@ -6,6 +6,8 @@ from looplm.cli import UserError
 from looplm.config import ParallelConfig
 
 WIDTHS = {"model.num_attention_heads": 12, "model.vocab_size": 48}
+NEAREST = "the nearest legal value is"
+SPLIT = "2 x parallel.context x the ranks that split the sequence"
 
 
 def check(layout: ParallelConfig, seq_length=32, num_layers=6, mla=True, tied=False) -> None:
@@ -13,7 +15,7 @@ def check(layout: ParallelConfig, seq_length=32, num_layers=6, mla=True, tied=Fa
 
 
 @pytest.mark.parametrize(
-    ("keys", "stages"),
+    ("keys", "layers"),
     [
         ({}, [6]),
         ({"pipeline": 3}, [2, 2, 2]),
@@ -22,33 +24,33 @@ def check(layout: ParallelConfig, seq_length=32, num_layers=6, mla=True, tied=Fa
         ({"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}, [1, 2, 2, 1]),
     ],
 )
-def test_layers_are_dealt_to_the_stages(keys, stages):
+def test_layers_are_divided_among_pipeline_ranks(keys, layers):
     layout = ParallelConfig(**keys)
     check(layout)
-    assert layout.stage_layers(6) == stages
+    assert layout.layers_per_rank(6) == layers
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("keys", "value", "fix"),
     [
-        ({"tensor": 0}, "parallel.tensor: 0 is not allowed"),
-        ({"context": -1}, "parallel.context: -1 is not allowed"),
-        ({"sequence": True}, "parallel.sequence: True is not allowed; it needs parallel.tensor > 1"),
-        ({"first_stage_layers": 2}, "parallel.first_stage_layers: 2 is not allowed; it needs parallel.pipeline > 1"),
-        ({"pipeline": 2, "last_stage_layers": 0}, "parallel.last_stage_layers: 0 is not allowed"),
-        ({"tensor": 5}, "parallel.tensor: 5 is not allowed; it must divide model.num_attention_heads=12; the nearest legal value is 4"),
-        ({"tensor": 2, "sequence": False}, "parallel.sequence: False is not allowed; mla"),
-        ({"pipeline": 4}, "parallel.pipeline: 4 is not allowed; it must divide model.num_layers=6; the nearest legal value is 3"),
-        ({"pipeline": 2, "first_stage_layers": 6}, "parallel.first_stage_layers: 6 is not allowed; model.num_layers=6 must leave"),
-        ({"pipeline": 3, "last_stage_layers": 3}, "parallel.last_stage_layers: 3 is not allowed; model.num_layers=6 must leave"),
-        ({"context": 3}, "data.seq_length: 32 is not allowed; it must be a multiple of 2 x parallel.context x the ranks that split the sequence = 6; the nearest legal value is 30"),
-        ({"context": 2, "tensor": 12}, "the nearest legal value is 4"),
+        ({"tensor": 0}, "parallel.tensor: 0", "give a number above 0"),
+        ({"context": -1}, "parallel.context: -1", "give a number above 0"),
+        ({"sequence": True}, "parallel.sequence: True", "it needs parallel.tensor > 1"),
+        ({"first_stage_layers": 2}, "parallel.first_stage_layers: 2", "it needs parallel.pipeline > 1"),
+        ({"pipeline": 2, "last_stage_layers": 0}, "parallel.last_stage_layers: 0", "give null or a number above 0"),
+        ({"tensor": 5}, "parallel.tensor: 5", f"it must divide model.num_attention_heads=12; {NEAREST} 4"),
+        ({"tensor": 2, "sequence": False}, "parallel.sequence: False", "mla"),
+        ({"pipeline": 4}, "parallel.pipeline: 4", f"it must divide model.num_layers=6; {NEAREST} 3"),
+        ({"pipeline": 2, "first_stage_layers": 6}, "parallel.first_stage_layers: 6", "model.num_layers=6 must leave"),
+        ({"pipeline": 3, "last_stage_layers": 3}, "parallel.last_stage_layers: 3", "model.num_layers=6 must leave"),
+        ({"context": 3}, "data.seq_length: 32", f"it must be a multiple of {SPLIT} = 6; {NEAREST} 30"),
+        ({"context": 2, "tensor": 12}, "parallel.tensor: 12", f"it must divide data.seq_length=32; {NEAREST} 4"),
     ],
-)  # fmt: skip
-def test_an_illegal_layout_is_refused_with_the_nearest_legal_one(keys, message):
+)
+def test_an_illegal_layout_is_refused_with_the_nearest_legal_one(keys, value, fix):
     with pytest.raises(UserError) as refused:
         check(ParallelConfig(**keys))
-    assert message in str(refused.value)
+    assert str(refused.value).startswith(f"{value} is not allowed; {fix}")
 
 
 def test_tied_embeddings_do_not_span_a_pipeline():
