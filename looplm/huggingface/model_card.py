@@ -3,16 +3,16 @@
 It contains nothing but what the checkpoint records.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from looplm.accounting import parameter_counts
 from looplm.checkpoint import About, OpenedModel, read_config
+from looplm.cli import UserError
 from looplm.config import RunConfig
+from looplm.evaluation.record import FILE_NAME, Evaluation
 from looplm.huggingface.config_json import HFDescription
 
 _HEAD = """---
@@ -27,10 +27,10 @@ tags:
 
 def model_card(name: str, opened: OpenedModel, description: HFDescription, dtype: torch.dtype) -> str:
     """Return the card of an export called ``name``."""
-    run, report = read_config(opened.folder), _evaluation_of(opened.folder)
+    run, evaluation = read_config(opened.folder), _evaluation_of(opened.folder)
     parts = [_HEAD, f"# {name}", _sizes(description, dtype), _loading(description)]
     parts += _training(run, opened.about) if run is not None else []
-    parts += _measurements(report) if report is not None else []
+    parts += _measurements(evaluation) if evaluation is not None else []
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -91,32 +91,30 @@ def _training(run: RunConfig, about: About) -> list[str]:
     ]
 
 
-def _measurements(report: dict[str, Any]) -> list[str]:
+def _measurements(evaluation: Evaluation) -> list[str]:
     depths = []
-    for row in report["depths"]:
-        beyond = " (beyond training)" if row["depth"] > report["trained_loops"] else ""
-        depths.append((f"{row['depth']}{beyond}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}"))
-    curve = [
-        (f"{row['threshold']:g}", f"{row['mean_depth']:.2f}", f"{row['loss']:.4f}") for row in report["exit_curve"]
-    ]
+    for row in evaluation.depths:
+        beyond = " (beyond training)" if row.depth > evaluation.trained_loops else ""
+        depths.append((f"{row.depth}{beyond}", f"{row.loss:.4f}", f"{row.perplexity:.2f}"))
+    curve = [(f"{row.threshold:g}", f"{row.mean_depth:.2f}", f"{row.loss:.4f}") for row in evaluation.exit_curve]
     return [
-        f"## Measured on {report['tokens']:,} validation tokens\n\nEvery token runs to one depth:\n\n"
+        f"## Measured on {evaluation.tokens:,} validation tokens\n\nEvery token runs to one depth:\n\n"
         + _table(("depth (loops)", "loss", "perplexity"), depths)
         + "\n\nEach token leaves at the first loop by which its exit probability reaches the threshold:\n\n"
         + _table(("threshold", "mean depth", "loss"), curve),
     ]
 
 
-def _evaluation_of(step: Path) -> dict[str, Any] | None:
+def _evaluation_of(step: Path) -> Evaluation | None:
     """Return the evaluation.json of this checkpoint, from its run's directory or the one above."""
     step = step.resolve()
     for folder in (step, *step.parents[1:3]):
         try:
-            report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-            if Path(report["checkpoint"]).parts[-3:] == step.parts[-3:]:  # the run may have been moved
-                return report
-        except (OSError, ValueError, KeyError, TypeError):
+            evaluation = Evaluation.read(folder / FILE_NAME)
+        except UserError:
             continue
+        if Path(evaluation.checkpoint).parts[-3:] == step.parts[-3:]:  # the run may have been moved
+            return evaluation
     return None
 
 

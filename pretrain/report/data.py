@@ -13,6 +13,7 @@ import yaml
 
 from looplm.cli import UserError, from_dict
 from looplm.config import RunConfig
+from looplm.evaluation.record import Evaluation as EvaluationRecord
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
@@ -107,22 +108,18 @@ def read_evaluation(path: Path) -> Evaluation | None:
     """Return the evaluation; None if there is no such file."""
     if not path.is_file():
         return None
-    where, record = str(path), _parse(_read_text(path), str(path))
+    evaluation = EvaluationRecord.read(path)
     curve: dict[tuple[float, float], list[float]] = {}
-    for row in _objects(record, "exit_curve", where):
-        point = round(_number(row, "mean_depth", where), 3), round(_number(row, "loss", where), 5)
-        curve.setdefault(point, []).append(_number(row, "threshold", where))
+    for at in evaluation.exit_curve:
+        curve.setdefault((round(at.mean_depth, 3), round(at.loss, 5)), []).append(at.threshold)
     decoding: dict[str, list[tuple[float, float]]] = {}
-    for row in _objects({"decoding": [], **record}, "decoding", where):
-        cache = str(row.get("kv_cache"))
-        decoding.setdefault(cache, []).append((_number(row, "mean_depth", where), _number(row, "loss", where)))
+    for row in evaluation.decoding or ():
+        decoding.setdefault(row.kv_cache, []).append((row.mean_depth, row.loss))
     return Evaluation(
-        trained_loops=int(_number(record, "trained_loops", where)),
-        depths=[
-            (_number(row, "depth", where), _number(row, "loss", where)) for row in _objects(record, "depths", where)
-        ],
+        trained_loops=evaluation.trained_loops,
+        depths=[(float(row.depth), row.loss) for row in evaluation.depths],
         exit_curve=curve,
-        exit_distribution=_numbers(record, "exit_distribution", where),
+        exit_distribution=list(evaluation.exit_distribution),
         decoding={cache: sorted(points) for cache, points in decoding.items()},
     )
 

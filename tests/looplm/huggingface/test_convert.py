@@ -149,6 +149,7 @@ def test_an_export_of_a_trained_import_changes_only_what_has_changed(corpus, tmp
         "trained_loops": 2,
         "depths": [{"depth": 1, "loss": 2.5, "perplexity": 12.2}, {"depth": 3, "loss": 2.25, "perplexity": 9.5}],
         "exit_curve": [{"threshold": 0.5, "loss": 2.4, "mean_depth": 1.25}],
+        "exit_distribution": [0.75, 0.25],
     }
     (tmp_path / "evaluation.json").write_text(json.dumps(report))
     export(tmp_path / "run", tmp_path / "out", single_process, dtype=torch.bfloat16)

@@ -87,7 +87,8 @@ def evaluation(loops: int) -> dict[str, Any]:
         "exit_curve": [{"threshold": q, "mean_depth": m, "loss": 3.94 + 0.8 * 0.4**m} for q, m in means.items()],
         "exit_distribution": [value / sum(share) for value in share],
         "decoding": [
-            {"kv_cache": cache, "exit_threshold": q, "mean_depth": means[q], "loss": 4.0 + worse}
+            {"kv_cache": cache, "exit_signal": "gate", "exit_threshold": q, "mean_depth": means[q], "loss": 4.0 + worse}
+            | {"tokens": 60000, "perplexity": math.exp(4.0 + worse)}
             for worse, cache in enumerate(("per_loop", "last", "mean", "first"))
             for q in (1.0, 0.5)
         ],
@@ -244,8 +245,8 @@ def test_text_that_ran_deeper_than_trained_has_colors(tmp_path: Path) -> None:
         ("stage1/metrics.jsonl", "\n[1]", r"metrics.jsonl:2: a JSON list, not an object"),
         ("stage1/metrics.jsonl", '{"kind": "train", "step": 1}', r"metrics.jsonl:1: loss_per_loop: None is not a list"),
         ("stage1/metrics.jsonl", '{"kind": "train", "step": "x"}', r"metrics.jsonl:1: step: 'x' is not a number"),
-        ("evaluation.json", "", r"evaluation.json: not JSON"),
-        ("evaluation.json", "{}", r"evaluation.json: exit_curve: not a list of objects"),
+        ("evaluation.json", "", r"evaluation.json: cannot be read as JSON"),
+        ("evaluation.json", "{}", r"evaluation.json: .*required"),
         ("samples.jsonl", "{}", r"samples.jsonl:1: prompt or settings"),
         ("samples.jsonl", '{"prompt": "", "tokens": [{"text": "a", "depth": 0}]}', r"samples.jsonl:1: tokens: .*depth"),
         ("samples.jsonl", "\udcff", r"samples.jsonl: cannot be read"),
