@@ -1,4 +1,4 @@
-"""Files of a run directory, read and checked for the report: metrics, evaluation, samples."""
+"""Metrics and samples of a run directory, read and checked for the report."""
 
 import json
 import math
@@ -13,7 +13,6 @@ import yaml
 
 from looplm.cli import UserError, from_dict
 from looplm.config import RunConfig
-from looplm.evaluation.record import Evaluation as EvaluationRecord
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
@@ -46,17 +45,6 @@ class Stage:
     def loops(self) -> int:
         """Loops in training."""
         return self.train["loss_per_loop"].shape[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Points of evaluation.json: (depth, loss); (mean depth, loss) with thresholds; (mean depth, loss) per cache."""
-
-    trained_loops: int
-    depths: list[tuple[float, float]]
-    exit_curve: dict[tuple[float, float], list[float]]
-    exit_distribution: list[float]
-    decoding: dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,26 +90,6 @@ def _origin(stage: Stage, run: Path) -> str | None:
         named = Path(str(_objects(upcycled, "steps", str(record))[-1].get("source")))
     names = {path.parent.name for path in run.glob("*/metrics.jsonl")} - {stage.name}
     return next((part for part in reversed(named.parts) if part in names), None)
-
-
-def read_evaluation(path: Path) -> Evaluation | None:
-    """Return the evaluation; None if there is no such file."""
-    if not path.is_file():
-        return None
-    evaluation = EvaluationRecord.read(path)
-    curve: dict[tuple[float, float], list[float]] = {}
-    for at in evaluation.exit_curve:
-        curve.setdefault((round(at.mean_depth, 3), round(at.loss, 5)), []).append(at.threshold)
-    decoding: dict[str, list[tuple[float, float]]] = {}
-    for row in evaluation.decoding or ():
-        decoding.setdefault(row.kv_cache, []).append((row.mean_depth, row.loss))
-    return Evaluation(
-        trained_loops=evaluation.trained_loops,
-        depths=[(float(row.depth), row.loss) for row in evaluation.depths],
-        exit_curve=curve,
-        exit_distribution=list(evaluation.exit_distribution),
-        decoding={cache: sorted(points) for cache, points in decoding.items()},
-    )
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from looplm.accounting import parameter_counts
 from looplm.cli import UserError
+from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation
 from pretrain.report import plots
-from pretrain.report.data import Evaluation, Sample, Stage, read_evaluation, read_samples, read_stages
+from pretrain.report.data import Sample, Stage, read_samples, read_stages
 from pretrain.stage_jumps import find_jumps, table
 
 TAIL_STEPS = 10  # averaged for the value at the end of a stage
@@ -33,7 +34,7 @@ def build_page(run: Path) -> str:
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; give the directory of a run, such as runs/quickstart")
     stages = read_stages(run)
-    evaluation = read_evaluation(run / "evaluation.json")
+    evaluation = Evaluation.read(run / FILE_NAME) if (run / FILE_NAME).is_file() else None
     samples = read_samples(run / "samples.jsonl")
     if not (stages or evaluation or samples):
         raise UserError(
@@ -53,7 +54,7 @@ def build_page(run: Path) -> str:
     if evaluation:
         body += _depths(evaluation)
     if evaluation and evaluation.decoding:
-        body += _caches(evaluation)
+        body += _caches(evaluation.decoding)
     if samples:
         body += _sample_text(samples, deepest)
     body += _configs(stages)
@@ -79,9 +80,9 @@ def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
     if evaluation:
         deepest = evaluation.trained_loops
         tiles += [
-            ("Validation loss", f"{loss:.3f}", f"perplexity {np.exp(loss):.4g} at depth {depth:.0f}")
-            for depth, loss in evaluation.depths
-            if depth == deepest
+            ("Validation loss", f"{row.loss:.3f}", f"perplexity {np.exp(row.loss):.4g} at depth {row.depth}")
+            for row in evaluation.depths
+            if row.depth == deepest
         ]
         mean = np.dot(evaluation.exit_distribution, range(1, len(evaluation.exit_distribution) + 1))
         tiles.append(("Mean depth", f"{mean:.2f}", f"of {deepest} in training, as the gate decides"))
@@ -157,23 +158,28 @@ def _exits(stages: Sequence[Stage], evaluation: Evaluation | None) -> list[str]:
 
 
 def _depths(evaluation: Evaluation) -> list[str]:
-    trained = [(depth, loss) for depth, loss in evaluation.depths if depth <= evaluation.trained_loops]
+    points = [(row.depth, row.loss) for row in evaluation.depths]
+    trained = [(depth, loss) for depth, loss in points if depth <= evaluation.trained_loops]
+    thresholds: dict[tuple[float, float], list[float]] = {}  # by the point that they share
+    for row in evaluation.exit_curve:
+        thresholds.setdefault((round(row.mean_depth, 3), round(row.loss, 5)), []).append(row.threshold)
     return [
         "<h2>Depth</h2><p>At each depth: all tokens run that many loops; the numbers are perplexities. Early exit: "
         "a token leaves once its summed exit probability reaches the threshold; the numbers are thresholds.</p>",
         _grid(
             "plots",
-            plots.loss_per_depth(evaluation.depths, evaluation.trained_loops) if evaluation.depths else "",
-            plots.exit_curve(evaluation.exit_curve, trained) if evaluation.exit_curve else "",
+            plots.loss_per_depth(points, evaluation.trained_loops) if points else "",
+            plots.exit_curve(thresholds, trained) if thresholds else "",
         ),
     ]
 
 
-def _caches(evaluation: Evaluation) -> list[str]:
+def _caches(rows: Sequence[CacheLoss]) -> list[str]:
+    curves = {row.kv_cache: sorted((r.mean_depth, r.loss) for r in rows if r.kv_cache == row.kv_cache) for row in rows}
     return [
         "<h2>Caches</h2><p>Loss of text that is decoded token by token: with a cache for each loop, or with one that "
         "all loops share. At the deepest point of each, tokens run all loops; at the others, they leave early.</p>",
-        _grid("plots", plots.cache_curves(evaluation.decoding)),
+        _grid("plots", plots.cache_curves(curves)),
     ]
 
 
