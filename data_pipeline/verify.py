@@ -1,5 +1,8 @@
 """Compare token files with their manifests: sizes, index and tokenizer, in a time independent of the amount of data.
 
+    python -m data_pipeline.verify data/web_train
+    python -m data_pipeline.verify data/web_train data/web_valid --deep
+
 With ``--deep`` everything is read: the hashes, every token id, and the end of every document.
 """
 

@@ -1,5 +1,8 @@
 """Measure a checkpoint at every depth, also beyond the trained one, and along the exit gate's thresholds.
 
+    python -m pretrain.evaluate --checkpoint runs/quickstart/gate --depths 1,2,3,4,6,8
+    python -m pretrain.evaluate --checkpoint runs/quickstart/gate --kv_caches per_loop,last --exit_thresholds 0.5,1
+
 With --kv_caches also measure it as it generates, token by token through each cache. Prints a table and writes it as JSON.
 The validation data is the checkpoint's own (data.valid) unless --valid names another.
 """
@@ -99,7 +102,7 @@ def main(argv: list[str]) -> None:
     run = _validation_run(config, step)
     corpus, about = check_corpus(run.data, run.model.vocab_size), checkpoint.read_about(step)
     _check_decoding(config, run.data.seq_length, about.gate_trained)
-    if corpus.tokenizer_sha256 != about.tokenizer_sha256:
+    if corpus.tokenizer.sha256 != about.tokenizer_sha256:
         prefix = run.data.valid[0].prefix
         raise UserError(f"{prefix}: made with another tokenizer than {step}; use {step}/tokenizer.json")
     groups = process_groups.start(run.seed)

@@ -1,5 +1,8 @@
 """Pretrain a looped model, or fine-tune its exit gate on a frozen trunk.
 
+    python -m pretrain.train --config configs/quickstart/pretrain.yaml --optim.train_steps 100
+    torchrun --nproc-per-node 8 -m pretrain.train --config A.yaml --config B.yaml --output_dir runs/a
+
 A run is one training stage. The configuration says what it minimizes, what it reads and what it starts from.
 """
 
@@ -98,7 +101,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
             if _due(progress.step, config.checkpoint.save_every, last):
                 about, keep = describe(config, corpus, progress), config.checkpoint.keep
                 saved = checkpoint.save(
-                    checkpoints, trainer.state, config, about, corpus.tokenizer, keep, folder / COMPANION_FOLDER
+                    checkpoints, trainer.state, config, about, corpus.tokenizer_file, keep, folder / COMPANION_FOLDER
                 )
                 log.say(f"step {progress.step}/{total_steps}  saved {saved}")
                 log.restart_clock()

@@ -1,5 +1,6 @@
 """The command line: positionals, switches, subcommands, --help, and where a wrong value comes from."""
 
+import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from looplm.bounds import check_bounds, positive
 from looplm.cli import UserError, parse_command, parse_config, positional, run_main, switch
 from looplm.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,3 +166,19 @@ def test_the_line_is_that_of_the_value_in_effect(tmp_path):
     with pytest.raises(UserError, match=r"^model\.num_loops: -2 is"):
         parse_run(base, first, argv=("--model.num_loops=-2",))
     assert parse_run(base, first, argv=("--model.num_loops", "2")).model.num_loops == 2
+
+
+COMMANDS = [
+    path
+    for package in ("data_pipeline", "looplm", "pretrain", "tools")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if "\n    run_main(" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_shows_an_example(path):
+    """Each command shows its module's docstring above the keys."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert re.search(rf"-m {re.escape(module)}\b", text)

@@ -1,5 +1,8 @@
 """Measure this machine: the engine against plain torch, the memory of the chunked head, decoding, a pipeline's bubble.
 
+    python -m tools.bench
+    python -m tools.bench --checkpoint runs/quickstart/gate --repeats 9
+
 Everything that is compared is measured in one run, in turns: machines are noisy, ratios are not. The plain-torch model is
 the oracle of ``looplm/reference.py`` with torch's fused attention, its own parameters and torch's AdamW.
 """
