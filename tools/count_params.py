@@ -1,4 +1,7 @@
-"""Count what a recipe's model holds and costs, from arithmetic alone: nothing is built."""
+"""Print a recipe's parameters, training FLOPs and cache bytes, by arithmetic alone: no model is built.
+
+python -m tools.count_params --config configs/quickstart/pretrain.yaml
+"""
 
 from looplm.accounting import cache_values_per_token, parameter_counts, training_flops_per_token
 from looplm.cli import parse_config, run_main
@@ -12,7 +15,7 @@ def main(argv: list[str]) -> None:
 
 
 def describe(config: RunConfig) -> str:
-    """The table that the command prints."""
+    """Return the table that the command prints."""
     model, gate, length = config.model, config.gate, config.data.seq_length
     frozen = config.loss.frozen_trunk
     counts = parameter_counts(model, gate)

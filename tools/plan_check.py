@@ -1,9 +1,10 @@
-"""Hold the planner's memory against real training steps on this machine's CPU, in layouts of one, two and four processes.
+"""Compare the planner's memory estimates with real training steps on this machine's CPU, in one to four processes.
 
     python -m tools.plan_check
 
-Weights, gradients and optimizer state are the storages that the engine holds; activations are what autograd saves between
-forward and backward, at their peak (tools.bench.memory). Ends with status 1 where a part is off by more than 3 %.
+Weights, gradients and optimizer state are measured as the storages that the trainer holds, activations as what autograd
+saves between forward and backward, at its peak (tools.bench.memory). The command ends with status 1 if any part is off
+by more than 3 %.
 """
 
 import json
@@ -12,16 +13,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from tqdm import tqdm
 
 from looplm.cli import UserError, parse_config, run_main
 from looplm.config import (
@@ -35,13 +35,11 @@ from looplm.config import (
     RunConfig,
 )
 from looplm.megatron import process_groups
-from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
-from pretrain.data import Batch
 from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
-from tools.bench.memory import saved_bytes
-from tools.planning.memory import Memory, rank_memory
+from tools.bench.memory import random_batch, saved_bytes
+from tools.planning.memory import rank_memory
 from tools.planning.planned_run import PlannedRun
 
 TOLERANCE = 0.03
@@ -49,8 +47,8 @@ TIMEOUT_S = 600
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
-class Case(NamedTuple):
-    """A run that is measured."""
+class MemoryCheck(NamedTuple):
+    """A run whose memory is measured; ``sections`` changes its recipe."""
 
     ranks: int
     layout: ParallelConfig
@@ -60,101 +58,92 @@ class Case(NamedTuple):
 
 BF16 = {"optim": {"precision": "bf16"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
-CASES: dict[str, Case] = {
-    "alone, none, MLA": Case(1, ParallelConfig()),
-    "alone, none, MHA": Case(1, ParallelConfig(), "mha"),
-    "alone, none, MLA, bf16": Case(1, ParallelConfig(), sections=BF16),
-    "alone, selective, MLA": Case(1, ParallelConfig(recompute="selective")),
-    "alone, full, MLA": Case(1, ParallelConfig(recompute="full")),
-    "alone, loop, MHA, bf16": Case(1, ParallelConfig(recompute="loop"), "mha", BF16),
-    "alone, loop, MLA": Case(1, ParallelConfig(recompute="loop")),
-    "DP2 + distributed optimizer, MLA, bf16": Case(2, ParallelConfig(distributed_optimizer=True), sections=BF16),
-    "TP2, none, MLA": Case(2, ParallelConfig(tensor=2)),
-    "TP2, loop, MHA": Case(2, ParallelConfig(tensor=2, recompute="loop"), "mha"),
-    "PP2, none, MLA": Case(2, ParallelConfig(pipeline=2)),
-    "PP2, full, MHA, bf16": Case(2, ParallelConfig(pipeline=2, recompute="full"), "mha", BF16),
-    "PP2, loop, MLA": Case(2, ParallelConfig(pipeline=2, recompute="loop")),
-    "CP2, none, MLA": Case(2, ParallelConfig(context=2)),
-    "CP2, none, MHA, one document": Case(2, ParallelConfig(context=2), "mha", ONE_DOCUMENT),
-    "CP2, selective, MHA": Case(2, ParallelConfig(context=2, recompute="selective"), "mha"),
-    "TP2 x PP2, loop, MLA": Case(4, ParallelConfig(tensor=2, pipeline=2, recompute="loop")),
-    "CP2 x DP2 + distributed optimizer, MHA": Case(4, ParallelConfig(context=2, distributed_optimizer=True), "mha"),
+CHECKS: dict[str, MemoryCheck] = {
+    "alone, none, MLA": MemoryCheck(1, ParallelConfig()),
+    "alone, none, MHA": MemoryCheck(1, ParallelConfig(), "mha"),
+    "alone, none, MLA, bf16": MemoryCheck(1, ParallelConfig(), sections=BF16),
+    "alone, selective, MLA": MemoryCheck(1, ParallelConfig(recompute="selective")),
+    "alone, full, MLA": MemoryCheck(1, ParallelConfig(recompute="full")),
+    "alone, loop, MHA, bf16": MemoryCheck(1, ParallelConfig(recompute="loop"), "mha", BF16),
+    "alone, loop, MLA": MemoryCheck(1, ParallelConfig(recompute="loop")),
+    "DP2 + distributed optimizer, MLA, bf16": MemoryCheck(2, ParallelConfig(distributed_optimizer=True), sections=BF16),
+    "TP2, none, MLA": MemoryCheck(2, ParallelConfig(tensor=2)),
+    "TP2, loop, MHA": MemoryCheck(2, ParallelConfig(tensor=2, recompute="loop"), "mha"),
+    "PP2, none, MLA": MemoryCheck(2, ParallelConfig(pipeline=2)),
+    "PP2, full, MHA, bf16": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="full"), "mha", BF16),
+    "PP2, loop, MLA": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop")),
+    "CP2, none, MLA": MemoryCheck(2, ParallelConfig(context=2)),
+    "CP2, none, MHA, one document": MemoryCheck(2, ParallelConfig(context=2), "mha", ONE_DOCUMENT),
+    "CP2, selective, MHA": MemoryCheck(2, ParallelConfig(context=2, recompute="selective"), "mha"),
+    "TP2 x PP2, loop, MLA": MemoryCheck(4, ParallelConfig(tensor=2, pipeline=2, recompute="loop")),
+    "CP2 x DP2 + distributed optimizer, MHA": MemoryCheck(
+        4, ParallelConfig(context=2, distributed_optimizer=True), "mha"
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """What is measured.
+    """The selection of checks.
 
     Args:
-        only: names of the cases that hold this text; everything without it.
+        only: run the checks whose names contain this text; all by default.
     """
 
     only: str = ""
 
 
-def recipe_of(case: Case, width: int = 256) -> RunConfig:
-    """A small model of ordinary proportions in the case's layout."""
-    common: dict[str, Any] = {
-        "vocab_size": 8 * width, "hidden_size": width, "ffn_hidden_size": 11 * width // 4, "num_layers": 4,
-        "num_loops": 3, "num_attention_heads": 4, "max_sequence_length": 128,
-    }  # fmt: skip
-    if case.attention == "mha":
-        model = ModelConfig(**common, attention="mha", num_query_groups=2)
-    else:
-        head = width // 4
-        model = ModelConfig(**common, q_lora_rank=head * 3, kv_lora_rank=head * 2, qk_nope_head_dim=head, qk_rope_head_dim=head // 2, v_head_dim=head)  # fmt: skip
-    layout = case.layout
-    replicas = case.ranks // layout.model_ranks
-    batch = 2 * replicas * (1 if layout.pipeline == 1 else 4)  # a pipeline with more than it has in flight
+GATES: dict[str, Literal["lru", "linear"]] = {"mla": "lru", "mha": "linear"}  # each gate with one attention
+
+
+def recipe_of(check: MemoryCheck, width: int = 256) -> RunConfig:
+    """Return a small model of ordinary proportions in the check's layout."""
+    head, layout = width // 4, check.layout
+    ranks = {"q_lora_rank": head * 3, "kv_lora_rank": head * 2}
+    mla = ranks | {"qk_nope_head_dim": head, "qk_rope_head_dim": head // 2, "v_head_dim": head}
+    attention: dict[str, Any] = {"mla": mla, "mha": {"attention": "mha", "num_query_groups": 2}}[check.attention]
+    sizes = {"vocab_size": 8 * width, "hidden_size": width, "ffn_hidden_size": 11 * width // 4, "num_layers": 4}
+    replicas = check.ranks // layout.model_ranks
+    batch = 2 * replicas * (1 if layout.pipeline == 1 else 4)  # more micro-batches than a pipeline has in flight
+    source = (DataSource(prefix="unused"),)
     config = RunConfig(
         output_dir="unused",
-        model=model,
-        gate=GateConfig(kind="lru" if case.attention == "mla" else "linear", state_size=32),
+        model=ModelConfig(**sizes, num_loops=3, num_attention_heads=4, max_sequence_length=128, **attention),
+        gate=GateConfig(kind=GATES[check.attention], state_size=32),
         loss=LossConfig(head_chunk_tokens=64),
         optim=OptimConfig(train_steps=2, precision="fp32"),
-        data=DataConfig(
-            train=(DataSource(prefix="unused"),), seq_length=128, micro_batch_size=2, global_batch_size=batch
-        ),
+        data=DataConfig(train=source, seq_length=128, micro_batch_size=2, global_batch_size=batch),
         parallel=layout,
     )
-    return replace(config, **{key: replace(getattr(config, key), **values) for key, values in case.sections.items()})
+    return replace(config, **{key: replace(getattr(config, key), **values) for key, values in check.sections.items()})
 
 
-def candidate_of(config: RunConfig, ranks: int) -> PlannedRun:
-    """The case as the planner sees it, with a CPU's composed norms."""
+def planned_run(config: RunConfig, ranks: int) -> PlannedRun:
+    """Return the run for the planner, with a CPU's composed norms."""
     return PlannedRun(config, ranks // config.parallel.model_ranks, fused_norms=False)
 
 
 def measure(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:
-    """Bytes of each part on this rank, after a first step and during a second one."""
+    """Return the bytes of each part on this rank, measured in a second step."""
     model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], config.parallel)
     trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
-    count = candidate_of(config, dist.get_world_size()).micro_batches
-    batches = [_batch(config) for _ in range(count)]
+    count = planned_run(config, dist.get_world_size()).micro_batches
+    batches = [random_batch(config, config.data.micro_batch_size, documents=True) for _ in range(count)]
     trainer.train(iter(batches), count)
     with saved_bytes(model) as saved:
         trainer.backward(iter(batches), count)
-    return {**_held(trainer.ddp, trainer.optimizer), "activations": saved.peak}
+    return {**_held_bytes(trainer), "activations": saved.peak}
 
 
-def _batch(config: RunConfig) -> Batch:
-    data = config.data
-    ids_BS = torch.randint(config.model.vocab_size, (data.micro_batch_size, data.seq_length + 1), device=DEVICE)
-    start_SB = torch.zeros(data.seq_length, data.micro_batch_size, dtype=torch.int64, device=DEVICE)
-    mask_SB = torch.ones(data.seq_length, data.micro_batch_size, device=DEVICE)
-    return Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), mask_SB, start_SB if data.document_masking else None)
-
-
-def _held(ddp: DistributedDataParallel, optimizer: MegatronOptimizer) -> dict[str, int]:
-    """Bytes of the storages behind weights, gradient buffers, and what else Adam has."""
-    weights = _storages(ddp.module.parameters())
-    gradients = _storages(one.main_grad for one in ddp.module.parameters() if one.requires_grad)
+def _held_bytes(trainer: Trainer) -> dict[str, int]:
+    """Return the bytes of the storages behind weights, gradient buffers, and the rest of Adam's state."""
+    weights = _storages(trainer.model.parameters())
+    gradients = _storages(one.main_grad for one in trainer.model.parameters() if one.requires_grad)
     adam: list[Tensor] = []
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for one in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
         adam += [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
         adam += [x for state in one.optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.dim()]
-    own = {place: size for place, size in _storages(adam).items() if place not in weights}
+    own = {address: size for address, size in _storages(adam).items() if address not in weights}
     return {name: sum(part.values()) for name, part in zip(PARTS, (weights, gradients, own), strict=False)}
 
 
@@ -163,28 +152,30 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def measure_cases(names: list[str], width: int = 256) -> dict[str, list[dict[str, int]]]:
-    """In a started job, each case's bytes on the first tensor- and context-parallel rank of every pipeline rank; rank 0
-    has them all."""
-    found = {}
+def measure_checks(names: list[str], width: int = 256) -> dict[str, list[dict[str, int]]]:
+    """Return each check's bytes on the first tensor- and context-parallel rank of every pipeline rank.
+
+    All processes of a job call this; rank 0 returns the results.
+    """
+    results = {}
     for name in names:
-        config = recipe_of(CASES[name], width)
+        config = recipe_of(CHECKS[name], width)
         groups = process_groups.start(0, config.parallel)
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (groups.pp.rank(), measure(config, groups)))
-        found[name] = [dict(ranks)[rank] for rank in range(config.parallel.pipeline)]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (groups.pp.rank(), measure(config, groups)))
+        results[name] = [dict(gathered)[rank] for rank in range(config.parallel.pipeline)]
         process_groups.reset()
-    return found
+    return results
 
 
 def compare(name: str, measured: list[dict[str, int]], width: int = 256) -> list[tuple[str, int, str, float, float]]:
-    """(case, pipeline rank, part, predicted, measured) of every part, in bytes."""
-    case = CASES[name]
-    candidate = candidate_of(recipe_of(case, width), case.ranks)
+    """Return (check, pipeline rank, part, predicted bytes, measured bytes) for every part."""
+    check = CHECKS[name]
+    run = planned_run(recipe_of(check, width), check.ranks)
     rows = []
-    for rank, found in enumerate(measured):
-        predicted: Memory = rank_memory(candidate, rank)
-        rows += [(name, rank, part, asdict(predicted)[part], float(found[part])) for part in PARTS]
+    for rank, parts in enumerate(measured):
+        predicted = rank_memory(run, rank)
+        rows += [(name, rank, part, getattr(predicted, part), float(parts[part])) for part in PARTS]
     return rows
 
 
@@ -194,24 +185,23 @@ def main(argv: list[str]) -> None:
         worker(Path(argv[0]), argv[1:])
         return
     config = parse_config(CheckConfig, argv, prog="python -m tools.plan_check", description=str(__doc__))
-    names = [name for name in CASES if config.only in name]
-    print(f"{'layout':<42}{'stage':>5}  {'part':<12}{'predicted':>12}{'measured':>12}{'off':>8}")
+    names = [name for name in CHECKS if config.only in name]
+    print(f"{'layout':<42}{'rank':>5}  {'part':<12}{'predicted':>12}{'measured':>12}{'off':>8}")
     worst = 0.0
-    for ranks in sorted({CASES[name].ranks for name in names}):
-        for name, measured in launch(ranks, [name for name in names if CASES[name].ranks == ranks]).items():
+    for ranks in tqdm(sorted({CHECKS[name].ranks for name in names}), unit="job", disable=None):
+        for name, measured in launch(ranks, [name for name in names if CHECKS[name].ranks == ranks]).items():
             for _, rank, part, predicted, found in compare(name, measured):
                 off = predicted / found - 1
                 worst = max(worst, abs(off))
-                print(
-                    f"{name:<42}{rank:>5}  {part:<12}{predicted / 2**20:>8.2f} MiB{found / 2**20:>8.2f} MiB{off:>8.1%}"
-                )
+                sizes = f"{predicted / 2**20:>8.2f} MiB{found / 2**20:>8.2f} MiB"
+                print(f"{name:<42}{rank:>5}  {part:<12}{sizes}{off:>8.1%}")
     print(f"largest difference {worst:.1%}, allowed {TOLERANCE:.0%}")
     if worst > TOLERANCE:
         sys.exit(1)
 
 
 def launch(ranks: int, names: list[str]) -> dict[str, list[dict[str, int]]]:
-    """Measure the cases in processes of their own."""
+    """Return the measurements of checks that run in ``ranks`` new processes."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "measured.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -220,16 +210,16 @@ def launch(ranks: int, names: list[str]) -> dict[str, list[dict[str, int]]]:
         done = subprocess.run(command, env=environment, timeout=TIMEOUT_S, capture_output=True, text=True)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
-            raise UserError(f"{' '.join(command)}: ended with status {done.returncode}; what it printed stands above")
-        found: dict[str, list[dict[str, int]]] = json.loads(output.read_text())
-        return found
+            raise UserError(f"{' '.join(command)}: ended with status {done.returncode}; see its output above")
+        measured: dict[str, list[dict[str, int]]] = json.loads(output.read_text())
+        return measured
 
 
 def worker(output: Path, names: list[str], width: int = 256) -> None:
-    """What each process does: measure the cases; rank 0 writes ``output``."""
-    found = measure_cases(names, width)
+    """Measure the checks as one process of a job; rank 0 writes ``output``."""
+    measured = measure_checks(names, width)
     if process_groups.is_rank_0():
-        output.write_text(json.dumps(found))
+        output.write_text(json.dumps(measured))
     process_groups.stop()
 
 

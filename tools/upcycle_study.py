@@ -1,11 +1,12 @@
-"""What upcycling keeps, and that training goes on from it: trained models made into others and trained on.
+"""Convert trained models with tools.upcycle, train the results on, and check that their losses fall from there.
 
     python -m tools.upcycle_study        (make upcycle-study; half an hour on two cores)
 
-The sources are a recipe's model, the same with plain attention, both trained, and a random Llama that transformers saved.
-Losses are of the last loop, on the same held-out samples for a source, for what is made of it and for each checkpoint on the
-way from there. Ends with status 1 where a result rises above its start or does not end below it, or where a conversion at
-full rank changes a logit by more than 1e-4. Repeated, the command goes on where it stood.
+The sources are a recipe's model and the same with plain attention, both trained, and a random Llama that transformers
+saved. Losses are those of the last loop on the same held-out samples: of the source, of the result, and of each
+checkpoint as the result is trained on. The command ends with status 1 if a result's loss rises above its start or does
+not end below it, or if a conversion at full rank changes a logit by more than 1e-4. If repeated, it continues where it
+stopped.
 """
 
 import json
@@ -13,128 +14,127 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from looplm.bounds import check_bounds, positive
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.cli import parse_config, require, run_main
 from looplm.config import RunConfig
-from looplm.files import write_whole
 from looplm.huggingface.companion_files import TOKENIZER
 from looplm.megatron import process_groups
 from pretrain import train as pretrain
 from pretrain.data import Batch, check_corpus
 from tools import upcycle
-from tools.upcycling.measure import Sample, measure
-from tools.upcycling.parts import RECORD, Parts, assemble, open_source
+from tools.studies.study import Study, markdown_table
+from tools.upcycling.measure import Sample, measure_losses
+from tools.upcycling.model_state import RECORD, ModelState, assemble, open_source
 
-SOURCES = ("mla", "mha", "llama")
-POINTS = 8  # checkpoints that are measured while a result is trained on
-WARMUP_STEPS = 5  # some results have no moments: Adam's first steps would be as long as the learning rate lets them
-LOGITS_WITHIN = 1e-4
+POINTS = 8  # checkpoints at which a result is measured
+WARMUP_STEPS = 5  # some results have no moments, so that Adam's first steps would have the learning rate's full length
+LOGIT_TOLERANCE = 1e-4
+PROG = "python -m tools.upcycle_study"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What is made of what.
+    """Sources and training of the study.
 
     Args:
-        recipe: YAML file of the sources' training, as for pretrain.train, with latent attention.
-        plain: on top of it, plain attention.
-        output_dir: a folder per source and per result, study.json and table.md go here.
-        layers: of the sources; upcycled in depth they have twice as many.
-        steps: that each result is trained on, a multiple of 8.
-        samples: held-out sequences that losses are measured on.
+        recipe: YAML file with which the sources are trained, as for pretrain.train, with latent attention.
+        plain: YAML file on top of it, with plain attention.
+        output_dir: folder for sources, results, study.json and table.md.
+        layers: layers of the sources; results that are made deeper have twice as many.
+        steps: steps for which each result is trained on, a multiple of 8.
+        samples: held-out sequences on which losses are measured.
     """
 
     recipe: str = "configs/quickstart/pretrain.yaml"
     plain: str = "configs/upcycle-study/mha.yaml"
     output_dir: str = "runs/upcycle_study"
-    layers: int = 4
-    steps: int = 40
-    samples: int = 32
+    layers: int = positive(4)
+    steps: int = positive(40)
+    samples: int = positive(32)
 
     def __post_init__(self) -> None:
-        require(self.steps > 0 and self.steps % POINTS == 0, "steps", self.steps, f"give a multiple of {POINTS}")
+        check_bounds(self, "")
+        require(self.steps % POINTS == 0, "steps", self.steps, f"give a multiple of {POINTS}")
 
 
-class Case(NamedTuple):
-    """A kind of upcycling: from which source, with what words after its first, and how fast it is trained on."""
+class PlannedResult(NamedTuple):
+    """A source, the subcommand of tools.upcycle with its arguments, and the rate at which the result is trained on."""
 
     source: str
-    kind: str
+    command: str
     arguments: tuple[str, ...]
     learning_rate: float
     exact: bool = False
 
 
 class Result(NamedTuple):
-    """What was measured of one case. Losses in nats per token; ``curve`` has one per checkpoint, in order."""
+    """Losses in nats per token of a source, its converted model, and each checkpoint after that, in order.
+
+    ``logits_within`` is the largest difference from the source's logits over all loops; None if none is promised.
+    """
 
     name: str
     source: float
     start: float
     curve: list[float]
-    logits_within: float | None = None  # largest difference to the source's, over all loops; None where not exact
+    logits_within: float | None = None
 
     def faults(self) -> list[str]:
-        """What did not hold, in words."""
-        found = []
+        """Return a sentence for each expectation that was not met."""
+        faults = []
         if not max(self.curve) <= self.start:  # NaN is not
-            found.append(f"rises to {max(self.curve):.4f}, above its start at {self.start:.4f}")
+            faults.append(f"rises to {max(self.curve):.4f}, above its start at {self.start:.4f}")
         if not self.curve[-1] < self.start:
-            found.append(f"ends at {self.curve[-1]:.4f}, not below its start at {self.start:.4f}")
-        if self.logits_within is not None and not self.logits_within <= LOGITS_WITHIN:
-            found.append(f"logits differ by {self.logits_within:.1e}, more than {LOGITS_WITHIN:g}")
-        return found
+            faults.append(f"ends at {self.curve[-1]:.4f}, not below its start at {self.start:.4f}")
+        if self.logits_within is not None and not self.logits_within <= LOGIT_TOLERANCE:
+            faults.append(f"logits differ by {self.logits_within:.1e}, more than {LOGIT_TOLERANCE:g}")
+        return faults
 
 
 def main(argv: list[str]) -> None:
     """``python -m tools.upcycle_study [--layers 4] [--steps 40]``"""
-    config = parse_config(StudyConfig, argv, prog="python -m tools.upcycle_study", description=str(__doc__))
-    run = parse_config(RunConfig, ["--config", config.recipe], prog="python -m tools.upcycle_study", description="")
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    refuse_other_settings(folder / "settings.json", asdict(config))
-    train_sources(config, run, folder)
-    results = []
-    for name, case in cases(config, run).items():
-        results.append(earlier_result(folder / name) or make(name, case, config, run, folder))
+    config = parse_config(StudyConfig, argv, prog=PROG, description=str(__doc__))
+    run = parse_config(RunConfig, ["--config", config.recipe], prog=PROG, description="")
+    study = Study(Path(config.output_dir), asdict(config), Result)
+    train_sources(config, run, study.folder)
+    results = list[Result]()
+    for name, planned in tqdm(plan(config, run).items(), unit="result", disable=None):
+        result = study.earlier(name) or study.complete(name, produce(name, planned, config, run, study.folder))
+        results.append(result)
         print(table(results), end="", flush=True)
-    write_whole(folder / "table.md", table(results))
+    study.write_report(results, table(results))
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults()]
     if faults:
         raise SystemExit("\n".join(faults))
 
 
-def cases(config: StudyConfig, run: RunConfig) -> dict[str, Case]:
-    """Every result by its folder's name. A trained one goes on at the learning rate where its source stood."""
+def plan(config: StudyConfig, run: RunConfig) -> dict[str, PlannedResult]:
+    """Return every result by the name of its folder. A trained source continues at its last learning rate."""
     deeper, width = ("--layers", str(2 * config.layers)), run.model.hidden_size
     half = ("--kv_lora_rank", str(width // 2), "--qk_rope_head_dim", str(width // 2))
     calibrated = ("--calibrate", run.data.train[0].prefix)
-    slow, fast = run.optim.min_lr or run.optim.lr, run.optim.lr
+    looped = ("--layers", f"1:{1 + config.layers}", "--loops", str(run.model.num_loops))
+    last_rate = run.optim.min_lr or run.optim.lr
     return {
-        "stacked": Case("mla", "depth", (*deeper, "--how", "stack"), slow),
-        "interleaved": Case("mla", "depth", (*deeper, "--how", "interleave"), slow),
-        "latent-full": Case("mha", "latent", ("--kv_lora_rank", str(width)), slow, exact=True),
-        "latent-half": Case("mha", "latent", (*half, *calibrated), slow),
-        "looped": Case("llama", "dense", ("--layers", f"1:{1 + config.layers}", "--loops", str(run.model.num_loops)), fast),
-    }  # fmt: skip
-
-
-def refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
-    """A folder is of one study: results of other settings would be taken for this one's."""
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise UserError(f"{path}: a study of other settings lies here; name another --output_dir")
-    write_whole(path, json.dumps(settings, indent=1))
+        "stacked": PlannedResult("mla", "depth", (*deeper, "--how", "stack"), last_rate),
+        "interleaved": PlannedResult("mla", "depth", (*deeper, "--how", "interleave"), last_rate),
+        "latent-full": PlannedResult("mha", "latent", ("--kv_lora_rank", str(width)), last_rate, exact=True),
+        "latent-half": PlannedResult("mha", "latent", (*half, *calibrated), last_rate),
+        "looped": PlannedResult("llama", "dense", looped, run.optim.lr),
+    }
 
 
 def train_sources(config: StudyConfig, run: RunConfig, folder: Path) -> None:
-    """Train the two models, or go on training them, and save a random Llama beside them."""
+    """Train the two models, or resume their training, and save a random Llama beside them."""
     layers = ("--model.num_layers", str(config.layers))
     recipes = {"mla": ("--config", config.recipe), "mha": ("--config", config.recipe, "--config", config.plain)}
     for name, recipe in recipes.items():
@@ -151,98 +151,89 @@ def train_sources(config: StudyConfig, run: RunConfig, folder: Path) -> None:
                 num_attention_heads=run.model.num_attention_heads,
                 num_key_value_heads=run.model.num_attention_heads // 2,
                 max_position_embeddings=run.model.max_sequence_length,
-                bos_token_id=corpus.bos_id,
-                eos_token_id=corpus.eos_id,
-                pad_token_id=corpus.pad_id,
+                bos_token_id=corpus.tokenizer.bos_id,
+                eos_token_id=corpus.tokenizer.eos_id,
+                pad_token_id=corpus.tokenizer.pad_id,
             )
         ).save_pretrained(partial)
-        shutil.copyfile(corpus.tokenizer, partial / TOKENIZER)
+        shutil.copyfile(corpus.tokenizer_file, partial / TOKENIZER)
         step_folder.move_into_place(partial, folder / "llama")
 
 
-def make(name: str, case: Case, config: StudyConfig, run: RunConfig, folder: Path) -> Result:
-    """Upcycle, train on and measure."""
-    source, own = folder / case.source, folder / name
-    start, goes_on, held_out = own / "start", own / "goes_on", run.data.valid[0].prefix
+def produce(name: str, planned: PlannedResult, config: StudyConfig, run: RunConfig, folder: Path) -> Result:
+    """Convert the source, train the result on, and measure both."""
+    source, own, held_out = folder / planned.source, folder / name, run.data.valid[0].prefix
+    start, trained_on = own / "start", own / "trained_on"
     if not start.exists():
-        given = "--input" if case.kind == "dense" else "--checkpoint"
+        key = "--input" if planned.command == "dense" else "--checkpoint"
         own.mkdir(exist_ok=True)
         measured = ("--data", held_out, "--samples", str(config.samples), "--seq_length", str(run.data.seq_length))
-        upcycle.main([case.kind, given, str(source), "--output", str(start), *case.arguments, *measured])
-    train_on(case, config, run, start, goes_on)
-    steps = sorted(step_folder.steps_in(goes_on / "checkpoints"))
+        upcycle.main([planned.command, key, str(source), "--output", str(start), *planned.arguments, *measured])
+    train_on(planned, config, run, start, trained_on)
     record = json.loads((start / COMPANION_FOLDER / RECORD).read_text())[-1]
     before, after = record["before"], record["after"]
     groups = process_groups.start(run.seed)
     try:
         sample = Sample(held_out, config.samples, run.data.seq_length)
-        batches = sample.read(run.model, check_corpus(run.data, run.model.vocab_size).tokenizer_sha256, groups)
+        tokenizer_sha256 = check_corpus(run.data, run.model.vocab_size).tokenizer_sha256
+        batches = sample.read(run.model, tokenizer_sha256, groups)
+        steps = sorted(step_folder.steps_in(trained_on / "checkpoints"))
         curve = [last_loss(str(step), batches, groups) for step in steps]
-        within = logit_difference(source, start, batches[0], groups) if case.exact else None
+        within = logit_difference(source, start, batches[0], groups) if planned.exact else None
     finally:
         process_groups.stop()
-    loops = len(before["exit_distribution"])  # of the source
-    result = Result(name, before["loss_per_depth"][loops - 1], after["loss_per_depth"][-1], curve, within)
-    write_whole(own / "result.json", json.dumps(result._asdict(), indent=1))  # last: a case without it is not done
-    return result
+    source_loops = len(before["exit_distribution"])
+    return Result(name, before["loss_per_depth"][source_loops - 1], after["loss_per_depth"][-1], curve, within)
 
 
-def train_on(case: Case, config: StudyConfig, run: RunConfig, start: Path, goes_on: Path) -> None:
-    """Train a result, or go on training it; ``POINTS`` checkpoints stay."""
+def train_on(planned: PlannedResult, config: StudyConfig, run: RunConfig, start: Path, output: Path) -> None:
+    """Train a result on, or resume that training; ``POINTS`` checkpoints are kept."""
     settings = {
-        "output_dir": goes_on,
+        "output_dir": output,
         "checkpoint.initial": start,
-        "checkpoint.initial_optimizer": str(case.kind == "depth").lower(),
+        "checkpoint.initial_optimizer": str(planned.command == "depth").lower(),
         "checkpoint.save_every": config.steps // POINTS,
         "checkpoint.keep": POINTS,
         "optim.train_steps": config.steps,
-        "optim.lr": case.learning_rate,
+        "optim.lr": planned.learning_rate,
         "optim.min_lr": 0,
         "optim.schedule": "constant",
         "optim.warmup_steps": WARMUP_STEPS,
         "optim.decay_steps": 0,
         "seed": run.seed + 1,  # other samples than the source began with
     }
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    pretrain.main(["--config", config.recipe, "--config", str(start / "config.yaml"), *words])
-
-
-def earlier_result(own: Path) -> Result | None:
-    """What a finished case has written."""
-    path = own / "result.json"
-    return Result(**json.loads(path.read_text())) if path.exists() else None
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    pretrain.main(["--config", config.recipe, "--config", str(start / "config.yaml"), *flags])
 
 
 def last_loss(step: str, batches: list[Batch], groups: ProcessGroupCollection) -> float:
-    """Of the last loop."""
-    parts = open_source(step, groups).parts
-    return float(measure(parts, batches, parts.model.num_loops, groups)["loss_per_depth"][-1])
+    """Return a checkpoint's loss at its last loop."""
+    state = open_source(step, groups).state
+    return float(measure_losses(state, batches, state.config.num_loops, groups)["loss_per_depth"][-1])
 
 
 def logit_difference(source: Path, result: Path, batch: Batch, groups: ProcessGroupCollection) -> float:
-    """The largest, over all loops, tokens and words."""
+    """Return the largest difference between two models' logits, over all loops, tokens and words."""
 
-    def logits(parts: Parts) -> list[Tensor]:
-        model = assemble(parts, groups).eval()
+    def logits(state: ModelState) -> list[Tensor]:
+        model = assemble(state, groups).eval()
         with torch.no_grad():
             output = model(batch.ids_BS, document_start_SB=batch.document_start_SB)
             return [h_SBD @ model.head_weight().T for h_SBD in output.hidden]
 
-    both = [logits(open_source(str(path), groups).parts) for path in (source, result)]
+    both = [logits(open_source(str(path), groups).state) for path in (source, result)]
     return max(float((a - b).abs().max()) for a, b in zip(*both, strict=True))
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row per result: its source's loss, its own at the start and at each checkpoint."""
+    """Return a row per result: its source's loss, and its own at the start and at each checkpoint."""
     points = len(results[0].curve)
-    lines = [
-        "| | source | start | " + " | ".join(f"{n}/{points}" for n in range(1, points + 1)) + " | logits differ by |"
-    ]
-    lines.append("|" + "---|" * (points + 4))
+    header = ["", "source", "start", *(f"{n}/{points}" for n in range(1, points + 1)), "logits differ by"]
+    rows = []
     for result in results:
-        losses = " | ".join(f"{loss:.4f}" for loss in (result.source, result.start, *result.curve))
-        lines.append(f"| {result.name} | {losses} | {'' if result.logits_within is None else f'{result.logits_within:.1e}'} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+        losses = [f"{loss:.4f}" for loss in (result.source, result.start, *result.curve)]
+        rows.append([result.name, *losses, "" if result.logits_within is None else f"{result.logits_within:.1e}"])
+    return markdown_table(header, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The study's order, its table, and that it takes up what was cut off; the training itself is pretrain's."""
+"""The FP8 study: the order of its runs, its table, and resumption; pretrain.train itself is replaced."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,13 @@ import pytest
 from looplm.cli import UserError
 from tools import fp8_study
 from tools.fp8_study import Run, StudyConfig, main, plan, table
+from tools.studies import study
 
 LOSSES = {("bf16", 1): 4.0, ("bf16", 2): 5.0, ("hybrid-tensorwise", 1): 4.02, ("hybrid-tensorwise", 2): 4.95}
 
 
-class Trainer:
-    """In place of ``python -m pretrain.train``: writes what a run leaves, or fails."""
+class FakeSubprocess:
+    """Replacement for ``python -m pretrain.train``: writes a run's metrics, or fails."""
 
     STDOUT = None
 
@@ -21,7 +22,7 @@ class Trainer:
         self.commands: list[list[str]] = []
         self.broken = False
 
-    def run(self, command: list[str], **_: object) -> "Trainer":
+    def run(self, command: list[str], **_: object) -> "FakeSubprocess":
         self.commands.append(command)
         self.returncode = int(self.broken)
         values = dict(zip(command[3::2], command[4::2], strict=True))
@@ -39,12 +40,12 @@ class Trainer:
 
 @pytest.fixture
 def trainer(monkeypatch):
-    found = Trainer()
-    monkeypatch.setattr(fp8_study, "subprocess", found)
-    return found
+    fake = FakeSubprocess()
+    monkeypatch.setattr(fp8_study, "subprocess", fake)
+    return fake
 
 
-def test_the_baseline_comes_first_beside_the_first_variant():
+def test_the_baseline_runs_first_with_the_first_variant():
     config = StudyConfig(seeds=(1, 2), variants=("hybrid-tensorwise", "bf16", "e4m3-mxfp8"))
     order = [
         ("bf16", 1),
@@ -58,8 +59,8 @@ def test_the_baseline_comes_first_beside_the_first_variant():
     assert len(list(plan(StudyConfig()))) == 3 * len(fp8_study.VARIANTS)
 
 
-def test_it_compares_seed_by_seed_and_takes_up_what_is_left(trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp8_study, "git_revision", lambda: "abc")
+def test_variants_are_compared_seed_by_seed_and_a_repeated_command_resumes(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "git_revision", lambda: "abc")
     argv = ["--output_dir", str(tmp_path), "--seeds", "[1,2]", "--variants", "[bf16,hybrid-tensorwise]"]
     trainer.broken = True
     with pytest.raises(SystemExit, match=r"bf16, seed 1, ended with status 1; see .*log\.txt"):
@@ -68,14 +69,15 @@ def test_it_compares_seed_by_seed_and_takes_up_what_is_left(trainer, tmp_path, m
     main(argv)
     assert len(trainer.commands) == 1 + 4
     main(argv)
-    assert len(trainer.commands) == 5, "what is done is not done again"
+    assert len(trainer.commands) == 5, "finished runs are not repeated"
 
-    said = json.loads((tmp_path / "study.json").read_text())
-    assert said["commit"] == "abc" and {"recipe", "machine", "versions"} <= set(said)
-    assert [(run["variant"], run["seed"], run["validation_loss"]) for run in said["runs"]] == [
-        ("bf16", 1, 4.0), ("hybrid-tensorwise", 1, 4.02), ("bf16", 2, 5.0), ("hybrid-tensorwise", 2, 4.95),
-    ]  # fmt: skip
+    report = json.loads((tmp_path / "study.json").read_text())
+    assert report["commit"] == "abc" and {"recipe", "machine", "versions"} <= set(report)
+    losses = {(run["variant"], run["seed"]): run["validation_loss"] for run in report["runs"]}
+    assert losses == LOSSES and len(report["runs"]) == 4
     assert "| hybrid-tensorwise | 4.0200 | 4.9500 | 4.4850 | -0.25%, -1.00% |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match=r"settings\.json: belongs to a study with other settings"):
+        main([*argv, "--recipe", "another.yaml"])
 
 
 def test_a_table_may_have_gaps():
@@ -93,6 +95,6 @@ def test_a_table_may_have_gaps():
         ({"variants": ("e4m3-mxfp8",)}, "variants: .* is not allowed; bf16 must be among them"),
     ],
 )
-def test_a_mistake_is_one_line(keys, message):
+def test_bad_input_gives_a_one_line_error(keys, message):
     with pytest.raises(UserError, match=message):
         StudyConfig(**keys)

@@ -1,4 +1,4 @@
-"""Upcycling depth, loops and gates: what is copied is copied whole, runs go on, mistakes leave nothing behind."""
+"""Upcycling depth, loops and gates: copies are complete, runs resume, and mistakes leave nothing behind."""
 
 import dataclasses
 import json
@@ -19,9 +19,9 @@ from pretrain.train import train
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_prefix
 from tools.upcycle import main
-from tools.upcycling.depth import copy_layers, deepen
 from tools.upcycling.measure import Sample
-from tools.upcycling.parts import Parts, assemble, open_source
+from tools.upcycling.model_state import ModelState, assemble, open_source
+from tools.upcycling.structure import copy_layers, deepen
 
 pytestmark = pytest.mark.usefixtures("job_goes_on")
 ORIGINS = {"stack": [0, 1, 0, 1, 0, 1], "interleave": [0, 0, 0, 1, 1, 1]}
@@ -29,7 +29,7 @@ IDS_BS = torch.arange(24).view(2, 12) % VOCAB
 
 
 def resume(output: Path, groups, steps: int) -> list[dict]:
-    """Train an upcycled run on, from its own config.yaml."""
+    """Resume an upcycled run from its own config.yaml."""
     config = from_dict(RunConfig, yaml.safe_load((output / "config.yaml").read_text()), where="config.yaml")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, train_steps=steps))
     train(config, check_corpus(config.data, config.model.vocab_size), groups)
@@ -37,19 +37,20 @@ def resume(output: Path, groups, steps: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("how", ORIGINS)
-def test_a_deeper_run_has_every_copy_with_its_moments_and_goes_on(
+def test_a_deeper_run_has_every_copy_with_its_moments_and_resumes(
     how, tiny_run, corpus, tmp_path, single_process, capsys
 ):
     output = tmp_path / "deep"
-    main(["depth", f"--checkpoint={tiny_run}", f"--output={output}", "--layers=6", f"--how={how}",
-          f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"])  # fmt: skip
+    measured = [f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"]
+    main(["depth", f"--checkpoint={tiny_run}", f"--output={output}", "--layers=6", f"--how={how}", *measured])
     source, deep = open_source(str(tiny_run), single_process), open_source(str(output), single_process)
-    assert deep.parts.model == dataclasses.replace(MODEL, num_layers=6)
+    assert deep.state.config == dataclasses.replace(MODEL, num_layers=6)
     assert deep.about.step == 6 and deep.about.samples == source.about.samples and deep.about.gate_trained
-    for values, theirs in ((deep.parts.weights, source.parts.weights), *(
-        ({name: state[moment] for name, state in parts.items()} for parts in (deep.parts.moments, source.parts.moments))
-        for moment in ("exp_avg", "exp_avg_sq")
-    )):  # fmt: skip
+    pairs = [(deep.state.weights, source.state.weights)]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        both = (deep.state.moments, source.state.moments)
+        pairs.append(tuple({name: adam[moment] for name, adam in moments.items()} for moments in both))
+    for values, theirs in pairs:
         assert all(value.any() for name, value in theirs.items() if not name.startswith("gate."))
         for name, value in values.items():
             layer = name.split(".")[2] if name.startswith("decoder.layers.") else None
@@ -62,51 +63,51 @@ def test_a_deeper_run_has_every_copy_with_its_moments_and_goes_on(
     assert f"{record['after']['loss_per_depth'][2]:.4f}" in shown and record["approximate"][0] in shown
 
     rows = resume(output, single_process, 8)
-    assert [row["step"] for row in rows] == [7, 8], "it goes on where the source stood"
+    assert [row["step"] for row in rows] == [7, 8], "it resumes at the source's step"
     (kept,) = json.loads((output / "checkpoints/step_00000008/companions/upcycle.json").read_text())
     assert kept == record
 
 
-def test_the_losses_reported_are_those_of_the_oracle(tiny_run, corpus, tmp_path, single_process):
-    main(["depth", f"--checkpoint={tiny_run}", f"--output={tmp_path / 'deep'}", "--layers=4", "--residual_scale=0.5",
-          f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"])  # fmt: skip
+def test_the_reported_losses_match_the_reference(tiny_run, corpus, tmp_path, single_process):
+    conversion = [f"--checkpoint={tiny_run}", f"--output={tmp_path / 'deep'}", "--layers=4", "--residual_scale=0.5"]
+    main(["depth", *conversion, f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"])
     (record,) = json.loads((tmp_path / "deep/companions/upcycle.json").read_text())
     source = open_source(str(tiny_run), single_process)
-    scaled = {name: value * 0.5 if "bda.norm" in name else value for name, value in source.parts.weights.items()}
+    scaled = {name: value * 0.5 if "bda.norm" in name else value for name, value in source.state.weights.items()}
     deep, model = copy_layers(scaled, [0, 1, 0, 1]), dataclasses.replace(MODEL, num_layers=4)
     sample = Sample(str(corpus / "valid"), 4, 32)
     (batch,) = sample.read(MODEL, source.about.tokenizer_sha256, single_process)
-    for when, params, shape in (("before", source.parts.weights, MODEL), ("after", deep, model)):
-        output = reference.forward(params, shape, source.parts.gate, batch.ids_BS, None, batch.document_start_SB)
-        head_VD = reference.head_weight(params, shape)
+    for when, params, config in (("before", source.state.weights, MODEL), ("after", deep, model)):
+        output = reference.forward(params, config, source.state.gate, batch.ids_BS, None, batch.document_start_SB)
+        head_VD = reference.head_weight(params, config)
         losses = [reference.token_losses(h_SBD, head_VD, batch.labels_SB) for h_SBD in output.hidden]
         means = [reference.masked_mean(loss_SB, batch.mask_SB).item() for loss_SB in losses]
         assert record[when]["loss_per_depth"] == pytest.approx(means, rel=1e-5)
 
 
-def test_a_loop_of_a_stack_is_two_loops_without_the_norm_between(tiny_run, single_process):
-    parts = open_source(str(tiny_run), single_process).parts
-    deep = assemble(deepen(parts, 4, "stack").parts, single_process)
+def test_a_loop_of_a_stacked_model_is_two_loops_without_the_norm_between(tiny_run, single_process):
+    state = open_source(str(tiny_run), single_process).state
+    deep = assemble(deepen(state, 4, "stack").state, single_process)
     view = reference.View.of(MODEL, IDS_BS, None, fused=False)
-    h_SBD = parts.weights["embedding.word_embeddings.weight"][IDS_BS.T]
+    h_SBD = state.weights["embedding.word_embeddings.weight"][IDS_BS.T]
     for layer in (0, 1, 0, 1):
-        h_SBD = reference.block(reference.scope(parts.weights, f"decoder.layers.{layer}."), MODEL, h_SBD, view)
-    h_SBD = reference.rms_norm(h_SBD, parts.weights["decoder.final_layernorm.weight"], MODEL.norm_eps)
+        h_SBD = reference.block(reference.scope(state.weights, f"decoder.layers.{layer}."), MODEL, h_SBD, view)
+    h_SBD = reference.rms_norm(h_SBD, state.weights["decoder.final_layernorm.weight"], MODEL.norm_eps)
     assert_close_relative({"loop": deep(IDS_BS, num_loops=1).hidden[0]}, {"loop": h_SBD})
 
 
-def test_without_sandwich_norms_the_scale_goes_into_the_output_matrices():
+def test_without_sandwich_norms_the_output_matrices_are_scaled():
     model = dataclasses.replace(MODEL, sandwich_norm=False)
     weights = {name: torch.randn(shape) for name, shape in reference.parameter_shapes(model, GateConfig()).items()}
-    deep, _, _ = deepen(Parts(model, GateConfig(), weights), 4, "stack", 0.25)
-    params, shape = deep.weights, deep.model
-    view = reference.View.of(shape, IDS_BS, None, fused=False)
+    deep, _, _ = deepen(ModelState(model, GateConfig(), weights), 4, "stack", 0.25)
+    params, config = deep.weights, deep.config
+    view = reference.View.of(config, IDS_BS, None, fused=False)
     x_SBD = torch.randn(12, 2, model.hidden_size)
     block, copy = (reference.scope(params, f"decoder.layers.{layer}.") for layer in (1, 3))
     assert_close_relative(copy, block)
     normed_SBD = reference.rms_norm(x_SBD, copy["input_layernorm.weight"], model.norm_eps)
     added = [
-        reference.latent_attention(reference.scope(p, "self_attention."), shape, normed_SBD, view)
+        reference.latent_attention(reference.scope(p, "self_attention."), config, normed_SBD, view)
         for p in (copy, reference.scope(weights, "decoder.layers.1."))
     ]
     assert_close_relative({"attention": added[0]}, {"attention": added[1] * 0.25})
@@ -114,26 +115,26 @@ def test_without_sandwich_norms_the_scale_goes_into_the_output_matrices():
     assert torch.equal(first, second * 0.25)
 
 
-def test_a_bf16_run_keeps_the_optimizers_own_weights(corpus, tmp_path, single_process):
+def test_a_bf16_run_keeps_the_fp32_main_weights(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path / "run", optim={"precision": "bf16"})
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     main(["depth", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'deep'}", "--layers=4"])
-    source, deep = (open_source(str(tmp_path / name), single_process).parts for name in ("run", "deep"))
+    source, deep = (open_source(str(tmp_path / name), single_process).state for name in ("run", "deep"))
     name = "decoder.layers.{}.mlp.linear_fc1.weight"
     assert torch.equal(deep.weights[name.format(3)], source.weights[name.format(1)])
     assert not torch.equal(source.weights[name.format(1)], source.weights[name.format(1)].bfloat16().float())
     assert len(resume(tmp_path / "deep", single_process, 7)) == 1
 
 
-def test_weights_alone_give_weights_alone_for_a_run_to_start_from(tiny_run, corpus, tmp_path, single_process):
+def test_weights_alone_stay_weights_alone_and_initialize_a_run(tiny_run, corpus, tmp_path, single_process):
     source = open_source(str(tiny_run), single_process)
-    model, about = assemble(source.parts, single_process), dataclasses.replace(source.about, objective="weights")
-    checkpoint.save_weights(tmp_path / "weights", model, source.parts.gate, about, source.tokenizer)
+    model, about = assemble(source.state, single_process), dataclasses.replace(source.about, objective="weights")
+    checkpoint.save_weights(tmp_path / "weights", model, source.state.gate, about, source.tokenizer)
     main(["depth", f"--checkpoint={tmp_path / 'weights'}", f"--output={tmp_path / 'deep'}", "--layers=4"])
     main(["loops", f"--checkpoint={tmp_path / 'deep'}", f"--output={tmp_path / 'short'}", "--loops=2"])
     assert checkpoint.read_config(tmp_path / "short") is None
     records = json.loads((tmp_path / "short/companions/upcycle.json").read_text())
-    assert [record["kind"] for record in records] == ["depth", "loops"], "each adds to what came before"
+    assert [record["kind"] for record in records] == ["depth", "loops"], "each appends its record"
     config = run_config(
         corpus,
         tmp_path / "run",
@@ -144,19 +145,17 @@ def test_weights_alone_give_weights_alone_for_a_run_to_start_from(tiny_run, corp
 
 
 @pytest.mark.parametrize("loops", [2, 5])
-def test_another_number_of_loops_leaves_depths_alone_and_moves_the_gates_prior(
-    loops, tiny_run, tmp_path, single_process
-):
+def test_other_loops_leave_hidden_states_alone_and_move_the_gates_prior(loops, tiny_run, tmp_path, single_process):
     main(["loops", f"--checkpoint={tiny_run}", f"--output={tmp_path / 'out'}", f"--loops={loops}"])
-    source, other = (open_source(str(path), single_process).parts for path in (tiny_run, tmp_path / "out"))
+    source, other = (open_source(str(path), single_process).state for path in (tiny_run, tmp_path / "out"))
     assert other.moments is not None
-    before, after = (assemble(parts, single_process)(IDS_BS) for parts in (source, other))
+    before, after = (assemble(state, single_process)(IDS_BS) for state in (source, other))
     assert len(after.hidden) == loops
     common = min(loops, 3)
     assert all(torch.equal(a, b) for a, b in zip(after.hidden[:common], before.hidden[:common], strict=True))
-    learnt = before.gate_logit_RSB[0] + torch.tensor(2.0).log()  # what the gate added to the prior's logit(1/3)
+    learned = before.gate_logit_RSB[0] + torch.tensor(2.0).log()  # what the gate added to the prior's logit(1/3)
     prior = -torch.tensor(float(loops - 1)).log()
-    assert torch.allclose(after.gate_logit_RSB[0], learnt + prior, atol=1e-6)
+    assert torch.allclose(after.gate_logit_RSB[0], learned + prior, atol=1e-6)
     assert len(resume(tmp_path / "out", single_process, 7)) == 1
 
 
@@ -169,13 +168,13 @@ def test_a_fresh_gate_is_the_uniform_prior_on_the_same_trunk(tiny_run, tmp_path,
         open_source(str(path), single_process) for path in (tiny_run, tmp_path / "linear", tmp_path / "lru")
     )
     assert source.about.gate_trained and not linear.about.gate_trained and not lru.about.gate_trained
-    before, after = (assemble(found.parts, single_process)(IDS_BS) for found in (source, lru))
+    before, after = (assemble(found.state, single_process)(IDS_BS) for found in (source, lru))
     assert torch.equal(torch.stack(after.hidden), torch.stack(before.hidden))
     assert torch.allclose(exit_log_probs(after.gate_logit_RSB).exp(), torch.tensor(1 / 3))
     assert len(resume(tmp_path / "lru", single_process, 7)) == 1
 
 
-def test_a_gate_stage_gives_its_weights(tiny_run, corpus, tmp_path, single_process):
+def test_the_weights_of_a_gate_stage_are_read(tiny_run, corpus, tmp_path, single_process):
     config = run_config(
         corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tiny_run)}
     )
@@ -184,34 +183,30 @@ def test_a_gate_stage_gives_its_weights(tiny_run, corpus, tmp_path, single_proce
     assert checkpoint.read_about(tmp_path / "deep").objective == checkpoint.WEIGHTS_ONLY
 
 
-def test_mistakes_take_one_line_and_leave_nothing(tiny_run, corpus, tmp_path, single_process):
+def test_mistakes_give_a_one_line_error_and_leave_nothing(tiny_run, corpus, tmp_path, single_process):
     source, output = f"--checkpoint={tiny_run}", f"--output={tmp_path / 'out'}"
+    depth = ["depth", source, output]
     record = json.loads((corpus / "valid.manifest.json").read_text())["tokenizer"]
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "tokenizer.json").write_text((corpus / "tokenizer.json").read_text() + "\n")
     record |= {"sha256": sha256_of(foreign / "tokenizer.json")}
     write_prefix(foreign / "valid", [[5] * 100 + [EOS]], TokenizerRecord(**record), "valid")
-    cases = {
-        r"no first word: name what to do: depth, ": [],
-        r"deepen: name what to do: depth, ": ["deepen", source, output],
-        r"layers: 5 is not allowed; give a multiple of the source's 2, such as 4": [
-            "depth",
-            source,
-            output,
-            "--layers=5",
-        ],
-        r"layers: 2 is not allowed": ["depth", source, output, "--layers=2"],
-        r"--layer: unknown key; did you mean layers": ["depth", source, output, "--layer=4"],
+    messages = {
+        r"python -m tools.upcycle: no command: unknown command; give one of depth, ": [],
+        r"python -m tools.upcycle: deepen: unknown command; did you mean depth?": ["deepen", source, output],
+        r"layers: 5 is not allowed; give a multiple of the source's 2, such as 4": [*depth, "--layers=5"],
+        r"layers: 2 is not allowed": [*depth, "--layers=2"],
+        r"--layer: unknown key; did you mean layers": [*depth, "--layer=4"],
         r"loops: 3 is not allowed": ["loops", source, output, "--loops=3"],
         r"kind: 'lru' is not allowed; the source has this gate": ["gate", source, output, "--state_size=8"],
-        r"residual_scale: 0.0 ": ["depth", source, output, "--layers=4", "--residual_scale=0"],
+        r"residual_scale: 0.0 ": [*depth, "--layers=4", "--residual_scale=0"],
         r"output: .* exists already": ["depth", source, f"--output={tiny_run}", "--layers=4"],
         r"nowhere: no whole checkpoint": ["depth", "--checkpoint=nowhere", output, "--layers=4"],
-        r"made with another tokenizer": ["depth", source, output, "--layers=4", f"--data={foreign / 'valid'}"],
-        r"data.seq_length": ["depth", source, output, "--layers=4", f"--data={corpus / 'valid'}", "--seq_length=65"],
+        r"made with another tokenizer": [*depth, "--layers=4", f"--data={foreign / 'valid'}"],
+        r"data.seq_length": [*depth, "--layers=4", f"--data={corpus / 'valid'}", "--seq_length=65"],
     }
-    for words, argv in cases.items():
+    for words, argv in messages.items():
         with pytest.raises(UserError, match=words) as caught:
             main(argv)
         assert "\n" not in str(caught.value)

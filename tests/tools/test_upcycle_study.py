@@ -1,4 +1,4 @@
-"""The study in small, and that it says what did not hold."""
+"""The upcycling study on tiny models, and its report of unmet expectations."""
 
 import json
 
@@ -8,14 +8,14 @@ import yaml
 from looplm.cli import UserError, to_dict
 from tests.support.tiny import run_config
 from tools import upcycle_study
-from tools.upcycle_study import Result, StudyConfig, cases, main, table
+from tools.upcycle_study import Result, StudyConfig, main, plan, table
 
 pytestmark = pytest.mark.usefixtures("job_goes_on")
 CHOSEN = ("stacked", "latent-full", "looped")  # one of each source
 GOOD = Result("good", source=4.0, start=5.0, curve=[4.9, 4.5], logits_within=1e-6)
 
 
-def test_results_are_made_and_trained_on_once(corpus, tmp_path, monkeypatch, capsys):
+def test_results_are_produced_and_trained_on_once(corpus, tmp_path, monkeypatch, capsys):
     recipe = to_dict(run_config(corpus, tmp_path / "none", logging={"tensorboard": False}))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     defaults = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -24,7 +24,7 @@ def test_results_are_made_and_trained_on_once(corpus, tmp_path, monkeypatch, cap
     argv = ["--recipe", str(tmp_path / "recipe.yaml"), "--plain", str(tmp_path / "plain.yaml"), "--layers", "1"]
     argv += ["--output_dir", str(tmp_path / "study"), "--steps", "6", "--samples", "4"]
     monkeypatch.setattr(upcycle_study, "POINTS", 2)
-    monkeypatch.setattr(upcycle_study, "cases", lambda *given: {name: cases(*given)[name] for name in CHOSEN})
+    monkeypatch.setattr(upcycle_study, "plan", lambda *args: {name: plan(*args)[name] for name in CHOSEN})
     main(argv)
     results = {
         path.parent.name: Result(**json.loads(path.read_text())) for path in tmp_path.glob("study/*/result.json")
@@ -35,10 +35,10 @@ def test_results_are_made_and_trained_on_once(corpus, tmp_path, monkeypatch, cap
     assert full.logits_within < 1e-5 and abs(full.start - full.source) < 1e-5
     assert (tmp_path / "study" / "table.md").read_text() in capsys.readouterr().out
 
-    monkeypatch.setattr(upcycle_study, "make", None)
+    monkeypatch.setattr(upcycle_study, "produce", None)
     monkeypatch.setattr(upcycle_study, "train_sources", lambda *_: None)
-    main(argv)  # what is done is not done again
-    with pytest.raises(UserError, match="a study of other settings lies here"):
+    main(argv)  # finished results are not repeated
+    with pytest.raises(UserError, match="a study with other settings"):
         main([*argv, "--samples", "8"])
 
 
@@ -52,18 +52,18 @@ def test_results_are_made_and_trained_on_once(corpus, tmp_path, monkeypatch, cap
         ({"logits_within": 2e-4}, "logits differ by 2.0e-04"),
     ],
 )
-def test_what_did_not_hold_is_said(changed, fault):
+def test_unmet_expectations_are_reported(changed, fault):
     found = GOOD._replace(**changed).faults()
     assert (not found) if fault is None else any(fault in line for line in found)
 
 
-def test_a_result_without_exactness_has_an_empty_cell():
+def test_a_result_that_promises_no_exactness_has_an_empty_cell():
     assert table([GOOD, GOOD._replace(name="near", logits_within=None)]).splitlines()[2:] == [
         "| good | 4.0000 | 5.0000 | 4.9000 | 4.5000 | 1.0e-06 |",
         "| near | 4.0000 | 5.0000 | 4.9000 | 4.5000 |  |",
     ]
 
 
-def test_checkpoints_fall_on_whole_steps():
+def test_steps_must_divide_into_checkpoints():
     with pytest.raises(UserError, match="steps: 12 is not allowed; give a multiple of 8"):
         StudyConfig(steps=12)

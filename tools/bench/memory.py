@@ -1,4 +1,4 @@
-"""What each way of recomputing activations keeps in memory, counted and not sampled: the figures have no noise."""
+"""Bytes that autograd saves under each way of recomputing activations. They are counted, so they have no noise."""
 
 import weakref
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,10 +21,10 @@ from pretrain.trainer import Trainer
 
 
 class SavedBytes:
-    """Bytes that autograd holds for backward, each storage once and the parameters' own left out.
+    """Bytes that autograd holds for backward, each storage once and without the parameters' own.
 
-    The peak counts what a checkpointed part saves while it is made again, too. Buffers that an operation needs only while
-    it runs, gradients and the optimizer are not in it: they are the same for every way of recomputing.
+    The peak includes what a recomputed part saves while backward runs through it. It does not include buffers that live
+    only during an operation, gradients, and the optimizer, which are the same for every way of recomputing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,27 +32,27 @@ class SavedBytes:
         self._uses: Counter[int] = Counter()
         self.now = self.peak = 0
 
-    def pack(self, tensor: Tensor) -> "_Saved":
-        """Autograd saves a tensor."""
+    def pack(self, tensor: Tensor) -> "_SavedTensor":
+        """Count a tensor that autograd saves."""
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        saved = _Saved(tensor.detach())  # detached: an operation's own output would hold its graph in a circle
-        if place not in self._excluded:
-            self._uses[place] += 1
-            if self._uses[place] == 1:
+        address, size = storage.data_ptr(), storage.nbytes()
+        saved = _SavedTensor(tensor.detach())  # detached, since an operation's own output would refer to its graph
+        if address not in self._excluded:
+            self._uses[address] += 1
+            if self._uses[address] == 1:
                 self.now += size
                 self.peak = max(self.peak, self.now)
-            weakref.finalize(saved, self._release, place, size)
+            weakref.finalize(saved, self._release, address, size)
         return saved
 
-    def _release(self, place: int, size: int) -> None:
-        self._uses[place] -= 1
-        if self._uses[place] == 0:
+    def _release(self, address: int, size: int) -> None:
+        self._uses[address] -= 1
+        if self._uses[address] == 0:
             self.now -= size
 
 
-class _Saved:
-    """Stands in autograd's graph for a saved tensor, and is freed with it."""
+class _SavedTensor:
+    """Handle for a saved tensor in autograd's graph, freed together with it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -60,33 +60,38 @@ class _Saved:
 
 @contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
-    """Count what autograd saves inside."""
+    """Count what autograd saves inside the context."""
     count = SavedBytes(model)
     with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda saved: saved.tensor):
         yield count
 
 
+def random_batch(recipe: RunConfig, batch_size: int, documents: bool = False) -> Batch:
+    """Return random tokens; with ``documents``, each sample is one document if the recipe masks documents."""
+    length, sizes_SB = recipe.data.seq_length, (recipe.data.seq_length, batch_size)
+    ids_BS = torch.randint(recipe.model.vocab_size, (batch_size, length + 1), device=DEVICE)
+    start_SB = torch.zeros(sizes_SB, dtype=torch.int64, device=DEVICE)
+    spans = start_SB if documents and recipe.data.document_masking else None
+    return Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), torch.ones(sizes_SB, device=DEVICE), spans)
+
+
 def peak_saved_bytes(config: RunConfig, batch: Batch, groups: ProcessGroupCollection) -> int:
-    """Peak of one micro-batch's forward and backward under ``config.parallel.recompute``."""
-    layout = config.parallel
-    model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], layout)
-    trainer = Trainer(model, config.loss, config.optim, layout, groups)
-    batches: Iterator[Any] = repeat(batch)
+    """Return the peak of one micro-batch's forward and backward under ``config.parallel.recompute``."""
+    model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], config.parallel)
+    trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
     with saved_bytes(model) as count:
-        trainer.backward(batches, 1)
+        trainer.backward(repeat(batch), 1)
     return count.peak
 
 
 def bench_recompute(recipe: RunConfig, batch_size: int, groups: ProcessGroupCollection) -> None:
-    """Print the peak of every way, for the recipe's model and ``batch_size`` samples."""
-    length = recipe.data.seq_length
-    ids_BS = torch.randint(recipe.model.vocab_size, (batch_size, length + 1), device=DEVICE)
-    mask_SB = torch.ones(length, batch_size, device=DEVICE)
-    batch = Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), mask_SB, None)
-    modes = get_args(Recompute)
-    layouts = {mode: replace(recipe, parallel=replace(recipe.parallel, recompute=mode)) for mode in modes}
-    peaks = {mode: peak_saved_bytes(config, batch, groups) for mode, config in layouts.items()}
-    model = recipe.model
-    print(f"\nkept for backward, {recipe.optim.precision}: {batch_size} x {length} tokens, {model.num_layers} layers, {model.num_loops} loops")  # fmt: skip
+    """Print the peak of each way of recomputing, for the recipe's model and ``batch_size`` samples."""
+    batch, model, peaks = random_batch(recipe, batch_size), recipe.model, dict[str, int]()
+    for mode in get_args(Recompute):
+        config = replace(recipe, parallel=replace(recipe.parallel, recompute=mode))
+        peaks[mode] = peak_saved_bytes(config, batch, groups)
+    tokens = f"{batch_size} x {recipe.data.seq_length} tokens"
+    sizes = f"{tokens}, {model.num_layers} layers, {model.num_loops} loops"
+    print(f"\nkept for backward, {recipe.optim.precision}: {sizes}")
     for mode, peak in peaks.items():
         print(f"  recompute: {mode:<13}{peak / 2**20:>10,.1f} MiB{peak / peaks['none']:>8.1%}")

@@ -1,1 +1,1 @@
-"""A trained model made into another: deeper, looped, with another gate or with latent attention. Functions of tensors."""
+"""Turning a trained model into another: deeper, looped, with another gate or with latent attention."""

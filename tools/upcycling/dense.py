@@ -108,7 +108,7 @@ def _describe(folder: Path) -> HFDescription:
         raise UserError(f"{path}: model_type: {family!r} is not a dense model that can be converted; {fix}")
     window = values.get("sliding_window")
     if family == "mistral" and window is not None:
-        raise UserError(f"{path}: sliding_window: {window!r} is not supported by our model; give a model with null")
+        raise UserError(f"{path}: sliding_window: {window!r} is not supported; it must be null")
     ours = {"model_type": LOOPLM, "attention": "mha", "sandwich_norm": False, "total_ut_steps": 1}
     generation = folder / companion_files.GENERATION
     generation_values = read_json(generation) if generation.is_file() else {}

@@ -15,9 +15,8 @@ without position, that are computed from it.
 
 *The latent's norm.* MLA normalizes the latent, MHA has no such norm. But u has a mean square of 1, which a projection
 on orthonormal directions of full width preserves: at kv_lora_rank = hidden_size the norm changes nothing. (Up to the
-norms'
-epsilon: the mean square of u before its norm must be far above it.) Narrower latents vary in length from token to
-token, and the norm removes that variation.
+norms' epsilon: the mean square of u before its norm must be far above it.) Narrower latents vary in length from token
+to token, and the norm removes that variation.
 
 MLA divides scores by the root of another width, which the queries compensate.
 

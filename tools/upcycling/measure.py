@@ -1,6 +1,6 @@
-"""Losses at each depth before and after, on a few samples of a data prefix: what the report's table holds.
+"""Run a model on a few samples of a data prefix: its losses per depth, and second moments of its attention's input.
 
-Shapes: R loops.
+Shapes: S sequence, B batch, D hidden, L layers, R loops, N tokens.
 """
 
 from dataclasses import dataclass
@@ -10,26 +10,29 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
 
 from looplm.cli import UserError
 from looplm.config import DataConfig, DataSource, LossConfig, ModelConfig
 from looplm.evaluation.depth import DepthMeter
 from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
 from pretrain.step import loop_losses
-from tools.upcycling.parts import Parts, assemble
+from tools.upcycling.model_state import ModelState, assemble
 
 _BATCH = 4  # samples in one forward pass
 _SEED = 1234  # decides which samples of the data are read
+_RIDGE = 1e-3  # share of an isotropic moment: a direction that no token had is unlikely, not impossible
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Which tokens are read.
+    """Samples of a data prefix.
 
     Args:
-        prefix: of the data.
-        samples: sequences, rounded up to whole batches of 4.
+        prefix: prefix of tokenized data.
+        samples: number of sequences, rounded up to whole batches of 4.
         seq_length: tokens of each.
     """
 
@@ -38,30 +41,56 @@ class Sample:
     seq_length: int
 
     def read(self, model: ModelConfig, tokenizer_sha256: str, groups: ProcessGroupCollection) -> list[Batch]:
-        """The batches; always the same ones.
+        """Return the batches, which are the same in every call.
 
         Raises:
-            UserError: a damaged prefix, one that is too short, or one of another tokenizer than the model's.
+            UserError: the data is damaged, too short, or was made with another tokenizer than the model's.
         """
         source, count = (DataSource(prefix=self.prefix),), -(-self.samples // _BATCH)
         sizes = {"seq_length": self.seq_length, "micro_batch_size": _BATCH, "global_batch_size": _BATCH}
         data = DataConfig(train=source, valid=source, **sizes)
         corpus = check_corpus(data, model.vocab_size)
-        if corpus.tokenizer_sha256 != tokenizer_sha256:
-            raise UserError(f"{self.prefix}: made with another tokenizer than the model's; name data of its own")
-        with TemporaryDirectory() as folder:  # for Megatron's indices: nothing is written beside the data
-            found = build_valid_set(data, corpus, count * _BATCH, _SEED, Path(folder))
-            assert found is not None
-            return list(islice(micro_batches(found, data, 0, groups.dp.rank(), groups.dp.size()), count))
+        if corpus.tokenizer.sha256 != tokenizer_sha256:
+            raise UserError(
+                f"{self.prefix}: made with another tokenizer than the model's; tokenize it with the model's"
+            )
+        with TemporaryDirectory() as folder:  # for Megatron's indices, so that nothing is written beside the data
+            dataset = build_valid_set(data, corpus, count * _BATCH, _SEED, Path(folder))
+            assert dataset is not None
+            return list(islice(micro_batches(dataset, data, 0, groups.dp.rank(), groups.dp.size()), count))
 
 
 @torch.no_grad()
-def measure(parts: Parts, batches: list[Batch], depths: int, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Loss at depths 1 to ``depths`` and the gate's mean exit distribution [R] over the model's own loops."""
-    model, loops = assemble(parts, groups).eval(), parts.model.num_loops
+def measure_losses(
+    state: ModelState, batches: list[Batch], depths: int, groups: ProcessGroupCollection
+) -> dict[str, Any]:
+    """Return the loss at depths 1 to ``depths``, and the gate's mean exit distribution [R] over the model's loops."""
+    model, loops = assemble(state, groups).eval(), state.config.num_loops
     meter = DepthMeter(list(range(1, max(depths, loops) + 1)), loops, [])
     for batch in batches:
         meter.add(*loop_losses(model, batch, LossConfig(), num_loops=max(depths, loops)), batch.mask_SB)
     measured = meter.evaluation(groups.dp)
     loss = [row.loss for row in measured.depths]
     return {"tokens": measured.tokens, "loss_per_depth": loss, "exit_distribution": list(measured.exit_distribution)}
+
+
+@torch.no_grad()
+def second_moments(state: ModelState, batches: list[Batch], groups: ProcessGroupCollection) -> list[Tensor]:
+    """Return E[u u^T] of each layer over all tokens and loops, [D, D] with a trace of D.
+
+    u is the normed input of attention, before the norm's gain.
+    """
+    model, config = assemble(state, groups).eval(), state.config
+    width = config.hidden_size
+    sums_LDD = [torch.zeros(width, width, dtype=torch.float64) for _ in range(config.num_layers)]
+
+    def add(sum_DD: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        u_ND = F.rms_norm(args[0], (width,), eps=config.norm_eps).flatten(0, 1).double()
+        sum_DD += (u_ND.mT @ u_ND).cpu()
+
+    for layer, sum_DD in zip(model.decoder.layers, sums_LDD, strict=True):
+        layer.input_layernorm.register_forward_pre_hook(lambda *hooked, sum_DD=sum_DD: add(sum_DD, *hooked))
+    for batch in batches:
+        model(batch.ids_BS, None, batch.document_start_SB)
+    isotropic = torch.eye(width, dtype=torch.float64)
+    return [(1 - _RIDGE) * total_DD * width / total_DD.trace() + _RIDGE * isotropic for total_DD in sums_LDD]

@@ -1,4 +1,4 @@
-"""The planner's memory against training steps of the engine itself; all cases: make plan-check."""
+"""The planner's memory estimates against real training steps; all checks: make plan-check."""
 
 import json
 from dataclasses import asdict, replace
@@ -9,7 +9,7 @@ import pytest
 from looplm.config import LossConfig, ParallelConfig
 from tests.support.launch import run_ranks
 from tools import plan_check
-from tools.plan_check import CASES, PARTS, TOLERANCE, Case, candidate_of, compare, measure, recipe_of
+from tools.plan_check import CHECKS, PARTS, TOLERANCE, MemoryCheck, compare, measure, planned_run, recipe_of
 from tools.planning.memory import rank_memory
 
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
@@ -20,26 +20,26 @@ TOGETHER = [
     "PP2, loop, MLA",
     "CP2, none, MLA",
 ]
-WIDTH = 64  # of the model: a quarter of the check's
+WIDTH = 64  # of the model: a quarter of that in plan_check
 
 
 def assert_near(rows: list[tuple[str, int, str, float, float]]) -> None:
     assert [row[2] for row in rows] == [*PARTS] * (len(rows) // len(PARTS))
-    off = {(case, rank, part): predicted / measured - 1 for case, rank, part, predicted, measured in rows}
+    off = {(name, rank, part): predicted / measured - 1 for name, rank, part, predicted, measured in rows}
     assert max(map(abs, off.values())) <= TOLERANCE, off
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_process(name: str, single_process) -> None:
-    assert_near(compare(name, [measure(recipe_of(CASES[name], WIDTH), single_process)], WIDTH))
+    assert_near(compare(name, [measure(recipe_of(CHECKS[name], WIDTH), single_process)], WIDTH))
 
 
-def test_the_frozen_trunk(single_process) -> None:
-    config = recipe_of(Case(1, ParallelConfig()), WIDTH)
+def test_a_frozen_trunk(single_process) -> None:
+    config = recipe_of(MemoryCheck(1, ParallelConfig()), WIDTH)
     frozen = replace(
         config, loss=LossConfig(objective="adaptive_gate"), checkpoint=replace(config.checkpoint, initial="unused")
     )
-    measured, predicted = measure(frozen, single_process), asdict(rank_memory(candidate_of(frozen, 1), 0))
+    measured, predicted = measure(frozen, single_process), asdict(rank_memory(planned_run(frozen, 1), 0))
     for part in PARTS:
         assert predicted[part] == pytest.approx(measured[part], rel=0.1), part
 

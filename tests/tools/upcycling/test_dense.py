@@ -1,4 +1,4 @@
-"""A dense model made looped: transformers' own Llama is the oracle."""
+"""Conversion of dense models to looped ones, compared with transformers' own Llama and Qwen."""
 
 import json
 import shutil
@@ -19,27 +19,24 @@ from tests.support.parity import assert_close_relative
 from tests.support.tiny import VOCAB, run_config, train_rows
 from tools.upcycle import main
 from tools.upcycling.dense import loop_layers, open_dense
-from tools.upcycling.parts import assemble
+from tools.upcycling.model_state import assemble
 
 pytestmark = pytest.mark.usefixtures("job_goes_on")
-SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
+UNGROUPED = {**SIZES, "num_key_value_heads": 4}
 CASES = {
-    "grouped": LlamaConfig(**SHAPE),
-    "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "wide-heads-long-waves": LlamaConfig(
-        **{**SHAPE, "num_key_value_heads": 4}, head_dim=12, rope_theta=5e5, rms_norm_eps=1e-3
-    ),
-    "biases": Qwen2Config(**SHAPE),
-    "normed-heads": Qwen3Config(**SHAPE, head_dim=12),
+    "grouped": LlamaConfig(**SIZES),
+    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "wide-heads-long-waves": LlamaConfig(**UNGROUPED, head_dim=12, rope_theta=5e5, rms_norm_eps=1e-3),
+    "biases": Qwen2Config(**SIZES),
+    "normed-heads": Qwen3Config(**SIZES, head_dim=12),
 }
 IDS_BS = torch.arange(40).view(2, 20) * 7 % VOCAB
 
 
 def save(config: PretrainedConfig, folder: Path, corpus: Path) -> Path:
-    """A random model, as transformers saves it, with the corpus's tokenizer."""
+    """Save a random model with transformers, and the corpus's tokenizer beside it."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -53,7 +50,7 @@ def save(config: PretrainedConfig, folder: Path, corpus: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(corpus, tmp_path_factory) -> Path:
-    return save(LlamaConfig(**SHAPE), tmp_path_factory.mktemp("hf") / "llama", corpus)
+    return save(LlamaConfig(**SIZES), tmp_path_factory.mktemp("hf") / "llama", corpus)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,41 +58,38 @@ def test_one_loop_over_all_layers_is_the_dense_model(case, corpus, tmp_path, sin
     folder = save(CASES[case], tmp_path / "dense", corpus)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double()(IDS_BS).logits
     source = open_dense(folder, None, "<eos>")
-    model = assemble(loop_layers(source.parts, None, 1, GateConfig()).parts, single_process)
+    model = assemble(loop_layers(source.state, None, 1, GateConfig()).state, single_process)
     logits = (model(IDS_BS).hidden[-1] @ model.head_weight().T).transpose(0, 1)
     assert_close_relative({"logits": logits}, {"logits": expected})
 
 
-def test_a_range_of_layers_loops_and_learns(llama, corpus, tmp_path, single_process, capsys):
-    main(["dense", f"--input={llama}", f"--output={tmp_path / 'looped'}", "--layers=1:3", "--loops=3",
-          "--gate.state_size=8", f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"])  # fmt: skip
+def test_a_range_of_layers_is_looped_and_learns(llama, corpus, tmp_path, single_process, capsys):
+    conversion = [f"--input={llama}", f"--output={tmp_path / 'looped'}", "--layers=1:3", "--loops=3"]
+    measured = ["--gate.state_size=8", f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"]
+    main(["dense", *conversion, *measured])
     (record,) = json.loads((tmp_path / "looped/companions/upcycle.json").read_text())
     assert "2 of 4 layers are left out" in record["approximate"] and record["approximate"][0] in capsys.readouterr().out
     opened = checkpoint.open_model(str(tmp_path / "looped"), single_process)
     theirs = load_file(llama / "model.safetensors")
-    assert (
-        opened.model.model_config.num_layers == 2
-        and opened.model.model_config.num_loops == 3
-        and not opened.about.gate_trained
-    )
-    assert not opened.model.model_config.sandwich_norm and opened.about.eos_id == 2
+    model_config = opened.model.model_config
+    assert (model_config.num_layers, model_config.num_loops, model_config.sandwich_norm) == (2, 3, False)
+    assert opened.about.eos_id == 2 and not opened.about.gate_trained
     for ours, layer in ((0, 1), (1, 2)):
         weight = opened.model.decoder.layers[ours].mlp.linear_fc2.weight
         assert torch.equal(weight, theirs[f"model.layers.{layer}.mlp.down_proj.weight"])
-    assert not (tmp_path / "looped/companions/config.json").exists(), "it is no Llama any more"
+    assert not (tmp_path / "looped/companions/config.json").exists(), "the result is not a Llama"
     torch.testing.assert_close(record["after"]["exit_distribution"], [1 / 3] * 3)
 
     config = run_config(
         corpus, tmp_path / "run", gate={"state_size": 8}, checkpoint={"initial": str(tmp_path / "looped")}
     )
-    shape = replace(opened.model.model_config)
-    config = replace(config, model=shape, optim=replace(config.optim, train_steps=20))
+    config = replace(config, model=model_config, optim=replace(config.optim, train_steps=20))
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     rows = train_rows(tmp_path / "run")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and max(row["loss"] for row in rows) < rows[0]["loss"] + 0.1
 
 
-def test_mistakes_take_one_line_and_leave_nothing(llama, corpus, tmp_path, single_process):
+def test_mistakes_give_a_one_line_error_and_leave_nothing(llama, corpus, tmp_path, single_process):
     def changed(**values: object) -> str:
         folder = tmp_path / "hf" / str(len(list((tmp_path / "hf").glob("*"))))
         shutil.copytree(llama, folder)
@@ -104,7 +98,7 @@ def test_mistakes_take_one_line_and_leave_nothing(llama, corpus, tmp_path, singl
         return f"--input={folder}"
 
     (tmp_path / "hf").mkdir()
-    normed = save(Qwen3Config(**SHAPE), tmp_path / "hf/qwen3", corpus)
+    normed = save(Qwen3Config(**SIZES), tmp_path / "hf/qwen3", corpus)
     (normed / "config.json").write_text((normed / "config.json").read_text().replace('"qwen3"', '"qwen2"'))
     bare = tmp_path / "hf/bare"
     shutil.copytree(llama, bare)
@@ -114,24 +108,24 @@ def test_mistakes_take_one_line_and_leave_nothing(llama, corpus, tmp_path, singl
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     scaled = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
     source, output = f"--input={llama}", f"--output={tmp_path / 'out'}"
-    cases = {
-        r"layers: '3:9' is not allowed; give FIRST:END, such as 1:3, of the source's 4 layers": [source, "--layers=3:9"],
+    messages = {
+        r"layers: '3:9' is not allowed; give FIRST:END, such as 1:3, of the source's 4": [source, "--layers=3:9"],
         r"layers: '2:2' is not allowed": [source, "--layers=2:2"],
         r"layers: 'all' is not allowed": [source, "--layers=all"],
         r"loops: 0 is not allowed": [source, "--loops=0"],
         r"input: .* no config.json here": [f"--input={tmp_path}"],
         r"model_type: 'gpt2' is not a dense model": [changed(model_type="gpt2")],
-        r"sliding_window: 16 is not something": [changed(model_type="mistral", sliding_window=16)],
-        r"attention_bias: True is not something": [changed(attention_bias=True)],
-        r"hidden_act: 'gelu' is not something": [changed(hidden_act="gelu")],
-        r"rope_parameters: .*scales no rotary positions": [changed(rope_parameters=scaled)],
+        r"sliding_window: 16 is not supported": [changed(model_type="mistral", sliding_window=16)],
+        r"attention_bias: True is not supported": [changed(attention_bias=True)],
+        r"hidden_act: 'gelu' is not supported": [changed(hidden_act="gelu")],
+        r"rope_parameters: .*it must be of type default, without scaled positions": [changed(rope_parameters=scaled)],
         r"shape": [changed(intermediate_size=64)],
-        r"q_norm\.weight.* here, for which config.json has no place|q_proj.bias.* missing": [f"--input={normed}"],
+        r"q_norm\.weight.* here, but config.json describes no such tensor|q_proj.bias.* missing": [f"--input={normed}"],
         r"tokenizer: .*there is no such file": [f"--input={bare}"],
         r"a pickle can run any code": [f"--input={pickled}"],
         r"eos_token: '<none>' is not allowed": [source, "--eos_token=<none>"],
-    }  # fmt: skip
-    for words, argv in cases.items():
+    }
+    for words, argv in messages.items():
         with pytest.raises(UserError, match=words) as caught:
             main(["dense", output, *argv])
         assert "\n" not in str(caught.value)

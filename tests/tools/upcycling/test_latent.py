@@ -1,4 +1,4 @@
-"""Plain attention made latent: exact at full width, near below it, and trainable from there."""
+"""Conversion of plain to latent attention: exact at full width, close below it, and trainable from there."""
 
 import json
 import math
@@ -16,10 +16,9 @@ from pretrain.train import train
 from tests.support.parity import assert_close_relative, relative_error
 from tests.support.tiny import MODEL, VOCAB, run_config, train_rows
 from tools.upcycle import main
-from tools.upcycling.calibrate import second_moments
-from tools.upcycling.latent import factorise, to_latent
-from tools.upcycling.measure import Sample
-from tools.upcycling.parts import Parts, assemble, open_source
+from tools.upcycling.latent import factorize, to_latent
+from tools.upcycling.measure import Sample, second_moments
+from tools.upcycling.model_state import ModelState, assemble, open_source
 
 pytestmark = pytest.mark.usefixtures("job_goes_on")
 GATE = GateConfig(kind="linear")
@@ -32,48 +31,48 @@ CASES = {
 IDS_BS = torch.arange(40).view(2, 20) * 7 % VOCAB
 
 
-def random_parts(shape: ModelConfig) -> Parts:
-    """Weights large enough that attention is far from uniform."""
+def random_state(config: ModelConfig) -> ModelState:
+    """Return random weights, large enough that attention is far from uniform."""
     generator = torch.Generator().manual_seed(5)
     weights = {}
-    for name, size in reference.parameter_shapes(shape, GATE).items():
+    for name, size in reference.parameter_shapes(config, GATE).items():
         value = torch.randn(size, generator=generator)
         weights[name] = 1 + 0.3 * value if "norm" in name else value if "embedding" in name else value * 0.3
-    return Parts(shape, GATE, weights)
+    return ModelState(config, GATE, weights)
 
 
-def hidden(parts: Parts) -> torch.Tensor:
-    """By the oracle, in double precision: [R, S, B, D]."""
-    params = {name: weight.double() for name, weight in parts.weights.items()}
-    return torch.stack(reference.forward(params, parts.model, parts.gate, IDS_BS).hidden)
+def hidden(state: ModelState) -> torch.Tensor:
+    """Return the reference's hidden states in double precision: [R, S, B, D]."""
+    params = {name: weight.double() for name, weight in state.weights.items()}
+    return torch.stack(reference.forward(params, state.config, state.gate, IDS_BS).hidden)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_full_width_is_exact(case, calibrated, single_process):
-    parts = random_parts(CASES[case])
+    state = random_state(CASES[case])
     moments = None
     if calibrated:
         half_DDL = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         moments = [half_DD @ half_DD.mT * 32 / half_DD.square().sum() for half_DD in half_DDL]
-    latent, exact, approximate = to_latent(parts, 32, None, moments)
+    latent, exact, approximate = to_latent(state, 32, None, moments)
     assert (
-        latent.model.attention == "mla" and latent.model.qk_nope_head_dim == 0 and not approximate and len(exact) == 4
+        latent.config.attention == "mla" and latent.config.qk_nope_head_dim == 0 and not approximate and len(exact) == 4
     )
-    expected = hidden(parts)
+    expected = hidden(state)
     assert_close_relative({"oracle": hidden(latent)}, {"oracle": expected}, tolerance=1e-4)
     model = assemble(latent, single_process)
     assert_close_relative({"model": torch.stack(model(IDS_BS).hidden)}, {"model": expected}, tolerance=1e-4)
-    still = parts._replace(weights=parts.weights | {n: w * 1.5 for n, w in parts.weights.items() if "qkv" in n})
-    assert relative_error(hidden(still), expected) > 0.1, "attention matters here"
+    sharper = state._replace(weights=state.weights | {n: w * 1.5 for n, w in state.weights.items() if "qkv" in n})
+    assert relative_error(hidden(sharper), expected) > 0.1, "attention matters here"
 
 
-def test_each_part_that_is_given_up_costs_and_more_width_costs_less(single_process):
-    parts = random_parts(MHA)
-    expected = hidden(parts)
+def test_error_falls_with_width_to_zero(single_process):
+    state = random_state(MHA)
+    expected = hidden(state)
 
     def error(rank: int, rope: int | None) -> float:
-        return (hidden(to_latent(parts, rank, rope, None).parts) - expected).pow(2).mean().item()
+        return (hidden(to_latent(state, rank, rope, None).state) - expected).pow(2).mean().item()
 
     by_rank = [error(rank, None) for rank in (8, 16, 24, 32)]
     by_rope = [error(32, rope) for rope in (8, 16, 24, 32)]
@@ -81,20 +80,20 @@ def test_each_part_that_is_given_up_costs_and_more_width_costs_less(single_proce
         assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-10 < errors[-2], errors
 
 
-def test_one_rotary_key_is_the_usual_layout():
-    latent, _, approximate = to_latent(random_parts(MHA), 16, 8, None)
-    assert latent.model.qk_rope_period is None and latent.model.qk_nope_head_dim == 8
+def test_one_rotary_key_is_the_usual_form():
+    latent, _, approximate = to_latent(random_state(MHA), 16, 8, None)
+    assert latent.config.qk_rope_period is None and latent.config.qk_nope_head_dim == 8
     assert "1 of 4 mixed ones" in approximate[0] and "latent of 16 of 32" in approximate[1]
-    assert to_latent(random_parts(replace(MHA, num_query_groups=1)), 32, 8, None).parts.model.qk_nope_head_dim == 0
+    assert to_latent(random_state(replace(MHA, num_query_groups=1)), 32, 8, None).state.config.qk_nope_head_dim == 0
 
 
 @pytest.mark.parametrize("rope_base", [1.0, 1e4])
-def test_a_key_without_position_is_damped_as_its_turning_would_damp_it(rope_base, monkeypatch):
-    """All frequencies are 1 with a base of 1: a mean over near distances leaves next to nothing of such a key."""
-    parts = random_parts(replace(MHA, rope_base=rope_base))
-    damped = to_latent(parts, 32, 8, None).parts.weights
+def test_a_key_without_position_is_damped_by_its_mean_rotation(rope_base, monkeypatch):
+    """With a base of 1 all frequencies are 1, so a mean over near distances leaves almost nothing of such a key."""
+    state = random_state(replace(MHA, rope_base=rope_base))
+    damped = to_latent(state, 32, 8, None).state.weights
     monkeypatch.setattr("tools.upcycling.latent._NEAR", 1)
-    plain = to_latent(parts, 32, 8, None).parts.weights
+    plain = to_latent(state, 32, 8, None).state.weights
     name = "decoder.layers.1.self_attention.linear_kv_{}_proj.weight"
     keys = [
         (w[name.format("up")] @ w[name.format("down")][:32]).unflatten(0, (4, 16))[:, :8].unflatten(1, (2, 4))
@@ -104,35 +103,35 @@ def test_a_key_without_position_is_damped_as_its_turning_would_damp_it(rope_base
     assert_close_relative({"keys": keys[0]}, {"keys": keys[1] * torch.tensor(expected)[:, None]}, tolerance=1e-4)
 
 
-def test_heads_with_one_key_between_them_need_one_rotary_key():
-    parts = random_parts(MHA)
+def test_heads_that_share_one_key_need_one_rotary_key():
+    state = random_state(MHA)
     name = "decoder.layers.{}.self_attention.linear_qkv.weight"
     for layer in range(2):
-        qkv = parts.weights[name.format(layer)].view(4, 3, 8, 32)  # each head's query, key and value
+        qkv = state.weights[name.format(layer)].view(4, 3, 8, 32)  # each head's query, key and value
         qkv[:, 1] = qkv[0, 1]
     assert_close_relative(
-        {"hidden": hidden(to_latent(parts, 32, 8, None).parts)}, {"hidden": hidden(parts)}, tolerance=1e-4
+        {"hidden": hidden(to_latent(state, 32, 8, None).state)}, {"hidden": hidden(state)}, tolerance=1e-4
     )
 
 
-def test_a_factorisation_is_the_best_there_is_for_its_second_moment():
-    """Eckart and Young: what is lost is the singular values beyond the rank, of the target on whitened input."""
+def test_the_factorization_is_optimal_for_its_second_moment():
+    """Eckart and Young: the error is the singular values beyond the rank, of the target on whitened input."""
     generator = torch.Generator().manual_seed(0)
     target_ND, half_DD = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (6, 12))
     moment_DD = half_DD @ half_DD.mT
-    down_CD, up_NC = factorise(target_ND, moment_DD, 3)
+    down_CD, up_NC = factorize(target_ND, moment_DD, 3)
     torch.testing.assert_close(down_CD @ down_CD.mT, torch.eye(3, dtype=torch.float64))
     lost_ND = up_NC @ down_CD - target_ND
     beyond = torch.linalg.svdvals(target_ND @ torch.linalg.cholesky(moment_DD))[3:].square().sum()
     torch.testing.assert_close((lost_ND @ moment_DD @ lost_ND.mT).trace(), beyond)
 
 
-def test_second_moments_are_those_of_what_attention_reads(corpus, single_process):
-    parts = random_parts(MHA)
+def test_second_moments_are_those_of_attentions_input(corpus, single_process):
+    state = random_state(MHA)
     record = json.loads((corpus / "valid.manifest.json").read_text())["tokenizer"]
-    batches = Sample(str(corpus / "valid"), 4, 32).read(parts.model, record["sha256"], single_process)
-    found = second_moments(parts, batches, single_process)
-    params, (batch,) = {name: weight.double() for name, weight in parts.weights.items()}, batches
+    batches = Sample(str(corpus / "valid"), 4, 32).read(state.config, record["sha256"], single_process)
+    found = second_moments(state, batches, single_process)
+    params, (batch,) = {name: weight.double() for name, weight in state.weights.items()}, batches
     h_SBD, view = (
         params["embedding.word_embeddings.weight"][batch.ids_BS.T],
         reference.View.of(MHA, batch.ids_BS, batch.document_start_SB, False),
@@ -146,28 +145,28 @@ def test_second_moments_are_those_of_what_attention_reads(corpus, single_process
         h_SBD = reference.rms_norm(h_SBD, params["decoder.final_layernorm.weight"], MHA.norm_eps)
     for layer, moment_DD in enumerate(found):
         assert moment_DD.trace().item() == pytest.approx(32)
-        assert relative_error(moment_DD, total_LDD[layer]) < 5e-3, "but for the ridge"
+        assert relative_error(moment_DD, total_LDD[layer]) < 5e-3, "except for the ridge"
 
 
 @pytest.fixture(scope="module")
 def mha_run(corpus, tmp_path_factory, single_process):
-    shape = {"attention": "mha", "num_attention_heads": 4}
-    config = run_config(corpus, tmp_path_factory.mktemp("mha") / "run", model=shape, optim={"train_steps": 30})
+    plain = {"attention": "mha", "num_attention_heads": 4}
+    config = run_config(corpus, tmp_path_factory.mktemp("mha") / "run", model=plain, optim={"train_steps": 30})
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     return config
 
 
-def test_a_trained_model_at_half_width_learns_on_and_generates(mha_run, corpus, tmp_path, single_process):
-    main(["latent", f"--checkpoint={mha_run.output_dir}", f"--output={tmp_path / 'latent'}", "--kv_lora_rank=16",
-          "--qk_rope_head_dim=16", f"--calibrate={corpus / 'train'}", f"--data={corpus / 'valid'}", "--samples=8",
-          "--seq_length=32"])  # fmt: skip
+def test_a_trained_model_at_half_width_trains_on_and_generates(mha_run, corpus, tmp_path, single_process):
+    conversion = [f"--checkpoint={mha_run.output_dir}", f"--output={tmp_path / 'latent'}", "--kv_lora_rank=16"]
+    conversion += ["--qk_rope_head_dim=16", f"--calibrate={corpus / 'train'}"]
+    main(["latent", *conversion, f"--data={corpus / 'valid'}", "--samples=8", "--seq_length=32"])
     (record,) = json.loads((tmp_path / "latent/companions/upcycle.json").read_text())
     before, after = (record[when]["loss_per_depth"][-1] for when in ("before", "after"))
     assert before - 0.02 < after < before + 0.1
     source = open_source(str(tmp_path / "latent"), single_process)
     start = {"initial": str(tmp_path / "latent")}
     config = run_config(corpus, tmp_path / "on", optim={"train_steps": 20, "lr": 3e-3}, checkpoint=start)
-    config = replace(config, model=source.parts.model)
+    config = replace(config, model=source.state.config)
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     losses = torch.tensor([row["loss"] for row in train_rows(tmp_path / "on")]).view(4, 5).mean(1)
     assert losses[-1] < losses[0] - 0.1 and losses.max() < losses[0] + 0.05, losses
@@ -176,7 +175,7 @@ def test_a_trained_model_at_half_width_learns_on_and_generates(mha_run, corpus, 
 
 def test_a_model_of_nothing_but_rotary_keys_generates(tiny_run, single_process):
     opened = checkpoint.open_model(str(tiny_run), single_process)
-    model = assemble(to_latent(random_parts(MHA), 32, None, None).parts, single_process)
+    model = assemble(to_latent(random_state(MHA), 32, None, None).state, single_process)
     assert_same_text_without_a_cache(Generator(model, opened.tokenizer, opened.about.eos_id, False))
 
 
@@ -190,27 +189,34 @@ def assert_same_text_without_a_cache(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("key", ["qkv_bias", "qk_norm"])
-def test_what_latent_attention_has_no_place_for_is_refused(key):
-    parts = Parts(replace(MHA, **{key: True}), GateConfig(), {})
+def test_biases_and_normed_heads_are_refused(key):
+    state = ModelState(replace(MHA, **{key: True}), GateConfig(), {})
     with pytest.raises(
         UserError, match=f"checkpoint: 'model.{key}=true' is not allowed; latent attention has no place"
     ):
-        to_latent(parts, 4, None, None)
+        to_latent(state, 4, None, None)
 
 
-def test_mistakes_take_one_line_and_leave_nothing(mha_run, tiny_run, corpus, tmp_path, single_process):
+def test_mistakes_give_a_one_line_error_and_leave_nothing(mha_run, tiny_run, corpus, tmp_path, single_process):
     output = f"--output={tmp_path / 'out'}"
     plain = [f"--checkpoint={mha_run.output_dir}", output]
-    cases = {
-        r"checkpoint: 'mla' is not allowed; its attention is latent already": [f"--checkpoint={tiny_run}", output, "--kv_lora_rank=4"],
-        r"kv_lora_rank: 33 is not allowed; give a number from 1 to the source's hidden_size=32": [*plain, "--kv_lora_rank=33"],
+    half = [*plain, "--kv_lora_rank=16"]
+    messages = {
+        r"checkpoint: 'mla' is not allowed; its attention is latent already": [
+            *(f"--checkpoint={tiny_run}", output, "--kv_lora_rank=4")
+        ],
+        r"kv_lora_rank: 33 is not allowed; give a number from 1 to the source's hidden_size=32": [
+            *(*plain, "--kv_lora_rank=33")
+        ],
         r"kv_lora_rank: 0 is not": [*plain, "--kv_lora_rank=0"],
-        r"qk_rope_head_dim: 12 is not allowed; give a multiple of the head's width 8, up to 32": [*plain, "--kv_lora_rank=16", "--qk_rope_head_dim=12"],
-        r"qk_rope_head_dim: 40 is not": [*plain, "--kv_lora_rank=16", "--qk_rope_head_dim=40"],
-        r"nowhere": [*plain, "--kv_lora_rank=16", "--calibrate=nowhere"],
+        r"qk_rope_head_dim: 12 is not allowed; give a multiple of the head's width 8, up to 32": [
+            *(*half, "--qk_rope_head_dim=12")
+        ],
+        r"qk_rope_head_dim: 40 is not": [*half, "--qk_rope_head_dim=40"],
+        r"nowhere": [*half, "--calibrate=nowhere"],
         r"kv_lora_rank: required": plain,
-    }  # fmt: skip
-    for words, argv in cases.items():
+    }
+    for words, argv in messages.items():
         with pytest.raises(UserError, match=words) as caught:
             main(["latent", *argv])
         assert "\n" not in str(caught.value)

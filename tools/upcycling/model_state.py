@@ -1,0 +1,171 @@
+"""A model's configuration, weights and Adam moments as plain tensors by name: read from, and written to, checkpoints.
+
+One process holds the whole model on the CPU. Every kind of upcycling is a pure function from :class:`ModelState` to
+:class:`Upcycled` and touches no file.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from looplm import checkpoint
+from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, TrainingState, optimizer_state, step_folder
+from looplm.cli import to_dict
+from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
+from looplm.files import write_whole
+from looplm.model import LoopLM
+from pretrain.optim import DTYPES
+from pretrain.trainer import Trainer
+
+RECORD = "upcycle.json"
+
+
+class ModelState(NamedTuple):
+    """A model as plain tensors.
+
+    Args:
+        config: the model's configuration.
+        gate: the exit gate's configuration.
+        weights: fp32 weights by our names. If the gate's are missing, :func:`assemble` initializes them.
+        moments: Adam's two moments of each weight, by the same names; None if there is no run to resume.
+    """
+
+    config: ModelConfig
+    gate: GateConfig
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]] | None = None
+
+
+class Upcycled(NamedTuple):
+    """The converted model, with a description of what is preserved exactly and what approximately."""
+
+    state: ModelState
+    exact: list[str]
+    approximate: list[str]
+
+
+class Source(NamedTuple):
+    """A model to convert, with the files that accompany it.
+
+    Args:
+        folder: its directory, as the record names it.
+        state: the model.
+        about: the checkpoint's metadata.
+        tokenizer: tokenizer file to copy.
+        companions: further files to copy.
+        run: configuration of the run that trained the model, and the state of its ``scheduler``; None if there is no
+            run to resume.
+    """
+
+    folder: Path
+    state: ModelState
+    about: About
+    tokenizer: Path
+    companions: tuple[Path, ...]
+    run: RunConfig | None = None
+    scheduler: dict[str, Any] | None = None
+
+
+def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
+    """Read a training directory's newest checkpoint, one of its step directories, or weights alone.
+
+    A gate stage has moments of its gate only, so only the weights of its checkpoint are read.
+    """
+    step = step_folder.locate(directory)
+    run, about = checkpoint.read_config(step), checkpoint.read_about(step)
+    files = step / "tokenizer.json", tuple(sorted((step / COMPANION_FOLDER).glob("*")))
+    if run is None or about.objective != "entropy_regularised":
+        opened = checkpoint.open_model(str(step), groups)
+        state = ModelState(opened.model.model_config, opened.gate, _weights(opened.model))
+        return Source(step, state, about, *files)
+    training = _training_state(LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision]), run, groups)
+    checkpoint.load_run(step, training)
+    weights, moments = _weights(training.model), optimizer_state.plain_state(training.optimizer, training.model)
+    for name, adam in moments.items():
+        if optimizer_state.MAIN in adam:  # bf16 weights are rounded copies of the optimizer's
+            weights[name] = adam.pop(optimizer_state.MAIN).detach().cpu()
+    state = ModelState(run.model, run.gate, weights, moments)
+    return Source(step, state, about, *files, run, training.scheduler.state_dict())
+
+
+def assemble(state: ModelState, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32) -> LoopLM:
+    """Build the model. If ``state`` has no weights of the gate, the gate is initialized."""
+    model = LoopLM(state.config, state.gate, groups, dtype)
+    named = dict(model.named_parameters())
+    missing = {name for name in named if name not in state.weights and not name.startswith("gate.")}
+    assert not missing and state.weights.keys() <= named.keys(), (missing, state.weights.keys() - named.keys())
+    with torch.no_grad():
+        for name, weight in state.weights.items():
+            named[name].copy_(weight)
+    return model
+
+
+def write(
+    output: Path, source: Source, state: ModelState, record: dict[str, Any], groups: ProcessGroupCollection
+) -> None:
+    """Write ``state`` to ``output``, completely or not at all.
+
+    With moments it is a training directory that ``pretrain.train`` resumes at the source's step, otherwise weights
+    alone, for ``checkpoint.initial``. ``record`` is appended to the list in the companions' upcycle.json.
+    """
+    has_gate = any(name.startswith("gate.") for name in state.weights)
+    about = replace(
+        source.about,
+        gate_trained=source.about.gate_trained and has_gate and state.config.num_loops > 1,
+        versions=checkpoint.versions(),
+        git_revision=checkpoint.git_revision(),
+    )
+    with TemporaryDirectory() as folder:
+        companions = Path(folder) / COMPANION_FOLDER
+        companions.mkdir()
+        for path in source.companions:
+            shutil.copyfile(path, companions / path.name)
+        earlier = json.loads((companions / RECORD).read_text()) if (companions / RECORD).exists() else []
+        write_whole(companions / RECORD, json.dumps([*earlier, record], indent=1) + "\n")
+        if source.run is None or state.moments is None:
+            about = replace(about, objective=WEIGHTS_ONLY, dtype=about.dtype or "float32", optimizer_step=None)
+            model = assemble(state, groups, getattr(torch, about.dtype))
+            checkpoint.save_weights(output, model, state.gate, about, source.tokenizer, companions)
+        else:
+            _write_run(output, source, state, about, companions, groups)
+
+
+def _write_run(
+    output: Path, source: Source, state: ModelState, about: About, companions: Path, groups: ProcessGroupCollection
+) -> None:
+    assert source.run is not None and source.scheduler is not None
+    start = replace(source.run.checkpoint, initial=None, initial_optimizer=False)
+    run = replace(source.run, output_dir=str(output), model=state.config, gate=state.gate, checkpoint=start)
+    training = _training_state(assemble(state, groups, DTYPES[run.optim.precision]), run, groups)
+    adam = {name: _adam_state(name, weight, state) for name, weight in training.model.named_parameters()}
+    optimizer_state.load_state(training.optimizer, training.model, adam, about.adam_steps)
+    training.scheduler.load_state_dict(source.scheduler)
+    partial = step_folder.create_partial(output)
+    checkpoint.save(partial / "checkpoints", training, run, about, source.tokenizer, run.checkpoint.keep, companions)
+    shutil.copytree(companions, partial / COMPANION_FOLDER)
+    write_whole(partial / "config.yaml", yaml.safe_dump(to_dict(run), sort_keys=False))
+    step_folder.move_into_place(partial, output)
+
+
+def _adam_state(name: str, weight: Tensor, state: ModelState) -> dict[str, Tensor]:
+    """Return Adam's state of one weight. A fresh gate's moments are zero, which makes its first steps small."""
+    assert state.moments is not None
+    zeros = {moment: torch.zeros(weight.shape) for moment in optimizer_state.MOMENTS}
+    main = {} if weight.dtype is torch.float32 else {optimizer_state.MAIN: state.weights.get(name, weight.detach())}
+    return {**state.moments.get(name, zeros), **main}
+
+
+def _training_state(model: LoopLM, run: RunConfig, groups: ProcessGroupCollection) -> TrainingState:
+    return Trainer(model, run.loss, run.optim, ParallelConfig(), groups).state
+
+
+def _weights(model: LoopLM) -> dict[str, Tensor]:
+    return {name: weight.detach().float().cpu() for name, weight in model.named_parameters()}
