@@ -3,8 +3,8 @@
     python -m pretrain.chain --config configs/ouro-1.4b/chain.yaml --attention mha --dry_run true
     python -m pretrain.chain --config configs/ouro-1.4b/chain.yaml --attention mha --stop stage1b
 
-All stages are checked first: configurations, layouts, data, and the checkpoints that they start from. With --dry_run true
-nothing is submitted. Instead, the submission is printed as a shell script, with the command of each job in a comment.
+All stages are checked first: configurations, layouts, data, and the checkpoints that they start from. With --dry_run
+true, nothing is submitted. Instead, the submission is printed as a shell script, with each job's command in a comment.
 sbatch's own environment variables (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT) apply.
 """
 
@@ -15,7 +15,7 @@ from pretrain.cluster.submit import SubmitConfig, find_faults, find_missing_data
 
 
 def main(argv: list[str]) -> None:
-    """``python -m pretrain.chain --config RECIPE.yaml [--attention mha] [--start STAGE] [--stop STAGE] [--dry_run true]``"""
+    """``python -m pretrain.chain --config RECIPE.yaml [--attention mha] [--start STAGE] [--dry_run true]``"""
     config = parse_config(SubmitConfig, argv, prog="python -m pretrain.chain", description=str(__doc__))
     jobs, faults = plan(config)
     if not faults:  # the dependents of a stage that failed to parse would fail for the same reason

@@ -17,6 +17,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, Subset
 
+from data_pipeline.manifest import TokenizerRecord
 from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError, require
@@ -49,36 +50,20 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Checked data sources, with the tokenizer that they share.
+    """Checked data sources, with the tokenizer that they share."""
 
-    Args:
-        tokenizer: its file.
-        tokenizer_sha256: of that file.
-        vocab_size: tokens of the tokenizer.
-        bos_id: its special tokens; None if it has no such token.
-        eos_id: likewise.
-        pad_id: likewise.
-        fingerprint: hash of all sources.
-        conversations: prefixes that hold conversations.
-        end_id: the chat end token, if any training source is conversational.
-        left_out: messages about conversations that are too long for a sample.
-    """
-
-    tokenizer: Path
-    tokenizer_sha256: str
+    tokenizer_file: Path
+    tokenizer: TokenizerRecord
     vocab_size: int
-    bos_id: int | None
-    eos_id: int
-    pad_id: int
-    fingerprint: str
-    conversations: tuple[str, ...] = ()
-    end_id: int | None = None
-    left_out: tuple[str, ...] = ()
+    fingerprint: str  # hash of all sources
+    conversations: tuple[str, ...] = ()  # prefixes that hold conversations
+    end_id: int | None = None  # the chat end token, if any training source is conversational
+    left_out: tuple[str, ...] = ()  # messages about conversations that are too long for a sample
 
     @property
     def stop_id(self) -> int:
         """The token at which generation stops: the chat end token if there is one."""
-        return self.eos_id if self.end_id is None else self.end_id
+        return self.tokenizer.eos_id if self.end_id is None else self.end_id
 
 
 def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
@@ -109,17 +94,12 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
         vocab_size,
         f"the tokenizer of {first_prefix} has {first.vocab_size} tokens; give at least as many",
     )
-    fingerprint = hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest()
-    folder = Path(first_prefix).parent
     trained = [manifest.chat for _, manifest in checked[: len(data.train)] if manifest.chat is not None]
     return Corpus(
-        tokenizer=folder / first.tokenizer.path,
-        tokenizer_sha256=first.tokenizer.sha256,
+        tokenizer_file=Path(first_prefix).parent / first.tokenizer.path,
+        tokenizer=first.tokenizer,
         vocab_size=first.vocab_size,
-        bos_id=first.tokenizer.bos_id,
-        eos_id=first.tokenizer.eos_id,
-        pad_id=first.tokenizer.pad_id,
-        fingerprint=fingerprint,
+        fingerprint=hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest(),
         conversations=tuple(prefix for prefix, manifest in checked if manifest.chat is not None),
         end_id=trained[0].end_id if trained else None,
         left_out=tuple(left_out),
@@ -197,10 +177,10 @@ def schedule_on(config: RunConfig, ranks: int) -> BatchSchedule:
 class _Tokenizer:
     """The part of a tokenizer that Megatron's GPTDataset uses."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        self.eod, self.pad, self.vocab_size = corpus.eos_id, corpus.pad_id, corpus.vocab_size
-        self.unique_identifiers = {"sha256": corpus.tokenizer_sha256}
-        self.special_tokens_dict = {"eos_token": corpus.eos_id, "pad_token": corpus.pad_id}
+    def __init__(self, record: TokenizerRecord, vocab_size: int) -> None:
+        self.eod, self.pad, self.vocab_size = record.eos_id, record.pad_id, vocab_size
+        self.unique_identifiers = {"sha256": record.sha256}
+        self.special_tokens_dict = {"eos_token": record.eos_id, "pad_token": record.pad_id}
 
 
 def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horizon: int) -> Dataset[Any]:
@@ -238,7 +218,7 @@ def _build(
         sequence_length=data.seq_length,
         blend_per_split=[([source.prefix for source in sources], [source.weight for source in sources]), None, None],
         path_to_cache=str(cache / corpus.fingerprint[:16]),
-        tokenizer=_Tokenizer(corpus),
+        tokenizer=_Tokenizer(corpus.tokenizer, corpus.vocab_size),
         reset_position_ids=data.document_masking,
         reset_attention_mask=False,
         eod_mask_loss=data.document_masking,

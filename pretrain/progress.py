@@ -12,21 +12,13 @@ from pretrain.optim import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Position of a run.
+    """Position of a run."""
 
-    Args:
-        horizon_samples: samples in one shuffled pass over the data; fixed when the run starts.
-        inherited_steps: optimizer steps of earlier stages in Adam's moments; its bias correction counts them too.
-        step: optimizer steps done.
-        samples: training samples consumed.
-        tokens: tokens in those samples.
-    """
-
-    horizon_samples: int
-    inherited_steps: int = 0
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
+    horizon_samples: int  # in one shuffled pass over the data; fixed when the run starts
+    inherited_steps: int = 0  # of earlier stages in Adam's moments; its bias correction counts them too
+    step: int = 0  # optimizer steps done
+    samples: int = 0  # training samples consumed
+    tokens: int = 0  # in those samples
 
     @classmethod
     def start(cls, config: RunConfig, total_samples: int, resumed: About | None, initial: About | None) -> "Progress":
@@ -62,13 +54,13 @@ def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
         horizon_samples=progress.horizon_samples,
         objective=config.loss.objective,
         gate_trained=config.model.num_loops > 1,
-        tokenizer_sha256=corpus.tokenizer_sha256,
+        tokenizer_sha256=corpus.tokenizer.sha256,
         eos_id=corpus.stop_id,
         data_order=data_order(config, corpus),
         versions=checkpoint.versions(),
         git_revision=checkpoint.git_revision(),
-        bos_id=corpus.bos_id,
-        pad_id=corpus.pad_id,
+        bos_id=corpus.tokenizer.bos_id,
+        pad_id=corpus.tokenizer.pad_id,
         dtype=str(DTYPES[config.optim.precision]).removeprefix("torch."),
         optimizer_step=progress.step + progress.inherited_steps,
     )
@@ -77,10 +69,10 @@ def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
 def refuse_other_data(config: RunConfig, corpus: Corpus, resumed: About | None, initial: About | None) -> None:
     """Raise if the weights belong to another tokenizer, or if the run would resume in other data or another order."""
     for about, where in ((initial, config.checkpoint.initial), (resumed, config.output_dir)):
-        if about is not None and about.tokenizer_sha256 != corpus.tokenizer_sha256:
+        if about is not None and about.tokenizer_sha256 != corpus.tokenizer.sha256:
             raise UserError(
                 f"{where}: trained with another tokenizer ({about.tokenizer_sha256[:12]}) than the data's "
-                f"({corpus.tokenizer_sha256[:12]}); tokenize the data with {where}/…/tokenizer.json"
+                f"({corpus.tokenizer.sha256[:12]}); tokenize the data with {where}/…/tokenizer.json"
             )
     if resumed is not None and resumed.data_order != data_order(config, corpus):
         raise UserError(

@@ -36,21 +36,13 @@ class StageJumpsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageJump:
-    """Jump of the loss between a stage and the one that it starts from.
+    """Jump of the loss between a stage and the one that it starts from."""
 
-    Args:
-        before: name of the earlier stage.
-        after: name of the later one.
-        loop: loop at which the losses are compared, counted from 1; both stages run it.
-        nats: size of the jump; negative if the loss fell.
-        same_data: True if both train on the same sources in the same mix.
-    """
-
-    before: str
-    after: str
-    loop: int
-    nats: float
-    same_data: bool
+    before: str  # name of the earlier stage
+    after: str  # name of the later one
+    loop: int  # at which the losses are compared, counted from 1; both stages run it
+    nats: float  # negative if the loss fell
+    same_data: bool  # both train on the same sources in the same mix
 
 
 def main(argv: list[str]) -> None:

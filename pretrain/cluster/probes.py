@@ -29,27 +29,16 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One rank's description of itself.
-
-    Args:
-        rank: its number.
-        node: its machine.
-        device: what it computes on.
-        versions: of the software, with the code's revision.
-        clock: seconds since 1970, read by all ranks right after a barrier.
-        flops: FLOP/s of a matrix product on its device.
-        ram_bytes: free main memory.
-        shm_bytes: size of /dev/shm.
-    """
+    """One rank's description of itself."""
 
     rank: int
-    node: str
+    node: str  # host name
     device: device.Description
-    versions: str
-    clock: float
-    flops: float
-    ram_bytes: int
-    shm_bytes: int
+    versions: str  # of the software, with the code's revision
+    clock: float  # seconds since 1970, read by all ranks right after a barrier
+    flops: float  # per second, of a matrix product on its device
+    ram_bytes: int  # free main memory
+    shm_bytes: int  # size of /dev/shm
 
 
 def describe_ranks() -> list[RankInfo]:
@@ -120,19 +109,12 @@ def bandwidth(num_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class WriteSpeed:
-    """How fast a checkpoint would be written.
+    """How fast a checkpoint would be written."""
 
-    Args:
-        fault: why it cannot be written; empty if it can.
-        writers: ranks that write.
-        writing: bytes per second of all writers together, until everything is on the disk.
-        hashing: bytes per second of rank 0, which hashes every file.
-    """
-
-    fault: str = ""
-    writers: int = 0
-    writing: float = 0.0
-    hashing: float = 0.0
+    fault: str = ""  # why it cannot be written
+    writers: int = 0  # ranks that write
+    writing: float = 0.0  # bytes per second of all writers together, until everything is on the disk
+    hashing: float = 0.0  # bytes per second of rank 0, which hashes every file
 
 
 def write_speed(folder: Path, groups: ProcessGroupCollection, num_bytes: int) -> WriteSpeed:

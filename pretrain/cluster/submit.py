@@ -90,27 +90,16 @@ class SubmitConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """A job to submit.
+    """A job to submit."""
 
-    Args:
-        name: of its stage.
-        launcher: file in pretrain/slurm.
-        arguments: of the launcher.
-        nodes: number of nodes.
-        gpus: on each.
-        reads: directory of the checkpoint that it starts from.
-        writes: directory of the checkpoints that it writes.
-        run: the run that it trains; None for a command.
-    """
-
-    name: str
-    launcher: str
-    arguments: tuple[str, ...]
+    name: str  # of its stage
+    launcher: str  # file in pretrain/slurm
+    arguments: tuple[str, ...]  # of the launcher
     nodes: int
-    gpus: int
-    reads: str | None = None
-    writes: str | None = None
-    run: RunConfig | None = None
+    gpus: int  # on each node
+    reads: str | None = None  # directory of the checkpoint that it starts from
+    writes: str | None = None  # directory of the checkpoints that it writes
+    run: RunConfig | None = None  # the run that it trains; None for a command
 
 
 def plan(config: SubmitConfig) -> tuple[list[Job], list[str]]:

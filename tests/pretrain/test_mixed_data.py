@@ -179,5 +179,5 @@ def test_it_answers_in_the_terminal_and_a_plain_model_refuses(chats, tuned, tmp_
         config, data=dataclasses.replace(config.data, **only_plain), output_dir=str(tmp_path / "text")
     )
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
-    with pytest.raises(UserError, match="chat: True is not allowed; it was not tuned on conversations"):
+    with pytest.raises(UserError, match="chat: True is not allowed; the model was not tuned on conversations"):
         generate.main(["--checkpoint", str(tmp_path / "text"), *arguments])
