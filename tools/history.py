@@ -88,9 +88,10 @@ def plot() -> str:
     figure = Figure(figsize=(8, 2.4 * len(commands)), layout="constrained")
     for axes, command in zip(figure.subplots(len(commands), squeeze=False)[:, 0], commands, strict=True):
         runs = [row for row in rows if row["command"] == command]
-        axes.plot([int(row["seconds"]) / 60 for row in runs], "o-")
+        minutes = [int(row["seconds"]) / 60 for row in runs]
+        axes.plot(minutes, "o-")
         axes.set_xticks(range(len(runs)), [f"{row['date'][5:]}\n{row['revision']}" for row in runs], fontsize=7)
-        axes.set(title=command, ylabel="minutes", ylim=(0, None))
+        axes.set(title=command, ylabel="minutes", ylim=(0, 1.15 * max(minutes)))
         axes.grid(alpha=0.3)
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "history"}):
