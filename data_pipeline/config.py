@@ -24,7 +24,7 @@ class ChatConfig:
     """Keys of the conversation in a source's records.
 
     Args:
-        messages_key: a list of messages: {role, content}, role one of system, user, assistant; or ShareGPT's {from, value}.
+        messages_key: a list of messages {role, content}, role system, user or assistant; or ShareGPT's {from, value}.
         prompt_key: instead of messages_key: the question, a text or a list of messages.
         answer_key: with prompt_key: its answer, a text.
     """
@@ -77,10 +77,9 @@ class SourceConfig:
         require(plain, "sources[].name", self.name, "it is part of file names: give letters, digits, '.', '_' and '-'")
         section, paths, most = f"sources.{self.name}", list(self.paths), self.max_chars
         check_bounds(self, section)
-        if self.kind == "python-stdlib":
-            require(not paths, f"{section}.paths", paths, "kind=python-stdlib finds its own files; leave it out")
-        else:
-            require(len(paths) > 0, f"{section}.paths", paths, "name at least one file or glob")
+        own = self.kind == "python-stdlib"
+        fix = "kind=python-stdlib finds its own files; leave it out" if own else "name at least one file or glob"
+        require(own != bool(paths), f"{section}.paths", paths, fix)
         if self.chat is not None:
             records = self.kind in ("jsonl", "parquet")
             require(records, f"{section}.chat", self.chat, "conversations are read from kind=jsonl or parquet")
@@ -142,23 +141,20 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "tokenizer")
-        further, size = self.special_tokens, self.vocab_size
-        specials = (self.bos_token, self.eos_token, self.pad_token)
+        further, size, bos, pad = self.special_tokens, self.vocab_size, self.bos_token, self.pad_token
         least = BYTE_ALPHABET + SPECIAL_TOKENS + len(further)
         one_given = (size is None) != (self.path is None)
         require(one_given, "tokenizer.vocab_size", size, "give either vocab_size, to train a tokenizer, or path")
         fix = f"give a number from {least} (bytes and special tokens) to {MAX_VOCAB_SIZE}"
         require(size is None or least <= size <= MAX_VOCAB_SIZE, "tokenizer.vocab_size", size, fix)
-        require(
-            self.pad_token != self.eos_token, "tokenizer.pad_token", self.pad_token, "it must differ from eos_token"
-        )
+        require(pad != self.eos_token, "tokenizer.pad_token", pad, "it must differ from eos_token")
         if self.path is not None:
             fix = "an existing tokenizer has its own; leave it out"
             require(not further, "tokenizer.special_tokens", list(further), fix)
             return
         fix = "a trained tokenizer needs one that differs from eos_token and pad_token"
-        require(self.bos_token not in (None, *specials[1:]), "tokenizer.bos_token", self.bos_token, fix)
-        distinct = "" not in further and len({*specials, *further}) == SPECIAL_TOKENS + len(further)
+        require(bos not in (None, self.eos_token, pad), "tokenizer.bos_token", bos, fix)
+        distinct = "" not in further and len({bos, self.eos_token, pad, *further}) == SPECIAL_TOKENS + len(further)
         fix = "they must differ from each other and from bos, eos and pad"
         require(distinct, "tokenizer.special_tokens", list(further), fix)
 

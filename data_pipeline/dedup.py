@@ -1,24 +1,13 @@
-"""Exact and near-duplicates over the documents of all sources, found by datatrove's steps.
+"""Exact and near-duplicates over the documents of all sources, found by datatrove.
 
-Each step reads the same files with the same number of tasks, because datatrove identifies a document by its task and its
-position in that task's input.
+Each step reads the same files with the same number of tasks, because datatrove identifies a document by its task and
+its position in that task's input.
 """
 
 from pathlib import Path
 
-from datatrove.data import Document
+from datatrove.pipeline import dedup
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import (
-    ExactDedupConfig,
-    ExactDedupFilter,
-    ExactDedupSignature,
-    ExactFindDedups,
-    MinhashConfig,
-    MinhashDedupBuckets,
-    MinhashDedupCluster,
-    MinhashDedupFilter,
-    MinhashDedupSignature,
-)
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.utils.word_tokenizers import WordTokenizer
 
@@ -34,26 +23,24 @@ def find_duplicates(config: DedupConfig, documents: Path, work: Path, runner: St
         work: folder for signatures and results.
     """
     filters: list[PipelineStep] = []
+    reader = JsonlReader(str(documents))
     if config.exact:
-        exact = ExactDedupConfig(content_getter=_text)
-        runner.run("exact-signatures", [JsonlReader(str(documents)), ExactDedupSignature(str(work / "exact"), exact)])
+        signatures, found = str(work / "exact"), str(work / "exact-found")
+        exact = dedup.ExactDedupConfig(content_getter=lambda document: document.text)
+        runner.run("exact-signatures", [reader, dedup.ExactDedupSignature(signatures, exact)])
         # One task: with more, datatrove 0.10.1 looks for a file named ".c4_sig", does not find it and drops nothing.
-        runner.run("exact-find", [ExactFindDedups(str(work / "exact"), str(work / "exact-found"), exact)], tasks=1)
-        filters.append(ExactDedupFilter(str(work / "exact-found"), exact))
+        runner.run("exact-find", [dedup.ExactFindDedups(signatures, found, exact)], tasks=1)
+        filters.append(dedup.ExactDedupFilter(found, exact))
     if config.minhash:
-        sizes = {"num_buckets": config.buckets, "hashes_per_bucket": config.hashes_per_bucket}
-        minhash = MinhashConfig(n_grams=config.ngram, **sizes)
         signatures, pairs, found = (str(work / f"minhash-{part}") for part in ("signatures", "pairs", "found"))
-        signature = MinhashDedupSignature(signatures, minhash, language=config.language or _WhiteSpace())
-        runner.run("minhash-signatures", [JsonlReader(str(documents)), *filters, signature])
-        runner.run("minhash-buckets", [MinhashDedupBuckets(signatures, pairs, config=minhash)], tasks=config.buckets)
-        runner.run("minhash-cluster", [MinhashDedupCluster(pairs, found, minhash)], tasks=1)
-        filters.append(MinhashDedupFilter(found))
+        sizes = {"num_buckets": config.buckets, "hashes_per_bucket": config.hashes_per_bucket}
+        minhash = dedup.MinhashConfig(n_grams=config.ngram, **sizes)
+        signature = dedup.MinhashDedupSignature(signatures, minhash, language=config.language or _WhiteSpace())
+        runner.run("minhash-signatures", [reader, *filters, signature])
+        runner.run("minhash-buckets", [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)], config.buckets)
+        runner.run("minhash-cluster", [dedup.MinhashDedupCluster(pairs, found, minhash)], tasks=1)
+        filters.append(dedup.MinhashDedupFilter(found))
     return filters
-
-
-def _text(document: Document) -> str:
-    return document.text
 
 
 class _WhiteSpace(WordTokenizer):

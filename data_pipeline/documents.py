@@ -1,21 +1,20 @@
 """Split documents from sources: read, filter, drop duplicates, and divide into training and validation."""
 
 import hashlib
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
 from data_pipeline.chat import MESSAGES
 from data_pipeline.config import PipelineConfig
 from data_pipeline.dedup import find_duplicates
-from data_pipeline.executor import StepRunner, say
+from data_pipeline.executor import StepRunner
 from data_pipeline.filters import build_filters
 from data_pipeline.sources import make_reader
 from looplm.cli import UserError
@@ -28,24 +27,22 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
     documents, tasks = work / "documents", config.executor.tasks
     documents.mkdir(exist_ok=True)
     for source in config.sources:
-        started = time.time()
         reader = make_reader(source, files[source.name], work / f"{source.name}.paths")
-        pipeline = [reader, *build_filters(source), _writer(documents / source.name, "${rank}.jsonl")]
+        pipeline: list[Callable] = [reader, *build_filters(source), _writer(documents / source.name, "${rank}.jsonl")]
         counts = runner.run(f"read-{source.name}", pipeline, tasks if source.limit is None else 1)
         reasons = {key: count for key, count in sum(counts[1:-1], Counter()).items() if key.startswith("dropped_")}
         dropped = _dropped({key.removeprefix("dropped_"): count for key, count in reasons.items()})
         if not counts[-1]["total"]:
             fix = f"loosen sources.{source.name}.filters or min_chars"
             raise UserError(f"sources.{source.name}: no document is left after its filters ({dropped}); {fix}")
-        say(f"read {source.name}", counts[-1]["total"], dropped, started)
-    started = time.time()
+        runner.report(f"read {source.name}", counts[-1]["total"], dropped)
     filters = find_duplicates(config.dedup, documents, work, runner)
-    split = Split(config.seed, config.validation_fraction)
+    split = partial(_add_prefix, config.seed, config.validation_fraction)
     pipeline = [JsonlReader(str(documents)), *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
     counts = runner.run("split", pipeline)
     kinds = ["exact duplicates"] * config.dedup.exact + ["near-duplicates"] * config.dedup.minhash
-    duplicates = dict(zip(kinds, (count["dropped"] for count in counts[1:-2]), strict=True))
-    say("deduplicate and split", counts[-1]["total"], _dropped(duplicates), started)
+    duplicates = dict(zip(kinds, (count["dropped"] for count in counts[1:-1]), strict=True))
+    runner.report("deduplicate and split", counts[-1]["total"], _dropped(duplicates))
     for source in config.sources:
         for part in (TRAIN, VALID) if config.validation_fraction else (TRAIN,):
             if not (work / "split" / f"{source.name}_{part}").exists():
@@ -59,22 +56,14 @@ def split_of(source: str, document_id: str, seed: int, validation_fraction: floa
     return VALID if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else TRAIN
 
 
-class Split(PipelineStep):
-    """Step that adds ``prefix`` (SOURCE_train or SOURCE_valid) to each document's metadata, for the writer."""
-
-    type = "✂ - SPLIT"
-    name = "by document id"
-
-    def __init__(self, seed: int, validation_fraction: float) -> None:
-        super().__init__()
-        self.seed, self.validation_fraction = seed, validation_fraction
-
-    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for document in data:
-            source = document.metadata["source"]
-            split = split_of(source, document.id, self.seed, self.validation_fraction)
-            document.metadata["prefix"] = f"{source}_{split}"
-            yield document
+def _add_prefix(
+    seed: int, validation_fraction: float, documents: Iterator[Document], rank: int, world_size: int
+) -> Iterator[Document]:
+    """Add ``prefix`` (SOURCE_train or SOURCE_valid) to each document's metadata, for the writer."""
+    for document in documents:
+        source = document.metadata["source"]
+        document.metadata["prefix"] = f"{source}_{split_of(source, document.id, seed, validation_fraction)}"
+        yield document
 
 
 def _writer(folder: Path, name: str) -> JsonlWriter:

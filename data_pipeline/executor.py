@@ -1,24 +1,22 @@
-"""Execution of data steps by datatrove: on this machine by default, as Slurm job arrays by configuration.
+"""Execution of data steps by datatrove, on this machine or as Slurm job arrays.
 
 Both look the same to the caller: :meth:`StepRunner.run` returns when every task is done. datatrove records finished
 tasks in the log folder, so an interrupted run continues where it stopped.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import setup_default_logger
 from loguru import logger
 from tqdm import tqdm
@@ -28,7 +26,7 @@ from looplm.cli import UserError
 
 
 class StepFailed(UserError):
-    """A step stopped for a reason outside the data. Finished tasks stay on disk, and the next run continues from them."""
+    """A failure outside the data. Finished tasks stay on disk, and the next run continues from them."""
 
 
 class StepRunner:
@@ -42,13 +40,12 @@ class StepRunner:
 
     def __init__(self, config: ExecutorConfig, logs: Path, verbose: bool = False) -> None:
         self.config, self.logs, self.verbose = config, logs.resolve(), verbose
+        self._reported = time.time()
 
-    def run(self, name: str, pipeline: Sequence[PipelineStep], tasks: int | None = None) -> list[Counter[str]]:
-        """Run ``pipeline`` in ``tasks`` tasks.
+    def run(self, name: str, pipeline: Sequence[Callable], tasks: int | None = None) -> list[Counter[str]]:
+        """Run ``pipeline`` in ``tasks`` tasks, and return the counters of each datatrove step in it.
 
-        Returns:
-            For each of its parts, datatrove's counters summed over the tasks ("total", "forwarded", "dropped",
-            "dropped_REASON").
+        Counters are summed over the tasks: "total", "forwarded", "dropped", "dropped_REASON".
 
         Raises:
             UserError: the data is at fault.
@@ -56,51 +53,44 @@ class StepRunner:
         """
         folder, tasks = self.logs / name, tasks or self.config.tasks
         folder.mkdir(parents=True, exist_ok=True)
-        with _progress_bar(name, folder, tasks), _log_to_file(folder, self.verbose):
+        with _progress_bar(name, folder, tasks), nullcontext() if self.verbose else _log_to_file(folder):
             if self.config.slurm is None:
-                executor = _LocalExecutor(
-                    list(pipeline), tasks, min(self.config.workers, tasks), logging_dir=str(folder)
-                )
-                executor.verbose = self.verbose
-                executor.run()
+                executor = LocalPipelineExecutor if self.verbose else _QuietExecutor
+                executor(list(pipeline), tasks, min(self.config.workers, tasks), str(folder)).run()
             else:
                 self._run_on_slurm(self.config.slurm, name, list(pipeline), tasks, folder)
         return _counters(folder)
 
-    def _run_on_slurm(
-        self, config: SlurmConfig, name: str, pipeline: list[PipelineStep], tasks: int, folder: Path
-    ) -> None:
+    def report(self, what: str, amount: int, note: str, unit: str = "documents") -> None:
+        """Print one line: the amount that a step produced, the seconds since the previous line, and a note."""
+        previous, self._reported = self._reported, time.time()
+        print(f"{what:<24} {amount:>12,} {unit:<10} {self._reported - previous:7.1f} s  {note}", flush=True)
+
+    def _run_on_slurm(self, config: SlurmConfig, name: str, pipeline: list[Callable], tasks: int, folder: Path) -> None:
         root = Path(__file__).resolve().parents[1]  # jobs must find this package and this interpreter's scripts
         env_command = f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{root}:$PYTHONPATH"'
-        options: dict[str, Any] = {"workers": self.config.workers, "job_name": f"looplm-{name}", **asdict(config)}
-        poll_seconds = options.pop("poll_seconds")
-        executor = SlurmPipelineExecutor(
-            pipeline, tasks=tasks, env_command=env_command, logging_dir=str(folder), **options
-        )
+        options: dict[str, Any] = {key: value for key, value in asdict(config).items() if key != "poll_seconds"}
+        options |= {"workers": self.config.workers, "job_name": f"looplm-{name}", "logging_dir": str(folder)}
+        executor = SlurmPipelineExecutor(pipeline, tasks=tasks, env_command=env_command, **options)
         executor.run()
         while executor.get_incomplete_ranks():
-            time.sleep(poll_seconds)
+            time.sleep(config.poll_seconds)
             queue = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True)
             if not queue.stdout.strip() and executor.get_incomplete_ranks():
                 raise _failure(name, folder)
 
 
-class _LocalExecutor(LocalPipelineExecutor):
-    """datatrove's executor, whose tasks log to the step's folder: they would reset every setting and log to stderr."""
-
-    verbose = False
+class _QuietExecutor(LocalPipelineExecutor):
+    """datatrove's executor with the logs of its tasks in the step's folder: tasks reset loguru to write to stderr."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        with _log_to_file(Path(self.logging_dir.path), self.verbose):
+        with _log_to_file(Path(self.logging_dir.path)):
             return super()._run_for_rank(rank, local_rank, node_rank)
 
 
 @contextmanager
-def _log_to_file(folder: Path, verbose: bool) -> Iterator[None]:
+def _log_to_file(folder: Path) -> Iterator[None]:
     """Send loguru's messages and datatrove's progress bars to a file; afterwards only warnings reach the terminal."""
-    if verbose:
-        yield
-        return
     terminal = sys.stderr
     with (folder / "console.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
         setup_default_logger()
@@ -153,15 +143,3 @@ def _failure(name: str, folder: Path) -> UserError:
             if "UserError: " in line:
                 return UserError(line.split("UserError: ", 1)[1])
     return StepFailed(f"step {name}: its Slurm job ended before all tasks were done; see {folder} and run again")
-
-
-def say(what: str, amount: int, note: str, started: float, unit: str = "documents") -> None:
-    """Print one line: a step, the amount that it produced, its time in seconds, and a note."""
-    print(f"{what:<24} {amount:>12,} {unit:<10} {time.time() - started:7.1f} s  {note}", flush=True)
-
-
-def check_slurm() -> None:
-    """Raise a :class:`UserError` if Slurm is not installed."""
-    for command in ("sbatch", "squeue"):
-        if shutil.which(command) is None:
-            raise UserError(f"executor.slurm: {command} is not on this machine; start on a login node or leave it null")

@@ -5,12 +5,7 @@ split by spaCy's blank pipelines, whose rules are part of the package.
 """
 
 from datatrove.data import Document
-from datatrove.pipeline.filters import (
-    C4QualityFilter,
-    FineWebQualityFilter,
-    GopherQualityFilter,
-    GopherRepetitionFilter,
-)
+from datatrove.pipeline import filters
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import StanzaTokenizer, TibetanTokenizer, load_word_tokenizer
 
@@ -19,10 +14,10 @@ from data_pipeline.config import SourceConfig
 from looplm.cli import UserError
 
 _QUALITY = {
-    "gopher_quality": GopherQualityFilter,  # Rae et al. 2021, section A.1.1
-    "gopher_repetition": GopherRepetitionFilter,  # Rae et al. 2021, table A1
-    "c4": C4QualityFilter,  # Raffel et al. 2020, section 2.2; rewrites the text: drops lines without final punctuation
-    "fineweb_quality": FineWebQualityFilter,  # Penedo et al. 2024, section 3.6
+    "gopher_quality": filters.GopherQualityFilter,  # Rae et al. 2021, section A.1.1
+    "gopher_repetition": filters.GopherRepetitionFilter,  # Rae et al. 2021, table A1
+    "c4": filters.C4QualityFilter,  # Raffel et al. 2020, section 2.2; cuts lines without final punctuation
+    "fineweb_quality": filters.FineWebQualityFilter,  # Penedo et al. 2024, section 3.6
 }
 
 

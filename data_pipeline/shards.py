@@ -1,7 +1,6 @@
 """Megatron shards, one per file of split documents, and the prefixes into which they are merged."""
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data_pipeline.chat import MESSAGES
-from data_pipeline.executor import StepRunner, say
+from data_pipeline.executor import StepRunner
 from data_pipeline.token_file import mark, read_index, write_index
 from looplm.chat import ChatTemplate, Message
 from looplm.cli import UserError
@@ -29,19 +28,17 @@ def write_prefixes(eos_token: str, work: Path, runner: StepRunner) -> None:
 
     Shards are merged in the order of the tasks that wrote their documents.
     """
-    started = time.time()
     split, shards, final = (work / name for name in ("split", "shards", "final"))
     names = DataFolder(str(split)).list_files()  # the reader below gives task i the i-th file of this list
-    tokenizer = MegatronTokenizer(str(shards), str(final / "tokenizer.json"), eos_token)
+    tokenizer = MegatronTokenizer(str(shards), None, str(final / "tokenizer.json"), eos_token, batch_size=1000)
     counts = runner.run("tokenize", [JsonlReader(str(split)), tokenizer], tasks=len(names))
-    say("tokenize", counts[0]["input_files"], f"{counts[1]['tokens']:,} tokens", started, unit="shards")
-    started = time.time()
+    runner.report("tokenize", counts[0]["input_files"], f"{counts[1]['tokens']:,} tokens", unit="shards")
     plan: dict[str, list[str]] = {}
     for task, name in enumerate(names):
         plan.setdefault(str(final / Path(name).parent), []).append(str(shards / f"{task:05d}_tokens"))
     for prefix, parts in tqdm(plan.items(), desc="merge", unit="prefix", leave=False, disable=None):
         merge_shards(parts, prefix)
-    say("merge", len(plan), "", started, unit="prefixes")
+    runner.report("merge", len(plan), "", unit="prefixes")
 
 
 def merge_shards(shards: Sequence[str], prefix: str) -> None:
@@ -75,9 +72,6 @@ class MegatronTokenizer(MegatronDocumentTokenizer):
 
     Every document ends in eos. No other special token occurs, except those of the chat template in a conversation.
     """
-
-    def __init__(self, output_folder: str, tokenizer: str, eos_token: str) -> None:
-        super().__init__(output_folder, tokenizer_name_or_path=tokenizer, eos_token=eos_token, batch_size=1000)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Megatron's token files: the index in a .idx, and the loss marks on the ids in a .bin.
 
-Layout of a .idx, little-endian: magic (9 bytes), version (uint64, 1), dtype code (uint8), sequences N (uint64), document
-bounds M (uint64), lengths (N x int32, in tokens), pointers (N x int64, in bytes), bounds (M x int64).
+Layout of a .idx, little-endian: magic (9 bytes), version (uint64, 1), dtype code (uint8), sequences N (uint64),
+document bounds M (uint64), lengths (N x int32, in tokens), pointers (N x int64, in bytes), bounds (M x int64).
 Source: megatron/core/datasets/indexed_dataset.py, ``_IndexWriter``.
 
 A .bin of conversations holds int32 ids. An id that bears no loss has the bit :data:`NO_LOSS` set, so the mark travels
@@ -63,10 +63,9 @@ def read_index(path: Path) -> IndexFile:
                 raise UserError(f"{path}: {count} sequences for {bounds - 1} documents; {fix}")
             end = 0
             if count:
-                stream.seek(_HEADER.size + 4 * (count - 1))
-                (length,) = struct.unpack("<i", stream.read(4))
-                stream.seek(_HEADER.size + 4 * count + 8 * (count - 1))
-                end = struct.unpack("<q", stream.read(8))[0] + length * _DTYPES[code].itemsize
+                (length,) = np.fromfile(path, np.int32, 1, offset=_HEADER.size + 4 * (count - 1))
+                (pointer,) = np.fromfile(path, np.int64, 1, offset=_HEADER.size + 4 * count + 8 * (count - 1))
+                end = int(pointer) + int(length) * _DTYPES[code].itemsize
             return IndexFile(path, _DTYPES[code], count, end)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from error

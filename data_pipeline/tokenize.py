@@ -10,7 +10,6 @@ downloaded. An interrupted run continues where it stopped when the command is re
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.documents import TRAIN, VALID, split_documents
-from data_pipeline.executor import StepRunner, check_slurm, say
+from data_pipeline.executor import StepRunner
 from data_pipeline.filters import check_language
 from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.shards import write_prefixes
@@ -32,7 +31,7 @@ from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_
 from data_pipeline.verify import check_prefix
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
 from looplm import chat
-from looplm.cli import parse_config, run_main
+from looplm.cli import UserError, parse_config, run_main
 from looplm.files import sha256_of
 
 
@@ -56,7 +55,7 @@ def build(config: PipelineConfig) -> None:
         with workspace(output, identity) as work:
             runner = StepRunner(config.executor, work / "final" / "logs", config.verbose)
             split_documents(config, files, work, runner)
-            _make_tokenizer(config, work / "split", work / "final" / "tokenizer.json")
+            _make_tokenizer(config, work / "split", work / "final" / "tokenizer.json", runner)
             write_prefixes(config.tokenizer.eos_token, work, runner)
             _write_manifests(config, work / "final", identity_hash(identity))
     for prefix in sorted(path.with_suffix("") for path in output.glob("*.idx")):
@@ -66,8 +65,9 @@ def build(config: PipelineConfig) -> None:
 
 def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
     """Return each source's files, after every check that needs no work on the data."""
-    if config.executor.slurm is not None:
-        check_slurm()
+    for command in ("sbatch", "squeue") if config.executor.slurm is not None else ():
+        if shutil.which(command) is None:
+            raise UserError(f"executor.slurm: {command} is not on this machine; start on a login node or leave it null")
     if config.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         if any(source.chat is not None for source in config.sources):
@@ -83,11 +83,11 @@ def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
     return files
 
 
-def _make_tokenizer(config: PipelineConfig, split: Path, path: Path) -> None:
+def _make_tokenizer(config: PipelineConfig, split: Path, path: Path, runner: StepRunner) -> None:
     """Write tokenizer.json: a copy of the existing one, or one trained on the training documents."""
     if path.exists():
         return
-    started, unfinished = time.time(), path.with_suffix(".partial")
+    unfinished = path.with_suffix(".partial")
     if config.tokenizer.path is not None:
         shutil.copyfile(config.tokenizer.path, unfinished)
     else:
@@ -99,7 +99,7 @@ def _make_tokenizer(config: PipelineConfig, split: Path, path: Path) -> None:
     tokens = vocab_size(Tokenizer.from_file(str(path)))
     wanted = config.tokenizer.vocab_size or tokens
     note = "" if tokens == wanted else f"fewer than vocab_size={wanted:,}, because there is little text"
-    say("tokenizer", tokens, note, started, unit="tokens")
+    runner.report("tokenizer", tokens, note, unit="tokens")
 
 
 def _texts(folder: str, name: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -38,11 +38,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     assert config.bos_token is not None and config.vocab_size is not None
+    specials = [config.bos_token, config.eos_token, config.pad_token, *config.special_tokens]
+    alphabet, on_terminal = sorted(pre_tokenizers.ByteLevel.alphabet()), sys.stderr.isatty()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[config.bos_token, config.eos_token, config.pad_token, *config.special_tokens],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
+        vocab_size=config.vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=on_terminal
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -74,22 +73,15 @@ def special_ids(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialIds:
     Raises:
         UserError: one of them is not in the vocabulary, or pad is the same token as eos or bos.
     """
-
-    def find(key: str, token: str) -> int:
-        found = tokenizer.token_to_id(token)
-        if found is None:
+    ids = list[Any]()
+    for key in ("bos_token", "eos_token", "pad_token"):
+        token = getattr(config, key)
+        ids.append(None if token is None else tokenizer.token_to_id(token))
+        if token is not None and ids[-1] is None:
             raise UserError(f"tokenizer.{key}: {config.path} has no token {token!r}; name one that it has")
-        return int(found)
-
-    bos = None if config.bos_token is None else find("bos_token", config.bos_token)
-    ids = SpecialIds(bos, find("eos_token", config.eos_token), find("pad_token", config.pad_token))
-    require(
-        ids.pad not in (ids.eos, ids.bos),
-        "tokenizer.pad_token",
-        config.pad_token,
-        "pad needs its own id; name another token",
-    )
-    return ids
+    bos, eos, pad = ids
+    require(pad not in (eos, bos), "tokenizer.pad_token", config.pad_token, "pad needs its own id; name another token")
+    return SpecialIds(bos, eos, pad)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
@@ -126,8 +118,9 @@ class TrainTokenizerConfig(PipelineConfig):
 
 
 def main(argv: list[str]) -> None:
-    prog = "python -m data_pipeline.train_tokenizer"
-    config = parse_config(TrainTokenizerConfig, argv, prog=prog, description=__doc__ or "")
+    config = parse_config(
+        TrainTokenizerConfig, argv, prog="python -m data_pipeline.train_tokenizer", description=str(__doc__)
+    )
     streams = [_texts_of(source) for source in config.sources]
     tokenizer = train_tokenizer(sample_texts(streams, config.tokenizer.train_chars), config.tokenizer)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def workspace(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
             (work / _IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         (work / "final").mkdir(exist_ok=True)
         yield work
-        shutil.copy(work / _IDENTITY, work / "final" / _IDENTITY)
+        shutil.copy(work / _IDENTITY, work / "final")
         _publish(work / "final", output)
         shutil.rmtree(work)
     except UserError as error:
@@ -128,8 +128,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested dicts and lists with their dotted keys."""
-    if isinstance(value, (dict, list)):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    else:
+    value = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(value, dict):
         yield key, value
+        return
+    for name, inner in value.items():
+        yield from _flat(inner, f"{key}.{name}" if key else str(name))

@@ -1,1 +1,1 @@
-"""Training text that is made, not found: from a seed, without a network."""
+"""Training text that is generated from a seed, without a network."""

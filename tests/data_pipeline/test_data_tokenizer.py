@@ -38,7 +38,7 @@ def test_special_tokens_in_a_text_are_text(trained: Tokenizer, tmp_path: Path) -
     trained.enable_padding(pad_id=2)
     trained.save(str(tmp_path / "t.json"))
     text = "before <|eos|> and <|pad|> and <|bos|> after"
-    tokenizer = MegatronTokenizer(str(tmp_path), str(tmp_path / "t.json"), "<|eos|>").tokenizer
+    tokenizer = MegatronTokenizer(str(tmp_path), None, str(tmp_path / "t.json"), "<|eos|>").tokenizer
     ids = tokenizer.encode_batch([text, "short"])[0].ids
     assert ids[-1] == 1 and not {0, 1, 2} & set(ids[:-1])
     assert tokenizer.decode(ids[:-1]) == text
