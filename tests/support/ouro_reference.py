@@ -1,12 +1,12 @@
-"""Ouro in plain torch, on the names and keys of a released directory: what conversion is measured against.
+"""Ouro in plain torch, with the names and keys of a released directory: the reference for conversion.
 
-Written from the paper (arXiv 2510.25741) and the documented block; independent of the product, and of looplm/reference.py
-too: batch first, separate projections, one head at a time. `tensors` is a flat dict as safetensors hold it, `config` is
-config.json.
+Written from the paper (arXiv 2510.25741) and the documented block, independently of the product and of
+looplm/reference.py: batch first, separate projections, one head at a time. `tensors` is a flat dict as in safetensors,
+`config` is the content of config.json.
 
     x = x + norm_b(attention(norm_a(x)));  x = x + norm_d(mlp(norm_c(x)));  model.norm ends every loop
 
-Shapes: B batch, S sequence, D hidden, K head width, V vocabulary, T loops.
+Shapes: B batch, S sequence, D hidden, K head width, V vocabulary, R loops.
 """
 
 import json
@@ -62,24 +62,24 @@ CONFIG: dict[str, Any] = {
 
 
 class Output(NamedTuple):
-    logits_TBSV: Tensor
-    exit_probability_TBS: Tensor
+    logits_RBSV: Tensor
+    exit_probability_RBS: Tensor
 
 
 def forward(tensors: Tensors, config: Mapping[str, Any], ids_BS: Tensor) -> Output:
-    """Every loop's logits, and the probability of leaving after it."""
+    """Return every loop's logits, and the probability of exiting after it."""
     x_BSD = tensors["model.embed_tokens.weight"][ids_BS]
-    logits, stays, exits = [], torch.ones(()), []
-    for step in range(config["total_ut_steps"]):
+    logits, survival, exits = [], torch.ones(()), []
+    for loop in range(config["total_ut_steps"]):
         for layer in range(config["num_hidden_layers"]):
             x_BSD = block(tensors, config, f"model.layers.{layer}.", x_BSD)
         x_BSD = norm(tensors, config, "model.norm", x_BSD)
         logits.append(x_BSD @ tensors["lm_head.weight"].T)
         gate = x_BSD @ tensors["model.early_exit_gate.weight"].T + tensors["model.early_exit_gate.bias"]
         leave_BS = torch.sigmoid(gate)[..., 0]
-        last = step == config["total_ut_steps"] - 1
-        exits.append(stays * (torch.ones_like(leave_BS) if last else leave_BS))
-        stays = stays * (1 - leave_BS)
+        last = loop == config["total_ut_steps"] - 1
+        exits.append(survival * (torch.ones_like(leave_BS) if last else leave_BS))
+        survival = survival * (1 - leave_BS)
     return Output(torch.stack(logits), torch.stack(exits))
 
 
@@ -108,7 +108,7 @@ def attention(tensors: Tensors, config: Mapping[str, Any], prefix: str, x_BSD: T
 
 
 def rotate(x_BSK: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """cos x + sin rotate_half(x), the halves of a head being the pairs."""
+    """Return cos x + sin rotate_half(x); channel i pairs with channel i + K/2."""
     half = x_BSK.shape[-1] // 2
     speed = config["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = (torch.arange(x_BSK.shape[1], dtype=torch.float64)[:, None] * speed).repeat(1, 2).to(x_BSK.dtype)
@@ -122,18 +122,19 @@ def norm(tensors: Tensors, config: Mapping[str, Any], name: str, x_BSD: Tensor) 
 
 
 def token_losses(output: Output, labels_BS: Tensor) -> Tensor:
-    """[T, B, S]"""
-    return -output.logits_TBSV.log_softmax(-1).gather(-1, labels_BS[None, ..., None].expand(len(output.logits_TBSV), -1, -1, 1))[..., 0]  # fmt: skip
+    """Return the cross-entropies [R, B, S]."""
+    index_RBS1 = labels_BS[None, ..., None].expand(len(output.logits_RBSV), -1, -1, 1)
+    return -output.logits_RBSV.log_softmax(-1).gather(-1, index_RBS1)[..., 0]
 
 
 def stage_1_loss(output: Output, labels_BS: Tensor, beta: float) -> Tensor:
-    """Mean over tokens of sum_t p_t L_t - beta H(p)."""
-    p_TBS = output.exit_probability_TBS
-    return ((p_TBS * token_losses(output, labels_BS)).sum(0) + beta * (p_TBS * p_TBS.log()).sum(0)).mean()
+    """Return the mean over tokens of sum_r p_r L_r - beta H(p)."""
+    p_RBS = output.exit_probability_RBS
+    return ((p_RBS * token_losses(output, labels_BS)).sum(0) + beta * (p_RBS * p_RBS.log()).sum(0)).mean()
 
 
 def random_tensors(config: Mapping[str, Any], std: float = 0.1) -> dict[str, Tensor]:
-    """Weights of a model that `config` describes; norms near one."""
+    """Return random weights for the model that `config` describes; norms near one."""
     d, f, v, width = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
     rows = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
@@ -149,19 +150,19 @@ def random_tensors(config: Mapping[str, Any], std: float = 0.1) -> dict[str, Ten
 
 
 def write_folder(folder: Path, tensors: Tensors, config: Mapping[str, Any], tokenizer: Path, shards: int = 1) -> Path:
-    """A directory as it would be released, written with the safetensors package."""
+    """Write a directory as it would be released, with the safetensors package; return its path."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "extra": [1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(named, indent=4))
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    names = list(tensors)
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
         return folder
-    where = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    where = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(tensors)}
     for file in sorted(set(where.values())):
-        save_file({name: tensors[name] for name in names if where[name] == file}, folder / file, {"format": "pt"})
+        shard = {name: tensor for name, tensor in tensors.items() if where[name] == file}
+        save_file(shard, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder

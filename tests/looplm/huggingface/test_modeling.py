@@ -1,4 +1,4 @@
-"""The exported model computes what ours computes: hidden states, logits, gate, loss, the gradient of each parameter."""
+"""The exported model equals ours in hidden states, logits, gate logits, loss and the gradient of each parameter."""
 
 import pytest
 import torch
@@ -12,15 +12,15 @@ from tests.support.parity import assert_close_relative, gradients, oracle_copy
 
 @pytest.mark.parametrize("case", CASES)
 def test_everything_equals_the_oracle(case: str, single_process: ProcessGroupCollection) -> None:
-    """The entropy term is the test's own: without it the gate's gradient is a small difference of large numbers."""
-    shape, gate = CASES[case]
-    ours = build(shape, gate, single_process)
+    """The test adds the entropy term, because without it the gate's gradient is a small difference of large numbers."""
+    config, gate = CASES[case]
+    ours = build(config, gate, single_process)
     theirs, params = hf_model(ours, gate), oracle_copy(dict(ours.named_parameters()))
-    ids_BS = random_ids(2, 19, shape.vocab_size)
+    ids_BS = random_ids(2, 19, config.vocab_size)
     labels_BS = ids_BS.masked_fill(random_ids(2, 19, 5) == 0, -100)
     target_SB, counts_SB = labels_BS[:, 1:].T.clamp(min=0), labels_BS[:, 1:].T != -100
 
-    expected, head = reference.forward(params, shape, gate, ids_BS), reference.head_weight(params, shape)
+    expected, head = reference.forward(params, config, gate, ids_BS), reference.head_weight(params, config)
     losses_RSB = torch.stack([reference.token_losses(h_SBD[:-1], head, target_SB) for h_SBD in expected.hidden])
     loss, regularised = (
         reference.entropy_regularised_loss(losses_RSB, expected.gate_logit_RSB[:, :-1], beta, counts_SB)
@@ -36,4 +36,4 @@ def test_everything_equals_the_oracle(case: str, single_process: ProcessGroupCol
     entropy_SB = reference.entropy(reference.exit_distribution(values["gate"][:, :-1]))
     mine = got.loss - BETA * reference.masked_mean(entropy_SB, counts_SB)
     found = gradients(mine, dict(theirs.named_parameters()))
-    assert_close_relative(to_ours(shape, gate, found), gradients(regularised, params))
+    assert_close_relative(to_ours(config, gate, found), gradients(regularised, params))

@@ -1,7 +1,8 @@
-"""The exported model as transformers handles it: loaded by its own code, saved, trained, resized; what is refused."""
+"""The exported model in transformers: loaded with its own code, saved, trained, resized; what it refuses."""
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,39 @@ IDS_BS = random_ids(2, 9, VOCAB)
 
 @pytest.fixture(scope="module")
 def model(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
-    """Of MLA with a gate that reads the text so far; read it, do not change it."""
+    """An MLA model whose gate reads the text so far. Shared by tests: do not change it."""
     return hf_model(build(MLA, GATES["sequence"], single_process), GATES["sequence"])
 
 
 @pytest.fixture
 def fresh(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
-    """The same, to be changed."""
+    """The same model, free to be changed."""
     return hf_model(build(MLA, GATES["sequence"], single_process), GATES["sequence"])
+
+
+@pytest.fixture
+def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache for the code of exports that belongs to one test."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds the cache to it
+    forget()
+    yield
+    forget()
 
 
 def load(folder: Path, **keys: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto", **keys).eval()
 
 
-# ------------------------------------------------------------------------------------------------------ into and out of
+# ------------------------------------------------------------------------------------------------- loading and saving
 
 
-def test_what_travels_needs_torch_and_transformers_alone() -> None:
+def test_exported_code_imports_only_torch_and_transformers() -> None:
     imports = [
         node
         for path in CODE
@@ -52,7 +68,7 @@ def test_what_travels_needs_torch_and_transformers_alone() -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom))
     ]
     inside = {node.module for node in imports if isinstance(node, ast.ImportFrom) and node.level}
-    assert inside <= {path.stem for path in CODE}, "what is imported travels too"
+    assert inside <= {path.stem for path in CODE}, "an imported file must travel too"
     outside = {node.module for node in imports if isinstance(node, ast.ImportFrom) and not node.level}
     outside |= {name.name for node in imports if isinstance(node, ast.Import) for name in node.names}
     assert {name.split(".")[0] for name in outside if name} - set(sys.stdlib_module_names) == {"torch", "transformers"}
@@ -60,14 +76,9 @@ def test_what_travels_needs_torch_and_transformers_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", ["mla", "gqa"])
-def test_an_export_is_loaded_by_its_own_code_and_saved_again(
-    shape: str,
-    dtype: torch.dtype,
-    tmp_path: Path,
-    single_process: ProcessGroupCollection,
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_export_is_loaded_with_its_own_code_and_saved_again(
+    shape: str, dtype: torch.dtype, tmp_path: Path, single_process: ProcessGroupCollection, code_cache: None
 ) -> None:
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     ours = build(SHAPES[shape], GATES["sequence"], single_process, dtype)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     about = about_weights(str(dtype).removeprefix("torch."))
@@ -92,11 +103,11 @@ def test_an_export_is_loaded_by_its_own_code_and_saved_again(
     assert len(found.exit_depths.unique()) > 1 and found.exit_depths.max() == 3
 
 
-def test_first_weights_are_those_of_pretraining() -> None:
+def test_initial_weights_are_those_of_pretraining() -> None:
     config = hf_config(MLA, GATES["sequence"], vocab_size=4000)
     untrained = LoopLMForCausalLM(config)
     logit_RBS = untrained(IDS_BS, output_gate_logits=True).gate_logits
-    uniform = torch.tensor([1 / 4, 1 / 3, 1 / 2, 1 / 2])  # the last loop's is not used
+    uniform = torch.tensor([1 / 4, 1 / 3, 1 / 2, 1 / 2])  # that of the last loop is unused
     assert torch.allclose(logit_RBS.sigmoid(), uniform[:, None, None].expand_as(logit_RBS))
     assert untrained.model.embed_tokens.weight.std().item() == pytest.approx(1, rel=0.02)
     assert untrained.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -105,7 +116,7 @@ def test_first_weights_are_those_of_pretraining() -> None:
     assert torch.equal(block.input_layernorm.weight, torch.ones(32))
 
 
-# ----------------------------------------------------------------------------------------------------------- in training
+# ---------------------------------------------------------------------------------------------------------- training
 
 
 def gradients_of(model: LoopLMForCausalLM, **inputs: Any) -> dict[str, Tensor]:
@@ -121,7 +132,7 @@ def test_checkpointed_gradients_are_the_gradients(reentrant: bool, fresh: LoopLM
     assert_close_relative(gradients_of(fresh, use_cache=True), expected)
 
 
-def test_parts_of_a_batch_add_up_to_its_loss(model: LoopLMForCausalLM) -> None:
+def test_losses_of_parts_add_up_to_that_of_the_batch(model: LoopLMForCausalLM) -> None:
     labels = IDS_BS.clone()
     labels[0, 3:] = -100
     whole = model(IDS_BS, labels=labels).loss
@@ -140,7 +151,7 @@ def test_the_gate_is_fp32_under_autocast(model: LoopLMForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("shape", ["mla", "gqa"])
-def test_more_tokens_fit(shape: str, single_process: ProcessGroupCollection) -> None:
+def test_the_vocabulary_can_grow(shape: str, single_process: ProcessGroupCollection) -> None:
     grown = hf_model(build(SHAPES[shape], GATES["lru"], single_process), GATES["lru"])
     before = grown(IDS_BS).logits
     grown.resize_token_embeddings(VOCAB + 5)
@@ -149,11 +160,11 @@ def test_more_tokens_fit(shape: str, single_process: ProcessGroupCollection) -> 
     assert relative_error(after[:, :-1, :VOCAB], before) < TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------------ one call or many
+# --------------------------------------------------------------------------------------------------- calls and caches
 
 
 def test_padding_positions_and_embeddings(model: LoopLMForCausalLM) -> None:
-    """Padding on either side, embeddings in place of ids, positions that are given, the last logits alone."""
+    """Padding on either side, embeddings in place of ids, given positions, only the last logits."""
     with torch.no_grad():
         expected = model(IDS_BS, early_exit_threshold=0.6)
         left = torch.cat((torch.zeros(2, 3, dtype=torch.int64), IDS_BS), 1)
@@ -170,8 +181,8 @@ def test_padding_positions_and_embeddings(model: LoopLMForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
-def test_pieces_of_a_text_are_the_text(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
-    """Through a cache per loop, in pieces of several tokens too; and at every token the same exit."""
+def test_a_text_in_pieces_equals_the_whole_text(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
+    """With a cache per loop, also in pieces of several tokens; every token exits at the same loop."""
     pieces = hf_model(build(SHAPES[shape], GATES[gate], single_process), GATES[gate])
     with torch.no_grad():
         whole = pieces(IDS_BS, early_exit_threshold=0.6, use_cache=False)
@@ -184,7 +195,7 @@ def test_pieces_of_a_text_are_the_text(shape: str, gate: str, single_process: Pr
 
 
 def test_the_cache_has_a_slot_per_loop_or_shares_it(model: LoopLMForCausalLM) -> None:
-    for mode, slots in (("per_loop", 4 * 3), ("last", 2 + 4)):  # the gate's memory is one more in each loop
+    for mode, slots in (("per_loop", 4 * 3), ("last", 2 + 4)):  # plus one for the gate in each loop
         cache = LoopLMCache(model.config, mode)
         with torch.no_grad():
             model(IDS_BS, past_key_values=cache)
@@ -199,8 +210,8 @@ def test_drafts_by_prompt_lookup_change_no_text(model: LoopLMForCausalLM) -> Non
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **settings), plain)
 
 
-def test_an_adapter_in_the_value_projection_is_run(fresh: LoopLMForCausalLM) -> None:
-    """A cached step must not read past it to the weight."""
+def test_an_adapter_in_the_value_projection_is_called(fresh: LoopLMForCausalLM) -> None:
+    """A cached step must call the adapter, not read the weight inside it."""
 
     class Adapted(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -214,7 +225,7 @@ def test_an_adapter_in_the_value_projection_is_run(fresh: LoopLMForCausalLM) -> 
     assert torch.equal(*texts)
 
 
-# -------------------------------------------------------------------------------------------------------------- refused
+# ----------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -229,13 +240,13 @@ def test_an_adapter_in_the_value_projection_is_run(fresh: LoopLMForCausalLM) -> 
     ],
     ids=str,
 )
-def test_what_does_not_go_together(arguments: dict[str, Any], message: str, model: LoopLMForCausalLM) -> None:
+def test_contradictory_arguments_are_refused(arguments: dict[str, Any], message: str, model: LoopLMForCausalLM) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         model(IDS_BS, **arguments)
     assert message in str(caught.value)
 
 
-def test_what_only_a_state_can_tell(fresh: LoopLMForCausalLM) -> None:
+def test_refusals_that_depend_on_the_state(fresh: LoopLMForCausalLM) -> None:
     with torch.no_grad():
         cache = fresh(IDS_BS, num_loops=2).past_key_values
         with pytest.raises(ValueError, match="num_loops: 4 is not allowed; the tokens in past_key_values ran 2 loops"):
@@ -254,6 +265,6 @@ def test_what_only_a_state_can_tell(fresh: LoopLMForCausalLM) -> None:
     [{"attention": "mqa"}, {"kv_cache": "first"}, {"early_exit_gate": "gru"}, {"num_key_value_heads": 3}],
     ids=str,
 )
-def test_a_config_that_cannot_be(keys: dict[str, Any]) -> None:
+def test_impossible_configs_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(keys))):
         LoopLMForCausalLM(hf_config(SHAPES["gqa"], GATES["lru"], **keys))

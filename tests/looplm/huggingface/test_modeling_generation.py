@@ -1,4 +1,4 @@
-"""``generate()``: the text of our own generator, with every cache; batches, beams, sampling; what is refused."""
+"""``generate()`` gives the text of our own generator with every cache, in batches, with beams and with sampling."""
 
 from collections.abc import Iterator
 
@@ -13,13 +13,13 @@ from looplm.inference.generator import GenerationConfig, Generator
 from tests.support.generation_oracle import GATES, SHAPES, VOCAB, build, byte_tokenizer
 from tests.support.hf_models import hf_model, random_ids
 
-NEVER = -1  # no token ends a text
+NEVER = -1  # an id that no token has
 PAIRS = [("mla", "lru"), ("mla-query-latent", "sequence"), ("mha", "linear"), ("gqa", "sequence")]
 PROMPTS = [random_ids(1, length, VOCAB, seed=length)[0].tolist() for length in (5, 1, 9)]
 
 
 def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
-    """Side by side, padded on the left."""
+    """Return the prompts as one batch, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -35,7 +35,7 @@ def new_ids(model: LoopLMForCausalLM, prompts: list[list[int]], **settings: obje
 
 @pytest.fixture(scope="module")
 def pairs(single_process: ProcessGroupCollection) -> dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]]:
-    """Our generator and the exported model, of the same weights."""
+    """Our generator and the exported model with the same weights."""
     found = {}
     for shape, gate in PAIRS:
         ours = build(SHAPES[shape], GATES[gate], single_process)
@@ -45,7 +45,7 @@ def pairs(single_process: ProcessGroupCollection) -> dict[tuple[str, str], tuple
 
 @pytest.fixture
 def model(pairs: dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]]) -> Iterator[LoopLMForCausalLM]:
-    """MLA with a gate that reads the text so far; a test may set its config."""
+    """An MLA model whose gate reads the text so far; a test may change its config."""
     found = pairs["mla-query-latent", "sequence"][1]
     before = dict(vars(found.config))
     yield found
@@ -77,7 +77,9 @@ def test_greedy_text_is_that_of_our_generator(
     assert found == [answer.ids for answer in expected]
     if threshold < 1:
         assert list(map(list, zip(*depths, strict=True))) == [answer.depths for answer in expected]
-        assert len({depth for answer in expected for depth in answer.depths}) > 1, "no test of tokens that leave apart"
+        assert len({depth for answer in expected for depth in answer.depths}) > 1, (
+            "all tokens exit at the same loop: this tests nothing"
+        )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_greedy_text_is_that_of_our_generator(
     ],
     ids=str,
 )
-def test_with_a_cache_as_without(settings: dict[str, object], model: LoopLMForCausalLM) -> None:
+def test_a_cache_does_not_change_the_text(settings: dict[str, object], model: LoopLMForCausalLM) -> None:
     texts = []
     for use_cache in (True, False):
         torch.manual_seed(5)
@@ -104,7 +106,7 @@ def test_with_a_cache_as_without(settings: dict[str, object], model: LoopLMForCa
 
 @pytest.mark.parametrize("threshold", [1.0, 0.6])
 @pytest.mark.parametrize("mode", ["per_loop", "last"])
-def test_a_row_in_a_padded_batch_is_the_row_alone(mode: str, threshold: float, model: LoopLMForCausalLM) -> None:
+def test_padding_does_not_change_a_row(mode: str, threshold: float, model: LoopLMForCausalLM) -> None:
     model.config.kv_cache, model.config.early_exit_threshold = mode, threshold
     together = new_ids(model, PROMPTS)
     assert together == [new_ids(model, [prompt])[0] for prompt in PROMPTS]
