@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its progress, its origin, its model, and whether a run may start from it."""
+"""Metadata of a checkpoint: its progress, origin and model, and whether a run may start from it."""
 
 import dataclasses
 import json

@@ -21,6 +21,7 @@ GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.j
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
 # Code that travels inside an export in the looplm layout.
 CODE = tuple(sorted((Path(__file__).parent / "export").glob("*_looplm.py")))
+Values = Mapping[str, Any]
 _CARRIED = {".jinja", ".json", ".md", ".model", ".py", ".txt", ""}  # suffixes of text files; other weights stay behind
 
 
@@ -144,13 +145,7 @@ def _stated_dtype(config: Path) -> torch.dtype | None:
     return getattr(torch, str(values.get("torch_dtype") or values.get("dtype")), None)
 
 
-def _update(
-    original: Path,
-    target: Path,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-) -> None:
+def _update(original: Path, target: Path, before: Values, after: Values, defaults: Values | None = None) -> None:
     """Copy a file to ``target`` if it still holds, otherwise write it with the changes; write a new one if absent."""
     if not original.is_file():
         _write_json(target / original.name, {**(defaults or {}), **after})
@@ -163,7 +158,7 @@ def _update(
         _write_json(target / original.name, changed)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def _write_json(path: Path, values: Values) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

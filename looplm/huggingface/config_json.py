@@ -41,16 +41,11 @@ _MODEL_KEYS = {
     "embedding_init_std": "embedding_initializer_range",
 }
 _LOOPLM_KEYS = {
-    "attention": "attention",
-    "qkv_bias": "qkv_bias",
-    "qk_norm": "qk_norm",
-    "sandwich_norm": "sandwich_norm",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "qk_rope_period": "qk_rope_period",
-    "v_head_dim": "v_head_dim",
+    key: key
+    for key in (
+        *("attention", "qkv_bias", "qk_norm", "sandwich_norm", "q_lora_rank", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
+    )
 }
 _GATE_KEYS = {
     field.name: "early_exit_gate" if field.name == "kind" else f"gate_{field.name}"
