@@ -1,1 +1,1 @@
-"""Speed and memory of this engine against plain torch."""
+"""Speed and memory of LoopLM compared with plain torch."""

@@ -1,17 +1,14 @@
-"""Measure this machine: the engine against plain torch, the memory of the chunked head, decoding, a pipeline's bubble.
+"""Measure this machine: training against plain torch, memory of the chunked head, decoding, and a pipeline's bubble.
 
-    python -m tools.bench
-    python -m tools.bench --checkpoint runs/quickstart/gate --repeats 9
+    python -m tools.bench --checkpoint runs/quickstart/gate
 
-Everything that is compared is measured in one run, in turns: machines are noisy, ratios are not. The plain-torch model is
-the oracle of ``looplm/reference.py`` with torch's fused attention, its own parameters and torch's AdamW.
+Everything that is compared is measured in turns in one run: machines are noisy, ratios are not. The plain-torch model
+is ``looplm/reference.py`` with torch's fused attention, its own parameters and torch's AdamW.
 """
 
 import multiprocessing
 import resource
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -23,7 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from looplm.accounting import training_flops_per_token
-from looplm.cli import parse_config, require, run_main
+from looplm.bounds import check_bounds, positive
+from looplm.cli import parse_config, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import device, process_groups
 from looplm.model import LoopLM
@@ -33,33 +31,33 @@ from pretrain.data import Batch
 from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 from tools.bench import pipeline
-from tools.bench.early_exit import bench_exit, drawn_setting, trained_setting
+from tools.bench.early_exit import bench_exit, random_workload, trained_workload
 from tools.bench.generation import bench_decode
-from tools.bench.memory import bench_recompute
+from tools.bench.memory import bench_recompute, random_batch
+from tools.bench.timing import tokens_per_s
 
-# A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits are what is measured.
+# A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits dominate what is measured.
 HEAD_TOKENS, HEAD_VOCAB, HEAD_LOOPS, HEAD_WIDTH = 1024, 49_152, 4, 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What is measured.
+    """Size of the measurements.
 
     Args:
         recipe: training recipe whose model and batch are timed.
         repeats: timed steps of each contender, in turns.
         batch: sequences in a step.
-        checkpoint: a trained model whose gate decides when tokens leave; without one depths are drawn.
+        checkpoint: a trained model, whose gate decides when tokens exit; null uses an untrained one and random depths.
     """
 
     recipe: str = "configs/quickstart/pretrain.yaml"
-    repeats: int = 5
-    batch: int = 4
+    repeats: int = positive(5)
+    batch: int = positive(4)
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.repeats > 0, "repeats", self.repeats, "give a number above 0")
-        require(self.batch > 0, "batch", self.batch, "give a number above 0")
+        check_bounds(self, "")
 
 
 def main(argv: list[str]) -> None:
@@ -74,26 +72,26 @@ def main(argv: list[str]) -> None:
             bench_training(replace(recipe, optim=replace(recipe.optim, precision=precision)), config, groups)
         bench_recompute(recipe, config.batch, groups)
         if config.checkpoint is None:
-            setting = drawn_setting(recipe.model, recipe.gate, groups)
+            workload = random_workload(recipe.model, recipe.gate, groups)
         else:
-            setting = trained_setting(config.checkpoint, groups)
-        bench_exit(setting, config.repeats)
-        bench_decode(setting, config.repeats)
+            workload = trained_workload(config.checkpoint, groups)
+        bench_exit(workload, config.repeats)
+        bench_decode(workload, config.repeats)
     finally:
         process_groups.stop()
     pipeline.launch(config.repeats)
 
 
 def bench_head() -> None:
-    """Peak memory of a head's forward and backward, each way in a process of its own."""
+    """Print the peak memory of a head's forward and backward, with and without chunks, each in its own process."""
     peaks = {}
     for name, chunk in (("all logits at once", None), ("chunks of 256 tokens", 256)):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks[name] = pool.apply(_head_peak_bytes, (chunk,))
-    naive = peaks["all logits at once"]
+    unchunked = peaks["all logits at once"]
     print(f"\nhead: {HEAD_TOKENS:,} tokens, V = {HEAD_VOCAB:,}, R = {HEAD_LOOPS}, forward and backward, fp32")
     for name, peak in peaks.items():
-        print(f"  {name:<24}{peak / 2**20:>10,.0f} MiB above the start{peak / naive:>8.1%}")
+        print(f"  {name:<24}{peak / 2**20:>10,.0f} MiB above the start{peak / unchunked:>8.1%}")
 
 
 def _head_peak_bytes(chunk_tokens: int | None) -> int:
@@ -119,47 +117,32 @@ def _resident_peak() -> int:
 
 
 def bench_training(recipe: RunConfig, config: BenchConfig, groups: ProcessGroupCollection) -> None:
-    """Training steps of the engine and of plain torch in turns; speed from the median step."""
-    model, length, tokens = recipe.model, recipe.data.seq_length, config.batch * recipe.data.seq_length
-    ids = torch.randint(model.vocab_size, (config.batch, length + 1), device=device.DEVICE)
-    batch = Batch(
-        ids[:, :-1], ids[:, 1:].t().contiguous(), torch.ones(length, config.batch, device=device.DEVICE), None
-    )
-    contenders = {"engine": _engine_step(recipe, batch, groups), "plain torch": _plain_step(recipe, batch)}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(config.repeats + 1):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step()
-            device.synchronize()
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
-    dtype = DTYPES[recipe.optim.precision]
+    """Print the training speed of our trainer and of plain torch, from the median step."""
+    model, length, dtype = recipe.model, recipe.data.seq_length, DTYPES[recipe.optim.precision]
+    batch = random_batch(recipe, config.batch)
+    steps = {"engine": _our_step(recipe, batch, groups), "plain torch": _plain_step(recipe, batch)}
+    contenders = {name: lambda step=step: step for name, step in steps.items()}
+    speeds = tokens_per_s(contenders, config.batch * length, config.repeats)
     peak = device.matmul_flops(1024, dtype)
     flops = training_flops_per_token(model, recipe.gate, length, model.num_loops)
-    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     print(f"\ntraining, {recipe.optim.precision}: {config.batch} x {length} tokens a step, {model.num_loops} loops")
-    for name, rate in speed.items():
-        print(f"  {name:<24}{rate:>10,.0f} tokens/s{rate * flops / peak:>8.1%} of the measured matmul rate")
-    print(f"  {'engine / plain torch':<24}{speed['engine'] / speed['plain torch']:>10.2f} x")
+    for name, speed in speeds.items():
+        print(f"  {name:<24}{speed:>10,.0f} tokens/s{speed * flops / peak:>8.1%} of the measured matmul rate")
+    print(f"  {'engine / plain torch':<24}{speeds['engine'] / speeds['plain torch']:>10.2f} x")
 
 
-def _engine_step(recipe: RunConfig, batch: Batch, groups: ProcessGroupCollection) -> Callable[[], Any]:
+def _our_step(recipe: RunConfig, batch: Batch, groups: ProcessGroupCollection) -> Callable[[], Any]:
     model = LoopLM(recipe.model, recipe.gate, groups, DTYPES[recipe.optim.precision])
     trainer = Trainer(model, recipe.loss, recipe.optim, ParallelConfig(), groups)
-    batches: Iterator[Batch] = repeat(batch)
-    return lambda: trainer.train(batches, 1)
+    return lambda: trainer.train(repeat(batch), 1)
 
 
 def _plain_step(recipe: RunConfig, batch: Batch) -> Callable[[], Any]:
     optim = recipe.optim
     model = ReferenceLM(recipe.model, recipe.gate).to(device.DEVICE, DTYPES[optim.precision])
+    betas = (optim.beta1, optim.beta2)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
+        model.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
 
     def step() -> None:
@@ -173,9 +156,8 @@ def _plain_step(recipe: RunConfig, batch: Batch) -> Callable[[], Any]:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
-    )
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")
 
 
 if __name__ == "__main__":

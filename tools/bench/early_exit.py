@@ -1,12 +1,12 @@
-"""Speed of early exit: all loops for every token, against three ways to use that some need fewer.
+"""Speed of early exit: all loops for every token, compared with three ways to profit from tokens that need fewer.
 
-    select-after  runs all loops and reads the state at the exit
-    compaction    runs the rows in step and drops those that left
-    continuous    starts a row's next token at once: continuous depth batching
+    select-after  run all loops, and read the state of the exit loop
+    compaction    decode the rows in step, and drop those that have exited from later loops
+    continuous    start a row's next token at once: continuous depth batching
 
 With a trained checkpoint its gate decides, at the lowest threshold whose loss through the same cache is within 1 % of
-full depth, over its own validation text; the text is handed in, so that all contenders do the same work. Without one,
-depths are drawn, half of the trained loops on average: what is compared is how a given saving is used.
+full depth, over the checkpoint's own validation text. The text is given, so all strategies do the same work. Without a
+checkpoint, random depths are used, half of the trained loops on average: this compares how a given saving is used.
 """
 
 import random
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,29 +33,30 @@ from looplm.inference.stack import LoopedStack
 from looplm.megatron import device
 from looplm.model import LoopLM
 from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
-from tools.bench.timing import Prepare, show, timed
+from tools.bench.timing import PrepareRun, print_speeds, tokens_per_s
 
+Strategy = Literal["full depth", "select-after", "compaction", "continuous depth batching"]
 PROMPT, NEW = 64, 64
 BATCHES = (1, 16)
 CACHE: CacheMode = "last"
 TOLERANCE = 1.01  # of full depth's loss
 THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
 LOSS_TEXTS = 32
-# Without a checkpoint: the recipe's blocks, so many that the stack outweighs the head, as in models meant to be used.
+# Without a checkpoint: the recipe's blocks, enough for the stack to outweigh the head, as in models that are used.
 LAYERS = 12
-DEPTHS_OF_4 = (1, 1, 1, 2, 2, 3, 4)  # most leave early, some do not: 2 on average
+DEPTHS_OF_4 = (1, 1, 1, 2, 2, 3, 4)  # most tokens exit early, some do not: 2 on average
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A model, texts to go through it, and who leaves when.
+class Workload:
+    """A model, texts to decode with it, and the depths at which tokens exit.
 
     Args:
         model: in eval mode.
         texts: token ids, longer than the prompt.
-        rule: asks the gate.
-        depths: at which tokens leave, for each text and place, over and over; None where the gate decides.
-        opened: the checkpoint that the model is from; None if it is untrained.
+        rule: when tokens exit by the gate.
+        depths: exit depths for each text and position, repeated; None if the gate decides.
+        opened: the checkpoint of the model; None if it is untrained.
     """
 
     model: LoopLM
@@ -64,111 +66,104 @@ class Setting:
     opened: OpenedModel | None = None
 
 
-def trained_setting(directory: str, groups: ProcessGroupCollection) -> Setting:
-    """A checkpoint's model and validation text, at the lowest threshold that costs at most 1 %."""
+def trained_workload(directory: str, groups: ProcessGroupCollection) -> Workload:
+    """Return a checkpoint's model and validation text, at the lowest threshold that costs at most 1 %."""
     opened = checkpoint.open_model(directory, groups)
     texts = [text for text in _validation_texts(opened.folder) if len(text.ids) >= PROMPT + NEW]
     full = ExitRule(max_depth=opened.model.model_config.num_loops)
     some = texts[:LOSS_TEXTS]
     measured = decode_texts(opened.model, some, PROMPT, LOSS_TEXTS, CACHE, full)
-    most = TOLERANCE * measured.loss
     for threshold in THRESHOLDS:
         rule = replace(full, threshold=threshold)
         exited = decode_texts(opened.model, some, PROMPT, LOSS_TEXTS, CACHE, rule)
-        if exited.loss <= most:
+        if exited.loss <= TOLERANCE * measured.loss:
             break
     else:
         rule, exited = full, measured
-    print(
-        f"\nearly exit by the gate of {opened.folder}: at threshold {rule.threshold} loss {exited.loss / exited.tokens:.4f}, "
-        f"mean depth {exited.depth / exited.tokens:.2f}; at full depth {measured.loss / measured.tokens:.4f}"
-    )
-    return Setting(opened.model, [text.ids for text in texts], rule, opened=opened)
+    early = f"loss {exited.loss / exited.tokens:.4f}, mean depth {exited.depth / exited.tokens:.2f}"
+    late = f"at full depth {measured.loss / measured.tokens:.4f}"
+    print(f"\nearly exit by the gate of {opened.folder}: at threshold {rule.threshold} {early}; {late}")
+    return Workload(opened.model, [text.ids for text in texts], rule, opened=opened)
 
 
-def drawn_setting(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection) -> Setting:
-    """Untrained blocks and drawn depths; the gate is asked all the same, and not listened to."""
-    built, dice, rows = LoopLM(replace(model, num_layers=LAYERS), gate, groups).eval(), random.Random(0), max(BATCHES)
-    depths = [[max(1, round(dice.choice(DEPTHS_OF_4) * model.num_loops / 4)) for _ in range(NEW)] for _ in range(rows)]
-    texts = [[dice.randrange(model.vocab_size) for _ in range(PROMPT + NEW)] for _ in range(rows)]
-    print(f"\nearly exit at drawn depths, {LAYERS} untrained layers")
-    return Setting(built, texts, ExitRule(max_depth=model.num_loops, threshold=0.5), depths)
+def random_workload(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection) -> Workload:
+    """Return untrained blocks and random depths; the gate is computed as usual, but its scores are ignored."""
+    built, rng, rows = LoopLM(replace(model, num_layers=LAYERS), gate, groups).eval(), random.Random(0), max(BATCHES)
+    depths = [[max(1, round(rng.choice(DEPTHS_OF_4) * model.num_loops / 4)) for _ in range(NEW)] for _ in range(rows)]
+    texts = [[rng.randrange(model.vocab_size) for _ in range(PROMPT + NEW)] for _ in range(rows)]
+    print(f"\nearly exit at random depths, {LAYERS} untrained layers")
+    return Workload(built, texts, ExitRule(max_depth=model.num_loops, threshold=0.5), depths)
 
 
-def bench_exit(setting: Setting, repeats: int) -> None:
-    """Print a table for each batch size; everything in turns, from the median."""
+def bench_exit(workload: Workload, repeats: int) -> None:
+    """Print the speed of every strategy for each batch size."""
     for rows in BATCHES:
-        met: list[float] = []
+        depths: list[float] = []
         contenders = {
-            "full depth": _drive(setting, rows, full=True),
-            "select-after": _drive(setting, rows, runs_on=True),
-            "compaction": _drive(setting, rows, met=met),
-            "continuous depth batching": _drive(setting, rows, continuous=True),
+            "full depth": prepare_decoding(workload, rows, "full depth"),
+            "select-after": prepare_decoding(workload, rows, "select-after"),
+            "compaction": prepare_decoding(workload, rows, "compaction", depths),
+            "continuous depth batching": prepare_decoding(workload, rows, "continuous depth batching"),
         }
-        speed = timed(contenders, rows * NEW, repeats)
-        show(f"batch {rows}, mean depth {statistics.mean(met):.2f} of {setting.rule.max_depth}", speed)
+        speeds = tokens_per_s(contenders, rows * NEW, repeats)
+        print_speeds(f"batch {rows}, mean depth {statistics.mean(depths):.2f} of {workload.rule.max_depth}", speeds)
 
 
-def _drive(
-    setting: Setting,
-    rows: int,
-    full: bool = False,
-    continuous: bool = False,
-    runs_on: bool = False,
-    met: list[float] | None = None,
-) -> Prepare:
-    """All rows, prompts read beforehand, until there are ``rows * NEW`` tokens: as in the middle of a long stream.
+def prepare_decoding(
+    workload: Workload, rows: int, strategy: Strategy, depths: list[float] | None = None
+) -> PrepareRun:
+    """Return the preparation of a run that decodes ``rows * NEW`` tokens after prompts that were read beforehand.
 
     Args:
-        setting: as above.
+        workload: model and texts.
         rows: texts side by side.
-        full: every token runs all loops.
-        continuous: rows go their own pace, or wait for each other after every token.
-        runs_on: tokens that left stay in the compute until the last loop.
-        met: collects the depths of tokens.
+        strategy: how early exit is used.
+        depths: list to which the depths of the tokens are added.
     """
-    model, rule = setting.model, replace(setting.rule, threshold=1.0) if full else setting.rule
-    stack, texts = LoopedStack(model), [setting.texts[row % len(setting.texts)] for row in range(rows)]
+    full = strategy == "full depth"
+    rule = replace(workload.rule, threshold=1.0) if full else workload.rule
+    stack, texts = LoopedStack(workload.model), [workload.texts[row % len(workload.texts)] for row in range(rows)]
 
     @torch.inference_mode()
     def prepare() -> Callable[[], object]:
         batch = DepthBatch(stack, rule, CACHE, rows)
-        job = Prefill(stack, rule, CACHE, [text[:PROMPT] for text in texts], rows * PROMPT)
-        while not job.done:
-            job.advance()
+        prefill = Prefill(stack, rule, CACHE, [text[:PROMPT] for text in texts], rows * PROMPT)
+        while not prefill.done:
+            prefill.advance()
         for row in range(rows):
-            batch.seat(row, job, row)
-        batch.runs_on = runs_on
-        if setting.depths is not None and not full:
-            batch.decider = _Pattern(batch.decider, setting.depths)
+            batch.seat(row, prefill, row)
+        batch.runs_on = strategy == "select-after"
+        if workload.depths is not None and not full:
+            batch.decider = _GivenDepths(batch.decider, workload.depths)
         return lambda: decode(batch)
 
     @torch.inference_mode()
     def decode(batch: DepthBatch) -> None:
-        place, left = [PROMPT] * rows, rows * NEW
+        position, remaining = [PROMPT] * rows, rows * NEW
         with device.adapter_off():
             batch.append(range(rows), [text[PROMPT] for text in texts])
-            exits: list[ExitedTokens] = []
-            while left > 0:
-                exits.append(batch.advance())
-                if not (exits[-1].rows if continuous else not batch.in_flight):
+            passes: list[ExitedTokens] = []
+            while remaining > 0:
+                passes.append(batch.advance())
+                exited = passes[-1].rows if strategy == "continuous depth batching" else not batch.in_flight
+                if not exited:
                     continue
-                step, exits = batch.read(exits), []
-                step.logits_NV.argmax(-1).tolist()  # what a greedy decoder would wait for
+                step, passes = batch.read(passes), []
+                step.logits_NV.argmax(-1).tolist()  # a greedy decoder would wait for this
                 for row in step.rows:
-                    place[row], left = place[row] + 1, left - 1
-                batch.append(step.rows, [texts[row][place[row] % len(texts[row])] for row in step.rows])
-                if met is not None:
-                    met.extend(step.depths)
+                    position[row], remaining = position[row] + 1, remaining - 1
+                batch.append(step.rows, [texts[row][position[row] % len(texts[row])] for row in step.rows])
+                if depths is not None:
+                    depths.extend(step.depths)
 
     return prepare
 
 
-class _Pattern(ExitDecider):
-    """Tokens leave at depths that were drawn beforehand; the gate is asked all the same, and not listened to."""
+class _GivenDepths(ExitDecider):
+    """Decider by which tokens exit at given depths; the gate is computed as usual, but its scores are ignored."""
 
-    def __init__(self, asked: ExitDecider, depths: Sequence[Sequence[int]]) -> None:
-        self._asked, self.gate, self._depths, self._place = asked, asked.gate, depths, [-1] * len(depths)
+    def __init__(self, decider: ExitDecider, depths: Sequence[Sequence[int]]) -> None:
+        self._decider, self.gate, self._depths, self._position = decider, decider.gate, depths, [-1] * len(depths)
 
     def decide(
         self,
@@ -178,20 +173,20 @@ class _Pattern(ExitDecider):
         loops: Sequence[int],
         length_N: Tensor | None = None,
     ) -> ExitDecision:
-        self._asked.decide(before_ND, h_SND, rows, loops, length_N)
+        self._decider.decide(before_ND, h_SND, rows, loops, length_N)
         for row, loop in zip(rows, loops, strict=True):
-            self._place[row] += loop == 0
-        depths = [self._depths[row][self._place[row] % NEW] for row in rows]
+            self._position[row] += loop == 0
+        depths = [self._depths[row][self._position[row] % NEW] for row in rows]
         return ExitDecision([loop + 1 >= depth for loop, depth in zip(loops, depths, strict=True)])
 
 
 def _validation_texts(folder: Path) -> list[Text]:
-    """The documents in the validation samples that the checkpoint's run measured."""
+    """Return the documents in the validation samples that the checkpoint's run measured."""
     run = checkpoint.read_config(folder)
-    assert run is not None, "a run made it"
+    assert run is not None, "the checkpoint was made by a run"
     corpus = check_corpus(run.data, run.model.vocab_size)
     valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, index_cache(run))
-    assert valid_set is not None, "the recipe validates"
+    assert valid_set is not None, "the recipe has data.valid"
     count = max(1, run.logging.eval_samples // run.data.micro_batch_size)
     batches = islice(micro_batches(valid_set, run.data, 0, 0, 1), count)
     return [text for batch in batches for text in texts_of(*batch)]

@@ -1,10 +1,10 @@
-"""Speed of decoding: with a cache against without, with drafts, against Hugging Face; absorbed against expanded MLA.
+"""Speed of decoding: with and without a cache, with drafts, against Hugging Face; absorbed against expanded MLA.
 
-Hugging Face's ``generate`` runs the same weights, exported with the code that travels with them, on the same prompts.
+Hugging Face's ``generate`` runs the same weights on the same prompts, with the code that travels in an export.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,56 +22,53 @@ from looplm.inference.attention import LatentAttention
 from looplm.inference.generator import GenerationConfig, Generator
 from looplm.megatron import device
 from looplm.model import LoopLM
-from tools.bench.early_exit import BATCHES, CACHE, NEW, PROMPT, Setting
-from tools.bench.timing import Prepare, show, timed
+from tools.bench.early_exit import BATCHES, CACHE, NEW, PROMPT, Workload
+from tools.bench.timing import PrepareRun, print_speeds, tokens_per_s
 
-LANES, SPAN = 16, 512
+LANES, ENTRIES = 16, 512
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=NEW)
 DRAFTED = replace(GREEDY, speculate=3, draft_depth=2)
 
 
-def bench_decode(setting: Setting, repeats: int) -> None:
-    """Print the tables; everything in turns, from the median."""
-    model, prompts = setting.model, [list(text[:PROMPT]) for text in setting.texts]
+def bench_decode(workload: Workload, repeats: int) -> None:
+    """Print the speed of every way of decoding."""
+    model, prompts = workload.model, [list(text[:PROMPT]) for text in workload.texts]
     print(f"\ndecoding, fp32, {model.model_config.num_layers} layers: prompts of {PROMPT} tokens, {NEW} new ones")
-    show("batch 1, a cache for each loop", timed(_caches(model, prompts[:1]), NEW, repeats))
-    if setting.opened is not None:
+    print_speeds("batch 1, a cache for each loop", tokens_per_s(_caches(model, prompts[:1]), NEW, repeats))
+    if workload.opened is not None:
         with tempfile.TemporaryDirectory() as folder:
-            exported = _exported(setting.opened, Path(folder) / "export")
+            exported = _export(workload.opened, Path(folder) / "export")
         for rows in BATCHES:
-            side_by_side = [prompts[row % len(prompts)] for row in range(rows)]
-            show(
-                f"batch {rows}, against Hugging Face",
-                timed(_against(setting, exported, side_by_side), rows * NEW, repeats),
-            )
-        generations = _generator(model).generate(prompts[: max(BATCHES)], DRAFTED)
+            contenders = _generators(workload, exported, [prompts[row % len(prompts)] for row in range(rows)])
+            print_speeds(f"batch {rows}, against Hugging Face", tokens_per_s(contenders, rows * NEW, repeats))
+        generations = _endless_generator(model).generate(prompts[: max(BATCHES)], DRAFTED)
         drafted, accepted = (sum(getattr(one, key) for one in generations) for key in ("drafted", "accepted"))
-        kept = f"{accepted} of {drafted} drafted tokens stand the check, {accepted / drafted:.0%}"
+        kept = f"{accepted} of {drafted} drafted tokens are accepted, {accepted / drafted:.0%}"
         print(f"  {kept} ({DRAFTED.speculate} at a time, by {DRAFTED.draft_depth} loops)")
     if model.model_config.attention == "mla":
-        title = f"one layer's attention, {LANES} tokens over {SPAN} entries"
-        show(title, timed(_attentions(model), LANES, repeats))
+        title = f"one layer's attention, {LANES} tokens over {ENTRIES} entries"
+        print_speeds(title, tokens_per_s(_attentions(model), LANES, repeats))
 
 
-def _caches(model: LoopLM, prompts: list[list[int]]) -> dict[str, Prepare]:
-    """Without a cache, and with one."""
+def _caches(model: LoopLM, prompts: list[list[int]]) -> dict[str, PrepareRun]:
+    """Return decoding without a cache, with one, and with drafts."""
 
     @torch.no_grad()
-    def cacheless() -> None:
+    def decode_without_cache() -> None:
         ids = list(prompts[0])
         for _ in range(NEW):
             h_1D = model(torch.tensor([ids], device=device.DEVICE)).hidden[-1][-1]
             ids.append(int(F.linear(h_1D, model.head_weight()).argmax()))
 
     return {
-        "without a cache": lambda: cacheless,
-        "with a cache": _ours(model, prompts, GREEDY),
-        "and drafts": _ours(model, prompts, DRAFTED),
+        "without a cache": lambda: decode_without_cache,
+        "with a cache": _generation(model, prompts, GREEDY),
+        "and drafts": _generation(model, prompts, DRAFTED),
     }
 
 
-def _exported(opened: OpenedModel, folder: Path) -> Any:
-    """The same weights as transformers runs them."""
+def _export(opened: OpenedModel, folder: Path) -> Any:
+    """Export the weights, and return them as a model of transformers."""
     export_model(opened, folder, LOOPLM, None, 1 << 40)
     logging.disable_progress_bar()
     exported: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -79,48 +76,47 @@ def _exported(opened: OpenedModel, folder: Path) -> Any:
     return exported.to(device.DEVICE).eval()
 
 
-def _against(setting: Setting, exported: Any, prompts: list[list[int]]) -> dict[str, Prepare]:
-    """Greedy text from both, and from ours with what it is made for."""
+def _generators(workload: Workload, exported: Any, prompts: list[list[int]]) -> dict[str, PrepareRun]:
+    """Return greedy decoding by transformers, by us, and by us with early exit."""
     ids_BS = torch.tensor(prompts, device=device.DEVICE)
+    early = replace(GREEDY, kv_cache=CACHE, exit_threshold=workload.rule.threshold)
 
     @torch.no_grad()
-    def theirs() -> None:
+    def transformers_generate() -> None:
         with device.adapter_off():
             exported.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=NEW, do_sample=False)
 
     return {
-        "Hugging Face generate": lambda: theirs,
-        "ours, full depth": _ours(setting.model, prompts, GREEDY),
-        "ours, early exit": _ours(
-            setting.model, prompts, replace(GREEDY, kv_cache=CACHE, exit_threshold=setting.rule.threshold)
-        ),
+        "Hugging Face generate": lambda: transformers_generate,
+        "ours, full depth": _generation(workload.model, prompts, GREEDY),
+        "ours, early exit": _generation(workload.model, prompts, early),
     }
 
 
-def _ours(model: LoopLM, prompts: list[list[int]], config: GenerationConfig) -> Prepare:
-    return lambda: lambda: _generator(model).generate(prompts, config)
+def _generation(model: LoopLM, prompts: list[list[int]], config: GenerationConfig) -> PrepareRun:
+    return lambda: lambda: _endless_generator(model).generate(prompts, config)
 
 
-def _generator(model: LoopLM) -> Generator:
-    """One whose texts do not end early."""
-    return Generator(model, _NoText(), eos_id=-1)  # type: ignore[arg-type]
+def _endless_generator(model: LoopLM) -> Generator:
+    """Return a generator whose texts do not end early."""
+    return Generator(model, _NoTokenizer(), eos_id=-1)  # type: ignore[arg-type]
 
 
-class _NoText:
-    """A tokenizer for ids that nobody reads."""
+class _NoTokenizer:
+    """Tokenizer for ids whose text is not read."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return ""
 
 
-def _attentions(model: LoopLM) -> dict[str, Prepare]:
-    """A token over cached entries: in the latent space, or with every entry expanded to heads."""
-    shape = model.model_config
-    attention = LatentAttention(model.decoder.layers[0].self_attention, shape)
-    nope = torch.randn(1, LANES, shape.num_attention_heads, shape.qk_nope_head_dim, device=device.DEVICE)
-    rope = torch.randn(1, LANES, shape.num_attention_heads, shape.qk_rope_head_dim, device=device.DEVICE)
-    entry_NTW = torch.randn(LANES, SPAN, shape.kv_lora_rank + shape.qk_rope_head_dim, device=device.DEVICE)
-    visible_11ST = torch.zeros(1, 1, 1, SPAN, device=device.DEVICE)
+def _attentions(model: LoopLM) -> dict[str, PrepareRun]:
+    """Return attention over cached entries: expanded to heads, or absorbed, in the latent space."""
+    config = model.model_config
+    attention = LatentAttention(model.decoder.layers[0].self_attention, config)
+    nope = torch.randn(1, LANES, config.num_attention_heads, config.qk_nope_head_dim, device=device.DEVICE)
+    rope = torch.randn(1, LANES, config.num_attention_heads, config.qk_rope_head_dim, device=device.DEVICE)
+    entry_NTW = torch.randn(LANES, ENTRIES, config.kv_lora_rank + config.qk_rope_head_dim, device=device.DEVICE)
+    mask_11ST = torch.zeros(1, 1, 1, ENTRIES, device=device.DEVICE)
 
     @torch.inference_mode()
     def absorbed() -> Tensor:
@@ -128,7 +124,6 @@ def _attentions(model: LoopLM) -> dict[str, Prepare]:
 
     @torch.inference_mode()
     def expanded() -> Tensor:
-        return attention.attend_prompt((nope, rope), entry_NTW.transpose(0, 1), visible_11ST)
+        return attention.attend_prompt((nope, rope), entry_NTW.transpose(0, 1), mask_11ST)
 
-    contenders: dict[str, Callable[[], Tensor]] = {"expanded": expanded, "absorbed": absorbed}
-    return {name: lambda run=run: run for name, run in contenders.items()}  # type: ignore[misc]
+    return {"expanded": lambda: expanded, "absorbed": lambda: absorbed}

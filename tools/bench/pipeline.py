@@ -1,8 +1,11 @@
-"""Measure a pipeline's bubble: loops as virtual stages against loop by loop, both against the formula.
+"""Measure a pipeline's bubble: loops as virtual stages against loop by loop, both compared with their formulas.
 
-Each rank is a process with one thread. Both schedules run the same views of the same model on the same micro-batches and
-are timed in turns; tests hold their losses and gradients equal. The bubble is what a step takes beyond the work of the
-busiest rank, as a share of that work; Megatron's own timers take both.
+    torchrun --nproc-per-node 2 -m tools.bench.pipeline
+    torchrun --nproc-per-node 4 -m tools.bench.pipeline --repeats 9
+
+Each rank is a process with one thread. Both schedules run the same views of the same model on the same micro-batches,
+and are timed in turns; tests check that their losses and gradients are equal. The bubble is the time that a step takes
+beyond the busiest rank's work, as a share of that work. Megatron's own timers measure both.
 """
 
 import os
@@ -21,99 +24,102 @@ from megatron.core.pipeline_parallel.schedules import backward_step, forward_ste
 from megatron.core.timers import Timers
 from torch import Tensor
 
+from looplm.bounds import check_bounds, positive
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from looplm.megatron import process_groups
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
-from looplm.model.pipeline import LoopStage
+from looplm.model.pipeline import LoopView
 from pretrain.data import Batch
 from pretrain.trainer import Trainer
-from tools.planning.schedule import loop_by_loop_bubble, interleaved_bubble
+from tools.bench.timing import in_turns
+from tools.planning.schedule import interleaved_bubble, loop_by_loop_bubble
 
-RANKS, TIMEOUT_S = 2, 900
+RANKS, TIMEOUT_S, VOCABULARY = 2, 900, 256
+COMMAND = "torchrun --nproc-per-node 2 -m tools.bench.pipeline"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineBenchConfig:
-    """What is measured. The vocabulary is small, so that the last rank, which has the head, is not the slowest by far.
+    """Size of the measurement. The vocabulary is small, so that the head does not make the last rank much slower.
 
     Args:
         repeats: timed steps of each schedule, in turns.
-        micro_batches: of a step; each number is measured.
-        num_loops: passes of the stack.
-        layers_per_rank: blocks on each rank.
+        micro_batches: micro-batches in a step; each number is measured.
+        num_loops: loops of the stack.
+        layers_per_rank: layers on each rank.
         hidden_size: width of the model.
         seq_length: tokens of a micro-batch.
     """
 
-    repeats: int = 5
-    micro_batches: tuple[int, ...] = (2, 4, 8)
-    num_loops: int = 4
-    layers_per_rank: int = 2
-    hidden_size: int = 256
-    seq_length: int = 256
+    repeats: int = positive(5)
+    micro_batches: tuple[int, ...] = positive((2, 4, 8))
+    num_loops: int = positive(4)
+    layers_per_rank: int = positive(2)
+    hidden_size: int = positive(256)
+    seq_length: int = positive(256)
 
     def __post_init__(self) -> None:
-        require(self.repeats > 0, "repeats", self.repeats, "give a number above 0")
+        check_bounds(self, "")
 
 
 def loop_by_loop(
     *,
     forward_step_func: Callable[..., Any],
     data_iterator: list[Iterator[Batch]],
-    model: list[LoopStage],
+    model: list[LoopView],
     num_microbatches: int,
     seq_length: int,
     micro_batch_size: int,
     forward_only: bool,
     group: dist.ProcessGroup,
 ) -> list[Tensor]:
-    """What a pipeline without virtual stages does with loops; called as Megatron's schedules are.
+    """Run the loops as a pipeline without virtual stages must; called as Megatron's schedules are.
 
-    All micro-batches go through the pipeline once for the first loop. The last rank then hands its results, in one
-    message, back to the first rank for the second loop. Backward does the same in reverse. Keeps every activation.
+    All micro-batches pass the pipeline once for the first loop. The last rank then sends its results, in one message,
+    back to the first rank for the second loop. Backward does the same in reverse. All activations are kept.
 
     Returns:
-        what ``forward_step_func``'s loss function reports of each micro-batch, on the last rank.
+        the report of ``forward_step_func``'s loss function for each micro-batch, on the last rank.
     """
     config = model[0].config
-    wire = _Wire(group, (seq_length, micro_batch_size, config.hidden_size), config.params_dtype)
-    made: list[list[tuple[Tensor | None, Tensor]]] = []  # input and output of each micro-batch in each loop
+    ring = _Ring(group, (seq_length, micro_batch_size, config.hidden_size), config.params_dtype)
+    passes: list[list[tuple[Tensor | None, Tensor]]] = []  # input and output of each micro-batch in each loop
     reports: list[Tensor] = []
     tokens = torch.zeros((), dtype=torch.int, device=DEVICE)
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=True)
     with config.no_sync_func():
-        for loop, stage in enumerate(model):
-            last_stage = wire.last and stage is model[-1]
-            handed = wire.hand_over([output for _, output in made[-1]] if made else [], num_microbatches, back=False)
-            made.append([])
+        for loop, view in enumerate(model):
+            outputs = [output for _, output in passes[-1]] if passes else []
+            returned = ring.hand_over(outputs, num_microbatches, backward=False)
+            passes.append([])
+            is_last_stage = ring.last and view is model[-1]
+            step = partial(forward_step, cp_group_size=1, vp_stage=loop, is_last_stage=is_last_stage)
             for number in range(num_microbatches):
-                if wire.first:
-                    received = handed[number].requires_grad_() if loop else None
+                if ring.first:
+                    received = returned[number].requires_grad_() if loop else None
                 else:
-                    received = wire.receive(-1).requires_grad_()
-                output, count = forward_step(
-                    forward_step_func, data_iterator[loop], stage, num_microbatches, received, reports, config,
-                    cp_group_size=1, vp_stage=loop, is_last_stage=last_stage,
-                )  # fmt: skip
+                    received = ring.receive(-1).requires_grad_()
+                batches = data_iterator[loop]
+                output, count = step(forward_step_func, batches, view, num_microbatches, received, reports, config)
                 tokens += count
-                made[-1].append((received, output))
-                if not wire.last:
-                    wire.send(output, +1)
-            wire.flush()
+                passes[-1].append((received, output))
+                if not ring.last:
+                    ring.send(output, +1)
+            ring.flush()
         grads: list[Tensor] = []
-        for stage in reversed([] if forward_only else model):
-            handed = wire.hand_over(grads, num_microbatches, back=True) if stage is not model[-1] else []
+        for view in reversed([] if forward_only else model):
+            returned = ring.hand_over(grads, num_microbatches, backward=True) if view is not model[-1] else []
             grads = []
-            for number, (received, output) in enumerate(made.pop()):
-                grad = (handed[number] if handed else None) if wire.last else wire.receive(+1)
-                input_grad = backward_step(received, output, grad, stage.model_type, config)
+            for number, (received, output) in enumerate(passes.pop()):
+                grad = (returned[number] if returned else None) if ring.last else ring.receive(+1)
+                input_grad = backward_step(received, output, grad, view.model_type, config)
                 grads.append(input_grad)
-                if not wire.first:
-                    wire.send(input_grad, -1)
-            wire.flush()
+                if not ring.first:
+                    ring.send(input_grad, -1)
+            ring.flush()
     if config.finalize_model_grads_func is not None and not forward_only:
         config.finalize_model_grads_func(model, tokens)
     if config.timers is not None:
@@ -121,8 +127,8 @@ def loop_by_loop(
     return reports
 
 
-class _Wire:
-    """Messages of one shape between neighbours of a pipeline; the last rank and the first are neighbours too."""
+class _Ring:
+    """Messages of one shape between neighboring pipeline ranks; the last rank and the first are neighbors too."""
 
     def __init__(self, group: dist.ProcessGroup, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.group, self.shape, self.dtype = group, shape, dtype
@@ -134,25 +140,28 @@ class _Wire:
         return dist.get_global_rank(self.group, (self.rank + step) % self.size)
 
     def send(self, x: Tensor, step: int) -> None:
-        """To the rank ``step`` further on, without waiting."""
+        """Send to the rank ``step`` further on, without waiting."""
         self._sending.append(dist.isend(x.detach().contiguous(), self._peer(step), group=self.group))
 
     def receive(self, step: int, messages: int | None = None) -> Tensor:
-        """From the rank ``step`` further on."""
+        """Receive from the rank ``step`` further on."""
         shape = self.shape if messages is None else (messages, *self.shape)
         x = torch.empty(shape, dtype=self.dtype, device=DEVICE)
         dist.recv(x, self._peer(step), group=self.group)
         return x
 
     def flush(self) -> None:
-        """Wait until everything that was sent is received."""
+        """Wait until everything that was sent has been received."""
         for work in self._sending:
             work.wait()
         self._sending.clear()
 
-    def hand_over(self, results: list[Tensor], count: int, back: bool) -> list[Tensor]:
-        """Carry a finished pass's results from where it ended to where the next one starts; there, return them."""
-        ends, starts, step = (self.first, self.last, -1) if back else (self.last, self.first, +1)
+    def hand_over(self, results: list[Tensor], count: int, backward: bool) -> list[Tensor]:
+        """Send a pass's results from the rank where it ended to the rank where the next pass starts.
+
+        Returns the results on that rank, and an empty list on all others.
+        """
+        ends, starts, step = (self.first, self.last, -1) if backward else (self.last, self.first, +1)
         if not results:
             return []
         if ends:
@@ -163,12 +172,11 @@ class _Wire:
 
 def main(argv: list[str]) -> None:
     """``torchrun --nproc-per-node 2 -m tools.bench.pipeline``"""
-    command = "torchrun --nproc-per-node 2 -m tools.bench.pipeline"
-    config = parse_config(PipelineBenchConfig, argv, prog=command, description=str(__doc__))
+    config = parse_config(PipelineBenchConfig, argv, prog=COMMAND, description=str(__doc__))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    require(ranks > 1, "WORLD_SIZE", ranks, f"a pipeline has at least 2 ranks: {command}")
+    require(ranks > 1, "WORLD_SIZE", ranks, f"a pipeline has at least 2 ranks: {COMMAND}")
     for count in config.micro_batches:
-        require(count > 0 and count % ranks == 0, "micro_batches", count, f"give multiples of the {ranks} ranks")
+        require(count % ranks == 0, "micro_batches", count, f"give multiples of the {ranks} ranks")
     trainers = build(config, ranks)
     try:
         lines = [
@@ -185,54 +193,46 @@ def main(argv: list[str]) -> None:
 
 
 def build(config: PipelineBenchConfig, ranks: int) -> dict[str, Trainer]:
-    """One model under both schedules."""
-    layout = ParallelConfig(pipeline=ranks)
-    width = config.hidden_size
-    model = ModelConfig(
-        vocab_size=256, hidden_size=width, ffn_hidden_size=4 * width, num_layers=config.layers_per_rank * ranks,
-        num_loops=config.num_loops, num_attention_heads=4, attention="mha", num_query_groups=4,
-        max_sequence_length=config.seq_length,
-    )  # fmt: skip
-    loss, optim = LossConfig(), OptimConfig(train_steps=1, precision="fp32")
+    """Return one model with a trainer for each schedule."""
+    width, layout = config.hidden_size, ParallelConfig(pipeline=ranks)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": width, "ffn_hidden_size": 4 * width}
+    sizes |= {"num_layers": config.layers_per_rank * ranks, "num_loops": config.num_loops}
+    heads = {"num_attention_heads": 4, "num_query_groups": 4, "max_sequence_length": config.seq_length}
+    model, optim = ModelConfig(attention="mha", **sizes, **heads), OptimConfig(train_steps=1, precision="fp32")
     groups = process_groups.start(0, layout)
-    trainer = Trainer(LoopLM(model, GateConfig(), groups, layout=layout), loss, optim, layout, groups)
+    trainer = Trainer(LoopLM(model, GateConfig(), groups, layout=layout), LossConfig(), optim, layout, groups)
     other = copy(trainer)
     other.schedule = partial(loop_by_loop, group=groups.pp)
     return {"virtual stages": trainer, "loop by loop": other}
 
 
 def random_batches(config: PipelineBenchConfig, count: int) -> list[Batch]:
-    """The same on every rank."""
-    ids = torch.randint(256, (count, 1, config.seq_length + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    """Return micro-batches that are the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (count, 1, config.seq_length + 1), generator=generator).to(DEVICE)
     mask_SB = torch.ones(config.seq_length, 1, device=DEVICE)
     return [Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), mask_SB, None) for ids_BS in ids]
 
 
 def measure(trainers: dict[str, Trainer], config: PipelineBenchConfig, ranks: int, count: int) -> list[str]:
-    """Lines on both schedules with ``count`` micro-batches."""
-    batches = random_batches(config, count)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
-    for turn in range(config.repeats + 1):
-        for name, trainer in trainers.items():
-            took = _timed(trainer, batches)
-            if turn:  # the first turn warms up
-                seconds[name].append(took)
-    sizes, lines, medians = (ranks, config.num_loops, count), [], {}
+    """Return lines on both schedules with ``count`` micro-batches."""
+    batches, sizes = random_batches(config, count), (ranks, config.num_loops, count)
+    contenders = {name: partial(_time_step, trainer, batches) for name, trainer in trainers.items()}
     formulas = {"virtual stages": interleaved_bubble(*sizes), "loop by loop": loop_by_loop_bubble(*sizes)}
-    for name, runs in seconds.items():
-        step, work = (statistics.median(column) for column in zip(*runs, strict=True))
-        bubble = statistics.median(step / work - 1 for step, work in runs)
+    lines, medians = [], {}
+    for name, times in in_turns(contenders, config.repeats).items():
+        step, work = (statistics.median(column) for column in zip(*times, strict=True))
+        bubble = statistics.median(step / work - 1 for step, work in times)
         medians[name] = step
-        lines.append(
-            f"  {count:<15}{name:<16}{1e3 * step:>6.0f} ms{1e3 * work:>6.0f} ms{bubble:>9.1%}{formulas[name]:>9.1%}"
-        )
+        milliseconds = f"{1e3 * step:>6.0f} ms{1e3 * work:>6.0f} ms"
+        lines.append(f"  {count:<15}{name:<16}{milliseconds}{bubble:>9.1%}{formulas[name]:>9.1%}")
     ratio = medians["virtual stages"] / medians["loop by loop"]
     expected = (1 + formulas["virtual stages"]) / (1 + formulas["loop by loop"])
     return [*lines, f"  {'':<15}{'virtual stages / loop by loop':<34}{ratio:>9.2f}{expected:>9.2f}"]
 
 
-def _timed(trainer: Trainer, batches: list[Batch]) -> tuple[float, float]:
-    """Seconds of the slowest rank's schedule, and of the busiest rank's work in it."""
+def _time_step(trainer: Trainer, batches: list[Batch]) -> tuple[float, float]:
+    """Return the seconds of the slowest rank's schedule, and of the busiest rank's work in it."""
     config = trainer.ddp.module.config
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None  # the schedule alone
     config.timers = Timers(log_level=2, log_option="max")
@@ -246,13 +246,13 @@ def _timed(trainer: Trainer, batches: list[Batch]) -> tuple[float, float]:
 
 
 def launch(repeats: int) -> None:
-    """Measure in processes of their own, on the processor whatever else the machine has, and let rank 0 print."""
+    """Measure in new processes, on the CPU even if the machine has a GPU; rank 0 prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["-m", "tools.bench.pipeline", "--repeats", str(repeats)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     print(flush=True)
     if subprocess.run(command, env=environment, timeout=TIMEOUT_S).returncode:
-        raise UserError("tools.bench.pipeline: failed, see above")
+        raise UserError("tools.bench.pipeline: failed; see its output above")
 
 
 if __name__ == "__main__":

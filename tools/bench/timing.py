@@ -1,32 +1,48 @@
-"""Contenders in turns: machines are noisy, ratios measured in one run are not."""
+"""Time several contenders in turns: machines are noisy, but ratios measured in one run are not."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-from looplm.megatron import device
+from tqdm import tqdm
 
-Prepare = Callable[[], Callable[[], object]]  # sets up a run that is timed
+from looplm.megatron import device, process_groups
 
-
-def timed(contenders: dict[str, Prepare], tokens: int, repeats: int) -> dict[str, float]:
-    """Tokens per second of each, in turns, from the median."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, prepare in contenders.items():
-            run = prepare()
-            device.synchronize()
-            start = time.perf_counter()
-            run()
-            device.synchronize()
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: tokens / statistics.median(times) for name, times in seconds.items()}
+Measurement = TypeVar("Measurement")
+PrepareRun = Callable[[], Callable[[], object]]  # sets up, and returns, a run to be timed
 
 
-def show(title: str, speed: dict[str, float]) -> None:
-    """Each against the first one."""
-    first = next(iter(speed.values()))
+def in_turns(contenders: Mapping[str, Callable[[], Measurement]], repeats: int) -> dict[str, list[Measurement]]:
+    """Call all contenders ``repeats`` times in turns, after one turn of warm-up, and return their results."""
+    results: dict[str, list[Measurement]] = {name: [] for name in contenders}
+    hidden = None if process_groups.is_rank_0() else True  # None shows the bar on a terminal
+    for turn in tqdm(range(repeats + 1), unit="turn", leave=False, disable=hidden):
+        for name, contender in contenders.items():
+            result = contender()
+            if turn:
+                results[name].append(result)
+    return results
+
+
+def tokens_per_s(contenders: Mapping[str, PrepareRun], tokens: int, repeats: int) -> dict[str, float]:
+    """Return each contender's tokens per second, from its median time for ``tokens`` tokens."""
+
+    def seconds(prepare: PrepareRun) -> float:
+        run = prepare()
+        device.synchronize()
+        start = time.perf_counter()
+        run()
+        device.synchronize()
+        return time.perf_counter() - start
+
+    timers = {name: lambda prepare=prepare: seconds(prepare) for name, prepare in contenders.items()}
+    return {name: tokens / statistics.median(times) for name, times in in_turns(timers, repeats).items()}
+
+
+def print_speeds(title: str, speeds: Mapping[str, float]) -> None:
+    """Print each contender's speed, and its ratio to the first one's."""
+    first = next(iter(speeds.values()))
     print(f"  {title}")
-    for name, rate in speed.items():
-        print(f"    {name:<28}{rate:>10,.0f} tokens/s{rate / first:>8.2f} x")
+    for name, speed in speeds.items():
+        print(f"    {name:<28}{speed:>10,.0f} tokens/s{speed / first:>8.2f} x")
