@@ -152,3 +152,17 @@ def test_every_console_command_runs_a_module() -> None:
     for command in ast.literal_eval(names):
         (module,) = re.findall(rf'^def {command}\(.*\n.*\n    _run\("([\w.]+)"\)', source, re.MULTILINE)
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_every_entry_of_the_log_is_in_its_index() -> None:
+    log = re.sub(r"<!--.*?-->", "", TEXTS["docs/LOG.md"], flags=re.DOTALL)
+    entries = {anchor for anchor in anchors(log) if re.match(r"20\d\d-", anchor)}
+    rows = re.findall(r"^\| 20\S+ \| .* \| \[(.*)\]\(#(.*)\) \|$", log, re.MULTILINE)
+    assert {anchor for _, anchor in rows} == entries
+    assert not [answer for answer, _ in rows if len(answer.split()) > 12]
+
+
+def test_one_version_is_named_everywhere() -> None:
+    files = {"setup.py": r'version="(.*)"', "CITATION.cff": r"^version: (.*)$", "CHANGELOG.md": r"^## ([\d.]+)"}
+    found = {name: re.search(pattern, (ROOT / name).read_text(), re.MULTILINE) for name, pattern in files.items()}
+    assert len({match and match[1] for match in found.values()}) == 1
