@@ -71,5 +71,5 @@ def training_flops_per_token(
 
 
 def cache_values_per_token(model: ModelConfig, num_caches: int) -> int:
-    """Return the values that a key-value cache holds of one token: ``num_caches`` is R if each loop has its own, else 1."""
+    """Return the values that a cache holds of one token; ``num_caches`` is R with a cache per loop, else 1."""
     return num_caches * model.num_layers * model.attention_widths.cached

@@ -222,7 +222,7 @@ def linear_widths(model: ModelConfig, tensor: int) -> dict[str, int]:
         for dim, side in enumerate(row.sides or ()):
             split = row.tensor_split is not None and row.tensor_split.dim == dim
             widths[side] = row.shape[dim] // (tensor if split else 1)
-    return dict(sorted(widths.items(), key=lambda item: len(item[0])))  # the simplest source of a fault comes first
+    return dict(sorted(widths.items(), key=lambda item: " x " not in item[0] and "+" in item[0]))  # plain keys first
 
 
 def decayed_names(model: ModelConfig, gate: GateConfig) -> set[str]:

@@ -139,11 +139,10 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, cfg: Any, ids_BS: Tensor, document_start_SB: Tensor | None, fused: bool) -> "View":
-        width = cfg.qk_rope_head_dim if cfg.attention == "mla" else mha_head_dim(cfg)
+        latent = cfg.attention == "mla"
+        width = cfg.qk_rope_head_dim if latent else mha_head_dim(cfg)
+        period = (cfg.qk_rope_period if latent else None) or width  # the width of one of several rotary keys
         place_S = torch.arange(ids_BS.shape[1], device=ids_BS.device, dtype=torch.float64)
-        period = (
-            cfg.qk_rope_period if cfg.attention == "mla" else None
-        ) or width  # of one of several keys side by side
         speed_K = cfg.rope_base ** (-torch.arange(0, period, 2, device=ids_BS.device, dtype=torch.float64) / period)
         speed_K = speed_K.repeat(width // period)
         angle_SK, packed = torch.outer(place_S, speed_K), document_start_SB is not None

@@ -15,7 +15,7 @@ from looplm.config import LossConfig
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_entropy, exit_log_probs
 from looplm.model.losses import adaptive_gate_loss, entropy_regularised_loss, geometric_prior, token_losses
-from looplm.model.pipeline import LoopStage
+from looplm.model.pipeline import LoopView
 from pretrain.data import Batch
 
 
@@ -89,11 +89,11 @@ def head_losses(model: LoopLM, batch: Batch, loss: LossConfig) -> Callable[[Tens
 
 
 def forward_step(
-    loss: LossConfig, batches: Iterator[Batch], model: LoopLM | LoopStage
+    loss: LossConfig, batches: Iterator[Batch], model: LoopLM | LoopView
 ) -> tuple[Tensor, Callable[..., object]]:
     """Run one micro-batch forward; return the output and the function that Megatron's schedules call for its loss."""
     batch, frozen = next(batches), loss.frozen_trunk
-    if isinstance(model, LoopStage):
+    if isinstance(model, LoopView):
         head = head_losses(model.inner, batch, loss) if model.inner.post_process else None
         output_SBD, *losses = model(batch.ids_BS, batch.document_start_SB, head, frozen)
     else:
@@ -104,7 +104,7 @@ def forward_step(
         token_loss_RSB, gate_logit_RSB = losses
         tokens = batch.mask_SB.sum()
         total = objective(loss, token_loss_RSB, gate_logit_RSB, batch.mask_SB) * tokens
-        if frozen and isinstance(model, LoopStage) and torch.is_grad_enabled():
+        if frozen and isinstance(model, LoopView) and torch.is_grad_enabled():
             total.backward()  # only this rank has a graph, the gate's: the schedule runs forward passes only
         return total, tokens.int(), statistics_sums(token_loss_RSB, gate_logit_RSB, batch.mask_SB, total)
 

@@ -17,7 +17,7 @@ from looplm.checkpoint import TrainingState
 from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
-from looplm.model.pipeline import loop_stages
+from looplm.model.pipeline import loop_views
 from pretrain.data import Batch
 from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import StepStats, forward_step
@@ -51,10 +51,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.ddp, optim, parallel)
         self.scheduler = build_scheduler(self.optimizer, optim)
         self._forward_step = partial(forward_step, loss)
-        self._stages = loop_stages(self.ddp) if groups.pp.size() > 1 else None
-        self._frozen_pipeline = loss.frozen_trunk and self._stages is not None
+        self._views = loop_views(self.ddp) if groups.pp.size() > 1 else None
+        self._frozen_pipeline = loss.frozen_trunk and self._views is not None
         self.schedule: Callable[..., list[Tensor]] = get_forward_backward_func(
-            groups.pp.size(), None if self._stages is None else len(self._stages)
+            groups.pp.size(), None if self._views is None else len(self._views)
         )
 
     @property
@@ -100,12 +100,12 @@ class Trainer:
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
         )
-        if self._stages is None:
+        if self._views is None:
             sums = schedule(data_iterator=batches, model=[self.ddp])
         else:
-            for stage in self._stages:
+            for stage in self._views:
                 stage.restart()
-            sums = schedule(data_iterator=list(tee(batches, len(self._stages))), model=self._stages)
+            sums = schedule(data_iterator=list(tee(batches, len(self._views))), model=self._views)
         num_loops = self.model.model_config.num_loops
         return torch.stack(sums).sum(0) if sums else torch.zeros(3 + 2 * num_loops, dtype=torch.float64)
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -100,15 +100,15 @@ def recipe_of(check: MemoryCheck, width: int = 256) -> RunConfig:
     """Return a small model of ordinary proportions in the check's layout."""
     head, layout = width // 4, check.layout
     ranks = {"q_lora_rank": head * 3, "kv_lora_rank": head * 2}
-    mla = ranks | {"qk_nope_head_dim": head, "qk_rope_head_dim": head // 2, "v_head_dim": head}
-    attention: dict[str, Any] = {"mla": mla, "mha": {"attention": "mha", "num_query_groups": 2}}[check.attention]
-    sizes = {"vocab_size": 8 * width, "hidden_size": width, "ffn_hidden_size": 11 * width // 4, "num_layers": 4}
+    mla: dict[str, Any] = ranks | {"qk_nope_head_dim": head, "qk_rope_head_dim": head // 2, "v_head_dim": head}
+    sizes: dict[str, Any] = {"mla": mla, "mha": {"attention": "mha", "num_query_groups": 2}}[check.attention]
+    sizes |= {"vocab_size": 8 * width, "hidden_size": width, "ffn_hidden_size": 11 * width // 4, "num_layers": 4}
     replicas = check.ranks // layout.model_ranks
     batch = 2 * replicas * (1 if layout.pipeline == 1 else 4)  # more micro-batches than a pipeline has in flight
     source = (DataSource(prefix="unused"),)
     config = RunConfig(
         output_dir="unused",
-        model=ModelConfig(**sizes, num_loops=3, num_attention_heads=4, max_sequence_length=128, **attention),
+        model=ModelConfig(num_loops=3, num_attention_heads=4, max_sequence_length=128, **sizes),
         gate=GateConfig(kind=GATES[check.attention], state_size=32),
         loss=LossConfig(head_chunk_tokens=64),
         optim=OptimConfig(train_steps=2, precision="fp32"),

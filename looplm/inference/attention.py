@@ -161,3 +161,7 @@ class HeadAttention:
         mixed_NGQK = F.scaled_dot_product_attention(query_NGQK, key, value, mask_N1QT)
         mixed_NGSPK = mixed_NGQK.unflatten(2, (-1, self.queries_per_entry))
         return mixed_NGSPK.permute(2, 0, 1, 3, 4).flatten(2)
+
+
+Attention = LatentAttention | HeadAttention
+ATTENTIONS: dict[str, type[Attention]] = {"mla": LatentAttention, "mha": HeadAttention}

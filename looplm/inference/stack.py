@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.config import ModelConfig
-from looplm.inference.attention import HeadAttention, LatentAttention, Query
+from looplm.config.model import chosen
+from looplm.inference.attention import ATTENTIONS, Attention, Query
 from looplm.model import LoopLM
 
-Attention = LatentAttention | HeadAttention
 Attend = Callable[[int, Attention, Query, Tensor], Tensor]  # layer, its attention, queries, entries -> contexts
 _TABLE_BLOCK = 1024
 
@@ -38,7 +38,7 @@ class LoopedStack:
         self._blocks = [_Block(layer, model.model_config) for layer in model.decoder.layers]
         self._end_norm = model.decoder.final_layernorm.weight.detach()
         first = model.decoder.layers[0].self_attention
-        rotary = first.rotary_pos_emb if model.model_config.attention == "mla" else model.rotary
+        rotary = model.rotary or first.rotary_pos_emb  # MLA has its own in each layer
         assert rotary is not None
         self._frequency_K = rotary.inv_freq.to(self.device)
         self._turn_TK = torch.empty(0, len(self._frequency_K), dtype=torch.complex64, device=self.device)
@@ -83,8 +83,8 @@ class _Block:
     """The weights of one block."""
 
     def __init__(self, layer: Any, config: ModelConfig) -> None:
-        attention = LatentAttention if config.attention == "mla" else HeadAttention
-        self.attention: Attention = attention(layer.self_attention, config)
+        attention = chosen(ATTENTIONS, "model.attention", config.attention)
+        self.attention = attention(layer.self_attention, config)
         self.out = layer.self_attention.linear_proj.weight.detach()
         self.fc1, self.fc2 = layer.mlp.linear_fc1.weight.detach(), layer.mlp.linear_fc2.weight.detach()
         self.before_attention = layer.input_layernorm.weight.detach()

@@ -74,8 +74,6 @@ def transformer_config(
         "gradient_accumulation_fusion": False,  # embedding and head would need an extension of Apex
         "bias_dropout_fusion": HAS_CUDA,
         "masked_softmax_fusion": HAS_CUDA,
-        # Megatron fuses MLA's rotary embedding for YaRN only.
-        "apply_rope_fusion": HAS_CUDA and HAS_TRANSFORMER_ENGINE and model.attention == "mha",
         "use_cpu_initialization": not HAS_CUDA,
         "perform_initialization": initialize,
         **_fp8_settings(engine),
@@ -85,6 +83,7 @@ def transformer_config(
             **common,
             kv_channels=model.attention_head_dim,
             num_query_groups=model.query_groups,
+            apply_rope_fusion=HAS_CUDA and HAS_TRANSFORMER_ENGINE,  # Megatron fuses MLA's for YaRN only
             add_qkv_bias=model.qkv_bias,
             qk_layernorm=model.qk_norm,  # tensor-parallel ranks sum the gradients of these norms, with or without SP
         )

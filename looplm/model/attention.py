@@ -1,10 +1,10 @@
-"""Multi-head latent attention, attention's core on torch's kernels, and what packed documents may see of each other.
+"""Attention: specs of MLA and of MHA, the attention core on torch's kernels, and masks for packed documents.
 
 Shapes: S sequence, B batch, H heads, K query-key head width, W value head width, T positions attended to: S, or under
-context parallelism the sequence of which S is this rank's part.
+context parallelism the whole sequence, of which S is this rank's part.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,81 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from looplm.config import ModelConfig
+from looplm.config.model import chosen
 from looplm.megatron import context_parallel
 from looplm.model.norms import RMSNorm
 
 
-class LatentAttention(MLASelfAttention):
-    """Megatron's multi-head latent attention, built as its spec says in every release.
+class AttentionModules(NamedTuple):
+    """The classes that attention is built from, in torch and Megatron-core or in Transformer Engine.
 
     Args:
-        rope_period: width after which the frequencies of the rotary part begin anew (``model.qk_rope_period``).
+        column: linear layer that is split by output.
+        normed_column: the same; a norm in front of it may be fused into it.
+        row: linear layer that is split by input.
+        replicated: linear layer that every tensor-parallel rank holds whole.
+        latent_norm: norm in front of ``normed_column``, or an identity if it is fused.
+        core: scores and weighted sum.
+    """
+
+    column: type
+    normed_column: type
+    row: type
+    replicated: type
+    latent_norm: type
+    core: type
+
+
+def attention_spec(model: ModelConfig, modules: AttentionModules) -> ModuleSpec:
+    """Return Megatron's spec of the attention that ``model.attention`` names.
+
+    Raises:
+        ValueError: there is no attention of that kind.
+    """
+    return chosen(_SPECS, "model.attention", model.attention)(model, modules)
+
+
+def _latent_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSpec:
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=modules.column,
+            linear_q_down_proj=modules.replicated,
+            linear_q_up_proj=modules.normed_column,
+            linear_kv_down_proj=modules.replicated,
+            linear_kv_up_proj=modules.normed_column,
+            core_attention=modules.core,
+            linear_proj=modules.row,
+            q_layernorm=modules.latent_norm,
+            kv_layernorm=modules.latent_norm,
+        ),
+    )
+
+
+def _head_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSpec:
+    head_norm = RMSNorm if model.qk_norm else IdentityOp  # never fused: no linear layer follows it
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=modules.normed_column,
+            core_attention=modules.core,
+            linear_proj=modules.row,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+_SPECS = {"mla": _latent_attention, "mha": _head_attention}
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-head latent attention, with several rotary keys side by side.
+
+    Args:
+        rope_period: width after which the frequencies of the rotary part repeat (``model.qk_rope_period``).
     """
 
     def __init__(self, *args: Any, rope_period: int, **kwargs: Any) -> None:
@@ -41,38 +107,36 @@ class LatentAttention(MLASelfAttention):
         self.rotary_pos_emb.inv_freq = one_key.inv_freq.repeat(width // rope_period)
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
-        """Megatron-core 0.19 asks this before it builds. Its own answer, off Transformer Engine, refuses a normed
-        key-value latent beside queries without a latent (``q_lora_rank: null``), which DeepSeek's small models have."""
+        """Return the norms that the spec names.
+
+        Megatron-core 0.19 calls this before it builds. Without Transformer Engine its own version refuses a normalized
+        key-value latent with an unnormalized query (``q_lora_rank: null``), which DeepSeek's small models have.
+        """
         return vars(submodules)
 
 
-def latent_attention(model: ModelConfig, **parts: Any) -> ModuleSpec:
-    """Megatron's spec of MLA, of these projections, norms and core."""
-    return ModuleSpec(
-        module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
-        submodules=MLASelfAttentionSubmodules(**parts),
-    )
-
-
-def head_attention(model: ModelConfig, **parts: Any) -> ModuleSpec:
-    """Megatron's spec of MHA and GQA, of these projections and core. No product follows the norms of heads, so that none
-    can be fused: they are ours in every block."""
-    head_norm = RMSNorm if model.qk_norm else IdentityOp
-    return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(**parts, q_layernorm=head_norm, k_layernorm=head_norm),
+def outer_rotary_embedding(
+    model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
+) -> RotaryEmbedding | None:
+    """Return the rotary embedding that the model computes for all layers; None for MLA, which does it inside."""
+    if model.attention_widths.latents:
+        return None
+    return RotaryEmbedding(
+        model.attention_head_dim,
+        rotary_percent=1.0,
+        rotary_base=model.rope_base,
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=groups.cp,
     )
 
 
 class CoreAttention(MegatronModule):
     """``softmax(q k^T scale + mask) v`` on torch's fused kernels, for equal and unequal head widths.
 
-    Megatron's local one materialises S x S scores and refuses MLA's unequal widths.
+    Megatron's local module materializes S x S scores and refuses MLA's unequal widths.
 
-    Under context parallelism every rank gathers the keys and values of all positions and attends from its own. They come
-    as heads, MLA's too: gathering its latent, before the up-projection, would move and keep fewer bytes.
+    Under context parallelism every rank gathers the keys and values of all positions and attends from its own. They are
+    gathered as heads. Gathering MLA's latent instead, before the up-projection, would move and keep fewer bytes.
     """
 
     def __init__(
@@ -90,13 +154,13 @@ class CoreAttention(MegatronModule):
         self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Attend.
+        """Attend from this rank's positions.
 
         Args:
             query: [S, B, H, K].
             key: [S, B, groups, K].
             value: [S, B, groups, W].
-            attention_mask: [B, 1, S, T], added to the scores; None means plainly causal.
+            attention_mask: [B, 1, S, T], added to the scores; None means causal.
 
         Returns:
             [S, B, H * W].
@@ -106,13 +170,13 @@ class CoreAttention(MegatronModule):
             key, value = context_parallel.gather(torch.cat((key, value), -1), self.context).split(widths, -1)
         q_BHSK, k_BHTK, v_BHTW = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         pad = widths[0] - widths[1]
-        if pad > 0:  # unequal widths would leave the flash kernel for one that materialises S x T
+        if pad > 0:  # with unequal widths torch takes a kernel that materializes S x T
             v_BHTW = F.pad(v_BHTW, (0, pad))
         runs = []
         for own, seen in context_parallel.spans(query.size(0), self.context):
             mask = None if attention_mask is None else attention_mask[:, :, own, :seen]
             before = seen - (own.stop - own.start)
-            if mask is None and before:  # is_causal would align the mask with the first key, not with the last
+            if mask is None and before:  # is_causal would align the mask with the first key, not the last
                 mask = causal_lower_right(own.stop - own.start, seen)
             out_BHSW = F.scaled_dot_product_attention(
                 q_BHSK[:, :, own],
@@ -128,11 +192,11 @@ class CoreAttention(MegatronModule):
 
 
 def document_mask(document_start_SB: Tensor, dtype: torch.dtype, group: context_parallel.Group = None) -> Tensor:
-    """Additive mask that keeps attention causal and inside each token's document: [B, 1, S, T].
+    """Return an additive mask [B, 1, S, T] that keeps attention causal and inside each token's document.
 
     Args:
         document_start_SB: position in the whole sequence at which each token's document starts, for this rank's tokens.
-        dtype: of the scores.
+        dtype: dtype of the scores.
         group: the context-parallel ranks.
     """
     start_BS1 = document_start_SB.t().unsqueeze(-1)
@@ -144,10 +208,10 @@ def document_mask(document_start_SB: Tensor, dtype: torch.dtype, group: context_
 
 
 def document_offsets(document_start_SB: Tensor) -> Tensor:
-    """Where documents begin when the samples are laid end to end, and the end: [documents + 1], int32.
+    """Return the start of every document in the concatenated samples, and their end: [documents + 1], int32.
 
     Args:
-        document_start_SB: as in :func:`document_mask`; of whole samples.
+        document_start_SB: as in :func:`document_mask`, for whole samples.
     """
     length, samples = document_start_SB.shape
     begins_BS = document_start_SB.t() == torch.arange(length, device=document_start_SB.device)

@@ -1,4 +1,4 @@
-"""One block of the stack, and what of it backward recomputes.
+"""One block of the stack, and recomputation of layers in backward.
 
 A block with sandwich norms (Ouro section 3.1; norms a-d as numbered there)::
 
@@ -32,29 +32,30 @@ from looplm.model.norms import RMSNorm
 def recomputed(
     layers: Callable[[Tensor], Tensor], h_SBD: Tensor, config: TransformerConfig, group: dist.ProcessGroup
 ) -> Tensor:
-    """``layers(h_SBD)``, of which backward keeps the input alone; FP8 has a state that only its own checkpoint knows."""
-    if config.fp8:
+    """Return ``layers(h_SBD)``; backward keeps only the input and recomputes the rest."""
+    if config.fp8:  # its scales are a state that only Transformer Engine's own checkpoint function restores
         return te_checkpoint(layers, False, get_cuda_rng_tracker, group, h_SBD)
     return tensor_parallel.checkpoint(layers, False, h_SBD)
 
 
 class LoopedLayer(TransformerLayer):
-    """A block whose first weights depend on the seed and its place in the stack, not on the rank that holds it.
+    """A block whose initial weights depend on the seed and its position in the stack, not on the rank that holds it.
 
     Args:
-        first: layers on the pipeline ranks before.
-        num_layers: of the whole stack.
-        engine: what its linears multiply in.
+        layer_number: position among this rank's layers, from 1.
+        first: number of layers on earlier pipeline ranks.
+        num_layers: layers of the whole stack.
+        engine: matmul precision of its linear layers.
     """
 
     def __init__(
         self, *args: Any, layer_number: int, first: int, num_layers: int, engine: EngineConfig, **kwargs: Any
     ) -> None:
-        place = first + layer_number
-        with seeded(f"layer {place}"):
+        position = first + layer_number
+        with seeded(f"layer {position}"):
             super().__init__(*args, layer_number=layer_number, **kwargs)
         if engine.emulated:
-            emulate(self, engine, in_bf16=engine.stays_in_bf16(place - 1, num_layers))
+            emulate(self, engine, in_bf16=engine.stays_in_bf16(position - 1, num_layers))
 
 
 def block_spec(
@@ -64,13 +65,13 @@ def block_spec(
     pipeline_rank: int,
     engine: EngineConfig | None = None,
 ) -> TransformerBlockSubmodules:
-    """This pipeline rank's share of the stack: equal blocks, and the loop-end norm on the last rank."""
+    """Return the spec of this pipeline rank's layers: equal blocks, and the loop-end norm on the last rank."""
     engine = engine or EngineConfig()
     if engine.transformer_impl == "local":
         parts = local_layers.layer_submodules(model, config)
     else:
         parts = transformer_engine_layers.layer_submodules(model, config)
-    stages = layout.stage_layers(model.num_layers)
-    place = {"first": sum(stages[:pipeline_rank]), "num_layers": model.num_layers, "engine": engine}
-    spec = ModuleSpec(module=LoopedLayer, params=place, submodules=parts)
-    return TransformerBlockSubmodules(layer_specs=[spec] * stages[pipeline_rank], layer_norm=RMSNorm)
+    layers = layout.layers_per_rank(model.num_layers)
+    params = {"first": sum(layers[:pipeline_rank]), "num_layers": model.num_layers, "engine": engine}
+    spec = ModuleSpec(module=LoopedLayer, params=params, submodules=parts)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers[pipeline_rank], layer_norm=RMSNorm)

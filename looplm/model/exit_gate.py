@@ -74,8 +74,8 @@ class ExitGate(MegatronModule):
             state_SBZ: state after the loop before; None before the first.
             loop: 0-based.
             num_loops: R of the exit distribution.
-            document_start_SB: for the tokens of this context-parallel rank, the index in the whole sequence of the first
-                position of their document; None if every sample is one document.
+            document_start_SB: index, in the whole sequence, of the first position of each token's document, for the
+                tokens of this context-parallel rank; None if every sample is one document.
         """
 
         def causal_mean(value_SB: Tensor) -> Tensor:

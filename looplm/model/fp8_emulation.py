@@ -1,8 +1,9 @@
-"""FP8 linears on a machine without FP8: what they read is rounded, the product is made in fp32.
+"""FP8 linear layers on a machine without FP8: operands are rounded, products are computed in fp32.
 
-A linear is three products: ``y = x W^T``, and in backward ``dx = g W`` and ``dW = g^T x``. A tensor core reads both sides
-of each in FP8 and adds up in fp32. Here x, W and g are rounded to the values FP8 has and multiplied in fp32, so that the
-loss of a looped model under FP8 can be studied on a CPU. What comes out keeps the model's type; on a GPU it would be bf16.
+A linear layer is three products: ``y = x W^T``, and in backward ``dx = g W`` and ``dW = g^T x``. A tensor core reads
+both operands of each in FP8 and accumulates in fp32. Here x, W and g are rounded to FP8 values and multiplied in fp32,
+so that the loss of a looped model under FP8 can be studied on a CPU. Results keep the model's dtype; on a GPU they
+would be bf16.
 
 ::
 
@@ -11,19 +12,21 @@ loss of a looped model under FP8 can be studied on a CPU. What comes out keeps t
     W ──round──┘                      g ──round──┘                                  ├── g^T x ──▶ dW
                                                                           x ──round──┘
 
-Formats: e4m3 (4 exponent bits, largest 448) for x and W; for g e4m3 again, or e5m2 (largest 57,344) under ``hybrid``; or
-bf16, unscaled, for all: the baseline. Scaling, as Transformer Engine 2 does it:
+Formats: e4m3 (4 exponent bits, largest value 448) for x and W; e4m3 or, under ``hybrid``, e5m2 (largest value 57,344)
+for g; or unscaled bf16 for all, as the baseline. Scaling, as in Transformer Engine 2:
 
-- ``tensorwise``: a tensor is multiplied so that its largest value becomes the format's.
-- ``delayed``: by the largest of the last ``amax_history`` calls; a value beyond the range is clipped. One history per
-  linear and operand: under loops it mixes them (:mod:`looplm.config`). The first call is unscaled. Scales are compared
-  over all ranks, as over Transformer Engine's tensor, context and data ranks.
-- ``blockwise``: each 1 x 128 piece of x and g along the product's sum, and each 128 x 128 square of W, by a power of two.
-- ``mxfp8``: each 32 values along the sum, by a power of two.
+- ``tensorwise``: a tensor is scaled so that its largest value becomes the format's largest.
+- ``delayed``: the scale comes from the largest value of the last ``amax_history`` calls; values beyond the range are
+  clipped. There is one history per linear layer and operand, so loops share it (:mod:`looplm.config.engine`). The first
+  call is unscaled. The maximum is taken over all ranks, as over Transformer Engine's tensor, context and data ranks.
+- ``blockwise``: each 1 x 128 block of x and g along the product's sum, and each 128 x 128 block of W, is scaled by a
+  power of two.
+- ``mxfp8``: each 32 values along the sum are scaled by a power of two.
 
-Under tensor parallelism a rank rounds what it multiplies: its own part of W by that part's largest value, and what
-sequence parallelism has gathered by the largest of all ranks, which is where Transformer Engine compares them too.
-Unlike there, W is rounded anew in each loop; only ``delayed`` can tell, whose first loop lags behind the optimizer's step.
+Under tensor parallelism a rank rounds what it multiplies: its own part of W by that part's largest value, and the
+tensor that sequence parallelism has gathered by the largest value of all ranks, as Transformer Engine does. Unlike
+there, W is rounded again in each loop. This makes a difference under ``delayed`` only, whose first loop lags behind the
+optimizer's step.
 
 Shapes: N tokens, K inputs, M outputs.
 """
@@ -49,7 +52,7 @@ TILES = {"blockwise": 128, "mxfp8": 32}
 
 
 def emulate(layer: nn.Module, engine: EngineConfig, in_bf16: bool) -> None:
-    """From now on every linear in ``layer`` rounds as ``engine`` says, or to bf16 (``engine.first_layers_bf16``)."""
+    """Make every linear layer in ``layer`` round as ``engine`` says, or to bf16 (``engine.first_layers_bf16``)."""
     formats = FORMATS["emulate-bf16"] if in_bf16 else FORMATS[engine.fp8 or ""]
     for linear in list(layer.modules()):
         if isinstance(linear, ReplicatedLinear):
@@ -60,7 +63,7 @@ def emulate(layer: nn.Module, engine: EngineConfig, in_bf16: bool) -> None:
 
 
 class Emulation(nn.Module):
-    """One linear's three products, with all that they read rounded."""
+    """The three products of one linear layer, with rounded operands."""
 
     def __init__(self, formats: tuple[torch.dtype, torch.dtype], recipe: Recipe, history: int) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class Emulation(nn.Module):
         self.gradient = Rounding(backward, recipe, history)
 
     def forward(self, x: Tensor, weight_MK: Tensor) -> Tensor:
-        """[..., K] to [..., M]."""
+        """Return ``x W^T``: [..., K] to [..., M]."""
         return _Products.apply(x, weight_MK, self, torch.is_grad_enabled())
 
     def between_ranks(
@@ -84,7 +87,7 @@ class Emulation(nn.Module):
         tp_group: dist.ProcessGroup | None,
         **_: Any,
     ) -> Tensor:
-        """In place of the product inside Megatron's parallel linears, which also moves what the ranks share."""
+        """Replace the product inside Megatron's parallel linear layers, with the messages between ranks around it."""
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
@@ -94,20 +97,20 @@ class Emulation(nn.Module):
 
 
 class Rounded(NamedTuple):
-    """A rounded matrix is ``values * factor``: a factor that all of it shares can wait for the product."""
+    """A rounded matrix ``values * factor``; a factor common to all values is applied after the product."""
 
     values: Tensor
     factor: Tensor | float = 1.0
 
 
 class Rounding(nn.Module):
-    """Rounds one operand, for the product that sums over its columns and for the one that sums over its rows.
+    """Rounding of one operand, for the product that sums over its columns and for the one that sums over its rows.
 
     Args:
-        dtype: what it is rounded to.
-        recipe: how it is scaled.
-        history: calls that ``delayed`` remembers.
-        weight: whether it is W, which ``blockwise`` cuts into squares.
+        dtype: format to round to.
+        recipe: scaling recipe.
+        history: number of calls that ``delayed`` remembers.
+        weight: True for W, which ``blockwise`` scales in squares.
     """
 
     amax_history: Tensor
@@ -121,7 +124,7 @@ class Rounding(nn.Module):
         self.register_buffer("scale", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor, learns: bool) -> tuple[Rounded, Rounded]:
-        """``learns``: whether a backward pass follows; if none does, the second is not to be used."""
+        """Return the operand rounded for both products; the second is valid only if backward follows (``learns``)."""
         x = x.float()
         if self.dtype is BF16:
             rounded = Rounded(x.to(BF16).float())
@@ -137,7 +140,7 @@ class Rounding(nn.Module):
         return rounded, rounded
 
     def _delayed_scale(self, x: Tensor, learns: bool) -> Tensor:
-        """The scale to use now: what is seen now counts from the next call on."""
+        """Return the current scale, and record this call's largest value for later calls."""
         scale = self.scale
         if learns:
             amax = largest(x)
@@ -150,7 +153,7 @@ class Rounding(nn.Module):
 
 
 class _Products(torch.autograd.Function):
-    """``x W^T``, ``g W`` and ``g^T x`` of the rounded matrices."""
+    """The products ``x W^T``, ``g W`` and ``g^T x`` of the rounded matrices."""
 
     @staticmethod
     def forward(ctx, x, weight_MK, emulation, learns):  # type: ignore[no-untyped-def]
@@ -177,24 +180,24 @@ def _scaled(product: Tensor, left: Rounded, right: Rounded) -> Tensor:
 
 
 def largest(x: Tensor) -> Tensor:
-    """max |x|, in one pass."""
+    """Return max |x|, computed in one pass."""
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high)
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype, otherwise: Tensor | float = 1.0) -> Tensor:
-    """What takes ``amax`` to the format's largest value; ``otherwise`` where it is 0."""
+    """Return the scale that maps ``amax`` to the format's largest value, or ``otherwise`` where ``amax`` is 0."""
     return torch.where(amax > 0, torch.finfo(dtype).max / amax, otherwise)
 
 
 def by_scale(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Rounded:
-    """Rounded under one scale; what it takes beyond the format's range is clipped."""
+    """Round with one scale; values beyond the format's range are clipped."""
     limit = torch.finfo(dtype).max
     return Rounded(_to_format((x * scale).clamp_(-limit, limit), dtype), 1 / scale)
 
 
 def by_tiles(x: Tensor, dtype: torch.dtype, tile: tuple[int, int]) -> Rounded:
-    """Each tile rounded under the largest power of two that keeps it in range; tiles at the far edges may be smaller."""
+    """Round each tile with the largest power of two that keeps it in range; tiles at the far edges may be smaller."""
     (rows, columns), (height, width) = x.shape, tile
     whole = F.pad(x, (0, -columns % width, 0, -rows % height))
     tiles = whole.view(-1, height, whole.size(1) // width, width)
@@ -206,8 +209,11 @@ def by_tiles(x: Tensor, dtype: torch.dtype, tile: tuple[int, int]) -> Rounded:
 
 
 def _to_format(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype).float()``, in place. Torch widens e4m3 value by value; its bits are also those of a half, 2^8 too
-    small, which processors widen by the vector."""
+    """Return ``x.to(dtype).float()``, computed in place.
+
+    Torch widens e4m3 one value at a time. Its bits are also those of a half-precision number that is 2^8 too small,
+    which processors widen in vectors.
+    """
     low = x.to(dtype)
     if dtype is not E4M3:
         return x.copy_(low)

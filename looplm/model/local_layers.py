@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from looplm.config import ModelConfig
 from looplm.megatron.patches import accept_as_mla_down_projection
-from looplm.model.attention import CoreAttention, head_attention, latent_attention
+from looplm.model.attention import AttentionModules, CoreAttention, attention_spec
 from looplm.model.norms import RMSNorm, residual_add
 
 
@@ -23,9 +23,10 @@ class ReplicatedLinear(MegatronModule):
     """A linear layer that every tensor-parallel rank holds whole: MLA's down projections.
 
     Megatron's own local choice is column-parallel and gathers the rotary key, which different heads then use on each
-    rank; the gather's backward splits that gradient without summing it, and the loss hides the error. With this one and
-    sequence parallelism Megatron takes the branch of Transformer Engine's duplicated linears, which is right: each rank
-    sees some positions, and the weight's gradient is summed over the ranks.
+    rank. The gather's backward splits that gradient without summing it; the loss does not show the error
+    (NVIDIA/Megatron-LM#1699). With a replicated layer and sequence parallelism Megatron takes the branch written for
+    Transformer Engine's duplicated linear layers, which is correct: each rank sees some positions, and the weight's
+    gradient is summed over the ranks.
     """
 
     def __init__(
@@ -43,41 +44,25 @@ class ReplicatedLinear(MegatronModule):
 
 accept_as_mla_down_projection(ReplicatedLinear)
 
+ATTENTION = AttentionModules(
+    column=ColumnParallelLinear,
+    normed_column=ColumnParallelLinear,
+    row=RowParallelLinear,
+    replicated=ReplicatedLinear,
+    latent_norm=RMSNorm,
+    core=CoreAttention,
+)
+
 
 def layer_submodules(model: ModelConfig, config: TransformerConfig) -> TransformerLayerSubmodules:
-    """The parts of a block; their names are those in which a checkpoint keeps the weights."""
+    """Return the parts of a block. Checkpoints store weights under these parts' names."""
     add = residual_add(model, config)
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
-        self_attention=_mla(model) if model.attention == "mla" else _mha(model),
+        self_attention=attention_spec(model, ATTENTION),
         self_attn_bda=add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        ),
+        mlp=ModuleSpec(module=MLP, submodules=mlp),
         mlp_bda=add,
-    )
-
-
-def _mla(model: ModelConfig) -> ModuleSpec:
-    return latent_attention(
-        model,
-        linear_q_proj=ColumnParallelLinear,
-        linear_q_down_proj=ReplicatedLinear,
-        linear_q_up_proj=ColumnParallelLinear,
-        linear_kv_down_proj=ReplicatedLinear,
-        linear_kv_up_proj=ColumnParallelLinear,
-        core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,
-        q_layernorm=RMSNorm,
-        kv_layernorm=RMSNorm,
-    )
-
-
-def _mha(model: ModelConfig) -> ModuleSpec:
-    return head_attention(
-        model,
-        linear_qkv=ColumnParallelLinear,
-        core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,
     )

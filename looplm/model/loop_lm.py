@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -26,18 +25,18 @@ from torch import Tensor
 from looplm.config import EngineConfig, GateConfig, ModelConfig, ParallelConfig
 from looplm.megatron.process_groups import seeded
 from looplm.megatron.settings import transformer_config
-from looplm.model.attention import document_mask, document_offsets
+from looplm.model.attention import document_mask, document_offsets, outer_rotary_embedding
 from looplm.model.block import block_spec, recomputed
 from looplm.model.exit_gate import build_exit_gate
 
-EXTRA_STATE = "_extra_state"  # what torch calls it
+EXTRA_STATE = "_extra_state"  # torch's suffix for the extra state of a module
 
 
 class LoopOutput(NamedTuple):
-    """What a forward pass gives: for every loop the normed hidden state [S, B, D], and the gate's logits [R, S, B].
+    """For every loop the normalized hidden state [S, B, D], and the gate's logits [R, S, B].
 
-    S are the positions of the ids given. Under sequence parallelism the hidden states are this rank's part of them; the
-    logits are whole.
+    S counts the positions of the given ids. Under sequence parallelism the hidden states are this rank's part of them;
+    the logits are whole.
     """
 
     hidden: tuple[Tensor, ...]
@@ -45,19 +44,20 @@ class LoopOutput(NamedTuple):
 
 
 class LoopLM(LanguageModule):
-    """A looped language model on Megatron-core's own transformer block.
+    """A looped language model on Megatron-core's transformer block.
 
-    It computes hidden states and gate logits. Losses are in :mod:`looplm.model.losses`, sampling in :mod:`looplm.inference`.
+    It computes hidden states and gate logits. Losses are in :mod:`looplm.model.losses`, sampling in
+    :mod:`looplm.inference`.
 
     Args:
-        model: its shape.
-        gate: the exit gate's.
+        model: configuration of the looped transformer.
+        gate: configuration of the exit gate.
         groups: Megatron's process groups, from :func:`looplm.megatron.process_groups.start`.
-        dtype: of the parameters; the gate computes in fp32 whatever this is.
-        layout: what the ranks share; None for a whole model on each.
+        dtype: dtype of the parameters; the gate computes in fp32 in every case.
+        layout: layout over the ranks; None for a whole model on each.
         initialize: initialize the matrices randomly; False leaves them undefined until weights are loaded, which saves
             the fp32 copies that initialization needs.
-        engine: what the stack's linears are made of; None for Megatron's local ones.
+        engine: backend and matmul precision of the linear layers; None for Megatron's local ones.
     """
 
     def __init__(
@@ -88,17 +88,7 @@ class LoopLM(LanguageModule):
                     position_embedding_type="rope",
                     tp_group=groups.tp,
                 )
-        self.rotary = (
-            RotaryEmbedding(
-                model.attention_head_dim,
-                rotary_percent=1.0,
-                rotary_base=model.rope_base,
-                use_cpu_initialization=config.use_cpu_initialization,
-                cp_group=groups.cp,
-            )
-            if model.attention == "mha"
-            else None  # MLA rotates a part of each head, inside the attention module
-        )
+        self.rotary = outer_rotary_embedding(model, config, groups)
         self.decoder = TransformerBlock(
             config,
             block_spec(model, config, layout, groups.pp.rank(), engine),
@@ -123,27 +113,28 @@ class LoopLM(LanguageModule):
         self.to(next(self.decoder.parameters()).device)
 
     def head_weight(self) -> Tensor:
-        """The head's matrix [V, D]: the embedding's own when tied."""
+        """Return the head's matrix [V, D], which is the embedding when tied."""
         return self.embedding.word_embeddings.weight if self.model_config.tie_embeddings else self.output_layer.weight
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The weights in Megatron's sharded form, under the local block's names whatever the blocks are made of.
+        """Return the weights in Megatron's sharded form, under the local block's names for every backend.
 
-        Linears also have an extra state: of Megatron's it is empty, of Transformer Engine's a pickle of FP8's scales.
+        The extra states of linear layers are left out. Megatron's are empty, Transformer Engine's are pickles of FP8
+        scales.
         """
         state = super().sharded_state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Torch's own, but for the extra states, which need not be there."""
+        """Load as torch does, except that extra states may be missing."""
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
         wrong = [key for key in (*keys.missing_keys, *keys.unexpected_keys) if not key.endswith(EXTRA_STATE)]
         if strict and wrong:
-            raise RuntimeError(f"not in both the model and what is loaded into it: {', '.join(wrong)}")
+            raise RuntimeError(f"load_state_dict: names in only one of model and state: {', '.join(wrong)}")
         return keys
 
     def set_input_tensor(self, input_tensor: object) -> None:
-        """Megatron's schedules hand on a pipeline's activations here; without a pipeline there are none."""
+        """Do nothing: Megatron's schedules pass a pipeline's activations here, and here there is no pipeline."""
 
     def forward(
         self,
@@ -155,7 +146,8 @@ class LoopLM(LanguageModule):
         """Run the stack ``num_loops`` times.
 
         Args:
-            ids_BS: token ids; under context parallelism this rank's positions (:func:`looplm.megatron.context_parallel.shard`).
+            ids_BS: token ids; under context parallelism this rank's positions
+                (:func:`looplm.megatron.context_parallel.shard`).
             num_loops: how often; None takes ``model.num_loops``. More than in training is allowed.
             document_start_SB: index, in the whole sample, of the first position of each token's document; None if a
                 sample is one document.
@@ -169,9 +161,9 @@ class LoopLM(LanguageModule):
         mask, hidden = self.attention_mask(document_start_SB), list[Tensor]()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             for _ in range(num_loops):
-                hidden.append(self.run_stage(ids_BS, hidden[-1] if hidden else None, lambda: mask))
+                hidden.append(self.run_layers(ids_BS, hidden[-1] if hidden else None, lambda: mask))
         if frozen_trunk:
-            hidden = [h_SBD.detach() for h_SBD in hidden]  # Megatron re-enables autograd around its residual adds
+            hidden = [h_SBD.detach() for h_SBD in hidden]  # Megatron re-enables autograd around residual adds
         state, logits = None, []
         for loop, h_SBD in enumerate(hidden):
             logit_SB, state = self.gate_logit(h_SBD, state, loop, document_start_SB)
@@ -179,29 +171,29 @@ class LoopLM(LanguageModule):
         return LoopOutput(tuple(hidden), torch.stack(logits))
 
     def attention_mask(self, document_start_SB: Tensor | None) -> Tensor | None:
-        """What keeps attention inside documents, in the form that this model's core reads; the same for every loop."""
+        """Return the mask that keeps attention inside documents, in the core's form; all loops share it."""
         if document_start_SB is None:
             return None
         if self.attends_packed:
             return document_offsets(document_start_SB)
         return document_mask(document_start_SB, self.config.params_dtype, self.cp_group)
 
-    def run_stage(self, ids_BS: Tensor, hidden_SBD: Tensor | None, mask: Callable[[], Tensor | None]) -> Tensor:
-        """This rank's layers once: one loop of the stack, or its part of one under pipeline parallelism.
+    def run_layers(self, ids_BS: Tensor, hidden_SBD: Tensor | None, mask: Callable[[], Tensor | None]) -> Tensor:
+        """Run this rank's layers once: one loop of the stack, or its part of one under pipeline parallelism.
 
         Args:
             ids_BS: token ids, embedded where ``hidden_SBD`` is None.
             hidden_SBD: from the loop, or the pipeline rank, before.
-            mask: gives that of :meth:`attention_mask`; called again where the loop is recomputed, so that one which is made
-                there need not be kept until then.
+            mask: returns the mask of :meth:`attention_mask`. It is called again if the loop is recomputed, so that the
+                mask need not be kept until then.
         """
         if hidden_SBD is None:
             hidden_SBD = self.embedding(ids_BS, position_ids=None)
 
         def layers(h_SBD: Tensor) -> Tensor:
-            # Asked for the whole sequence, Megatron's rotary embedding gives this context-parallel rank its part.
+            # Asked for the whole sequence, Megatron's rotary embedding returns this context-parallel rank's part.
             rotary = None if self.rotary is None else self.rotary(ids_BS.size(1) * self.cp_group.size())
-            self.decoder.set_input_tensor(h_SBD)  # what a block reads that is not the pipeline's first
+            self.decoder.set_input_tensor(h_SBD)  # the input of blocks after the pipeline's first
             return self.decoder(h_SBD, attention_mask=mask(), rotary_pos_emb=rotary)
 
         if self.recompute_loops and self.training and torch.is_grad_enabled():
@@ -211,10 +203,10 @@ class LoopLM(LanguageModule):
     def gate_logit(
         self, h_SBD: Tensor, state_SBZ: Tensor | None, loop: int, document_start_SB: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The gate after loop ``loop`` (0-based): logit [S, B] of the whole sequence, and its state."""
+        """Return the gate's logit [S, B] after loop ``loop`` (0-based), for the whole sequence, and its state."""
         logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, self.model_config.num_loops, document_start_SB)
         if self.config.sequence_parallel:
-            # One number per token is cheap to gather; losses, and their gradients, are then the same on every rank.
+            # One number per token is cheap to gather, and losses and their gradients are then equal on every rank.
             logit_SB = gather_from_sequence_parallel_region(
                 logit_SB, tensor_parallel_output_grad=False, group=self.tp_group
             )

@@ -1,4 +1,4 @@
-"""The losses: a cross-entropy per loop in bounded memory, and what stage 1 and stage 2 make of it.
+"""The losses: a cross-entropy per loop in bounded memory, and the training objectives of stage 1 and stage 2.
 
 Shapes: S sequence, B batch, D hidden, V vocabulary (of this tensor-parallel rank), R loops, N = S * B tokens.
 """
@@ -26,25 +26,25 @@ def token_losses(
     recompute: bool = True,
     sequence_parallel: bool = False,
 ) -> Tensor:
-    """Cross-entropy of each token in nats, working on ``chunk_tokens`` rows of logits at a time.
+    """Return the cross-entropy of each token in nats, computed for ``chunk_tokens`` rows of logits at a time.
 
-    With ``recompute`` only the loss and the log-sum-exp are kept; backward makes the logits again, chunk by chunk.
-    R loops over a 49K vocabulary would otherwise hold ``[R * S * B, V]``.
+    With ``recompute`` only the loss and the log-sum-exp are kept, and backward recomputes the logits chunk by chunk.
+    Otherwise R loops over a 49K vocabulary would hold ``[R * S * B, V]``.
 
     Args:
-        hidden_SBD: what the head reads; this rank's part of the sequence under sequence parallelism.
-        weight_VD: the head, or this rank's rows of it.
+        hidden_SBD: the head's input; this rank's part of the sequence under sequence parallelism.
+        weight_VD: the head's matrix, or this rank's rows of it.
         labels_SB: token ids over the whole vocabulary.
-        chunk_tokens: rows of logits in one piece.
-        group: tensor-parallel group over which the vocabulary is split; None or a group of one if it is whole.
-        recompute: keep no logits for backward; False keeps them all, which spares a third of the head's forward work.
-        sequence_parallel: the ranks of ``group`` hold consecutive parts of the sequence.
+        chunk_tokens: rows of logits computed at once.
+        group: tensor-parallel group that splits the vocabulary; None or a group of one if it is whole.
+        recompute: keep no logits for backward; False keeps all, which saves a third of the head's forward work.
+        sequence_parallel: True if the ranks of ``group`` hold consecutive parts of the sequence.
 
     Returns:
-        loss [S, B] in fp32, the same on every rank of ``group``.
+        loss [S, B] in fp32, equal on every rank of ``group``.
     """
     group = None if group is None or group.size() == 1 else group
-    if group is not None:  # each rank's vocabulary gives a part of the hidden state's gradient: these sum them
+    if group is not None:  # backward sums the hidden state's gradients over the ranks' parts of the vocabulary
         gather = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
         hidden_SBD = gather(hidden_SBD, group=group)
     keep = not recompute and torch.is_grad_enabled()
@@ -55,7 +55,7 @@ def token_losses(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Linear head and softmax cross-entropy as one node of the graph."""
+    """Linear head and softmax cross-entropy as one node of the autograd graph."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N, chunk_tokens, group, keep):  # type: ignore[no-untyped-def]
@@ -83,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_ND, weight_VD, local_N, owned_N, lse_N = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        # Chunks add up in fp32: bf16 sums of hundreds of chunks would lose the small ones.
+        # Chunks are summed in fp32: bf16 sums of hundreds of chunks would lose small contributions.
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         for index, part in enumerate(_parts(grad_N.numel(), ctx.chunk_tokens)):
             logits = ctx.kept[index] if ctx.kept else _logits(hidden_ND[part], weight_VD)
@@ -109,7 +109,7 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _local_labels(labels_N: Tensor, rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Row of this rank's head for each label, and 1.0 where the label is this rank's at all."""
+    """Return each label's row in this rank's part of the head, and 1.0 where this rank has the label."""
     offset = 0 if group is None else dist.get_rank(group) * rows
     local_N = labels_N - offset
     owned_N = (local_N >= 0) & (local_N < rows)
@@ -125,7 +125,7 @@ def _all_logsumexp(lse_N: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def masked_mean(value_SB: Tensor, mask_SB: Tensor | None) -> Tensor:
-    """Mean over the tokens that count; 0 where none does."""
+    """Return the mean over the tokens with mask 1; 0 if there are no such tokens."""
     if mask_SB is None:
         return value_SB.mean()
     mask_SB = mask_SB.to(value_SB.dtype)
@@ -139,24 +139,24 @@ def entropy_regularised_loss(
     mask_SB: Tensor | None = None,
     prior_R: Tensor | None = None,
 ) -> Tensor:
-    """Stage 1 (Ouro eq. 4): mean over tokens of ``sum_r p_r L_r - beta H(p)``.
+    """Return stage 1's loss (Ouro eq. 4): the mean over tokens of ``sum_r p_r L_r - beta H(p)``.
 
-    The expectation of the losses, not the loss of the mixed predictions. With ``prior_R`` the regulariser is
-    ``+ beta KL(p || prior)``; a uniform prior differs from the entropy form by the constant ``beta log R`` only.
+    It is the expectation of the losses, not the loss of the mixed predictions. With ``prior_R`` the regularizer is
+    ``+ beta KL(p || prior)``; a uniform prior differs from the entropy form only by the constant ``beta log R``.
 
     Args:
         token_loss_RSB: cross-entropy after each loop.
         gate_logit_RSB: the gate's logit after each loop.
-        beta: weight of the regulariser.
+        beta: weight of the regularizer.
         mask_SB: 1 for tokens that count.
-        prior_R: probabilities to pull the exit distribution to; None means uniform.
+        prior_R: prior of the exit distribution; None means uniform.
     """
     log_p_RSB = exit_log_probs(gate_logit_RSB)
     expected_SB = (log_p_RSB.exp() * token_loss_RSB).sum(0)
-    regulariser_SB = -exit_entropy(log_p_RSB)
+    regularizer_SB = -exit_entropy(log_p_RSB)
     if prior_R is not None:
-        regulariser_SB = regulariser_SB - torch.einsum("rsb,r->sb", log_p_RSB.exp(), prior_R.to(log_p_RSB).log())
-    return masked_mean(expected_SB + beta * regulariser_SB, mask_SB)
+        regularizer_SB = regularizer_SB - torch.einsum("rsb,r->sb", log_p_RSB.exp(), prior_R.to(log_p_RSB).log())
+    return masked_mean(expected_SB + beta * regularizer_SB, mask_SB)
 
 
 def adaptive_gate_loss(
@@ -168,16 +168,17 @@ def adaptive_gate_loss(
     target: Literal["paper", "next"],
     mask_SB: Tensor | None = None,
 ) -> Tensor:
-    """Stage 2 (Ouro section 3.4): the gate learns to go on exactly where the next loop still helps.
+    """Return stage 2's loss (Ouro section 3.4): the gate learns to continue exactly where the next loop still helps.
 
-    ``I_t = max(0, L_{t-1} - L_t)``, detached; ``w_t = sigmoid(slope (I_t - threshold))`` is how much loop t was worth;
-    binary cross-entropy of the continue probability ``1 - lambda`` against w_t, summed over t = 2..R, times 1/R.
+    ``I_t = max(0, L_{t-1} - L_t)`` is detached, and ``w_t = sigmoid(slope (I_t - threshold))`` says how much loop t was
+    worth. The loss is the binary cross-entropy between the continue probability ``1 - lambda`` and w_t, summed over
+    t = 2..R, times 1/R.
 
     Args:
         token_loss_RSB: cross-entropy after each loop; no gradient flows into it.
         gate_logit_RSB: the gate's logit after each loop.
-        slope: steepness k.
-        threshold: least gain, in nats, that is worth a loop.
+        slope: steepness k of w_t.
+        threshold: smallest gain, in nats, that is worth a loop.
         target: ``paper``: lambda_t is compared with w_t as printed, which leaves lambda_1 untrained and trains
             lambda_R, which nothing uses. ``next``: lambda_t is compared with w_{t+1}, so that it predicts the gain.
         mask_SB: 1 for tokens that count.
@@ -191,6 +192,6 @@ def adaptive_gate_loss(
 
 
 def geometric_prior(num_loops: int, rate: float) -> Tensor:
-    """``p_r`` proportional to ``rate (1 - rate)^(r-1)``, normalised over R loops. [R]"""
+    """Return ``p_r`` proportional to ``rate (1 - rate)^(r-1)``, normalized over R loops: [R]."""
     weight_R = rate * (1 - rate) ** torch.arange(num_loops, dtype=torch.float32)
     return weight_R / weight_R.sum()

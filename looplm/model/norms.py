@@ -18,7 +18,7 @@ from looplm.config import ModelConfig
 
 
 class RMSNorm(MegatronModule):
-    """``x / rms(x) * weight`` (Zhang & Sennrich 2019). Megatron's torch norm refuses sequence parallelism; this does not."""
+    """``x / rms(x) * weight`` (Zhang & Sennrich 2019). Megatron's torch norm refuses sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(config)
@@ -31,10 +31,10 @@ class RMSNorm(MegatronModule):
 
 
 class SandwichNormAdd(MegatronModule):
-    """Sits in Megatron's bias-dropout-add slot and normalises the sublayer's output before adding it (norms b, d).
+    """Module for Megatron's bias-dropout-add slot that normalizes the sublayer's output before adding it (norms b, d).
 
-    Normalising undoes the usual small start of the residual outputs' weights, so the norm's gain carries it: at 1 the
-    2 L R sublayers that a token passes would drown the token itself, and deeper loops would start out worse.
+    The norm cancels the usual small initial weights of residual outputs, so its gain starts small instead. At a gain of
+    1 the 2 L R sublayers that a token passes would dominate the embedding, and deeper loops would start out worse.
     """
 
     def __init__(self, config: TransformerConfig, depth: int) -> None:
@@ -43,7 +43,7 @@ class SandwichNormAdd(MegatronModule):
         nn.init.constant_(self.norm.weight, (2 * depth) ** -0.5)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """Megatron asks for a function first and calls it with (output, bias), residual and dropout next."""
+        """Return the function that Megatron calls with (output, bias), residual and dropout."""
         return self._add
 
     def _add(self, output_with_bias: tuple[Tensor, None], residual_SBD: Tensor, dropout: float) -> Tensor:
@@ -51,7 +51,7 @@ class SandwichNormAdd(MegatronModule):
 
 
 def residual_add(model: ModelConfig, config: TransformerConfig) -> ModuleSpec | Callable[..., Any]:
-    """What stands in Megatron's bias-dropout-add slot: the plain sum, or the one that normalises first."""
+    """Return the module for Megatron's bias-dropout-add slot: a plain residual add, or one that normalizes first."""
     if not model.sandwich_norm:
         return get_bias_dropout_add
     return ModuleSpec(module=SandwichNormAdd, params={"config": config, "depth": model.num_layers * model.num_loops})

@@ -1,12 +1,13 @@
 """Loops as virtual pipeline stages: Megatron's interleaved schedule over R views of one set of weights.
 
-With P pipeline ranks each rank holds L / P layers. Megatron's interleaved 1F1B is given R "model chunks" per rank that
-are views of one module, chunk r being loop r; the schedule itself carries the hidden state from the last rank's chunk r
-to the first rank's chunk r + 1. The tie needs no gradient exchange, and the bubble shrinks by R.
+With P pipeline ranks each rank holds L / P layers. Megatron's interleaved 1F1B schedule receives R "model chunks" per
+rank that are views of one module; chunk r is loop r. The schedule carries the hidden state from the last rank's chunk r
+to the first rank's chunk r + 1. The shared weights need no gradient exchange, and the bubble shrinks by R.
 
-The losses need every loop's cross-entropy and gate logit. They all arise on the last rank, in R different calls, so they
-stay there: after loop r they are cut off the graph as leaves, and the hidden state passes through :class:`_Carry`, whose
-backward hands the leaves' gradients back. Loop r + 1's backward always runs first, so they are there by then.
+The losses need every loop's cross-entropy and gate logit. All of them are computed on the last rank, in R different
+calls, and stay there. After loop r they are detached from the graph as leaves, and the hidden state passes through
+:class:`_Carry`, whose backward returns the leaves' gradients. Loop r + 1's backward always runs first, so the gradients
+exist by then.
 
 Shapes: S sequence, B micro-batch, D hidden, R loops.
 """
@@ -24,34 +25,34 @@ from torch import Tensor, nn
 from looplm.model.loop_lm import LoopLM
 
 
-class StageOutput(NamedTuple):
-    """What one call of a stage gives to the schedule, and on the last stage to the losses."""
+class ViewOutput(NamedTuple):
+    """Output of one call of a view, for the schedule and, on the last rank in the last loop, for the losses."""
 
-    hidden_SBD: Tensor  # to send on; on the last stage of the last loop it only stands for the micro-batch
-    token_loss_RSB: Tensor | None  # of all loops, there only
+    hidden_SBD: Tensor  # sent to the next rank, except on the last rank in the last loop
+    token_loss_RSB: Tensor | None  # for all loops; only on the last rank in the last loop
     gate_logit_RSB: Tensor | None
 
 
 class _Carried(NamedTuple):
-    """Leaves that wait on the last rank, of the loops a micro-batch has done."""
+    """Leaves kept on the last rank for the loops that a micro-batch has completed."""
 
     token_loss: tuple[Tensor, ...]
     gate_logit: tuple[Tensor, ...]
     gate_state: Tensor | None
 
 
-class LoopStage(nn.Module):
+class LoopView(nn.Module):
     """Loop ``loop`` of this rank's layers: a view that owns no parameters.
 
     Args:
         ddp: the rank's model in Megatron's wrapper; all views share it.
         loop: 0-based.
-        carried: shared by the views of a rank; what waits of each micro-batch, by its number.
+        carried: shared by the views of a rank: what is kept of each micro-batch, by its number.
     """
 
     def __init__(self, ddp: DistributedDataParallel, loop: int, carried: dict[int, _Carried]) -> None:
         super().__init__()
-        self._shared = (ddp,)  # in a tuple: not a submodule, or every parameter would be counted R times
+        self._shared = (ddp,)  # a tuple hides it from torch, which would count every parameter R times
         self._carried, self.loop, self.vp_stage = carried, loop, loop
         self.model_type = ModelType.encoder_or_decoder
         self._calls = 0
@@ -69,25 +70,25 @@ class LoopStage(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Megatron's config as its schedules see it, which count the views as virtual stages.
+        """Megatron's config for its schedules, which count the views as virtual pipeline stages.
 
-        A copy: Megatron's layers must go on seeing one share of the stack on this rank.
+        It is a copy, because Megatron's layers must still see a single share of the stack on this rank.
         """
         config = copy(self.inner.config)
         config.virtual_pipeline_model_parallel_size = self.inner.model_config.num_loops
         return config
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Called by the schedule with what the stage before sent."""
+        """Store what the previous rank sent; called by the schedule."""
         self._input = input_tensor[0]
 
     def set_is_first_microbatch(self) -> None:
-        """Called by the schedule when the weights have changed: their FP8 copies are made anew, once for all loops."""
+        """Have FP8 copies of the weights recomputed, once for all loops; the schedule calls it after a step."""
         if self.loop == 0:
             self.ddp.set_is_first_microbatch()
 
     def restart(self) -> None:
-        """Before each step: micro-batches are numbered from 0 again."""
+        """Number micro-batches from 0 again; call it before each step."""
         self._calls = 0
         self._carried.clear()
 
@@ -97,23 +98,23 @@ class LoopStage(nn.Module):
         document_start_SB: Tensor | None,
         token_losses: Callable[[Tensor], Tensor],
         frozen_trunk: bool = False,
-    ) -> StageOutput:
+    ) -> ViewOutput:
         """Run this rank's layers once.
 
         Args:
-            ids_BS: token ids, read by the first stage.
+            ids_BS: token ids, read by the first rank.
             document_start_SB: as in :meth:`LoopLM.forward`.
-            token_losses: hidden [S, B, D] to cross-entropy [S, B], called on the last rank.
-            frozen_trunk: autograd for the gate only.
+            token_losses: maps hidden states [S, B, D] to cross-entropy [S, B]; called on the last rank.
+            frozen_trunk: use autograd for the gate only.
         """
         micro_batch, self._calls = self._calls, self._calls + 1
         inner, last_loop = self.inner, self.loop == self.inner.model_config.num_loops - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             mask = partial(inner.attention_mask, document_start_SB)
-            hidden_SBD = inner.run_stage(ids_BS, self._input, mask)
+            hidden_SBD = inner.run_layers(ids_BS, self._input, mask)
             loss_SB = token_losses(hidden_SBD) if inner.post_process else None
         if loss_SB is None:
-            return StageOutput(hidden_SBD, None, None)
+            return ViewOutput(hidden_SBD, None, None)
         if frozen_trunk:
             hidden_SBD, loss_SB = hidden_SBD.detach(), loss_SB.detach()
 
@@ -121,25 +122,25 @@ class LoopStage(nn.Module):
         logit_SB, state = inner.gate_logit(hidden_SBD, before.gate_state, self.loop, document_start_SB)
         if last_loop:
             losses, logits = (*before.token_loss, loss_SB), (*before.gate_logit, logit_SB)
-            return StageOutput(hidden_SBD, torch.stack(losses), torch.stack(logits))
-        if frozen_trunk:  # no backward crosses the stages: the gate's own graph may simply go on
+            return ViewOutput(hidden_SBD, torch.stack(losses), torch.stack(logits))
+        if frozen_trunk:  # no backward crosses the ranks, so the gate's graph can continue into the next loop
             self._carried[micro_batch] = _Carried((*before.token_loss, loss_SB), (*before.gate_logit, logit_SB), state)
-            return StageOutput(hidden_SBD, None, None)
-        made = [loss_SB, logit_SB] + ([] if state is None else [state])
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in made]
+            return ViewOutput(hidden_SBD, None, None)
+        kept = [loss_SB, logit_SB] + ([] if state is None else [state])
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in kept]
         self._carried[micro_batch] = _Carried(
             (*before.token_loss, leaves[0]), (*before.gate_logit, leaves[1]), leaves[2] if state is not None else None
         )
-        return StageOutput(_Carry.apply(leaves, hidden_SBD, *made), None, None)
+        return ViewOutput(_Carry.apply(leaves, hidden_SBD, *kept), None, None)
 
 
 class _Carry(torch.autograd.Function):
-    """Identity on the hidden state; backward also returns the leaves' gradients to what they were cut from."""
+    """Identity on the hidden state whose backward also returns the leaves' gradients to the tensors behind them."""
 
     @staticmethod
-    def forward(ctx, leaves, hidden_SBD, *made):  # type: ignore[no-untyped-def]
+    def forward(ctx, leaves, hidden_SBD, *kept):  # type: ignore[no-untyped-def]
         ctx.leaves = leaves
-        return hidden_SBD.clone()  # its own storage: the schedule may send it while the head still reads the original
+        return hidden_SBD.clone()  # the schedule may send this storage while the head still reads the original
 
     @staticmethod
     def backward(ctx, grad_SBD):  # type: ignore[no-untyped-def]
@@ -148,7 +149,7 @@ class _Carry(torch.autograd.Function):
         return None, grad_SBD, *grads
 
 
-def loop_stages(ddp: DistributedDataParallel) -> list[LoopStage]:
-    """This rank's R views, in the order of the loops."""
+def loop_views(ddp: DistributedDataParallel) -> list[LoopView]:
+    """Return this rank's R views, in the order of the loops."""
     carried: dict[int, _Carried] = {}
-    return [LoopStage(ddp, loop, carried) for loop in range(ddp.module.model_config.num_loops)]
+    return [LoopView(ddp, loop, carried) for loop in range(ddp.module.model_config.num_loops)]

@@ -1,16 +1,17 @@
-"""A block of Transformer Engine's modules, for NVIDIA GPUs: norms fused into the product that follows, FP8, flash attention.
+"""A block of Transformer Engine's modules, for NVIDIA GPUs: fused norms, FP8, flash attention.
 
-The norms that only one product reads become part of it. MLA's first norm feeds two (the query's and the latent's), so it
-stands alone; the sandwich norms b and d, the loop-end norm and norms of heads have no product behind them and stay ours.
+A norm that only one linear layer reads is fused into that layer. MLA's first norm has two readers (the query's
+projection and the latent's), so it stays separate. The sandwich norms b and d, the loop-end norm and norms of heads
+precede no linear layer and stay ours.
 
-What is ours in a local block and not here stands in a checkpoint under the local block's names: the map below is handed
-to Megatron, which renames on the way out and in. Scales and histories of FP8 are not stored; they are pickles.
+Checkpoints store all weights under the local block's names: Megatron renames them by the map below when it saves and
+loads. Scales and histories of FP8 are not stored, because they are pickles.
 
-Packed documents go to the core as one row of tokens with the documents' offsets (Transformer Engine's ``thd`` layout):
-the dense mask, [samples, S, S], would leave the flash kernels, and at S = 64K it is 8 GB a sample. Rotary positions count
-through the whole sample; only their differences matter, so that is right inside a document. Under context parallelism
-the core is ours (:class:`looplm.model.attention.CoreAttention`): Transformer Engine's ring wants every document padded to a
-multiple of twice the ranks.
+Packed documents go to the core as one row of tokens with the documents' offsets (Transformer Engine's ``thd`` layout).
+A dense mask, [samples, S, S], would rule out the flash kernels, and at S = 64K it takes 8 GB a sample. Rotary positions
+count through the whole sample, which is correct inside a document because only their differences matter. Under context
+parallelism the core is ours (:class:`looplm.model.attention.CoreAttention`): Transformer Engine's ring needs every
+document padded to a multiple of twice the ranks.
 
 Shapes: S sequence, B batch, H heads, K query-key head width, W value head width.
 """
@@ -36,10 +37,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from looplm.config import ModelConfig
-from looplm.model.attention import CoreAttention, head_attention, latent_attention
+from looplm.model.attention import AttentionModules, CoreAttention, attention_spec
 from looplm.model.norms import residual_add
 
-# A fused norm's name here, and where a local block keeps it.
+# A fused norm's name here, and its name in a local block.
 LOCAL_NAMES = {
     "mla": {
         "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
@@ -54,53 +55,33 @@ LOCAL_NAMES = {
 
 
 def layer_submodules(model: ModelConfig, config: TransformerConfig) -> TransformerLayerSubmodules:
-    """The parts of a block."""
-    add = residual_add(model, config)
-    core = PackedAttention if config.context_parallel_size == 1 else CoreAttention
-    mla = model.attention == "mla"
+    """Return the parts of a block."""
+    add, names = residual_add(model, config), LOCAL_NAMES[model.attention]
+    attention = AttentionModules(
+        column=TEColumnParallelLinear,
+        normed_column=TELayerNormColumnParallelLinear,
+        row=TERowParallelLinear,
+        replicated=TELinear,
+        latent_norm=IdentityOp,
+        core=PackedAttention if config.context_parallel_size == 1 else CoreAttention,
+    )
+    mlp = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
     return TransformerLayerSubmodules(
-        input_layernorm=TENorm if mla else IdentityOp,
-        self_attention=_mla(model, core) if mla else _mha(model, core),
+        input_layernorm=IdentityOp if "input_layernorm." in names.values() else TENorm,
+        self_attention=attention_spec(model, attention),
         self_attn_bda=add,
         pre_mlp_layernorm=IdentityOp,
-        mlp=ModuleSpec(
-            module=MLP,
-            submodules=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
-        ),
+        mlp=ModuleSpec(module=MLP, submodules=mlp),
         mlp_bda=add,
-        sharded_state_dict_keys_map=LOCAL_NAMES[model.attention],
-    )
-
-
-def _mla(model: ModelConfig, core: type) -> ModuleSpec:
-    return latent_attention(
-        model,
-        linear_q_proj=TEColumnParallelLinear,
-        linear_q_down_proj=TELinear,
-        linear_q_up_proj=TELayerNormColumnParallelLinear,
-        linear_kv_down_proj=TELinear,
-        linear_kv_up_proj=TELayerNormColumnParallelLinear,
-        core_attention=core,
-        linear_proj=TERowParallelLinear,
-        q_layernorm=IdentityOp,
-        kv_layernorm=IdentityOp,
-    )
-
-
-def _mha(model: ModelConfig, core: type) -> ModuleSpec:
-    return head_attention(
-        model,
-        linear_qkv=TELayerNormColumnParallelLinear,
-        core_attention=core,
-        linear_proj=TERowParallelLinear,
+        sharded_state_dict_keys_map=names,
     )
 
 
 class PackedAttention(MegatronModule):
-    """Transformer Engine's attention, of whole samples or of the documents packed into them.
+    """Transformer Engine's attention over whole samples or over the documents packed into them.
 
-    It picks its kernel itself: flash-attn where that is installed and has the head widths, or cuDNN's, which has MLA's
-    unequal ones.
+    It chooses its kernel: flash-attn if that is installed and supports the head widths, or cuDNN's, which supports
+    MLA's unequal widths.
     """
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
@@ -108,13 +89,13 @@ class PackedAttention(MegatronModule):
         self.attention = TEDotProductAttention(config=config, **kwargs)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Attend.
+        """Attend inside samples or documents.
 
         Args:
             query: [S, B, H, K].
             key: [S, B, groups, K].
             value: [S, B, groups, W].
-            attention_mask: the documents' offsets (:func:`looplm.model.attention.document_offsets`); None means plainly causal.
+            attention_mask: the documents' offsets (:func:`looplm.model.attention.document_offsets`); None means causal.
 
         Returns:
             [S, B, H * W].
@@ -127,7 +108,7 @@ class PackedAttention(MegatronModule):
             qkv_format="thd",
             cu_seqlens_q=attention_mask,
             cu_seqlens_kv=attention_mask,
-            max_seqlen_q=length,  # an upper bound spares the host a look at the offsets
+            max_seqlen_q=length,  # an upper bound, so that the host need not read the offsets
             max_seqlen_kv=length,
         )
         out = self.attention(*tokens, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=documents)

@@ -81,7 +81,7 @@ def change_loops(source: ModelState, loops: int) -> Upcycled:
     before = source.config.num_loops
     require(loops > 0 and loops != before, "loops", loops, f"give a number above 0 other than the source's {before}")
     exact = [f"every weight; hidden states, and so losses, at each of the first {min(before, loops)} depths"]
-    if source.gate.kind == "linear":
+    if not source.gate.starts_uniform:
         exact.append(f"the gate's chance to leave after each of the first {min(before, loops) - 1} loops")
         approximate = f"the exit distribution: the rest now leaves after loop {loops}, before after loop {before}"
     else:
@@ -105,7 +105,7 @@ def change_gate(source: ModelState, gate: GateConfig) -> Upcycled:
     moments = None if source.moments is None else _without_gate(source.moments)
     exact = ["the trunk: every weight of it, hidden states and losses at each depth"]
     loops = source.config.num_loops
-    if gate.kind == "lru":
+    if gate.starts_uniform:
         exact.append(f"the fresh gate is the uniform prior: {1 / loops:.4f} after each of {loops} loops")
         approximate = f"nothing of the {source.gate.kind} gate is carried over; train the gate"
     else:

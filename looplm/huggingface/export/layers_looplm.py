@@ -131,13 +131,15 @@ class LoopLMLatentAttention(nn.Module):
         return torch.einsum("bhsc,hwc->bshw", mixed_BHSC, value_up_HWC).flatten(2)
 
 
+ATTENTIONS: dict[str, type[nn.Module]] = {"mla": LoopLMLatentAttention, "mha": LoopLMHeadAttention}
+
+
 class LoopLMBlock(GradientCheckpointingLayer):
     """``x + norm_b(attention(norm_a(x)))``, then ``x + norm_d(mlp(norm_c(x)))``; b and d are the sandwich norms."""
 
     def __init__(self, config: LoopLMConfig, block: int) -> None:
         super().__init__()
-        attention = LoopLMLatentAttention if config.attention == "mla" else LoopLMHeadAttention
-        self.self_attn, self.mlp = attention(config, block), LoopLMMLP(config)
+        self.self_attn, self.mlp = ATTENTIONS[config.attention](config, block), LoopLMMLP(config)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm, self.post_attention_layernorm = LoopLMRMSNorm(width, eps), LoopLMRMSNorm(width, eps)
         self.sandwich_norm = config.sandwich_norm

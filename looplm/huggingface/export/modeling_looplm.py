@@ -229,8 +229,9 @@ class LoopLMModel(LoopLMPreTrainedModel):
         mask_BT = mask_BT.bool()
         if position_BS is None:
             position_BS = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        width = config.qk_rope_head_dim if config.attention == "mla" else config.head_dim
-        period = config.qk_rope_period or width if config.attention == "mla" else width
+        latent = config.attention == "mla"
+        width = config.qk_rope_head_dim if latent else config.head_dim
+        period = (config.qk_rope_period if latent else None) or width
         speed_K = config.rope_theta ** (-torch.arange(0, period, 2, dtype=torch.float32, device=device) / period)
         speed_K = speed_K.repeat(width // period)  # several rotary keys side by side
         angle_B1SK = position_BS[:, None, :, None].float() * speed_K

@@ -84,7 +84,7 @@ def test_a_contradiction_is_one_line(keys, value, fix):
         (
             FP8,
             {"model": {"v_head_dim": 24}, "parallel": {"tensor": 2}},
-            "model.num_attention_heads x v_head_dim: 24",
+            "model.num_attention_heads x (qk_nope_head_dim + v_head_dim): 56",
             "engine.fp8_recipe=tensorwise multiplies in multiples of 16 (after parallel.tensor=2)",
         ),
         (FP8, {"data": {"seq_length": 12}}, "data.seq_length x micro_batch_size: 24", ""),

@@ -21,7 +21,7 @@ from looplm.config import EngineConfig, GateConfig, ModelConfig, ParallelConfig,
 from looplm.megatron.device import HAS_TRANSFORMER_ENGINE
 from looplm.model import EXTRA_STATE, LoopLM
 from looplm.model.attention import document_offsets
-from looplm.model.pipeline import loop_stages
+from looplm.model.pipeline import loop_views
 from looplm.model.transformer_engine_layers import LOCAL_NAMES
 from tests.support.parity import assert_close_relative, gradients, oracle_copy
 
@@ -93,7 +93,7 @@ class Counted:
 
 def test_a_pipeline_asks_for_new_copies_of_the_weights_once_a_step():
     ddp = Counted(loops=3)
-    for stage in loop_stages(ddp):  # type: ignore[arg-type]
+    for stage in loop_views(ddp):  # type: ignore[arg-type]
         stage.set_is_first_microbatch()
     assert ddp.asked == 1
 
