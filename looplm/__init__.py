@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Megatron-core prints these at every start without Apex and Transformer Engine, and about its own use of deprecated
-# names. Nothing can be done about them here; the README says once what is missing without a GPU.
+# names. Nothing can be done about them here; docs/engine.md says what is missing without a GPU.
 for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
