@@ -1,11 +1,12 @@
-"""Run lm-evaluation-harness on a training checkpoint, at any depth or exit threshold, without an export.
+r"""Run lm-evaluation-harness on a training checkpoint, at any depth or exit threshold, without an export.
 
-python -m tools.eval_harness --checkpoint runs/quickstart/gate --tasks arc_easy,lambada_openai --depth 2
-python -m tools.eval_harness --checkpoint runs/quickstart/gate --tasks mine --include_path my_tasks --exit_threshold 0.5
+    python -m tools.eval_harness --checkpoint runs/quickstart/gate --tasks arc_easy,lambada_openai --depth 2
+    python -m tools.eval_harness --checkpoint runs/quickstart/gate --tasks mine --include_path my_tasks \
+        --exit_threshold 0.5
 
-Scores are those of ``lm_eval --model hf`` on an export of the same weights. A task's data comes from where the task says;
-give --include_path a folder with task files of your own to stay on this machine. Texts are scored with a forward pass of
-all loops, each token at the loop it leaves; continuations are generated as in ``looplm.generate``.
+Scores equal those of ``lm_eval --model hf`` on an export of the same weights. A task's data comes from where the task
+says; to stay on this machine, give --include_path a folder with your own task files. Texts are scored with a forward
+pass of all loops, each token at the loop where it exits. Continuations are generated as in ``looplm.generate``.
 
 Shapes: S sequence, B batch, D hidden, V vocabulary, R loops.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looplm import checkpoint
+from looplm.bounds import at_least, check_bounds, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.files import write_whole
@@ -42,27 +44,27 @@ _GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessConfig:
-    """What is measured.
+    """Checkpoint, tasks, and how the model is run.
 
     Args:
-        checkpoint: a training directory (its newest checkpoint is taken) or a step directory.
+        checkpoint: a training directory (its newest checkpoint is used) or a step directory.
         tasks: names of tasks, groups or tags, separated by commas.
-        include_path: folder with task files of your own.
-        num_fewshot: worked examples before each question; null for what the task says.
+        include_path: folder with your own task files.
+        num_fewshot: worked examples before each question; null for the task's own number.
         limit: questions of each task; null for all.
         batch_size: texts side by side.
-        depth: run every token this many loops; null for the trained number.
-        exit_threshold: a token is read at the first loop by which its exit probability reaches this; null for all loops.
-        kv_cache: of generated text: per_loop (exact), or one cache that the loops share: last, mean or first.
-        precision: what to compute in, fp32 or bf16.
+        depth: number of loops for every token; null for the trained number.
+        exit_threshold: a token exits at the first loop by which its exit probability reaches this; null runs all loops.
+        kv_cache: cache for generated text: per_loop (exact), or one that the loops share: last, mean or first.
+        precision: fp32 or bf16.
         output: JSON file for the results.
     """
 
     checkpoint: str
     tasks: str
     include_path: str | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
+    num_fewshot: int | None = at_least(0, None)
+    limit: int | None = positive(None)
     batch_size: int = 16
     depth: int | None = None
     exit_threshold: float | None = None
@@ -71,36 +73,36 @@ class HarnessConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        check_bounds(self, "")
         require(bool(self.names), "tasks", self.tasks, "name at least one, such as arc_easy,hellaswag")
         path = self.include_path
         require(path is None or Path(path).is_dir(), "include_path", path, "there is no such folder")
-        require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "give null or at least 0")  # fmt: skip
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "give null or at least 1")
         if self.output is not None:
-            require(Path(self.output).parent.is_dir(), "output", self.output, "its directory does not exist; make it first")  # fmt: skip
+            folder = Path(self.output).parent
+            require(folder.is_dir(), "output", self.output, "its directory does not exist; create it first")
             require(not Path(self.output).is_dir(), "output", self.output, "it is a directory; name a file")
         self.generation()
 
     @property
     def names(self) -> list[str]:
-        """Of the tasks."""
+        """Names of the tasks."""
         return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
     def generation(self, **settings: Any) -> GenerationConfig:
-        """How to continue a text; raises :class:`UserError` where that cannot be."""
+        """Return the settings of generation, or raise a :class:`UserError` if they contradict each other."""
         common = {"depth": self.depth, "exit_threshold": self.exit_threshold, "kv_cache": self.kv_cache}
         return GenerationConfig(**{**common, "batch_size": self.batch_size, "top_p": 1.0, **settings})
 
 
 class HarnessModel(TemplateLM):
-    """A checkpoint as lm-evaluation-harness sees a model.
+    """Adapter of a checkpoint to lm-evaluation-harness.
 
     Args:
         opened: the checkpoint.
-        config: depth, threshold, batch.
+        config: depth, exit threshold and batch size.
 
     Raises:
-        UserError: the checkpoint cannot follow ``config``.
+        UserError: ``config`` does not fit the checkpoint.
     """
 
     def __init__(self, opened: checkpoint.OpenedModel, config: HarnessConfig) -> None:
@@ -112,20 +114,20 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """End of text."""
+        """Id of the end of text."""
         return self._about.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context stands after."""
+        """Id of the token before a text without context."""
         return self.eot_token_id if self._about.bos_id is None else self._about.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Text to ids."""
+        """Return the ids of a text."""
         return self._tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts: each token once, in windows of the model's context."""
+        """Return the log-likelihoods of whole texts, scored in disjoint windows of the model's context."""
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         owners = []
         for index, request in enumerate(requests):
@@ -146,7 +148,7 @@ class HarnessModel(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Of continuations after contexts, long texts first; and whether each is the greedy one."""
+        """Return the log-likelihoods of continuations, each with True if it is the greedy one; long texts run first."""
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1] + requests[index][2]))
         for start in tqdm(range(0, len(order), self._config.batch_size), unit="batch", disable=disable_tqdm):
@@ -155,13 +157,13 @@ class HarnessModel(TemplateLM):
             ids_BS = torch.zeros(len(batch), max(map(len, texts)) - 1, dtype=torch.int64)
             for row, text in enumerate(texts):
                 ids_BS[row, : len(text) - 1] = torch.tensor(text[:-1])
-            h_SBD = self._read(ids_BS.to(self._model.head_weight().device))
+            h_SBD = self._exit_states(ids_BS.to(self._model.head_weight().device))
             for row, (index, text) in enumerate(zip(batch, texts, strict=True)):
                 answers[index] = self._score(h_SBD[: len(text) - 1, row], requests[index][2])
         return answers
 
-    def _read(self, ids_BS: Tensor) -> Tensor:
-        """Each token's state after the loop it leaves. Padding stands behind the texts, where no token sees it."""
+    def _exit_states(self, ids_BS: Tensor) -> Tensor:
+        """Return each token's state after its exit loop. Padding follows the texts, where no token sees it."""
         rule = self._rule
         output = self._model(ids_BS, num_loops=rule.max_depth)
         if not rule.decides:
@@ -178,19 +180,20 @@ class HarnessModel(TemplateLM):
         return float(value), bool((logits_SV.argmax(-1) == target_S).all())
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations, each up to the first of its task's stop strings. Requests of one kind run side by side."""
+        """Return continuations up to a task's stop strings. Requests with the same settings run side by side."""
         texts = [""] * len(requests)
-        kinds: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        for key, members in kinds.items():
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        for key, members in groups.items():
             settings = dict(normalize_gen_kwargs(json.loads(key)))
             unknown = sorted(settings.keys() - _GENERATION_KEYS)
             if unknown:
-                raise UserError(f"tasks: generation_kwargs: {unknown[0]}: not supported; the keys are {', '.join(sorted(_GENERATION_KEYS))}")  # fmt: skip
+                keys = ", ".join(sorted(_GENERATION_KEYS))
+                raise UserError(f"tasks: generation_kwargs: {unknown[0]}: not supported; the keys are {keys}")
             most = settings["max_gen_toks"]
-            if most >= self._context:
-                raise UserError(f"tasks: max_gen_toks: {most} is not allowed; the model's context is {self._context} tokens; give less in the task's generation_kwargs")  # fmt: skip
+            fix = f"give fewer than the model's context of {self._context} tokens in the task's generation_kwargs"
+            require(most < self._context, "tasks: max_gen_toks", most, fix)
             config = self._config.generation(
                 max_new_tokens=most,
                 temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
@@ -202,11 +205,11 @@ class HarnessModel(TemplateLM):
                 (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[most - self._context :]
                 for index in members
             ]
-            running = self._generator.stream(prompts, config)
-            for place, answer in tqdm(running, total=len(members), unit="text", disable=disable_tqdm):
+            answers = self._generator.stream(prompts, config)
+            for number, answer in tqdm(answers, total=len(members), unit="text", disable=disable_tqdm):
                 if answer.error is not None:
                     raise UserError(f"{self._config.checkpoint}: {answer.error}")
-                texts[members[place]] = answer.text
+                texts[members[number]] = answer.text
         return texts
 
 
@@ -215,15 +218,13 @@ def main(argv: list[str]) -> None:
     config = parse_config(HarnessConfig, argv, prog="python -m tools.eval_harness", description=str(__doc__))
     found = step_folder.locate(config.checkpoint)
     about, shape = checkpoint.read_about(found), checkpoint.read_model(found)
-    config.generation().exit_rule(shape.model.num_loops, about.gate_trained)  # refused before tasks are looked for
+    config.generation().exit_rule(shape.model.num_loops, about.gate_trained)  # raises before the slow search for tasks
     tasks = find_tasks(config)
     groups = process_groups.start(seed=0)
     try:
         model = HarnessModel(checkpoint.open_model(str(found), groups, _DTYPES[config.precision]), config)
-        results = simple_evaluate(
-            model, tasks=config.names, num_fewshot=config.num_fewshot, limit=config.limit, task_manager=tasks,
-            log_samples=False,
-        )  # fmt: skip
+        settings = {"num_fewshot": config.num_fewshot, "limit": config.limit, "log_samples": False}
+        results = simple_evaluate(model, tasks=config.names, task_manager=tasks, **settings)
     finally:
         process_groups.stop()
     print(make_table(results))
@@ -235,10 +236,10 @@ def main(argv: list[str]) -> None:
 
 
 def find_tasks(config: HarnessConfig) -> TaskManager:
-    """The index of tasks. The harness's own, thousands of files, are only read if yours are not all that is asked for.
+    """Return the index of tasks. The harness's own, thousands of files, are only read if a task is not among yours.
 
     Raises:
-        UserError: there is no such task, or its data cannot be had.
+        UserError: there is no such task, or its data cannot be loaded.
     """
     for defaults in (False, True):
         manager = TaskManager(include_path=config.include_path, include_defaults=defaults)
@@ -250,7 +251,7 @@ def find_tasks(config: HarnessConfig) -> TaskManager:
         raise UserError(f"tasks: {missing[0]}: no such task; {fix}")
     try:
         manager.load(config.names)
-    except (OSError, ValueError) as error:  # what a missing file, a hub out of reach or a damaged task comes out as
+    except (OSError, ValueError) as error:  # a missing file, an unreachable hub or a damaged task
         raise UserError(f"tasks: {config.tasks}: cannot be loaded: {' '.join(str(error).split())}") from error
     return manager
 

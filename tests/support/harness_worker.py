@@ -1,7 +1,8 @@
-"""In a process of its own, since the harness and its offline switches take hold on import: score a checkpoint and its
-export on the same tasks, at several depths, and write what each answered to every request.
+"""Score a checkpoint and its export on the same tasks, at several depths, and write both models' answers.
 
-python -m tests.support.harness_worker CHECKPOINT EXPORT TASKS OUTPUT
+    python -m tests.support.harness_worker CHECKPOINT EXPORT TASKS OUTPUT
+
+This runs in its own process, because the harness reads its offline switches when it is imported.
 """
 
 import json
@@ -36,7 +37,7 @@ def answers(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def answers_alike(saved: str, export: str, tasks: TaskManager) -> list[dict[str, Any]]:
-    """What both sides say at each setting."""
+    """Return both models' answers for each of SETTINGS."""
     found = []
     opened = checkpoint.open_model(saved, process_groups.start(seed=0))
     common: dict[str, Any] = {"tasks": list(NAMES), "task_manager": tasks, "bootstrap_iters": 0}
@@ -62,7 +63,9 @@ def message_of(arguments: list[str]) -> str:
 if __name__ == "__main__":
     saved, export, folder, output = sys.argv[1:]
     tasks = TaskManager(include_path=folder, include_defaults=False)
-    eval_harness.TaskManager = lambda **_: tasks  # the harness's own thousands of files are not read for a wrong name
+    eval_harness.TaskManager = lambda **_: (
+        tasks
+    )  # a wrong name does not make it read the harness's own thousands of files
     common = ["--checkpoint", saved, "--include_path", folder]
     report = str(Path(output).with_name("report.json"))
     main([*common, "--tasks", "tiny_choice,tiny_text", "--output", report])
