@@ -1,16 +1,17 @@
-# Ouro's whole recipe at a few million parameters: `make ouro-tiny`. As in the quickstart, a phase that ended well leaves a
-# stamp and is skipped from then on; one that was cut off goes on; one whose configuration changed is made anew with all that
-# hangs on it.
+# Ouro's whole recipe with a few million parameters: `make ouro-tiny`. As in the quickstart, a finished phase leaves a
+# stamp and is skipped from then on, an interrupted one continues, and one whose configuration changed starts over, with
+# all phases that depend on it.
 
 TINY     := runs/ouro-tiny
 TINY_C   := configs/ouro-tiny
 TINY_OK  := $(TINY)/.done
-# A stage stacks on all before it; each starts from the weights of the one before it, 1b from deeper ones.
+# A stage stacks on all earlier ones. Each starts from the weights of the previous one; 1b starts from upcycled ones.
 TINY_STAGES := stage1a stage1b stage2 stage3 stage4 gate sft
 
 ouro-tiny: $(TINY_OK)/report  ## Ouro's stages in small, from text to an exported model that answers (15 to 25 minutes)
 	@$(PY) -m pretrain.stage_jumps $(TINY) --max_jump 0.3
-	@echo "== ouro-tiny is done: open $(TINY)/report.html; the exported model is $(TINY)/exported  (start over: make clean-ouro-tiny)"
+	@echo "== ouro-tiny is done: open $(TINY)/report.html; the exported model is $(TINY)/exported" \
+		" (start over: make clean-ouro-tiny)"
 
 $(TINY_OK)/data: $(TINY_C)/data.yaml | $(READY)
 	$(call phase,ouro-tiny: data)
@@ -29,8 +30,8 @@ $(TINY_OK)/questions: $(TINY_OK)/data $(TINY_C)/data-questions.yaml
 $(TINY_OK)/upcycled: $(TINY_OK)/stage1a
 	$(call phase,ouro-tiny: twice as deep)
 	@rm -rf $(TINY)/upcycled
-	@$(PY) -m tools.upcycle depth --checkpoint $(TINY)/stage1a --output $(TINY)/upcycled --layers 4 --how stack --residual_scale 0.5 \
-		--data $(TINY)/data/python-short_valid
+	@$(PY) -m tools.upcycle depth --checkpoint $(TINY)/stage1a --output $(TINY)/upcycled \
+		--layers 4 --how stack --residual_scale 0.5 --data $(TINY)/data/python-short_valid
 	@touch $@
 
 # $(call tiny_stage,stage,phases it waits for)
@@ -38,10 +39,11 @@ define tiny_stage
 $(TINY_OK)/$(1): $(2:%=$(TINY_OK)/%) $(TINY_C)/mha.yaml $(TINY_C)/$(1).yaml
 	$$(call phase,ouro-tiny: $(1))
 	$$(anew)
-	@$(PY) -m pretrain.train $(foreach file,mha $(call tiny_upto,$(1),$(TINY_STAGES)),--config $(TINY_C)/$(file).yaml)
+	@$(PY) -m pretrain.train \
+		$(foreach file,mha $(call tiny_upto,$(1),$(TINY_STAGES)),--config $(TINY_C)/$(file).yaml)
 	@touch $$@
 endef
-# $(call tiny_upto,word,words): the words up to and with that one
+# $(call tiny_upto,word,words): the words up to and including that one
 tiny_upto = $(if $(2),$(firstword $(2)) $(if $(filter $(1),$(firstword $(2))),,$(call tiny_upto,$(1),$(wordlist 2,99,$(2)))))
 
 $(eval $(call tiny_stage,stage1a,data))
@@ -60,10 +62,11 @@ $(TINY_OK)/exported: $(TINY_OK)/sft
 
 $(TINY_OK)/samples: $(TINY_OK)/sft $(TINY_C)/questions.txt
 	$(call phase,ouro-tiny: answers)
-	@$(PY) -m looplm.generate --checkpoint $(TINY)/sft --chat true --prompts $(TINY_C)/questions.txt --output $(TINY)/samples.jsonl --temperature 0 --max_new_tokens 40
+	@$(PY) -m looplm.generate --checkpoint $(TINY)/sft --chat true --prompts $(TINY_C)/questions.txt \
+		--output $(TINY)/samples.jsonl --temperature 0 --max_new_tokens 40
 	@touch $@
 
-# Depths and exits are measured where the gate has just been trained, and on the answers after fine-tuning.
+# Depths and exits are measured right after the training of the gate, and on the answers after fine-tuning.
 $(TINY_OK)/evaluation: $(TINY_OK)/sft
 	$(call phase,ouro-tiny: evaluation per depth)
 	@$(PY) -m pretrain.evaluate --checkpoint $(TINY)/gate --output $(TINY)/evaluation.json --samples 24
@@ -75,5 +78,5 @@ $(TINY_OK)/report: $(TINY_OK)/exported $(TINY_OK)/samples $(TINY_OK)/evaluation
 	@$(PY) -m pretrain.report $(TINY)
 	@touch $@
 
-clean-ouro-tiny:  ## forget ouro-tiny's results
+clean-ouro-tiny:  ## delete ouro-tiny's results
 	rm -rf $(TINY)

@@ -1,19 +1,19 @@
-# shellcheck shell=bash disable=SC2034,SC2154  # the launchers give `launcher`, and read what is set here
-# What the launchers of this folder share; they source it. Nothing here is Slurm's to run by itself.
+# shellcheck shell=bash disable=SC2034,SC2154  # the launchers set `launcher`, and read variables that are set here
+# Functions for the launchers in this folder, which source this file. Slurm never runs it directly.
 #
-# How a training job ends, and what comes next:
+# How a training job can end:
 #
-#   in time            Slurm sends USR1 to the batch script alone, as long before the time limit as --signal says. The
-#                      script passes it on as SIGTERM through srun, which signals torchrun alone, which signals the
-#                      trainers: each gets it once. They finish the step, save and exit with 143, and the job is requeued.
-#   scancel, preempted Slurm itself sends SIGTERM, to torchrun and to this script. The script only waits: passed on, the
-#                      signal would arrive twice, and a second one means "at once, without saving". Not requeued here;
-#                      after a preemption Slurm requeues a job that has --requeue.
-#   done or failed     the job ends with the run's status.
+#   time limit         As long before the limit as --signal says, Slurm sends USR1 to the batch script only. The script
+#                      passes it on as SIGTERM through srun, which signals only torchrun, which signals the trainers:
+#                      each gets it once. They finish the step, save, and exit with 143; the job is requeued.
+#   scancel, preempted Slurm itself sends SIGTERM to torchrun and to this script. The script only waits: if it passed
+#                      the signal on, it would arrive twice, and a second one ends the trainers without saving. The job
+#                      is not requeued here; after a preemption, Slurm requeues a job that has --requeue.
+#   done or failed     The job ends with the run's status.
 
 set -euo pipefail
 
-# torchrun may wait this long for the trainers before it kills them. Less than the lead in every launcher's --signal.
+# torchrun waits this long for the trainers before it kills them. Shorter than the lead in every launcher's --signal.
 shutdown_seconds=540
 
 die() {
@@ -21,7 +21,7 @@ die() {
     exit 2
 }
 
-# Every --config of the arguments must be there: a job that waited a day for its nodes should not end on a typing error.
+# Check that every --config file exists: a job that waited a day for its nodes should not fail because of a typo.
 check_configs() {
     local argument path expects_path="" found=""
     for argument; do
@@ -42,17 +42,18 @@ check_configs() {
     [[ $found ]] || die "--config: required and not given; sbatch $launcher --config FILE.yaml"
 }
 
-# An option of the launcher's own header: header nodes → 2. A dry run outside of Slurm takes it for Slurm's answer.
+# Print an option from the launcher's header: `header nodes` prints 2. A dry run outside Slurm uses these values.
 header() {
     sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$launcher"
 }
 
 require_slurm() {
-    [[ ${SLURM_JOB_ID:-} || ${DRY_RUN:-} ]] || die "SLURM_JOB_ID: not inside of a Slurm job; start with sbatch $launcher, or look first with DRY_RUN=1 bash $launcher"
+    [[ ${SLURM_JOB_ID:-} || ${DRY_RUN:-} ]] ||
+        die "SLURM_JOB_ID: not inside a Slurm job; start with sbatch $launcher, or print with DRY_RUN=1 bash $launcher"
 }
 
-# Slurm's answers: job, nodes, gpus (on each node), cpus (on each node, may be empty), master. Without Slurm, a dry run takes
-# those of the header, or of a size that it is asked about.
+# Set job, nodes, gpus (per node), cpus (per node, may be empty) and master from Slurm. Outside Slurm, a dry run takes
+# them from the header, or from SLURM_NNODES and SLURM_GPUS_PER_NODE.
 read_slurm() {
     require_slurm
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -62,20 +63,22 @@ read_slurm() {
     fi
     job=$SLURM_JOB_ID nodes=${SLURM_NNODES:-1}
     gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}
-    gpus=${gpus##*:} # --gpus-per-node=h100:8 is written h100:8 there
-    [[ $gpus =~ ^[1-9][0-9]*$ ]] || die "SLURM_GPUS_ON_NODE: '$gpus' is not a number of GPUs; give sbatch --gpus-per-node=N"
-    # The whole node, unless asked for less: srun does not take it over from sbatch, and would start torchrun on one core.
+    gpus=${gpus##*:} # with --gpus-per-node=h100:8 the value is h100:8
+    [[ $gpus =~ ^[1-9][0-9]*$ ]] ||
+        die "SLURM_GPUS_ON_NODE: '$gpus' is not a number of GPUs; give sbatch --gpus-per-node=N"
+    # All cores, unless fewer were requested. srun does not inherit them from sbatch: torchrun would get only one.
     cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}
-    master=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}") || die "SLURM_JOB_NODELIST: scontrol cannot expand '${SLURM_JOB_NODELIST:-}'"
+    master=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}") ||
+        die "SLURM_JOB_NODELIST: scontrol cannot expand '${SLURM_JOB_NODELIST:-}'"
     master=${master%%$'\n'*}
 }
 
-# The same port on every node without asking, another one for another job, below those that the system hands out.
+# Print a port that is the same on every node, differs between jobs, and is below the ports that the system hands out.
 port_of() {
     echo $((10000 + $1 % 20000))
 }
 
-# The command as one would type it.
+# Print the command as one would type it.
 show() {
     local word line=""
     for word; do
@@ -85,9 +88,9 @@ show() {
     echo "$line"
 }
 
-# Where the command finds its packages. CONTAINER=IMAGE names what pretrain/container makes: a .sif is run by Apptainer,
-# anything else is srun's to open (pyxis). Both see this folder at its own path, and what CONTAINER_MOUNTS names besides
-# (/data:/data,...). Sets image_options, which belong to srun, and image_program, which stands before the command.
+# Set image_options (for srun) and image_program (in front of the command) for CONTAINER=IMAGE, an image built from
+# pretrain/container. Apptainer runs a .sif; srun opens anything else (pyxis). Both mount this folder at its own path,
+# and the folders in CONTAINER_MOUNTS (/data:/data,...).
 read_container() {
     image_options=() image_program=()
     [[ ${CONTAINER:-} ]] || return 0
@@ -99,38 +102,39 @@ read_container() {
     fi
 }
 
-# The environment of the trainers. What you have set yourself wins.
+# Set the trainers' environment. Variables that are already set win.
 set_environment() {
-    # A failure's cause and NCCL's version, and nothing while all is well. INFO shows which network it found.
+    # WARN prints NCCL's version and the cause of a failure. INFO also shows which network it found.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # A collective that takes longer than looplm.megatron.process_groups.TIMEOUT, or fails, ends its process: that is torch's default
-    # (TORCH_NCCL_ASYNC_ERROR_HANDLING=3), so it is not set here. What a hang was about is written down first: the last
-    # collectives of each rank go to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank, /tmp/nccl_trace_rank_0 unless set.
+    # A collective that fails, or takes longer than looplm.megatron.process_groups.TIMEOUT, ends its process. That is
+    # torch's default (TORCH_NCCL_ASYNC_ERROR_HANDLING=3), so it is not set here. Before that, each rank writes its last
+    # collectives to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank (default: /tmp/nccl_trace_rank_0), to explain a hang.
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-    # Tensor parallelism overlaps its messages with the matrix products. Megatron-core starts the message first and relies on
-    # a single queue to keep that order; with more, the product may take the whole GPU before. It warns when this is not 1.
+    # Tensor parallelism overlaps its messages with matrix products. Megatron-core starts the message first and relies
+    # on a single queue to keep that order; with more, the product may occupy the GPU first. It warns if this is not 1.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-    # torchrun's own choice for several ranks on a node, made here so that it does not warn about it.
+    # torchrun would choose this too for several ranks on a node, with a warning.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    # Lines reach the log when they are written, and a process that is aborted says where it was.
+    # Write log lines at once, and print a traceback if a process is aborted.
     export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1} PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
 }
 
-# Without a container or an activated environment, take the one that `make` builds.
+# Without a container or an activated environment, use the one that `make` builds.
 find_environment() {
     [[ ! ${CONTAINER:-} ]] || return 0
     command -v torchrun >/dev/null && return
-    [[ -x .venv/bin/torchrun ]] || die "torchrun: neither on PATH nor in .venv; activate your environment, or run make install"
+    [[ -x .venv/bin/torchrun ]] ||
+        die "torchrun: neither on PATH nor in .venv; activate your environment, or run make install"
     PATH="$PWD/.venv/bin:$PATH"
 }
 
-# torchrun_everywhere MODULE ARGUMENT...: one torchrun on each node. Only there is the node's number known, so a shell on the
-# node puts it in. A node's ranks follow one another, in the order of the nodes, so that tensor-parallel ranks share a node.
-# The node that ends first gives the others a minute: --kill-on-bad-exit would cut off what they still write.
+# torchrun_everywhere MODULE ARGUMENT...: start one torchrun on each node. The node's number is known only on the node,
+# so a shell there inserts it. The ranks of a node are consecutive, so that tensor-parallel ranks share a node. When one
+# node has ended, the others get a minute: --kill-on-bad-exit would cut off what they still write.
 torchrun_everywhere() {
     read_container
-    # shellcheck disable=SC2016  # SLURM_NODEID is for the shell on the node
+    # shellcheck disable=SC2016  # the shell on the node expands SLURM_NODEID
     launch srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${cpus:+"--cpus-per-task=$cpus"} \
         --kill-on-bad-exit=0 --wait=60 "${image_options[@]}" "${image_program[@]}" \
         bash -c 'exec torchrun --node-rank="$SLURM_NODEID" "$@"' torchrun \
@@ -138,7 +142,7 @@ torchrun_everywhere() {
         --rdzv-id="$job" --shutdown-timeout="$shutdown_seconds" -m "$@"
 }
 
-# launch COMMAND...: print it, run it, hand signals on, and requeue the job where it was only interrupted.
+# launch COMMAND...: print the command, run it, pass signals on, and requeue the job if it was only interrupted.
 launch() {
     show "$@"
     [[ ! ${DRY_RUN:-} ]] || exit 0
@@ -150,13 +154,13 @@ launch() {
     trap 'cancelled=1 cut_short=1' TERM
     "$@" &
     child=$!
-    # A signal ends "wait" with a status of its own; asked again, it gives the command's.
+    # A signal ends "wait" with a status of its own; the next "wait" returns the command's status.
     while :; do
         cut_short="" status=0
         wait "$child" || status=$?
         [[ $cut_short ]] || break
     done
-    # torchrun hides its trainers' 143 behind a 1: after a warning, an error means that the run was interrupted.
+    # torchrun turns its trainers' 143 into 1: after Slurm's warning, any error means that the run was interrupted.
     if [[ ! $cancelled && ($status == 143 || ($warned && $status != 0)) ]]; then
         echo "interrupted (status $status): requeueing job $job"
         scontrol requeue "$job"

@@ -93,4 +93,4 @@ def test_an_image_with_another_transformer_engine_is_refused(install: Install, t
     (tmp_path / "image").write_text(IMAGE.replace("2.10.0+769ed778", "2.13.0"))
     done = install(transformer_engine="2.13.0")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "transformer-engine: 2.13.0 does not fit megatron-core, which wants <2.12.0,>=2.9.0a0" in done.stderr
+    assert "transformer-engine: 2.13.0 does not fit megatron-core, which requires <2.12.0,>=2.9.0a0" in done.stderr

@@ -307,7 +307,7 @@ def test_preprocessing_hands_no_numbers_of_its_own_job_to_its_arrays(cluster: Cl
         (["--config=no.yaml"], "--config: no.yaml cannot be read"),
         (["--config", "docs"], "--config: docs cannot be read"),
         (["--config", "setup.py", "--config", "no.yaml"], "--config: no.yaml cannot be read"),
-        (["--config", "setup.py"], "SLURM_JOB_ID: not inside of a Slurm job; start with sbatch pretrain/slurm/"),
+        (["--config", "setup.py"], "SLURM_JOB_ID: not inside a Slurm job; start with sbatch pretrain/slurm/"),
     ],
 )
 def test_bad_input_is_one_line(cluster: Cluster, launcher: str, arguments: list[str], message: str) -> None:
