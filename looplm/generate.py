@@ -40,8 +40,8 @@ class GenerateConfig(GenerationConfig):
         checkpoint: a step directory, or a training directory, of which the newest checkpoint is taken.
         prompt: text to continue.
         prompts: file of texts to continue, separated by lines of three dashes.
-        interactive: read lines from the terminal, and continue the growing text after each; /reset starts over, /quit or
-            the end of input leaves, Ctrl-C ends an answer.
+        interactive: read lines from the terminal, and continue the growing text after each; /reset starts over, /quit
+            or the end of input leaves, Ctrl-C ends an answer.
         chat: treat each prompt as a user's message, which the model answers in its chat template; for models tuned on
             conversations.
         output: file to write the samples to, one JSON object per line.
@@ -94,13 +94,13 @@ def main(argv: list[str]) -> None:
 
 def _chat_template(opened: OpenedModel) -> ChatTemplate:
     template = ChatTemplate(opened.tokenizer, f"chat: {opened.folder}/tokenizer.json")
-    fix = "the model was not tuned on conversations; leave chat false, or give a checkpoint whose data.train contains some"
+    fix = "the model was not tuned on conversations; leave chat false, or give a checkpoint of a stage that did so"
     require(opened.about.eos_id == template.end_id, "chat", True, fix)
     return template
 
 
 def read_prompts(path: str) -> list[str]:
-    """Return the texts of a file, which lines of three dashes separate. Newlines next to a separator are not part of them."""
+    """Return the texts of a file. Lines of three dashes separate them; the newlines next to one belong to no text."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -3,8 +3,8 @@
     python -m pretrain.evaluate --checkpoint runs/quickstart/gate --depths 1,2,3,4,6,8
     python -m pretrain.evaluate --checkpoint runs/quickstart/gate --kv_caches per_loop,last --exit_thresholds 0.5,1
 
-With --kv_caches also measure it as it generates, token by token through each cache. Prints a table and writes it as JSON.
-The validation data is the checkpoint's own (data.valid) unless --valid names another.
+With --kv_caches also measure it as it generates, token by token through each cache. The results are printed as a table
+and written as JSON. The validation data is the checkpoint's own (data.valid) unless --valid names another.
 """
 
 import sys
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
         count = -(-config.samples // (config.batch_size * groups.dp.size()))
         batches = list(islice(micro_batches(valid_set, run.data, 0, groups.dp.rank(), groups.dp.size()), count))
         measured = measure(opened.model, batches, config.depth_list, groups, run.loss)
-        decoding = measure_decoding(opened.model, batches, config, groups) if config.cache_list else None
+        decoding = _measure_decoding(opened.model, batches, config, groups) if config.cache_list else None
         evaluation = replace(measured, checkpoint=str(step), step=opened.about.step, decoding=decoding)
     finally:
         process_groups.stop()
@@ -162,7 +162,7 @@ def measure(
     return replace(evaluation, depths=tuple(row for row in evaluation.depths if row.depth in depths))
 
 
-def measure_decoding(
+def _measure_decoding(
     model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection
 ) -> tuple[CacheLoss, ...]:
     """Return the losses of the same samples, decoded token by token through each cache at each threshold."""

@@ -1,7 +1,7 @@
 """Loss through the decode path: what it costs to share a cache between the loops, and to exit them early.
 
-The first tokens of a text are read as a prompt, in which no loops share a cache. The others are decoded one by one: each
-step is given the text's own next token. Only decoded tokens count. With ``per_loop`` at threshold 1, the loss is the
+The first tokens of a text are read as a prompt, in which no loops share a cache. The others are decoded one by one,
+each step given the text's own next token. Only decoded tokens count. With ``per_loop`` at threshold 1, the loss is the
 cacheless model's.
 
 Shapes: B samples, S sequence, N rows side by side.

@@ -1,4 +1,4 @@
-"""evaluation.json: the results of one evaluation, written by ``pretrain.evaluate`` and read by reports and model cards."""
+"""evaluation.json: the results of an evaluation, written by ``pretrain.evaluate``, read by reports and model cards."""
 
 import json
 import math

@@ -2,16 +2,17 @@
 
 The cache keeps one vector per token and layer, its *entry* [W]:
 
-    MLA        [normed latent C | rotated rotary key K']     keys and values of all heads are projected from it
+    MLA        [normed latent C | rotated rotary key K']     all heads' keys and values are projected from it
     MHA, GQA   [rotated keys G * K | values G * K]
 
 A prompt attends as in training: causally, with all heads expanded. A later token attends to cached entries. MLA never
-expands those: since ``q . (U c) = (U^T q) . c``, queries are projected down into the latent space, the softmax runs over
-the entries as cached, and one up-projection per token gives the values (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+expands those: since ``q . (U c) = (U^T q) . c``, queries are projected down into the latent space, the softmax runs
+over the entries as cached, and one up-projection per token gives the values (DeepSeek-V2, arXiv 2405.04434, section
+2.1.2).
 
 The weights are the model's own, used in plain torch calls: the overhead of module calls would show in the time that one
-token takes. Rotated channels are stored as adjacent pairs, whatever their order in training. Queries and keys use the same
-order, so their products do not change.
+token takes. Rotated channels are stored as adjacent pairs, whatever their order in training. Queries and keys use the
+same order, so their products do not change.
 
 Shapes: S tokens of a lane, at consecutive positions, N lanes, D hidden, H heads, G key-value heads, P query heads per
 key-value head, K query-key width, V value width, C latent, W entry, T cached positions, Q queries per entry and lane.

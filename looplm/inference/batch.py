@@ -3,7 +3,8 @@
 A *pass* runs each of its tokens through one loop. Subclasses decide which tokens share a pass:
 :class:`~looplm.inference.depth_batch.DepthBatch` and :class:`~looplm.inference.speculation.SpeculativeBatch`.
 
-Shapes: S tokens of a lane, at consecutive positions, N lanes, D hidden, W entry, T cached positions, Q queries per entry.
+Shapes: S tokens of a lane, at consecutive positions, N lanes, D hidden, W entry, T cached positions, Q queries of a
+lane.
 """
 
 from collections.abc import Sequence

@@ -7,8 +7,9 @@ All loops have the same weights, so a pass does not depend on which loops its to
     row 1       p loop1 p loop2 p loop3 p loop4 q loop1      p runs all four
 
 When a token exits, the head computes its logits, and the row's next token enters loop 1 in the very next pass. With a
-shared cache the token then takes part in no further pass. With a cache per loop, later tokens need its entries of the later
-loops, so it runs on behind its successor, which never overtakes it. That is exactly the cacheless model, in fewer passes.
+shared cache the token then takes part in no further pass. With a cache per loop, later tokens need its entries of the
+later loops, so it runs on behind its successor, which never overtakes it. That is exactly the cacheless model, in fewer
+passes.
 
 Loop, position and row of each token are numbers on the host; only hidden states and the gate's state are tensors.
 
@@ -117,7 +118,7 @@ class DepthBatch(TextBatch):
         return NextLogits([rows[i] for i in order], logits_NV[order], [depths[i] for i in order])
 
     def _regroup(self) -> None:
-        """Drop finished tokens and admit pending ones. Tokens are ordered by row, so the cache is read without a copy."""
+        """Drop finished tokens, admit pending ones, and order all by row, so that the cache is read without a copy."""
         joining = [_LoopingToken(row, self._length[row]) for row in self._pending]
         candidates = [*self._tokens, *joining]
         order = [index for index, token in enumerate(candidates) if not token.finished]

@@ -5,8 +5,8 @@
     entropy     1 - entropy of the next token / log V
     change      1 - |h_r - h_{r-1}| / |h_r| of the hidden state; 0 in the first loop, which has no state before it
 
-The last three need no gate; they are baselines for it. All scores are in [0, 1], and rise as a token settles. Tokens that
-are scored together may be in different loops.
+The last three need no gate; they are baselines for it. All scores are in [0, 1], and rise as a token settles. Tokens
+that are scored together may be in different loops.
 
 Shapes: S sequence, N tokens side by side, B rows, D hidden, V vocabulary, Z gate state, R loops.
 """

@@ -5,15 +5,15 @@
     mean       one; the mean over the loops that a token ran
     first      one; the first loop's entries
 
-Prompts always attend to each loop's own entries. Sharing starts with the first generated token: sharing in the prompt too
-costs more than 10 points on GSM8K, whereas after it ``last`` and ``mean`` cost next to nothing, and ``first`` nearly
-everything (Ouro, arXiv 2510.25741).
+Prompts always attend to each loop's own entries. Sharing starts with the first generated token: sharing in the prompt
+too costs more than 10 points on GSM8K, whereas after it ``last`` and ``mean`` cost next to nothing, and ``first``
+nearly everything (Ouro, arXiv 2510.25741).
 
 In every mode a token attends to *its own* entry of the loop it is in. The mode decides which entry it sees of others. A
 token that exits early leaves no hole: a shared cache holds the entry that it computed last.
 
-Tokens that share a pass may be in different loops. Each attends to one *lane*: the cache of its row, or with ``per_loop``
-the cache of its row and loop.
+Tokens that share a pass may be in different loops. Each attends to one *lane*: the cache of its row, or with
+``per_loop`` the cache of its row and loop.
 
 Shapes: N lanes of a pass, S tokens of each, W entry, T positions, X all lanes (caches times rows).
 """
@@ -108,8 +108,8 @@ class KVCache:
         """Write the entries of the loops that the tokens are in.
 
         Returns:
-            the entries [N, T, W] that the tokens attend to; and, if later tokens must not see the written entries, those
-            to :meth:`replace` them with after attention.
+            the entries [N, T, W] that the tokens attend to; and, if later tokens must not see the written ones, the
+            entries to :meth:`replace` them with after attention.
         """
         entries_XTW = self.layers_XTW[layer]
         entry = entry_SNW[0] if index.written[0].dim() == 1 else entry_SNW.transpose(0, 1)
@@ -132,7 +132,7 @@ class KVCache:
         return self._loop_entries(layer, loop)[:, :end].transpose(0, 1)
 
     def copy_row(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
-        """Copy the first ``length`` positions of a row of ``source``, a cache of the same mode or this one, to ``row``."""
+        """Copy the first ``length`` positions of a row of this cache, or another of the same mode, to ``row``."""
         self.reserve(length)
         for ours_XTW, theirs_XTW in zip(self.layers_XTW, source.layers_XTW, strict=True):
             ours_XTW[row :: self.rows, :length] = theirs_XTW[source_row :: source.rows, :length]

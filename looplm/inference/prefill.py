@@ -5,9 +5,9 @@
     ids_SN --embed--> h_SND --+-- stack, piece after piece, causal within the prompt, entries -> cache --+--> h_SND
                               +------------------------------- max_depth times --------------------------+
 
-Each loop runs over the whole prompt before the next begins, so a piece can attend to its own loop's entries of all earlier
-pieces, whatever the cache keeps of a prompt afterwards. Prompts are padded on the right: under a causal mask no token sees
-the padding. Other work may run between two pieces, so a long prompt does not hold up other rows.
+Each loop runs over the whole prompt before the next begins, so a piece can attend to its own loop's entries of all
+earlier pieces, whatever the cache keeps of a prompt afterwards. Prompts are padded on the right: under a causal mask no
+token sees the padding. Other work may run between two pieces, so a long prompt does not hold up other rows.
 
 Shapes: S sequence, N prompts side by side, D hidden, T positions, W entry.
 """

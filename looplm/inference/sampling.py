@@ -1,12 +1,12 @@
 """Sampling: logits to token ids. Row-independent pure functions; the caller supplies the random numbers.
 
-One uniform number per row selects its token by the inverse of the cumulative distribution. A row therefore gets the same
-token alone and in a batch, on CPU and GPU.
+One uniform number per row selects its token by the inverse of the cumulative distribution. A row therefore gets the
+same token alone and in a batch, on CPU and GPU.
 
 Shapes: N rows side by side, V vocabulary, k drafted tokens of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class NewTokens:
 
 
 def penalize_repetition(logits_NV: Tensor, seen_NV: Tensor, penalty: float) -> Tensor:
-    """Divide positive logits of ids that a row has seen by ``penalty``, and multiply negative ones (CTRL, 1909.05858)."""
+    """Divide the positive logits of seen ids by ``penalty``, and multiply negative ones by it (CTRL, 1909.05858)."""
     return torch.where(seen_NV, torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty), logits_NV)
 
 
@@ -78,10 +78,10 @@ class Sampler:
 
     Args:
         config: temperature, cut-offs and penalty.
-        requests: the request in each row, as they are when a method is called.
+        requests: the request in each row; the mapping may change between calls.
     """
 
-    def __init__(self, config: GenerationConfig, requests: Sequence[ActiveRequest | None]) -> None:
+    def __init__(self, config: GenerationConfig, requests: Mapping[int, ActiveRequest]) -> None:
         self._config, self._requests = config, requests
         self._cutoffs = config.temperature, config.top_k, config.top_p
 
@@ -103,17 +103,12 @@ class Sampler:
 
     def uniform(self, rows: Sequence[int]) -> Tensor:
         """Return the next random number of each row, [N] in fp64."""
-        return torch.tensor([self._request(row).random.random() for row in rows], dtype=torch.float64)
+        return torch.tensor([self._requests[row].random.random() for row in rows], dtype=torch.float64)
 
     def _penalized(self, rows: Sequence[int], logits_NV: Tensor, drafted_kN: Sequence[Sequence[int]]) -> Tensor:
         if self._config.repetition_penalty == 1:
             return logits_NV
         seen_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
         for n, row in enumerate(rows):
-            seen_NV[n, [*self._request(row).ids, *(ids_N[n] for ids_N in drafted_kN)]] = True
+            seen_NV[n, [*self._requests[row].ids, *(ids_N[n] for ids_N in drafted_kN)]] = True
         return penalize_repetition(logits_NV, seen_NV, self._config.repetition_penalty)
-
-    def _request(self, row: int) -> ActiveRequest:
-        request = self._requests[row]
-        assert request is not None
-        return request

@@ -6,9 +6,9 @@
                                           ^                                   |
                                           +------- next token, loop 1 --------+
 
-A request that finishes frees its row for the next one. Prompts are read between passes, a piece at a time. The rows in use
-are always the first ones: if no request comes to fill a hole, the last row moves into it, so the cache is read without a
-copy. A request's text depends on its own prompt and seed; on its neighbors only by rounding.
+A request that finishes frees its row for the next one. Prompts are read between passes, a piece at a time. The rows in
+use are always the first ones: if no request comes to fill a hole, the last row moves into it, so the cache is read
+without a copy. A request's text depends on its own prompt and seed; on its neighbors only by rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ class Scheduler:
         on_token: OnToken,
     ) -> None:
         self._rule, self._config, self._queue, self._on_token = rule, config, queue, on_token
-        self._rows: list[ActiveRequest | None] = [None] * rows
+        self._num_rows, self._rows = rows, dict[int, ActiveRequest]()
         self._stack, self._sampler = LoopedStack(model), Sampler(config, self._rows)
         self._batch: TextBatch = DepthBatch(self._stack, rule, config.kv_cache, rows)
         if config.speculate:
@@ -66,14 +66,14 @@ class Scheduler:
     @property
     def done(self) -> bool:
         """True once all requests have finished."""
-        return self._waiting is None and self._prefill is None and not any(self._rows)
+        return self._waiting is None and self._prefill is None and not self._rows
 
     @torch.inference_mode()
     def step(self) -> list[ActiveRequest]:
         """Decode once in every row, read some prompts, and return the requests that finished."""
         finished: list[ActiveRequest] = []
         with device.adapter_off():
-            if any(self._rows):
+            if self._rows:
                 self._extend(self._batch.decode(self._sampler), finished)
             self._read_prompts(finished)
             self._close_holes()
@@ -84,7 +84,6 @@ class Scheduler:
         continued: dict[int, int] = {}
         for tokens in new:
             request = self._rows[tokens.row]
-            assert request is not None
             if not tokens.finite:
                 request.fail(_NOT_FINITE)
             request.drafted += tokens.drafted
@@ -98,7 +97,7 @@ class Scheduler:
                 continued[tokens.row] = tokens.ids[-1]
             else:
                 finished.append(request)
-                self._rows[tokens.row] = None
+                del self._rows[tokens.row]
                 self._batch.free(tokens.row, broken=not tokens.finite)
         self._batch.append(list(continued), list(continued.values()))
 
@@ -117,8 +116,8 @@ class Scheduler:
 
     def _admit(self) -> Prefill | None:
         """Take requests from the queue whose prompts are short enough to be read side by side, or a single long one."""
-        chunk, free, longest, group = self._config.prefill_chunk, self._rows.count(None), 0, list[ActiveRequest]()
-        while self._waiting is not None and len(group) < free:
+        chunk, longest, group = self._config.prefill_chunk, 0, list[ActiveRequest]()
+        while self._waiting is not None and len(self._rows) + len(group) < self._num_rows:
             longest = max(longest, len(self._waiting.ids))
             if group and longest * (len(group) + 1) > chunk:
                 break
@@ -130,19 +129,16 @@ class Scheduler:
 
     def _seat(self, prefill: Prefill, finished: list[ActiveRequest]) -> None:
         """Give rows to requests whose prompts have been read, and sample their first ids."""
-        rows = []
-        for index, request in enumerate(self._prefilling):
-            row = self._rows.index(None)
+        rows = [row for row in range(self._num_rows) if row not in self._rows][: len(self._prefilling)]
+        for index, (row, request) in enumerate(zip(rows, self._prefilling, strict=True)):
             self._rows[row] = request
             self._batch.seat(row, prefill, index)
-            rows.append(row)
         self._extend(self._sampler.sample(prefill.next_logits()._replace(rows=rows)), finished)
 
     def _close_holes(self) -> None:
         """Move the last rows into free ones before them."""
-        used = len(self._rows) - self._rows.count(None)
-        for hole in range(used):
-            if self._rows[hole] is None:
-                last = max(row for row, request in enumerate(self._rows) if request is not None)
+        for hole in range(len(self._rows)):
+            if hole not in self._rows:
+                last = max(self._rows)
                 self._batch.move(last, hole)
-                self._rows[hole], self._rows[last] = self._rows[last], None
+                self._rows[hole] = self._rows.pop(last)

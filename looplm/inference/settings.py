@@ -27,10 +27,10 @@ class GenerationConfig:
             (probability of the likeliest token), entropy (1 - entropy / log vocabulary), change (1 - relative change of
             the hidden state).
         min_depth: with exit_threshold: no token exits before this loop.
-        max_depth: with exit_threshold: every token exits after this loop; null for the trained number of loops. Only the
-            gate is limited to those.
+        max_depth: with exit_threshold: every token exits after this loop; null for the trained number of loops, which
+            the gate cannot exceed.
         depth: run every token exactly this many loops, also more than trained; null for the trained number.
-        speculate: number of tokens to draft with draft_depth loops before all loops check them together; 0 for no drafts.
+        speculate: tokens to draft with draft_depth loops before all loops check them together; 0 for no drafts.
         draft_depth: with speculate: loops of the draft.
         batch_size: texts side by side; further ones take the places of those that end.
         prefill_chunk: prompt tokens that run through the stack at once; longer prompts are read in pieces.

@@ -5,10 +5,11 @@
     x0 --d loops--> x1 --d loops--> x2 ... --d loops--> xk       draft, one token after another
     h_0 ... h_{k-1} --loops d+1 to R, k tokens a lane-->         check: which tokens would all loops have sampled?
 
-With a cache per loop, loop r of a token depends only on loop r of the tokens before it. The draft's loops are therefore the
-check's own first loops: nothing is computed twice, and later tokens overwrite the entries of rejected ones. A drafted x is
-accepted with probability min(1, p(x) / q(x)); otherwise the token is sampled from max(0, p - q), and the draft ends there.
-The text is distributed as without a draft (Leviathan et al., arXiv 2211.17192), and greedy text is the same text.
+With a cache per loop, loop r of a token depends only on loop r of the tokens before it. The draft's loops are therefore
+the check's own first loops: nothing is computed twice, and later tokens overwrite the entries of rejected ones. A
+drafted x is accepted with probability min(1, p(x) / q(x)); otherwise the token is sampled from max(0, p - q), and the
+draft ends there. The text is distributed as without a draft (Leviathan et al., arXiv 2211.17192), and greedy text is
+the same text.
 
 Shapes: k drafted tokens of a row, N rows, D hidden, V vocabulary.
 """

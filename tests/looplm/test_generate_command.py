@@ -1,4 +1,4 @@
-"""``python -m looplm.generate``: prompts, files of prompts, conversation, what is shown and what is written."""
+"""``python -m looplm.generate``: prompts, files of prompts, conversations, terminal output and sample files."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ class About(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """What `open_model` would give."""
+    """The result of ``open_model``, as far as the command uses it."""
 
     model: object
     about: About = About()
@@ -40,7 +40,7 @@ class Opened(NamedTuple):
 
 @pytest.fixture
 def checkpoint(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The command's checkpoint is the small model; the job of this test process goes on after it."""
+    """Make the command open the small model, and keep this process's groups when it ends."""
     for module in (command, library):
         monkeypatch.setattr(module, "open_model", lambda *_: Opened(generator.model))
     monkeypatch.setattr(process_groups, "stop", lambda: None)
@@ -52,10 +52,8 @@ def test_command_writes_samples(
 ) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "samples.jsonl"
     prompts.write_text("def f(x):\n    return\n---\nnaïve\n", encoding="utf-8")
-    command.main(
-        [checkpoint, f"--prompts={prompts}", f"--output={output}", "--num_samples=2", "--max_new_tokens=9",
-         "--kv_cache=last", "--exit_threshold=0.6", '--stop=["\\n\\n\\n", "zzz"]']
-    )  # fmt: skip
+    settings = ["--max_new_tokens=9", "--kv_cache=last", "--exit_threshold=0.6", '--stop=["\\n\\n\\n", "zzz"]']
+    command.main([checkpoint, f"--prompts={prompts}", f"--output={output}", "--num_samples=2", *settings])
     samples = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [sample["prompt"] for sample in samples] == ["def f(x):\n    return"] * 2 + ["naïve"] * 2
     assert samples[0]["text"] != samples[1]["text"]
@@ -69,14 +67,14 @@ def test_command_writes_samples(
     assert "\033" not in printed and printed.count("\n---\n") == 3 and "of 4 trained loops" in printed
 
 
-def test_command_says_what_was_drafted_and_what_ran_deep(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_counts_drafts_and_tokens_beyond_training(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     command.main([checkpoint, "--prompt=ab", "--max_new_tokens=8", "--temperature=0", "--speculate=2", "--depth=5"])
     printed = capsys.readouterr().out
     assert "8 of them ran deeper than the model was trained" in printed and "drafted tokens accepted (" in printed
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
-    """Lines at the terminal, then the end of input."""
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """Type lines at the terminal, then end the input."""
     coming = iter([*lines, EOFError])
 
     def ask(_: str) -> str:
@@ -91,8 +89,8 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) ->
 def test_conversation(
     checkpoint: str, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each answer continues all that was said before; /reset forgets it."""
-    typed(monkeypatch, "def f(x):", "return", "/reset", "return")
+    """Each answer continues the whole conversation; /reset starts over."""
+    type_lines(monkeypatch, "def f(x):", "return", "/reset", "return")
     command.main([checkpoint, "--interactive=true", "--max_new_tokens=5", "--temperature=0"])
     config = replace(GREEDY, max_new_tokens=5)
     said, answers = list[int](), []
@@ -109,7 +107,7 @@ def test_conversation(
         assert found
 
 
-def test_conversation_forgets_the_oldest_and_survives_an_interrupted_answer(
+def test_conversation_drops_the_oldest_text_and_survives_an_interrupted_answer(
     checkpoint: str, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[list[int]] = []
@@ -123,17 +121,17 @@ def test_conversation_forgets_the_oldest_and_survives_an_interrupted_answer(
         return generate(self, prompts, config, hear)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Generator, "generate", watched)
-    typed(monkeypatch, "x" * 500, "y", "z")
+    type_lines(monkeypatch, "x" * 500, "y", "z")
     command.main([checkpoint, "--interactive=true", "--max_new_tokens=20"])
     assert [len(ids) for ids in asked] == [108] * 3
     newline = TOKENIZER.encode("\n").ids
     assert asked[2][-4:] == [65, *newline, *TOKENIZER.encode("z").ids, *newline]
 
 
-def test_generator_of_a_checkpoint(checkpoint: str, generator: Generator) -> None:
+def test_opening_a_generator(checkpoint: str, generator: Generator) -> None:
     opened = Generator.open(checkpoint)
     assert opened.generate(["ab"], GREEDY) == generator.generate(["ab"], GREEDY)
-    assert opened.generate(["ab"])[0].error is None, "settings may be left out"
+    assert opened.generate(["ab"])[0].error is None, "settings are optional"
 
 
 @pytest.mark.parametrize("prompt", ["a", "[1, 2]", "x: y", "{", "null"])
@@ -145,7 +143,7 @@ def test_command_streams_one_prompt(
     assert capsys.readouterr().out.startswith(prompt + generation.text + "\n\n4 tokens")
 
 
-def test_colours_on_a_terminal(
+def test_colors_on_a_terminal(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -169,13 +167,17 @@ def test_colours_on_a_terminal(
         (["--prompt=a", "--exit_treshold=0.5"], "did you mean exit_threshold?"),
         (["--prompt=a", "--output={tmp}/no/samples.jsonl"], "output: "),
         (["--prompt=a", "--output={tmp}"], "output: "),
-        (["--prompts={tmp}/long.txt", "--output={tmp}/samples.jsonl", "--max_new_tokens=2"], "prompt 1 of 1: the prompt has 128"),
+        (["--prompts={tmp}/long.txt", "--output={tmp}/samples.jsonl"], "prompt 1 of 1: the prompt has 128"),
     ],
-)  # fmt: skip
+)
 def test_command_refuses_in_one_line(
-    arguments: list[str], message: str, checkpoint: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    arguments: list[str],
+    message: str,
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "hole.txt").write_text("a\n---\n\n---\nb\n")
     (tmp_path / "long.txt").write_text("x" * 128)
     monkeypatch.setattr("sys.argv", ["generate", checkpoint, *(a.format(tmp=tmp_path) for a in arguments)])

@@ -1,4 +1,4 @@
-"""Evaluation per depth: the table and the exit curve against slow loops over the oracle."""
+"""Evaluation per depth: the table and the exit curve, against slow loops over the reference."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_meter_equals_a_slow_loop(single_process):
 def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single_process, monkeypatch, capsys):
     config = run_config(corpus, tmp_path / "run")
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
-    monkeypatch.setattr(process_groups, "stop", lambda: None)  # the session's job goes on
+    monkeypatch.setattr(process_groups, "stop", lambda: None)  # the test session still needs its process groups
     arguments = ["--checkpoint", str(tmp_path / "run"), "--depths", "1,3,5", "--samples", "6", "--batch_size", "2"]
     decoding = ["--kv_caches=per_loop,last", "--prompt_tokens=6", "--exit_signal=confidence", "--exit_thresholds=0.5,1"]
     main([*arguments, *decoding])
@@ -64,12 +64,15 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     assert "beyond training" in printed and "  per_loop " in printed
     rows = report["decoding"]
     assert [(row["kv_cache"], row["exit_threshold"]) for row in rows] == [
-        ("per_loop", 0.5), ("per_loop", 1.0), ("last", 0.5), ("last", 1.0),
-    ]  # fmt: skip
+        ("per_loop", 0.5),
+        ("per_loop", 1.0),
+        ("last", 0.5),
+        ("last", 1.0),
+    ]
     assert all(0 < row["tokens"] < report["tokens"] and 1 <= row["mean_depth"] <= 3 for row in rows)
-    assert abs(rows[1]["loss"] - report["depths"][1]["loss"]) < 0.5, "the same samples, but for their first tokens"
+    assert abs(rows[1]["loss"] - report["depths"][1]["loss"]) < 0.5, "the same samples except their first tokens"
 
-    with pytest.raises(UserError, match="prompt_tokens: 32"):  # no token would be left to measure
+    with pytest.raises(UserError, match="prompt_tokens: 32"):  # leaves no token to measure
         main([*arguments, "--kv_caches=last", "--prompt_tokens=32"])
     untrained = dataclasses.replace(
         checkpoint.read_about(step_folder.locate(str(tmp_path / "run"))), gate_trained=False
@@ -114,6 +117,6 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
         (["--checkpont", "x"], r"--checkpont: unknown key; did you mean checkpoint\?"),
     ],
 )
-def test_bad_input(argv, words):
+def test_invalid_arguments(argv, words):
     with pytest.raises(UserError, match=words):
         main(argv)

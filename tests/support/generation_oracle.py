@@ -1,7 +1,7 @@
-"""What the generation tests share: small models, a tokenizer of bytes, and generation the slow way.
+"""Shared by the generation tests: small models, a byte tokenizer, and a slow generator as the oracle.
 
-The slow way is one row, one token, one loop at a time, in double precision, on the oracle's own functions: no batch, no
-padding, no mask, no absorbed projections, and a cache that is a Python list.
+The slow generator runs one row, one token, one loop at a time, in double precision, on the functions of
+looplm.reference: no batch, no padding, no mask, no absorbed projections, and a cache that is a Python list.
 """
 
 import math
@@ -21,9 +21,18 @@ from tests.support.parity import oracle_copy
 
 EOS, VOCAB = 256, 259
 MLA = ModelConfig(
-    vocab_size=VOCAB, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, num_loops=4,
-    kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, max_sequence_length=128,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_layers=2,
+    num_attention_heads=4,
+    num_loops=4,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=6,
+    v_head_dim=10,
+    max_sequence_length=128,
+)
 MHA = replace(MLA, attention="mha")
 SHAPES = {
     "mla": MLA,
@@ -43,7 +52,7 @@ GATES = {
 def build(
     shape: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32
 ) -> LoopLM:
-    """A model that has opinions: weights so large that greedy text is not one token for ever, and a gate that decides."""
+    """Return a model with weights so large that greedy text does not repeat one token, and that the gate decides."""
     torch.manual_seed(3)
     model = LoopLM(shape, gate, groups, dtype).eval()
     for name, parameter in model.named_parameters():
@@ -57,7 +66,7 @@ def build(
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Every byte a token, with the id of its place in the alphabet; 256 to 258 are special."""
+    """Return a tokenizer with one token per byte, numbered as in the alphabet; 256 to 258 are special."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,14 +75,16 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class Slow(NamedTuple):
+class SlowGeneration(NamedTuple):
+    """Ids and depths of the generated tokens."""
+
     ids: list[int]
     depths: list[int]
 
 
 @dataclass
 class SlowGenerator:
-    """Greedy generation of one row with a shared cache and early exit, as their definitions read."""
+    """Greedy generation of one row with a shared cache and early exit, written from their definitions."""
 
     model: LoopLM
     gate_config: GateConfig
@@ -91,17 +102,17 @@ class SlowGenerator:
         self.loops = self.loops or self.model_config.num_loops
         self.states = [[] for _ in range(self.loops)]
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Slow:
+    def generate(self, prompt: list[int], new_tokens: int) -> SlowGeneration:
         token, depth = self.read_prompt(prompt)
         ids, depths = [token], [depth]
         for place in range(len(prompt), len(prompt) + new_tokens - 1):
             token, depth = self.read_token(ids[-1], place)
             ids.append(token)
             depths.append(depth)
-        return Slow(ids, depths)
+        return SlowGeneration(ids, depths)
 
     def read_prompt(self, prompt: list[int]) -> tuple[int, int]:
-        """All loops for all positions, each loop over its own keys and values; then what the mode keeps of them."""
+        """Run all loops on all positions, each over its own keys and values, and keep those that the mode keeps."""
         view = self.view(torch.arange(len(prompt)))
         h_SD, logits, state = self.embed(prompt), [], None
         hidden = [h_SD[-1]]
@@ -132,7 +143,7 @@ class SlowGenerator:
         return self.read_out(hidden[depth]), depth
 
     def score(self, before_1D: Tensor, after_1D: Tensor, loop: int) -> float:
-        """How settled a token is, without a gate."""
+        """Return a score that needs no gate."""
         p_V = (after_1D[0] @ reference.head_weight(self.params, self.model_config).T).softmax(-1)
         if self.signal == "confidence":
             return float(p_V.max())
@@ -142,7 +153,7 @@ class SlowGenerator:
         return 0.0 if loop == 0 else max(0.0, 1 - change)
 
     def read_token(self, token: int, place: int) -> tuple[int, int]:
-        """Loop after loop until the gate says so; past tokens as the mode keeps them, its own key and value as they are."""
+        """Run loops until the token exits. It sees past tokens as the mode keeps them, and itself as in its loop."""
         view = self.view(torch.tensor([place]))
         h_SD, state = self.embed([token]), None
         mine: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.past]
@@ -170,7 +181,7 @@ class SlowGenerator:
         return self.read_out(h_SD[-1]), loop + 1
 
     def ask_gate(self, h_SD: Tensor, state: Tensor | None, loop: int) -> tuple[Tensor, Tensor | None]:
-        """The oracle's gate knows whole sequences only: take its own-state part, then add the mean over all that ran."""
+        """Return the gate's logit and state: the reference's for one position, plus the mean over those that ran."""
         alone = torch.ones(1, 1, 1, dtype=torch.bool)
         plain = replace(self.gate_config, sequence_level=False)
         logit, state = reference.exit_gate(self.gate(), plain, h_SD, state, loop, self.model_config.num_loops, alone)
@@ -181,7 +192,7 @@ class SlowGenerator:
         return logit, state
 
     def blend(self, loops: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What a token that ran these loops is seen as later."""
+        """Return the key and value that later tokens see of a token that ran these loops."""
         if self.mode == "mean":
             keys, values = zip(*loops, strict=True)
             return torch.stack(keys).mean(0), torch.stack(values).mean(0)
@@ -202,7 +213,7 @@ class SlowGenerator:
         return self.params["embedding.word_embeddings.weight"][ids].unsqueeze(1)
 
     def project(self, p: reference.Params, x_SBD: Tensor, view: reference.View) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values [S, 1, H, K] of a layer: the oracle's attention asked for its arguments to `attend`."""
+        """Return a layer's queries, keys and values [S, 1, H, K]: the arguments of the reference's ``attend``."""
         caught: list[tuple[Tensor, Tensor, Tensor]] = []
         attend = reference.attend
         reference.attend = lambda q, k, v, view: caught.append((q, k, v)) or v
@@ -217,7 +228,7 @@ class SlowGenerator:
         return caught[0]
 
     def finish_block(self, p: reference.Params, x_SBD: Tensor, context_SBHK: Tensor) -> Tensor:
-        """From the heads' outputs to the end of the block."""
+        """Run a block from its heads' outputs to its end."""
         eps = self.model_config.norm_eps
         y_SBD = F.linear(context_SBHK.flatten(2), p["self_attention.linear_proj.weight"])
         if self.model_config.sandwich_norm:

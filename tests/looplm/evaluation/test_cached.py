@@ -1,4 +1,4 @@
-"""Loss through the decode path against the cacheless model, and against one row, one token, one loop at a time."""
+"""Loss through the decode path, against the cacheless model and against a slow oracle."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def model(single_process: ProcessGroupCollection) -> LoopLM:
 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three samples of 24 tokens: one document, two, and three, the first of which is no longer than the prompt."""
+    """Return samples of 24 tokens with one, two and three documents, the first of the three as long as the prompt."""
     ids_BS, labels_SB = torch.randint(0, VOCAB, (3, 24)), torch.randint(0, VOCAB, (24, 3))
     mask_SB = (torch.rand(24, 3) > 0.2).float()
     start_SB = torch.zeros(24, 3, dtype=torch.int64)
@@ -34,7 +34,7 @@ def decoded_places(mask_SB: torch.Tensor, start_SB: torch.Tensor) -> torch.Tenso
     return (mask_SB > 0) & (torch.arange(24)[:, None] - start_SB >= PROMPT)
 
 
-def test_samples_fall_apart_into_documents() -> None:
+def test_samples_are_split_into_documents() -> None:
     ids_BS, labels_SB, mask_SB, start_SB = samples()
     texts = texts_of(ids_BS, labels_SB, mask_SB, start_SB)
     assert [len(text.ids) for text in texts] == [24, 9, 15, 5, 9, 10]
@@ -44,7 +44,7 @@ def test_samples_fall_apart_into_documents() -> None:
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.6])
-def test_per_loop_is_the_cacheless_loss(threshold: float, model: LoopLM) -> None:
+def test_per_loop_equals_the_cacheless_loss(threshold: float, model: LoopLM) -> None:
     ids_BS, labels_SB, mask_SB, start_SB = samples()
     with torch.no_grad():
         output = model(ids_BS, document_start_SB=start_SB)
@@ -61,7 +61,7 @@ def test_per_loop_is_the_cacheless_loss(threshold: float, model: LoopLM) -> None
 
 
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
-def test_shared_caches_the_slow_way(mode: str, model: LoopLM) -> None:
+def test_shared_caches_equal_the_oracle(mode: str, model: LoopLM) -> None:
     ids_BS, labels_SB, mask_SB, start_SB = samples()
     texts = texts_of(ids_BS, labels_SB, mask_SB, start_SB)
     tokens = loss = depth = 0.0
@@ -79,15 +79,18 @@ def test_shared_caches_the_slow_way(mode: str, model: LoopLM) -> None:
     assert sums.loss == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_report(model: LoopLM, single_process: ProcessGroupCollection) -> None:
+def test_cache_losses(model: LoopLM, single_process: ProcessGroupCollection) -> None:
     texts = texts_of(*samples())
     rules = [ExitRule(max_depth=4), ExitRule(max_depth=4, threshold=0.9, signal="entropy")]
-    report = cache_losses(model, texts, PROMPT, 4, ["per_loop", "first"], rules, single_process.dp)
-    assert [(row.kv_cache, row.exit_threshold, row.exit_signal) for row in report] == [
-        ("per_loop", 1.0, "gate"), ("per_loop", 0.9, "entropy"), ("first", 1.0, "gate"), ("first", 0.9, "entropy"),
-    ]  # fmt: skip
+    losses = cache_losses(model, texts, PROMPT, 4, ["per_loop", "first"], rules, single_process.dp)
+    assert [(row.kv_cache, row.exit_threshold, row.exit_signal) for row in losses] == [
+        ("per_loop", 1.0, "gate"),
+        ("per_loop", 0.9, "entropy"),
+        ("first", 1.0, "gate"),
+        ("first", 0.9, "entropy"),
+    ]
     sums = decode_texts(model, texts, PROMPT, 4, "first", rules[0])
-    assert report[2].loss == pytest.approx(sums.loss / sums.tokens) and report[2].mean_depth == 4
-    assert report[2].tokens == sums.tokens and report[0].loss != report[2].loss
+    assert losses[2].loss == pytest.approx(sums.loss / sums.tokens) and losses[2].mean_depth == 4
+    assert losses[2].tokens == sums.tokens and losses[0].loss != losses[2].loss
     nothing = cache_losses(model, texts, 24, 4, ["last"], rules[:1], single_process.dp)
     assert nothing[0].tokens == 0

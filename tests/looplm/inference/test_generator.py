@@ -1,4 +1,4 @@
-"""Generation: rows among rows, early exit against the slow way, sampling, text, bad input."""
+"""Generation: batches against single rows, early exit against a slow oracle, sampling, streaming, bad input."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from looplm.megatron.device import DEVICE
 from tests.support.generation_oracle import EOS, GATES, MLA, SHAPES, VOCAB, SlowGenerator, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
-NEVER = -1  # no such token: a random model would end its text as soon as say anything else
+NEVER = -1  # no such token: a random model would sample the end of text as readily as any other
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=16)
 MODES = ["per_loop", "last", "mean", "first"]
 PROMPTS = ["import os\n", "d", "class Parser:\n    def __init__(self", "for x in"]
@@ -36,12 +36,12 @@ def depths(generation: Generation) -> list[int]:
     return [token.depth for token in generation.tokens]
 
 
-# ------------------------------------------------------------------------------------------------ against slower ways
+# ------------------------------------------------------------------------------------------------ against slow oracles
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_text_is_the_cacheless_models(shape: str, single_process: ProcessGroupCollection) -> None:
-    """Each of 200 tokens is the likeliest one by a forward pass over all that precedes it."""
+def test_greedy_text_equals_the_cacheless_models(shape: str, single_process: ProcessGroupCollection) -> None:
+    """Each of 200 tokens is the likeliest one in a forward pass over the whole text before it."""
     roomy = replace(SHAPES[shape], max_sequence_length=256)
     generator = Generator(build(roomy, GATES["lru"], single_process), TOKENIZER, NEVER)
     generations = generator.generate(PROMPTS, replace(GREEDY, max_new_tokens=200))
@@ -52,15 +52,17 @@ def test_greedy_text_is_the_cacheless_models(shape: str, single_process: Process
             logits_SV = F.linear(generator.model(ids_BS).hidden[-1], generator.model.head_weight())[:, 0]
         assert logits_SV.argmax(-1)[len(prompt_ids) - 1 : -1].tolist() == generation.ids
         assert depths(generation) == [4] * 200
-    assert len({i for generation in generations for i in generation.ids}) > 16, "one token for ever would show little"
+    assert len({i for generation in generations for i in generation.ids}) > 16, (
+        "a text that repeats one token would prove little"
+    )
 
 
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
 @pytest.mark.parametrize("shape, gate", [("mla", "lru"), ("gqa", "sequence"), ("mla-query-latent", "linear")])
-def test_shared_caches_and_early_exit_the_slow_way(
+def test_shared_caches_and_early_exit_equal_the_oracle(
     shape: str, gate: str, mode: str, single_process: ProcessGroupCollection
 ) -> None:
-    """Ids and depths of a batch whose tokens leave at different loops, against one row, one token, one loop at a time."""
+    """Tokens of a batch exit at different loops; the oracle runs one row, one token, one loop at a time."""
     generator = generator_of(single_process, shape, gate)
     config = replace(GREEDY, kv_cache=mode, exit_threshold=0.6)
     seen = set()
@@ -70,17 +72,17 @@ def test_shared_caches_and_early_exit_the_slow_way(
         assert generation.ids == expected.ids
         assert depths(generation) == expected.depths
         seen |= set(expected.depths)
-    assert len(seen) > 1, "the gate must decide something, or this shows nothing"
+    assert len(seen) > 1, "the gate must decide something, or this proves nothing"
 
 
 @pytest.mark.parametrize(
     "signal, threshold, mode, loops",
     [("confidence", 0.06, "last", 6), ("entropy", 0.12, "mean", 4), ("change", 0.4, "last", 6)],
 )
-def test_exits_that_ask_no_gate_the_slow_way(
+def test_exits_without_a_gate_equal_the_oracle(
     signal: str, threshold: float, mode: str, loops: int, single_process: ProcessGroupCollection
 ) -> None:
-    """Also beyond the trained depth, where the gate has no say."""
+    """Also beyond the trained depth, where no gate can decide."""
     model = build(MLA, GATES["lru"], single_process)
     generator = Generator(model, TOKENIZER, NEVER, gate_trained=False)
     config = replace(GREEDY, kv_cache=mode, exit_threshold=threshold, exit_signal=signal, max_depth=loops)
@@ -90,10 +92,10 @@ def test_exits_that_ask_no_gate_the_slow_way(
         expected = slow.generate(TOKENIZER.encode(generation.prompt).ids, len(generation.tokens))
         assert (generation.ids, generation.depths) == tuple(expected)
         seen |= set(expected.depths)
-    assert len(seen) > 1, "the score must decide something, or this shows nothing"
+    assert len(seen) > 1, "the score must decide something, or this proves nothing"
 
 
-def test_scores_are_between_0_and_1_and_reach_both() -> None:
+def test_scores_range_from_0_to_1() -> None:
     flat, sure = torch.zeros(1, 50), torch.tensor([[1e4] + [0.0] * 49])
     assert confidence(torch.cat((flat, sure))).tolist() == pytest.approx([0.02, 1.0])
     assert certainty(torch.cat((flat, sure))).tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
@@ -103,8 +105,8 @@ def test_scores_are_between_0_and_1_and_reach_both() -> None:
 
 @pytest.mark.parametrize("threshold", [None, 0.6])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_row_in_a_batch_is_the_row_alone(mode: str, threshold: float | None, generator: Generator) -> None:
-    """Also while others end: the row that stops first leaves the others' compute."""
+def test_a_row_in_a_batch_equals_the_row_alone(mode: str, threshold: float | None, generator: Generator) -> None:
+    """Also while other rows end: the row that ends first is dropped from the batch."""
     config = replace(GREEDY, kv_cache=mode, exit_threshold=threshold)
     [first] = generator.generate(PROMPTS[:1], config)
     generator = Generator(generator.model, TOKENIZER, eos_id=first.ids[6])
@@ -127,8 +129,8 @@ def test_depth_bounds_and_thresholds(generator: Generator) -> None:
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 
-def drawn(logits: list[float], **settings: float) -> list[float]:
-    """How often each id is drawn by evenly spaced uniform numbers."""
+def frequencies(logits: list[float], **settings: float) -> list[float]:
+    """Return how often each id is sampled by evenly spaced uniform numbers."""
     n = 20_000
     ids = sample(probabilities(torch.tensor([logits]).expand(n, -1), **settings), (torch.arange(n).double() + 0.5) / n)
     return (ids.bincount(minlength=len(logits)) / n).tolist()
@@ -148,12 +150,12 @@ def drawn(logits: list[float], **settings: float) -> list[float]:
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),  # 0.4 of 0.9 is below a half
     ],
 )
-def test_what_is_drawn_and_how_often(settings: dict[str, float], expected: list[float]) -> None:
+def test_sampling_frequencies(settings: dict[str, float], expected: list[float]) -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().tolist()
-    assert drawn(logits, **settings) == pytest.approx(expected, abs=1e-3)
+    assert frequencies(logits, **settings) == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_extreme_uniform_numbers_draw_a_token_that_may_be_drawn() -> None:
+def test_extreme_uniform_numbers_sample_no_excluded_token() -> None:
     logits_NV = torch.randn(500, 1000)
     largest = torch.ones(500, dtype=torch.float64).nextafter(torch.zeros(500, dtype=torch.float64))
     for uniform_N in (largest, torch.zeros_like(largest)):
@@ -163,7 +165,7 @@ def test_the_extreme_uniform_numbers_draw_a_token_that_may_be_drawn() -> None:
             assert not settings or (probability_N1 > 1 / 1000).all(), "far tails are cut off"
 
 
-def test_repetition_penalty_both_ways_from_zero(generator: Generator) -> None:
+def test_repetition_penalty_for_positive_and_negative_logits(generator: Generator) -> None:
     seen = torch.tensor([[True, True, False, False]])
     assert penalize_repetition(torch.tensor([[2.0, -2.0, 2.0, -2.0]]), seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
     [plain] = generator.generate(PROMPTS[:1], replace(GREEDY, max_new_tokens=60))
@@ -172,7 +174,7 @@ def test_repetition_penalty_both_ways_from_zero(generator: Generator) -> None:
     assert not set(penalized.ids) & set(TOKENIZER.encode(PROMPTS[0]).ids), "the prompt counts as seen"
 
 
-def test_seeds_reproduce_and_belong_to_rows(generator: Generator) -> None:
+def test_seeds_reproduce_texts_and_belong_to_requests(generator: Generator) -> None:
     config = GenerationConfig(temperature=1.5, seed=11, max_new_tokens=16, kv_cache="last", exit_threshold=0.6)
     same = generator.generate([PROMPTS[0]] * 3, config)
     assert same == generator.generate([PROMPTS[0]] * 3, config)
@@ -184,8 +186,8 @@ def test_seeds_reproduce_and_belong_to_rows(generator: Generator) -> None:
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def streamed(text: bytes, stop: tuple[str, ...] = ()) -> tuple[TextStream, list[Token]]:
-    """Bytes through a stream one token each, until it stops; also the tokens in the order they could be shown."""
+def pushed(text: bytes, stop: tuple[str, ...] = ()) -> tuple[TextStream, list[Token]]:
+    """Push bytes as one token each until the stream stops; also return the tokens in the order they became final."""
     alphabet = TOKENIZER.get_vocab()
     letters = {byte: letter for letter, byte in _letters().items()}
     stream, shown = TextStream(TOKENIZER, [], stop), []
@@ -197,7 +199,7 @@ def streamed(text: bytes, stop: tuple[str, ...] = ()) -> tuple[TextStream, list[
 
 
 def _letters() -> dict[str, int]:
-    """The alphabet of byte-level tokenizers: printable bytes stand for themselves, the others for 256, 257, ..."""
+    """Return byte-level tokenizers' alphabet: printable bytes map to themselves, the others to 256, 257, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -207,11 +209,11 @@ def _letters() -> dict[str, int]:
     "text",
     [b"plain", "naïve 漢字 🙂!".encode(), "🙂".encode()[:3], b"a\xff\xfe b\x80", "漢".encode()[:1] + b"x", b""],
 )
-def test_token_texts_are_the_whole_text(text: bytes) -> None:
-    stream, shown = streamed(text)
+def test_token_texts_join_to_the_whole_text(text: bytes) -> None:
+    stream, shown = pushed(text)
     assert "".join(token.text for token in stream.tokens) == text.decode("utf-8", errors="replace")
     assert [token.depth for token in stream.tokens] == list(range(len(text)))
-    assert shown == stream.tokens, "all of them are shown, once, in order, as they stay"
+    assert shown == stream.tokens, "each token is shown once, in order, with its final text"
 
 
 @pytest.mark.parametrize(
@@ -226,15 +228,15 @@ def test_token_texts_are_the_whole_text(text: bytes) -> None:
     ],
 )
 def test_stop_strings(stop: tuple[str, ...], expected: str) -> None:
-    """Nothing of the stop string is in the text, nor was any of it shown before it was known to be one."""
-    stream, shown = streamed(b"abcdefg", stop)
+    """No part of a stop string is in the text, or is shown before it turns out to be one."""
+    stream, shown = pushed(b"abcdefg", stop)
     assert "".join(token.text for token in stream.tokens) == expected
     assert shown == stream.tokens
     assert stream.stopped == (expected != "abcdefg")
 
 
 def test_a_stop_string_that_ends_inside_a_token() -> None:
-    class Words(NamedTuple):  # a tokenizer whose tokens are longer than a character
+    class Words(NamedTuple):  # a tokenizer whose tokens have several characters
         words: tuple[str, ...] = ("one ", "two; three", " four")
 
         def decode(self, ids: list[int]) -> str:
@@ -254,7 +256,7 @@ def test_streaming_shows_what_is_returned(generator: Generator) -> None:
     assert [shown.get(index, []) for index in range(5)] == [generation.tokens for generation in generations]
 
 
-def test_why_a_text_ends(generator: Generator, single_process: ProcessGroupCollection) -> None:
+def test_finish_reasons(generator: Generator, single_process: ProcessGroupCollection) -> None:
     [first] = generator.generate(PROMPTS[:1], GREEDY)
     assert first.finish == "length" and len(first.tokens) == 16
     eos = first.ids[7]
@@ -269,16 +271,16 @@ def test_why_a_text_ends(generator: Generator, single_process: ProcessGroupColle
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_a_bad_row_does_not_take_the_batch_with_it(generator: Generator) -> None:
+def test_an_invalid_request_does_not_affect_the_others(generator: Generator) -> None:
     [good] = generator.generate(PROMPTS[:1], GREEDY)
     rows = generator.generate([PROMPTS[0], "", "x" * 128, [5, VOCAB], [-1], []], GREEDY)
     assert rows[0] == good
     for row, word in zip(rows[1:], ["empty", "128 tokens", f"id {VOCAB}", "id -1", "empty"], strict=True):
         assert row.finish == "error" and word in str(row.error) and "\n" not in str(row.error) and not row.tokens
-    assert all(row.error for row in generator.generate(["", ""], GREEDY)), "none can go on: nothing to run"
+    assert all(row.error for row in generator.generate(["", ""], GREEDY)), "no request is valid, so nothing runs"
 
 
-def test_a_row_whose_logits_break_ends_alone(single_process: ProcessGroupCollection) -> None:
+def test_a_row_whose_logits_are_not_finite_ends_alone(single_process: ProcessGroupCollection) -> None:
     generator = generator_of(single_process)
     expected = generator.generate(PROMPTS[:1], GREEDY)
     with torch.no_grad():
@@ -314,7 +316,7 @@ def test_a_row_whose_logits_break_ends_alone(single_process: ProcessGroupCollect
         ({"seed": -1}, "seed"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, object], key: str, generator: Generator) -> None:
+def test_invalid_settings(settings: dict[str, object], key: str, generator: Generator) -> None:
     with pytest.raises(UserError, match=rf"^{key}: ") as caught:
         generator.generate(PROMPTS, GenerationConfig(**settings))
     assert "\n" not in str(caught.value)

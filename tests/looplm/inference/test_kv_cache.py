@@ -1,4 +1,4 @@
-"""Decoding through a cache against the model's own forward without one, and what a cache costs."""
+"""Decoding through a cache against the model's own forward pass without one, and the cache's memory."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ OURO = {"vocab_size": 49152, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_
 def teacher_forced(
     model: LoopLM, rule: ExitRule, mode: str = "per_loop", piece: int = 1000
 ) -> tuple[torch.Tensor, list[NextLogits]]:
-    """Feed given ids through prefill and decode: the ids [B, S], and a step for each new token."""
+    """Run random ids through prefill and decode, and return the ids [B, S] and the logits at each new token."""
     ids_BS = torch.randint(0, VOCAB, (len(LENGTHS), max(LENGTHS) + NEW), device=DEVICE)
     texts = ids_BS.tolist()
     prompts = [text[:length] for text, length in zip(texts, LENGTHS, strict=True)]
@@ -38,7 +38,7 @@ def teacher_forced(
 
 
 def splitting_threshold(model: LoopLM) -> float:
-    """A threshold that about half of random tokens reach within two loops, whatever the gate's first weights."""
+    """Return a threshold that half of random tokens reach within two loops, whatever the gate's initial weights."""
     with torch.no_grad():
         logit_RSB = model(torch.randint(0, VOCAB, (4, 16), device=DEVICE)).gate_logit_RSB
     return float(exit_log_probs(logit_RSB)[:2].exp().sum(0).median())
@@ -46,8 +46,8 @@ def splitting_threshold(model: LoopLM) -> float:
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_per_loop_is_the_cacheless_model(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
-    """Logits and exit depth of every token, rows of different length side by side."""
+def test_per_loop_equals_the_cacheless_model(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
+    """Logits and exit depth of every token, with rows of different lengths side by side."""
     model = build(SHAPES[shape], GATES[gate], single_process)
     threshold = splitting_threshold(model)
     ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4, threshold=threshold))
@@ -63,11 +63,11 @@ def test_per_loop_is_the_cacheless_model(shape: str, gate: str, single_process: 
             assert step.depths[row] == depth
             torch.testing.assert_close(step.logits_NV[row], logits_RSBV[depth - 1, place, row], rtol=0, atol=1e-4)
             depths.add(depth)
-    assert len(depths) > 1, "the gate must decide something, or this shows nothing"
+    assert len(depths) > 1, "the gate must decide something, or this proves nothing"
 
 
 @pytest.mark.parametrize("threshold, outside", [(0.45, 1), (0.6, 4)])
-def test_depth_bounds_clamp_what_the_gate_says(
+def test_depth_bounds_clamp_the_gates_depths(
     threshold: float, outside: int, single_process: ProcessGroupCollection
 ) -> None:
     model = build(MLA, GATES["sequence"], single_process)
@@ -93,10 +93,10 @@ def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: Pro
 
 @pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
 @pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
-def test_a_prompt_in_pieces_is_the_prompt_at_once(
+def test_a_prompt_in_pieces_equals_the_prompt_at_once(
     shape: str, gate: str, mode: str, single_process: ProcessGroupCollection
 ) -> None:
-    """What is drawn after it, and what every later token sees of it."""
+    """Both the logits after it and the logits of later tokens, which attend to it."""
     model = build(SHAPES[shape], GATES[gate], single_process)
     rule, steps = ExitRule(max_depth=4, threshold=splitting_threshold(model)), {}
     for piece in (1000, 3, 12):  # 3 and 12 tokens of 3 prompts: 1 and 4 positions at a time
@@ -105,13 +105,13 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(
     for piece in (3, 12):
         for whole, pieces in zip(steps[1000], steps[piece], strict=True):
             assert pieces.depths == whole.depths
-            # Where tokens see each other's last loops, rounding goes round too.
+            # If tokens attend to each other's last loops, rounding errors are fed back.
             torch.testing.assert_close(pieces.logits_NV, whole.logits_NV, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", ["mla", "gqa"])
 def test_bf16(shape: str, single_process: ProcessGroupCollection) -> None:
-    """The order of the products differs (absorbed, one token at a time), so only rounding may."""
+    """Products are taken in another order (absorbed, one token at a time), so only rounding may differ."""
     model = build(SHAPES[shape], GATES["sequence"], single_process, torch.bfloat16)
     ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4))
     with torch.no_grad():
@@ -134,8 +134,8 @@ def test_one_loop_has_nothing_to_share(mode: str, single_process: ProcessGroupCo
 
 
 @pytest.mark.parametrize("mode, seen_later", [("last", 3.0), ("mean", 2.0), ("first", 1.0)])
-def test_what_a_shared_cache_shows(mode: str, seen_later: float) -> None:
-    """A token with entries 1, 2, 3 in its three loops: itself sees each, the next token sees what the mode says."""
+def test_entries_that_tokens_see_in_a_shared_cache(mode: str, seen_later: float) -> None:
+    """A token has entries 1, 2, 3 in its three loops. It sees each itself; the next token sees what the mode says."""
     cache = KVCache(MLA, mode, 2, 3, torch.float32, DEVICE)
     width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
     cache.reserve(2)
@@ -152,7 +152,7 @@ def test_what_a_shared_cache_shows(mode: str, seen_later: float) -> None:
 def look(
     cache: KVCache, rows: list[int], loops: list[int], positions: list[int], entry_1NW: torch.Tensor
 ) -> torch.Tensor:
-    """What tokens see in layer 0 while they pass."""
+    """Return the entries of layer 0 that tokens see during a pass."""
     index = cache.index(rows, loops, positions)
     seen_NTW, blended = cache.write(0, index, entry_1NW)
     seen_NTW = seen_NTW.clone()
@@ -161,7 +161,7 @@ def look(
     return seen_NTW
 
 
-def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
+def test_growing_by_blocks_keeps_the_entries() -> None:
     cache = KVCache(MLA, "per_loop", 2, 2, torch.float32, DEVICE, block=4)
     width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
     entry_SNW = torch.randn(3, 2, width, device=DEVICE)
@@ -176,31 +176,31 @@ def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
     assert torch.equal(seen_NTW.transpose(0, 1), torch.cat((entry_SNW + 1, new_1NW)))
 
 
-def measured_bytes_per_token(shape: ModelConfig, mode: str, dtype: torch.dtype) -> int:
-    """From a real allocation of one block for one row."""
-    cache = KVCache(shape, mode, 1, shape.num_loops, dtype, DEVICE, block=16)
+def measured_bytes_per_token(config: ModelConfig, mode: str, dtype: torch.dtype) -> int:
+    """Return bytes per token, from a real allocation of one block for one row."""
+    cache = KVCache(config, mode, 1, config.num_loops, dtype, DEVICE, block=16)
     cache.reserve(1)
-    caches, allocated = shape.num_loops if mode == "per_loop" else 1, sum(layer.nbytes for layer in cache.layers_XTW)
-    assert allocated == cache_values_per_token(shape, caches) * dtype.itemsize * cache.capacity
+    caches, allocated = config.num_loops if mode == "per_loop" else 1, sum(layer.nbytes for layer in cache.layers_XTW)
+    assert allocated == cache_values_per_token(config, caches) * dtype.itemsize * cache.capacity
     return allocated // cache.capacity
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
-def test_a_shared_cache_costs_one_loop(shape: str, mode: str) -> None:
+def test_a_shared_cache_takes_the_memory_of_one_loop(shape: str, mode: str) -> None:
     per_loop = measured_bytes_per_token(SHAPES[shape], "per_loop", torch.float32)
     assert measured_bytes_per_token(SHAPES[shape], mode, torch.float32) * SHAPES[shape].num_loops == per_loop
 
 
-def test_latents_and_sharing_at_ouros_shape() -> None:
+def test_memory_of_latents_and_sharing_at_ouros_sizes() -> None:
     ouro = measured_bytes_per_token(ModelConfig(**OURO, attention="mha"), "per_loop", torch.bfloat16)
     ours = measured_bytes_per_token(ModelConfig(**OURO, kv_lora_rank=512, qk_rope_head_dim=64), "last", torch.bfloat16)
     assert ouro == 768 * 1024
     assert ours * 25 <= ouro
 
 
-def test_a_generation_does_not_touch_what_training_needs(single_process: ProcessGroupCollection) -> None:
-    """Tensors made in inference mode must not stay behind in the model's own caches."""
+def test_training_works_after_generation(single_process: ProcessGroupCollection) -> None:
+    """No tensor made in inference mode may remain in the model's own caches."""
     model = build(MLA, GateConfig(), single_process)
     ids_BS, _ = teacher_forced(model, ExitRule(max_depth=4, threshold=0.5), "last")
     model(ids_BS).hidden[-1].sum().backward()

@@ -1,4 +1,4 @@
-"""Continuous depth batching: many requests, few rows, tokens of different loops in one pass."""
+"""Continuous depth batching: many requests in few rows, tokens of different loops in one pass."""
 
 import random
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ def generator(single_process: ProcessGroupCollection) -> Generator:
     return generator_of(single_process)
 
 
-def mixed(count: int) -> list[Request]:
-    """Prompts of 1 to 60 tokens, continued by 1 to 9."""
+def mixed_requests(count: int) -> list[Request]:
+    """Return requests with prompts of 1 to 60 tokens, to be continued by 1 to 9."""
     dice = random.Random(4)
     sizes = [(dice.choice([1, 3, 8, 20, 60]), dice.randint(1, 9)) for _ in range(count)]
     return [
@@ -39,65 +39,67 @@ def mixed(count: int) -> list[Request]:
     ]
 
 
-def said(generation: Generation) -> tuple[list[int], list[int]]:
+def ids_and_depths(generation: Generation) -> tuple[list[int], list[int]]:
     return generation.ids, generation.depths
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_stream_of_64_requests_equals_each_alone(mode: str, generator: Generator) -> None:
-    """More requests than rows, early exit, prompts longer than a chunk: text and depths of each as if it were alone."""
-    requests, config = mixed(64), replace(GREEDY, kv_cache=mode, exit_threshold=0.6)
+    """With more requests than rows, early exit, and prompts longer than a chunk."""
+    requests, config = mixed_requests(64), replace(GREEDY, kv_cache=mode, exit_threshold=0.6)
     together = generator.generate(iter(requests), config)
     for request, generation in zip(requests, together, strict=True):
-        assert said(generation) == said(generator.generate([request], config)[0])
+        assert ids_and_depths(generation) == ids_and_depths(generator.generate([request], config)[0])
     assert len(together) == 64 and len({depth for generation in together for depth in generation.depths}) > 1
 
 
 @pytest.mark.parametrize("shape, gate, mode", [("gqa", "sequence", "mean"), ("mla-query-latent", "linear", "per_loop")])
-def test_a_stream_the_slow_way(shape: str, gate: str, mode: str, single_process: ProcessGroupCollection) -> None:
-    """Against one row, one token, one loop at a time; the sums of the gate move with the rows."""
+def test_a_stream_equals_the_oracle(shape: str, gate: str, mode: str, single_process: ProcessGroupCollection) -> None:
+    """The oracle runs one row, one token, one loop at a time. The gate's sums must move with the rows."""
     generator = generator_of(single_process, shape, gate)
-    requests = mixed(10)
+    requests = mixed_requests(10)
     for request, generation in zip(
         requests, generator.generate(iter(requests), replace(GREEDY, kv_cache=mode, exit_threshold=0.6)), strict=True
     ):
         if mode == "per_loop":
             alone = generator.generate([request], replace(GREEDY, exit_threshold=0.6, batch_size=1))[0]
-            assert said(generation) == said(alone)
+            assert ids_and_depths(generation) == ids_and_depths(alone)
         else:
             slow = SlowGenerator(generator.model, GATES[gate], mode, threshold=0.6)
-            assert said(generation) == tuple(slow.generate(list(request.prompt), len(generation.tokens)))
+            assert ids_and_depths(generation) == tuple(slow.generate(list(request.prompt), len(generation.tokens)))
 
 
 @pytest.mark.parametrize("mode", ["per_loop", "last"])
 def test_sampled_text_does_not_depend_on_neighbours(mode: str, generator: Generator) -> None:
-    requests = mixed(12)
+    requests = mixed_requests(12)
     config = replace(GREEDY, temperature=1.2, top_p=0.9, kv_cache=mode, exit_threshold=0.6, repetition_penalty=1.3)
     together = generator.generate(iter(requests), config)
     backwards = generator.generate(iter(requests[::-1]), replace(config, batch_size=3, seed=5))
-    assert [said(g) for g in together] == [said(g) for g in backwards[::-1]]
+    assert [ids_and_depths(g) for g in together] == [ids_and_depths(g) for g in backwards[::-1]]
 
 
-class Watched(list[list[tuple[int, int, int]]]):
+class Passes(list[list[tuple[int, int, int]]]):
     """(row, loop, position) of the tokens of every pass."""
 
-    def watch(self, monkeypatch: pytest.MonkeyPatch) -> "Watched":
+    def record(self, monkeypatch: pytest.MonkeyPatch) -> "Passes":
         index = KVCache.index
 
-        def watched(cache: KVCache, rows: list[int], loops: list[int], positions: list[int], length: int) -> CacheIndex:
+        def recorded(
+            cache: KVCache, rows: list[int], loops: list[int], positions: list[int], length: int
+        ) -> CacheIndex:
             self.append(list(zip(rows, loops, positions, strict=True)))
             return index(cache, rows, loops, positions, length)
 
-        monkeypatch.setattr(KVCache, "index", watched)
+        monkeypatch.setattr(KVCache, "index", recorded)
         return self
 
 
 @pytest.mark.parametrize("mode", ["per_loop", "last"])
-def test_a_token_follows_in_the_very_next_pass(
+def test_the_next_token_starts_in_the_very_next_pass(
     mode: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each row's tokens start at loop 1 right after the one before has left, and rows share passes at different loops."""
-    passes = Watched().watch(monkeypatch)
+    """A row's token starts at loop 1 right after the one before it exits, and rows share passes at different loops."""
+    passes = Passes().record(monkeypatch)
     config = replace(GREEDY, kv_cache=mode, exit_threshold=0.6, max_new_tokens=12)
     generations = generator.generate(["abc", "x", "hello world"], config)
     assert any(len({loop for _, loop, _ in tokens}) > 1 for tokens in passes)
@@ -108,7 +110,7 @@ def test_a_token_follows_in_the_very_next_pass(
             for loop in range(depth):
                 assert (loop, prompt + place) in {token[1:] for token in passes[start + loop]}
             start += depth
-    if mode == "last":  # whoever left is out of the compute
+    if mode == "last":  # a token that exited takes part in no further pass
         ran = sum(depth for generation in generations for depth in generation.depths[1:])
         assert sum(len(tokens) for tokens in passes) == ran
 
@@ -116,7 +118,7 @@ def test_a_token_follows_in_the_very_next_pass(
 def test_with_a_cache_per_loop_a_token_runs_on_behind_its_successor(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes = Watched().watch(monkeypatch)
+    passes = Passes().record(monkeypatch)
     config = replace(GREEDY, exit_threshold=0.0, max_new_tokens=9)
     generator.generate(["abc"], config)
     assert [len(tokens) for tokens in passes] == [1, 2, 3, 4, 4, 4, 4, 4]
@@ -125,13 +127,13 @@ def test_with_a_cache_per_loop_a_token_runs_on_behind_its_successor(
 
 
 def test_free_rows_are_filled_and_holes_closed(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full depth, five rows: every pass holds the first rows, without gaps, as many as there are requests for."""
-    passes = Watched().watch(monkeypatch)
+    """Every pass contains the first rows without gaps, as many as there are requests; full depth, five rows."""
+    passes = Passes().record(monkeypatch)
     requests = [Request("ab", max_new_tokens=new) for new in (3, 9, 4, 2, 8, 8, 5, 9, 3)]
     generator.generate(iter(requests), replace(GREEDY, kv_cache="last"))
     for tokens in passes:
         assert [row for row, _, _ in tokens] == list(range(len(tokens)))
-    assert [len(tokens) for tokens in passes[::4]][:6] == [5] * 6, "while requests wait, all rows are in use"
+    assert [len(tokens) for tokens in passes[::4]][:6] == [5] * 6, "all rows are in use while requests wait"
     assert sum(len(tokens) for tokens in passes) == 4 * sum(r.max_new_tokens - 1 for r in requests)
 
 
@@ -150,8 +152,8 @@ def test_an_endless_queue_is_read_as_rows_become_free(generator: Generator) -> N
     assert errors == {index for index, _ in first if index % 7 == 0} and len(errors) > 1
 
 
-def test_a_long_prompt_holds_up_nobody(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read a piece at a time, and the others take a pass between two pieces."""
+def test_a_long_prompt_does_not_hold_up_others(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read a piece at a time, and other rows take a pass between two pieces."""
     order: list[str] = []
     advance = DepthBatch.advance
     monkeypatch.setattr(DepthBatch, "advance", lambda batch: order.append("pass") or advance(batch))
@@ -166,15 +168,16 @@ def test_a_long_prompt_holds_up_nobody(generator: Generator, monkeypatch: pytest
         "a short piece at a prompt's end leaves room for another"
     )
     whole = [generator.generate([request], replace(config, prefill_chunk=1000))[0] for request in (short, long)]
-    assert [said(g) for g in together] == [said(g) for g in whole]
+    assert [ids_and_depths(g) for g in together] == [ids_and_depths(g) for g in whole]
 
 
-def test_a_broken_row_leaves_nothing_behind(single_process: ProcessGroupCollection) -> None:
-    """Its cache held NaN; the request that gets its row must not see them, hidden by a mask or not."""
+def test_a_row_that_is_not_finite_is_zeroed(single_process: ProcessGroupCollection) -> None:
+    """The request that gets its row must not see the NaNs, not even behind a mask."""
     generator = generator_of(single_process)
     requests = [Request("x" * 20), Request("ab~cd"), Request("yz"), Request("a~"), Request("hello")]
     expected = {
-        index: said(generator.generate([requests[index]], replace(GREEDY, max_new_tokens=6))[0]) for index in (0, 2, 4)
+        index: ids_and_depths(generator.generate([requests[index]], replace(GREEDY, max_new_tokens=6))[0])
+        for index in (0, 2, 4)
     }
     with torch.no_grad():
         generator.model.embedding.word_embeddings.weight[TOKENIZER.encode("~").ids] = float("nan")
@@ -183,4 +186,4 @@ def test_a_broken_row_leaves_nothing_behind(single_process: ProcessGroupCollecti
         generations = generator.generate(iter(requests), config)
         assert [g.finish for g in generations] == ["length", "error", "length", "error", "length"]
         if mode == "per_loop":
-            assert {index: said(generations[index]) for index in expected} == expected
+            assert {index: ids_and_depths(generations[index]) for index in expected} == expected

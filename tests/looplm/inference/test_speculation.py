@@ -1,4 +1,4 @@
-"""Self-speculation: the text is the one that all loops would have written, only sooner."""
+"""Self-speculation: the text is the same as by all loops, in fewer passes."""
 
 import random
 from dataclasses import replace
@@ -18,7 +18,8 @@ TOKENIZER = byte_tokenizer()
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=24, batch_size=8)
 
 
-def twenty() -> list[Request]:
+def twenty_requests() -> list[Request]:
+    """Return 20 prompts of mixed lengths."""
     dice = random.Random(2)
     return [Request([dice.randrange(256) for _ in range(dice.choice([1, 4, 9, 33]))]) for _ in range(20)]
 
@@ -29,7 +30,7 @@ def generator(single_process: ProcessGroupCollection) -> Generator:
 
 
 def generator_of(shape: str, groups: ProcessGroupCollection) -> Generator:
-    """A model whose later loops change little: drafts are worth something, and not everything."""
+    """Return a generator whose drafts are often, but not always, accepted."""
     model = build(SHAPES[shape], GATES["lru"], groups)
     return Generator(model, TOKENIZER, eos_id=-1)
 
@@ -44,20 +45,20 @@ def generator_of(shape: str, groups: ProcessGroupCollection) -> Generator:
         ("mla-query-latent", {"speculate": 2, "draft_depth": 5, "depth": 6}),
     ],
 )
-def test_greedy_text_is_that_of_full_depth(
+def test_greedy_text_equals_full_depth(
     shape: str, settings: dict[str, int], single_process: ProcessGroupCollection
 ) -> None:
-    """20 prompts of mixed lengths through 8 rows; some drafts stand and some do not."""
+    """20 prompts of mixed lengths run in 8 rows. Some drafts are accepted and some are not."""
     generator, config = generator_of(shape, single_process), replace(GREEDY, **settings)
-    drafted = generator.generate(iter(twenty()), config)
-    plain = generator.generate(iter(twenty()), replace(config, speculate=0, draft_depth=1))
+    drafted = generator.generate(iter(twenty_requests()), config)
+    plain = generator.generate(iter(twenty_requests()), replace(config, speculate=0, draft_depth=1))
     assert [g.ids for g in drafted] == [g.ids for g in plain]
     assert [g.depths for g in drafted] == [g.depths for g in plain]
     assert 0 < sum(g.accepted for g in drafted) < sum(g.drafted for g in drafted)
 
 
-def test_the_draft_saves_passes(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every draft right, k tokens cost k d + R - d passes instead of k R."""
+def test_drafts_save_passes(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every draft is accepted, k tokens take k d + R - d passes instead of k R."""
     passes: list[int] = []
     run = TextBatch.run_pass
     monkeypatch.setattr(TextBatch, "run_pass", lambda self, h, *rest: passes.append(len(h)) or run(self, h, *rest))
@@ -72,7 +73,7 @@ def _accept_all(sampler, rows, drafted_kN, p_kNV, q_kNV):  # type: ignore[no-unt
 
 @pytest.mark.parametrize("settings", [{"top_p": 1.0}, {"top_k": 5, "top_p": 0.8, "repetition_penalty": 2.0}])
 def test_sampled_tokens_are_distributed_as_without_a_draft(settings: dict[str, float], generator: Generator) -> None:
-    """The second and third token of many samples, against the exact law of the second and the undrafted third."""
+    """The second and third token of many samples, with drafts and without."""
     config = replace(GREEDY, temperature=0.7, max_new_tokens=3, batch_size=500, **settings)
     requests = [Request("ab", seed=seed) for seed in range(1000)]
     drafted = generator.generate(requests, replace(config, speculate=2))
@@ -83,13 +84,13 @@ def test_sampled_tokens_are_distributed_as_without_a_draft(settings: dict[str, f
             torch.tensor([g.ids[place] for g in batch]).bincount(minlength=259) / len(batch)
             for batch in (drafted, plain)
         )
-        # Total variation of two samples of one law: for each id about its standard deviation.
+        # Total variation of two samples of one distribution: for each id about its standard deviation.
         noise = (2 * (ours + theirs) / 2 / len(requests)).sqrt().sum() / 2
         assert (ours - theirs).abs().sum() / 2 < 1.2 * noise
 
 
-def test_the_check_is_the_rejection_rule() -> None:
-    """Two laws over four ids, one draft: what comes out is drawn from p, and min(p, q) of it is the draft's."""
+def test_checking_follows_the_rejection_rule() -> None:
+    """For two distributions over four ids, the result is distributed as p, and a share of min(p, q) are drafts."""
     p, q = torch.tensor([0.1, 0.4, 0.5, 0.0]).double(), torch.tensor([0.4, 0.4, 0.1, 0.1]).double()
     dice = random.Random(0)
 
@@ -99,14 +100,15 @@ def test_the_check_is_the_rejection_rule() -> None:
 
     n = 6000
     drafts = [torch.multinomial(q, n, replacement=True, generator=torch.Generator().manual_seed(1)).tolist()]
-    checked = speculation.check_drafts(Dice(), range(n), drafts, p.expand(1, n, -1), q.expand(1, n, -1))  # type: ignore[arg-type]
+    p_1NV, q_1NV = p.expand(1, n, -1), q.expand(1, n, -1)
+    checked = speculation.check_drafts(Dice(), range(n), drafts, p_1NV, q_1NV)  # type: ignore[arg-type]
     frequency = torch.tensor([ids[0] for ids, _ in checked]).bincount(minlength=4) / n
     torch.testing.assert_close(frequency.double(), p, rtol=0, atol=0.025)
     accepted = sum(accepted for _, accepted in checked) / n
     assert accepted == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.025)
 
 
-def test_laws_add_up() -> None:
+def test_probabilities_add_up_to_1() -> None:
     logits = torch.randn(3, 50)
     for settings in ({}, {"top_k": 7}, {"top_p": 0.4}, {"top_k": 7, "top_p": 0.4}):
         torch.testing.assert_close(probabilities(logits, 0.7, **settings).sum(-1), torch.ones(3).double())
@@ -114,7 +116,7 @@ def test_laws_add_up() -> None:
 
 
 def test_a_draft_ends_with_the_text(generator: Generator) -> None:
-    """End of text, a stop string or the length inside a draft: nothing of the rest is kept."""
+    """If end of text, a stop string or the length limit falls into a draft, the rest of it is dropped."""
     [plain] = generator.generate(["abc"], GREEDY)
     eos = Generator(generator.model, TOKENIZER, eos_id=plain.ids[5])
     for config in (GREEDY, replace(GREEDY, stop=(plain.text[3:5],)), replace(GREEDY, max_new_tokens=7)):
@@ -125,7 +127,7 @@ def test_a_draft_ends_with_the_text(generator: Generator) -> None:
     assert (full.finish, len(full.tokens)) == ("context", 8)
 
 
-def test_a_broken_row_ends_alone(single_process: ProcessGroupCollection) -> None:
+def test_a_row_that_is_not_finite_ends_alone(single_process: ProcessGroupCollection) -> None:
     generator = generator_of("mla", single_process)
     config = replace(GREEDY, speculate=3, batch_size=2)
     [expected] = generator.generate(["abc"], config)
@@ -148,6 +150,6 @@ def test_a_broken_row_ends_alone(single_process: ProcessGroupCollection) -> None
         ({"draft_depth": 2}, "draft_depth"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, object], key: str, generator: Generator) -> None:
+def test_invalid_settings(settings: dict[str, object], key: str, generator: Generator) -> None:
     with pytest.raises(UserError, match=rf"^{key}: "):
         generator.generate(["a"], GenerationConfig(**settings))
