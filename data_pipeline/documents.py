@@ -11,12 +11,10 @@ from datatrove.data import Document
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from data_pipeline.chat import MESSAGES
 from data_pipeline.config import PipelineConfig
-from data_pipeline.dedup import find_duplicates
 from data_pipeline.executor import StepRunner
-from data_pipeline.filters import build_filters
-from data_pipeline.sources import make_reader
+from data_pipeline.filters import build_filters, find_duplicates
+from data_pipeline.sources import MESSAGES, make_reader
 from looplm.cli import UserError
 
 TRAIN, VALID = "train", "valid"

@@ -1,16 +1,23 @@
-"""Filters of a source: length, answers, and those of datatrove's quality filters that work without a network.
+"""Filters that drop documents: by length, without an answer, of low quality, and duplicates over all sources.
 
-C4's list of bad words and all model-based filters would be downloaded, so they are not offered. Words and sentences are
-split by spaCy's blank pipelines, whose rules are part of the package.
+Of datatrove's quality filters, those are offered that work without a network: C4's list of bad words and all
+model-based filters would be downloaded. Words and sentences are split by spaCy's blank pipelines, whose rules are part
+of the package.
 """
 
-from datatrove.data import Document
-from datatrove.pipeline import filters
-from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.utils.word_tokenizers import StanzaTokenizer, TibetanTokenizer, load_word_tokenizer
+from pathlib import Path
 
-from data_pipeline.chat import AnswerFilter
-from data_pipeline.config import SourceConfig
+from datatrove.data import Document
+from datatrove.pipeline import dedup, filters
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.utils.word_tokenizers import StanzaTokenizer, TibetanTokenizer, WordTokenizer, load_word_tokenizer
+
+from data_pipeline.config import DedupConfig, SourceConfig
+from data_pipeline.executor import StepRunner
+from data_pipeline.sources import MESSAGES
+from looplm.chat import ANSWERS
 from looplm.cli import UserError
 
 _QUALITY = {
@@ -26,6 +33,37 @@ def build_filters(source: SourceConfig) -> list[BaseFilter]:
     quality = [_QUALITY[name](language=source.language) for name in source.filters]
     answered = [] if source.chat is None else [AnswerFilter()]
     return [LengthFilter(source.min_chars, source.max_chars), *answered, *quality]
+
+
+def find_duplicates(config: DedupConfig, documents: Path, work: Path, runner: StepRunner) -> list[PipelineStep]:
+    """Find duplicates, and return the filters that drop them from ``documents``, in the order in which they must run.
+
+    Each step reads the same files with the same number of tasks, because datatrove identifies a document by its task
+    and its position in that task's input.
+
+    Args:
+        documents: folder of datatrove's JSON lines.
+        work: folder for signatures and results.
+    """
+    found: list[PipelineStep] = []
+    reader = JsonlReader(str(documents))
+    if config.exact:
+        signatures, results = str(work / "exact"), str(work / "exact-found")
+        exact = dedup.ExactDedupConfig(content_getter=lambda document: document.text)
+        runner.run("exact-signatures", [reader, dedup.ExactDedupSignature(signatures, exact)])
+        # One task: with more, datatrove 0.10.1 looks for a file named ".c4_sig", does not find it and drops nothing.
+        runner.run("exact-find", [dedup.ExactFindDedups(signatures, results, exact)], tasks=1)
+        found.append(dedup.ExactDedupFilter(results, exact))
+    if config.minhash:
+        signatures, pairs, results = (str(work / f"minhash-{part}") for part in ("signatures", "pairs", "found"))
+        sizes = {"num_buckets": config.buckets, "hashes_per_bucket": config.hashes_per_bucket}
+        minhash = dedup.MinhashConfig(n_grams=config.ngram, **sizes)
+        signature = dedup.MinhashDedupSignature(signatures, minhash, language=config.language or _WhiteSpace())
+        runner.run("minhash-signatures", [reader, *found, signature])
+        runner.run("minhash-buckets", [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)], config.buckets)
+        runner.run("minhash-cluster", [dedup.MinhashDedupCluster(pairs, results, minhash)], tasks=1)
+        found.append(dedup.MinhashDedupFilter(results))
+    return found
 
 
 def check_language(code: str, key: str) -> None:
@@ -59,3 +97,26 @@ class LengthFilter(BaseFilter):
         if self.max_chars is not None and len(doc.text) > self.max_chars:
             return False, "too_long"
         return True
+
+
+class AnswerFilter(BaseFilter):
+    """Filter that drops conversations without an answer, which would have no token with loss."""
+
+    name = "💬 Answers"
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        answered = any(role == ANSWERS and content.strip() for role, content in doc.metadata[MESSAGES])
+        return answered or (False, "without_answer")
+
+
+class _WhiteSpace(WordTokenizer):
+    """Splitter of simplified text (lower case, no punctuation) at white space, 12 times faster than spaCy's rules."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return text.splitlines()
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [(0, len(text))]

@@ -16,8 +16,8 @@ from datatrove.utils.batching import batched
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data_pipeline.chat import MESSAGES
 from data_pipeline.executor import StepRunner
+from data_pipeline.sources import MESSAGES
 from data_pipeline.token_file import mark, read_index, write_index
 from looplm.chat import ChatTemplate, Message
 from looplm.cli import UserError

@@ -1,7 +1,7 @@
-"""Readers of python-stdlib, text, jsonl and parquet sources: datatrove readers that refuse damaged files.
+"""Readers of python-stdlib, text, jsonl and parquet sources, plain text or conversations, that refuse damaged files.
 
-datatrove's own readers skip a broken JSON line with a warning, and Python's zstd readers end silently at the end of a
-truncated file. Lost text must be noticed, so files are opened here and every fault is a one-line :class:`UserError`.
+datatrove's own readers skip a broken JSON line with a warning, and zstandard's ends silently after the first frame and
+at a truncated end. Lost text must be noticed, so files are opened here and every fault is a one-line :class:`UserError`.
 """
 
 import io
@@ -22,10 +22,14 @@ from datatrove.data import Document
 from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 
-from data_pipeline.chat import as_document, read_conversation
 from data_pipeline.config import ChatConfig, SourceConfig
+from looplm.chat import ANSWERS, ROLES, Message
 from looplm.cli import UserError
 
+Record = dict[str, Any]  # a JSON object or a row of a table
+
+MESSAGES = "messages"  # key of a conversation in a document's metadata: [role, content] pairs
+_ROLE_NAMES = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant"}  # the last two are ShareGPT's
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _INSTALLED = {"site-packages", "dist-packages"}  # inside the standard library's folder, but different on every machine
 
@@ -58,13 +62,13 @@ def check_files(source: SourceConfig, files: list[Path]) -> None:
 
     The reading step, which comes first, finds faults further in.
     """
-    root, reader = common_folder(files), make_reader(source, files)
-    for path in files:
+    reader = make_reader(source, files)
+    for path, name in zip(files, _relative(files), strict=True):
         with _readable(path):
             if source.kind != "python-stdlib" and path.stat().st_size == 0:
                 raise UserError(f"{path}: is empty; remove it from sources.{source.name}.paths or write it again")
             if source.kind in ("jsonl", "parquet"):
-                next(reader.read_file(os.path.relpath(path, root)), None)
+                next(reader.read_file(name), None)
             else:
                 with open_binary(path) as stream:
                     stream.read(1)
@@ -77,11 +81,10 @@ def make_reader(source: SourceConfig, files: list[Path], paths_file: Path | None
         paths_file: file to write, a list of ``files`` relative to their common folder, from which datatrove assigns
             files to its tasks. Document ids start with that relative path, so they are the same wherever the data is.
     """
-    root = common_folder(files)
     if paths_file is not None:
-        paths_file.write_text("".join(f"{os.path.relpath(path, root)}\n" for path in files), encoding="utf-8")
+        paths_file.write_text("".join(f"{name}\n" for name in _relative(files)), encoding="utf-8")
     options: dict[str, Any] = {
-        "data_folder": str(root),
+        "data_folder": str(common_folder(files)),
         "paths_file": str(paths_file) if paths_file else None,
         "limit": -1 if source.limit is None else source.limit,
         "text_key": source.text_key if source.chat is None else source.chat.keys[0],
@@ -98,8 +101,7 @@ def make_reader(source: SourceConfig, files: list[Path], paths_file: Path | None
 
 def read_documents(source: SourceConfig, files: list[Path]) -> Iterator[Document]:
     """Return the source's documents, unfiltered, read in this process."""
-    root = common_folder(files)
-    return make_reader(source, files).read_files_shard([os.path.relpath(path, root) for path in files])
+    return make_reader(source, files).read_files_shard(_relative(files))
 
 
 class TextReader(BaseDiskReader):
@@ -165,14 +167,14 @@ class CheckedParquetReader(ParquetReader):
             yield from super().read_file(filepath)
 
 
-def _adapt(
-    chat: ChatConfig | None, self: BaseDiskReader, data: dict[str, Any], path: str, id_in_file: int
-) -> dict[str, Any]:
+def _adapt(chat: ChatConfig | None, self: BaseDiskReader, data: Record, path: str, id_in_file: int) -> dict[str, Any]:
     """Return a document's id, text and metadata from a record, as datatrove's hook ``adapter``; null is no text."""
     where = f"{self.data_folder.resolve_paths(path)}:{id_in_file + 1}"
     document_id = str(data.get(self.id_key, f"{path}/{id_in_file}"))
     if chat is not None:
-        return {"id": document_id, **as_document(read_conversation(data, chat, where))}
+        messages = read_conversation(data, chat, where)
+        text = "\n\n".join(message.content for message in messages)  # for length, duplicates and tokenizer training
+        return {"id": document_id, "text": text or "\n", "metadata": {MESSAGES: [list(pair) for pair in messages]}}
     if self.text_key not in data:
         raise UserError(f"{where}: no key {self.text_key!r}, only {', '.join(map(str, data))}; set text_key")
     text = data[self.text_key]
@@ -181,11 +183,41 @@ def _adapt(
     return {"id": document_id, "text": text, "metadata": {}}
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed if its name ends in .gz, .zst or .zstd.
+def read_conversation(record: Record, chat: ChatConfig, where: str) -> list[Message]:
+    """Return the messages of a record; ``where`` is FILE:LINE, for error messages.
 
-    pyarrow, unlike gzip and zstandard, reads several frames and raises OSError if the last one is truncated.
+    Raises:
+        UserError: not a list of messages, an unknown role, or content that is not text.
     """
+    for key in chat.keys:
+        if key not in record:
+            found = ", ".join(map(str, record))
+            raise UserError(f"{where}: no key {key!r}, only {found}; name the right one under chat")
+    if chat.messages_key is not None:
+        return _messages(record[chat.messages_key], where)
+    question, answer = (record[key] for key in chat.keys)
+    prompt = [Message("user", question)] if isinstance(question, str) else _messages(question, where)
+    return [*prompt, *_messages([{"role": ANSWERS, "content": answer}], where)]
+
+
+def _messages(value: object, where: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise UserError(f"{where}: holds {type(value).__name__}, not a list of messages; fix or remove the line")
+    messages = []
+    for number, entry in enumerate(value, start=1):
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: message {number} is {type(entry).__name__}, not an object with role and content")
+        role, content = (entry.get(key, entry.get(other)) for key, other in (("role", "from"), ("content", "value")))
+        if role not in _ROLE_NAMES:
+            raise UserError(f"{where}: message {number} has the role {role!r}; give one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise UserError(f"{where}: message {number} holds {type(content).__name__}, not text; fix the line")
+        messages.append(Message(_ROLE_NAMES[role], content))
+    return messages
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed if its name ends in .gz, .zst or .zstd; a truncated one raises OSError."""
     stream = pyarrow.input_stream(str(path), compression=_COMPRESSION.get(path.suffix))
     return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
 
@@ -202,3 +234,8 @@ def _readable(path: Path) -> Iterator[None]:
 def common_folder(files: list[Path]) -> Path:
     """Return the innermost folder that contains all files."""
     return Path(os.path.commonpath([path.parent for path in files]))
+
+
+def _relative(files: list[Path]) -> list[str]:
+    root = common_folder(files)
+    return [os.path.relpath(path, root) for path in files]

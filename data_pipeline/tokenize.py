@@ -10,7 +10,6 @@ downloaded. An interrupted run continues where it stopped when the command is re
 
 import os
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,17 +92,14 @@ def _make_tokenizer(config: PipelineConfig, split: Path, path: Path, runner: Ste
     else:
         names = DataFolder(str(split)).list_files()  # SOURCE_SPLIT/TASK.jsonl.zst
         training = [name for name in names if Path(name).parent.name.endswith(f"_{TRAIN}")]
-        texts = sample_texts([partial(_texts, str(split), name) for name in training], config.tokenizer.train_chars)
+        streams = [partial(JsonlReader(str(split)).read_file, name) for name in training]
+        texts = sample_texts(streams, config.tokenizer.train_chars)
         train_tokenizer(texts, config.tokenizer).save(str(unfinished))
     os.replace(unfinished, path)
     tokens = vocab_size(Tokenizer.from_file(str(path)))
     wanted = config.tokenizer.vocab_size or tokens
     note = "" if tokens == wanted else f"fewer than vocab_size={wanted:,}, because there is little text"
     runner.report("tokenizer", tokens, note, unit="tokens")
-
-
-def _texts(folder: str, name: str) -> Iterator[str]:
-    return (document.text for document in JsonlReader(folder).read_file(name))
 
 
 def _write_manifests(config: PipelineConfig, final: Path, config_sha256: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datatrove.data import Document
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.config import PipelineConfig, SourceConfig, TokenizerConfig
@@ -89,16 +90,16 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def sample_texts(streams: Sequence[Callable[[], Iterable[str]]], budget: int) -> Iterator[str]:
+def sample_texts(streams: Sequence[Callable[[], Iterable[Document]]], budget: int) -> Iterator[str]:
     """Yield texts of every stream, ``budget`` characters in all; later streams share what a short one leaves unused."""
     for index, stream in enumerate(streams):
         share = budget / (len(streams) - index)
-        for text in stream():
+        for document in stream():
             if share <= 0:
                 break
-            yield text
-            share -= len(text)
-            budget -= len(text)
+            yield document.text
+            share -= len(document.text)
+            budget -= len(document.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> None:
     config = parse_config(
         TrainTokenizerConfig, argv, prog="python -m data_pipeline.train_tokenizer", description=str(__doc__)
     )
-    streams = [_texts_of(source) for source in config.sources]
+    streams = [_documents_of(source) for source in config.sources]
     tokenizer = train_tokenizer(sample_texts(streams, config.tokenizer.train_chars), config.tokenizer)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(config.output)
@@ -129,17 +130,17 @@ def main(argv: list[str]) -> None:
     print(f"{config.output}: {vocab_size(tokenizer):,} tokens, bos {ids.bos}, eos {ids.eos}, pad {ids.pad}")
 
 
-def _texts_of(source: SourceConfig) -> Callable[[], Iterable[str]]:
+def _documents_of(source: SourceConfig) -> Callable[[], Iterable[Document]]:
     files = find_files(source)
     check_files(source, files)
 
-    def texts() -> Iterator[str]:
+    def filtered() -> Iterator[Document]:
         documents = read_documents(source, files)
         for step in build_filters(source):
             documents = step.run(documents)
-        return (document.text for document in documents)
+        return documents
 
-    return texts
+    return filtered
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ class VerifyConfig:
 
 
 def main(argv: list[str]) -> None:
-    prog = "python -m data_pipeline.verify"
-    config = parse_config(VerifyConfig, argv, prog=prog, description=__doc__ or "")
+    config = parse_config(VerifyConfig, argv, prog="python -m data_pipeline.verify", description=__doc__ or "")
     faults = []
     for prefix in config.prefixes:
         try:
@@ -94,9 +93,9 @@ def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None
         low, high = int(tokens_N.min()), int(tokens_N.max())
         if low < 0 or high >= size:
             raise _broken(bin_path, f"holds token id {low if low < 0 else high}, the vocabulary has {size}")
-    if manifest.chat is not None and answer_tokens != manifest.chat.answer_tokens:
-        fault = f"marks {answer_tokens} tokens as learned, the manifest says {manifest.chat.answer_tokens}"
-        raise _broken(bin_path, fault)
+    expected = 0 if manifest.chat is None else manifest.chat.answer_tokens
+    if answer_tokens != expected:
+        raise _broken(bin_path, f"marks {answer_tokens} tokens as learned, the manifest says {expected}")
     ends = np.cumsum(index.lengths(), dtype=np.int64)
     data = np.memmap(bin_path, index.dtype, mode="r")
     last = data[ends - 1] if manifest.chat is None else unmark(data[ends - 1])[0]

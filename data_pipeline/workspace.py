@@ -1,7 +1,6 @@
 """The output folder, complete or absent: built in OUTPUT_DIR.partial and renamed when it is finished.
 
-Its ``data_pipeline.json`` records the settings and input files, so that a second run knows whether there is anything to
-do.
+Its ``data_pipeline.json`` records settings and input files, so that a second run knows if there is anything to do.
 """
 
 import hashlib

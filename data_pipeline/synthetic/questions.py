@@ -1,8 +1,8 @@
 """Write conversations of questions with one right answer, about numbers, strings and lists.
 
-Each line is {"messages": [{role, content}, ...], "text": the same as plain text}. A source of a data config reads it for
-fine-tuning with `chat: {messages_key: messages}`, and for a mid-training stage with `text_key: text`. The same seed
-writes the same file.
+Each line is {"messages": [{role, content}, ...], "text": the same as plain text}. A data source reads it for fine-tuning
+with `chat: {messages_key: messages}`, and for a mid-training stage with `text_key: text`. The same seed writes the same
+file.
 
     python -m data_pipeline.synthetic.questions --output questions.jsonl --count 4000
 """
@@ -44,7 +44,7 @@ class QuestionsConfig:
 
 def main(argv: list[str]) -> None:
     prog = "python -m data_pipeline.synthetic.questions"
-    config = parse_config(QuestionsConfig, argv, prog=prog, description=str(__doc__))
+    config = parse_config(QuestionsConfig, argv, prog=prog, description=__doc__ or "")
     rng = random.Random(config.seed)
     lines = [json.dumps(conversation(rng)) + "\n" for _ in range(config.count)]
     try:

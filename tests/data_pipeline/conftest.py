@@ -26,7 +26,8 @@ class Corpus:
 
     def document(self, sentences: int = 8) -> str:
         def sentence() -> str:
-            return f"The {self.word()} of the {self.word()} {self.word()} and {self.word()} that have {self.word()} with {self.word()}."
+            one, two, three, four, five, six = (self.word() for _ in range(6))
+            return f"The {one} of the {two} {three} and {four} that have {five} with {six}."
 
         return " ".join(sentence() for _ in range(sentences))
 

@@ -1,4 +1,4 @@
-"""Mistakes at the terminal: one line that names what to mend, and nothing left on disk."""
+"""Mistakes at the terminal: one line that names what to fix, and nothing left on disk."""
 
 import gzip
 import subprocess
@@ -24,7 +24,7 @@ executor: {{tasks: 2, workers: 1}}
 
 @pytest.fixture
 def run(tmp_path: Path, corpus: Any, jsonl: Callable) -> Callable[..., str]:
-    """Runs the command with text replaced in the config and arguments added; returns the line it ends with."""
+    """Return a function that runs the command with a changed config and arguments, and returns its error message."""
 
     def call(*arguments: str, change: tuple[str, str] = ("", "")) -> str:
         path = tmp_path / "c.yaml"
@@ -104,8 +104,9 @@ def test_bad_line_found_by_a_worker_process(run: Callable[..., str], tmp_path: P
 
 def test_two_runs_at_once(tmp_path: Path, corpus: Any, jsonl: Callable, config: Any) -> None:
     (tmp_path / "out.partial").mkdir()
-    hold = "import sys, fasteners as f; lock = f.InterProcessLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, str(tmp_path / "out.partial" / ".lock")]
+    hold = "import sys, fasteners; lock = fasteners.InterProcessLock(sys.argv[1]); lock.acquire()"
+    wait = "print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", f"{hold}; {wait}", str(tmp_path / "out.partial" / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another run is writing"):

@@ -36,10 +36,8 @@ def test_counts_and_texts(corpus: Any, jsonl: Any, config: Any, build: Any, deco
         assert (manifest.tokenizer.bos_id, manifest.tokenizer.eos_id, manifest.tokenizer.pad_id) == (0, 1, 2)
         found += documents
     assert sorted(found) == sorted(texts)
-    assert {path.name for path in output.iterdir()} == {
-        "data_pipeline.json", "logs", "tokenizer.json",
-        *(f"a_{split}.{kind}" for split in ("train", "valid") for kind in ("bin", "idx", "manifest.json")),
-    }  # fmt: skip
+    files = {f"a_{split}.{kind}" for split in ("train", "valid") for kind in ("bin", "idx", "manifest.json")}
+    assert {path.name for path in output.iterdir()} == files | {"data_pipeline.json", "logs", "tokenizer.json"}
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -49,7 +47,7 @@ def test_same_result_twice_and_no_work_the_third_time(
     first = check_prefix(build(config(source)) / "a_train", deep=True)
     second = check_prefix(build(config(source, output_dir=str(tmp_path / "again"))) / "a_train", deep=True)
     assert first == second
-    monkeypatch.setattr(tokenize, "split_documents", None)  # would fail if it were called
+    monkeypatch.setattr(tokenize, "split_documents", None)  # fails if it is called
     build(config(source))
     build(config(source, workers=2, verbose=True))  # neither changes the result
 
@@ -91,7 +89,7 @@ def test_an_interrupted_run_continues(source: Any, config: Any, build: Any, tmp_
     times = [mark.stat().st_mtime_ns for mark in marks]
     assert len(marks) == 4  # read and split, two tasks each
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "train_tokenizer", None)  # that is done
+        patch.setattr(tokenize, "train_tokenizer", None)  # already done
         output = build(config(source))
     finished = [output / "logs" / mark.relative_to(tmp_path / "out.partial" / "final" / "logs") for mark in marks]
     assert [mark.stat().st_mtime_ns for mark in finished] == times

@@ -1,4 +1,4 @@
-"""Conversations through the pipeline: every form read, every fault one line, what is learnt marked and counted."""
+"""Conversations in the pipeline: every form is read, every fault is one line, marks are written and counted."""
 
 import json
 from collections.abc import Callable
@@ -14,10 +14,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models
 
 from data_pipeline import verify
-from data_pipeline.chat import MESSAGES
 from data_pipeline.config import ChatConfig, SourceConfig, TokenizerConfig
 from data_pipeline.manifest import manifest_path
-from data_pipeline.sources import check_files, find_files, read_documents
+from data_pipeline.sources import MESSAGES, check_files, find_files, read_documents
 from data_pipeline.synthetic import questions
 from data_pipeline.token_file import NO_LOSS, mark, unmark
 from data_pipeline.verify import check_prefix
@@ -26,7 +25,10 @@ from looplm.cli import UserError
 
 TALK = [["system", "Be brief."], ["user", "1 + 1?"], ["assistant", "2"]]
 PLAIN = [{"role": role, "content": content} for role, content in TALK]
-SHAREGPT = [{"from": role, "value": content} for role, content in zip(("system", "human", "gpt"), ("Be brief.", "1 + 1?", "2"), strict=True)]  # fmt: skip
+SHAREGPT = [
+    {"from": names, "value": content} for names, (_, content) in zip(("system", "human", "gpt"), TALK, strict=True)
+]
+UNKNOWN_ROLE = "message 1 has the role 'tool'; give one of system, user, assistant"
 WITH_TOKENS = TokenizerConfig(vocab_size=320, special_tokens=SPECIAL_TOKENS)
 
 
@@ -61,7 +63,7 @@ def test_every_form_is_read_from_jsonl_and_parquet(tmp_path, record, keys):
     assert read(source(tmp_path / "a.parquet", "parquet", **keys)) == [TALK]
 
 
-def test_a_question_may_be_a_text(tmp_path):
+def test_a_question_may_be_text(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"input": "1 + 1?", "output": "2"}])
     assert read(source(path, prompt_key="input", answer_key="output")) == [TALK[1:]]
 
@@ -72,12 +74,15 @@ def test_a_question_may_be_a_text(tmp_path):
         ({"talk": PLAIN}, "no key 'messages', only talk; name the right one under chat"),
         ({"messages": "hello"}, "holds str, not a list of messages"),
         ({"messages": [*PLAIN, "hello"]}, "message 4 is str, not an object"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 has the role 'tool'; give one of system, user, assistant"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            UNKNOWN_ROLE,
+        ),
         ({"messages": [{"content": "x"}]}, "message 1 has the role None"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 holds NoneType, not text"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 holds list, not text"),
     ],
-)  # fmt: skip
+)
 def test_faults_are_named_with_file_and_line(tmp_path, record, message):
     path = write(tmp_path / "a.jsonl", [{"messages": PLAIN}, record])
     with pytest.raises(UserError, match=message) as caught:
@@ -102,25 +107,25 @@ def test_a_truncated_file_is_named(tmp_path):
         ),
     ],
 )
-def test_sources_that_cannot_be(options, message):
+def test_sources_that_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         SourceConfig(name="s", paths=("x",), **options)
 
 
 @pytest.mark.parametrize("keys", [{}, {"prompt_key": "a"}, {"messages_key": "m", "answer_key": "a"}])
-def test_keys_that_do_not_say_where_the_conversation_is(keys):
+def test_keys_that_do_not_name_one_form(keys):
     with pytest.raises(UserError, match=r"chat\.messages_key.*give either"):
         ChatConfig(**keys)
 
 
-def test_marks_are_undone():
-    ids, learnt = unmark(np.array(mark([0, 5, NO_LOSS - 1], [False, True, False]), np.int32))
-    assert ids.tolist() == [0, 5, NO_LOSS - 1] and learnt.tolist() == [False, True, False]
+def test_unmark_inverts_mark():
+    ids, has_loss = unmark(np.array(mark([0, 5, NO_LOSS - 1], [False, True, False]), np.int32))
+    assert ids.tolist() == [0, 5, NO_LOSS - 1] and has_loss.tolist() == [False, True, False]
 
 
 @pytest.fixture
 def talks(tmp_path: Path) -> list[list[dict[str, str]]]:
-    """Forty conversations, and three in which nothing is answered."""
+    """Forty conversations, and three without an answer."""
     questions.main(["--output", str(tmp_path / "q.jsonl"), "--count", "40"])
     lines = [json.loads(line)["messages"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     lines += [[], PLAIN[:2], [*PLAIN[:2], {"role": "assistant", "content": " "}]]
@@ -128,10 +133,10 @@ def talks(tmp_path: Path) -> list[list[dict[str, str]]]:
     return lines[:40]
 
 
-def test_what_is_written(
+def test_conversations_are_written_as_the_template_encodes_them(
     talks: Any, corpus: Any, jsonl: Callable, config: Any, build: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    """Beside a plain source: every conversation once, its ids and marks the template's, an eos at the end."""
+    """Next to a plain source, every conversation is written once, with the template's ids and marks and an eos."""
     sources = (
         source(tmp_path / "talk.jsonl"),
         SourceConfig(name="a", kind="jsonl", paths=(str(jsonl("a", corpus.documents(40, 3))),)),
@@ -140,7 +145,7 @@ def test_what_is_written(
     printed = capsys.readouterr().out
     assert "dropped 3 without_answer" in printed
     tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
-    template, found, learnt = ChatTemplate(tokenizer, "t"), list[list[int]](), 0
+    template, found = ChatTemplate(tokenizer, "t"), list[list[int]]()
     for split in ("train", "valid"):
         manifest = check_prefix(output / f"talk_{split}", deep=True)
         assert (
@@ -148,17 +153,16 @@ def test_what_is_written(
         )
         stored = [np.array(document).tolist() for document in IndexedDataset(str(output / f"talk_{split}"))]
         assert manifest.chat.answer_tokens == sum(token & NO_LOSS == 0 for document in stored for token in document)
-        found, learnt = found + stored, learnt + manifest.chat.answer_tokens
+        found += stored
+        assert f"{manifest.tokens:,} tokens, {manifest.chat.answer_tokens:,} learned" in printed
         assert check_prefix(output / f"a_{split}", deep=True).chat is None
     encoded = template.encode([[Message(**message) for message in messages] for messages in talks])
     assert sorted(found) == sorted(mark([*ids, 1], [*counts, False]) for ids, counts in encoded)
     verify.main([str(output / "talk_train"), "--deep"])
-    assert "conversations" in capsys.readouterr().out and f"{learnt:,} learnt" not in printed
+    assert "conversations" in capsys.readouterr().out
 
 
-def test_verify_sees_a_mark_that_was_lost_and_an_id_under_a_mark(
-    talks: Any, config: Any, build: Any, tmp_path: Path
-) -> None:
+def test_verify_finds_a_lost_mark_and_an_id_under_a_mark(talks: Any, config: Any, build: Any, tmp_path: Path) -> None:
     made = (source(tmp_path / "talk.jsonl"),)
     output = build(replace(config({"x": tmp_path}, tokenizer=WITH_TOKENS), sources=made))
     path = manifest_path(output / "talk_train")
@@ -173,7 +177,9 @@ def test_verify_sees_a_mark_that_was_lost_and_an_id_under_a_mark(
             check_prefix(output / "talk_train", deep=True)
 
 
-def test_a_tokenizer_without_the_template_is_one_line(talks: Any, config: Any, build: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_template_is_refused_in_one_line(
+    talks: Any, config: Any, build: Any, tmp_path: Path
+) -> None:
     made = (source(tmp_path / "talk.jsonl"),)
     with pytest.raises(UserError, match=r"tokenizer\.special_tokens: \[\] is not allowed; sources\.talk\.chat needs"):
         replace(config({"x": tmp_path}), sources=made)
@@ -188,7 +194,7 @@ def test_a_tokenizer_without_the_template_is_one_line(talks: Any, config: Any, b
 
 
 @pytest.mark.parametrize("tokens", [("<|eos|>",), ("a", "a"), ("",)])
-def test_special_tokens_are_told_apart(tokens):
+def test_special_tokens_must_differ(tokens):
     with pytest.raises(UserError, match=r"tokenizer\.special_tokens"):
         TokenizerConfig(vocab_size=320, special_tokens=tokens)
     with pytest.raises(UserError, match="an existing tokenizer has its own"):

@@ -1,4 +1,4 @@
-"""Duplicates go, within a source and across sources; the split depends on nothing but ids and seed."""
+"""Duplicates are dropped within and across sources; the split depends only on ids and seed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from data_pipeline.documents import split_of
 
 
 def near(text: str) -> str:
-    """``text`` with one word in it changed."""
+    """Return ``text`` with one word changed."""
     words = text.split(" ")
     return " ".join([*words[:40], "changed", *words[41:]])
 
@@ -24,7 +24,7 @@ def run(build: Callable, decoded: Callable, config: Any) -> dict[str, list[str]]
 
 @pytest.fixture
 def sources(corpus: Any, jsonl: Callable) -> dict[str, Path]:
-    """a: 20 documents, the first three twice. b: 10 of its own, copies of two of a's, near-copies of three more."""
+    """a: 20 documents, the first three twice. b: 10 own documents, 2 copies and 3 near-copies of documents of a."""
     first, second = corpus.documents(20, 20), corpus.documents(10, 20)
     a = jsonl("a", [*first, *first[:3]])
     b = jsonl("b", [*second, *first[3:5], *map(near, first[5:8])])
@@ -44,7 +44,7 @@ def test_duplicates_are_dropped_over_all_sources(
     assert len(everything) == len(set(everything)) == left
 
 
-def test_switched_off_everything_stays(sources: Any, config: Any, build: Any, decoded: Any) -> None:
+def test_without_deduplication_every_document_stays(sources: Any, config: Any, build: Any, decoded: Any) -> None:
     texts = run(build, decoded, config(sources, validation_fraction=0.0))
     assert (len(texts["a_train"]), len(texts["b_train"])) == (23, 15)
 
@@ -65,6 +65,8 @@ def test_split_share_and_independence() -> None:
     ids = [str(index) for index in range(20_000)]
     valid = {name for name in ids if split_of("s", name, 1, 0.05) == "valid"}
     assert len(valid) == pytest.approx(1000, rel=0.1)
-    assert valid <= {name for name in ids if split_of("s", name, 1, 0.1) == "valid"}  # more share keeps those it had
+    assert valid <= {
+        name for name in ids if split_of("s", name, 1, 0.1) == "valid"
+    }  # a larger share keeps the smaller one
     assert valid != {name for name in ids if split_of("other", name, 1, 0.05) == "valid"}
     assert all(split_of("s", name, 1, 0.0) == "train" for name in ids)

@@ -1,4 +1,4 @@
-"""Quality filters: what they drop, and that none of them touches the network."""
+"""Quality filters: what they drop, and that they work without a network."""
 
 import socket
 from typing import Any

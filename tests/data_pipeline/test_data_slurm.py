@@ -1,4 +1,4 @@
-"""The Slurm executor, against stand-ins for sbatch, srun, squeue and scontrol that run the job array here."""
+"""The Slurm executor with stand-ins for sbatch, srun, squeue and scontrol, which run the job array on this machine."""
 
 import os
 import stat
@@ -38,7 +38,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmConfig:
     return SlurmConfig(partition="cpu", poll_seconds=0.01)
 
 
-def test_slurm_gives_what_this_machine_gives(
+def test_slurm_gives_the_same_result_as_this_machine(
     slurm: SlurmConfig, corpus: Any, jsonl: Callable, config: Any, build: Any, tmp_path: Path
 ) -> None:
     source = {"a": jsonl("a", corpus.documents(20, 2))}

@@ -1,4 +1,4 @@
-"""Every reader, plain and packed, and every kind of damaged file."""
+"""Every reader, with and without compression, and every kind of damaged file."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ TEXTS = ["one\ntwo", "Grüße, 世界 🙂", "three"]
 
 
 def pack(data: bytes, suffix: str) -> bytes:
-    """``data`` as the suffix says; zstd in two frames, as parallel packers write it."""
+    """Return ``data`` compressed by suffix; zstd in two frames, as parallel compressors write it."""
     if suffix == ".gz":
         return gzip.compress(data)
     half = len(data) // 2
@@ -70,7 +70,8 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, data in {"b.py": b"x = 1\r\n", "a/c.py": b"y\n", "latin.py": b"# \xe9\n", "empty.py": b"", "n.txt": b"no"}.items():  # fmt: skip
+    files = {"b.py": b"x = 1\r\n", "a/c.py": b"y\n", "latin.py": b"# \xe9\n", "empty.py": b"", "n.txt": b"no"}
+    for name, data in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     (tmp_path / "site-packages").mkdir()
@@ -85,7 +86,7 @@ def test_the_real_stdlib_is_megabytes() -> None:
     assert not any("site-packages" in str(path) for path in files)
 
 
-def test_tasks_share_the_files(tmp_path: Path) -> None:
+def test_files_are_divided_among_tasks(tmp_path: Path) -> None:
     paths = [
         write_jsonl(tmp_path / f"{index}.jsonl", [{"text": f"{index}{part}"} for part in "ab"]) for index in range(5)
     ]
@@ -106,7 +107,7 @@ def test_limit_and_globs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_truncated_packs(tmp_path: Path, kind: str, suffix: str) -> None:
+def test_truncated_compressed_files(tmp_path: Path, kind: str, suffix: str) -> None:
     data = "".join(json.dumps({"text": f"line {index**7}"}) + "\n" for index in range(5000)).encode()
     whole = pack(data, suffix)
     for cut in (len(whole) - 7, len(whole) * 3 // 4):

@@ -1,10 +1,11 @@
-"""The tokenizer that is trained, and the one that is given."""
+"""Trained and existing tokenizers."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datatrove.data import Document
 from tokenizers import Tokenizer, models
 
 from data_pipeline import train_tokenizer as module
@@ -22,7 +23,7 @@ def trained(corpus: Any) -> Tokenizer:
 @pytest.mark.parametrize(
     "text", ["", " a  b\n\n\tc ", "Grüße, 世界 🙂\x00\ud7ff", "12345 and 1.5e-3", "def f(x):\n    return x\r\n"]
 )
-def test_decoding_gives_the_text_back(trained: Tokenizer, text: str) -> None:
+def test_decoding_restores_the_text(trained: Tokenizer, text: str) -> None:
     assert trained.decode(trained.encode(text).ids, skip_special_tokens=False) == text
 
 
@@ -46,14 +47,15 @@ def test_special_tokens_in_a_text_are_text(trained: Tokenizer, tmp_path: Path) -
 
 def test_sample_spreads_the_budget() -> None:
     streams = [
-        lambda text=text, count=count: [text] * count for text, count in (("a" * 10, 2), ("b" * 10, 50), ("c" * 10, 50))
+        lambda text=text, count=count: [Document(text, "id")] * count
+        for text, count in (("a" * 10, 2), ("b" * 10, 50), ("c" * 10, 50))
     ]
     taken = "".join(sample_texts(streams, 300))
     assert taken.count("a") == 20 and taken.count("b") == taken.count("c") == 140
     assert len("".join(sample_texts(streams, 10**6))) == 1020
 
 
-def given(path: Path, vocabulary: dict[str, int], **options: Any) -> TokenizerConfig:
+def save_tokenizer(path: Path, vocabulary: dict[str, int], **options: Any) -> TokenizerConfig:
     Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(path))
     return TokenizerConfig(path=str(path), **options)
 
@@ -71,14 +73,14 @@ WORDS = {"<unk>": 0, "<|eos|>": 1, "<|pad|>": 2, "a": 3}
         (WORDS | {"z": 70_000}, {}, "4|5 tokens but ids up to 70000"),
     ],
 )
-def test_given_tokenizers_that_do_not_fit(tmp_path: Path, vocabulary: dict, options: dict, message: str) -> None:
-    config = given(tmp_path / "t.json", vocabulary, **({"bos_token": None} | options))
+def test_existing_tokenizers_that_are_refused(tmp_path: Path, vocabulary: dict, options: dict, message: str) -> None:
+    config = save_tokenizer(tmp_path / "t.json", vocabulary, **({"bos_token": None} | options))
     with pytest.raises(UserError, match=message):
         load_tokenizer(config)
 
 
-def test_given_tokenizer(tmp_path: Path) -> None:
-    config = given(tmp_path / "t.json", WORDS, bos_token=None)
+def test_existing_tokenizer(tmp_path: Path) -> None:
+    config = save_tokenizer(tmp_path / "t.json", WORDS, bos_token=None)
     assert special_ids(load_tokenizer(config), config) == (None, 1, 2)
     (tmp_path / "t.json").write_text(json.dumps({"not": "one"}))
     with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
