@@ -12,7 +12,10 @@ PYTHON  ?= $(call running,python3.12 python3.11 python3.10 python3)
 VENV    := .venv
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/.installed
-# Megatron-core from 0.17 on needs Python 3.12: the newest release has an environment of its own.
+# Megatron-core from 0.17 on needs Python 3.12, so 3.12 gets the newest pins and older Pythons the oldest promised ones.
+NEW     := $(shell "$(PYTHON)" -c 'import sys; print("yes" if sys.version_info >= (3, 12) else "")' 2>/dev/null)
+PINS    := $(if $(NEW),$(VENV)/constraints.txt,constraints.txt)
+# The newest pins also have an environment of their own, for machines whose .venv has an older Python.
 PYTHON312 ?= $(call running,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12)))
 NEWEST  := .venv-newest
 # The oldest transformers that an export is promised to run with; the packages of [eval] want newer ones beside it.
@@ -61,14 +64,18 @@ define build
 	@touch $@
 endef
 
-$(READY): setup.py constraints.txt
+$(READY): setup.py $(PINS)
 	$(need_python)
-	$(call build,$(PYTHON),$(VENV),constraints.txt,$(EXTRAS))
+	$(call build,$(PYTHON),$(VENV),$(PINS),$(EXTRAS))
 
 # The pins of the first file, but for those of the second.
+overlay = @mkdir -p $(@D); awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' $(1) constraints.txt > $@
+
 $(NEWEST)/constraints.txt $(HF_OLDEST)/constraints.txt $(TE)/constraints.txt: .venv-%/constraints.txt: constraints.txt constraints-%.txt
-	@mkdir -p $(@D)
-	@awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' constraints-$*.txt constraints.txt > $@
+	$(call overlay,constraints-$*.txt)
+
+$(VENV)/constraints.txt: constraints.txt constraints-newest.txt
+	$(call overlay,constraints-newest.txt)
 
 $(NEWEST)/.installed: setup.py $(NEWEST)/constraints.txt
 	$(need_python312)
