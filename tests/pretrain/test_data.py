@@ -1,4 +1,4 @@
-"""Training data: order, masks, batch sizes, refusals."""
+"""Training data: order, masks, batch sizes, and errors."""
 
 import dataclasses
 import shutil
@@ -27,8 +27,14 @@ def ids(batches) -> list[list[int]]:
     return [row.tolist() for batch in batches for row in batch.ids_BS]
 
 
-def test_order_depends_on_consumed_samples_alone(corpus, tmp_path, single_process):
-    """Two ranks of micro-batch 1 read what one rank of micro-batch 2 reads, from any point on."""
+def train_batches(config, samples: int):
+    """Return all micro-batches of a training set of ``samples`` samples, for a single rank."""
+    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), samples, samples)
+    return micro_batches(train_set, config.data, 0, 0, 1)
+
+
+def test_order_depends_only_on_consumed_samples(corpus, tmp_path, single_process):
+    """From any point on, two ranks with micro-batches of 1 read the samples of one rank with micro-batches of 2."""
     config = run_config(corpus, tmp_path)
     train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 24, 24)
     alone = ids(micro_batches(train_set, config.data, 0, 0, 1))
@@ -49,9 +55,8 @@ def test_an_extended_run_appends_a_pass(corpus, tmp_path, single_process):
 
 def test_labels_are_the_next_tokens_and_masks_follow_documents(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path, data={"seq_length": 64})
-    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 8, 8)
     seen_boundary = False
-    for batch in micro_batches(train_set, config.data, 0, 0, 1):
+    for batch in train_batches(config, 8):
         ids_SB = batch.ids_BS.t()
         assert torch.equal(ids_SB[1:], batch.labels_SB[:-1])
         assert batch.document_start_SB is not None
@@ -59,36 +64,29 @@ def test_labels_are_the_next_tokens_and_masks_follow_documents(corpus, tmp_path,
             start = 0
             for position, token in enumerate(ids_SB[:, column].tolist()):
                 assert batch.document_start_SB[position, column] == start
-                assert batch.mask_SB[position, column] == float(token != EOS)  # nothing follows from an ended document
+                assert batch.mask_SB[position, column] == float(
+                    token != EOS
+                )  # the first token of the next document cannot be predicted
                 if token == EOS:
                     start, seen_boundary = position + 1, True
     assert seen_boundary
 
 
-def test_without_document_masking_every_token_counts(corpus, tmp_path, single_process):
+def test_without_document_masking_every_token_has_a_loss(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path, data={"document_masking": False})
-    batch = next(
-        micro_batches(
-            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4), config.data, 0, 0, 1
-        )
-    )
+    batch = next(train_batches(config, 4))
     assert batch.document_start_SB is None and bool(batch.mask_SB.all())
 
 
 def test_weights_decide_the_mix(corpus, tmp_path, single_process):
-    """Two sources that differ in one token each, mixed 3 : 1."""
+    """Two sources with different tokens are mixed 3 : 1."""
     record = read_manifest(corpus / "train").tokenizer
     shutil.copy(corpus / "tokenizer.json", tmp_path)
     for name, token in (("a", 10), ("b", 20)):
         write_prefix(tmp_path / name, [[token] * 40 + [EOS]] * 30, record, "train")
     sources = (DataSource(prefix=str(tmp_path / "a"), weight=3), DataSource(prefix=str(tmp_path / "b")))
     config = run_config(corpus, tmp_path / "run", data={"train": sources})
-    rows = ids(
-        micro_batches(
-            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 40, 40), config.data, 0, 0, 1
-        )
-    )
-    from_a = sum(10 in row for row in rows)
+    from_a = sum(10 in row for row in ids(train_batches(config, 40)))
     assert from_a == pytest.approx(30, abs=1)
 
 
@@ -101,22 +99,14 @@ def test_validation_is_always_the_same(corpus, tmp_path, single_process):
     assert build_valid_set(dataclasses.replace(config.data, valid=()), found, 8, 1, index_cache(config)) is None
 
 
-def test_changed_data_never_meets_an_old_index(corpus, tmp_path, single_process):
-    """Megatron reuses an index for a prefix of the same name; ours are kept by content."""
+def test_changed_data_never_uses_an_old_index(corpus, tmp_path, single_process):
+    """Megatron reuses an index for a prefix of the same name; our cache is keyed by content."""
     folder = tmp_path / "data"
     shutil.copytree(corpus, folder)
     config = run_config(folder, tmp_path / "run")
-    before = ids(
-        micro_batches(
-            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4), config.data, 0, 0, 1
-        )
-    )
+    before = ids(train_batches(config, 4))
     write_prefix(folder / "train", [[7] * 50 + [EOS]] * 20, read_manifest(corpus / "train").tokenizer, "train")
-    after = ids(
-        micro_batches(
-            build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4), config.data, 0, 0, 1
-        )
-    )
+    after = ids(train_batches(config, 4))
     assert before != after and all(set(row) <= {7, EOS} for row in after)
 
 
@@ -140,13 +130,13 @@ def test_batch_ramp_up():
         (2, "data.rampup.start", {"global_batch_size": 8, "rampup": RampUpConfig(start=2, increment=2, samples=4)}),
     ],
 )
-def test_a_batch_that_does_not_fit_the_ranks_is_refused(ranks, key, values):
+def test_a_batch_that_does_not_fit_the_ranks_raises(ranks, key, values):
     data = DataConfig(**{"train": (DataSource(prefix="x"),), "micro_batch_size": 2} | values)
     with pytest.raises(UserError, match=key):
         BatchSchedule(data, ranks)
 
 
-def test_order_fingerprint_names_what_decides_the_order(corpus, tmp_path):
+def test_data_order_changes_with_seed_and_length_only(corpus, tmp_path):
     config = run_config(corpus, tmp_path)
     found = check_corpus(config.data, config.model.vocab_size)
     same = dataclasses.replace(config, output_dir="elsewhere", optim=dataclasses.replace(config.optim, lr=1.0))
@@ -201,7 +191,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_data_is_one_line_before_training(corpus, tmp_path, fault):
+def test_bad_data_is_a_one_line_error_before_training(corpus, tmp_path, fault):
     folder = tmp_path / "data"
     shutil.copytree(corpus, folder)
     damage, expected = FAULTS[fault]

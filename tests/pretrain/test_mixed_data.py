@@ -1,4 +1,4 @@
-"""Conversations in training: packed whole, learnt where they answer, mixed with plain text."""
+"""Conversations in training: packed whole, with a loss on answers, mixed with plain text."""
 
 import dataclasses
 import json
@@ -36,31 +36,31 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def slow_best_fit(lengths: list[int], size: int) -> list[int]:
-    """As the words have it: longest first, into the fullest bin with room; of equals the one last changed."""
+    """Best fit by its definition: longest first, in the fullest bin with room; of equal bins, the last one changed."""
     bins: list[dict[str, int]] = []
-    place = [0] * len(lengths)
+    chosen = [0] * len(lengths)
     for clock, item in enumerate(sorted(range(len(lengths)), key=lambda item: -lengths[item])):
-        fitting = [one for one in bins if one["room"] >= lengths[item]]
+        fitting = [candidate for candidate in bins if candidate["room"] >= lengths[item]]
         if fitting:
-            found = min(fitting, key=lambda one: (one["room"], -one["changed"]))
+            found = min(fitting, key=lambda candidate: (candidate["room"], -candidate["changed"]))
         else:
             found = {"number": len(bins), "room": size, "changed": 0}
             bins.append(found)
         found["room"] -= lengths[item]
         found["changed"] = clock
-        place[item] = found["number"]
-    return place
+        chosen[item] = found["number"]
+    return chosen
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_best_fit_is_best_fit(seed):
+def test_best_fit_follows_its_definition(seed):
     lengths_N = np.random.default_rng(seed).integers(1, 65, 300).astype(np.int32)
     bin_N = best_fit(lengths_N, 64)
     assert bin_N.tolist() == slow_best_fit(lengths_N.tolist(), 64)
     assert np.bincount(bin_N, lengths_N).max() <= 64
 
 
-def test_every_epoch_holds_each_document_once_and_what_is_too_long_never():
+def test_every_epoch_holds_each_document_once_and_none_that_is_too_long():
     lengths_N = np.array([5, 9, 3, 3, 8, 2, 30], np.int32)
     order, starts = pack(lengths_N, 10, samples=7, seed=1)
     samples = [order[start:end] for start, end in pairwise(starts)]
@@ -72,8 +72,8 @@ def test_every_epoch_holds_each_document_once_and_what_is_too_long_never():
         pack(lengths_N, 1, samples=1, seed=1)
 
 
-def test_samples_are_whole_conversations_learnt_where_they_answer(chats, tmp_path, single_process):
-    """Against the token file read by hand: ids, labels, loss, document starts."""
+def test_samples_are_whole_conversations_with_a_loss_on_answers(chats, tmp_path, single_process):
+    """Compare ids, labels, loss and document starts with the stored token file."""
     config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
     stored = [np.array(document) for document in IndexedDataset(str(chats / "train"))]
     rest = [(document & ~NO_LOSS).tolist() for document in stored]
@@ -83,19 +83,19 @@ def test_samples_are_whole_conversations_learnt_where_they_answer(chats, tmp_pat
         for column in range(2):
             tokens = [*batch.ids_BS[column].tolist(), int(batch.labels_SB[-1, column])]
             assert batch.labels_SB[:, column].tolist() == tokens[1:]
-            place = 0
-            while tokens[place] != PAD:
-                end = place + tokens[place:].index(EOS) + 1
-                document = stored[rest.index(tokens[place:end])]
+            start = 0
+            while tokens[start] != PAD:
+                end = start + tokens[start:].index(EOS) + 1
+                document = stored[rest.index(tokens[start:end])]
                 wanted = [float(token & NO_LOSS == 0) for token in document]
-                assert batch.mask_SB[max(0, place - 1) : end - 1, column].tolist() == wanted[place == 0 :]
-                assert set(batch.document_start_SB[place : end - (end > 100), column].tolist()) == {place}
-                place = end
-                if place > 100:
+                assert batch.mask_SB[max(0, start - 1) : end - 1, column].tolist() == wanted[start == 0 :]
+                assert set(batch.document_start_SB[start : end - (end > 100), column].tolist()) == {start}
+                start = end
+                if start > 100:
                     break
-            assert place > 50, "best fit leaves little room"
-            assert set(tokens[place:]) <= {PAD} and not batch.mask_SB[max(0, place - 1) :, column].any()
-            assert place >= 100 or set(batch.document_start_SB[place:, column].tolist()) == {place}
+            assert start > 50, "best fit leaves little padding"
+            assert set(tokens[start:]) <= {PAD} and not batch.mask_SB[max(0, start - 1) :, column].any()
+            assert start >= 100 or set(batch.document_start_SB[start:, column].tolist()) == {start}
 
 
 def test_conversations_and_plain_text_mix(chats, tmp_path, single_process):
@@ -112,7 +112,7 @@ def test_conversations_and_plain_text_mix(chats, tmp_path, single_process):
     assert check_corpus(alone.data, alone.model.vocab_size).stop_id == EOS
 
 
-def test_what_no_sample_holds_is_counted_or_refused(chats, tmp_path, single_process):
+def test_conversations_that_are_too_long_are_counted_or_raise(chats, tmp_path, single_process):
     config = run_config(chats, tmp_path, data={"seq_length": 48})
     longer = int((read_index(chats / "train.idx").lengths() > 49).sum())
     (line,) = [line for line in check_corpus(config.data, config.model.vocab_size).left_out if "train" in line]
@@ -124,7 +124,7 @@ def test_what_no_sample_holds_is_counted_or_refused(chats, tmp_path, single_proc
     assert "\n" not in str(caught.value)
 
 
-def test_a_packing_is_kept_and_read_again(chats, tmp_path, single_process, monkeypatch):
+def test_a_packing_is_cached(chats, tmp_path, single_process, monkeypatch):
     config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
     arguments = (config.data, check_corpus(config.data, config.model.vocab_size), 8, config.seed, index_cache(config))
     found = build_valid_set(*arguments)
@@ -153,18 +153,19 @@ def test_a_tuned_run_resumes_bit_for_bit(chats, tuned, tmp_path, single_process)
     assert all(row["tokens_per_second"] > 0 for row in again)
 
 
-def test_a_tuned_model_ends_as_answers_end_and_exports_how_to_talk_to_it(chats, tuned, tmp_path):
+def test_a_tuned_model_stops_at_the_chat_end_token_and_exports_its_template(chats, tuned, tmp_path):
     about = checkpoint.read_about(step_folder.locate(str(tuned)))
     chat_record = read_manifest(chats / "train").chat
     assert chat_record is not None and about.eos_id == chat_record.end_id
     convert(["export", "--checkpoint", str(tuned), "--output", str(tmp_path / "hf")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.eos_token == chat.END
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False, add_generation_prompt=True)  # fmt: skip
+    question = [{"role": "user", "content": "1 + 1?"}]
+    asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert asked == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_it_answers_in_the_terminal_and_a_plain_model_refuses(chats, tuned, tmp_path, corpus, single_process):
+def test_chat_needs_a_model_tuned_on_conversations(chats, tuned, tmp_path, corpus, single_process):
     output = tmp_path / "samples.jsonl"
     arguments = ["--chat", "true", "--prompt", "2 + 2?", "--max_new_tokens", "5", "--temperature", "0"]
     generate.main(["--checkpoint", str(tuned), "--output", str(output), *arguments])

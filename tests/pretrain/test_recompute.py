@@ -1,4 +1,4 @@
-"""parallel.recompute and parallel.accumulate_fp32 in one process: gradients, and the memory they are for."""
+"""parallel.recompute and parallel.accumulate_fp32 in one process: gradients and memory."""
 
 import dataclasses
 from itertools import repeat
@@ -22,7 +22,7 @@ TOKENS = (2, 32)  # [B, S]
 
 
 def batch(seed: int = 0, batch_size: int = 2) -> Batch:
-    """Samples of two documents each: attention then has a mask."""
+    """Return samples of two documents each, so that attention has a mask."""
     ids_BS = torch.randint(MODEL.vocab_size, (batch_size, 33), generator=torch.Generator().manual_seed(seed))
     start_S = torch.tensor([0] * 10 + [10] * 22)
     return Batch(
@@ -67,14 +67,14 @@ def test_gradients_equal_those_without_recomputing(mode, model, single_process, 
     assert len(calls) == {"selective": 6, "full": 6, "loop": 3}[mode]  # 2 layers, 3 loops
     if mode == "selective":
         assert differing(again, one) == []
-    # Else sums differ in their order: a block's two ways back meet before they join the head's, and each loop's gradient
-    # is added to the buffer by itself.
+    # Otherwise the order of summation differs: the gradients of a block's two paths are added before the head's
+    # gradient, and each loop's gradient is added to the buffer separately.
     assert_close_relative(again, one, 1e-6)
     assert_close_relative(gradients(found, 3), gradients(expected, 3), 1e-6)
 
 
-def test_nothing_is_recomputed_where_nothing_is_learned(single_process, monkeypatch):
-    """Under the gate's stage the trunk has no backward; in evaluation nothing has."""
+def test_a_frozen_trunk_and_evaluation_recompute_nothing(single_process, monkeypatch):
+    """The trunk has no backward in the gate stage, and nothing has one in evaluation."""
     monkeypatch.setattr(megatron_random.CheckpointFunction, "backward", None)
     frozen = LossConfig(objective="adaptive_gate")
     expected = gradients(build_trainer(single_process, ParallelConfig(), loss=frozen), 1)
@@ -84,8 +84,8 @@ def test_nothing_is_recomputed_where_nothing_is_learned(single_process, monkeypa
         assert trainer.evaluate(repeat(batch()), 2).tokens == 128
 
 
-def test_overlap_of_one_rank_changes_no_bit_over_steps(single_process):
-    """From the second step on Megatron knows how many gradients to wait for, one of a parameter for each recomputation."""
+def test_overlap_on_one_rank_changes_no_bit(single_process):
+    """From the second step on, Megatron knows how many gradients to wait for: one per parameter and recomputation."""
     for mode in ("none", "full", "loop"):
         rows = []
         for overlap in (False, True):
@@ -95,7 +95,7 @@ def test_overlap_of_one_rank_changes_no_bit_over_steps(single_process):
 
 
 def test_accumulating_in_bf16_costs_precision(single_process):
-    """Sixteen micro-batches of bf16 weights, recomputed so that each loop's gradient is added by itself."""
+    """Sixteen micro-batches with bf16 weights; recomputation adds each loop's gradient separately."""
     layout = ParallelConfig(recompute="loop")
     exact = gradients(build_trainer(single_process, layout, dtype=torch.bfloat16), 16)
     coarse = gradients(
@@ -109,7 +109,7 @@ def test_accumulating_in_bf16_costs_precision(single_process):
 
 
 def test_memory_falls_as_predicted(single_process, tmp_path):
-    """Every loop more costs what the planner says, and the ways keep their order."""
+    """Each additional loop costs what the planner predicts, and the modes keep their order."""
 
     def peaks(mode: str, num_loops: int) -> tuple[float, float]:
         config = run_config(

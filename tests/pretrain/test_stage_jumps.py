@@ -1,4 +1,4 @@
-"""A chain of stages: its order, its jumps, the limit on them, and how the report draws it."""
+"""A run of several stages: their order, their jumps, the limit on jumps, and the report."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ MODEL = ModelConfig(
 
 
 def write_stage(run: Path, name: str, losses: list[list[float]], initial: str | None = None, **sections: Any) -> None:
-    """A training directory whose n-th step has ``losses[n]`` after its loops."""
+    """Write a training directory whose n-th step has ``losses[n]`` after its loops."""
     loops = len(losses[0])
     config = RunConfig(
         output_dir=str(run / name),
@@ -35,10 +35,18 @@ def write_stage(run: Path, name: str, losses: list[list[float]], initial: str | 
     (run / name).mkdir(parents=True)
     (run / name / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     rows = [
-        {"kind": "train", "step": step, "objective": config.loss.objective, "tokens": 64 * step, "learning_rate": 1e-3,
-         "seconds": 1.0, "loss_per_loop": loss, "exit_distribution": [1 / loops] * loops}
+        {
+            "kind": "train",
+            "step": step,
+            "objective": config.loss.objective,
+            "tokens": 64 * step,
+            "learning_rate": 1e-3,
+            "seconds": 1.0,
+            "loss_per_loop": loss,
+            "exit_distribution": [1 / loops] * loops,
+        }
         for step, loss in enumerate(losses, start=1)
-    ]  # fmt: skip
+    ]
     (run / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -48,7 +56,7 @@ def flat(steps: int, *losses: float) -> list[list[float]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Written last to first, so that times say nothing of the order: 1a (3 loops), deepened into 1b (2 loops), new data, gate."""
+    """Write stage1a (3 loops), stage1b (upcycled, 2 loops), stage2 (new data), gate and tuned, the last one first."""
     folder = tmp_path / "run"
     gate = LossConfig(objective="adaptive_gate")
     write_stage(folder, "tuned", flat(6, 1.0, 0.9), "gate", data="talk")
@@ -62,14 +70,18 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_stages_stand_in_the_order_in_which_they_start_from_each_other(run):
+def test_stages_follow_the_ones_they_start_from(run):
     stages = read_stages(run)
     assert [(stage.name, stage.origin) for stage in stages] == [
-        ("stage1a", None), ("stage1b", "stage1a"), ("stage2", "stage1b"), ("gate", "stage2"), ("tuned", "gate"),
-    ]  # fmt: skip
+        ("stage1a", None),
+        ("stage1b", "stage1a"),
+        ("stage2", "stage1b"),
+        ("gate", "stage2"),
+        ("tuned", "gate"),
+    ]
 
 
-def test_jumps_are_the_highest_mean_of_a_few_steps_at_a_loop_that_both_run(run):
+def test_a_jump_is_the_highest_mean_of_a_few_steps_at_a_shared_loop(run):
     found = {one.after: one for one in find_jumps(read_stages(run))}
     assert found["stage1b"].loop == 2 and found["stage1b"].same_data
     assert found["stage1b"].nats == pytest.approx((3 * 4.2 + 7 * 3.9) / 10 - 4.1)
@@ -78,7 +90,7 @@ def test_jumps_are_the_highest_mean_of_a_few_steps_at_a_loop_that_both_run(run):
     assert not found["tuned"].same_data
 
 
-def test_a_spike_that_comes_late_or_is_not_a_number_counts(run):
+def test_a_late_spike_and_a_nan_count_as_jumps(run):
     lines = (run / "gate/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines * 4]
     for index, row in enumerate(rows):
@@ -92,7 +104,7 @@ def test_a_spike_that_comes_late_or_is_not_a_number_counts(run):
         stage_jumps.main([str(run), "--max_jump", "0.3"])
 
 
-def test_the_command_prints_a_row_per_stage_and_holds_the_limit(run, capsys):
+def test_the_command_prints_a_row_per_stage_and_enforces_the_limit(run, capsys):
     stage_jumps.main([str(run), "--max_jump", "0.3"])
     heads, *rows, _ = capsys.readouterr().out.splitlines()
     assert heads.split()[0] == "stage" and [row.split()[0] for row in rows] == [
@@ -109,14 +121,16 @@ def test_the_command_prints_a_row_per_stage_and_holds_the_limit(run, capsys):
         stage_jumps.main([str(run / "absent")])
 
 
-def test_the_report_has_the_table_and_names_that_do_not_cover_each_other(run):
+def test_the_report_has_the_table_and_names_that_do_not_overlap(run):
     page = build_page(run)
     assert page.count("<tr>") == 6 and "-0.500 *" in page
     heights = {name: page.split(f">{name}</text>")[0].rsplit("<text", 1)[1] for name in ("stage2", "gate", "tuned")}
-    assert len({text.split('y="')[1].split('"')[0] for text in heights.values()}) > 1, "narrow stages need rows"
+    assert len({text.split('y="')[1].split('"')[0] for text in heights.values()}) > 1, (
+        "names of narrow stages need several rows"
+    )
 
 
-def test_a_stage_that_names_itself_or_a_stranger_is_still_shown(tmp_path):
+def test_a_stage_with_an_unknown_origin_is_still_shown(tmp_path):
     write_stage(tmp_path, "a", flat(3, 1.0), "a")
     write_stage(tmp_path, "b", flat(3, 1.0), "elsewhere/stage9")
     assert {stage.name: stage.origin for stage in read_stages(tmp_path)} == {"a": None, "b": None}

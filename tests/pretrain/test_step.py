@@ -1,4 +1,4 @@
-"""The engine's steps against plain torch: the oracle's loss, torch's AdamW, gradients summed by hand."""
+"""The trainer's steps against plain torch: the reference's loss, torch's AdamW, gradients summed by hand."""
 
 import dataclasses
 from itertools import chain, repeat
@@ -20,7 +20,7 @@ GATE = GateConfig(state_size=8)
 
 
 def make_batch(seed: int, masked: int) -> Batch:
-    """Two sequences of 12 tokens; the first ``masked`` positions do not count."""
+    """Return two sequences of 12 tokens; the first ``masked`` positions have no loss."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(MODEL.vocab_size, (2, 13), generator=generator)
     mask_SB = torch.ones(12, 2)
@@ -37,7 +37,7 @@ def make_trainer(single_process, loss=LossConfig(), optim=OPTIM, model=MODEL) ->
 def test_steps_equal_plain_torch(single_process):
     """Three steps of two uneven micro-batches: loss, gradient norm and every weight after them."""
     loss = LossConfig(beta=0.1, head_chunk_tokens=5)
-    # Adam divides each gradient by its own size: with small first weights the rounding of the smallest ones would show.
+    # Large initial weights: Adam divides each gradient by its size, so rounding errors of tiny gradients would show.
     looped, trainer = make_trainer(single_process, loss, model=dataclasses.replace(MODEL, init_std=0.1))
     weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
     spared = [name for name, weight in weights.items() if weight.dim() == 1 or name.startswith("gate.")]
@@ -46,15 +46,17 @@ def test_steps_equal_plain_torch(single_process):
             {"params": [weight for name, weight in weights.items() if name not in spared]},
             {"params": [weights[name] for name in spared], "weight_decay": 0.0},
         ],
-        betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=OPTIM.weight_decay,
-    )  # fmt: skip
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+        weight_decay=OPTIM.weight_decay,
+    )
     for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):
         batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
         stats, grad_norm, learning_rate = trainer.train(iter(batches), 2)
         assert learning_rate == pytest.approx(lr)
 
         tokens = sum(batch.mask_SB.sum() for batch in batches)
-        total = sum(_oracle_loss(weights, batch, loss.beta) * batch.mask_SB.sum() for batch in batches) / tokens
+        total = sum(_reference_loss(weights, batch, loss.beta) * batch.mask_SB.sum() for batch in batches) / tokens
         plain.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), OPTIM.clip_grad)
@@ -67,14 +69,14 @@ def test_steps_equal_plain_torch(single_process):
     assert_close_relative(dict(looped.named_parameters()), weights, 5e-5)
 
 
-def _oracle_loss(weights: dict, batch: Batch, beta: float) -> torch.Tensor:
+def _reference_loss(weights: dict, batch: Batch, beta: float) -> torch.Tensor:
     output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
     head = reference.head_weight(weights, MODEL)
     losses = torch.stack([reference.token_losses(h, head, batch.labels_SB) for h in output.hidden])
     return reference.entropy_regularised_loss(losses, output.gate_logit_RSB, beta, batch.mask_SB)
 
 
-def test_stats_are_those_of_the_oracle(single_process):
+def test_statistics_equal_the_reference(single_process):
     looped, trainer = make_trainer(single_process)
     batch = make_batch(5, masked=3)
     weights = dict(looped.named_parameters())
@@ -115,7 +117,7 @@ def test_schedules(single_process, changes, expected):
     assert rates == pytest.approx(expected, abs=1e-4)
 
 
-def test_gate_stage_equals_the_oracle_and_costs_no_trunk_gradient(single_process):
+def test_the_gate_stage_equals_the_reference_without_trunk_gradients(single_process):
     loss = LossConfig(objective="adaptive_gate", target="next")
     looped, trainer = make_trainer(single_process, loss, dataclasses.replace(OPTIM, clip_grad=0.0))
     with torch.no_grad():
@@ -136,7 +138,7 @@ def test_gate_stage_equals_the_oracle_and_costs_no_trunk_gradient(single_process
         assert name in gate or not (parameter.requires_grad or hasattr(parameter, "main_grad"))
 
 
-def test_frozen_trunk_builds_no_graph(single_process):
+def test_a_frozen_trunk_builds_no_graph(single_process):
     torch.manual_seed(0)
     looped = LoopLM(MODEL, GATE, single_process)
     freeze_trunk(looped)
@@ -155,11 +157,12 @@ def test_accumulation_equals_one_large_batch(single_process):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_sharing_survives_the_engine(single_process):
-    """One tensor per weight however many loops, also inside DDP's buffers and the optimizer."""
+def test_weights_stay_shared_in_the_trainer(single_process):
+    """There is one tensor per weight for any number of loops, also in DDP's buffers and in the optimizer."""
     for loops in (1, 2, 5):
         model: ModelConfig = dataclasses.replace(MODEL, num_loops=loops)
         looped, trainer = make_trainer(single_process, model=model)
         owned = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
         assert len(owned) == len(set(owned)) == len(list(looped.parameters()))
-        assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in LoopLM(MODEL, GATE, single_process).parameters())  # fmt: skip
+        other = LoopLM(MODEL, GATE, single_process)
+        assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in other.parameters())

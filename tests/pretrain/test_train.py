@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: resume, stages, golden losses, refusals."""
+"""Whole runs of a tiny model: resumption, stages, golden losses, errors."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ EXACT = ("step", "samples", "tokens", "loss", "loss_per_loop", "exit_distributio
 
 
 def run(config: RunConfig) -> list[dict]:
-    """Train in this process, as ``main`` does, and return the training lines."""
+    """Train in this process, as ``main`` does, and return the training lines of metrics.jsonl."""
     groups = process_groups.start(config.seed)
     train(config, check_corpus(config.data, config.model.vocab_size), groups)
     return train_rows(config.output_dir)
@@ -49,7 +49,7 @@ def test_six_steps_equal_three_plus_restart_plus_three_bit_for_bit(corpus, tmp_p
     resumed = run(halves)
 
     assert exact(resumed) == exact(straight)
-    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6], "each step stands once in metrics.jsonl"
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6], "each step appears once in metrics.jsonl"
 
 
 def test_resume_with_growing_batch(corpus, tmp_path, single_process):
@@ -71,14 +71,14 @@ def test_a_longer_run_keeps_the_order_of_the_shorter_one(corpus, tmp_path, singl
 
 
 def test_golden_losses(corpus, tmp_path, single_process):
-    """A refactor may not move them. Change them only with a reason in the commit message."""
+    """A refactoring must not change them. Give the reason for any change in the commit message."""
     rows = run(run_config(corpus, tmp_path))
     golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
     assert [row["loss"] for row in rows] == pytest.approx(golden["loss"], rel=1e-5)
     assert [row["grad_norm"] for row in rows] == pytest.approx(golden["grad_norm"], rel=1e-4)
 
 
-def test_a_run_under_emulated_fp8_says_so_and_goes_on_without_it(corpus, tmp_path, single_process, capsys):
+def test_a_run_with_emulated_fp8_says_so_and_resumes_without_it(corpus, tmp_path, single_process, capsys):
     steady = {"optim": {"schedule": "constant", "decay_steps": 0}}
     plain = run(run_config(corpus, tmp_path / "plain", **steady))
     assert "EMULATED" not in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_a_run_under_emulated_fp8_says_so_and_goes_on_without_it(corpus, tmp_pat
     assert exact(run(longer)[:6]) == exact(rounded) and len(train_rows(config.output_dir)) == 7
 
 
-def test_gate_stage_moves_the_gate_alone(corpus, tmp_path, single_process):
+def test_the_gate_stage_changes_only_the_gate(corpus, tmp_path, single_process):
     stage1 = run_config(corpus, tmp_path / "stage1")
     run(stage1)
     gate = run_config(
@@ -126,8 +126,8 @@ def test_a_later_stage_may_change_loops_rope_and_length(corpus, tmp_path, single
     assert len(run(later)[0]["loss_per_loop"]) == 2
 
 
-def test_a_later_stage_may_take_the_moments_along(corpus, tmp_path, single_process):
-    """Its first step is then beta times the old moments plus what a step without them makes of the same gradient."""
+def test_a_later_stage_can_inherit_the_moments(corpus, tmp_path, single_process):
+    """Its moments after one step are beta times the old ones, plus those of a step that started without them."""
     first = run_config(corpus, tmp_path / "first")
     run(first)
 
@@ -151,7 +151,7 @@ def test_a_later_stage_may_take_the_moments_along(corpus, tmp_path, single_proce
     assert about.step == 1 and about.adam_steps == 7, "Adam's bias correction counts the steps of both"
 
 
-def test_a_stage_with_moments_taken_along_resumes_bit_for_bit(corpus, tmp_path, single_process):
+def test_a_stage_with_inherited_moments_resumes_bit_for_bit(corpus, tmp_path, single_process):
     run(run_config(corpus, tmp_path / "first"))
     start = {"initial": str(tmp_path / "first"), "initial_optimizer": True, "save_every": 2}
     straight = run(run_config(corpus, tmp_path / "a", optim={"train_steps": 4, "warmup_steps": 0}, checkpoint=start))
@@ -162,7 +162,7 @@ def test_a_stage_with_moments_taken_along_resumes_bit_for_bit(corpus, tmp_path, 
     assert checkpoint.read_about(step_folder.locate(str(tmp_path / "b"))).adam_steps == 10
 
 
-def test_moments_that_do_not_fit_are_refused(corpus, tmp_path, single_process):
+def test_moments_that_do_not_fit_raise(corpus, tmp_path, single_process):
     run(run_config(corpus, tmp_path / "stage1"))
     start = {"initial": str(tmp_path / "stage1")}
     run(run_config(corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint=start))
@@ -184,7 +184,7 @@ def test_loss_falls(corpus, tmp_path, single_process):
     assert rows[0]["loss"] - rows[-1]["loss"] > 1.0
 
 
-def test_metrics_name_everything(corpus, tmp_path, single_process):
+def test_metrics_are_complete(corpus, tmp_path, single_process):
     row = run(run_config(corpus, tmp_path))[-1]
     assert sum(row["exit_distribution"]) == pytest.approx(1, abs=1e-5)
     assert 1 <= row["mean_depth"] <= 3 and row["entropy"] > 0
@@ -192,29 +192,31 @@ def test_metrics_name_everything(corpus, tmp_path, single_process):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_refusals_come_before_training(corpus, tmp_path, single_process):
+def test_errors_come_before_training(corpus, tmp_path, single_process):
     run(run_config(corpus, tmp_path / "a"))
+    start = {"initial": str(tmp_path / "a")}
+    gate_loss = {"objective": "adaptive_gate"}
     cases = {
-        "hidden_size": run_config(corpus, tmp_path / "b", model={"hidden_size": 64}, checkpoint={"initial": str(tmp_path / "a")}),
-        "state_size": run_config(corpus, tmp_path / "b", gate={"state_size": 4}, checkpoint={"initial": str(tmp_path / "a")}),
+        "hidden_size": run_config(corpus, tmp_path / "b", model={"hidden_size": 64}, checkpoint=start),
+        "state_size": run_config(corpus, tmp_path / "b", gate={"state_size": 4}, checkpoint=start),
         "seed": run_config(corpus, tmp_path / "a", seed=5),
-        "objective": run_config(corpus, tmp_path / "a", loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tmp_path / "a")}),
+        "objective": run_config(corpus, tmp_path / "a", loss=gate_loss, checkpoint=start),
         "no whole checkpoint": run_config(corpus, tmp_path / "b", checkpoint={"initial": str(tmp_path / "nowhere")}),
-    }  # fmt: skip
+    }
     for word, config in cases.items():
         with pytest.raises(UserError, match=word):
             run(config)
-    assert not (tmp_path / "b").exists(), "nothing half-written is left behind"
+    assert not (tmp_path / "b").exists(), "no incomplete file is left behind"
 
 
 def _command(*arguments: str) -> None:
-    """``python -m pretrain.train`` in a process of its own, but for its imports."""
+    """Run ``python -m pretrain.train`` in a forked process, which saves its imports."""
     spare_the_spawn()
     torch.set_num_threads(1)
     main([*arguments])
 
 
-def test_sigterm_saves_and_ends_in_order(corpus, tmp_path):
+def test_sigterm_saves_before_the_run_ends(corpus, tmp_path):
     config = run_config(corpus, tmp_path / "run", optim={"train_steps": 100_000, "warmup_steps": 0, "decay_steps": 0})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(to_dict(config)))
@@ -243,5 +245,5 @@ def test_the_command_line_reports_a_mistake_in_one_line(corpus, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]  # torch itself may warn above it, on a machine with half a CUDA
+    last = done.stderr.strip().splitlines()[-1]  # torch may print warnings before it
     assert last.startswith("error: --optim.learning_rate: unknown key; did you mean optim.")

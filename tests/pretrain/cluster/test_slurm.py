@@ -1,4 +1,4 @@
-"""The Slurm launchers in a real bash, against stand-ins for srun, scontrol and torchrun that write down what they are given."""
+"""The Slurm launchers in a real bash, against stand-ins for srun, scontrol and torchrun that record their arguments."""
 
 import os
 import re
@@ -18,7 +18,7 @@ FOLDER = ROOT / "pretrain/slurm"
 LAUNCHERS = ["single_node", "multi_node", "preprocess", "preflight"]
 SECONDS = 60
 
-# Runs the task once for each node, as srun does, and ends with the status that the file `status` asks for.
+# Run the task once for each node, as srun does, and end with the status in the file `status`.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$RECORD/srun"
 nodes=1
@@ -30,7 +30,7 @@ TORCHRUN = '#!/bin/bash\nprintf "%s\\n" "$@" >"$RECORD/torchrun${SLURM_NODEID:-}
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then [[ $3 == 'n[07-09]' ]] && printf 'n07\\nn08\\nn09\\n'; else echo "$@" >>"$RECORD/scontrol"; fi
 """
-# Waits for SIGTERM, counts how often it comes, and ends as it is told to.
+# Wait for SIGTERM, count how often it arrives, and end with the status in the file `status`.
 WAITER = """
 import signal, sys, time
 from pathlib import Path
@@ -47,7 +47,7 @@ sys.exit(int((record / "status").read_text()))
 
 
 class Cluster:
-    """Stand-ins on PATH, what they wrote down, and a job's environment."""
+    """Stand-ins on PATH, their records, and the environment of a job."""
 
     def __init__(self, folder: Path) -> None:
         self.record, self.bin = folder / "record", folder / "bin"
@@ -56,7 +56,7 @@ class Cluster:
         for name, script in {"srun": SRUN, "torchrun": TORCHRUN, "scontrol": SCONTROL}.items():
             self.install(name, script)
         self.end_with(0)
-        self.config = folder / "a b.yaml"  # a space, to see that it stays one argument
+        self.config = folder / "a b.yaml"  # with a space, which must not split the argument
         self.config.touch()
         plain = {
             key: value
@@ -111,7 +111,7 @@ def test_a_single_node_runs_torchrun_on_its_gpus(cluster: Cluster) -> None:
     assert "torchrun --standalone --nproc-per-node=4" in done.stdout
 
 
-def test_every_node_gets_its_rank_and_the_same_meeting_point(cluster: Cluster) -> None:
+def test_every_node_gets_its_rank_and_the_same_address(cluster: Cluster) -> None:
     done = cluster.run("multi_node", f"--config={cluster.config}", env=cluster.job)
     assert (done.returncode, done.stderr) == (0, "")
     for node in range(3):
@@ -129,7 +129,7 @@ def test_every_node_gets_its_rank_and_the_same_meeting_point(cluster: Cluster) -
         ]
 
 
-def test_a_dry_run_prints_the_line_that_a_run_runs(cluster: Cluster) -> None:
+def test_a_dry_run_prints_the_command_that_a_run_executes(cluster: Cluster) -> None:
     arguments = ("--config", str(cluster.config), "--data.train", "[{prefix: data/a}]")
     dry = cluster.run("multi_node", *arguments, env=cluster.job | {"DRY_RUN": "1"})
     assert (dry.returncode, dry.stderr) == (0, "")
@@ -141,12 +141,13 @@ def test_a_dry_run_prints_the_line_that_a_run_runs(cluster: Cluster) -> None:
         f"--config '{cluster.config}' --data.train '[{{prefix: data/a}}]'\n"
     )
     assert cluster.run("multi_node", *arguments, env=cluster.job).stdout == dry.stdout
-    typed = subprocess.run(["bash", "-c", dry.stdout.removeprefix("srun ").join(("printf '%s\\n' ", ""))], capture_output=True, text=True)  # fmt: skip
+    show_arguments = "printf '%s\\n' " + dry.stdout.removeprefix("srun ")
+    typed = subprocess.run(["bash", "-c", show_arguments], capture_output=True, text=True)
     assert typed.stdout.splitlines() == cluster.read("srun")
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_dry_run_outside_of_slurm_takes_the_headers_numbers(cluster: Cluster, launcher: str) -> None:
+def test_a_dry_run_outside_slurm_takes_its_size_from_the_header(cluster: Cluster, launcher: str) -> None:
     done = cluster.run(launcher, "--config", str(cluster.config), env=cluster.outside | {"DRY_RUN": "1"})
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
     expected = {
@@ -158,7 +159,7 @@ def test_a_dry_run_outside_of_slurm_takes_the_headers_numbers(cluster: Cluster, 
     assert expected[launcher] in done.stdout
 
 
-def test_a_dry_run_outside_of_slurm_can_be_asked_about_a_size(cluster: Cluster) -> None:
+def test_a_dry_run_outside_slurm_takes_its_size_from_the_environment(cluster: Cluster) -> None:
     size = {"DRY_RUN": "1", "SLURM_NNODES": "64", "SLURM_GPUS_PER_NODE": "4"}
     done = cluster.run("multi_node", "--config", str(cluster.config), env=cluster.outside | size)
     assert "torchrun --nnodes=64 --nproc-per-node=4 " in done.stdout
@@ -193,7 +194,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("launcher", ["single_node", "multi_node", "preflight"])
-def test_what_is_set_for_the_trainers_and_that_ones_own_settings_win(cluster: Cluster, launcher: str) -> None:
+def test_the_trainers_environment_keeps_variables_that_are_set(cluster: Cluster, launcher: str) -> None:
     def environment(own: dict[str, str]) -> dict[str, str]:
         cluster.run(launcher, "--config", str(cluster.config), env=cluster.one_node | own)
         told = dict(line.split("=", 1) for line in cluster.read("environment") if "=" in line)
@@ -205,7 +206,7 @@ def test_what_is_set_for_the_trainers_and_that_ones_own_settings_win(cluster: Cl
 
 
 @pytest.mark.parametrize("launcher", ["single_node", "multi_node", "preflight", "task"])
-def test_a_container_stands_between_srun_and_the_command(cluster: Cluster, launcher: str) -> None:
+def test_a_container_runs_the_command_inside_srun(cluster: Cluster, launcher: str) -> None:
     arguments = ["tools.upcycle"] if launcher == "task" else ["--config", str(cluster.config)]
     dry = cluster.one_node | {"DRY_RUN": "1", "CONTAINER_MOUNTS": "/data:/data"}
     program = {"single_node": "torchrun --standalone", "task": "python -m"}.get(launcher, "bash -c ")
@@ -218,7 +219,7 @@ def test_a_container_stands_between_srun_and_the_command(cluster: Cluster, launc
 
 
 def test_a_container_brings_its_own_packages(cluster: Cluster, tmp_path: Path) -> None:
-    """No torchrun outside of it, and none is asked for."""
+    """No torchrun is needed outside the container."""
     (cluster.bin / "torchrun").unlink()
     lonely = cluster.one_node | {"PATH": f"{cluster.bin}:/usr/bin:/bin", "CONTAINER": "image"}
     for name in ("single_node.sbatch", "common.sh"):
@@ -232,7 +233,9 @@ def test_a_container_brings_its_own_packages(cluster: Cluster, tmp_path: Path) -
     assert outside.stderr.startswith("error: torchrun: neither on PATH nor in .venv")
 
 
-@pytest.mark.parametrize("given", [{"SLURM_GPUS_PER_NODE": "h100:6"}, {"SLURM_GPUS_PER_NODE": "6"}, {"SLURM_GPUS_ON_NODE": "6"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "given", [{"SLURM_GPUS_PER_NODE": "h100:6"}, {"SLURM_GPUS_PER_NODE": "6"}, {"SLURM_GPUS_ON_NODE": "6"}]
+)
 def test_gpus_per_node_in_every_spelling(cluster: Cluster, given: dict[str, str]) -> None:
     del cluster.one_node["SLURM_GPUS_ON_NODE"]
     cluster.run("single_node", "--config", str(cluster.config), env=cluster.one_node | given)
@@ -247,7 +250,7 @@ def test_only_an_interrupted_run_is_requeued(cluster: Cluster, status: int, requ
 
 
 def start_waiting(cluster: Cluster, status: int) -> subprocess.Popen[bytes]:
-    """The launcher with a trainer that waits for SIGTERM; torchrun in between would end with 1 instead of 143."""
+    """Start the launcher with a trainer that waits for SIGTERM. A real torchrun would end with 1 instead of 143."""
     (cluster.bin / "waiter.py").write_text(WAITER)
     cluster.install("srun", f'#!/bin/bash\nexec "{sys.executable}" "{cluster.bin}/waiter.py" "$RECORD"\n')
     cluster.end_with(status)
@@ -267,7 +270,7 @@ def test_slurms_warning_reaches_the_trainer_as_one_sigterm(cluster: Cluster, sta
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
-    """scancel signals script and trainer: passed on as well, the signal would mean "at once" to the trainer."""
+    """scancel signals script and trainer. If the script passed it on, the trainer would end without saving."""
     running = start_waiting(cluster, 143)
     running.send_signal(signal.SIGTERM)
     os.kill(int(cluster.read("pid")[0]), signal.SIGTERM)
@@ -287,7 +290,7 @@ def test_slurm_runs_a_copy_of_the_launcher(cluster: Cluster, tmp_path: Path) -> 
     assert "run sbatch from the repository's root" in lost.stderr
 
 
-def test_preprocessing_hands_no_numbers_of_its_own_job_to_its_arrays(cluster: Cluster) -> None:
+def test_preprocessing_hides_its_own_size_from_its_arrays(cluster: Cluster) -> None:
     cluster.install("python", '#!/bin/bash\nprintf "%s\\n" "$@" "${!SLURM_@}" >"$RECORD/python"\n')
     done = cluster.run(
         "preprocess", "--config", str(cluster.config), env=cluster.job | {"SLURM_CONF": "/etc/slurm.conf"}
@@ -310,7 +313,7 @@ def test_preprocessing_hands_no_numbers_of_its_own_job_to_its_arrays(cluster: Cl
         (["--config", "setup.py"], "SLURM_JOB_ID: not inside a Slurm job; start with sbatch pretrain/slurm/"),
     ],
 )
-def test_bad_input_is_one_line(cluster: Cluster, launcher: str, arguments: list[str], message: str) -> None:
+def test_bad_input_is_a_one_line_error(cluster: Cluster, launcher: str, arguments: list[str], message: str) -> None:
     done = cluster.run(launcher, *arguments, env=cluster.outside)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"error: {message}")
@@ -324,7 +327,9 @@ def test_bad_input_is_one_line(cluster: Cluster, launcher: str, arguments: list[
         ("single_node", {}, "SLURM_NNODES: 3 nodes; sbatch pretrain/slurm/multi_node.sbatch uses them all"),
     ],
 )
-def test_an_odd_allocation_is_one_line(cluster: Cluster, launcher: str, changed: dict[str, str], message: str) -> None:
+def test_an_unusable_allocation_is_a_one_line_error(
+    cluster: Cluster, launcher: str, changed: dict[str, str], message: str
+) -> None:
     done = cluster.run(launcher, "--config", str(cluster.config), env=cluster.job | changed)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f"error: {message}")
@@ -338,7 +343,7 @@ def test_headers(launcher: str) -> None:
     if launcher in ("preprocess", "preflight"):  # arrays that it submitted may still run; nothing to go on with
         assert "no-requeue" in options
         return
-    waits = int(re.search(r"^shutdown_seconds=(\d+)$", (FOLDER / "common.sh").read_text(), re.MULTILINE)[1])  # type: ignore[index]
+    (waits,) = map(int, re.findall(r"^shutdown_seconds=(\d+)$", (FOLDER / "common.sh").read_text(), re.MULTILINE))
     signalled = re.fullmatch(r"B:USR1@(\d+)", options["signal"])
     assert signalled and int(signalled[1]) > waits, "torchrun would still wait when Slurm kills the job"
     assert "requeue" in options and options["open-mode"] == "append" and options["ntasks-per-node"] == "1"

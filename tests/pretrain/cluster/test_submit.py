@@ -75,10 +75,12 @@ def submitted(slurm: Path) -> list[str]:
 def test_each_stage_waits_for_the_previous_one(slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain.main(["--config", str(recipe), "--after", "7", "--arguments", "--optim.lr 0.5"])
     jobs = submitted(slurm)
-    assert [re.search(r"--job-name=(\S+)", job)[1] for job in jobs] == ["tiny-preflight", "tiny-one", "tiny-two", "tiny-exported"]  # type: ignore[index]  # fmt: skip
-    assert [re.search(r"--dependency=(\S+) --kill-on-invalid-dep=yes", job)[1] for job in jobs] == [f"afterok:{number}" for number in (7, 100, 101, 102)]  # type: ignore[index]  # fmt: skip
+    text = "\n".join(jobs)
+    assert re.findall(r"--job-name=tiny-(\S+)", text) == ["preflight", "one", "two", "exported"]
+    assert re.findall(r"--dependency=afterok:(\d+) --kill-on-invalid-dep=yes", text) == ["7", "100", "101", "102"]
     first, second = (f"--config {recipe.parent}/{name}.yaml" for name in ("one", "two"))
-    assert jobs[0].strip().endswith(f"--gpus-per-node=1 --dependency=afterok:7 --kill-on-invalid-dep=yes pretrain/slurm/preflight.sbatch {first} --optim.lr 0.5")  # fmt: skip
+    assert "--gpus-per-node=1 --dependency=afterok:7 --kill-on-invalid-dep=yes pretrain/slurm/" in jobs[0]
+    assert jobs[0].strip().endswith(f"yes pretrain/slurm/preflight.sbatch {first} --optim.lr 0.5")
     assert f"pretrain/slurm/multi_node.sbatch {first} --optim.lr 0.5" in jobs[1]
     assert f"pretrain/slurm/multi_node.sbatch {first} {second} --optim.lr 0.5" in jobs[2]
     assert "pretrain/slurm/task.sbatch tools.convert_hf export" in jobs[3] and "--gpus-per-node" not in jobs[3]
@@ -120,7 +122,8 @@ def test_a_dry_run_prints_a_script_that_submits_the_same_jobs(
     by_command = [re.sub(r"afterok:(\d+)", r"afterok:\1;cluster", job) for job in submitted(slurm)]
     assert by_script == by_command, "--parsable also names the cluster if there are several"
     comments = [line for line in printed.splitlines() if line.startswith("#   srun ")]
-    assert [re.findall(r"-m (pretrain\.\w+|tools\.\w+)", line)[0] for line in comments] == ["pretrain.preflight", "pretrain.train", "pretrain.train", "tools.convert_hf"]  # fmt: skip
+    modules = [re.findall(r"-m (pretrain\.\w+|tools\.\w+)", line)[0] for line in comments]
+    assert modules == ["pretrain.preflight", "pretrain.train", "pretrain.train", "tools.convert_hf"]
 
 
 @pytest.mark.parametrize(
@@ -128,17 +131,45 @@ def test_a_dry_run_prints_a_script_that_submits_the_same_jobs(
     [
         ({}, ["--start", "three"], ["start: 'three' is not allowed; the stages are one, two, exported"]),
         ({}, ["--start", "two", "--stop", "one"], ["stop: 'one' is not allowed; it comes before start=two"]),
-        ({}, ["--start", "two"], ["two: starts from FOLDER/runs/one, which holds no checkpoint and which no earlier stage"]),
-        ({}, ["--nodes", "3"], ["one on 3 GPUs: data.global_batch_size: 4 is not allowed; give a multiple of", "two on 3 GPUs: "]),
-        ({}, ["--arguments=--parallel.pipeline 2"], ["one on 1 GPUs: parallel.tensor x pipeline x context: 2 is not allowed; it must divide the number of ranks, 1", "two on 1"]),
+        (
+            {},
+            ["--start", "two"],
+            ["two: starts from FOLDER/runs/one, which holds no checkpoint and which no earlier stage"],
+        ),
+        (
+            {},
+            ["--nodes", "3"],
+            ["one on 3 GPUs: data.global_batch_size: 4 is not allowed; give a multiple of", "two on 3 GPUs: "],
+        ),
+        (
+            {},
+            ["--arguments=--parallel.pipeline 2"],
+            [
+                "one on 1 GPUs: parallel.tensor x pipeline x context: 2 is not allowed; "
+                "it must divide the number of ranks, 1",
+                "two on 1",
+            ],
+        ),
         ({}, ["--arguments=--optim.rl 1"], ["one: --optim.rl: unknown key", "two: --optim.rl: unknown key"]),
-        ({"two.yaml": {"model": {"hidden_size": 64}}}, [], ["two: model.hidden_size is 64, in one 32; it shapes the weights"]),
+        (
+            {"two.yaml": {"model": {"hidden_size": 64}}},
+            [],
+            ["two: model.hidden_size is 64, in one 32; it shapes the weights"],
+        ),
         ({"two.yaml": {"model": {"num_loops": 2}}}, ["--dry_run", "true"], []),
-        ({"two.yaml": {"data": {"train": [{"prefix": "no"}], "valid": [{"prefix": "nor"}]}}}, [], ["two: no.manifest.json: cannot be read", "two: nor.manifest.json: "]),
+        (
+            {"two.yaml": {"data": {"train": [{"prefix": "no"}], "valid": [{"prefix": "nor"}]}}},
+            [],
+            ["two: no.manifest.json: cannot be read", "two: nor.manifest.json: "],
+        ),
         ({"one.yaml": {"data": {"train": [{"prefix": "no"}]}}}, [], ["one, two: no.manifest.json: cannot be read"]),
-        ({"one.yaml": {"model": {"vocab_size": 100}}}, [], ["one, two: model.vocab_size: 100 is not allowed; the tokenizer"]),
+        (
+            {"one.yaml": {"model": {"vocab_size": 100}}},
+            [],
+            ["one, two: model.vocab_size: 100 is not allowed; the tokenizer"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_faults_are_reported_before_submission(
     slurm: Path, recipe: Path, changed: dict[str, Any], arguments: list[str], messages: list[str]
 ) -> None:
@@ -197,15 +228,16 @@ def test_shipped_recipes_are_planned_and_fit_their_nodes(size: str, attention: s
     arguments = ["--config", f"configs/ouro-{size}/chain.yaml", "--attention", attention]
     jobs, faults = plan(parse_config(SubmitConfig, arguments, prog="test", description=""))
     for index, job in enumerate(jobs):
-        faults += find_faults(job, jobs[:index], awaited=size == "2.6b")  # that one is made of the other's first stage
+        faults += find_faults(
+            job, jobs[:index], awaited=size == "2.6b"
+        )  # it starts from the smaller model's first stage
     assert faults == []
     trained = {job.name: job for job in jobs if job.run is not None}
     assert list(trained) == list(STAGES[size == "2.6b" :])
     for name, job in trained.items():
         assert job.run == load(*OURO[size, attention, name])
-        for nodes in {job.nodes, 1, 8, 64} - (
-            {64} if name == "sft" else set()
-        ):  # a batch of 64 on 512 GPUs is too small
+        too_many = {64} if name == "sft" else set()  # for its batch of 64
+        for nodes in {job.nodes, 1, 8, 64} - too_many:
             schedule_on(job.run, nodes * job.gpus)
 
 

@@ -1,4 +1,4 @@
-"""The report page, from synthetic run directories of the form that `make quickstart` leaves."""
+"""The report page, from synthetic run directories like the one of `make quickstart`."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ WORDS = [
 
 
 def metrics(steps: int, loops: int, gate: bool = False) -> list[dict[str, Any]]:
-    """Lines as pretrain.train writes them: a loss that falls, an exit distribution that leaves uniform."""
+    """Return lines like pretrain.train's: the loss falls, and the exit distribution is uniform at first."""
     rng = np.random.default_rng(int(gate))
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
@@ -107,7 +107,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def write_run(run: Path, steps: int = 300, loops: int = 4) -> Path:
-    """A whole run directory."""
+    """Write a complete run directory."""
     model = {"vocab_size": 4096, "hidden_size": 128, "ffn_hidden_size": 352, "num_layers": 3, "num_attention_heads": 4}
     config = RunConfig(
         output_dir=str(run / "stage1"),
@@ -127,7 +127,7 @@ def write_run(run: Path, steps: int = 300, loops: int = 4) -> Path:
 
 
 class Page(HTMLParser):
-    """The tags, text and outward references of a page; fails on a tag that is not closed."""
+    """Tags, text and external references of a page; fails if a tag is not closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures:
     assert "No " not in page.text
 
 
-def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", metrics(3, 2))
     page = Page(build_page(tmp_path))
     assert page.tags.count("figure") == 8
@@ -205,7 +205,7 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
     assert "depth 3" in page.text
 
 
-def test_what_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
     lines = [line for line in metrics(20, 2) if line["kind"] == "train"]
     lines[3] |= {
         "loss_per_loop": [math.nan, math.inf],
@@ -229,7 +229,7 @@ def test_stages_with_different_numbers_of_loops(tmp_path: Path) -> None:
     assert "loop 8" in Page(build_page(tmp_path)).text
 
 
-def test_text_that_ran_deeper_than_trained_has_colors(tmp_path: Path) -> None:
+def test_text_beyond_the_trained_depth_has_colors(tmp_path: Path) -> None:
     run = write_run(tmp_path, steps=1, loops=2)
     write_lines(run / "samples.jsonl", [sample(6)])
     page = build_page(run)
@@ -252,7 +252,7 @@ def test_text_that_ran_deeper_than_trained_has_colors(tmp_path: Path) -> None:
         ("samples.jsonl", "\udcff", r"samples.jsonl: cannot be read"),
     ],
 )
-def test_garbled_files_are_refused_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_malformed_files_are_one_line_errors(tmp_path: Path, name: str, content: str, message: str) -> None:
     path = write_run(tmp_path, steps=1) / name
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message) as caught:
@@ -261,7 +261,7 @@ def test_garbled_files_are_refused_in_one_line(tmp_path: Path, name: str, conten
     assert not (tmp_path / "report.html").exists()
 
 
-def test_nowhere_to_write_and_nothing_to_report_on(tmp_path: Path) -> None:
+def test_no_output_folder_and_no_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out: cannot be written"):
         main([str(write_run(tmp_path / "run", steps=1)), "--output", str(tmp_path / "run/gate/metrics.jsonl/out")])
     with pytest.raises(UserError, match="no such directory"):
@@ -271,8 +271,8 @@ def test_nowhere_to_write_and_nothing_to_report_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loops", [1, 2, 4, 8, 16])
-def test_colors_can_be_read_and_told_apart(loops: int) -> None:
-    """WCAG: text on its depth's color has contrast 4.5 at least; depths differ in lightness, in one direction."""
+def test_colors_are_readable_and_distinct(loops: int) -> None:
+    """Text on its depth's color has a contrast of at least 4.5 (WCAG); lightness is monotonic in depth."""
 
     def luminance(color: str) -> float:
         rgb = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
