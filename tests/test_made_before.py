@@ -6,6 +6,8 @@ and ``make.py``, the script that made it all.
 """
 
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from pretrain.train import main as train
 from tests.support.tiny import train_rows
 from tools.convert_hf import main as convert
 
-ARCHIVE = Path(__file__).parent / "fixtures" / "made_at_4ac3b61.tar.xz"
+ROOT = Path(__file__).resolve().parents[1]
+ARCHIVE = ROOT / "tests" / "fixtures" / "made_at_4ac3b61.tar.xz"
 KINDS = ("mla", "mha")
 
 
@@ -71,3 +74,28 @@ def test_an_old_export_is_imported_and_loads_with_the_code_it_carries(
     with torch.no_grad():
         logits_BSV = opened.model(ids_BS).hidden[-1].transpose(0, 1) @ opened.model.head_weight().t()
         torch.testing.assert_close(model(ids_BS).logits, logits_BSV, rtol=1e-5, atol=1e-5)
+
+
+def test_the_python_example_of_the_old_readme_still_runs(made):
+    """In a process of its own, as a user's script: module paths and names of 0.1 work and warn."""
+    example = (
+        "import torch\n"
+        "from looplm import checkpoint, parallel\n"
+        "from looplm.exit_gate import exit_log_probs\n"
+        "from looplm.inference.generate import GenerationConfig, Generator\n"
+        "groups = parallel.start(seed=0)\n"
+        f'opened = checkpoint.open_model("{made / "mla"}", groups)\n'
+        'ids_BS = torch.tensor([opened.tokenizer.encode("import os").ids])\n'
+        "with torch.no_grad():\n"
+        "    output = opened.model(ids_BS, num_loops=6)\n"
+        "trained = opened.model.shape.num_loops\n"
+        "p_RSB = exit_log_probs(output.gate_logit_RSB[:trained]).exp()\n"
+        "generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)\n"
+        "config = GenerationConfig(temperature=0.0, exit_threshold=0.5, max_new_tokens=8)\n"
+        '(answer,) = generator.generate(["import os"], config)\n'
+        "print(answer.text, answer.depths)\n"
+        "parallel.stop()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "LoopLM.shape is now LoopLM.model_config" in done.stderr

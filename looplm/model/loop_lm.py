@@ -9,6 +9,7 @@
 The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -111,6 +112,12 @@ class LoopLM(LanguageModule):
                     tp_group=groups.tp,
                 )
         self.to(next(self.decoder.parameters()).device)
+
+    @property
+    def shape(self) -> ModelConfig:
+        """Name of :attr:`model_config` in 0.1."""
+        warnings.warn("LoopLM.shape is now LoopLM.model_config", DeprecationWarning, stacklevel=2)
+        return self.model_config
 
     def head_weight(self) -> Tensor:
         """Return the head's matrix [V, D], which is the embedding when tied."""
