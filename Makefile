@@ -218,7 +218,7 @@ plan-check: $(READY)  ## the planner's memory against training steps on this CPU
 	@OMP_NUM_THREADS=1 $(PY) -m tools.plan_check
 
 docs: $(DOCS)/.installed  ## the documentation as a site: site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "open site/index.html"
 
 # ---- clean
