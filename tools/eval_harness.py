@@ -143,10 +143,7 @@ class HarnessModel(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihoods of continuations, each with True if it is the greedy one; long texts run first."""
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)

@@ -152,10 +152,10 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def measure_checks(names: list[str], width: int = 256) -> dict[str, list[dict[str, int]]]:
-    """Return each check's bytes on the first tensor- and context-parallel rank of every pipeline rank.
+def worker(output: Path, names: list[str], width: int = 256) -> None:
+    """Measure the checks as one process of a job.
 
-    All processes of a job call this; rank 0 returns the results.
+    Rank 0 writes ``output``: each check's bytes on the first tensor- and context-parallel rank of every pipeline rank.
     """
     results = {}
     for name in names:
@@ -165,7 +165,9 @@ def measure_checks(names: list[str], width: int = 256) -> dict[str, list[dict[st
         dist.all_gather_object(gathered, (groups.pp.rank(), measure(config, groups)))
         results[name] = [dict(gathered)[rank] for rank in range(config.parallel.pipeline)]
         process_groups.reset()
-    return results
+    if process_groups.is_rank_0():
+        output.write_text(json.dumps(results))
+    process_groups.stop()
 
 
 def compare(name: str, measured: list[dict[str, int]], width: int = 256) -> list[tuple[str, int, str, float, float]]:
@@ -213,14 +215,6 @@ def launch(ranks: int, names: list[str]) -> dict[str, list[dict[str, int]]]:
             raise UserError(f"{' '.join(command)}: ended with status {done.returncode}; see its output above")
         measured: dict[str, list[dict[str, int]]] = json.loads(output.read_text())
         return measured
-
-
-def worker(output: Path, names: list[str], width: int = 256) -> None:
-    """Measure the checks as one process of a job; rank 0 writes ``output``."""
-    measured = measure_checks(names, width)
-    if process_groups.is_rank_0():
-        output.write_text(json.dumps(measured))
-    process_groups.stop()
 
 
 if __name__ == "__main__":

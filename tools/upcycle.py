@@ -20,7 +20,7 @@ from looplm.megatron import process_groups
 from pretrain.data import Batch
 from tools.upcycling.dense import loop_layers, open_dense
 from tools.upcycling.latent import to_latent
-from tools.upcycling.measure import Sample, measure_losses, second_moments
+from tools.upcycling.measure import measure, read_samples, second_moments
 from tools.upcycling.model_state import Source, Upcycled, open_source, write
 from tools.upcycling.structure import LayerOrder, change_gate, change_loops, deepen
 
@@ -51,11 +51,15 @@ class Conversion:
     def read(self, prefix: str, source: Source, groups: ProcessGroupCollection) -> list[Batch]:
         """Return samples of a data prefix for the source's model."""
         config = source.state.config
-        sample = Sample(prefix, self.samples, self.seq_length or min(256, config.max_sequence_length))
-        return sample.read(config, source.about.tokenizer_sha256, groups)
+        length = self.seq_length or min(256, config.max_sequence_length)
+        return read_samples(prefix, self.samples, length, config, source.about.tokenizer_sha256, groups)
 
-    def convert(self, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
-        """Return the source and the result."""
+    def open(self, groups: ProcessGroupCollection) -> Source:
+        """Read the source."""
+        raise NotImplementedError
+
+    def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
+        """Return the result."""
         raise NotImplementedError
 
 
@@ -68,6 +72,10 @@ class FromCheckpoint(Conversion):
     """
 
     checkpoint: str
+
+    def open(self, groups: ProcessGroupCollection) -> Source:
+        """Read the checkpoint."""
+        return open_source(self.checkpoint, groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +92,9 @@ class DepthConfig(FromCheckpoint):
     how: LayerOrder = "stack"
     residual_scale: float = positive(1.0)
 
-    def convert(self, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
-        """Return the source and the deeper model."""
-        source = open_source(self.checkpoint, groups)
-        return source, deepen(source.state, self.layers, self.how, self.residual_scale)
+    def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
+        """Return the deeper model."""
+        return deepen(source.state, self.layers, self.how, self.residual_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +107,9 @@ class LoopsConfig(FromCheckpoint):
 
     loops: int
 
-    def convert(self, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
-        """Return the source and the model with other loops."""
-        source = open_source(self.checkpoint, groups)
-        return source, change_loops(source.state, self.loops)
+    def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
+        """Return the model with other loops."""
+        return change_loops(source.state, self.loops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +126,10 @@ class FreshGateConfig(FromCheckpoint):
     state_size: int = 64
     sequence_level: bool = False
 
-    def convert(self, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
-        """Return the source and the model with a fresh gate."""
-        source = open_source(self.checkpoint, groups)
+    def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
+        """Return the model with a fresh gate."""
         fresh = GateConfig(kind=self.kind, state_size=self.state_size, sequence_level=self.sequence_level)
-        return source, change_gate(source.state, fresh)
+        return change_gate(source.state, fresh)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +152,13 @@ class DenseConfig(Conversion):
     tokenizer: str | None = None
     eos_token: str | None = None
 
-    def convert(self, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
-        """Return the dense model and the looped one."""
-        tokenizer = None if self.tokenizer is None else Path(self.tokenizer)
-        source = open_dense(Path(self.input), tokenizer, self.eos_token)
-        return source, loop_layers(source.state, self.layers, self.loops, self.gate)
+    def open(self, groups: ProcessGroupCollection) -> Source:
+        """Read the Hugging Face directory."""
+        return open_dense(Path(self.input), None if self.tokenizer is None else Path(self.tokenizer), self.eos_token)
+
+    def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
+        """Return the looped model."""
+        return loop_layers(source.state, self.layers, self.loops, self.gate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +176,12 @@ class LatentConfig(FromCheckpoint):
     qk_rope_head_dim: int | None = None
     calibrate: str | None = None
 
-    def convert(self, groups: ProcessGroupCollection) -> tuple[Source, Upcycled]:
-        """Return the source and the model with latent attention."""
-        source = open_source(self.checkpoint, groups)
+    def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
+        """Return the model with latent attention."""
         moments_LDD = None
         if self.calibrate is not None:
             moments_LDD = second_moments(source.state, self.read(self.calibrate, source, groups), groups)
-        return source, to_latent(source.state, self.kv_lora_rank, self.qk_rope_head_dim, moments_LDD)
+        return to_latent(source.state, self.kv_lora_rank, self.qk_rope_head_dim, moments_LDD)
 
 
 COMMANDS: dict[str, type[Conversion]] = {
@@ -201,14 +207,15 @@ def main(argv: list[str]) -> None:
 
 def upcycle(word: str, config: Conversion, groups: ProcessGroupCollection) -> None:
     """Convert, measure, write and report."""
-    source, result = config.convert(groups)
+    source = config.open(groups)
+    result = config.convert(source, groups)
     record: dict[str, Any] = {"kind": word, "source": str(source.folder), "settings": asdict(config)}
     record |= {"exact": result.exact, "approximate": result.approximate}
     if config.data is not None:
         batches = config.read(config.data, source, groups)
         depths = max(source.state.config.num_loops, result.state.config.num_loops)
         for when, state in (("before", source.state), ("after", result.state)):
-            record[when] = measure_losses(state, batches, depths, groups)
+            record[when] = measure(state, batches, depths, groups)
     write(Path(config.output), source, result.state, record, groups)
     print("\n".join(describe(record)))
 

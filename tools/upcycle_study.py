@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,7 +32,7 @@ from pretrain import train as pretrain
 from pretrain.data import Batch, check_corpus
 from tools import upcycle
 from tools.studies.study import Study, markdown_table
-from tools.upcycling.measure import Sample, measure_losses
+from tools.upcycling.measure import measure, read_samples
 from tools.upcycling.model_state import RECORD, ModelState, assemble, open_source
 
 POINTS = 8  # checkpoints at which a result is measured
@@ -142,20 +142,13 @@ def train_sources(config: StudyConfig, run: RunConfig, folder: Path) -> None:
     if not (folder / "llama").exists():
         partial, corpus = step_folder.create_partial(folder / "llama"), check_corpus(run.data, run.model.vocab_size)
         torch.manual_seed(run.seed)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=run.model.vocab_size,
-                hidden_size=run.model.hidden_size,
-                intermediate_size=run.model.ffn_hidden_size,
-                num_hidden_layers=config.layers + 2,
-                num_attention_heads=run.model.num_attention_heads,
-                num_key_value_heads=run.model.num_attention_heads // 2,
-                max_position_embeddings=run.model.max_sequence_length,
-                bos_token_id=corpus.tokenizer.bos_id,
-                eos_token_id=corpus.tokenizer.eos_id,
-                pad_token_id=corpus.tokenizer.pad_id,
-            )
-        ).save_pretrained(partial)
+        model, heads, tokenizer = run.model, run.model.num_attention_heads, corpus.tokenizer
+        sizes: dict[str, Any] = {"vocab_size": model.vocab_size, "hidden_size": model.hidden_size}
+        sizes |= {"intermediate_size": model.ffn_hidden_size, "max_position_embeddings": model.max_sequence_length}
+        sizes |= {"num_hidden_layers": config.layers + 2, "num_attention_heads": heads}
+        sizes |= {"num_key_value_heads": heads // 2}
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+        LlamaForCausalLM(LlamaConfig(**sizes, **ids)).save_pretrained(partial)
         shutil.copyfile(corpus.tokenizer_file, partial / TOKENIZER)
         step_folder.move_into_place(partial, folder / "llama")
 
@@ -174,9 +167,8 @@ def produce(name: str, planned: PlannedResult, config: StudyConfig, run: RunConf
     before, after = record["before"], record["after"]
     groups = process_groups.start(run.seed)
     try:
-        sample = Sample(held_out, config.samples, run.data.seq_length)
-        tokenizer_sha256 = check_corpus(run.data, run.model.vocab_size).tokenizer_sha256
-        batches = sample.read(run.model, tokenizer_sha256, groups)
+        tokenizer = check_corpus(run.data, run.model.vocab_size).tokenizer
+        batches = read_samples(held_out, config.samples, run.data.seq_length, run.model, tokenizer.sha256, groups)
         steps = sorted(step_folder.steps_in(trained_on / "checkpoints"))
         curve = [last_loss(str(step), batches, groups) for step in steps]
         within = logit_difference(source, start, batches[0], groups) if planned.exact else None
@@ -209,7 +201,7 @@ def train_on(planned: PlannedResult, config: StudyConfig, run: RunConfig, start:
 def last_loss(step: str, batches: list[Batch], groups: ProcessGroupCollection) -> float:
     """Return a checkpoint's loss at its last loop."""
     state = open_source(step, groups).state
-    return float(measure_losses(state, batches, state.config.num_loops, groups)["loss_per_depth"][-1])
+    return float(measure(state, batches, state.config.num_loops, groups)["loss_per_depth"][-1])
 
 
 def logit_difference(source: Path, result: Path, batch: Batch, groups: ProcessGroupCollection) -> float:

@@ -261,7 +261,7 @@ def test_every_legal_layout_is_found() -> None:
                             BatchSchedule(data, max(1, replicas), pipeline)
                         except UserError:
                             continue
-                        if rest == 0 and (last is None or layout.stage_layers(6)[0] > last):
+                        if rest == 0 and (last is None or layout.layers_per_rank(6)[0] > last):
                             expected.add((tensor, pipeline, context, last, micro))
     assert seen == expected and len(seen) > 20
     assert {one.replicas * one.config.parallel.model_ranks for one in found.legal} == {8}

@@ -19,7 +19,7 @@ from pretrain.train import train
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_prefix
 from tools.upcycle import main
-from tools.upcycling.measure import Sample
+from tools.upcycling.measure import read_samples
 from tools.upcycling.model_state import ModelState, assemble, open_source
 from tools.upcycling.structure import copy_layers, deepen
 
@@ -75,8 +75,8 @@ def test_the_reported_losses_match_the_reference(tiny_run, corpus, tmp_path, sin
     source = open_source(str(tiny_run), single_process)
     scaled = {name: value * 0.5 if "bda.norm" in name else value for name, value in source.state.weights.items()}
     deep, model = copy_layers(scaled, [0, 1, 0, 1]), dataclasses.replace(MODEL, num_layers=4)
-    sample = Sample(str(corpus / "valid"), 4, 32)
-    (batch,) = sample.read(MODEL, source.about.tokenizer_sha256, single_process)
+    sha256 = source.about.tokenizer_sha256
+    (batch,) = read_samples(str(corpus / "valid"), 4, 32, MODEL, sha256, single_process)
     for when, params, config in (("before", source.state.weights, MODEL), ("after", deep, model)):
         output = reference.forward(params, config, source.state.gate, batch.ids_BS, None, batch.document_start_SB)
         head_VD = reference.head_weight(params, config)
@@ -194,7 +194,8 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(tiny_run, corpus, tmp_
     write_prefix(foreign / "valid", [[5] * 100 + [EOS]], TokenizerRecord(**record), "valid")
     messages = {
         r"python -m tools.upcycle: no command: unknown command; give one of depth, ": [],
-        r"python -m tools.upcycle: deepen: unknown command; did you mean depth?": ["deepen", source, output],
+        r"python -m tools.upcycle: deepen: unknown command; give one of depth, ": ["deepen", source, output],
+        r"python -m tools.upcycle: dept: unknown command; did you mean depth\?": ["dept", source, output],
         r"layers: 5 is not allowed; give a multiple of the source's 2, such as 4": [*depth, "--layers=5"],
         r"layers: 2 is not allowed": [*depth, "--layers=2"],
         r"--layer: unknown key; did you mean layers": [*depth, "--layer=4"],

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -49,21 +49,13 @@ DEPTHS_OF_4 = (1, 1, 1, 2, 2, 3, 4)  # most tokens exit early, some do not: 2 on
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, texts to decode with it, and the depths at which tokens exit.
+    """A model, texts to decode with it, and the depths at which tokens exit."""
 
-    Args:
-        model: in eval mode.
-        texts: token ids, longer than the prompt.
-        rule: when tokens exit by the gate.
-        depths: exit depths for each text and position, repeated; None if the gate decides.
-        opened: the checkpoint of the model; None if it is untrained.
-    """
-
-    model: LoopLM
-    texts: Sequence[Sequence[int]]
-    rule: ExitRule
-    depths: Sequence[Sequence[int]] | None = None
-    opened: OpenedModel | None = None
+    model: LoopLM  # in eval mode
+    texts: Sequence[Sequence[int]]  # token ids, longer than the prompt
+    rule: ExitRule  # when tokens exit by the gate
+    depths: Sequence[Sequence[int]] | None = None  # for each text and position, repeated; None if the gate decides
+    opened: OpenedModel | None = None  # the checkpoint of the model; None if it is untrained
 
 
 def trained_workload(directory: str, groups: ProcessGroupCollection) -> Workload:
@@ -99,12 +91,8 @@ def bench_exit(workload: Workload, repeats: int) -> None:
     """Print the speed of every strategy for each batch size."""
     for rows in BATCHES:
         depths: list[float] = []
-        contenders = {
-            "full depth": prepare_decoding(workload, rows, "full depth"),
-            "select-after": prepare_decoding(workload, rows, "select-after"),
-            "compaction": prepare_decoding(workload, rows, "compaction", depths),
-            "continuous depth batching": prepare_decoding(workload, rows, "continuous depth batching"),
-        }
+        contenders = {name: prepare_decoding(workload, rows, name) for name in get_args(Strategy)}
+        contenders["compaction"] = prepare_decoding(workload, rows, "compaction", depths)
         speeds = tokens_per_s(contenders, rows * NEW, repeats)
         print_speeds(f"batch {rows}, mean depth {statistics.mean(depths):.2f} of {workload.rule.max_depth}", speeds)
 

@@ -195,10 +195,10 @@ def main(argv: list[str]) -> None:
 def build(config: PipelineBenchConfig, ranks: int) -> dict[str, Trainer]:
     """Return one model with a trainer for each schedule."""
     width, layout = config.hidden_size, ParallelConfig(pipeline=ranks)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": width, "ffn_hidden_size": 4 * width}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": width, "ffn_hidden_size": 4 * width}
     sizes |= {"num_layers": config.layers_per_rank * ranks, "num_loops": config.num_loops}
-    heads = {"num_attention_heads": 4, "num_query_groups": 4, "max_sequence_length": config.seq_length}
-    model, optim = ModelConfig(attention="mha", **sizes, **heads), OptimConfig(train_steps=1, precision="fp32")
+    sizes |= {"num_attention_heads": 4, "num_query_groups": 4, "max_sequence_length": config.seq_length}
+    model, optim = ModelConfig(attention="mha", **sizes), OptimConfig(train_steps=1, precision="fp32")
     groups = process_groups.start(0, layout)
     trainer = Trainer(LoopLM(model, GateConfig(), groups, layout=layout), LossConfig(), optim, layout, groups)
     other = copy(trainer)

@@ -30,55 +30,33 @@ DAY_S = 86400
 
 @dataclass(frozen=True, kw_only=True)
 class PassTime(Amounts):
-    """Seconds of one pass on one rank.
+    """Seconds of one pass on one rank."""
 
-    Args:
-        matmul: matrix products.
-        attention: fused attention.
-        traffic: memory traffic between the products.
-        tensor: waiting for tensor-parallel messages.
-        context: waiting for keys and values.
-    """
-
-    matmul: float
-    attention: float
-    traffic: float
-    tensor: float
-    context: float
+    matmul: float  # matrix products
+    attention: float  # fused attention
+    traffic: float  # memory traffic between the products
+    tensor: float  # waiting for tensor-parallel messages
+    context: float  # waiting for keys and values
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime(PassTime):
-    """Seconds of one step: all passes of the busiest rank, and what is added to them.
+    """Seconds of one step: all passes of the busiest rank, and what is added to them."""
 
-    Args:
-        bubble: filling and emptying of the pipeline, with its messages.
-        gradients: the part of their reduction that backward does not hide.
-        weights: gathering the weights from the distributed optimizer's shards.
-        optimizer: the update.
-    """
-
-    bubble: float
-    gradients: float
-    weights: float
-    optimizer: float
+    bubble: float  # filling and emptying of the pipeline, with its messages
+    gradients: float  # the part of their reduction that backward does not hide
+    weights: float  # gathering them from the distributed optimizer's shards
+    optimizer: float  # the update
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Predicted time and memory of a run on a cluster.
-
-    Args:
-        run: recipe and layout.
-        time: of a full step.
-        memory: of the pipeline rank that uses most.
-        sent: bytes that a rank moves in a step, by kind.
-    """
+    """Predicted time and memory of a run on a cluster."""
 
     run: PlannedRun
-    time: StepTime
-    memory: Memory
-    sent: dict[str, float]
+    time: StepTime  # of a full step
+    memory: Memory  # of the pipeline rank that uses most
+    sent: dict[str, float]  # bytes that a rank moves in a step, by kind
 
     @property
     def tokens_per_s(self) -> float:

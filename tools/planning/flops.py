@@ -10,17 +10,11 @@ from tools.planning.planned_run import Amounts, PlannedRun
 
 @dataclass(frozen=True, kw_only=True)
 class Flops(Amounts):
-    """FLOPs of one tensor-parallel rank.
+    """FLOPs of one tensor-parallel rank."""
 
-    Args:
-        layers: matrix products of the layers.
-        attention: scores and weighted sums, including masked ones that the kernel computes.
-        head: the logits and the gate.
-    """
-
-    layers: float = 0.0
-    attention: float = 0.0
-    head: float = 0.0
+    layers: float = 0.0  # matrix products
+    attention: float = 0.0  # scores and weighted sums, including masked ones that the kernel computes
+    head: float = 0.0  # the logits and the gate
 
 
 def forward_flops(run: PlannedRun, rank: int) -> Flops:

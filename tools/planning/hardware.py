@@ -14,21 +14,13 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One device.
+    """One device. Peaks are dense, in TFLOP/s; bandwidths are in gigabytes per second and direction."""
 
-    Args:
-        memory_gib: memory that a process can allocate, in GiB: the data sheet's gigabytes less what the driver keeps.
-        bf16_tflops: dense bf16 peak, in TFLOP/s.
-        fp8_tflops: dense FP8 peak, in TFLOP/s; 0 if the device has no FP8.
-        hbm_gbs: memory bandwidth, in gigabytes per second.
-        nvlink_gbs: bandwidth to the other GPUs of its node, in gigabytes per second in each direction.
-    """
-
-    memory_gib: float
+    memory_gib: float  # that a process can allocate, in GiB: the data sheet's gigabytes less what the driver keeps
     bf16_tflops: float
-    fp8_tflops: float
-    hbm_gbs: float
-    nvlink_gbs: float
+    fp8_tflops: float  # 0 if the device has no FP8
+    hbm_gbs: float  # memory
+    nvlink_gbs: float  # to the other GPUs of its node
 
 
 # The SXM boards; sparse peaks, which the sheets print first, are twice these.
@@ -74,22 +66,13 @@ class Assumptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Equal nodes of equal GPUs.
-
-    Args:
-        gpu: the device.
-        gpus: GPUs in all.
-        node: GPUs per node.
-        network_gbs: bandwidth between nodes, in gigabytes per second, GPU and direction.
-        fp8: the layers' matrix products run at the FP8 peak.
-        assume: efficiencies.
-    """
+    """Equal nodes of equal GPUs."""
 
     gpu: Gpu
-    gpus: int
-    node: int
-    network_gbs: float
-    fp8: bool
+    gpus: int  # in all
+    node: int  # GPUs per node
+    network_gbs: float  # between nodes, in gigabytes per second, GPU and direction
+    fp8: bool  # the layers' matrix products run at the FP8 peak
     assume: Assumptions
 
     @property

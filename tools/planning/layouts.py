@@ -17,17 +17,11 @@ LEAST_POSITIONS = 512  # of a context-parallel rank: shorter chunks starve a GPU
 
 @dataclass
 class LayoutSearch:
-    """Layouts that were tried.
-
-    Args:
-        legal: the legal ones.
-        refused: number of refused ones, by the key that the refusal names.
-        reasons: one refusal for each key, in its own words.
-    """
+    """Layouts that were tried."""
 
     legal: list[PlannedRun] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)
-    reasons: dict[str, str] = field(default_factory=dict)
+    refused: Counter[str] = field(default_factory=Counter)  # how many, by the key that the refusal names
+    reasons: dict[str, str] = field(default_factory=dict)  # one refusal for each key, in its own words
 
     def refuse(self, error: UserError, count: int) -> None:
         """Record that ``count`` layouts were refused because of ``error``."""
@@ -93,7 +87,7 @@ def _divisors(number: int, limit: int) -> list[int]:
 
 def _last_rank_has_fewer_layers(layout: ParallelConfig, num_layers: int) -> bool:
     """Return True if the last rank, which also computes the heads, has fewer layers than each of the others."""
-    layers = layout.stage_layers(num_layers)
+    layers = layout.layers_per_rank(num_layers)
     return sum(layers) == num_layers and 0 < layers[-1] < layers[0]
 
 

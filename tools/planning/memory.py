@@ -9,21 +9,13 @@ from tools.planning.planned_run import Amounts, PlannedRun
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Amounts):
-    """Bytes on one rank.
+    """Bytes on one rank."""
 
-    Args:
-        weights: weights, in the precision of training.
-        gradients: the buffers in which gradients are summed.
-        optimizer: Adam's two moments, plus fp32 main weights if training is in bf16.
-        activations: what autograd keeps for backward, at its peak.
-        working: short-lived tensors: a chunk of logits, the head's gradient, gradients on their way back.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    working: float
+    weights: float  # in the precision of training
+    gradients: float  # the buffers in which they are summed
+    optimizer: float  # Adam's two moments, plus fp32 main weights if training is in bf16
+    activations: float  # what autograd keeps for backward, at its peak
+    working: float  # short-lived tensors: a chunk of logits, the head's gradient, gradients on their way back
 
 
 def rank_memory(run: PlannedRun, rank: int) -> Memory:

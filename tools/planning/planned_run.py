@@ -28,17 +28,13 @@ class Amounts:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A recipe in one layout.
+    """A recipe in one layout."""
 
-    Args:
-        config: the recipe with the layout's ``parallel`` and ``data.micro_batch_size``.
-        replicas: data-parallel ranks (DP).
-        fused_norms: RMSNorm is one kernel, as on a GPU. On a CPU torch composes it of several, which keep more.
-    """
-
-    config: RunConfig
-    replicas: int
-    fused_norms: bool = True
+    config: RunConfig  # with the layout's ``parallel`` and ``data.micro_batch_size``
+    replicas: int  # data-parallel ranks (DP)
+    fused_norms: bool = (
+        True  # RMSNorm is one kernel, as on a GPU; on a CPU torch composes it of several, which keep more
+    )
 
     @property
     def micro_batches(self) -> int:
@@ -73,7 +69,7 @@ class PlannedRun:
 
     def layers_per_rank(self) -> list[int]:
         """Return the number of layers on each pipeline rank."""
-        return self.config.parallel.stage_layers(self.config.model.num_layers)
+        return self.config.parallel.layers_per_rank(self.config.model.num_layers)
 
     def is_last(self, rank: int) -> bool:
         """Return True if pipeline rank ``rank`` holds the head and the gate."""

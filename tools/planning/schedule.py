@@ -35,19 +35,12 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Durations, in any unit of time.
+    """Durations, in any unit of time."""
 
-    Args:
-        forward: forward pass of one rank's layers.
-        backward: their backward pass.
-        head: head after a loop, on the last rank, in addition to ``forward``; its backward has the layers' ratio.
-        send: delay from the end of a rank's work until the next rank has its result; it delays no other work.
-    """
-
-    forward: float = 1.0
+    forward: float = 1.0  # of one rank's layers
     backward: float = 2.0
-    head: float = 0.0
-    send: float = 0.0
+    head: float = 0.0  # added to forward on the last rank, after each loop; its backward has the layers' ratio
+    send: float = 0.0  # from the end of a rank's work until the next rank has its result; delays no other work
 
     def duration(self, work: Work, last_rank: bool) -> float:
         """Return the time that ``work`` takes."""

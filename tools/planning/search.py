@@ -15,15 +15,10 @@ MOST_GPUS = 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Result of a search.
+    """Result of a search."""
 
-    Args:
-        fitting: layouts that fit the GPUs' memory, fastest first.
-        search: all layouts that were tried.
-    """
-
-    fitting: list[Estimate]
-    search: LayoutSearch
+    fitting: list[Estimate]  # layouts that fit the GPUs' memory, fastest first
+    search: LayoutSearch  # all layouts that were tried
 
     def fastest_per_division(self) -> list[Estimate]:
         """Return the fastest layout of each division of the ranks into TP, PP, CP and DP."""

@@ -6,7 +6,7 @@ A result is written when it is complete, so that a repeated command continues wh
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,7 +30,7 @@ class Study(Generic[ResultType]):
         UserError: the folder holds results of other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], result_type: type[ResultType]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], result_type: Callable[..., ResultType]) -> None:
         self.folder, self.settings, self._result_type = folder, settings, result_type
         folder.mkdir(parents=True, exist_ok=True)
         path, text = folder / SETTINGS, json.dumps(settings, indent=1)

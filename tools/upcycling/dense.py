@@ -4,7 +4,6 @@ The dense blocks are ours without sandwich norms, and the final norm becomes the
 is the dense model itself, so nothing is lost before loops are added (compare arXiv 2410.20672, 2511.07384).
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from looplm.config import GateConfig
 from looplm.huggingface import companion_files
 from looplm.huggingface.config_json import CONFIG, LOOPLM, HFDescription, from_config_json, read_json
 from looplm.huggingface.names import join
-from looplm.huggingface.weight_files import StoredTensor, check_shapes, common_dtype, find_tensors, read_tensor
+from looplm.huggingface.weight_files import check_shapes, common_dtype, find_tensors, read_tensor
 from looplm.parameters import parameters
 from tools.upcycling.model_state import ModelState, Source, Upcycled
 from tools.upcycling.structure import copy_layers
@@ -43,7 +42,9 @@ def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> S
         UserError: a file is missing or damaged, or our model cannot compute what this one does.
     """
     described = _describe(folder)
-    found = _without_redundant(find_tensors(folder), described)
+    # Precomputed tables, and the head's copy of a tied embedding, are redundant.
+    redundant = ("rotary_emb.inv_freq", *(["lm_head.weight"] if described.model.tie_embeddings else []))
+    found = {name: stored for name, stored in find_tensors(folder).items() if not name.endswith(redundant)}
     wanted = [row for row in parameters(described.model, GateConfig()) if row.section != "gate"]
     check_shapes(found, {name: shape for row in wanted for name, shape in row.hugging_face_parts.items()}, folder)
     path = tokenizer or folder / companion_files.TOKENIZER
@@ -113,11 +114,3 @@ def _describe(folder: Path) -> HFDescription:
     generation = folder / companion_files.GENERATION
     generation_values = read_json(generation) if generation.is_file() else {}
     return from_config_json({**values, **ours, **FAMILIES[family]}, generation_values, path)
-
-
-def _without_redundant(found: Mapping[str, StoredTensor], described: HFDescription) -> dict[str, StoredTensor]:
-    """Drop redundant tensors: precomputed tables, and the head's copy of a tied embedding."""
-    tied = {"lm_head.weight"} if described.model.tie_embeddings else set()
-    return {
-        name: stored for name, stored in found.items() if name not in tied and not name.endswith("rotary_emb.inv_freq")
-    }

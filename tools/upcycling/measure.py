@@ -3,7 +3,6 @@
 Shapes: S sequence, B batch, D hidden, L layers, R loops, N tokens.
 """
 
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,44 +25,28 @@ _SEED = 1234  # decides which samples of the data are read
 _RIDGE = 1e-3  # share of an isotropic moment: a direction that no token had is unlikely, not impossible
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Samples of a data prefix.
+def read_samples(
+    prefix: str, samples: int, length: int, config: ModelConfig, tokenizer_sha256: str, groups: ProcessGroupCollection
+) -> list[Batch]:
+    """Return sequences of ``length`` tokens from a data prefix, the same in every call, in whole batches of 4.
 
-    Args:
-        prefix: prefix of tokenized data.
-        samples: number of sequences, rounded up to whole batches of 4.
-        seq_length: tokens of each.
+    Raises:
+        UserError: the data is damaged, too short, or was made with another tokenizer than the model's.
     """
-
-    prefix: str
-    samples: int
-    seq_length: int
-
-    def read(self, model: ModelConfig, tokenizer_sha256: str, groups: ProcessGroupCollection) -> list[Batch]:
-        """Return the batches, which are the same in every call.
-
-        Raises:
-            UserError: the data is damaged, too short, or was made with another tokenizer than the model's.
-        """
-        source, count = (DataSource(prefix=self.prefix),), -(-self.samples // _BATCH)
-        sizes = {"seq_length": self.seq_length, "micro_batch_size": _BATCH, "global_batch_size": _BATCH}
-        data = DataConfig(train=source, valid=source, **sizes)
-        corpus = check_corpus(data, model.vocab_size)
-        if corpus.tokenizer.sha256 != tokenizer_sha256:
-            raise UserError(
-                f"{self.prefix}: made with another tokenizer than the model's; tokenize it with the model's"
-            )
-        with TemporaryDirectory() as folder:  # for Megatron's indices, so that nothing is written beside the data
-            dataset = build_valid_set(data, corpus, count * _BATCH, _SEED, Path(folder))
-            assert dataset is not None
-            return list(islice(micro_batches(dataset, data, 0, groups.dp.rank(), groups.dp.size()), count))
+    source, count = (DataSource(prefix=prefix),), -(-samples // _BATCH)
+    sizes: dict[str, Any] = {"seq_length": length, "micro_batch_size": _BATCH, "global_batch_size": _BATCH}
+    data = DataConfig(train=source, valid=source, **sizes)
+    corpus = check_corpus(data, config.vocab_size)
+    if corpus.tokenizer.sha256 != tokenizer_sha256:
+        raise UserError(f"{prefix}: made with another tokenizer than the model's; tokenize it with the model's")
+    with TemporaryDirectory() as folder:  # for Megatron's indices, so that nothing is written beside the data
+        dataset = build_valid_set(data, corpus, count * _BATCH, _SEED, Path(folder))
+        assert dataset is not None
+        return list(islice(micro_batches(dataset, data, 0, groups.dp.rank(), groups.dp.size()), count))
 
 
 @torch.no_grad()
-def measure_losses(
-    state: ModelState, batches: list[Batch], depths: int, groups: ProcessGroupCollection
-) -> dict[str, Any]:
+def measure(state: ModelState, batches: list[Batch], depths: int, groups: ProcessGroupCollection) -> dict[str, Any]:
     """Return the loss at depths 1 to ``depths``, and the gate's mean exit distribution [R] over the model's loops."""
     model, loops = assemble(state, groups).eval(), state.config.num_loops
     meter = DepthMeter(list(range(1, max(depths, loops) + 1)), loops, [])

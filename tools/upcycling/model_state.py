@@ -29,19 +29,12 @@ RECORD = "upcycle.json"
 
 
 class ModelState(NamedTuple):
-    """A model as plain tensors.
-
-    Args:
-        config: the model's configuration.
-        gate: the exit gate's configuration.
-        weights: fp32 weights by our names. If the gate's are missing, :func:`assemble` initializes them.
-        moments: Adam's two moments of each weight, by the same names; None if there is no run to resume.
-    """
+    """A model as plain tensors."""
 
     config: ModelConfig
     gate: GateConfig
-    weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]] | None = None
+    weights: dict[str, Tensor]  # fp32, by our names; the gate's may be missing
+    moments: dict[str, dict[str, Tensor]] | None = None  # Adam's two of each weight; None if there is no run to resume
 
 
 class Upcycled(NamedTuple):
@@ -53,25 +46,15 @@ class Upcycled(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A model to convert, with the files that accompany it.
+    """A model to convert, with the files that accompany it."""
 
-    Args:
-        folder: its directory, as the record names it.
-        state: the model.
-        about: the checkpoint's metadata.
-        tokenizer: tokenizer file to copy.
-        companions: further files to copy.
-        run: configuration of the run that trained the model, and the state of its ``scheduler``; None if there is no
-            run to resume.
-    """
-
-    folder: Path
+    folder: Path  # as the record names it
     state: ModelState
     about: About
-    tokenizer: Path
-    companions: tuple[Path, ...]
-    run: RunConfig | None = None
-    scheduler: dict[str, Any] | None = None
+    tokenizer: Path  # file to copy
+    companions: tuple[Path, ...]  # further files to copy
+    run: RunConfig | None = None  # the run that trained the model; None if there is none to resume
+    scheduler: dict[str, Any] | None = None  # state of the run's learning-rate schedule
 
 
 def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
@@ -134,25 +117,18 @@ def write(
             about = replace(about, objective=WEIGHTS_ONLY, dtype=about.dtype or "float32", optimizer_step=None)
             model = assemble(state, groups, getattr(torch, about.dtype))
             checkpoint.save_weights(output, model, state.gate, about, source.tokenizer, companions)
-        else:
-            _write_run(output, source, state, about, companions, groups)
-
-
-def _write_run(
-    output: Path, source: Source, state: ModelState, about: About, companions: Path, groups: ProcessGroupCollection
-) -> None:
-    assert source.run is not None and source.scheduler is not None
-    start = replace(source.run.checkpoint, initial=None, initial_optimizer=False)
-    run = replace(source.run, output_dir=str(output), model=state.config, gate=state.gate, checkpoint=start)
-    training = _training_state(assemble(state, groups, DTYPES[run.optim.precision]), run, groups)
-    adam = {name: _adam_state(name, weight, state) for name, weight in training.model.named_parameters()}
-    optimizer_state.load_state(training.optimizer, training.model, adam, about.adam_steps)
-    training.scheduler.load_state_dict(source.scheduler)
-    partial = step_folder.create_partial(output)
-    checkpoint.save(partial / "checkpoints", training, run, about, source.tokenizer, run.checkpoint.keep, companions)
-    shutil.copytree(companions, partial / COMPANION_FOLDER)
-    write_whole(partial / "config.yaml", yaml.safe_dump(to_dict(run), sort_keys=False))
-    step_folder.move_into_place(partial, output)
+            return
+        start = replace(source.run.checkpoint, initial=None, initial_optimizer=False)
+        run = replace(source.run, output_dir=str(output), model=state.config, gate=state.gate, checkpoint=start)
+        training = _training_state(assemble(state, groups, DTYPES[run.optim.precision]), run, groups)
+        adam = {name: _adam_state(name, weight, state) for name, weight in training.model.named_parameters()}
+        optimizer_state.load_state(training.optimizer, training.model, adam, about.adam_steps)
+        training.scheduler.load_state_dict(source.scheduler)
+        partial, keep = step_folder.create_partial(output), run.checkpoint.keep
+        checkpoint.save(partial / "checkpoints", training, run, about, source.tokenizer, keep, companions)
+        shutil.copytree(companions, partial / COMPANION_FOLDER)
+        write_whole(partial / "config.yaml", yaml.safe_dump(to_dict(run), sort_keys=False))
+        step_folder.move_into_place(partial, output)
 
 
 def _adam_state(name: str, weight: Tensor, state: ModelState) -> dict[str, Tensor]:

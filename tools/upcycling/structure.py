@@ -86,7 +86,9 @@ def change_loops(source: ModelState, loops: int) -> Upcycled:
         approximate = f"the exit distribution: the rest now leaves after loop {loops}, before after loop {before}"
     else:
         # The last loop takes the rest, so it has no logit.
-        offsets = [[round(uniform_offset(loop, count), 3) for loop in range(count - 1)] for count in (before, loops)]
+        offsets = [
+            [round(float(uniform_offset(loop, count)), 3) for loop in range(count - 1)] for count in (before, loops)
+        ]
         approximate = (
             "the exit distribution: what the gate has learned is now a deviation from the uniform prior over "
             f"{loops} loops; offsets of its logits per loop {offsets[0]} -> {offsets[1]}"

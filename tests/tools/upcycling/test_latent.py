@@ -17,7 +17,7 @@ from tests.support.parity import assert_close_relative, relative_error
 from tests.support.tiny import MODEL, VOCAB, run_config, train_rows
 from tools.upcycle import main
 from tools.upcycling.latent import factorize, to_latent
-from tools.upcycling.measure import Sample, second_moments
+from tools.upcycling.measure import read_samples, second_moments
 from tools.upcycling.model_state import ModelState, assemble, open_source
 
 pytestmark = pytest.mark.usefixtures("job_goes_on")
@@ -129,7 +129,7 @@ def test_the_factorization_is_optimal_for_its_second_moment():
 def test_second_moments_are_those_of_attentions_input(corpus, single_process):
     state = random_state(MHA)
     record = json.loads((corpus / "valid.manifest.json").read_text())["tokenizer"]
-    batches = Sample(str(corpus / "valid"), 4, 32).read(state.config, record["sha256"], single_process)
+    batches = read_samples(str(corpus / "valid"), 4, 32, state.config, record["sha256"], single_process)
     found = second_moments(state, batches, single_process)
     params, (batch,) = {name: weight.double() for name, weight in state.weights.items()}, batches
     h_SBD, view = (
