@@ -62,7 +62,7 @@ setup(
     ],
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["looplm*", "pretrain*", "data_pipeline*", "tools*"]),
-    package_data={"": ["*.css", "*.html", "*.sbatch", "*.sh"]},
+    package_data={"": ["*.css", "*.html", "*.mplstyle", "*.sbatch", "*.sh"]},
     entry_points={
         "console_scripts": [
             f"looplm-{command} = tools.commands:{command}"

@@ -37,15 +37,11 @@ class Batch(NamedTuple):
     mask_SB: Tensor  # 1.0 for labels with a loss, 0.0 for the others
     document_start_SB: Tensor | None  # position at which each token's document starts; None: a sample is one document
 
-    def deal(self, group: context_parallel.Group) -> "Batch":
+    def shard(self, group: context_parallel.Group) -> "Batch":
         """Return this context-parallel rank's positions; document starts still count from the start of the sample."""
-        start_SB = self.document_start_SB
-        return Batch(
-            context_parallel.shard(self.ids_BS, group, dim=1),
-            context_parallel.shard(self.labels_SB, group),
-            context_parallel.shard(self.mask_SB, group),
-            None if start_SB is None else context_parallel.shard(start_SB, group),
-        )
+        ids_BS, start_SB = context_parallel.shard(self.ids_BS, group, dim=1), self.document_start_SB
+        labels_SB, mask_SB = (context_parallel.shard(x_SB, group) for x_SB in (self.labels_SB, self.mask_SB))
+        return Batch(ids_BS, labels_SB, mask_SB, None if start_SB is None else context_parallel.shard(start_SB, group))
 
 
 @dataclass(frozen=True)
@@ -88,12 +84,8 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
                 f"{prefix}: holds {manifest.tokens} tokens, fewer than a sample of data.seq_length={data.seq_length} "
                 "needs; shorten data.seq_length or add data"
             )
-    require(
-        first.vocab_size <= vocab_size,
-        "model.vocab_size",
-        vocab_size,
-        f"the tokenizer of {first_prefix} has {first.vocab_size} tokens; give at least as many",
-    )
+    fix = f"the tokenizer of {first_prefix} has {first.vocab_size} tokens; give at least as many"
+    require(first.vocab_size <= vocab_size, "model.vocab_size", vocab_size, fix)
     trained = [manifest.chat for _, manifest in checked[: len(data.train)] if manifest.chat is not None]
     return Corpus(
         tokenizer_file=Path(first_prefix).parent / first.tokenizer.path,

@@ -32,13 +32,8 @@ class RunLog:
         self.restart_clock()
         if not self.enabled:
             return
-        self._flops_per_token = training_flops_per_token(
-            config.model,
-            config.gate,
-            config.data.seq_length,
-            config.model.num_loops,
-            frozen_trunk=config.loss.frozen_trunk,
-        )
+        length, loops, frozen = config.data.seq_length, config.model.num_loops, config.loss.frozen_trunk
+        self._flops_per_token = training_flops_per_token(config.model, config.gate, length, loops, frozen_trunk=frozen)
         peak = config.logging.peak_tflops
         self._peak = (1e12 * peak if peak else device.peak_flops()) * dist.get_world_size()
         folder = Path(config.output_dir)

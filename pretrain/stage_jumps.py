@@ -57,13 +57,12 @@ def main(argv: list[str]) -> None:
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print("jump: in nats, at a loop that both run; * other training data")
-    for jump in jumps if config.max_jump is not None else []:
-        if jump.same_data and not jump.nats <= config.max_jump:  # NaN is above every limit
-            raise UserError(
-                f"{config.run}: from {jump.before} to {jump.after} the loss of loop {jump.loop} jumps by "
-                f"{jump.nats:.3f} nats, more than --max_jump {config.max_jump:g}; "
-                f"look at the first steps of {jump.after}"
-            )
+    limit = config.max_jump
+    for jump in jumps:
+        if limit is not None and jump.same_data and not jump.nats <= limit:  # NaN is above every limit
+            where = f"{config.run}: from {jump.before} to {jump.after} the loss of loop {jump.loop}"
+            jumped = f"jumps by {jump.nats:.3f} nats, more than --max_jump {limit:g}"
+            raise UserError(f"{where} {jumped}; look at the first steps of {jump.after}")
 
 
 def find_jumps(stages: Sequence[Stage]) -> list[StageJump]:

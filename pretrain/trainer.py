@@ -91,7 +91,7 @@ class Trainer:
         """Return statistics summed over this rank's micro-batches; zeros except on the last pipeline rank."""
         first = next(batches)
         seq_length, micro_batch_size = first.labels_SB.shape
-        batches = (batch.deal(self.groups.cp) for batch in islice(chain([first], batches), num_microbatches))
+        batches = (batch.shard(self.groups.cp) for batch in islice(chain([first], batches), num_microbatches))
         schedule = partial(
             self.schedule,
             forward_step_func=self._forward_step,

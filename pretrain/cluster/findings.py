@@ -102,20 +102,18 @@ def gpus(ranks: Sequence[RankInfo], formats: Sequence[str]) -> Finding:
 
 def engine(asked: EngineConfig, faults: Sequence[str]) -> Finding:
     """Report the first of the ranks' ``faults``; a rank that has the backend and recipe asked for has an empty one."""
-    for rank, fault in enumerate(faults):
-        if fault:
-            return Finding("FAIL", "engine", f"rank {rank}: {fault}")
+    if fault := next((f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault), None):
+        return Finding("FAIL", "engine", fault)
     return Finding("ok", "engine", f"{asked.transformer_impl}, fp8 {asked.fp8 or 'none'}")
 
 
 def software(ranks: Sequence[RankInfo]) -> Finding:
     """Compare the versions of all ranks."""
     common, _ = Counter(info.versions for info in ranks).most_common(1)[0]
-    for info in ranks:
-        if info.versions != common:
-            fault = f"rank {info.rank} on {info.node} has {info.versions}; others have {common}"
-            return Finding("FAIL", "software", fault)
-    return Finding("ok", "software", common)
+    other = next((info for info in ranks if info.versions != common), None)
+    if other is None:
+        return Finding("ok", "software", common)
+    return Finding("FAIL", "software", f"rank {other.rank} on {other.node} has {other.versions}; others have {common}")
 
 
 def speed(ranks: Sequence[RankInfo]) -> Finding:
@@ -170,10 +168,9 @@ def environment(tensor: int, capability: tuple[int, int], connections: str | Non
 def same_data(fingerprints: Mapping[str, str]) -> Finding:
     """Compare the data's fingerprints, by node."""
     common, _ = Counter(fingerprints.values()).most_common(1)[0]
-    for node, fingerprint in fingerprints.items():
-        if fingerprint != common:
-            fault = f"{node} sees other data than the other nodes; put it on a file system that all share"
-            return Finding("FAIL", "data", fault)
+    if other := next((node for node, fingerprint in fingerprints.items() if fingerprint != common), None):
+        fix = "put it on a file system that all share"
+        return Finding("FAIL", "data", f"{other} sees other data than the other nodes; {fix}")
     text = f"complete, fingerprint {common[:16]}, on {len(fingerprints)} nodes"
     return Finding("ok", "data", f"{text}; data_pipeline.verify --deep reads every byte")
 

@@ -71,13 +71,8 @@ def gather(mine: T) -> list[T]:
 
 def wrong_sums(groups: ProcessGroupCollection) -> list[str]:
     """Return the groups of the layout in which an all-reduce gave some rank a wrong sum; collective."""
-    named = {
-        "all": dist.group.WORLD,
-        "tensor": groups.tp,
-        "pipeline": groups.pp,
-        "context": groups.cp,
-        "data": groups.dp,
-    }
+    named = {"tensor": groups.tp, "pipeline": groups.pp, "context": groups.cp, "data": groups.dp}
+    named = {"all": dist.group.WORLD, **named}
     right = {}
     for name, group in named.items():
         members = dist.get_process_group_ranks(group)

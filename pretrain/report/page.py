@@ -150,7 +150,7 @@ def _exits(stages: Sequence[Stage], evaluation: Evaluation | None) -> list[str]:
     last = stages[-LAST_STAGES:]
     ends = {stage.name: [_at_end(share_N) for share_N in stage.train["exit_distribution"].T] for stage in last}
     if evaluation:
-        ends["validation"] = evaluation.exit_distribution
+        ends["validation"] = list(evaluation.exit_distribution)
     return [
         "<h2>Exits</h2><p>The gate gives each token a probability of leaving after each loop.</p>",
         _grid("plots", plots.exit_over_training(stages) if stages else "", plots.exit_histogram(ends)),

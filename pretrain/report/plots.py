@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import cycle, pairwise
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
@@ -30,26 +31,7 @@ Points = Sequence[tuple[float, float]]
 
 _INK, _MUTED, _GRID, _PAPER = "#010101", "#010102", "#010103", "#010104"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)", _PAPER: "var(--paper)"}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "text.color": _INK,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.labelcolor": _MUTED,
-}
+_STYLE = Path(__file__).with_name("report.mplstyle")
 _DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1.0, "linestyle": (0, (3, 3))}
 _LEGEND: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "handlelength": 1.5}
 _AROUND = ((6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"))
@@ -90,7 +72,7 @@ def _figure(
         @wraps(draw)
         def render(*args: Drawing.args, **kwargs: Drawing.kwargs) -> str:
             text = io.StringIO()
-            with rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+            with rc_context({"svg.hashsalt": title}, fname=_STYLE), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # the mean of NaNs is NaN: a gap in the curve
                 figure = Figure(figsize=size, layout="constrained")
                 draw(figure.add_subplot(), *args, **kwargs)
