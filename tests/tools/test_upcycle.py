@@ -205,7 +205,12 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(tiny_run, corpus, tmp_
         r"output: .* exists already": ["depth", source, f"--output={tiny_run}", "--layers=4"],
         r"nowhere: no whole checkpoint": ["depth", "--checkpoint=nowhere", output, "--layers=4"],
         r"made with another tokenizer": [*depth, "--layers=4", f"--data={foreign / 'valid'}"],
-        r"data.seq_length": [*depth, "--layers=4", f"--data={corpus / 'valid'}", "--seq_length=65"],
+        r"seq_length: 65 is not allowed; give at most the model's max_sequence_length=64": [
+            *depth,
+            "--layers=4",
+            f"--data={corpus / 'valid'}",
+            "--seq_length=65",
+        ],
     }
     for words, argv in messages.items():
         with pytest.raises(UserError, match=words) as caught:

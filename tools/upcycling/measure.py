@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from looplm.cli import UserError
+from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, LossConfig, ModelConfig
 from looplm.evaluation.depth import DepthMeter
 from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
@@ -31,8 +31,11 @@ def read_samples(
     """Return sequences of ``length`` tokens from a data prefix, the same in every call, in whole batches of 4.
 
     Raises:
-        UserError: the data is damaged, too short, or was made with another tokenizer than the model's.
+        UserError: ``length`` exceeds the model's maximum, the data is damaged or too short, or its tokenizer differs
+            from the model's.
     """
+    most = config.max_sequence_length
+    require(length <= most, "seq_length", length, f"give at most the model's max_sequence_length={most}")
     source, count = (DataSource(prefix=prefix),), -(-samples // _BATCH)
     sizes: dict[str, Any] = {"seq_length": length, "micro_batch_size": _BATCH, "global_batch_size": _BATCH}
     data = DataConfig(train=source, valid=source, **sizes)
