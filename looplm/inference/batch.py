@@ -41,7 +41,7 @@ class TextBatch:
         """Start a row with a prompt that has been read."""
         self._length[row] = prefill.lengths[prefill_row]
         self._cache.copy_row(row, prefill.cache, prefill_row, self._length[row])
-        self.decider.gate.copy_row(row, prefill.decider.gate, prefill_row)
+        self.decider.copy_row(row, prefill.decider, prefill_row)
 
     def append(self, rows: Sequence[int], ids: Sequence[int]) -> None:
         """Append one token to each of these rows. It enters the stack in the next pass."""
@@ -56,7 +56,7 @@ class TextBatch:
     def move(self, source: int, target: int) -> None:
         """Move a text to another row."""
         self._cache.copy_row(target, self._cache, source, self._length[source])
-        self.decider.gate.copy_row(target, self.decider.gate, source)
+        self.decider.copy_row(target, self.decider, source)
         self._length[target] = self._length[source]
         if source in self._pending:
             self._pending[target] = self._pending.pop(source)

@@ -133,6 +133,5 @@ class DepthBatch(TextBatch):
                 self._length[token.row] += 1
             self._pending.clear()
         self._h_1ND = self._h_1ND[:, order_N]
-        if self._rule.decides:
-            self.decider.gate.regroup(order_N, len(joining))
+        self.decider.regroup(order_N, len(joining))
         self._tokens = [candidates[index] for index in order]

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.inference.stack import LoopedStack
-from looplm.model.exit_gate import ExitGate
 
 ExitSignal = Literal["gate", "confidence", "entropy", "change"]
 
@@ -56,17 +55,40 @@ class ExitDecision(NamedTuple):
 
 
 class ExitDecider:
-    """Applies a rule to the tokens of a pass.
+    """Decides which tokens of a pass exit, and keeps what the exit gate must know of earlier loops and tokens.
+
+    The gate's state lives through the loops of a token. A gate that reads the sequence also needs sums over earlier
+    tokens, one per row and loop: the causal mean at loop r runs over the positions that ran loop r. If all positions run
+    all loops, this is exactly the training-time mean. A token that exited early is missing from later loops' means.
 
     Args:
         stack: whose exit gate and head give the scores.
         rule: when tokens exit.
-        rows: texts side by side.
+        rows: texts side by side (B).
     """
 
     def __init__(self, stack: LoopedStack, rule: ExitRule, rows: int) -> None:
-        self._rule, self._head = rule, stack.head
-        self.gate = ExitGateReader(stack.gate, stack.model_config.num_loops, rows)
+        self._rule, self._head, self._gate = rule, stack.head, stack.gate
+        self._sum_RB = torch.zeros(stack.model_config.num_loops, rows, device=stack.device)
+        self._count_RB = torch.zeros_like(self._sum_RB)
+        self.begin(0)
+
+    def begin(self, tokens: int, length: int = 1) -> None:
+        """Start over with this many tokens in loop 1, or with this many prompts of ``length`` positions."""
+        length = length if self._gate.reads_sequence else 1  # otherwise only a prompt's last token is scored
+        self._log_survival_N = self._sum_RB.new_zeros(tokens)
+        self._state_SNZ = self._sum_RB.new_zeros(length, tokens, self._gate.state_size)
+
+    def regroup(self, order_N: Tensor, new: int) -> None:
+        """Set up the next pass: append ``new`` tokens, then take all in this order."""
+        if self._rule.decides:
+            self._log_survival_N = F.pad(self._log_survival_N, (0, new))[order_N]
+            self._state_SNZ = F.pad(self._state_SNZ, (0, 0, 0, new))[:, order_N]
+
+    def copy_row(self, row: int, source: "ExitDecider", source_row: int) -> None:
+        """Copy a row's sums from another decider, or from another row of this one."""
+        self._sum_RB[:, row] = source._sum_RB[:, source_row]
+        self._count_RB[:, row] = source._count_RB[:, source_row]
 
     def decide(
         self,
@@ -80,25 +102,51 @@ class ExitDecider:
 
         Args:
             before_ND: hidden states before the loop.
-            h_SND: hidden states after it.
-            rows: of the tokens.
-            loops: of the tokens, 0-based.
-            length_N: for prompts: number of positions without padding.
+            h_SND: hidden states after it: of single tokens (S = 1), or of prompts.
+            rows: rows of the tokens.
+            loops: 0-based.
+            length_N: for prompts: how many of the S positions are the row's own; the others are padding.
         """
         rule, last = self._rule, self._rule.max_depth - 1
         if not rule.decides or min(loops) == last or (rule.signal != "gate" and max(loops) + 1 < rule.min_depth):
             return ExitDecision([loop == last for loop in loops])
         after_ND, logits_NV = h_SND[0] if length_N is None else last_token(h_SND, length_N), None
         if rule.signal == "gate":
-            score_N = self.gate.score(h_SND, rows, loops, length_N)
+            if length_N is not None and not self._gate.reads_sequence:
+                h_SND, length_N = after_ND.unsqueeze(0), None
+            score_N = self._exit_probability(h_SND, rows, loops, length_N)
         elif rule.signal == "change":
             score_N = steadiness(before_ND, after_ND, loops)
         else:
             logits_NV = self._head(after_ND)
             score_N = confidence(logits_NV) if rule.signal == "confidence" else certainty(logits_NV)
-        settled = (score_N >= rule.threshold).tolist()
-        pairs = zip(loops, settled, strict=True)
-        return ExitDecision([loop == last or (done and loop + 1 >= rule.min_depth) for loop, done in pairs], logits_NV)
+        settled = zip(loops, (score_N >= rule.threshold).tolist(), strict=True)
+        exits = [loop == last or (done and loop + 1 >= rule.min_depth) for loop, done in settled]
+        return ExitDecision(exits, logits_NV)
+
+    def _exit_probability(
+        self, h_SND: Tensor, rows: Sequence[int], loops: Sequence[int], length_N: Tensor | None
+    ) -> Tensor:
+        """Return the probability [N] that the tokens have exited by the end of the loop they are in."""
+        place = loop_N, _ = torch.tensor([list(loops), list(rows)], device=h_SND.device).unbind()
+
+        def causal_mean(value_SN: Tensor) -> Tensor:
+            """Add these values to the sums, and return the mean of each token's row and loop, [N]."""
+            if length_N is None:
+                total_N, count_N = value_SN[0], torch.ones_like(loop_N)
+            else:
+                own_SN = torch.arange(len(value_SN), device=value_SN.device)[:, None] < length_N
+                total_N, count_N = (value_SN * own_SN).sum(0), length_N
+            total_N, count_N = self._sum_RB[place] + total_N, self._count_RB[place] + count_N
+            self._sum_RB[place], self._count_RB[place] = total_N, count_N
+            return total_N / count_N
+
+        logit_SN, state_SNZ = self._gate.step(h_SND, self._state_SNZ, loop_N, len(self._sum_RB), causal_mean)
+        assert state_SNZ is not None  # a gate without a state returns the one of width 0 that it was given
+        self._state_SNZ = state_SNZ
+        logit_N = logit_SN[0] if length_N is None else last_token(logit_SN, length_N)
+        self._log_survival_N = self._log_survival_N + F.logsigmoid(-logit_N)
+        return -torch.expm1(self._log_survival_N)
 
 
 def confidence(logits_NV: Tensor) -> Tensor:
@@ -117,82 +165,6 @@ def steadiness(before_ND: Tensor, after_ND: Tensor, loops: Sequence[int]) -> Ten
     before_ND, after_ND = before_ND.float(), after_ND.float()
     score_N = (1 - (after_ND - before_ND).norm(dim=-1) / after_ND.norm(dim=-1)).clamp_min(0)
     return score_N.masked_fill(torch.tensor([loop == 0 for loop in loops], device=score_N.device), 0.0)
-
-
-class ExitGateReader:
-    """Asks the gate after each loop of each token, and keeps what it must know of earlier loops and tokens.
-
-    The gate's state lives through the loops of a token. A gate that reads the sequence also needs sums over earlier
-    tokens, one per row and loop: the causal mean at loop r runs over the positions that ran loop r. When all positions
-    run all loops this is exactly the training-time mean. A token that exited early is missing from later loops' means.
-
-    Args:
-        gate: the model's.
-        num_loops: R of its exit distribution, as trained.
-        rows: texts side by side (B).
-    """
-
-    def __init__(self, gate: ExitGate, num_loops: int, rows: int) -> None:
-        self.gate, self._num_loops = gate, num_loops
-        self._zero = torch.zeros((), device=next(gate.parameters()).device)
-        self._sum_RB = self._zero.new_zeros(num_loops, rows)
-        self._count_RB = self._zero.new_zeros(num_loops, rows)
-        self.begin(0)
-
-    @property
-    def sequence_level(self) -> bool:
-        """True if a prompt's earlier positions matter to its last one."""
-        return self.gate.reads_sequence
-
-    def begin(self, tokens: int, length: int = 1) -> None:
-        """Start over with this many tokens in loop 1, or with this many prompts of ``length`` positions."""
-        self._log_survival_N = self._zero.new_zeros(tokens)
-        self._state_SNZ = self._zero.new_zeros(length, tokens, self.gate.state_size)
-
-    def regroup(self, order_N: Tensor, new: int) -> None:
-        """Set up the next pass: append ``new`` tokens, then take all in this order."""
-        self._log_survival_N = F.pad(self._log_survival_N, (0, new))[order_N]
-        self._state_SNZ = F.pad(self._state_SNZ, (0, 0, 0, new))[:, order_N]
-
-    def score(self, h_SND: Tensor, rows: Sequence[int], loops: Sequence[int], length_N: Tensor | None = None) -> Tensor:
-        """Return the probability [N] that the tokens have exited by the end of the loop they are in.
-
-        Args:
-            h_SND: hidden states after the loop: of single tokens (S = 1), or of prompts, whose last token is scored.
-            rows: rows of the tokens.
-            loops: 0-based.
-            length_N: for prompts: how many of the S positions are the row's own; the others are padding.
-        """
-        loop_N, rows_N = torch.tensor([list(loops), list(rows)], device=h_SND.device)
-        if length_N is not None and not self.sequence_level:  # then a token's logit depends on its own state alone
-            h_SND, length_N = last_token(h_SND, length_N).unsqueeze(0), None
-
-        def causal_mean(value_SN: Tensor) -> Tensor:
-            return self._mean(value_SN, rows_N, loop_N, length_N)
-
-        logit_SN, state_SNZ = self.gate.step(h_SND, self._state_SNZ, loop_N, self._num_loops, causal_mean)
-        assert state_SNZ is not None  # a gate without a state returns the one of width 0 that it was given
-        self._state_SNZ = state_SNZ
-        logit_N = logit_SN[0] if length_N is None else last_token(logit_SN, length_N)
-        self._log_survival_N = self._log_survival_N + F.logsigmoid(-logit_N)
-        return -torch.expm1(self._log_survival_N)
-
-    def copy_row(self, row: int, source: "ExitGateReader", source_row: int) -> None:
-        """Copy a row's sums from another reader, or from another row of this one."""
-        self._sum_RB[:, row] = source._sum_RB[:, source_row]
-        self._count_RB[:, row] = source._count_RB[:, source_row]
-
-    def _mean(self, value_SN: Tensor, rows_N: Tensor, loop_N: Tensor, length_N: Tensor | None) -> Tensor:
-        """Add these values to the sums, and return the mean of each token's row and loop, [N]."""
-        if length_N is None:
-            total_N, count_N = value_SN[0], torch.ones_like(rows_N)
-        else:
-            own_SN = torch.arange(len(value_SN), device=value_SN.device)[:, None] < length_N
-            total_N, count_N = (value_SN * own_SN).sum(0), length_N
-        place = (loop_N, rows_N)
-        total_N, count_N = self._sum_RB[place] + total_N, self._count_RB[place] + count_N
-        self._sum_RB[place], self._count_RB[place] = total_N, count_N
-        return total_N / count_N
 
 
 def last_token(x_SND: Tensor, length_N: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ In a notebook::
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer
@@ -90,22 +91,22 @@ class Generator:
 
         ``prompts`` is read only as there is room for the next one, so it may be endless.
         """
-        config, model_config = config or GenerationConfig(), self.model.model_config
-        rule = config.exit_rule(model_config.num_loops, self.gate_trained)
+        settings, model_config = config or GenerationConfig(), self.model.model_config
+        rule = settings.exit_rule(model_config.num_loops, self.gate_trained)
         finished = list[ActiveRequest]()
 
         def valid_requests() -> Iterator[ActiveRequest]:
             for index, prompt in enumerate(prompts):
                 request = prompt if isinstance(prompt, Request) else Request(prompt)
-                active = ActiveRequest(request, index, config, self.tokenizer, model_config, self.eos_id)
+                active = ActiveRequest(request, index, settings, self.tokenizer, model_config, self.eos_id)
                 if active.finish is None:
                     yield active
                 else:
                     finished.append(active)
 
-        rows = min(config.batch_size, max(1, len(prompts))) if isinstance(prompts, Sized) else config.batch_size
-        show = on_token or (lambda index, token: None)
-        scheduler = Scheduler(self.model, rule, config, rows, valid_requests(), show)
+        if isinstance(prompts, Sized):
+            settings = replace(settings, batch_size=min(settings.batch_size, max(1, len(prompts))))
+        scheduler = Scheduler(self.model, rule, settings, valid_requests(), on_token or (lambda index, token: None))
         while finished or not scheduler.done:
             yield from ((active.index, active.generation()) for active in finished)
             finished.clear()

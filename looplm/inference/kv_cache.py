@@ -73,15 +73,10 @@ class KVCache:
         # Zeros, not empty: masked entries are multiplied by 0, and 0 * NaN is NaN.
         self.layers_XTW = [torch.zeros(lanes, 0, width, dtype=dtype, device=device)] * config.num_layers
 
-    @property
-    def capacity(self) -> int:
-        """Number of positions allocated."""
-        return self.layers_XTW[0].size(1)
-
     def reserve(self, length: int) -> None:
         """Allocate room for ``length`` positions."""
-        if length > self.capacity:
-            new = -(-length // self._block) * self._block - self.capacity
+        if (capacity := self.layers_XTW[0].size(1)) < length:
+            new = -(-length // self._block) * self._block - capacity
             self.layers_XTW = [F.pad(layer, (0, 0, 0, new)) for layer in self.layers_XTW]
 
     def index(self, rows: Sequence[int], loops: Sequence[int], positions: Sequence[int], length: int = 1) -> CacheIndex:

@@ -58,7 +58,7 @@ class Prefill:
         apart = mode in ("mean", "first") and self._width < longest
         self._loop_cache = new_cache("last", 1) if apart else self.cache
         self.decider = ExitDecider(stack, rule, rows)
-        self.decider.gate.begin(rows, longest if self.decider.gate.sequence_level else 1)
+        self.decider.begin(rows, longest)
         self._exit_h_ND = torch.empty_like(self._h_SND[0])
         self._depths = [0] * rows  # 0: not exited yet
         self._loop = self._start = 0

@@ -38,27 +38,22 @@ class Scheduler:
     Args:
         model: in eval mode.
         rule: when tokens exit.
-        config: the settings that all requests share.
-        rows: texts side by side.
+        config: the settings that all requests share; its batch_size is the number of rows.
         queue: valid requests. It is read only as rows become free, so it may be endless.
         on_token: called with (index of the request, token) as soon as a token's text is final.
     """
 
     def __init__(
-        self,
-        model: LoopLM,
-        rule: ExitRule,
-        config: GenerationConfig,
-        rows: int,
-        queue: Iterator[ActiveRequest],
-        on_token: OnToken,
+        self, model: LoopLM, rule: ExitRule, config: GenerationConfig, queue: Iterator[ActiveRequest], on_token: OnToken
     ) -> None:
         self._rule, self._config, self._queue, self._on_token = rule, config, queue, on_token
-        self._num_rows, self._rows = rows, dict[int, ActiveRequest]()
+        self._rows, rows = dict[int, ActiveRequest](), config.batch_size
         self._stack, self._sampler = LoopedStack(model), Sampler(config, self._rows)
-        self._batch: TextBatch = DepthBatch(self._stack, rule, config.kv_cache, rows)
+        self._batch: TextBatch
         if config.speculate:
             self._batch = SpeculativeBatch(self._stack, rule, config.draft_depth, config.speculate, rows)
+        else:
+            self._batch = DepthBatch(self._stack, rule, config.kv_cache, rows)
         self._waiting: ActiveRequest | None = next(queue, None)
         self._prefill: Prefill | None = None
         self._prefilling: list[ActiveRequest] = []
@@ -117,7 +112,7 @@ class Scheduler:
     def _admit(self) -> Prefill | None:
         """Take requests from the queue whose prompts are short enough to be read side by side, or a single long one."""
         chunk, longest, group = self._config.prefill_chunk, 0, list[ActiveRequest]()
-        while self._waiting is not None and len(self._rows) + len(group) < self._num_rows:
+        while self._waiting is not None and len(self._rows) + len(group) < self._config.batch_size:
             longest = max(longest, len(self._waiting.ids))
             if group and longest * (len(group) + 1) > chunk:
                 break
@@ -129,7 +124,7 @@ class Scheduler:
 
     def _seat(self, prefill: Prefill, finished: list[ActiveRequest]) -> None:
         """Give rows to requests whose prompts have been read, and sample their first ids."""
-        rows = [row for row in range(self._num_rows) if row not in self._rows][: len(self._prefilling)]
+        rows = [row for row in range(self._config.batch_size) if row not in self._rows][: len(self._prefilling)]
         for index, (row, request) in enumerate(zip(rows, self._prefilling, strict=True)):
             self._rows[row] = request
             self._batch.seat(row, prefill, index)

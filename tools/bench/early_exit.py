@@ -122,7 +122,7 @@ def prepare_decoding(
             batch.seat(row, prefill, row)
         batch.runs_on = strategy == "select-after"
         if workload.depths is not None and not full:
-            batch.decider = _GivenDepths(batch.decider, workload.depths)
+            batch.decider = _GivenDepths(stack, rule, workload.depths)
         return lambda: decode(batch)
 
     @torch.inference_mode()
@@ -150,8 +150,9 @@ def prepare_decoding(
 class _GivenDepths(ExitDecider):
     """Decider by which tokens exit at given depths; the gate is computed as usual, but its scores are ignored."""
 
-    def __init__(self, decider: ExitDecider, depths: Sequence[Sequence[int]]) -> None:
-        self._decider, self.gate, self._depths, self._position = decider, decider.gate, depths, [-1] * len(depths)
+    def __init__(self, stack: LoopedStack, rule: ExitRule, depths: Sequence[Sequence[int]]) -> None:
+        super().__init__(stack, rule, len(depths))
+        self._depths, self._position = depths, [-1] * len(depths)
 
     def decide(
         self,
@@ -161,7 +162,7 @@ class _GivenDepths(ExitDecider):
         loops: Sequence[int],
         length_N: Tensor | None = None,
     ) -> ExitDecision:
-        self._decider.decide(before_ND, h_SND, rows, loops, length_N)
+        super().decide(before_ND, h_SND, rows, loops, length_N)
         for row, loop in zip(rows, loops, strict=True):
             self._position[row] += loop == 0
         depths = [self._depths[row][self._position[row] % NEW] for row in rows]

@@ -166,11 +166,11 @@ def test_growing_by_blocks_keeps_the_entries() -> None:
     width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
     entry_SNW = torch.randn(3, 2, width, device=DEVICE)
     cache.reserve(3)
-    assert cache.capacity == 4
+    assert cache.layers_XTW[0].size(1) == 4
     for loop in range(2):
         cache.write_prompt(1, loop, 0, entry_SNW + loop)
     cache.reserve(9)
-    assert cache.capacity == 12
+    assert cache.layers_XTW[0].size(1) == 12
     new_1NW = torch.randn(1, 2, width, device=DEVICE)
     seen_NTW, _ = cache.write(1, cache.index([0, 1], [1, 1], [3, 3]), new_1NW)
     assert torch.equal(seen_NTW.transpose(0, 1), torch.cat((entry_SNW + 1, new_1NW)))
@@ -181,8 +181,8 @@ def measured_bytes_per_token(config: ModelConfig, mode: str, dtype: torch.dtype)
     cache = KVCache(config, mode, 1, config.num_loops, dtype, DEVICE, block=16)
     cache.reserve(1)
     caches, allocated = config.num_loops if mode == "per_loop" else 1, sum(layer.nbytes for layer in cache.layers_XTW)
-    assert allocated == cache_values_per_token(config, caches) * dtype.itemsize * cache.capacity
-    return allocated // cache.capacity
+    assert allocated == cache_values_per_token(config, caches) * dtype.itemsize * cache.layers_XTW[0].size(1)
+    return allocated // cache.layers_XTW[0].size(1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
