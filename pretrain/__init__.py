@@ -1,3 +1,3 @@
-"""Training: data, optimizer, step, metrics, and the commands that use them."""
+"""Training: data, trainer, metrics, evaluation, reports, and the commands for clusters."""
 
-import looplm as looplm  # first, so that its warning filter stands before Megatron-core is imported
+import looplm as looplm  # sets a warning filter before Megatron-core is imported

@@ -33,17 +33,10 @@ class StepStats:
     @classmethod
     def of_sums(cls, sums: Tensor) -> "StepStats":
         """Return the statistics of :func:`statistics_sums`, added up over micro-batches and ranks."""
-        means = (sums[1:] / sums[0].clamp(min=1)).tolist()
-        num_loops = (len(means) - 2) // 2
-        exits = means[2 + num_loops :]
-        return cls(
-            tokens=int(sums[0]),
-            loss=means[0],
-            entropy=means[1],
-            loss_per_loop=means[2 : 2 + num_loops],
-            exit_distribution=exits,
-            mean_depth=sum((loop + 1) * share for loop, share in enumerate(exits)),
-        )
+        loss, entropy, *per_loop = (sums[1:] / sums[0].clamp(min=1)).tolist()
+        losses, exits = per_loop[: len(per_loop) // 2], per_loop[len(per_loop) // 2 :]
+        depth = sum((loop + 1) * share for loop, share in enumerate(exits))
+        return cls(int(sums[0]), loss, losses, exits, depth, entropy)
 
 
 def objective(loss: LossConfig, token_loss_RSB: Tensor, gate_logit_RSB: Tensor, mask_SB: Tensor) -> Tensor:

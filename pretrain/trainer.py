@@ -51,11 +51,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.ddp, optim, parallel)
         self.scheduler = build_scheduler(self.optimizer, optim)
         self._forward_step = partial(forward_step, loss)
-        self._views = loop_views(self.ddp) if groups.pp.size() > 1 else None
-        self._frozen_pipeline = loss.frozen_trunk and self._views is not None
-        self.schedule: Callable[..., list[Tensor]] = get_forward_backward_func(
-            groups.pp.size(), None if self._views is None else len(self._views)
-        )
+        pipeline = groups.pp.size()
+        self._views = loop_views(self.ddp) if pipeline > 1 else []
+        self._frozen_pipeline = pipeline > 1 and loss.frozen_trunk
+        self.schedule: Callable[..., list[Tensor]] = get_forward_backward_func(pipeline, len(self._views) or None)
 
     @property
     def state(self) -> TrainingState:
@@ -92,20 +91,17 @@ class Trainer:
         first = next(batches)
         seq_length, micro_batch_size = first.labels_SB.shape
         batches = (batch.shard(self.groups.cp) for batch in islice(chain([first], batches), num_microbatches))
-        schedule = partial(
-            self.schedule,
+        for view in self._views:
+            view.restart()
+        sums = self.schedule(
             forward_step_func=self._forward_step,
+            data_iterator=list(tee(batches, len(self._views))) if self._views else batches,
+            model=self._views or [self.ddp],
             num_microbatches=num_microbatches,
-            forward_only=forward_only,
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
         )
-        if self._views is None:
-            sums = schedule(data_iterator=batches, model=[self.ddp])
-        else:
-            for stage in self._views:
-                stage.restart()
-            sums = schedule(data_iterator=list(tee(batches, len(self._views))), model=self._views)
         num_loops = self.model.model_config.num_loops
         return torch.stack(sums).sum(0) if sums else torch.zeros(3 + 2 * num_loops, dtype=torch.float64)
 

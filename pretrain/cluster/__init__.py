@@ -1,1 +1,1 @@
-"""Cluster operations: submitting the stages of a recipe, and checks before a long run."""
+"""Cluster operations: submission of a recipe's stages, and checks before a long run."""

@@ -184,7 +184,7 @@ def _holds_checkpoint(folder: Path) -> bool:
     return (folder / "manifest.json").exists() or (folder / "checkpoints" / "latest").exists()
 
 
-def sbatch(config: SubmitConfig, job: Job, dependency: str | None) -> list[str]:
+def sbatch(config: SubmitConfig, job: Job, dependency: int | str | None) -> list[str]:
     """Return the words of the job's sbatch command.
 
     A job that is requeued at its time limit keeps its number and has not ended, so with ``afterok`` the next job waits
@@ -198,7 +198,7 @@ def sbatch(config: SubmitConfig, job: Job, dependency: str | None) -> list[str]:
 
 def script(config: SubmitConfig, jobs: list[Job]) -> Iterator[str]:
     """Yield the lines of a shell script that submits the jobs, with the command that each would run in a comment."""
-    dependency = _first_dependency(config)
+    dependency: int | str | None = config.after
     for job in jobs:
         words = sbatch(config, job, dependency)
         quoted = (word if word.startswith("--dependency") else shlex.quote(word) for word in words)
@@ -206,10 +206,6 @@ def script(config: SubmitConfig, jobs: list[Job]) -> Iterator[str]:
         yield f"{variable}=$({' '.join(quoted)})"
         yield f"#   {_dry_run(job)}"
         dependency = f"${variable}"
-
-
-def _first_dependency(config: SubmitConfig) -> str | None:
-    return None if config.after is None else str(config.after)
 
 
 def _dry_run(job: Job) -> str:
@@ -229,7 +225,7 @@ def submit(config: SubmitConfig, jobs: list[Job]) -> None:
         raise UserError("sbatch: not on this machine; run this on a login node, or add --dry_run true")
     numbers: list[str] = []
     for job in jobs:
-        dependency = numbers[-1] if numbers else _first_dependency(config)
+        dependency = numbers[-1] if numbers else config.after
         done = subprocess.run(sbatch(config, job, dependency), capture_output=True, text=True)
         if done.returncode:
             if numbers:
