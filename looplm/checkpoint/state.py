@@ -33,7 +33,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from looplm.checkpoint import optimizer_state, step_folder
+import looplm.checkpoint.optimizer_state as optimizer_state
+import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_model
 from looplm.cli import UserError, to_dict
 from looplm.config import GateConfig, RunConfig

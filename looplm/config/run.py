@@ -194,7 +194,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is written during training.
+    """Logs and validations during training.
 
     Args:
         log_every: steps between lines of metrics.jsonl and TensorBoard points.

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from looplm.config import EngineConfig, ModelConfig, ParallelConfig
 from looplm.megatron.process_groups import seeded
-from looplm.model import local_layers, transformer_engine_layers
 from looplm.model.fp8_emulation import emulate
+from looplm.model.local_layers import layer_submodules as local_submodules
 from looplm.model.norms import RMSNorm
+from looplm.model.transformer_engine_layers import layer_submodules as engine_submodules
 
 
 def recomputed(
@@ -67,11 +68,8 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Return the spec of this pipeline rank's layers: equal blocks, and the loop-end norm on the last rank."""
     engine = engine or EngineConfig()
-    if engine.transformer_impl == "local":
-        parts = local_layers.layer_submodules(model, config)
-    else:
-        parts = transformer_engine_layers.layer_submodules(model, config)
+    submodules = local_submodules if engine.transformer_impl == "local" else engine_submodules
     layers = layout.layers_per_rank(model.num_layers)
     params = {"first": sum(layers[:pipeline_rank]), "num_layers": model.num_layers, "engine": engine}
-    spec = ModuleSpec(module=LoopedLayer, params=params, submodules=parts)
+    spec = ModuleSpec(module=LoopedLayer, params=params, submodules=submodules(model, config))
     return TransformerBlockSubmodules(layer_specs=[spec] * layers[pipeline_rank], layer_norm=RMSNorm)

@@ -25,7 +25,7 @@ CausalMean = Callable[[Tensor], Tensor]
 
 
 class ExitGate(MegatronModule):
-    """What all gates share. A gate of its own defines :meth:`step` and, if it carries a state, ``state_size``.
+    """Base class of the gates. A gate defines :meth:`step` and, if it carries a state, ``state_size``.
 
     Args:
         config: Megatron's; weights are stored in its ``params_dtype`` and marked as replicated over tensor parallelism.
