@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from tqdm import tqdm
 
-from looplm.cli import UserError, parse_config, run_main
-from looplm.config import (
-    DataConfig,
-    DataSource,
-    GateConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-)
+from looplm.cli import UserError, from_dict, parse_config, run_main
+from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain.optim import DTYPES
@@ -93,29 +84,29 @@ class CheckConfig:
     only: str = ""
 
 
-GATES: dict[str, Literal["lru", "linear"]] = {"mla": "lru", "mha": "linear"}  # each gate with one attention
-
-
 def recipe_of(check: MemoryCheck, width: int = 256) -> RunConfig:
-    """Return a small model of ordinary proportions in the check's layout."""
+    """Return a small model of ordinary proportions in the check's layout, each attention with another gate."""
     head, layout = width // 4, check.layout
-    ranks = {"q_lora_rank": head * 3, "kv_lora_rank": head * 2}
-    mla: dict[str, Any] = ranks | {"qk_nope_head_dim": head, "qk_rope_head_dim": head // 2, "v_head_dim": head}
-    sizes: dict[str, Any] = {"mla": mla, "mha": {"attention": "mha", "num_query_groups": 2}}[check.attention]
-    sizes |= {"vocab_size": 8 * width, "hidden_size": width, "ffn_hidden_size": 11 * width // 4, "num_layers": 4}
-    replicas = check.ranks // layout.model_ranks
-    batch = 2 * replicas * (1 if layout.pipeline == 1 else 4)  # more micro-batches than a pipeline has in flight
-    source = (DataSource(prefix="unused"),)
-    config = RunConfig(
-        output_dir="unused",
-        model=ModelConfig(num_loops=3, num_attention_heads=4, max_sequence_length=128, **sizes),
-        gate=GateConfig(kind=GATES[check.attention], state_size=32),
-        loss=LossConfig(head_chunk_tokens=64),
-        optim=OptimConfig(train_steps=2, precision="fp32"),
-        data=DataConfig(train=source, seq_length=128, micro_batch_size=2, global_batch_size=batch),
-        parallel=layout,
-    )
-    return replace(config, **{key: replace(getattr(config, key), **values) for key, values in check.sections.items()})
+    ranks: dict[str, Any] = {"q_lora_rank": head * 3, "kv_lora_rank": head * 2}
+    mla = ranks | {"qk_nope_head_dim": head, "qk_rope_head_dim": head // 2, "v_head_dim": head}
+    mha: dict[str, Any] = {"attention": "mha", "num_query_groups": 2}
+    attention = {"mla": mla, "mha": mha}[check.attention]
+    sizes = {"vocab_size": 8 * width, "hidden_size": width, "ffn_hidden_size": 11 * width // 4, "num_layers": 4}
+    heads = {"num_loops": 3, "num_attention_heads": 4, "max_sequence_length": 128}
+    # One micro-batch per replica, or more than a pipeline has in flight.
+    batch = 2 * (check.ranks // layout.model_ranks) * (1 if layout.pipeline == 1 else 4)
+    data = {"train": [{"prefix": "unused"}], "seq_length": 128, "micro_batch_size": 2, "global_batch_size": batch}
+    recipe: dict[str, Any] = {
+        "output_dir": "unused",
+        "model": {**sizes, **heads, **attention},
+        "gate": {"kind": {"mla": "lru", "mha": "linear"}[check.attention], "state_size": 32},
+        "loss": {"head_chunk_tokens": 64},
+        "optim": {"train_steps": 2, "precision": "fp32"},
+        "data": data,
+        "parallel": asdict(layout),
+    }
+    recipe |= {key: recipe[key] | values for key, values in check.sections.items()}
+    return from_dict(RunConfig, recipe, where="tools.plan_check")
 
 
 def planned_run(config: RunConfig, ranks: int) -> PlannedRun:

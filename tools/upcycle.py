@@ -200,23 +200,18 @@ def main(argv: list[str]) -> None:
     try:
         if groups.dp.size() > 1:
             raise UserError(f"{PROG} {word}: runs in one process; start it without torchrun")
-        upcycle(word, config, groups)
+        source = config.open(groups)
+        result = config.convert(source, groups)
+        record: dict[str, Any] = {"kind": word, "source": str(source.folder), "settings": asdict(config)}
+        record |= {"exact": result.exact, "approximate": result.approximate}
+        if config.data is not None:
+            batches = config.read(config.data, source, groups)
+            depths = max(source.state.config.num_loops, result.state.config.num_loops)
+            for when, state in (("before", source.state), ("after", result.state)):
+                record[when] = measure(state, batches, depths, groups)
+        write(Path(config.output), source, result.state, record, groups)
     finally:
         process_groups.stop()
-
-
-def upcycle(word: str, config: Conversion, groups: ProcessGroupCollection) -> None:
-    """Convert, measure, write and report."""
-    source = config.open(groups)
-    result = config.convert(source, groups)
-    record: dict[str, Any] = {"kind": word, "source": str(source.folder), "settings": asdict(config)}
-    record |= {"exact": result.exact, "approximate": result.approximate}
-    if config.data is not None:
-        batches = config.read(config.data, source, groups)
-        depths = max(source.state.config.num_loops, result.state.config.num_loops)
-        for when, state in (("before", source.state), ("after", result.state)):
-            record[when] = measure(state, batches, depths, groups)
-    write(Path(config.output), source, result.state, record, groups)
     print("\n".join(describe(record)))
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from looplm.accounting import training_flops_per_token
 from looplm.bounds import check_bounds, positive
@@ -100,16 +99,14 @@ def _head_peak_bytes(chunk_tokens: int | None) -> int:
     weight = torch.randn(HEAD_VOCAB, HEAD_WIDTH).mul_(0.02).requires_grad_()
     labels = torch.randint(HEAD_VOCAB, (HEAD_TOKENS, 1))
     before = _resident_peak()
-    losses = [_head_loss(h, weight, labels, chunk_tokens) for h in hidden]
+    if chunk_tokens is None:
+        losses = [
+            F.cross_entropy(F.linear(h.flatten(0, 1), weight), labels.flatten(), reduction="none") for h in hidden
+        ]
+    else:
+        losses = [token_losses(h, weight, labels, chunk_tokens) for h in hidden]
     torch.stack(losses).mean().backward()
     return _resident_peak() - before
-
-
-def _head_loss(hidden_SBD: Tensor, weight_VD: Tensor, labels_SB: Tensor, chunk_tokens: int | None) -> Tensor:
-    if chunk_tokens is not None:
-        return token_losses(hidden_SBD, weight_VD, labels_SB, chunk_tokens)
-    logits = F.linear(hidden_SBD.flatten(0, 1), weight_VD)
-    return F.cross_entropy(logits, labels_SB.flatten(), reduction="none").view_as(labels_SB)
 
 
 def _resident_peak() -> int:

@@ -12,14 +12,8 @@ from typing import Any, NamedTuple
 
 from looplm.config import RunConfig
 from pretrain.data import BatchSchedule
+from tools.planning import communication
 from tools.planning.activations import layer_bytes
-from tools.planning.communication import (
-    context_traffic,
-    gradient_traffic,
-    pipeline_message,
-    tensor_traffic,
-    weight_traffic,
-)
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
 from tools.planning.hardware import ADAM_BYTES, LOGIT_BYTES, Cluster
 from tools.planning.memory import FP32, Memory, fullest_rank_memory, optimizer_shards
@@ -117,9 +111,9 @@ def pass_time(run: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> P
     return PassTime(
         matmul=(flops.layers / layers_peak + flops.head / peak) / assume.matmul,
         attention=flops.attention / peak / assume.attention,
-        traffic=_memory_traffic_bytes(run, rank, assume.traffic, backward) / cluster.traffic_bytes_per_s,
-        tensor=tensor_traffic(run, rank, cluster, backward).seconds,
-        context=context_traffic(run, rank, cluster, backward).seconds,
+        traffic=_memory_traffic_bytes(run, rank, assume.traffic, backward) / (cluster.gpu.hbm_gbs * 1e9),
+        tensor=communication.tensor_traffic(run, rank, cluster, backward).seconds,
+        context=communication.context_traffic(run, rank, cluster, backward).seconds,
     )
 
 
@@ -152,16 +146,16 @@ def step_time(run: PlannedRun, cluster: Cluster, batch: int) -> StepTime:
     # A pass of each other rank, forward while the pipeline fills and backward while it empties. For equal ranks this is
     # (P - 1) / (R M) of the work (Narayanan et al. 2021, arXiv 2104.04473, section 2.2.2, with R for its v).
     bubble = sum(time.total for rank in ranks if rank != busiest for time in times[rank])
-    bubble += 2 * (layout.pipeline - 1) * pipeline_message(run, cluster).seconds
-    reduction = gradient_traffic(run, busiest, cluster).seconds
+    bubble += 2 * (layout.pipeline - 1) * communication.pipeline_message(run, cluster).seconds
+    reduction = communication.gradient_traffic(run, busiest, cluster).seconds
     hidden = backward.total if layout.overlap_grad_reduce and not run.frozen else 0.0
     updated = run.trained(busiest) / optimizer_shards(run)
     return StepTime(
         **vars((forward + backward).times(passes)),
         bubble=bubble,
         gradients=max(0.0, reduction - hidden),
-        weights=weight_traffic(run, busiest, cluster).seconds,
-        optimizer=updated * ADAM_BYTES / cluster.traffic_bytes_per_s,
+        weights=communication.weight_traffic(run, busiest, cluster).seconds,
+        optimizer=updated * ADAM_BYTES / (cluster.gpu.hbm_gbs * 1e9),
     )
 
 
@@ -180,9 +174,9 @@ def sent_bytes(run: PlannedRun, cluster: Cluster) -> dict[str, float]:
     rank, passes = run.config.parallel.pipeline - 1, run.config.model.num_loops * run.micro_batches
     both = (False, True)
     return {
-        "tensor": passes * sum(tensor_traffic(run, rank, cluster, way).bytes for way in both),
-        "context": passes * sum(context_traffic(run, rank, cluster, way).bytes for way in both),
-        "pipeline": passes * 2 * pipeline_message(run, cluster).bytes,
-        "gradients": gradient_traffic(run, rank, cluster).bytes,
-        "weights": weight_traffic(run, rank, cluster).bytes,
+        "tensor": passes * sum(communication.tensor_traffic(run, rank, cluster, way).bytes for way in both),
+        "context": passes * sum(communication.context_traffic(run, rank, cluster, way).bytes for way in both),
+        "pipeline": passes * 2 * communication.pipeline_message(run, cluster).bytes,
+        "gradients": communication.gradient_traffic(run, rank, cluster).bytes,
+        "weights": communication.weight_traffic(run, rank, cluster).bytes,
     }

@@ -61,7 +61,8 @@ def backward_flops(run: PlannedRun, rank: int) -> Flops:
     ``full`` and ``loop`` recompute the layers, ``selective`` the attention core, ``loss.head_recompute`` the logits.
     """
     if run.frozen:
-        return Flops(head=2 * _gate_flops(run) if run.is_last(rank) else 0.0)
+        gate = parameter_counts(run.config.model, run.config.gate)["gate"] if run.is_last(rank) else 0
+        return Flops(head=2 * 2.0 * gate * run.tokens / run.config.parallel.tensor)
     forward, mode = forward_flops(run, rank), run.config.parallel.recompute
     recomputed = Flops()
     if mode in ("full", "loop"):
@@ -71,11 +72,6 @@ def backward_flops(run: PlannedRun, rank: int) -> Flops:
     if run.config.loss.head_recompute:
         recomputed = replace(recomputed, head=forward.head)
     return forward.times(2) + recomputed
-
-
-def _gate_flops(run: PlannedRun) -> float:
-    gate = parameter_counts(run.config.model, run.config.gate)["gate"]
-    return 2.0 * gate * run.tokens / run.config.parallel.tensor
 
 
 def model_flops_per_token(run: PlannedRun) -> float:

@@ -80,11 +80,6 @@ class Cluster:
         """Bytes of one GPU's memory less the margin."""
         return self.gpu.memory_gib * GIB * (1 - self.assume.margin)
 
-    @property
-    def traffic_bytes_per_s(self) -> float:
-        """Memory bandwidth of one GPU, in bytes per second."""
-        return self.gpu.hbm_gbs * 1e9
-
     def link_bytes_per_s(self, ranks: int, stride: int) -> float:
         """Return the bytes per second that one rank moves in a collective operation.
 

@@ -50,15 +50,12 @@ class Study(Generic[ResultType]):
 
     def write_report(self, results: Sequence[ResultType], table: str) -> None:
         """Write study.json, which says where and from what the results were made, and table.md."""
-        report = {"commit": git_revision(), "versions": versions(), "machine": machine(), **self.settings}
+        threads = os.environ.get("OMP_NUM_THREADS")
+        machine = {"platform": platform.platform(), "cores": os.cpu_count(), "threads": threads}
+        report = {"commit": git_revision(), "versions": versions(), "machine": machine, **self.settings}
         report["runs"] = [result._asdict() for result in results]
         write_whole(self.folder / "study.json", json.dumps(report, indent=1))
         write_whole(self.folder / "table.md", table)
-
-
-def machine() -> dict[str, Any]:
-    """Return a description of this machine."""
-    return {"platform": platform.platform(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

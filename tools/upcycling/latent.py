@@ -88,15 +88,16 @@ def to_latent(
         qk_rope_period=None if rope == width else width,
         v_head_dim=width,
     )
+    (row,) = (row for row in layer_parameters(plain) if row.name == "self_attention.linear_qkv.weight")
     weights = dict(source.weights)
     isotropic = torch.eye(plain.hidden_size, dtype=torch.float64)
     for layer in range(plain.num_layers):
         moment_DD = isotropic if moments_LDD is None else moments_LDD[layer]
         prefix = f"decoder.layers.{layer}."
         gain = prefix + "input_layernorm.weight"
-        projections = _projections(plain, layer, weights, weights[gain])
-        del weights[f"{prefix}self_attention.linear_qkv.weight"]
-        latent = convert(projections, config, moment_DD, plain.norm_eps)
+        qkv = weights.pop(prefix + row.name) * weights[gain]
+        parts = [part.unflatten(0, (-1, width)) for part in split(row, qkv.double())]
+        latent = convert(Projections(*parts), config, moment_DD, plain.norm_eps)
         weights |= {f"{prefix}self_attention.{name}": weight.float() for name, weight in latent.items()}
         weights[gain] = torch.ones_like(weights[gain])
     return Upcycled(ModelState(config, source.gate, weights), *_describe(plain, config))
@@ -123,7 +124,7 @@ def convert(plain: Projections, config: ModelConfig, moment_DD: Tensor, eps: flo
     target_GND = plain.value_GKD
     query_HND = _pairs(rotated_HMFD.flatten(1, 2))
     if config.qk_nope_head_dim:
-        target_GND = torch.cat((_halves(rest_GFD), plain.value_GKD), dim=1)
+        target_GND = torch.cat((rest_GFD.real, rest_GFD.imag, plain.value_GKD), dim=1)  # the inverse of _complex
         query_HND = torch.cat((plain.query_HKD, query_HND), dim=1)
     down_CD, up_NC = factorize(target_GND.flatten(0, 1), moment_DD, config.kv_lora_rank)
     length = (torch.einsum("cd,de,ce->", down_CD, moment_DD, down_CD) / len(down_CD) + eps).sqrt()
@@ -186,20 +187,9 @@ def _principal(key_GFD: Tensor, moment_DD: Tensor) -> Tensor:
     return vectors_FGG.flip(-1)
 
 
-def _projections(config: ModelConfig, layer: int, weights: dict[str, Tensor], gain_D: Tensor) -> Projections:
-    (row,) = (row for row in layer_parameters(config) if row.name == "self_attention.linear_qkv.weight")
-    parts = split(row, (weights[f"decoder.layers.{layer}.{row.name}"] * gain_D).double())
-    return Projections(*(part.unflatten(0, (-1, config.attention_head_dim)) for part in parts))
-
-
 def _complex(x_GKD: Tensor) -> Tensor:
     """Return pairs as complex numbers, [G, F, D]: MHA rotates channel k together with k + K/2."""
     return torch.complex(*x_GKD.chunk(2, dim=1))
-
-
-def _halves(z_GFD: Tensor) -> Tensor:
-    """Invert :func:`_complex`."""
-    return torch.cat((z_GFD.real, z_GFD.imag), dim=1)
 
 
 def _pairs(z: Tensor) -> Tensor:
