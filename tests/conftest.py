@@ -1,4 +1,4 @@
-"""Fixtures that every test may use."""
+"""Fixtures for every test."""
 
 import gc
 from collections.abc import Iterator
@@ -16,33 +16,33 @@ SEED = 1234
 
 
 def pytest_collection_finish() -> None:
-    """All is imported: the garbage collector need not walk it again each time that a test or a library calls it."""
+    """Exempt everything imported so far from garbage collection, which tests and libraries trigger often."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[ProcessGroupCollection]:
-    """Megatron-core started as a job of one process."""
+    """Start Megatron-core as a job of one process, and return its process groups."""
     spare_the_spawn()
     yield process_groups.start(SEED)
     process_groups.stop()
 
 
 @pytest.fixture(autouse=True)
-def seeded_as_a_fresh_job() -> None:
-    """Weights are drawn from the job's seed: without this, from whatever the test before it left."""
+def fresh_seed() -> None:
+    """Seed every test alike, so that its weights do not depend on the tests before it."""
     torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny corpus; read it, do not write to it."""
+    """Return a folder with the tiny corpus. Tests share it, so they must not write to it."""
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return folder
 
 
 @pytest.fixture
-def job_goes_on(monkeypatch, single_process):
-    """A command leaves the job when it is done; the tests' job goes on."""
+def keep_process_groups(monkeypatch: pytest.MonkeyPatch, single_process: ProcessGroupCollection) -> None:
+    """Keep the process groups for other tests: a command stops them when it ends."""
     monkeypatch.setattr(process_groups, "stop", lambda: None)

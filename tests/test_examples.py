@@ -17,7 +17,7 @@ EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture
-def quickstart(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_goes_on: None) -> Path:
+def quickstart(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_process_groups: None) -> Path:
     """A working directory with a tiny ``runs/quickstart/gate``."""
     monkeypatch.chdir(tmp_path)
     runs, steps = tmp_path / "runs/quickstart", {"train_steps": 2, "warmup_steps": 0, "decay_steps": 0}

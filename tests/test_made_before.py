@@ -50,7 +50,7 @@ def test_an_old_checkpoint_opens_and_computes_the_same(kind, made, single_proces
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_old_run_is_resumed(kind, made, tmp_path, job_goes_on):
+def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups):
     config = str(made / kind / "config.yaml")
     corpus = made / "corpus"
     arguments = ["--config", config, "--output_dir", str(made / kind), "--optim.train_steps", "5"]
@@ -61,7 +61,7 @@ def test_an_old_run_is_resumed(kind, made, tmp_path, job_goes_on):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_old_export_is_imported_and_loads_with_the_code_it_carries(
-    kind, made, tmp_path, single_process, job_goes_on
+    kind, made, tmp_path, single_process, keep_process_groups
 ):
     export, imported = made / f"export_{kind}", tmp_path / "imported"
     convert(["import", "--input", str(export), "--output", str(imported)])

@@ -58,10 +58,10 @@ def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
         return copy
 
     def job(path: Path, layout: ParallelConfig, precision: str = "fp32") -> Callable[[], None]:
-        return partial(worker.training, run_of(corpus, path, layout, precision))
+        return partial(worker.run_training, run_of(corpus, path, layout, precision))
 
     def alone(path: Path) -> None:
-        worker.training(run_of(corpus, path, PLAIN))
+        worker.run_training(run_of(corpus, path, PLAIN))
 
     def with_fewer_loops(path: Path, layout: ParallelConfig) -> RunConfig:
         """A next stage that starts from the weights of ``alone`` and runs 2 of its 3 loops."""
@@ -70,11 +70,11 @@ def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
         return dataclasses.replace(config, model=fewer, checkpoint=initial)
 
     alone(folder / "alone")
-    worker.training(with_fewer_loops(folder / "fewer loops", PLAIN))
+    worker.run_training(with_fewer_loops(folder / "fewer loops", PLAIN))
     whole = {"DP2": PLAIN, "CP2": CP2, "DP2 dist overlap": BOTH}
     jobs = [job(folder / name, layout) for name, layout in whole.items()]
     jobs += [job(folder / "DP2 bf16", PLAIN, "bf16"), job(folder / "DP2 dist overlap bf16", BOTH, "bf16")]
-    jobs += [partial(worker.training, with_fewer_loops(folder / "fewer loops at PP2", PP2))]
+    jobs += [partial(worker.run_training, with_fewer_loops(folder / "fewer loops at PP2", PP2))]
     jobs += [job(begun("alone", "DP2 dist overlap"), BOTH), job(begun("alone", "CP2"), CP2)]
     launch(2, jobs, folder)
 

@@ -28,7 +28,7 @@ def results(corpus, tmp_path_factory):
         for recipe in RECIPES:
             engine = EngineConfig(fp8="emulate-hybrid", fp8_recipe=recipe)
             config = run_config(corpus, folder / "run", model=MHA, parallel=parallel, engine=engine)
-            jobs.append(partial(worker.emulation, config, folder / layout / recipe))
+            jobs.append(partial(worker.run_fp8_linears, config, folder / layout / recipe))
     launch(2, jobs, folder)
     return {
         (layout, recipe): [torch.load(folder / layout / recipe / f"rank{rank}.pt") for rank in range(2)]

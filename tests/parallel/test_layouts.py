@@ -182,13 +182,13 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
     for case in [*references, *CASES]:
         repeats = REPEATS if case.layout in RACES and case.model == "mla lru" else 0
         weights, output = folder / "weights" / folder_of(case.alone), folder / folder_of(case)
-        job = partial(worker.steps, config_of(case, corpus, folder), weights, output, repeats)
+        job = partial(worker.train_steps, config_of(case, corpus, folder), weights, output, repeats)
         jobs[LAYOUTS[case.layout].ranks].append(job)
     config = config_of(CURED, corpus, folder)
     # the first gradients say it all
     brief = dataclasses.replace(config, optim=dataclasses.replace(config.optim, train_steps=2))
     weights = folder / "weights" / folder_of(CURED.alone)
-    jobs[2].append(partial(worker.steps, brief, weights, folder / STOCK, stock_projections=True))
+    jobs[2].append(partial(worker.train_steps, brief, weights, folder / STOCK, stock_projections=True))
     for ranks, todo in jobs.items():
         launch(ranks, todo, folder)
     return folder

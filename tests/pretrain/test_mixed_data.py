@@ -23,7 +23,7 @@ from pretrain.train import train
 from tests.support.tiny import EOS, PAD, VOCAB, run_config, train_rows, write_chat_corpus
 from tools.convert_hf import main as convert
 
-pytestmark = pytest.mark.usefixtures("job_goes_on")
+pytestmark = pytest.mark.usefixtures("keep_process_groups")
 
 LONG = {"max_sequence_length": 128}
 

@@ -1,4 +1,4 @@
-"""Gradients as one data-parallel replica would hold them, whichever optimizer is to step them."""
+"""Reduced gradients in whole tensors, for the plain and the distributed optimizer."""
 
 import torch
 import torch.distributed as dist
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def whole_gradients(ddp: DistributedDataParallel, groups: ProcessGroupCollection) -> dict[str, Tensor]:
-    """The gradient of every trained parameter by its name; collective.
+    """Return the gradient of every trained parameter by name. All ranks must call this together.
 
-    Under the distributed optimizer each rank's buffers are reduced in its own share only: the shares are put together.
+    Under the distributed optimizer each rank's buffer is reduced in its own share only, so the shares are gathered.
     """
     names = {parameter: name for name, parameter in ddp.module.named_parameters()}
     gradients = {}
@@ -23,7 +23,7 @@ def whole_gradients(ddp: DistributedDataParallel, groups: ProcessGroupCollection
                 dist.all_gather(shares, flat.chunk(ranks)[rank].clone(), group=groups.dp_cp)
                 flat = torch.cat(shares)
             for parameter in bucket.params_list:
-                # bucket.param_to_index leaves out the padding between parameters; main_grad is a view of the buffer.
+                # bucket.param_to_index ignores the padding between parameters, but main_grad is a view of the buffer.
                 first = parameter.main_grad.storage_offset() - bucket.grad_data.storage_offset()
                 gradients[names[parameter]] = flat[first : first + parameter.numel()].view(parameter.shape).clone()
     return gradients

@@ -1,5 +1,7 @@
-"""Start several processes, as torchrun would but for its price: on two cores, to import torch and Megatron-core takes
-longer than most jobs do. A server imports them once and forks every rank."""
+"""Start several processes as torchrun would, but fork them from a server that has imported everything once.
+
+On two cores, importing torch and Megatron-core takes longer than most jobs.
+"""
 
 import multiprocessing
 import os
@@ -14,24 +16,24 @@ import torch.distributed as dist
 
 from tests.support import worker
 
-# Four processes on two cores spend most of their time waiting for each other: `make test` takes a sample of what they do,
-# `make test-layouts` all of it.
+# Four processes on two cores mostly wait for each other: `make test` runs a sample of their cases, `make test-layouts`
+# runs all.
 EVERYTHING = os.environ.get("LAYOUTS") == "all"
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([worker.__name__])
 
 
 def launch(ranks: int, jobs: Sequence[Callable[[], None]], folder: Path, timeout: int = 600) -> None:
-    """Run the worker's jobs on ``ranks`` processes."""
+    """Run jobs of tests.support.worker on ``ranks`` processes."""
     number = len(list(folder.glob("log_*.txt")))
     run_ranks(ranks, worker.run, (jobs,), folder / f"log_{number}.txt", timeout)
 
 
 def run_ranks(ranks: int, main: Callable[..., None], arguments: tuple[Any, ...], log: Path, timeout: int = 600) -> None:
-    """Run ``main(*arguments)``, a module's own function, on ``ranks`` processes, which all write to ``log``.
+    """Run ``main(*arguments)`` on ``ranks`` processes, which all write to ``log``; ``main`` is a module-level function.
 
-    What a failing rank printed becomes the message. It would hang the others, which are ended; so are all after
-    ``timeout`` seconds.
+    If a rank fails, the others would wait for it forever: they are killed, and the end of the log becomes the message.
+    All ranks are killed after ``timeout`` seconds.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
@@ -47,17 +49,17 @@ def run_ranks(ranks: int, main: Callable[..., None], arguments: tuple[Any, ...],
     for process in running:
         process.kill()
         process.join()
-    why = "a rank failed" if failed else f"ranks still ran after {timeout} s"
-    assert not failed and not running, f"{why}\n{log.read_text()[-6000:]}"
+    reason = "a rank failed" if failed else f"ranks still ran after {timeout} s"
+    assert not failed and not running, f"{reason}\n{log.read_text()[-6000:]}"
 
 
 def _rank(rank: int, ranks: int, port: int, main: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
-    """What torchrun would start: its variables, and one log of all ranks."""
+    """Run ``main`` with torchrun's environment variables and with its output appended to ``log``."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    here["LOCAL_WORLD_SIZE"] = ranks
-    os.environ |= {name: str(value) for name, value in here.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    torch.set_num_threads(1)  # whatever the tests themselves run with
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables["LOCAL_WORLD_SIZE"] = ranks
+    os.environ |= {name: str(value) for name, value in variables.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)  # independent of the tests' own setting
     main(*arguments)

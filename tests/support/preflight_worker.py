@@ -1,4 +1,4 @@
-"""A preflight on several ranks: first sound ones, then with the last rank's clock set forward and its sums wrong."""
+"""A preflight on several ranks: first on healthy ones, then with wrong sums and a fast clock on the last rank."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Cheaper checkpoints for tests."""
+"""Faster first checkpoint for tests."""
 
 import multiprocessing
 

@@ -1,8 +1,7 @@
-"""What each rank of a parity test does, in a given layout: a step's gradients and some steps' losses, a training run, or
-weights read and written.
+"""Jobs that the ranks of a parity test run in a given layout.
 
-Gradients are saved as if they were weights, through Megatron's own resharding checkpoint, so that the test can read them
-as one process would hold them.
+Gradients are saved as if they were weights, through Megatron's resharding checkpoint. The test then reads them whole, as
+a single process holds them.
 """
 
 import gc
@@ -23,6 +22,7 @@ from looplm import checkpoint
 from looplm.config import RunConfig
 from looplm.megatron import process_groups
 from looplm.model import LoopLM, local_layers
+from looplm.model.local_layers import ReplicatedLinear
 from pretrain import optim
 from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_batches
 from pretrain.train import train
@@ -30,42 +30,47 @@ from pretrain.trainer import Trainer
 from tests.support.gradients import whole_gradients
 from tests.support.saving import spare_the_spawn
 
-# Megatron's default is 40 million, so that a tiny model would have one bucket and nothing to overlap.
+# With Megatron's default of 40 million parameters, a tiny model would have a single bucket and nothing to overlap.
 BUCKET_SIZE = 5000
-REPLICATED = local_layers.ReplicatedLinear
 
 
-def steps(config: RunConfig, weights: Path, output: Path, repeats: int = 0, stock_projections: bool = False) -> None:
-    """Load ``weights``; save the statistics and every gradient of the first step, the loss of ``optim.train_steps``, and
-    the validation loss after them. ``repeats`` more backward passes of the first step are first compared with it bit by
-    bit. ``stock_projections`` are Megatron's own where ours are replicated."""
-    local_layers.ReplicatedLinear = ColumnParallelLinear if stock_projections else REPLICATED  # type: ignore[misc]
+def train_steps(
+    config: RunConfig, weights: Path, output: Path, repeats: int = 0, stock_projections: bool = False
+) -> None:
+    """Load ``weights``, train ``optim.train_steps`` steps, and save what the test compares.
+
+    That is the statistics and every gradient of the first step, the loss of each step, and the validation loss after
+    them. Before training, the first step's backward pass is repeated ``repeats`` times and compared bit by bit. With
+    ``stock_projections``, MLA's down projections are Megatron's own instead of our replicated ones.
+    """
+    replicated = ColumnParallelLinear if stock_projections else ReplicatedLinear
+    local_layers.ATTENTION = local_layers.ATTENTION._replace(replicated=replicated)
     corpus = check_corpus(config.data, config.model.vocab_size)
     groups = process_groups.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel, engine=config.engine)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(weights))
     model.load_state_dict(state["model"], strict=False)
     trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
-    data, train_steps = config.data, config.optim.train_steps
+    data, step_count = config.data, config.optim.train_steps
     count, samples = BatchSchedule(data, groups.dp.size(), config.parallel.pipeline).at(0)
-    train_set = build_train_set(config, corpus, train_steps * samples, train_steps * samples)
+    train_set = build_train_set(config, corpus, step_count * samples, step_count * samples)
 
     batches = micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size())
     first = list(islice(batches, count))
-    if config.parallel.overlap_grad_reduce:  # Megatron counts the gradients in a first step and overlaps from then on
+    if config.parallel.overlap_grad_reduce:  # Megatron overlaps from the second step on
         trainer.backward(iter([*first, *first]), 2 * count)
     stats = trainer.backward(iter(first), count)
     gradients = whole_gradients(trainer.ddp, groups)
     different = 0
     for _ in range(repeats):
         same = trainer.backward(iter(first), count) == stats
-        again = whole_gradients(trainer.ddp, groups)
-        different += not (same and all(torch.equal(again[name], value) for name, value in gradients.items()))
+        repeated = whole_gradients(trainer.ddp, groups)
+        different += not (same and all(torch.equal(repeated[name], value) for name, value in gradients.items()))
     all_different = torch.tensor([different])
     dist.all_reduce(all_different)
 
     batches = chain(first, batches)
-    losses = [trainer.train(batches, count)[0].loss for _ in range(train_steps)]
+    losses = [trainer.train(batches, count)[0].loss for _ in range(step_count)]
     valid = trainer.evaluate(micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size()), count)
 
     with torch.no_grad():
@@ -82,7 +87,7 @@ def steps(config: RunConfig, weights: Path, output: Path, repeats: int = 0, stoc
 
 
 def reshard(config: RunConfig, weights: Path, output: Path) -> None:
-    """Load ``weights`` in this layout, and save them in it."""
+    """Load ``weights`` and save them in this layout."""
     groups = process_groups.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, torch.bfloat16, config.parallel)
     about = checkpoint.load_weights(weights, model, config.gate)
@@ -91,16 +96,20 @@ def reshard(config: RunConfig, weights: Path, output: Path) -> None:
     )
 
 
-def emulation(config: RunConfig, output: Path) -> None:
-    """One column-parallel and one row-parallel linear of the blocks under emulated FP8, each on inputs of its own: what
-    comes out and every gradient, in pieces as this rank has them."""
+def run_fp8_linears(config: RunConfig, output: Path) -> None:
+    """Run a column-parallel and a row-parallel linear layer under emulated FP8, and save this rank's tensors.
+
+    Each rank draws its own inputs. The file holds inputs, outputs and all gradients, in the shards that this rank has.
+    """
     groups = process_groups.start(config.seed, config.parallel)
     model = LoopLM(config.model, config.gate, groups, layout=config.parallel, engine=config.engine)
     mlp, found = model.decoder.layers[0].mlp, {}
     for name, linear in (("column", mlp.linear_fc1), ("row", mlp.linear_fc2)):
-        for _ in range(2):  # a history starts at the second
+        for _ in range(2):  # the first call fills the history that scales the second
             generator = torch.Generator().manual_seed(1 + groups.tp.rank())
-            length = 8 if name == "column" and config.parallel.sequence_parallel else 16  # a part, or gathered
+            length = (
+                8 if name == "column" and config.parallel.sequence_parallel else 16
+            )  # a shard of the sequence, or all of it
             x = torch.randn(length, 2, linear.weight.size(1), generator=generator).requires_grad_()
             y = linear(x)[0]
             g = torch.randn(y.shape, generator=generator)
@@ -112,18 +121,18 @@ def emulation(config: RunConfig, output: Path) -> None:
     torch.save(found, output / f"rank{groups.tp.rank()}.pt")
 
 
-def training(config: RunConfig) -> None:
-    """A whole run, or the rest of one."""
-    train(
-        config, check_corpus(config.data, config.model.vocab_size), process_groups.start(config.seed, config.parallel)
-    )
+def run_training(config: RunConfig) -> None:
+    """Start a training run, or resume it if its directory has a checkpoint."""
+    corpus = check_corpus(config.data, config.model.vocab_size)
+    train(config, corpus, process_groups.start(config.seed, config.parallel))
 
 
 def run(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run every job, one of the functions above with its arguments, in turn in one set of processes."""
-    gc.freeze()  # between two jobs the collector is called: it need not walk all that torch has loaded
+    """Run each job (a function above with its arguments bound), one after the other in the same processes."""
+    gc.freeze()  # collections between two jobs then skip everything that torch has loaded
     spare_the_spawn()
-    optim.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)  # type: ignore[misc,assignment]
+    small_buckets = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
+    optim.DistributedDataParallelConfig = small_buckets  # type: ignore[misc,assignment] # a class becomes a function
     for number, job in enumerate(jobs):
         begin = time.monotonic()
         job()

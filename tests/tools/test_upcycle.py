@@ -23,7 +23,7 @@ from tools.upcycling.measure import read_samples
 from tools.upcycling.model_state import ModelState, assemble, open_source
 from tools.upcycling.structure import copy_layers, deepen
 
-pytestmark = pytest.mark.usefixtures("job_goes_on")
+pytestmark = pytest.mark.usefixtures("keep_process_groups")
 ORIGINS = {"stack": [0, 1, 0, 1, 0, 1], "interleave": [0, 0, 0, 1, 1, 1]}
 IDS_BS = torch.arange(24).view(2, 12) % VOCAB
 

@@ -10,7 +10,7 @@ from tests.support.tiny import run_config
 from tools import upcycle_study
 from tools.upcycle_study import Result, StudyConfig, main, plan, table
 
-pytestmark = pytest.mark.usefixtures("job_goes_on")
+pytestmark = pytest.mark.usefixtures("keep_process_groups")
 CHOSEN = ("stacked", "latent-full", "looped")  # one of each source
 GOOD = Result("good", source=4.0, start=5.0, curve=[4.9, 4.5], logits_within=1e-6)
 

@@ -198,7 +198,7 @@ def run(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_go(
-    job_goes_on: None,
+    keep_process_groups: None,
     corpus: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -251,7 +251,11 @@ def test_the_checkpoint_that_a_run_starts_from(
 
 
 def test_no_go_lists_every_failed_check(
-    job_goes_on: None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    keep_process_groups: None,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def full(path: Path, num_bytes: int) -> None:
         path.write_text("a part")

@@ -20,7 +20,7 @@ from tools.upcycling.latent import factorize, to_latent
 from tools.upcycling.measure import read_samples, second_moments
 from tools.upcycling.model_state import ModelState, assemble, open_source
 
-pytestmark = pytest.mark.usefixtures("job_goes_on")
+pytestmark = pytest.mark.usefixtures("keep_process_groups")
 GATE = GateConfig(kind="linear")
 MHA = replace(MODEL, attention="mha", num_attention_heads=4)
 CASES = {
