@@ -340,7 +340,7 @@ def test_an_unusable_allocation_is_a_one_line_error(
 def test_headers(launcher: str) -> None:
     text = (FOLDER / f"{launcher}.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, flags=re.MULTILINE))
-    if launcher in ("preprocess", "preflight"):  # arrays that it submitted may still run; nothing to go on with
+    if launcher in ("preprocess", "preflight"):  # its arrays may still run; a preflight has nothing to resume
         assert "no-requeue" in options
         return
     (waits,) = map(int, re.findall(r"^shutdown_seconds=(\d+)$", (FOLDER / "common.sh").read_text(), re.MULTILINE))
