@@ -60,13 +60,8 @@ class GenerateConfig(GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = sum([self.prompt != "", self.prompts != "", self.interactive])
-        require(
-            given == 1,
-            "prompt",
-            self.prompt,
-            "give some text here, a file in prompts, or interactive; one of the three",
-        )
+        given, fix = [self.prompt, self.prompts, self.interactive], "give one of prompt, prompts and interactive"
+        require(sum(map(bool, given)) == 1, "prompt", self.prompt, fix)
         if self.output is not None:
             path, fix = Path(self.output), "it belongs to prompt and prompts; leave it out with interactive"
             require(not self.interactive, "output", self.output, fix)

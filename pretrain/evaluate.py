@@ -124,13 +124,13 @@ def main(argv: list[str]) -> None:
 
 def _validation_run(config: EvaluateConfig, step: Path) -> RunConfig:
     """Return the run that made the checkpoint, or a plain one for imported weights, reading ``samples`` sequences."""
-    trained, shape = checkpoint.read_config(step), checkpoint.read_model(step)
+    trained, stored = checkpoint.read_config(step), checkpoint.read_model(step)
     valid = (DataSource(prefix=config.valid),) if config.valid else trained.data.valid if trained else ()
     if not valid:
         raise UserError("valid: the checkpoint was made without data.valid; name a prefix with --valid")
     if trained is None:
-        plain = DataConfig(train=valid, seq_length=min(1024, shape.model.max_sequence_length))
-        trained = RunConfig(output_dir=str(step), data=plain, optim=OptimConfig(train_steps=1), **shape._asdict())
+        plain = DataConfig(train=valid, seq_length=min(1024, stored.model.max_sequence_length))
+        trained = RunConfig(output_dir=str(step), data=plain, optim=OptimConfig(train_steps=1), **stored._asdict())
     rows, seq_length = config.batch_size, config.seq_length or trained.data.seq_length
     data = replace(trained.data, train=valid, valid=valid, seq_length=seq_length)
     data = replace(data, micro_batch_size=rows, global_batch_size=rows, rampup=None)
@@ -152,14 +152,11 @@ def _check_decoding(config: EvaluateConfig, seq_length: int, gate_trained: bool)
 def measure(
     model: LoopLM, batches: list[Batch], depths: list[int], groups: ProcessGroupCollection, loss: LossConfig
 ) -> Evaluation:
-    """Return the losses at ``depths`` and along :data:`THRESHOLDS`. Every batch runs to the deepest depth."""
-    trained = model.model_config.num_loops
-    deepest = max(trained, *depths)
-    meter = DepthMeter(sorted({*depths, deepest}), trained, THRESHOLDS)
+    """Return the losses at ``depths`` and along :data:`THRESHOLDS`."""
+    meter = DepthMeter(depths, model.model_config.num_loops, THRESHOLDS)
     for batch in tqdm(batches, unit="batch", disable=not (process_groups.is_rank_0() and sys.stderr.isatty())):
-        meter.add(*loop_losses(model, batch, loss, num_loops=deepest), batch.mask_SB)
-    evaluation = meter.evaluation(groups.dp)
-    return replace(evaluation, depths=tuple(row for row in evaluation.depths if row.depth in depths))
+        meter.add(*loop_losses(model, batch, loss, num_loops=meter.loops), batch.mask_SB)
+    return meter.evaluation(groups.dp)
 
 
 def _measure_decoding(

@@ -15,15 +15,19 @@ class DepthMeter:
     """Sums losses over tokens and batches; :meth:`evaluation` returns their means.
 
     Args:
-        depths: depths to report, 1-based; all depths up to the largest are run.
+        depths: depths to report, 1-based.
         trained_loops: loops of the exit distribution.
         thresholds: Q-exit thresholds of the exit curve.
+
+    Attributes:
+        loops: number of loops to run (R).
     """
 
     def __init__(self, depths: list[int], trained_loops: int, thresholds: list[float]) -> None:
         self.depths, self.trained_loops, self.thresholds = depths, trained_loops, thresholds
+        self.loops = max(trained_loops, *depths)
         self._tokens = torch.zeros(1, dtype=torch.float64)
-        self._loss_R = torch.zeros(max(depths), dtype=torch.float64)
+        self._loss_R = torch.zeros(self.loops, dtype=torch.float64)
         self._exit_T = torch.zeros(trained_loops, dtype=torch.float64)
         self._curve_Q2 = torch.zeros(len(thresholds), 2, dtype=torch.float64)  # depth and loss
 

@@ -74,36 +74,28 @@ class ActiveRequest:
         config: the settings that all requests share.
         tokenizer: the model's.
         model: the config that bounds ids and length.
-        eos_id: end of text.
+        eos: id of the end of text.
     """
 
     def __init__(
-        self,
-        request: Request,
-        index: int,
-        config: GenerationConfig,
-        tokenizer: Tokenizer,
-        model: ModelConfig,
-        eos_id: int,
+        self, request: Request, index: int, config: GenerationConfig, tokenizer: Tokenizer, model: ModelConfig, eos: int
     ) -> None:
-        prompt, context = request.prompt, model.max_sequence_length
+        prompt, context, vocab_size = request.prompt, model.max_sequence_length, model.vocab_size
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
-        unknown = [token_id for token_id in ids if not 0 <= token_id < model.vocab_size]
+        unknown = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
         self.index, self.ids = index, ids  # of the whole text: the prompt and what is added
         self.prompt = prompt if isinstance(prompt, str) else tokenizer.decode([] if unknown else ids)
         self.finish: FinishReason | None = None
         self.error: str | None = None
         self.drafted = self.accepted = 0
         self.random = random.Random(config.seed + index if request.seed is None else request.seed)
-        self._stream, self._eos_id = TextStream(tokenizer, [] if unknown else ids, config.stop), eos_id
+        self._stream, self._eos_id = TextStream(tokenizer, [] if unknown else ids, config.stop), eos
         max_new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         self._end, self._context = len(ids) + max_new, context
         if not ids:
             self.fail("the prompt is empty; give at least one token")
         elif unknown:
-            self.fail(
-                f"token id {unknown[0]} is not below the vocabulary's {model.vocab_size}; use the model's tokenizer"
-            )
+            self.fail(f"token id {unknown[0]} is not below the vocabulary's {vocab_size}; use the model's tokenizer")
         elif len(ids) >= context:
             self.fail(f"the prompt has {len(ids)} tokens and leaves no room in the context of {context}; shorten it")
         elif max_new < 1:
