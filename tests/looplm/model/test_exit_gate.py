@@ -1,4 +1,4 @@
-"""The exit gate against the oracle: logits, states, every gradient; and that it sees no future and no neighbour."""
+"""Exit gates and exit distributions compared with the reference. Later tokens and other documents have no effect."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from looplm import reference
 from looplm.config import GateConfig
-from looplm.model.exit_gate import build_exit_gate, exit_entropy, exit_log_probs, q_exit
+from looplm.model.exit_gate import ExitGate, build_exit_gate, exit_entropy, exit_log_probs, q_exit
 from tests.support.parity import assert_close_relative, gradients, oracle_copy, relative_error
 
 S, B, D = 13, 3, 10
-KINDS = [
+GATES = [
     pytest.param(GateConfig(kind="linear"), id="linear"),
     pytest.param(GateConfig(state_size=6), id="lru"),
     pytest.param(GateConfig(state_size=6, sequence_level=True), id="lru-sequence"),
     pytest.param(GateConfig(kind="mlp", hidden_size=6), id="mlp"),
 ]
-UNIFORM_KINDS = KINDS[1:]
+GATES_WITH_OFFSET = GATES[1:]
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +25,14 @@ def seed() -> None:
     torch.manual_seed(7)
 
 
-def fresh_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+def fresh_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> ExitGate:
     return build_exit_gate(
         TransformerConfig(num_layers=1, hidden_size=D, num_attention_heads=1, params_dtype=dtype), config
     )
 
 
-def trained_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A gate whose every weight does something: the read-outs of a fresh one are zero and would hide the rest."""
+def trained_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> ExitGate:
+    """Return a gate with random weights: the read-outs of a fresh one are zero and would hide its other weights."""
     gate = fresh_gate(config, dtype)
     for parameter in gate.parameters():
         nn.init.normal_(parameter, std=0.7)
@@ -40,17 +40,17 @@ def trained_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> nn.M
 
 
 def documents(*starts: tuple[int, ...], length: int = S) -> Tensor:
-    """[S, B]: index of the first token of each token's document, from the starts in each sample."""
-    place_S = torch.arange(length)
-    columns = [torch.tensor(s)[(torch.tensor(s) <= place_S[:, None]).sum(1) - 1] for s in starts]
+    """Return the first position of each token's document [S, B], from the ``starts`` of the documents in each sample."""
+    position_S = torch.arange(length)
+    columns = [torch.tensor(s)[(torch.tensor(s) <= position_S[:, None]).sum(1) - 1] for s in starts]
     return torch.stack(columns, dim=1)
 
 
 PACKED = documents((0, 4, 9), (0,), (0, 1, 12))
 
 
-def run(gate: nn.Module, hidden: list[Tensor], document_start_SB: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """All loops, the state carried from one to the next: logits [R, S, B] and the states."""
+def run(gate: ExitGate, hidden: list[Tensor], document_start_SB: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Run all loops, each on the state of the previous one, and return the logits [R, S, B] and the states."""
     state, logits, states = None, [], []
     for loop, h_SBD in enumerate(hidden):
         logit_SB, state = gate(h_SBD, state, loop, len(hidden), document_start_SB)
@@ -71,7 +71,7 @@ def run_oracle(params: dict[str, Tensor], config: GateConfig, hidden: list[Tenso
 
 @pytest.mark.parametrize("document_start_SB", [None, PACKED], ids=["plain", "packed"])
 @pytest.mark.parametrize("loops", [1, 2, 4])
-@pytest.mark.parametrize("config", KINDS)
+@pytest.mark.parametrize("config", GATES)
 def test_logits_states_and_gradients_equal_the_oracle(config: GateConfig, loops: int, document_start_SB: Tensor | None):
     gate = trained_gate(config)
     params = dict(gate.named_parameters())
@@ -94,8 +94,8 @@ def test_logits_states_and_gradients_equal_the_oracle(config: GateConfig, loops:
     assert_close_relative(gradients(loss, params | hidden), gradients(their_loss, their_params | their_hidden))
 
 
-@pytest.mark.parametrize("config", KINDS)
-def test_bf16_weights_still_mean_fp32_math(config: GateConfig):
+@pytest.mark.parametrize("config", GATES)
+def test_bf16_weights_still_give_fp32_math(config: GateConfig):
     gate = trained_gate(config, torch.bfloat16)
     hidden = [torch.randn(S, B, D, dtype=torch.bfloat16) for _ in range(3)]
     logits, _ = run(gate, hidden)
@@ -106,21 +106,22 @@ def test_bf16_weights_still_mean_fp32_math(config: GateConfig):
 
 
 @pytest.mark.parametrize("document_start_SB", [None, PACKED], ids=["plain", "packed"])
-@pytest.mark.parametrize("config", KINDS)
-def test_the_future_does_not_reach_back_by_a_single_bit(config: GateConfig, document_start_SB: Tensor | None):
+@pytest.mark.parametrize("config", GATES)
+def test_later_tokens_change_no_bit_of_earlier_ones(config: GateConfig, document_start_SB: Tensor | None):
     gate = trained_gate(config)
     hidden = [torch.randn(S, B, D) for _ in range(3)]
-    for place in (1, 5, S - 1):
-        changed = [torch.cat([h[:place], 9 * torch.randn(S - place, B, D)]) for h in hidden]
+    for position in (1, 5, S - 1):
+        changed = [torch.cat([h[:position], 9 * torch.randn(S - position, B, D)]) for h in hidden]
         before, states_before = run(gate, hidden, document_start_SB)
         after, states_after = run(gate, changed, document_start_SB)
-        assert torch.equal(before[:, :place], after[:, :place])
-        assert not torch.equal(before[:, place:], after[:, place:])
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.equal(before[:, position:], after[:, position:])
         if gate.state_size:
-            assert all(torch.equal(a[:place], b[:place]) for a, b in zip(states_before, states_after, strict=True))
+            pairs = zip(states_before, states_after, strict=True)
+            assert all(torch.equal(a[:position], b[:position]) for a, b in pairs)
 
 
-def test_the_sequence_level_hears_the_past_of_its_own_document_only():
+def test_the_sequence_signal_averages_its_own_document_only():
     gate = trained_gate(GateConfig(state_size=6, sequence_level=True))
     hidden = [torch.randn(S, B, D) for _ in range(3)]
     packed, _ = run(gate, hidden, PACKED)
@@ -129,14 +130,14 @@ def test_the_sequence_level_hears_the_past_of_its_own_document_only():
             alone, _ = run(gate, [h[start:end, sample : sample + 1] for h in hidden])
             assert relative_error(packed[:, start:end, sample], alone[:, :, 0]) < 1e-5
     whole, _ = run(gate, hidden)
-    assert relative_error(whole[:, 4:, 0], packed[:, 4:, 0]) > 1e-2  # without the boundaries it does hear them
+    assert relative_error(whole[:, 4:, 0], packed[:, 4:, 0]) > 1e-2  # without document starts the others count
 
 
-def test_a_long_past_does_not_drown_a_late_short_document():
-    """The running mean may not be a difference of two sums that have grown so large that fp32 forgets the document."""
+def test_a_short_document_after_a_long_one_keeps_its_precision():
+    """A mean computed as the difference of two long running sums would lose the short document to fp32 rounding."""
     length = 4096
     gate = trained_gate(GateConfig(state_size=6, sequence_level=True))
-    h_SBD = torch.randn(length, 1, D) + 2  # states lean to one side, so their sum grows
+    h_SBD = torch.randn(length, 1, D) + 2  # the states have a mean other than zero, so their sum grows
     start = length - 3
     packed, _ = run(gate, [h_SBD, h_SBD], documents((0, start), length=length))
     alone, _ = run(gate, [h_SBD[start:], h_SBD[start:]])
@@ -144,16 +145,16 @@ def test_a_long_past_does_not_drown_a_late_short_document():
 
 
 @pytest.mark.parametrize("loops", range(1, 9))
-@pytest.mark.parametrize("config", UNIFORM_KINDS)
-def test_an_untrained_gate_with_an_offset_is_the_uniform_prior(config: GateConfig, loops: int):
+@pytest.mark.parametrize("config", GATES_WITH_OFFSET)
+def test_an_untrained_gate_with_an_offset_gives_the_uniform_distribution(config: GateConfig, loops: int):
     logits, _ = run(fresh_gate(config), [5 * torch.randn(S, B, D) for _ in range(loops)])
     p_RSB = exit_log_probs(logits).exp()
     assert (p_RSB - 1 / loops).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("config", KINDS)
+@pytest.mark.parametrize("config", GATES)
 def test_a_step_with_tokens_in_different_loops_equals_each_token_alone(config: GateConfig):
-    """A token in loop 0 and one in loop 2 side by side: what decoding asks of a gate."""
+    """Decoding needs this: tokens in loop 0 and in loop 2 share a pass."""
     gate, hidden, num_loops = trained_gate(config), torch.randn(3, 5, D), 4
     depths = [0, 2, 1, 0, 2]
     logits, states = torch.zeros(5), torch.zeros(1, 5, gate.state_size)
@@ -169,7 +170,7 @@ def test_a_step_with_tokens_in_different_loops_equals_each_token_alone(config: G
     torch.testing.assert_close(together[0], logits, rtol=1e-5, atol=1e-5)
 
 
-def test_loops_beyond_the_trained_ones_carry_no_offset():
+def test_loops_beyond_the_trained_ones_have_no_offset():
     gate = fresh_gate(GateConfig(state_size=6))
     h_SBD = torch.randn(S, B, D)
     assert all(torch.equal(gate(h_SBD, None, loop, 4)[0], torch.zeros(S, B)) for loop in (3, 4, 7))
@@ -195,7 +196,7 @@ def test_exit_distribution_and_entropy_equal_the_oracle(loops: int):
 
 
 @pytest.mark.parametrize("size", [30.0, 1e4, 1e30])
-def test_certain_gates_give_finite_numbers(size: float):
+def test_saturated_gates_give_finite_values(size: float):
     logit = size * (torch.randint(0, 2, (4, 64, B)) * 2.0 - 1)
     logit.requires_grad_()
     log_p = exit_log_probs(logit)
@@ -215,9 +216,9 @@ def test_q_exit_equals_a_slow_loop(loops: int, threshold: float):
     assert torch.equal(depth, reference.q_exit(reference.exit_distribution(logit.double()), threshold))
 
 
-def test_q_exit_at_its_edges():
+def test_q_exit_reaches_a_threshold_below_1_only():
     half = torch.tensor([0.5, 0.25, 0.25]).log()[:, None, None]
-    assert q_exit(half, 0.5).item() == 1  # reached is enough
+    assert q_exit(half, 0.5).item() == 1  # equality counts as reached
     certain = exit_log_probs(torch.tensor([1e4, 0.0, 0.0]))[:, None, None]
     assert q_exit(certain, 0.999).item() == 1
-    assert q_exit(certain, 1.0).item() == 3  # threshold 1 switches early exit off
+    assert q_exit(certain, 1.0).item() == 3  # a threshold of 1 disables early exit

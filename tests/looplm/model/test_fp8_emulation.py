@@ -1,4 +1,4 @@
-"""Emulated FP8 linears against the formats' definitions: values, gradients, histories, and which linears they are."""
+"""Emulated FP8 linear layers: values, gradients and histories by the formats' definitions; and where they apply."""
 
 import dataclasses
 
@@ -15,13 +15,13 @@ from tests.support.fp8_reference import Delayed
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import MODEL
 
-N, K, M = 150, 140, 270  # no multiple of a tile
+N, K, M = 150, 140, 270  # not multiples of a tile
 MLA = dataclasses.replace(MODEL, q_lora_rank=12)
 MHA = dataclasses.replace(MODEL, attention="mha", num_query_groups=1)
 
 
 def matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """x, W and a gradient whose values fall by five orders of magnitude along rows and columns alike."""
+    """Return x, W and a gradient, with values that fall by five orders of magnitude along rows and along columns."""
     generator = torch.Generator().manual_seed(3)
     n, k, m = (torch.logspace(0, -5, length) for length in (N, K, M))
     x = torch.randn(N, K, generator=generator) * n[:, None] * k
@@ -32,7 +32,7 @@ def matrices() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(E4M3, "e4m3"), (E5M2, "e5m2")])
-def test_rounding_to_a_format(dtype, name):
+def test_rounding_equals_the_formats_definition(dtype, name):
     _, smallest, largest = fp8_reference.FORMATS[name]
     values = torch.cat(
         (
@@ -48,8 +48,9 @@ def test_rounding_to_a_format(dtype, name):
 
 @pytest.mark.parametrize("weight", [False, True], ids=["piece", "square"])
 @pytest.mark.parametrize(("recipe", "size"), [("blockwise", 128), ("mxfp8", 32)])
-def test_every_value_of_a_tile(recipe, size, weight):
-    """To the bit. Neighbours lie up to 2^20 apart: under a power of two, only what is too small tells tiles apart."""
+def test_tiles_are_scaled_and_rounded_to_the_bit(recipe, size, weight):
+    """Neighbors differ by up to 2^20: with scales that are powers of two, only values below the format's range show a
+    wrong tile."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(N, M, generator=generator) * 2.0 ** torch.randint(-20, 1, (N, M), generator=generator)
     over_columns, over_rows = Rounding(E4M3, recipe, history=1, weight=weight)(x, learns=True)
@@ -66,39 +67,37 @@ def test_a_linear_equals_the_definitions(fp8, recipe, single_process):
     weight.requires_grad_()
     y = Emulation(FORMATS[fp8], recipe, history=4)(x.view(15, 10, K), weight)
     y.backward(g.view(15, 10, M))
-    recipe = "bf16" if fp8 == "emulate-bf16" else recipe
-    theirs = fp8_reference.products(
-        x.detach(), weight.detach(), g, recipe, "e5m2" if fp8.endswith("hybrid") else "e4m3"
-    )
+    their_recipe, g_format = "bf16" if fp8 == "emulate-bf16" else recipe, "e5m2" if fp8.endswith("hybrid") else "e4m3"
+    theirs = fp8_reference.products(x.detach(), weight.detach(), g, their_recipe, g_format)
     assert_close_relative({"y": y.flatten(0, 1), "dx": x.grad, "dW": weight.grad}, theirs)
 
 
 def test_loops_share_a_history(single_process):
-    """Three calls and then their backward passes, as loops make them: each is scaled by those before it, in its order."""
+    """Three forward calls, then their backward passes, as three loops run them: earlier calls scale later ones."""
     inputs = [scale * torch.randn(20, 8) for scale in (1.0, 30.0, 0.1, 5.0, 0.01)]
     weights = [torch.randn(12, 8), 0.3 * torch.randn(12, 8)]
     linear = Emulation(FORMATS["emulate-hybrid"], "delayed", history=2)
-    x_of, w_of, g_of = Delayed("e4m3", 2), Delayed("e4m3", 2), Delayed("e5m2", 2)
+    round_x, round_w, round_g = Delayed("e4m3", 2), Delayed("e4m3", 2), Delayed("e5m2", 2)
     for step, loops in enumerate((inputs[:3], inputs[3:])):
         weight = weights[step].clone().requires_grad_()
         found, theirs, gradients = [], [], []
         for loop, x in enumerate(loops):
             x = x.clone().requires_grad_()
             found.append((x, linear(x, weight)))
-            theirs.append((x_of(x.detach()), w_of(weight.detach())))
+            theirs.append((round_x(x.detach()), round_w(weight.detach())))
             gradients.append(10.0**-loop * torch.randn(20, 12))
             assert_close_relative({"y": found[-1][1]}, {"y": theirs[-1][0] @ theirs[-1][1].T})
         expected = torch.zeros(12, 8, dtype=torch.float64)
         for (x, y), (their_x, their_w), g in reversed(list(zip(found, theirs, gradients, strict=True))):
             y.backward(g)
-            their_g = g_of(g)
+            their_g = round_g(g)
             expected += their_g.T @ their_x
             assert_close_relative({"dx": x.grad}, {"dx": their_g @ their_w})
         assert_close_relative({"dW": weight.grad}, {"dW": expected})
-    with torch.no_grad():  # a validation is scaled by what training has seen, and leaves nothing behind
+    with torch.no_grad():  # validation uses the history of training, and must not change it
         before = linear.x.amax_history.clone()
         y = linear(1e4 * inputs[0], weight)
-        assert_close_relative({"y": y}, {"y": x_of(1e4 * inputs[0], learns=False) @ w_of(weight, learns=False).T})
+        assert_close_relative({"y": y}, {"y": round_x(1e4 * inputs[0], learns=False) @ round_w(weight, learns=False).T})
         assert torch.equal(linear.x.amax_history, before)
 
 
@@ -109,27 +108,29 @@ LINEARS = {
 
 
 @pytest.mark.parametrize("model", [MLA, MHA], ids=["mla", "mha"])
-def test_the_linears_of_the_blocks_and_no_others(model, single_process):
+def test_emulation_covers_the_linear_layers_of_the_blocks_and_no_others(model, single_process):
     engine = EngineConfig(fp8="emulate-hybrid", last_layers_bf16=1)
     looped = LoopLM(model, GateConfig(state_size=8), single_process, engine=engine)
     plain = LoopLM(model, GateConfig(state_size=8), single_process)
-    assert set(looped.state_dict()) == set(plain.state_dict()), "a checkpoint must not know"
-    found = {name.removesuffix(".product").removesuffix(".emulation"): module.x.dtype
-             for name, module in looped.named_modules() if isinstance(module, Emulation)}  # fmt: skip
+    assert set(looped.state_dict()) == set(plain.state_dict()), "emulation must not change the checkpoint"
+    found = {
+        name.removesuffix(".product").removesuffix(".emulation"): module.x.dtype
+        for name, module in looped.named_modules()
+        if isinstance(module, Emulation)
+    }
     names = [*(f"self_attention.{name}" for name in LINEARS[model.attention]), "mlp.linear_fc1", "mlp.linear_fc2"]
     dtypes = {0: E4M3, 1: torch.bfloat16}
     assert found == {f"decoder.layers.{layer}.{name}": dtype for layer, dtype in dtypes.items() for name in names}
 
 
 @pytest.mark.parametrize("model", [MLA, MHA], ids=["mla", "mha"])
-def test_all_of_them_multiply_what_they_round(model, single_process, monkeypatch):
-    """Every matrix of the blocks, in every loop, goes through the emulated products, forward and backward."""
+def test_every_matrix_of_the_blocks_is_multiplied_in_fp8_in_every_loop(model, single_process, monkeypatch):
     seen: list[torch.Size] = []
-    plain = Emulation.forward
+    forward = Emulation.forward
 
     def counted(self: Emulation, x: Tensor, weight: Tensor) -> Tensor:
         seen.append(weight.shape)
-        return plain(self, x, weight)
+        return forward(self, x, weight)
 
     monkeypatch.setattr(Emulation, "forward", counted)
     looped = LoopLM(model, GateConfig(state_size=8), single_process, engine=EngineConfig(fp8="emulate-e4m3"))
@@ -142,11 +143,11 @@ def test_all_of_them_multiply_what_they_round(model, single_process, monkeypatch
         exact = LoopLM(model, GateConfig(state_size=8), single_process)
         exact.load_state_dict(looped.state_dict())
         change = (output.hidden[-1] - exact(ids_BS).hidden[-1]).norm() / exact(ids_BS).hidden[-1].norm()
-    assert 1e-3 < change < 0.3, f"e4m3 has 4 bits: {change}"
+    assert 1e-3 < change < 0.3, f"out of place for e4m3, which has 4 significant bits: {change}"
 
 
 @pytest.mark.parametrize("recompute", ["full", "loop"])
-def test_recomputation_rounds_the_same_again(recompute, single_process):
+def test_recomputation_rounds_identically(recompute, single_process):
     gradients = []
     for mode in ("none", recompute):
         torch.manual_seed(8)

@@ -1,7 +1,8 @@
-"""The whole model against the oracle: hidden states, gate, losses, the gradient of every parameter; and its promises."""
+"""The whole model compared with the reference: hidden states, gate, losses, every gradient; sharing; and attention."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,21 @@ from looplm.model.losses import adaptive_gate_loss, entropy_regularised_loss, to
 from tests.support.parity import assert_close_relative, gradients, oracle_copy, relative_error
 
 S, B, V = 19, 2, 61
-BETA = 1.0  # of the size of the losses, so that the gate's gradient is not only their small differences
+BETA = 1.0  # as large as the losses: the gate's gradient is then more than their small differences
 SEED = 12
 MLA = ModelConfig(
-    vocab_size=V, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, num_loops=3,
-    kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, max_sequence_length=32,
-)  # fmt: skip
+    vocab_size=V,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_layers=2,
+    num_attention_heads=4,
+    num_loops=3,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=6,
+    v_head_dim=10,
+    max_sequence_length=32,
+)
 MHA = replace(MLA, attention="mha")
 LRU = GateConfig(state_size=6)
 SEQUENCE = GateConfig(state_size=6, sequence_level=True)
@@ -56,11 +66,11 @@ def seed() -> Iterator[None]:
 
 
 def build(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, dtype=torch.float32) -> LoopLM:
-    """A model whose every parameter matters and differs from its neighbours: no norm is 1, no read-out is 0.
+    """Return a model in which every parameter matters: no norm is 1, and no read-out is 0.
 
-    The values do not depend on how the model initialises itself. Where a gradient happens to cancel, as the one number
-    of the gate's bias may, rounding alone exceeds 1e-5: the oracle in fp32 then differs as much from itself in fp64. At
-    this seed nothing cancels and all errors stay near 3e-6, so what exceeds the tolerance is a mistake.
+    The values do not depend on how the model initializes itself. If a gradient happens to cancel, as the single number
+    of the gate's bias may, rounding alone exceeds 1e-5: the reference in fp32 then differs as much from itself in fp64.
+    With this seed no gradient cancels and all errors are near 3e-6, so an error above the tolerance is a mistake.
     """
     built = LoopLM(model, gate, groups, dtype)
     torch.manual_seed(SEED)
@@ -73,20 +83,20 @@ def build(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, 
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """ids [B, S], labels [S, B] and a mask [S, B] that drops some tokens."""
+    """Return ids [B, S], labels [S, B] and a mask [S, B] that drops some tokens."""
     ids = torch.randint(V, (B, S + 1))
     return ids[:, :-1], ids[:, 1:].T, (torch.rand(S, B) < 0.8).float()
 
 
 def documents() -> Tensor:
-    """[S, B]: index of the first token of each token's document; three documents in sample 0, two in sample 1."""
+    """Return the first position of each token's document [S, B]: three documents in sample 0, two in sample 1."""
     start_SB = torch.zeros(S, B, dtype=torch.int64)
     start_SB[4:, 0], start_SB[11:, 0], start_SB[S - 1 :, 1] = 4, 11, S - 1
     return start_SB
 
 
 def losses(output: LoopOutput | reference.Output, weight_VD: Tensor, labels_SB: Tensor) -> Tensor:
-    """Cross-entropy of each loop [R, S, B], each side with its own head."""
+    """Return each loop's cross-entropies [R, S, B], with our head for our output and the reference's for its own."""
     if isinstance(output, reference.Output):
         return torch.stack([reference.token_losses(h_SBD, weight_VD, labels_SB) for h_SBD in output.hidden])
     return torch.stack([token_losses(h_SBD, weight_VD, labels_SB, chunk_tokens=8) for h_SBD in output.hidden])
@@ -118,7 +128,7 @@ def test_one_block_equals_the_oracle(case: str, packed: bool, single_process: Pr
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("case", CASES)
-def test_everything_equals_the_oracle(case: str, packed: bool, single_process: ProcessGroupCollection):
+def test_outputs_loss_and_gradients_equal_the_oracle(case: str, packed: bool, single_process: ProcessGroupCollection):
     config, gate = CASES[case]
     model = build(config, gate, single_process)
     params = dict(model.named_parameters())
@@ -138,12 +148,15 @@ def test_everything_equals_the_oracle(case: str, packed: bool, single_process: P
     assert_close_relative({"loss": loss}, {"loss": their_loss})
     their_grads = gradients(their_loss, their_params)
     assert_close_relative(gradients(loss, params), their_grads)
-    idle = {name for name, grad in their_grads.items() if not grad.any()}
-    assert idle == expected_idle(config, gate), "the comparison above would be empty for these"
+    untrained = {name for name, grad in their_grads.items() if not grad.any()}
+    assert untrained == expected_untrained(config, gate), "the comparison above compares zeros for these"
 
 
-def expected_idle(config: ModelConfig, gate: GateConfig) -> set[str]:
-    """What stage 1 cannot train: with one loop there is nothing to decide, with two the state is read once only."""
+def expected_untrained(config: ModelConfig, gate: GateConfig) -> set[str]:
+    """Return the parameters that stage 1 cannot train.
+
+    With one loop the gate decides nothing. With two it decides once, before any state could be carried over.
+    """
     names = {name for name in reference.parameter_shapes(config, gate) if name.startswith("gate.")}
     if config.num_loops == 1:
         return names
@@ -165,8 +178,8 @@ def test_the_gate_stage_trains_the_gate_and_nothing_else(case: str, single_proce
     assert_close_relative(named(output), named(theirs))
     with torch.no_grad():
         token_loss_RSB = losses(output, model.head_weight(), labels_SB)
-    # Stage 2 looks at small differences of large losses; give both sides the same ones to compare the gate alone.
-    settings = {"slope": 50.0, "threshold": 0.005, "target": "next", "mask_SB": mask_SB}
+    # The gate stage depends on small differences of large losses. Both sides get the same losses, to compare the gate.
+    settings: dict[str, Any] = {"slope": 50.0, "threshold": 0.005, "target": "next", "mask_SB": mask_SB}
     loss = adaptive_gate_loss(token_loss_RSB, output.gate_logit_RSB, **settings)
     frozen_logit_RSB = reference_gate_alone(their_params, gate, theirs, start_SB)
     their_loss = reference.adaptive_gate_loss(token_loss_RSB.double(), frozen_logit_RSB, **settings)
@@ -178,22 +191,27 @@ def test_the_gate_stage_trains_the_gate_and_nothing_else(case: str, single_proce
 
 @pytest.mark.parametrize("case", ["mla-query-latent", "mha-grouped"])
 def test_a_frozen_trunk_runs_without_autograd(case: str, single_process: ProcessGroupCollection):
-    """What is kept for backward is the gate's share, not the trunk's."""
+    """Only the gate's activations are saved for backward."""
     model = build(*CASES[case], single_process)
     ids_BS, _, _ = batch()
-    kept: dict[bool, int] = {}
+    saved: dict[bool, int] = {}
     for frozen in (False, True):
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+
+        def save(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             model(ids_BS, frozen_trunk=frozen)
-        kept[frozen] = sum(sizes)
-    assert 0 < kept[True] < kept[False] / 5
+        saved[frozen] = sum(sizes)
+    assert 0 < saved[True] < saved[False] / 5
 
 
 def reference_gate_alone(
     params: dict[str, Tensor], gate: GateConfig, output: reference.Output, start_SB: Tensor
 ) -> Tensor:
-    """The oracle's gate on hidden states that carry no gradient."""
+    """Return the logits of the reference's gate on detached hidden states."""
     visible_BSS, state, logits = reference.visible(torch.arange(S), start_SB), None, []
     for loop, h_SBD in enumerate(output.hidden):
         logit_SB, state = reference.exit_gate(
@@ -217,8 +235,8 @@ def test_bf16_stays_near_the_oracle(case: str, single_process: ProcessGroupColle
 
 
 @pytest.mark.parametrize("case", ["mla", "mla-wide-values", "mha-grouped"])
-def test_the_oracles_own_fast_path_is_its_slow_one(case: str, single_process: ProcessGroupCollection):
-    """`ReferenceLM` with fused attention is what the speed benchmark runs; it must compute the same thing."""
+def test_the_oracle_computes_the_same_with_fused_attention(case: str, single_process: ProcessGroupCollection):
+    """The speed benchmark runs `ReferenceLM` with fused attention."""
     config, gate = CASES[case]
     theirs = reference.ReferenceLM(config, gate, fused_attention=True).to(DEVICE)
     theirs.load_state_dict(dict(build(config, gate, single_process).named_parameters()))
@@ -237,9 +255,7 @@ def test_the_oracles_own_fast_path_is_its_slow_one(case: str, single_process: Pr
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parameters_are_the_expected_ones_whatever_the_number_of_loops(
-    case: str, single_process: ProcessGroupCollection
-):
+def test_any_number_of_loops_has_the_expected_parameters(case: str, single_process: ProcessGroupCollection):
     config, gate = CASES[case]
     expected = reference.parameter_shapes(config, gate)
     for loops in (1, 4):
@@ -250,7 +266,7 @@ def test_parameters_are_the_expected_ones_whatever_the_number_of_loops(
 
 @pytest.mark.parametrize("gate", [LRU, LINEAR], ids=["lru", "linear"])
 @pytest.mark.parametrize("loops", [1, 2, 5])
-def test_another_number_of_loops_is_the_same_model_run_shorter_or_longer(
+def test_the_first_loops_do_not_depend_on_the_number_of_loops(
     loops: int, gate: GateConfig, single_process: ProcessGroupCollection
 ):
     model = build(MLA, gate, single_process)
@@ -264,51 +280,50 @@ def test_another_number_of_loops_is_the_same_model_run_shorter_or_longer(
     assert_close_relative(named(other), named(theirs))
 
 
-def test_a_tied_head_is_the_embedding_itself(single_process: ProcessGroupCollection):
+def test_a_tied_head_is_the_embeddings_own_tensor(single_process: ProcessGroupCollection):
     tied, gate = CASES["mla-tied"]
     model = build(tied, gate, single_process)
     assert model.head_weight() is model.embedding.word_embeddings.weight
     assert build(MLA, gate, single_process).head_weight().data_ptr() != model.head_weight().data_ptr()
 
 
-# ----------------------------------------------------------------------------------------------------- who sees whom
+# ------------------------------------------------------------------------------------------------------ attention
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("case", ["mla-query-latent", "mla", "mha-grouped"])
-def test_a_future_token_changes_nothing_before_it(case: str, packed: bool, single_process: ProcessGroupCollection):
+def test_later_tokens_change_no_bit_of_earlier_ones(case: str, packed: bool, single_process: ProcessGroupCollection):
     model = build(*CASES[case], single_process)
     ids_BS, _, _ = batch()
     start_SB = documents() if packed else None
     before = named(model(ids_BS, document_start_SB=start_SB))
-    for place in (1, 7, S - 1):
+    for position in (1, 7, S - 1):
         changed_BS = ids_BS.clone()
-        changed_BS[:, place:] = (changed_BS[:, place:] + 1) % V
+        changed_BS[:, position:] = (changed_BS[:, position:] + 1) % V
         after = named(model(changed_BS, document_start_SB=start_SB))
         for name in before:
             a, b = (t.movedim(1, 0) if name == "gate logits" else t for t in (before[name], after[name]))
-            assert torch.equal(a[:place], b[:place]), name
-            assert not torch.equal(a[place:], b[place:]), name
+            assert torch.equal(a[:position], b[:position]), name
+            assert not torch.equal(a[position:], b[position:]), name
 
 
 @pytest.mark.parametrize("case", ["mla-query-latent", "mla", "mha-grouped"])
-def test_a_document_reads_as_if_it_were_alone(case: str, single_process: ProcessGroupCollection):
-    """Rotary positions are relative, so a document means the same wherever in the sample it lies."""
+def test_a_packed_document_equals_the_document_alone(case: str, single_process: ProcessGroupCollection):
+    """Rotary positions are relative, so a document's place in the sample does not matter."""
     model = build(*CASES[case], single_process)
     ids_BS, _, _ = batch()
     packed, whole = (named(model(ids_BS, document_start_SB=start)) for start in (documents(), None))
     for start, end in ((0, 4), (4, 11), (11, S)):
         alone = named(model(ids_BS[:1, start:end]))
         for name, expected in alone.items():
-            place = (
-                (slice(None), slice(start, end), slice(0, 1))
-                if name == "gate logits"
-                else (slice(start, end), slice(0, 1))
-            )
-            assert relative_error(packed[name][place], expected) < 2e-5, name
-            assert start == 0 or relative_error(whole[name][place], expected) > 1e-2, name  # unmasked, it is not alone
+            span: tuple[slice, ...] = (slice(start, end), slice(0, 1))
+            if name == "gate logits":
+                span = (slice(None), *span)
+            assert relative_error(packed[name][span], expected) < 2e-5, name
+            assert start == 0 or relative_error(whole[name][span], expected) > 1e-2, f"{name}: masking changes nothing"
 
 
 def named(output: LoopOutput | reference.Output) -> dict[str, Tensor]:
+    """Return hidden states and gate logits by name."""
     hidden = {f"hidden after loop {loop}": h_SBD for loop, h_SBD in enumerate(output.hidden, start=1)}
     return {**hidden, "gate logits": output.gate_logit_RSB}

@@ -1,14 +1,15 @@
 """The block of Transformer Engine's modules, on a machine without a GPU.
 
-Its kernels need one, its parameters do not: the model is built, FP8 on, and every parameter is carried to a local block
-and back through a checkpoint. Then plain torch stands in for the kernels, so that the block's wiring, packed documents
-and loops are compared with the oracle, and what runs inside FP8's context is seen. What no such test can see is the
-kernels themselves.
+Its parameters need no GPU: the model is built with FP8 on, and a checkpoint carries every parameter to a local block
+and back. Its kernels do: plain torch replaces them, so that the block's wiring, packed documents and loops can be
+compared with the oracle, and the tests see which modules run inside FP8's context. The kernels are not tested here.
 """
 
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from looplm.model.attention import document_offsets
 from looplm.model.pipeline import loop_views
 from looplm.model.transformer_engine_layers import LOCAL_NAMES
 from tests.support.parity import assert_close_relative, gradients, oracle_copy
+from tests.support.tiny import about_weights
 
 if HAS_TRANSFORMER_ENGINE:
     import transformer_engine.pytorch as te
@@ -34,9 +36,18 @@ needs_engine = pytest.mark.skipif(
 )
 GATE = GateConfig(state_size=8)
 MLA = ModelConfig(
-    vocab_size=96, hidden_size=64, ffn_hidden_size=96, num_layers=3, num_attention_heads=4, num_loops=2,
-    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, max_sequence_length=64,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_layers=3,
+    num_attention_heads=4,
+    num_loops=2,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    max_sequence_length=64,
+)
 MHA = dataclasses.replace(MLA, attention="mha", num_query_groups=2)
 MODELS = {
     "mla": MLA,
@@ -49,12 +60,14 @@ MODELS = {
 S, B = 24, 2
 
 
-def engine(fp8: str | None = "hybrid", recipe: Recipe = "tensorwise", **keys: int) -> EngineConfig:
+def engine(
+    fp8: Literal["e4m3", "hybrid"] | None = "hybrid", recipe: Recipe = "tensorwise", **keys: Any
+) -> EngineConfig:
     return EngineConfig(transformer_impl="transformer_engine", fp8=fp8, fp8_recipe=recipe, **keys)
 
 
 def documents() -> Tensor:
-    """[S, B]: where each token's document starts."""
+    """Return the first position of each token's document [S, B]."""
     start_SB = torch.zeros(S, B, dtype=torch.int64)
     start_SB[5:, 0], start_SB[11:, 0], start_SB[S - 1 :, 1] = 5, 11, S - 1
     return start_SB
@@ -63,14 +76,14 @@ def documents() -> Tensor:
 # ------------------------------------------------------------------------------------------- without Transformer Engine
 
 
-def test_documents_end_to_end():
+def test_document_offsets_run_through_all_samples():
     offsets = document_offsets(documents())
     assert offsets.dtype is torch.int32 and offsets.tolist() == [0, 5, 11, 24, 47, 48]
     assert document_offsets(torch.zeros(4, 3, dtype=torch.int64)).tolist() == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_fused_norm_is_kept_where_a_local_block_has_it(name, single_process):
+def test_fused_norms_have_the_names_that_a_local_block_gives_them(name, single_process):
     layer = LoopLM(MODELS[name], GATE, single_process).decoder.layers[0]
     norms = {key for key in layer.state_dict() if "norm" in key}
     fused = {f"{target}weight" for target in LOCAL_NAMES[MODELS[name].attention].values()}
@@ -81,29 +94,19 @@ def test_a_fused_norm_is_kept_where_a_local_block_has_it(name, single_process):
     assert norms == (fused - absent) | alone | sandwich | heads
 
 
-class Counted:
-    """In place of Megatron's wrapper: counts who asks for new FP8 copies of the weights."""
-
-    def __init__(self, loops: int) -> None:
-        self.module, self.asked = SimpleNamespace(model_config=SimpleNamespace(num_loops=loops)), 0
-
-    def set_is_first_microbatch(self) -> None:
-        self.asked += 1
-
-
-def test_a_pipeline_asks_for_new_copies_of_the_weights_once_a_step():
-    ddp = Counted(loops=3)
-    for stage in loop_views(ddp):  # type: ignore[arg-type]
-        stage.set_is_first_microbatch()
-    assert ddp.asked == 1
+def test_a_pipeline_refreshes_the_fp8_weights_once_a_step():
+    ddp = Mock(module=Mock(model_config=Mock(num_loops=3)))
+    for view in loop_views(ddp):
+        view.set_is_first_microbatch()
+    ddp.set_is_first_microbatch.assert_called_once_with()
 
 
 # --------------------------------------------------------------------------------------------------- built, on a CPU
 
 
 @pytest.fixture
-def paper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Transformer Engine's constructors and contexts ask a GPU, answered for a Hopper that is not there."""
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer the questions of Transformer Engine's constructors and contexts as a Hopper GPU would."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     properties = SimpleNamespace(name="paper", major=9, minor=0, multi_processor_count=132, total_memory=2**36)
@@ -111,16 +114,16 @@ def paper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shapes(model: LoopLM) -> dict[str, tuple[int, ...]]:
-    """What a checkpoint has of each weight, by the name that it has there."""
+    """Return the shape of each weight in a checkpoint, by its name there."""
     found: dict[str, tuple[int, ...]] = {}
     for value in model.sharded_state_dict().values():
-        whole = getattr(value, "global_shape", None) or tuple(value.data.shape)  # a fused matrix is cut on its way out
+        whole = getattr(value, "global_shape", None) or tuple(value.data.shape)  # a fused matrix is split when saved
         found[value.key] = (*found.get(value.key, ()), *whole)
     return found
 
 
 def fill(model: LoopLM) -> LoopLM:
-    """Every weight different from its neighbours."""
+    """Fill the weights with random values, and return the model."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
@@ -129,7 +132,7 @@ def fill(model: LoopLM) -> LoopLM:
 
 
 def canonical(model: LoopLM) -> dict[str, Tensor]:
-    """Weights by the local model's names."""
+    """Return the weights under the local model's names."""
     renamed = {}
     for name, parameter in model.named_parameters():
         for fused, local in LOCAL_NAMES[model.model_config.attention].items():
@@ -141,38 +144,29 @@ def canonical(model: LoopLM) -> dict[str, Tensor]:
 @needs_engine
 @pytest.mark.parametrize("fp8", [None, "tensorwise", "delayed", "blockwise"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_goes_to_a_local_block_and_back(
-    name, fp8, single_process: ProcessGroupCollection, tmp_path: Path, paper_gpu, corpus
+def test_a_checkpoint_carries_every_parameter_to_a_local_block_and_back(
+    name, fp8, single_process: ProcessGroupCollection, tmp_path: Path, pretended_gpu, corpus
 ):
-    shape, kind = MODELS[name], engine(None) if fp8 is None else engine(recipe=fp8)
-    theirs = fill(LoopLM(shape, GATE, single_process, torch.bfloat16, engine=kind))
-    local = LoopLM(shape, GATE, single_process, torch.bfloat16)
-    assert theirs.config.fp8 == kind.fp8 and shapes(theirs) == shapes(local)
-    names = canonical(local)
-    assert {key: value.shape for key, value in canonical(theirs).items()} == {
-        key: value.shape for key, value in names.items()
-    }
+    config, layers = MODELS[name], engine(None) if fp8 is None else engine(recipe=fp8)
+    theirs = fill(LoopLM(config, GATE, single_process, torch.bfloat16, engine=layers))
+    local = LoopLM(config, GATE, single_process, torch.bfloat16)
+    assert theirs.config.fp8 == layers.fp8 and shapes(theirs) == shapes(local)
+    shapes_of = [{key: value.shape for key, value in canonical(model).items()} for model in (theirs, local)]
+    assert shapes_of[0] == shapes_of[1]
 
-    about = checkpoint_about()
+    about = about_weights("bfloat16")
     checkpoint.save_weights(tmp_path / "theirs", theirs, GATE, about, corpus / "tokenizer.json")
     checkpoint.load_weights(tmp_path / "theirs", local, GATE)
     assert_same(canonical(theirs), canonical(local))
 
-    other = fill(LoopLM(shape, GATE, single_process, torch.bfloat16))
+    other = fill(LoopLM(config, GATE, single_process, torch.bfloat16))
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.neg_()
     checkpoint.save_weights(tmp_path / "local", other, GATE, about, corpus / "tokenizer.json")
     checkpoint.load_weights(tmp_path / "local", theirs, GATE)
     assert_same(canonical(other), canonical(theirs))
-    assert any(key.endswith(EXTRA_STATE) for key in theirs.state_dict()), "and yet nothing of it was stored"
-
-
-def checkpoint_about() -> checkpoint.About:
-    return checkpoint.About(
-        step=0, samples=0, tokens=0, horizon_samples=0, objective=checkpoint.WEIGHTS_ONLY, gate_trained=True,
-        tokenizer_sha256="", eos_id=1, data_order="", versions=checkpoint.versions(), git_revision="", dtype="bfloat16",
-    )  # fmt: skip
+    assert any(key.endswith(EXTRA_STATE) for key in theirs.state_dict()), "there was no FP8 state to leave out"
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -184,8 +178,11 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture
-def plain_kernels(monkeypatch: pytest.MonkeyPatch, paper_gpu) -> list[tuple[str, bool]]:
-    """Plain torch on the modules' own parameters; the list takes each module's name and whether FP8 was on around it."""
+def plain_kernels(monkeypatch: pytest.MonkeyPatch, pretended_gpu) -> list[tuple[str, bool]]:
+    """Replace the kernels by plain torch on the same parameters.
+
+    The list records each module that ran, by its class name, and whether FP8 was on.
+    """
     ran: list[tuple[str, bool]] = []
 
     def note(module: object) -> None:
@@ -210,18 +207,13 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch, paper_gpu) -> list[tuple[str,
         assert mask is None
         if qkv_format == "sbhd":
             assert attn_mask_type == "causal"
-            return (
-                causal(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), scale=self.softmax_scale)
-                .permute(2, 0, 1, 3)
-                .flatten(2)
-            )
+            q_BHSK, k_BHSK, v_BHSK = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+            return causal(q_BHSK, k_BHSK, v_BHSK, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal") and torch.equal(cu_seqlens_q, cu_seqlens_kv)
         lengths = cu_seqlens_q.diff().tolist()
         assert max(lengths) <= limits["max_seqlen_q"] == limits["max_seqlen_kv"]
-        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        return torch.cat(
-            [causal(*(x.transpose(0, 1) for x in part), scale=self.softmax_scale).transpose(0, 1) for part in parts]
-        )
+        documents_HTK = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([causal(q, k, v, self.softmax_scale).transpose(0, 1) for q, k, v in documents_HTK])
 
     monkeypatch.setattr(te.Linear, "forward", linear)
     monkeypatch.setattr(te.RMSNorm, "forward", norm)
@@ -238,8 +230,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_wiring_equals_the_oracle(name, packed, single_process, plain_kernels):
-    shape = MODELS[name]
-    model = LoopLM(shape, GATE, single_process, engine=engine(None))
+    config = MODELS[name]
+    model = LoopLM(config, GATE, single_process, engine=engine(None))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for key, parameter in sorted(model.named_parameters()):
@@ -247,17 +239,20 @@ def test_the_wiring_equals_the_oracle(name, packed, single_process, plain_kernel
             parameter.copy_(1 + 0.2 * drawn if "norm" in key else 0.1 * drawn)
     names = {id(p): key for key, p in zip(canonical(model), model.parameters(), strict=True)}
     params = {names[id(p)]: p for p in model.parameters()}
-    ids_BS = torch.randint(shape.vocab_size, (B, S), generator=generator)
+    ids_BS = torch.randint(config.vocab_size, (B, S), generator=generator)
     start_SB = documents() if packed else None
     output = model(ids_BS, document_start_SB=start_SB)
     their_params = oracle_copy(params)
-    theirs = reference.forward(their_params, shape, GATE, ids_BS, document_start_SB=start_SB)
-    assert_close_relative(dict(enumerate(output.hidden)), dict(enumerate(theirs.hidden)))  # type: ignore[arg-type]
-    mix = torch.randn(S, B, shape.hidden_size, generator=generator)
+    theirs = reference.forward(their_params, config, GATE, ids_BS, document_start_SB=start_SB)
+    ours_by_loop, theirs_by_loop = (
+        {f"loop {loop}": h_SBD for loop, h_SBD in enumerate(hidden)} for hidden in (output.hidden, theirs.hidden)
+    )
+    assert_close_relative(ours_by_loop, theirs_by_loop)
+    mix_SBD = torch.randn(S, B, config.hidden_size, generator=generator)
     trunk = {key: value for key, value in params.items() if key.startswith("decoder.")}
     assert_close_relative(
-        gradients(sum((mix * h).sum() for h in output.hidden), trunk),
-        gradients(sum((mix * h).sum() for h in theirs.hidden), {key: their_params[key] for key in trunk}),
+        gradients((mix_SBD * torch.stack(list(output.hidden))).sum(), trunk),
+        gradients((mix_SBD * torch.stack(list(theirs.hidden))).sum(), {key: their_params[key] for key in trunk}),
     )
 
 
@@ -266,24 +261,22 @@ def test_the_wiring_equals_the_oracle(name, packed, single_process, plain_kernel
 @pytest.mark.parametrize(
     ("recipe", "keys"), [("tensorwise", {"last_layers_bf16": 1}), ("delayed", {}), ("blockwise", {})]
 )
-def test_every_loop_of_the_blocks_runs_in_fp8_and_nothing_else(recipe, keys, recompute, single_process, plain_kernels):
-    model = LoopLM(
-        MLA,
-        GATE,
-        single_process,
-        torch.bfloat16,
-        ParallelConfig(recompute=recompute),
-        engine=engine(recipe=recipe, **keys),
-    )
+def test_the_blocks_run_in_fp8_in_every_loop_and_nothing_else_does(
+    recipe, keys, recompute, single_process, plain_kernels
+):
+    layout, layers = ParallelConfig(recompute=recompute), engine(recipe=recipe, **keys)
+    model = LoopLM(MLA, GATE, single_process, torch.bfloat16, layout, engine=layers)
     outside: list[bool] = []
     for module in (model.decoder.final_layernorm, model.gate):
         module.register_forward_hook(lambda *_: outside.append(FP8GlobalStateManager.is_fp8_enabled()))
     with torch.no_grad():
         model(torch.randint(MLA.vocab_size, (B, S)))
-    layer = ["RMSNorm", "TEColumnParallelLinear", "TELinear", "TELayerNormColumnParallelLinear", "TEDotProductAttention",
-             "TERowParallelLinear", "TELayerNormColumnParallelLinear", "TERowParallelLinear"]  # fmt: skip
+    attention = ["TEColumnParallelLinear", "TELinear", "TELayerNormColumnParallelLinear", "TEDotProductAttention"]
+    mlp = ["TELayerNormColumnParallelLinear", "TERowParallelLinear"]
+    layer = ["RMSNorm", *attention, "TERowParallelLinear", *mlp]
     assert sorted(name for name, _ in plain_kernels) == sorted(layer * MLA.num_layers * MLA.num_loops)
     fp8 = [on for _, on in plain_kernels]
-    kept = keys.get("last_layers_bf16", 0)
-    assert fp8 == ([True] * len(layer) * (MLA.num_layers - kept) + [False] * len(layer) * kept) * MLA.num_loops
+    in_bf16 = keys.get("last_layers_bf16", 0)
+    one_loop = [True] * len(layer) * (MLA.num_layers - in_bf16) + [False] * len(layer) * in_bf16
+    assert fp8 == one_loop * MLA.num_loops
     assert len(outside) == 2 * MLA.num_loops and not any(outside)
