@@ -32,7 +32,7 @@ CacheMode = Literal["per_loop", "last", "mean", "first"]
 
 
 class CacheIndex(NamedTuple):
-    """Where the tokens of a pass write and read, computed once for all layers."""
+    """Lanes and positions that the tokens of a pass write and read, computed once for all layers."""
 
     written: tuple[Tensor, Tensor]  # lane and position of each token: [N] and [N], or [N, 1] and [N, S]
     position_SN: Tensor

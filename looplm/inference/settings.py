@@ -11,7 +11,7 @@ from looplm.inference.kv_cache import CacheMode
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How to continue a text.
+    """Settings for continuing a text.
 
     Args:
         max_new_tokens: the most tokens to add; the model's context may end the text sooner.
@@ -66,11 +66,9 @@ class GenerationConfig:
         self._require_unless(self.speculate > 0, "speculate", draft_depth=1)
         if self.speculate:
             # A shared cache holds a token's last loop, but tokens drafted after it have seen an earlier one.
-            fix = f"drafts are exact with kv_cache=per_loop only, not {self.kv_cache}"
-            require(self.kv_cache == "per_loop", "speculate", self.speculate, fix)
-            require(
-                threshold is None, "speculate", self.speculate, "drafts need a fixed depth; leave exit_threshold out"
-            )
+            fix, speculate = f"drafts are exact with kv_cache=per_loop only, not {self.kv_cache}", self.speculate
+            require(self.kv_cache == "per_loop", "speculate", speculate, fix)
+            require(threshold is None, "speculate", speculate, "drafts need a fixed depth; leave exit_threshold out")
 
     def _require_unless(self, given: bool, owner: str, **defaults: object) -> None:
         """Raise if a key that belongs to ``owner`` is set although ``owner`` is not ``given``."""

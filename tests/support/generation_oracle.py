@@ -34,7 +34,7 @@ MLA = ModelConfig(
     max_sequence_length=128,
 )
 MHA = replace(MLA, attention="mha")
-SHAPES = {
+VARIANTS = {
     "mla": MLA,
     "mla-query-latent": replace(MLA, q_lora_rank=14, sandwich_norm=False, qk_rope_period=2),
     "mha": replace(MHA, head_dim=12),
@@ -50,11 +50,11 @@ GATES = {
 
 
 def build(
-    shape: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32
+    config: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32
 ) -> LoopLM:
     """Return a model with weights so large that greedy text does not repeat one token, and that the gate decides."""
     torch.manual_seed(3)
-    model = LoopLM(shape, gate, groups, dtype).eval()
+    model = LoopLM(config, gate, groups, dtype).eval()
     for name, parameter in model.named_parameters():
         if name.startswith("gate."):
             nn.init.normal_(parameter, std=0.4)

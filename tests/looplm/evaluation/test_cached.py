@@ -10,14 +10,14 @@ from looplm.evaluation.cached import cache_losses, decode_texts, texts_of
 from looplm.inference.early_exit import ExitRule
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs, q_exit
-from tests.support.generation_oracle import GATES, SHAPES, VOCAB, SlowGenerator, build
+from tests.support.generation_oracle import GATES, VARIANTS, VOCAB, SlowGenerator, build
 
 PROMPT = 5
 
 
 @pytest.fixture(scope="module")
 def model(single_process: ProcessGroupCollection) -> LoopLM:
-    return build(SHAPES["mla"], GATES["lru"], single_process)
+    return build(VARIANTS["mla"], GATES["lru"], single_process)
 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

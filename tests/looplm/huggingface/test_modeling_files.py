@@ -18,7 +18,7 @@ from looplm.huggingface.companion_files import CODE
 from looplm.huggingface.convert import export_model
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
-from tests.support.generation_oracle import EOS, GATES, MLA, SHAPES, VOCAB, build, byte_tokenizer
+from tests.support.generation_oracle import EOS, GATES, MLA, VARIANTS, VOCAB, build, byte_tokenizer
 from tests.support.hf_models import hf_config, hf_model, random_ids
 from tests.support.parity import TOLERANCE, assert_close_relative, relative_error
 from tests.support.tiny import about_weights
@@ -75,11 +75,11 @@ def test_exported_code_imports_only_torch_and_transformers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", ["mla", "gqa"])
+@pytest.mark.parametrize("variant", ["mla", "gqa"])
 def test_an_export_is_loaded_with_its_own_code_and_saved_again(
-    shape: str, dtype: torch.dtype, tmp_path: Path, single_process: ProcessGroupCollection, code_cache: None
+    variant: str, dtype: torch.dtype, tmp_path: Path, single_process: ProcessGroupCollection, code_cache: None
 ) -> None:
-    ours = build(SHAPES[shape], GATES["sequence"], single_process, dtype)
+    ours = build(VARIANTS[variant], GATES["sequence"], single_process, dtype)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     about = about_weights(str(dtype).removeprefix("torch."))
     checkpoint.save_weights(tmp_path / "step", ours, GATES["sequence"], about, tmp_path / "tokenizer.json")
@@ -95,7 +95,7 @@ def test_an_export_is_loaded_with_its_own_code_and_saved_again(
         for name, parameter in expected.named_parameters():
             assert torch.equal(loaded.get_parameter(name), parameter), name
         assert torch.equal(loaded(IDS_BS).logits, expected(IDS_BS).logits)
-        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == SHAPES[shape].tie_embeddings
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == VARIANTS[variant].tie_embeddings
     chosen = load(tmp_path / "second", num_loops=3, early_exit_threshold=0.6, kv_cache="last")
     assert (chosen.config.num_loops, chosen.config.kv_cache) == (3, "last")
     found = chosen(IDS_BS)
@@ -150,9 +150,9 @@ def test_the_gate_is_fp32_under_autocast(model: LoopLMForCausalLM) -> None:
         assert model.generate(IDS_BS, max_new_tokens=3, do_sample=False).shape == (2, 12)
 
 
-@pytest.mark.parametrize("shape", ["mla", "gqa"])
-def test_the_vocabulary_can_grow(shape: str, single_process: ProcessGroupCollection) -> None:
-    grown = hf_model(build(SHAPES[shape], GATES["lru"], single_process), GATES["lru"])
+@pytest.mark.parametrize("variant", ["mla", "gqa"])
+def test_the_vocabulary_can_grow(variant: str, single_process: ProcessGroupCollection) -> None:
+    grown = hf_model(build(VARIANTS[variant], GATES["lru"], single_process), GATES["lru"])
     before = grown(IDS_BS).logits
     grown.resize_token_embeddings(VOCAB + 5)
     after = grown(torch.cat((IDS_BS, torch.full((2, 1), VOCAB + 4)), 1)).logits
@@ -180,10 +180,12 @@ def test_padding_positions_and_embeddings(model: LoopLMForCausalLM) -> None:
         assert len(expected.exit_depths.unique()) > 1
 
 
-@pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
-def test_a_text_in_pieces_equals_the_whole_text(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "lru")])
+def test_a_text_in_pieces_equals_the_whole_text(
+    variant: str, gate: str, single_process: ProcessGroupCollection
+) -> None:
     """With a cache per loop, also in pieces of several tokens; every token exits at the same loop."""
-    pieces = hf_model(build(SHAPES[shape], GATES[gate], single_process), GATES[gate])
+    pieces = hf_model(build(VARIANTS[variant], GATES[gate], single_process), GATES[gate])
     with torch.no_grad():
         whole = pieces(IDS_BS, early_exit_threshold=0.6, use_cache=False)
         cache, found = LoopLMCache(pieces.config), []
@@ -267,4 +269,4 @@ def test_refusals_that_depend_on_the_state(fresh: LoopLMForCausalLM) -> None:
 )
 def test_impossible_configs_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(keys))):
-        LoopLMForCausalLM(hf_config(SHAPES["gqa"], GATES["lru"], **keys))
+        LoopLMForCausalLM(hf_config(VARIANTS["gqa"], GATES["lru"], **keys))

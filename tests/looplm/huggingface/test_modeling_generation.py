@@ -10,7 +10,7 @@ from torch import Tensor
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from looplm.inference.generator import GenerationConfig, Generator
-from tests.support.generation_oracle import GATES, SHAPES, VOCAB, build, byte_tokenizer
+from tests.support.generation_oracle import GATES, VARIANTS, VOCAB, build, byte_tokenizer
 from tests.support.hf_models import hf_model, random_ids
 
 NEVER = -1  # an id that no token has
@@ -37,9 +37,9 @@ def new_ids(model: LoopLMForCausalLM, prompts: list[list[int]], **settings: obje
 def pairs(single_process: ProcessGroupCollection) -> dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]]:
     """Our generator and the exported model with the same weights."""
     found = {}
-    for shape, gate in PAIRS:
-        ours = build(SHAPES[shape], GATES[gate], single_process)
-        found[shape, gate] = Generator(ours, byte_tokenizer(), NEVER), hf_model(ours, GATES[gate])
+    for variant, gate in PAIRS:
+        ours = build(VARIANTS[variant], GATES[gate], single_process)
+        found[variant, gate] = Generator(ours, byte_tokenizer(), NEVER), hf_model(ours, GATES[gate])
     return found
 
 

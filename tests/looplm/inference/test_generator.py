@@ -14,7 +14,7 @@ from looplm.inference.generator import Generation, GenerationConfig, Generator
 from looplm.inference.sampling import penalize_repetition, probabilities, sample
 from looplm.inference.text_stream import TextStream, Token
 from looplm.megatron.device import DEVICE
-from tests.support.generation_oracle import EOS, GATES, MLA, SHAPES, VOCAB, SlowGenerator, build, byte_tokenizer
+from tests.support.generation_oracle import EOS, GATES, MLA, VARIANTS, VOCAB, SlowGenerator, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 NEVER = -1  # no such token: a random model would sample the end of text as readily as any other
@@ -23,8 +23,8 @@ MODES = ["per_loop", "last", "mean", "first"]
 PROMPTS = ["import os\n", "d", "class Parser:\n    def __init__(self", "for x in"]
 
 
-def generator_of(groups: ProcessGroupCollection, shape: str = "mla", gate: str = "lru") -> Generator:
-    return Generator(build(SHAPES[shape], GATES[gate], groups), TOKENIZER, NEVER)
+def generator_of(groups: ProcessGroupCollection, variant: str = "mla", gate: str = "lru") -> Generator:
+    return Generator(build(VARIANTS[variant], GATES[gate], groups), TOKENIZER, NEVER)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def depths(generation: Generation) -> list[int]:
 # ------------------------------------------------------------------------------------------------ against slow oracles
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_text_equals_the_cacheless_models(shape: str, single_process: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_text_equals_the_cacheless_models(variant: str, single_process: ProcessGroupCollection) -> None:
     """Each of 200 tokens is the likeliest one in a forward pass over the whole text before it."""
-    roomy = replace(SHAPES[shape], max_sequence_length=256)
+    roomy = replace(VARIANTS[variant], max_sequence_length=256)
     generator = Generator(build(roomy, GATES["lru"], single_process), TOKENIZER, NEVER)
     generations = generator.generate(PROMPTS, replace(GREEDY, max_new_tokens=200))
     for generation in generations:
@@ -58,12 +58,12 @@ def test_greedy_text_equals_the_cacheless_models(shape: str, single_process: Pro
 
 
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
-@pytest.mark.parametrize("shape, gate", [("mla", "lru"), ("gqa", "sequence"), ("mla-query-latent", "linear")])
+@pytest.mark.parametrize("variant, gate", [("mla", "lru"), ("gqa", "sequence"), ("mla-query-latent", "linear")])
 def test_shared_caches_and_early_exit_equal_the_oracle(
-    shape: str, gate: str, mode: str, single_process: ProcessGroupCollection
+    variant: str, gate: str, mode: str, single_process: ProcessGroupCollection
 ) -> None:
     """Tokens of a batch exit at different loops; the oracle runs one row, one token, one loop at a time."""
-    generator = generator_of(single_process, shape, gate)
+    generator = generator_of(single_process, variant, gate)
     config = replace(GREEDY, kv_cache=mode, exit_threshold=0.6)
     seen = set()
     for generation in generator.generate(PROMPTS, config):

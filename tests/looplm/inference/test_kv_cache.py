@@ -14,7 +14,7 @@ from looplm.inference.sampling import NextLogits
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs, q_exit
-from tests.support.generation_oracle import GATES, MLA, SHAPES, VOCAB, build
+from tests.support.generation_oracle import GATES, MLA, VARIANTS, VOCAB, build
 
 LENGTHS = (21, 1, 9)  # of the prompts, in one batch
 NEW = 10
@@ -45,10 +45,10 @@ def splitting_threshold(model: LoopLM) -> float:
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_per_loop_equals_the_cacheless_model(shape: str, gate: str, single_process: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_per_loop_equals_the_cacheless_model(variant: str, gate: str, single_process: ProcessGroupCollection) -> None:
     """Logits and exit depth of every token, with rows of different lengths side by side."""
-    model = build(SHAPES[shape], GATES[gate], single_process)
+    model = build(VARIANTS[variant], GATES[gate], single_process)
     threshold = splitting_threshold(model)
     ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4, threshold=threshold))
     with torch.no_grad():
@@ -92,12 +92,12 @@ def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: Pro
 
 
 @pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
-@pytest.mark.parametrize("shape, gate", [("mla", "sequence"), ("gqa", "lru")])
+@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "lru")])
 def test_a_prompt_in_pieces_equals_the_prompt_at_once(
-    shape: str, gate: str, mode: str, single_process: ProcessGroupCollection
+    variant: str, gate: str, mode: str, single_process: ProcessGroupCollection
 ) -> None:
     """Both the logits after it and the logits of later tokens, which attend to it."""
-    model = build(SHAPES[shape], GATES[gate], single_process)
+    model = build(VARIANTS[variant], GATES[gate], single_process)
     rule, steps = ExitRule(max_depth=4, threshold=splitting_threshold(model)), {}
     for piece in (1000, 3, 12):  # 3 and 12 tokens of 3 prompts: 1 and 4 positions at a time
         torch.manual_seed(5)
@@ -109,10 +109,10 @@ def test_a_prompt_in_pieces_equals_the_prompt_at_once(
             torch.testing.assert_close(pieces.logits_NV, whole.logits_NV, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", ["mla", "gqa"])
-def test_bf16(shape: str, single_process: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("variant", ["mla", "gqa"])
+def test_bf16(variant: str, single_process: ProcessGroupCollection) -> None:
     """Products are taken in another order (absorbed, one token at a time), so only rounding may differ."""
-    model = build(SHAPES[shape], GATES["sequence"], single_process, torch.bfloat16)
+    model = build(VARIANTS[variant], GATES["sequence"], single_process, torch.bfloat16)
     ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4))
     with torch.no_grad():
         logits_SBV = F.linear(model(ids_BS).hidden[-1], model.head_weight()).float()
@@ -185,11 +185,11 @@ def measured_bytes_per_token(config: ModelConfig, mode: str, dtype: torch.dtype)
     return allocated // cache.layers_XTW[0].size(1)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
-def test_a_shared_cache_takes_the_memory_of_one_loop(shape: str, mode: str) -> None:
-    per_loop = measured_bytes_per_token(SHAPES[shape], "per_loop", torch.float32)
-    assert measured_bytes_per_token(SHAPES[shape], mode, torch.float32) * SHAPES[shape].num_loops == per_loop
+def test_a_shared_cache_takes_the_memory_of_one_loop(variant: str, mode: str) -> None:
+    per_loop = measured_bytes_per_token(VARIANTS[variant], "per_loop", torch.float32)
+    assert measured_bytes_per_token(VARIANTS[variant], mode, torch.float32) * VARIANTS[variant].num_loops == per_loop
 
 
 def test_memory_of_latents_and_sharing_at_ouros_sizes() -> None:

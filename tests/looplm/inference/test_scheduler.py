@@ -12,7 +12,7 @@ from looplm.inference.depth_batch import DepthBatch
 from looplm.inference.generator import Generation, GenerationConfig, Generator, Request
 from looplm.inference.kv_cache import CacheIndex, KVCache
 from looplm.inference.prefill import Prefill
-from tests.support.generation_oracle import GATES, SHAPES, SlowGenerator, build, byte_tokenizer
+from tests.support.generation_oracle import GATES, VARIANTS, SlowGenerator, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 NEVER = -1
@@ -20,8 +20,8 @@ GREEDY = GenerationConfig(temperature=0.0, batch_size=5, prefill_chunk=48)
 MODES = ["per_loop", "last", "mean", "first"]
 
 
-def generator_of(groups: ProcessGroupCollection, shape: str = "mla", gate: str = "lru") -> Generator:
-    return Generator(build(SHAPES[shape], GATES[gate], groups), TOKENIZER, NEVER)
+def generator_of(groups: ProcessGroupCollection, variant: str = "mla", gate: str = "lru") -> Generator:
+    return Generator(build(VARIANTS[variant], GATES[gate], groups), TOKENIZER, NEVER)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,12 @@ def test_a_stream_of_64_requests_equals_each_alone(mode: str, generator: Generat
     assert len(together) == 64 and len({depth for generation in together for depth in generation.depths}) > 1
 
 
-@pytest.mark.parametrize("shape, gate, mode", [("gqa", "sequence", "mean"), ("mla-query-latent", "linear", "per_loop")])
-def test_a_stream_equals_the_oracle(shape: str, gate: str, mode: str, single_process: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize(
+    "variant, gate, mode", [("gqa", "sequence", "mean"), ("mla-query-latent", "linear", "per_loop")]
+)
+def test_a_stream_equals_the_oracle(variant: str, gate: str, mode: str, single_process: ProcessGroupCollection) -> None:
     """The oracle runs one row, one token, one loop at a time. The gate's sums must move with the rows."""
-    generator = generator_of(single_process, shape, gate)
+    generator = generator_of(single_process, variant, gate)
     requests = mixed_requests(10)
     for request, generation in zip(
         requests, generator.generate(iter(requests), replace(GREEDY, kv_cache=mode, exit_threshold=0.6)), strict=True

@@ -12,7 +12,7 @@ from looplm.inference import speculation
 from looplm.inference.batch import TextBatch
 from looplm.inference.generator import GenerationConfig, Generator, Request
 from looplm.inference.sampling import probabilities
-from tests.support.generation_oracle import GATES, SHAPES, build, byte_tokenizer
+from tests.support.generation_oracle import GATES, VARIANTS, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=24, batch_size=8)
@@ -29,14 +29,14 @@ def generator(single_process: ProcessGroupCollection) -> Generator:
     return generator_of("mla", single_process)
 
 
-def generator_of(shape: str, groups: ProcessGroupCollection) -> Generator:
+def generator_of(variant: str, groups: ProcessGroupCollection) -> Generator:
     """Return a generator whose drafts are often, but not always, accepted."""
-    model = build(SHAPES[shape], GATES["lru"], groups)
+    model = build(VARIANTS[variant], GATES["lru"], groups)
     return Generator(model, TOKENIZER, eos_id=-1)
 
 
 @pytest.mark.parametrize(
-    "shape, settings",
+    "variant, settings",
     [
         ("mla", {"speculate": 4}),
         ("mla", {"speculate": 3, "draft_depth": 3, "repetition_penalty": 1.5}),
@@ -46,10 +46,10 @@ def generator_of(shape: str, groups: ProcessGroupCollection) -> Generator:
     ],
 )
 def test_greedy_text_equals_full_depth(
-    shape: str, settings: dict[str, int], single_process: ProcessGroupCollection
+    variant: str, settings: dict[str, int], single_process: ProcessGroupCollection
 ) -> None:
     """20 prompts of mixed lengths run in 8 rows. Some drafts are accepted and some are not."""
-    generator, config = generator_of(shape, single_process), replace(GREEDY, **settings)
+    generator, config = generator_of(variant, single_process), replace(GREEDY, **settings)
     drafted = generator.generate(iter(twenty_requests()), config)
     plain = generator.generate(iter(twenty_requests()), replace(config, speculate=0, draft_depth=1))
     assert [g.ids for g in drafted] == [g.ids for g in plain]
