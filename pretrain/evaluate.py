@@ -37,7 +37,7 @@ THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)] + [0.975, 0.99, 1.
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to measure.
+    """Depths, thresholds, samples and caches to measure.
 
     Args:
         checkpoint: a training directory, or one step directory of it.

@@ -130,7 +130,7 @@ def _write(
 
 
 def resume(folder: Path, training: TrainingState, config: RunConfig, say: Callable[[str], None]) -> About | None:
-    """Load the newest complete checkpoint of ``folder`` into ``training``; return None if there is none.
+    """Load the newest complete checkpoint of ``folder`` into ``training``; return None without one.
 
     Raises:
         UserError: the checkpoint's weights have other shapes, or another training stage wrote it.

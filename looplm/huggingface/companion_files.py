@@ -132,7 +132,7 @@ def write(
 
 
 def _imported_description(companions: Path, hf_layout: str, tokenizer: Tokenizer) -> HFDescription | None:
-    """Return the description that came with the imported weights; None if there is none, or of another layout."""
+    """Return the description that came with the imported weights; None without one, or if its layout differs."""
     if not (companions / CONFIG).is_file():
         return None
     before = read_description(companions)

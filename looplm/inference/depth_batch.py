@@ -66,7 +66,7 @@ class DepthBatch(TextBatch):
 
     @property
     def in_flight(self) -> bool:
-        """Whether any token takes part in the next pass."""
+        """True if any token takes part in the next pass."""
         return bool(self._pending) or not all(token.finished for token in self._tokens)
 
     def free(self, row: int, broken: bool) -> None:

@@ -43,7 +43,7 @@ class ExitRule:
 
     @property
     def decides(self) -> bool:
-        """Whether depths depend on the score."""
+        """True if depths depend on the score."""
         return self.threshold < 1.0 and self.min_depth < self.max_depth
 
 

@@ -1,4 +1,4 @@
-"""Scheduler: runs requests from a queue in the rows of a batch, until none is left.
+"""Scheduler: runs requests from a queue in the rows of a batch, until the queue is empty.
 
 ::
 

@@ -97,5 +97,5 @@ class _Block:
         self._eps = config.norm_eps
 
     def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Apply RMSNorm with this weight; return ``x`` itself if there is none."""
+        """Apply RMSNorm with this weight; return ``x`` itself if the weight is None."""
         return x if weight is None else torch.rms_norm(x, weight.shape, weight, self._eps)

@@ -53,7 +53,7 @@ class Source(NamedTuple):
     about: About
     tokenizer: Path  # file to copy
     companions: tuple[Path, ...]  # further files to copy
-    run: RunConfig | None = None  # the run that trained the model; None if there is none to resume
+    run: RunConfig | None = None  # the run that trained the model; None if it cannot be resumed
     scheduler: dict[str, Any] | None = None  # state of the run's learning-rate schedule
 
 
