@@ -1,7 +1,8 @@
 """Readers of python-stdlib, text, jsonl and parquet sources, plain text or conversations, that refuse damaged files.
 
 datatrove's own readers skip a broken JSON line with a warning, and zstandard's ends silently after the first frame and
-at a truncated end. Lost text must be noticed, so files are opened here and every fault is a one-line :class:`UserError`.
+at a truncated end. Lost text must be noticed, so files are opened here and every fault is a one-line
+:class:`UserError`.
 """
 
 import io

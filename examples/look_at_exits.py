@@ -1,8 +1,8 @@
 """Show token by token where a looped model would stop: python examples/look_at_exits.py
 
-Without arguments it trains the model of train_tiny.py first. With ``--checkpoint runs/quickstart/gate`` it opens a trained
-one. Each line is one token: the gate's probability of leaving after each loop, the mean depth that follows, and the
-cross-entropy of the next token after each loop. A good gate leaves early where the loss no longer falls.
+Without arguments it trains the model of train_tiny.py first. With ``--checkpoint runs/quickstart/gate`` it opens a
+trained one. Each line is one token: the gate's probability of leaving after each loop, the mean depth that follows, and
+the cross-entropy of the next token after each loop. A good gate leaves early where the loss no longer falls.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Record what the repeated commands took in docs/history.csv, and plot it.
 
-``HISTORY=1 make test`` (``quickstart``, ``bench``) appends a row if the command succeeds; without ``HISTORY`` nothing is
-recorded. ``python -m tools.history plot`` draws docs/history.svg from all rows.
+``HISTORY=1 make test`` (``quickstart``, ``bench``) appends a row if the command succeeds; without ``HISTORY`` nothing
+is recorded. ``python -m tools.history plot`` draws docs/history.svg from all rows.
 """
 
 import csv

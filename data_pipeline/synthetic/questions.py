@@ -1,8 +1,8 @@
 """Write conversations of questions with one right answer, about numbers, strings and lists.
 
-Each line is {"messages": [{role, content}, ...], "text": the same as plain text}. A data source reads it for fine-tuning
-with `chat: {messages_key: messages}`, and for a mid-training stage with `text_key: text`. The same seed writes the same
-file.
+Each line is {"messages": [{role, content}, ...], "text": the same as plain text}. A data source reads it for
+fine-tuning with `chat: {messages_key: messages}`, and for a mid-training stage with `text_key: text`. The same seed
+writes the same file.
 
     python -m data_pipeline.synthetic.questions --output questions.jsonl --count 4000
 """

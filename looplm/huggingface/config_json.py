@@ -112,7 +112,7 @@ def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], w
 
     Args:
         values: content of ``config.json``.
-        generation: content of ``generation_config.json``, whose special tokens have precedence; empty without that file.
+        generation: content of ``generation_config.json``, whose special tokens come first; empty without that file.
         where: path of the file, for messages.
 
     Raises:

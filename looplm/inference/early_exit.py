@@ -58,8 +58,8 @@ class ExitDecider:
     """Decides which tokens of a pass exit, and keeps what the exit gate must know of earlier loops and tokens.
 
     The gate's state lives through the loops of a token. A gate that reads the sequence also needs sums over earlier
-    tokens, one per row and loop: the causal mean at loop r runs over the positions that ran loop r. If all positions run
-    all loops, this is exactly the training-time mean. A token that exited early is missing from later loops' means.
+    tokens, one per row and loop: the causal mean at loop r runs over the positions that ran loop r. If all positions
+    run all loops, this is exactly the training-time mean. A token that exited early is missing from later loops' means.
 
     Args:
         stack: whose exit gate and head give the scores.
