@@ -2,8 +2,9 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study plan-check test test-layouts test-newest test-hf-oldest test-te
-.PHONY: check format bench docs clean clean-quickstart clean-ouro-tiny
+.PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study plan-check
+.PHONY: test test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
+.PHONY: clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -20,7 +21,7 @@ PYTHON312 ?= $(call running,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions
 NEWEST  := .venv-newest
 # The oldest transformers that an export is promised to run with; the packages of [eval] want newer ones beside it.
 HF_OLDEST := .venv-hf-oldest
-# Transformer Engine beside the newest Megatron-core: built against CUDA's headers, it shows its parameters without a GPU.
+# Transformer Engine with the newest Megatron-core: built against CUDA's headers, it shows its parameters without a GPU.
 TE      := .venv-te
 CUDA_HOME ?= /usr/local/cuda
 # The documentation's packages, and none of the product's: the pages read the code, they do not import it.
@@ -40,7 +41,8 @@ export GOMP_SPINCOUNT ?= 3000
 help:  ## this list
 	@echo "LoopLM. Start with:  make quickstart"
 	@echo
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) \
+		| while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "A path runs a part of the tests:     make test TESTS=tests/looplm"
 	@echo "Another interpreter (3.10 to 3.12):  make install PYTHON=/path/to/python3.11"
@@ -51,9 +53,11 @@ install: $(READY)  ## build .venv with the pinned packages
 
 comma  := ,
 EXTRAS := data,dev,eval,hf
-need_python = @test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 with the venv module was found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
-
-need_python312 = @test -n "$(PYTHON312)" || { echo "error: no Python 3.12 with the venv module was found; install one or name it: make PYTHON312=/path/to/python3.12" >&2; exit 2; }
+# $(call need,variable,versions): end with one line if no such Python was found
+need = @test -n "$($(1))" \
+	|| { echo "error: no Python $(2) with the venv module found; install one or name it: make $(1)=PATH" >&2; exit 2; }
+need_python    = $(call need,PYTHON,3.10 to 3.12)
+need_python312 = $(call need,PYTHON312,3.12)
 
 # $(call build,python,environment,constraints,extras)
 define build
@@ -68,10 +72,11 @@ $(READY): setup.py $(PINS)
 	$(need_python)
 	$(call build,$(PYTHON),$(VENV),$(PINS),$(EXTRAS))
 
-# The pins of the first file, but for those of the second.
+# $(call overlay,file): the pins of constraints.txt, replaced by those of the file
 overlay = @mkdir -p $(@D); awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' $(1) constraints.txt > $@
 
-$(NEWEST)/constraints.txt $(HF_OLDEST)/constraints.txt $(TE)/constraints.txt: .venv-%/constraints.txt: constraints.txt constraints-%.txt
+OTHERS := $(NEWEST) $(HF_OLDEST) $(TE)
+$(OTHERS:=/constraints.txt): .venv-%/constraints.txt: constraints.txt constraints-%.txt
 	$(call overlay,constraints-$*.txt)
 
 $(VENV)/constraints.txt: constraints.txt constraints-newest.txt
@@ -85,19 +90,23 @@ $(HF_OLDEST)/.installed: setup.py $(HF_OLDEST)/constraints.txt
 	$(need_python)
 	$(call build,$(PYTHON),$(HF_OLDEST),$(HF_OLDEST)/constraints.txt,dev$(comma)hf)
 
-# Its own build wants to know where the CUDA build of torch keeps cuDNN and NCCL, and the toolkit's headers before theirs.
+# Its build needs the folders of cuDNN and NCCL in torch's CUDA build, and the toolkit's headers before theirs.
 nvidia = $(CURDIR)/$(TE)/lib/python3.12/site-packages/nvidia
 $(TE)/.installed: setup.py $(TE)/constraints.txt
 	$(need_python312)
-	@test -e $(CUDA_HOME)/include/cuda_runtime_api.h || { echo "error: no CUDA headers in $(CUDA_HOME); name the toolkit: make test-te CUDA_HOME=/path/to/cuda" >&2; exit 2; }
+	@test -e $(CUDA_HOME)/include/cuda_runtime_api.h \
+		|| { echo "error: no CUDA headers in $(CUDA_HOME); name the toolkit: make test-te CUDA_HOME=PATH" >&2; exit 2; }
 	$(call build,$(PYTHON312),$(TE),$(TE)/constraints.txt,dev)
 	@rm $@
 	@echo "== building Transformer Engine: 15 to 30 minutes on two cores"
-	@$(TE)/bin/python -m pip install --quiet -c $(TE)/constraints.txt ninja pybind11 pydantic einops onnx onnxscript importlib-metadata nvdlfw-inspect
-	@$(TE)/bin/python -m pip install --quiet --no-deps -c $(TE)/constraints.txt transformer-engine transformer-engine-cu13
+	@$(TE)/bin/python -m pip install --quiet -c $(TE)/constraints.txt \
+		ninja pybind11 pydantic einops onnx onnxscript importlib-metadata nvdlfw-inspect
+	@$(TE)/bin/python -m pip install --quiet --no-deps -c $(TE)/constraints.txt \
+		transformer-engine transformer-engine-cu13
 	@NVTE_FRAMEWORK=pytorch MAX_JOBS=2 CUDA_HOME=$(CUDA_HOME) CUDNN_PATH=$(nvidia)/cudnn NCCL_HOME=$(nvidia)/nccl \
 		CPATH=$(CUDA_HOME)/include:$(nvidia)/cu13/include:$(nvidia)/cudnn/include:$(nvidia)/nccl/include \
-		$(TE)/bin/python -m pip install --quiet --no-deps --no-build-isolation -c $(TE)/constraints.txt transformer-engine-torch
+		$(TE)/bin/python -m pip install --quiet --no-deps --no-build-isolation -c $(TE)/constraints.txt \
+		transformer-engine-torch
 	@touch $@
 
 $(DOCS)/.installed: constraints.txt
@@ -109,12 +118,12 @@ $(DOCS)/.installed: constraints.txt
 # With HISTORY=1 a command that succeeds appends its time and figures to docs/history.csv.
 recorded = $(if $(HISTORY),$(PY) -m tools.history $(1) --)
 
-# ---- quickstart: a phase that ended well leaves a stamp and is skipped from then on; one that was cut off goes on where
-# it stood; one whose config has changed since is made anew, with all that hangs on it
+# ---- quickstart: a finished phase leaves a stamp and is skipped from then on; an interrupted one continues; one whose
+# config has changed is repeated, with all that depends on it
 
-# A stamp is RUN/.done/PHASE, and what the phase writes RUN/PHASE.
-phase = @echo "== $(1)"; mkdir -p $(@D)
-anew  = @if test -e $@; then rm -rf $@ $(@D:%/.done=%)/$(@F); fi
+# The stamp of a phase is RUN/.done/PHASE, its output RUN/PHASE.
+phase  = @echo "== $(1)"; mkdir -p $(@D)
+repeat = @if test -e $@; then rm -rf $@ $(@D:%/.done=%)/$(@F); fi
 
 ifdef HISTORY
 quickstart: $(READY)
@@ -126,19 +135,19 @@ endif
 
 $(DONE)/data: $(CONFIGS)/data.yaml | $(READY)
 	$(call phase,quickstart 1/6: data)
-	$(anew)
+	$(repeat)
 	@$(PY) -m data_pipeline.tokenize --config $(CONFIGS)/data.yaml
 	@touch $@
 
 $(DONE)/stage1: $(DONE)/data $(CONFIGS)/pretrain.yaml
 	$(call phase,quickstart 2/6: pretraining)
-	$(anew)
+	$(repeat)
 	@$(PY) -m pretrain.train --config $(CONFIGS)/pretrain.yaml
 	@touch $@
 
 $(DONE)/gate: $(DONE)/stage1 $(CONFIGS)/gate.yaml
 	$(call phase,quickstart 3/6: exit gate)
-	$(anew)
+	$(repeat)
 	@$(PY) -m pretrain.train --config $(CONFIGS)/pretrain.yaml --config $(CONFIGS)/gate.yaml
 	@touch $@
 
@@ -149,7 +158,8 @@ $(DONE)/evaluation: $(DONE)/gate
 
 $(DONE)/samples: $(DONE)/gate $(CONFIGS)/prompts.txt
 	$(call phase,quickstart 5/6: generation)
-	@$(PY) -m looplm.generate --checkpoint $(RUN)/gate --prompts $(CONFIGS)/prompts.txt --output $(RUN)/samples.jsonl --exit_threshold 0.4
+	@$(PY) -m looplm.generate --checkpoint $(RUN)/gate --prompts $(CONFIGS)/prompts.txt \
+		--output $(RUN)/samples.jsonl --exit_threshold 0.4
 	@touch $@
 
 $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
@@ -161,18 +171,19 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 
 include configs/ouro-tiny/chain.mk
 
-# ---- experiments: slow, their results are in docs/LOG.md
+# ---- experiments: slow; their results are in docs/LOG.md
 
 LONGER  := runs/longer
 STAGE1  := --config $(CONFIGS)/pretrain.yaml --config configs/longer/pretrain.yaml
 
-longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data (an hour), and what a shared cache costs it
+longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data, and its loss with a shared cache (an hour)
 	@$(PY) -m pretrain.train $(STAGE1)
 	@$(PY) -m pretrain.train $(STAGE1) --config $(CONFIGS)/gate.yaml --config configs/longer/gate.yaml
-	@$(PY) -m pretrain.evaluate --checkpoint $(LONGER)/gate --output $(LONGER)/evaluation.json $(CACHES) --exit_thresholds 1,0.4,0.3
+	@$(PY) -m pretrain.evaluate --checkpoint $(LONGER)/gate --output $(LONGER)/evaluation.json $(CACHES) \
+		--exit_thresholds 1,0.4,0.3
 	@$(PY) -m pretrain.report $(LONGER)
 
-fp8-study: $(DONE)/data  ## what FP8 costs in loss, emulated: the quickstart's stage 1 in six formats from three seeds (hours)
+fp8-study: $(DONE)/data  ## the loss under emulated FP8: the quickstart's stage 1 in six formats, three seeds (hours)
 	@$(PY) -m tools.fp8_study
 
 upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, and trained on (half an hour)
@@ -180,23 +191,31 @@ upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, a
 
 # ---- checks
 
-# Files in their own order: sorted by their number of tests, the longest single test would be the last.
+# Keep the order of files: sorted by their number of tests, the longest single test would be the last.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## all tests, in two processes
 	@OMP_NUM_THREADS=1 $(if $(TESTS),,$(call recorded,test)) $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
-test-layouts: $(READY)  ## every parallel layout, of which `make test` takes a sample (10 to 15 minutes)
+test-fast: $(READY)  ## the tests that start no process and train nothing (a minute and a half)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" $(TESTS)
+
+test-layouts: $(READY)  ## every parallel layout, of which `make test` takes a sample (3 to 15 minutes)
 	@LAYOUTS=all OMP_NUM_THREADS=1 $(PY) -m pytest tests/parallel
 
-test-newest: $(NEWEST)/.installed  ## what stands on Megatron-core, with its newest release on Python 3.12
-	@LAYOUTS=all OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) $(or $(TESTS),tests/parallel tests/looplm tests/pretrain)
+test-newest: $(NEWEST)/.installed  ## all tests and layouts with the newest pins, on Python 3.12
+	@LAYOUTS=all OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
-test-hf-oldest: $(HF_OLDEST)/.installed  ## the model that travels in an export, with the oldest transformers
-	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),tests/looplm/huggingface/test_modeling.py tests/looplm/huggingface/test_modeling_generation.py tests/looplm/huggingface/test_modeling_files.py)
+EXPORTED := $(addprefix tests/looplm/huggingface/test_modeling,.py _generation.py _files.py)
 
-test-te: $(TE)/.installed  ## the block of Transformer Engine's modules, without a GPU (6 GB; compiles for 15 to 30 minutes)
-	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 $(TE)/bin/python -m pytest $(or $(TESTS),tests/looplm/model/test_transformer_engine.py tests/looplm/config/test_engine.py tests/looplm/model/test_loop_lm.py)
+test-hf-oldest: $(HF_OLDEST)/.installed  ## the exported model with the oldest transformers
+	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),$(EXPORTED))
+
+BACKENDS := $(addprefix tests/looplm/,model/test_transformer_engine.py config/test_engine.py model/test_loop_lm.py)
+
+test-te: $(TE)/.installed  ## the blocks of Transformer Engine, without a GPU (6 GB; compiles for 15 to 30 minutes)
+	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 \
+		$(TE)/bin/python -m pytest $(or $(TESTS),$(BACKENDS))
 
 check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
@@ -204,11 +223,11 @@ check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m mypy
 	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/* pretrain/container/*.sh
 
-format: $(READY)  ## let ruff mend what it can
+format: $(READY)  ## apply ruff's automatic fixes
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-# The trained model whose gate decides when tokens leave: of these the first that is there.
+# The trained model whose gate decides when tokens leave: the first of these that exists.
 BENCHED = $(firstword $(wildcard runs/longer/gate runs/quickstart/gate))
 
 bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
@@ -223,9 +242,10 @@ docs: $(DOCS)/.installed  ## the documentation as a site: site/index.html
 
 # ---- clean
 
-clean-quickstart:  ## forget the quickstart's results
+clean-quickstart:  ## delete the quickstart's results
 	rm -rf $(RUN)
 
-clean: clean-quickstart clean-ouro-tiny  ## also forget the environments and every cache
-	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) $(DOCS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: clean-quickstart clean-ouro-tiny  ## also delete the environments and every cache
+	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) $(DOCS) site build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
