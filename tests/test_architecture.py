@@ -1,4 +1,4 @@
-"""The layering of the packages, read from the imports: every row may import only itself and the rows above it."""
+"""The layers of the packages: a module may import only from its own row and the rows above it."""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("looplm", "data_pipeline", "pretrain", "tools")
 MAX_LINES = 400
 
-# Top to bottom as in docs/architecture.md: a module belongs to the row that has the longest prefix of its name.
+# From top to bottom, as in docs/architecture.md. A module belongs to the row with the longest prefix of its name.
 ROWS = (
     ("looplm.cli", "looplm.bounds", "looplm.files", "looplm.chat"),
     ("looplm.config.model", "looplm.config.parallel", "looplm.config.engine"),
@@ -25,8 +25,8 @@ ROWS = (
     ("pretrain",),
     ("tools",),
 )
-# These import nothing of ours: the reference is an independent oracle, and an export runs without this package.
-ALONE = ("looplm.reference", "looplm.huggingface.export")
+# These import no other module of ours: the reference is an independent oracle, and exports run without our packages.
+INDEPENDENT = ("looplm.reference", "looplm.huggingface.export")
 OWNER_OF_PROCESS_GROUPS = "looplm.megatron.process_groups"
 OWNERS_OF_CUDA = ("looplm.megatron.device", "looplm.megatron.patches", "looplm.huggingface.export")
 
@@ -65,13 +65,13 @@ EDGES = {
 
 
 def row_of(module: str) -> int:
-    """The index of the module's row; a bare package stands below its own modules, so that it may re-export them."""
+    """Return the index of the module's row. The package ``looplm`` itself is below its modules, to re-export them."""
     best = max(
         ((len(name), index) for index, row in enumerate(ROWS) for name in row if f"{module}.".startswith(f"{name}.")),
         default=None,
     )
     if best is None:
-        assert module == "looplm", f"{module} has no row: give it one here and in the design, or move it"
+        assert module == "looplm", f"{module} has no row; add it to ROWS and docs/architecture.md, or move it"
         return max(index for index, row in enumerate(ROWS) if row[0].startswith("looplm"))
     return best[1]
 
@@ -79,10 +79,10 @@ def row_of(module: str) -> int:
 @pytest.mark.parametrize("module", PATHS)
 def test_imports_point_upward(module: str) -> None:
     wrong = [target for target in EDGES[module] if target != "looplm" and row_of(target) > row_of(module)]
-    assert not wrong, f"{module} imports {wrong}, which stand below it"
+    assert not wrong, f"{module} imports {wrong}, which are in rows below its own"
 
 
-def test_no_import_cycles() -> None:
+def test_there_are_no_import_cycles() -> None:
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -97,34 +97,40 @@ def test_no_import_cycles() -> None:
 
 
 @pytest.mark.parametrize("module", PATHS)
-def test_no_import_inside_a_function(module: str) -> None:
+def test_imports_are_at_the_top_of_a_file(module: str) -> None:
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inner = [f"{name}, line {line}" for function in functions for name, line in imported_names(module, function)]
     assert not inner, f"{module} imports inside a function: {inner}"
 
 
 @pytest.mark.parametrize("module", PATHS)
-def test_only_their_owners_know_process_groups_and_cuda(module: str) -> None:
+def test_process_groups_and_cuda_are_used_only_by_their_owners(module: str) -> None:
     names = [name for name, _ in imported_names(module, TREES[module])]
     state = [name for name in names if {"parallel_state", "mpu"} & set(name.split("."))]
-    assert not state or module == OWNER_OF_PROCESS_GROUPS, f"{module} imports {state}: {OWNER_OF_PROCESS_GROUPS} may"
-    assert "torch.cuda." not in SOURCES[module] or module.startswith(OWNERS_OF_CUDA), f"{module} names torch.cuda"
+    assert not state or module == OWNER_OF_PROCESS_GROUPS, (
+        f"{module} imports {state}; only {OWNER_OF_PROCESS_GROUPS} may"
+    )
+    assert "torch.cuda." not in SOURCES[module] or module.startswith(OWNERS_OF_CUDA), (
+        f"{module} uses torch.cuda; ask looplm.megatron.device"
+    )
 
 
-@pytest.mark.parametrize("module", [name for name in PATHS if name.startswith(ALONE)])
-def test_the_reference_and_the_export_stand_alone(module: str) -> None:
+@pytest.mark.parametrize("module", [name for name in PATHS if name.startswith(INDEPENDENT)])
+def test_the_reference_and_the_export_import_none_of_our_modules(module: str) -> None:
     names = [name for name, _ in imported_names(module, TREES[module]) if name.split(".")[0] in (*PACKAGES, "tests")]
     ours = [name for name in names if not name.startswith("looplm.huggingface.export.")]
     assert not ours, f"{module} imports {ours}"
 
 
 @pytest.mark.parametrize("module", PATHS)
-def test_no_product_module_imports_the_tests(module: str) -> None:
+def test_no_product_module_imports_tests(module: str) -> None:
     names = [name for name, _ in imported_names(module, TREES[module]) if name.split(".")[0] == "tests"]
     assert not names, f"{module} imports {names}"
 
 
 @pytest.mark.parametrize("module", PATHS)
-def test_a_file_is_read_in_one_sitting(module: str) -> None:
+def test_a_file_can_be_read_in_one_sitting(module: str) -> None:
     lines = SOURCES[module].count("\n")
-    assert lines <= MAX_LINES, f"{PATHS[module].relative_to(ROOT)} has {lines} lines: a concept is missing"
+    assert lines <= MAX_LINES, (
+        f"{PATHS[module].relative_to(ROOT)} has {lines} lines, more than {MAX_LINES}; find the concept to move out"
+    )

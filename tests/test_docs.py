@@ -1,5 +1,7 @@
-"""The documentation names things that exist: modules, files, make targets, links and their anchors. The jobs that it
-submits are accepted by the launcher and by the command that they start. Generated pages are up to date."""
+"""The documentation names modules, files, make targets and links that exist, and its generated pages are up to date.
+
+The launcher and the commands accept the jobs that the pages submit.
+"""
 
 import ast
 import os
@@ -22,19 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 FOLDERS = ("looplm", "pretrain", "data_pipeline", "tools", "configs", "tests", "docs", "examples")
-# These describe the past: files that they name may be gone.
+# The log and the changelog describe the past, so the files that they name may be gone.
 CURRENT = [name for name in TEXTS if name not in ("docs/LOG.md", "CHANGELOG.md")]
 
 
 def code(text: str) -> str:
-    """Return the code of a page: its blocks and the words between backticks."""
+    """Return a page's code blocks and inline code."""
     blocks = re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", prose)])
 
 
 @pytest.mark.parametrize("name", CURRENT)
-def test_every_module_that_is_run_exists(name: str) -> None:
+def test_every_module_that_a_page_runs_exists(name: str) -> None:
     modules = set(re.findall(rf"-m ((?:{'|'.join(FOLDERS)})[\w.]*)", code(TEXTS[name])))
     paths = {module: ROOT / module.replace(".", "/") for module in modules}
     missing = [m for m, path in paths.items() if not any(map(Path.is_file, (Path(f"{path}.py"), path / "__main__.py")))]
@@ -42,8 +44,8 @@ def test_every_module_that_is_run_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CURRENT)
-def test_every_file_that_is_named_exists(name: str) -> None:
-    """Paths below one of our folders that are spelled out: no NAME, no star, no brace."""
+def test_every_file_that_a_page_names_exists(name: str) -> None:
+    """Only literal paths below our folders count: no NAME, no star, no brace."""
     paths = set(re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*{{}}-]*", code(TEXTS[name])))
     spelled = [path.rstrip(".") for path in paths if not re.search(r"[*{}]|[A-Z]{4}|…", path)]
     assert not [path for path in spelled if not (ROOT / path).exists()]
@@ -57,8 +59,8 @@ def test_every_make_target_exists(name: str) -> None:
     assert asked <= targets, sorted(asked - targets)
 
 
-def typed(program: str) -> list[list[str]]:
-    """Return the words of every command line of ``program`` that names only files of the repository."""
+def command_lines(program: str) -> list[list[str]]:
+    """Return the words of each command line of ``program`` in the pages whose configs are all in the repository."""
     lines = [line.strip() for name in CURRENT for line in code(TEXTS[name]).replace("\\\n", " ").splitlines()]
     commands = [
         shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ") and "…" not in line
@@ -70,27 +72,27 @@ def configs(words: list[str]) -> list[str]:
     return [value for key, value in pairwise(words) if key == "--config"]
 
 
-@pytest.mark.parametrize("words", typed("sbatch"), ids=" ".join)
-def test_every_job_that_is_submitted_is_understood(words: list[str]) -> None:
+@pytest.mark.parametrize("words", command_lines("sbatch"), ids=" ".join)
+def test_every_submitted_job_is_valid(words: list[str]) -> None:
     launcher = next(word for word in words if word.endswith(".sbatch"))
     arguments = words[words.index(launcher) + 1 :]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     command = ["bash", launcher, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=plain | {"DRY_RUN": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=outside | {"DRY_RUN": "1"}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(("srun ", "python -m data_pipeline.tokenize "))
     if "--config" in arguments:
-        read = PipelineConfig if launcher.endswith("preprocess.sbatch") else RunConfig
-        parse_config(read, arguments, prog="test", description="")
+        config_type = PipelineConfig if launcher.endswith("preprocess.sbatch") else RunConfig
+        parse_config(config_type, arguments, prog="test", description="")
 
 
-@pytest.mark.parametrize("words", typed("python -m pretrain.chain"), ids=" ".join)
-def test_every_chain_that_is_submitted_is_understood(words: list[str]) -> None:
+@pytest.mark.parametrize("words", command_lines("python -m pretrain.chain"), ids=" ".join)
+def test_every_submitted_sequence_of_stages_is_valid(words: list[str]) -> None:
     parse_config(SubmitConfig, words[3:], prog="test", description="")
 
 
-def test_the_jobs_of_the_cluster_page_are_found() -> None:
-    assert len(typed("sbatch")) >= 4 and len(typed("python -m pretrain.chain")) >= 4
+def test_there_are_submitted_jobs_to_check() -> None:
+    assert len(command_lines("sbatch")) >= 4 and len(command_lines("python -m pretrain.chain")) >= 4
 
 
 def anchors(text: str) -> set[str]:
@@ -102,7 +104,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_link_leads_somewhere(name: str) -> None:
+def test_every_link_has_a_target(name: str) -> None:
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
         if target.startswith(("http:", "https:")):
@@ -114,7 +116,7 @@ def test_every_link_leads_somewhere(name: str) -> None:
     assert not broken
 
 
-def test_the_readme_is_one_screen() -> None:
+def test_the_readme_is_short() -> None:
     readme = TEXTS["README.md"]
     assert readme.count("\n") <= 150 and len(readme.split()) <= 1300
 
@@ -139,14 +141,14 @@ def test_every_documented_module_exists() -> None:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
-def test_the_documentations_environment_holds_its_extra() -> None:
+def test_make_docs_installs_the_extra_named_docs() -> None:
     (docs,) = re.findall(r'"docs": (\[.*\])', (ROOT / "setup.py").read_text())
     declared = [re.split("[><=]", requirement)[0] for requirement in ast.literal_eval(docs)]
     (installed,) = re.findall(r"pip install --quiet -c constraints.txt (mkdocs .*)", (ROOT / "Makefile").read_text())
     assert shlex.split(installed) == declared
 
 
-def test_every_console_command_runs_a_module() -> None:
+def test_every_console_command_runs_an_existing_module() -> None:
     (names,) = re.findall(r"for command in (\(.*\))", (ROOT / "setup.py").read_text())
     source = (ROOT / "tools/commands.py").read_text()
     for command in ast.literal_eval(names):

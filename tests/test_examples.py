@@ -1,4 +1,4 @@
-"""The examples run: on the tiny model that they train themselves, and on a checkpoint whose gate was trained."""
+"""The examples run on a tiny model that they train, and on a checkpoint with a trained gate."""
 
 import re
 import runpy
@@ -18,7 +18,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture
 def quickstart(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_process_groups: None) -> Path:
-    """A working directory with a tiny ``runs/quickstart/gate``."""
+    """Change to a directory with a tiny ``runs/quickstart/gate``, and return it."""
     monkeypatch.chdir(tmp_path)
     runs, steps = tmp_path / "runs/quickstart", {"train_steps": 2, "warmup_steps": 0, "decay_steps": 0}
     stage1 = run_config(corpus, runs / "stage1", optim=steps)
@@ -42,26 +42,28 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_a_tiny_model_is_trained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_tiny_lowers_the_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(monkeypatch, "train_tiny.py", "--steps", "40")
     losses = [float(loss) for loss in re.findall(r"everything.* loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 3 and losses[-1] < losses[0] - 2
 
 
-def test_the_exits_of_a_tiny_model_are_shown(
+def test_look_at_exits_trains_a_model_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, "look_at_exits.py", "--steps", "4", "--text", "if x:\n")
     _, *tokens, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in tokens[:2]] == ["'i'", "'f'"] and len(tokens) == 5, "the last has no next token"
+    assert [line.split()[0] for line in tokens[:2]] == ["'i'", "'f'"] and len(tokens) == 5, (
+        "the last token has no next token to predict"
+    )
     assert last.startswith("mean depth ")
 
 
-def test_a_checkpoint_is_used_and_its_exits_are_shown(
+def test_the_examples_open_a_checkpoint(
     quickstart: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, "use_from_python.py")
-    assert re.search(r"\[[1-3](, [1-3]){7}\]$", capsys.readouterr().out), "the depths of eight tokens"
+    assert re.search(r"\[[1-3](, [1-3]){7}\]$", capsys.readouterr().out), "no depths of eight tokens"
     run(monkeypatch, "look_at_exits.py", "--checkpoint", "runs/quickstart/gate")
     *tokens, last = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"mean depth \S+ of 3, .*", last)
@@ -70,6 +72,6 @@ def test_a_checkpoint_is_used_and_its_exits_are_shown(
         assert sum(probabilities) == pytest.approx(1, abs=0.02)
 
 
-def test_the_block_of_the_documentation_is_the_example() -> None:
+def test_the_documentation_shows_the_example() -> None:
     block = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/inference.md").read_text(), re.MULTILINE | re.DOTALL)
     assert block and (EXAMPLES / "use_from_python.py").read_text().endswith(f'"""\n\n{block[1]}')

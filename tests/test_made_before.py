@@ -1,8 +1,8 @@
-"""Checkpoints and exports made at revision 4ac3b61 (0.1.0) open, compute the same numbers, and can be trained on.
+"""Checkpoints and exports made at revision 4ac3b61 (0.1.0) still open, compute the same values, and can be trained.
 
-``fixtures/made_at_4ac3b61.tar.xz`` holds two runs of three steps (``mla`` with the LRU gate and its sequence signal,
-``mha`` with the linear gate), their exports, their corpus, the gate logits and hidden states that the old code computed,
-and ``make.py``, the script that made it all.
+``fixtures/made_at_4ac3b61.tar.xz`` contains two runs of three steps (``mla`` with the LRU gate and its sequence signal,
+``mha`` with the linear gate), their exports, their corpus, the gate logits and hidden states that the code of that time
+computed, and ``make.py``, the script that made these files.
 """
 
 import json
@@ -23,18 +23,19 @@ from tools.convert_hf import main as convert
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = ROOT / "tests" / "fixtures" / "made_at_4ac3b61.tar.xz"
-KINDS = ("mla", "mha")
+RUNS = ("mla", "mha")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpack the archive."""
     folder = tmp_path_factory.mktemp("made")
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     return folder
 
 
-def assert_same_numbers(opened: OpenedModel, expected: Path) -> None:
+def assert_same_outputs(opened: OpenedModel, expected: Path) -> None:
     values = json.loads(expected.read_text())
     with torch.no_grad():
         output = opened.model(torch.tensor(values["ids"]))
@@ -42,14 +43,14 @@ def assert_same_numbers(opened: OpenedModel, expected: Path) -> None:
     torch.testing.assert_close(output.hidden[-1], torch.tensor(values["hidden_last"]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_old_checkpoint_opens_and_computes_the_same(kind, made, single_process):
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_old_checkpoint_computes_the_same_values(kind, made, single_process):
     opened = checkpoint.open_model(str(made / kind), single_process)
-    assert_same_numbers(opened, made / f"{kind}.json")
+    assert_same_outputs(opened, made / f"{kind}.json")
     assert opened.about.step == 3 and opened.about.objective == "entropy_regularised"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups):
     config = str(made / kind / "config.yaml")
     corpus = made / "corpus"
@@ -59,15 +60,15 @@ def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups):
     assert [row["step"] for row in train_rows(made / kind)] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_old_export_is_imported_and_loads_with_the_code_it_carries(
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_old_export_can_be_imported_and_loads_with_its_own_code(
     kind, made, tmp_path, single_process, keep_process_groups
 ):
     export, imported = made / f"export_{kind}", tmp_path / "imported"
     convert(["import", "--input", str(export), "--output", str(imported)])
-    assert_same_numbers(checkpoint.open_model(str(imported), single_process), made / f"{kind}.json")
+    assert_same_outputs(checkpoint.open_model(str(imported), single_process), made / f"{kind}.json")
     if kind == "mha":
-        return  # Ouro's layout: its code is on a hub
+        return  # an export in Ouro's layout contains no code
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32)
     opened = checkpoint.open_model(str(imported), single_process)
     ids_BS = torch.tensor(json.loads((made / "mla.json").read_text())["ids"])
@@ -77,7 +78,7 @@ def test_an_old_export_is_imported_and_loads_with_the_code_it_carries(
 
 
 def test_the_python_example_of_the_old_readme_still_runs(made):
-    """In a process of its own, as a user's script: module paths and names of 0.1 work and warn."""
+    """Module paths and names of 0.1 work, with a warning, in a script in its own process."""
     example = (
         "import torch\n"
         "from looplm import checkpoint, parallel\n"

@@ -1,4 +1,4 @@
-"""The install files and the Makefile's phases, without installing or training anything."""
+"""Install files and the Makefile's phases, checked without installing or training anything."""
 
 import ast
 import os
@@ -21,8 +21,8 @@ PHASES = [
     "looplm.generate",
     "pretrain.report",
 ]
-# Of `make ouro-tiny`: text, stage 1a, a deeper stack, 1b, 2 and 3, questions, 4, the gate, fine-tuning, what comes of it.
-CHAIN = [
+# Phases of `make ouro-tiny`: text, stage 1a, a deeper stack, 1b, 2 and 3, questions, 4, gate, fine-tuning, results.
+OURO_TINY_PHASES = [
     *("data_pipeline.tokenize", "pretrain.train", "tools.upcycle", *["pretrain.train"] * 3),
     *(*["data_pipeline.synthetic.questions"] * 2, "data_pipeline.tokenize", *["pretrain.train"] * 3),
     *("tools.convert_hf", "looplm.generate", *["pretrain.evaluate"] * 2, "pretrain.report", "pretrain.stage_jumps"),
@@ -36,26 +36,26 @@ def test_every_constraint_is_an_exact_pin() -> None:
     assert not [line for line in pins if not PIN.match(line)]
 
 
-def test_the_newest_constraints_name_the_newest_megatron_core_that_is_declared() -> None:
+def test_the_newest_constraints_pin_the_newest_declared_megatron_core() -> None:
     pins = [line for line in (ROOT / "constraints-newest.txt").read_text().splitlines() if not line.startswith("#")]
-    assert len(pins) == 1 and PIN.match(pins[0]), "a pin beside megatron-core would test another difference too"
+    assert len(pins) == 1 and PIN.match(pins[0]), "only megatron-core may differ from constraints.txt"
     version = [int(part) for part in pins[0].removeprefix("megatron-core==").split(".")]
     found = re.search(r"megatron-core>=([\d.]+),<([\d.]+)", (ROOT / "setup.py").read_text())
     assert found
     oldest, beyond = ([int(part) for part in bound.split(".")] for bound in found.groups())
-    assert oldest <= version < beyond and version[1] + 1 == beyond[1], "and constraints.txt holds the oldest"
+    assert oldest <= version < beyond and version[1] + 1 == beyond[1]
     assert f"megatron-core=={found[1]}\n" in (ROOT / "constraints.txt").read_text()
 
 
-def test_the_oldest_constraints_name_the_oldest_transformers_that_is_declared() -> None:
+def test_the_oldest_constraints_pin_the_oldest_declared_transformers() -> None:
     lines = (ROOT / "constraints-hf-oldest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if PIN.match(line))
-    assert set(pins) == {"huggingface-hub", "tokenizers", "transformers"}, "and what that one forces"
+    assert set(pins) == {"huggingface-hub", "tokenizers", "transformers"}, "transformers, and the pins that it needs"
     found = re.search(r"transformers>=([\d.]+)", (ROOT / "setup.py").read_text())
     assert found and re.fullmatch(rf"{re.escape(found[1])}(\.0)*", pins["transformers"])
 
 
-def test_transformer_engine_is_tested_beside_the_newest_megatron_core() -> None:
+def test_transformer_engine_is_tested_with_the_newest_megatron_core() -> None:
     pins, newest = ((ROOT / f"constraints-{name}.txt").read_text().splitlines() for name in ("te", "newest"))
     assert newest[-1] in pins
     assert not [line for line in pins if not line.startswith("#") and not PIN.match(line)]
@@ -76,8 +76,8 @@ def test_another_environment_takes_every_other_pin_from_constraints(name: str, c
     assert sorted(pins(f".venv-{name}/constraints.txt")) == sorted(changed + others)
 
 
-def test_what_is_imported_is_declared() -> None:
-    """A package that merely comes along with another one today would be missing tomorrow."""
+def test_every_imported_package_is_declared() -> None:
+    """A package that only another package requires may be missing after an upgrade."""
     words = [
         node.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Constant)
     ]
@@ -97,14 +97,14 @@ def test_what_is_imported_is_declared() -> None:
         for name in foreign
         if not {d.lower().replace("_", "-") for d in distributions.get(name, [name])} & declared
     }
-    assert not missing, f"imported, but not in setup.py: {sorted(missing)}"
+    assert not missing, f"imported, but not declared in setup.py: {sorted(missing)}"
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The Makefile beside empty configs, and a .venv whose python only writes down which module it was asked to run.
+    """Return a directory with the Makefile, empty configs, and a Python that only records the modules it should run.
 
-    It fails for the module that the file ``broken`` names.
+    That Python fails for a module named in the file ``broken``.
     """
     shutil.copy(ROOT / "Makefile", tmp_path)
     configs = tmp_path / "configs/quickstart"
@@ -122,29 +122,29 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def quickstart(checkout: Path, target: str = "quickstart") -> tuple[int, list[str]]:
-    """Exit status of ``make quickstart`` and the modules it ran."""
+def make(checkout: Path, target: str = "quickstart") -> tuple[int, list[str]]:
+    """Run ``make TARGET``, and return its exit status and the modules that it ran."""
     (checkout / "ran").write_text("")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(["make", target], cwd=checkout, capture_output=True, env=environment, check=False)
     return done.returncode, (checkout / "ran").read_text().split()
 
 
-def test_quickstart_skips_what_is_done(checkout: Path) -> None:
-    assert quickstart(checkout) == (0, PHASES)
-    assert quickstart(checkout) == (0, [])
+def test_quickstart_skips_finished_phases(checkout: Path) -> None:
+    assert make(checkout) == (0, PHASES)
+    assert make(checkout) == (0, [])
 
 
-def test_quickstart_takes_up_a_failed_phase_again(checkout: Path) -> None:
+def test_quickstart_repeats_a_failed_phase(checkout: Path) -> None:
     (checkout / "broken").write_text("pretrain.evaluate\n")
-    assert quickstart(checkout) == (2, PHASES[:4])
-    assert quickstart(checkout) == (2, PHASES[3:4])
+    assert make(checkout) == (2, PHASES[:4])
+    assert make(checkout) == (2, PHASES[3:4])
     (checkout / "broken").write_text("")
-    assert quickstart(checkout) == (0, PHASES[3:])
+    assert make(checkout) == (0, PHASES[3:])
 
 
-def test_quickstart_makes_anew_what_hangs_on_a_changed_config(checkout: Path) -> None:
-    quickstart(checkout)
+def test_quickstart_reruns_the_phases_that_depend_on_a_changed_config(checkout: Path) -> None:
+    make(checkout)
     results = {name: checkout / "runs/quickstart" / name / "result" for name in ("data", "stage1", "gate")}
     for path in results.values():
         path.parent.mkdir()
@@ -152,30 +152,30 @@ def test_quickstart_makes_anew_what_hangs_on_a_changed_config(checkout: Path) ->
     stamp = (checkout / "runs/quickstart/.done/report").stat().st_mtime
     os.utime(checkout / "configs/quickstart/pretrain.yaml", (stamp + 10, stamp + 10))
     (checkout / "broken").write_text("pretrain.train\n")
-    assert quickstart(checkout) == (2, PHASES[1:2])
+    assert make(checkout) == (2, PHASES[1:2])
     assert [name for name, path in results.items() if path.exists()] == ["data", "gate"]
     results["stage1"].parent.mkdir()
-    results["stage1"].touch()  # what the phase wrote before it broke: it goes on from there
+    results["stage1"].touch()  # written by the phase before it failed; the phase resumes from it
     (checkout / "broken").write_text("")
     os.utime(checkout / "configs/quickstart/pretrain.yaml")
-    assert quickstart(checkout) == (0, PHASES[1:])
+    assert make(checkout) == (0, PHASES[1:])
     assert [name for name, path in results.items() if path.exists()] == ["data", "stage1"]
 
 
-def test_ouro_tiny_runs_its_phases_once_and_looks_at_the_jumps_every_time(checkout: Path) -> None:
-    assert quickstart(checkout, "ouro-tiny") == (0, CHAIN)
-    assert quickstart(checkout, "ouro-tiny") == (0, CHAIN[-1:])
+def test_ouro_tiny_runs_its_phases_once_and_checks_the_stage_jumps_every_time(checkout: Path) -> None:
+    assert make(checkout, "ouro-tiny") == (0, OURO_TINY_PHASES)
+    assert make(checkout, "ouro-tiny") == (0, OURO_TINY_PHASES[-1:])
     (checkout / "broken").write_text("pretrain.stage_jumps\n")
-    assert quickstart(checkout, "ouro-tiny") == (2, CHAIN[-1:])
+    assert make(checkout, "ouro-tiny") == (2, OURO_TINY_PHASES[-1:])
 
 
-def test_ouro_tiny_makes_anew_the_stages_from_a_changed_one_on(checkout: Path) -> None:
-    quickstart(checkout, "ouro-tiny")
+def test_ouro_tiny_reruns_a_changed_stage_and_all_later_ones(checkout: Path) -> None:
+    make(checkout, "ouro-tiny")
     stages = ("stage1b", "stage4", "gate", "sft")
     for name in stages:
         (checkout / "runs/ouro-tiny" / name).mkdir()
     stamp = (checkout / "runs/ouro-tiny/.done/report").stat().st_mtime
     os.utime(checkout / "configs/ouro-tiny/stage4.yaml", (stamp + 10, stamp + 10))
     (checkout / "broken").write_text("tools.convert_hf\n")
-    assert quickstart(checkout, "ouro-tiny") == (2, [*["pretrain.train"] * 3, "tools.convert_hf"])
+    assert make(checkout, "ouro-tiny") == (2, [*["pretrain.train"] * 3, "tools.convert_hf"])
     assert [name for name in stages if (checkout / "runs/ouro-tiny" / name).exists()] == ["stage1b"]

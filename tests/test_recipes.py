@@ -1,4 +1,4 @@
-"""Every shipped recipe parses, and the parameter count it predicts is the one it gets."""
+"""Every shipped recipe parses, and predicted parameters and FLOPs are the real ones."""
 
 import dataclasses
 from functools import cache
@@ -32,10 +32,10 @@ RECIPES = {
     ],
     "upcycling study, plain attention": ["quickstart/pretrain.yaml", "upcycle-study/mha.yaml"],
 }
-# Ouro's stages, each on top of those before it; the larger model joins at 1b with twice the layers.
+# Ouro's stages; each config overrides the previous ones. The larger model starts at 1b with twice the layers.
 STAGES = ("stage1a", "stage1b", "stage2", "stage3", "stage4", "gate", "sft")
 TOKENS = {"stage1a": 3e12, "stage1b": 3e12, "stage2": 1.4e12, "stage3": 20e9, "stage4": 300e9}
-TOKENS["sft"] = 2 * 8.3e6 * 6000  # epochs, conversations, and our guess of tokens in one
+TOKENS["sft"] = 2 * 8.3e6 * 6000  # epochs, conversations, and an estimate of tokens per conversation
 TINY = {
     f"tiny, {stage}": ["ouro-tiny/mha.yaml", *(f"ouro-tiny/{one}.yaml" for one in STAGES[: number + 1])]
     for number, stage in enumerate(STAGES)
@@ -48,7 +48,7 @@ DATA = [
 
 
 def ouro(size: str, kind: str, stage: str) -> list[str]:
-    """The files of a stage."""
+    """Return the config files of a stage."""
     names = [f"ouro-1.4b/{kind}.yaml"]
     names += [f"ouro-1.4b/{before}.yaml" for before in STAGES[: STAGES.index(stage) + 1]]
     return names if size == "1.4b" else [*names, f"ouro-2.6b/{kind}.yaml", f"ouro-2.6b/{stage}.yaml"]
@@ -63,7 +63,7 @@ OURO = {
 MHA = ModelConfig(
     vocab_size=96, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, attention="mha"
 )
-SHAPES = {
+MODELS = {
     "mla": MODEL,
     "mla with a query latent": dataclasses.replace(MODEL, q_lora_rank=12),
     "mla without sandwich norms": dataclasses.replace(MODEL, sandwich_norm=False),
@@ -96,7 +96,7 @@ def count(model: LoopLM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_every_training_recipe_is_listed_here():
+def test_every_training_recipe_is_tested_here():
     paths = [path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "chain.yaml"]
     shipped = {str(path.relative_to(ROOT / "configs")) for path in paths}
     listed = {name for names in (*RECIPES.values(), *TINY.values(), *OURO.values()) for name in names}
@@ -105,11 +105,11 @@ def test_every_training_recipe_is_listed_here():
 
 
 @pytest.mark.parametrize("path", DATA, ids=str)
-def test_data_recipe_parses(path):
+def test_a_data_recipe_parses(path):
     assert data_recipe(path).sources
 
 
-def test_every_prefix_that_a_recipe_trains_on_is_made_by_a_data_recipe():
+def test_a_data_recipe_writes_every_prefix_that_a_training_recipe_reads():
     made = set()
     for path in DATA:
         data = data_recipe(path)
@@ -119,35 +119,37 @@ def test_every_prefix_that_a_recipe_trains_on_is_made_by_a_data_recipe():
         assert made >= {source.prefix for source in (*config.data.train, *config.data.valid)}, names
 
 
-def test_conversations_are_trained_on_in_the_last_stage_alone():
-    talks = set()
+def test_only_the_last_stage_trains_on_conversations():
+    conversations = set()
     for path in DATA:
         data = data_recipe(path)
-        talks |= {f"{data.output_dir}/{source.name}_train" for source in data.sources if source.chat is not None}
+        conversations |= {
+            f"{data.output_dir}/{source.name}_train" for source in data.sources if source.chat is not None
+        }
     for names in (*TINY.values(), *OURO.values()):
-        chat = [source.prefix in talks for source in load(*names).data.train]
+        chat = [source.prefix in conversations for source in load(*names).data.train]
         assert all(chat) if "sft.yaml" in names[-1] else not any(chat), names
 
 
-def test_ouro_tiny_is_the_same_chain_in_small():
-    """Loops, beta, RoPE base and schedule as in Ouro; sequences and learning rates in its proportions."""
+def test_ouro_tiny_scales_down_every_stage_of_ouro():
+    """Loops, beta, RoPE base and schedule are equal; lengths and learning rates are in proportion."""
     for stage in STAGES:
-        tiny, real = load(*TINY[f"tiny, {stage}"]), load(*OURO["1.4b", "mha", stage])
+        tiny, full = load(*TINY[f"tiny, {stage}"]), load(*OURO["1.4b", "mha", stage])
         assert (tiny.model.num_loops, tiny.loss.beta, tiny.model.rope_base) == (
-            real.model.num_loops,
-            real.loss.beta,
-            real.model.rope_base,
+            full.model.num_loops,
+            full.loss.beta,
+            full.model.rope_base,
         )
-        assert (tiny.loss.objective, tiny.optim.schedule) == (real.loss.objective, real.optim.schedule)
-        assert 32 * tiny.data.seq_length == real.data.seq_length
-        assert 32 * tiny.model.max_sequence_length == real.model.max_sequence_length
+        assert (tiny.loss.objective, tiny.optim.schedule) == (full.loss.objective, full.optim.schedule)
+        assert 32 * tiny.data.seq_length == full.data.seq_length
+        assert 32 * tiny.model.max_sequence_length == full.model.max_sequence_length
         assert tiny.model.num_layers == (2 if stage == "stage1a" else 4)
         if stage.startswith("stage"):
-            assert tiny.optim.lr / real.optim.lr == pytest.approx(20 / 3)
+            assert tiny.optim.lr / full.optim.lr == pytest.approx(20 / 3)
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *TINY])
-def test_recipe_has_the_predicted_parameters(recipe, single_process):
+def test_a_recipe_has_the_predicted_parameters(recipe, single_process):
     config = load(*(RECIPES | TINY)[recipe])
     with torch.device("meta"):
         built = count(LoopLM(config.model, config.gate, single_process))
@@ -175,7 +177,7 @@ def test_ouro_has_the_predicted_parameters(size, kind, expected, single_process)
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
 @pytest.mark.parametrize("size", ["1.4b", "2.6b"])
-def test_ouro_is_a_chain_of_stages_with_the_published_tokens(size, kind):
+def test_ouros_stages_continue_each_other_and_train_on_the_published_tokens(size, kind):
     before = None
     for stage in STAGES[size == "2.6b" :]:
         config = load(*OURO[size, kind, stage])
@@ -190,22 +192,22 @@ def test_ouro_is_a_chain_of_stages_with_the_published_tokens(size, kind):
         assert config.loss.beta == (0.1 if stage == "stage1a" else 0.05)
         if before is not None:
             assert config.checkpoint.initial == before.output_dir
-            shapes = [dataclasses.asdict(one.model) for one in (before, config)]
-            changed = {key for key in shapes[0] if shapes[0][key] != shapes[1][key]}
-            assert changed <= CHANGEABLE, "these cannot change between stages"
+            models = [dataclasses.asdict(one.model) for one in (before, config)]
+            changed = {key for key in models[0] if models[0][key] != models[1][key]}
+            assert changed <= CHANGEABLE, "these keys cannot change between stages"
         before = config
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_predicted_parameters_of_every_shape(shape, gate, single_process):
-    expected = sum(parameter_counts(SHAPES[shape], GATES[gate]).values())
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_the_predicted_parameters(name, gate, single_process):
+    expected = sum(parameter_counts(MODELS[name], GATES[gate]).values())
     for loops in (1, 4):
-        model = dataclasses.replace(SHAPES[shape], num_loops=loops)
+        model = dataclasses.replace(MODELS[name], num_loops=loops)
         assert count(LoopLM(model, GATES[gate], single_process)) == expected
 
 
-def test_the_released_ouro_has_its_published_size():
+def test_ouro_has_its_published_size():
     ouro = ModelConfig(
         vocab_size=49_152,
         hidden_size=2048,
@@ -218,10 +220,10 @@ def test_the_released_ouro_has_its_published_size():
     assert cache_values_per_token(ouro, 4) * 2 == 768 * 1024  # 768 KiB per token in bf16
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_predicted_flops_are_those_torch_counts(shape, single_process):
-    """On the unfused kernel, where torch counts every token seeing every other; ours counts the causal half."""
-    model, gate, length = SHAPES[shape], GATES["linear"], 16
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_flops_equal_those_that_torch_counts(name, single_process):
+    """Torch counts the whole score matrix of the unfused kernel; our formula counts its causal half."""
+    model, gate, length = MODELS[name], GATES["linear"], 16
     looped = LoopLM(model, gate, single_process)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         output = looped(torch.zeros(1, length, dtype=torch.long))

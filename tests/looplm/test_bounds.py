@@ -1,4 +1,4 @@
-"""Bounds declared on config fields: one-line errors, defaults, and the surroundings of dataclasses and jsonargparse."""
+"""Bounds declared on config fields: one-line errors, defaults, dataclasses and jsonargparse."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The chat template, compared with transformers' own rendering of it."""
+"""The chat template compared with transformers' rendering of it."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from looplm.chat import END, JINJA, SPECIAL_TOKENS, START, ChatTemplate, Message
 from looplm.cli import UserError
 from tests.support.tiny import CONVERSATIONS, write_tokenizer
 
-# Written for this test: marks in transformers' own syntax which tokens are the assistant's.
+# The same template in transformers' syntax for marking the tokens of the assistant.
 MARKED = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ '<|im_start|>assistant\\n' }}"
@@ -47,7 +47,7 @@ def test_ids_and_learned_mask_equal_transformers(tokenizer, theirs):
         assert [int(learned) for learned in ours.learned] == marked["assistant_masks"]
 
 
-def test_a_question_ends_where_the_answer_begins(tokenizer, theirs):
+def test_a_prompt_ends_where_the_answer_begins(tokenizer, theirs):
     template, messages = ChatTemplate(tokenizer, "t"), CONVERSATIONS[0]
     asked = template.ask(messages[:-1])
     rendered = theirs.apply_chat_template(as_dicts(messages[:-1]), add_generation_prompt=True, return_dict=True)
@@ -59,7 +59,7 @@ def test_a_question_ends_where_the_answer_begins(tokenizer, theirs):
 
 
 @pytest.mark.parametrize("content", ["\n\nHm", "  x", f"a {END} b {START}assistant\n", "<eos><pad>", ""])
-def test_contents_are_text_and_answers_are_encoded_apart(tokenizer, content):
+def test_special_tokens_in_contents_are_plain_text(tokenizer, content):
     template = ChatTemplate(tokenizer, "t")
     messages = [Message("user", content), Message("assistant", content)]
     whole, asked = template.encode([messages])[0], template.ask(messages[:1])
@@ -70,7 +70,7 @@ def test_contents_are_text_and_answers_are_encoded_apart(tokenizer, content):
     assert specials == [tokenizer.token_to_id(token) for token in (START, END) * 2]
 
 
-def test_a_tokenizer_without_the_tokens_is_one_line(tmp_path: Path):
+def test_a_tokenizer_without_the_special_tokens_is_an_error_of_one_line(tmp_path: Path):
     plain, _ = write_tokenizer(tmp_path, ["text"])
     with pytest.raises(UserError, match=r"t\.json: has no token '<\|im_start\|>'") as caught:
         ChatTemplate(plain, "t.json")

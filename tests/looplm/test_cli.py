@@ -1,4 +1,4 @@
-"""The command line: positionals, switches, subcommands, --help, and where a wrong value comes from."""
+"""The command line: positionals, switches, subcommands, --help, and the origin of wrong values."""
 
 import ast
 import re
@@ -55,13 +55,13 @@ def command(*argv: str) -> tuple[str, object]:
     return parse_command({"verify": Verify, "report": Report}, argv, prog="python -m x", description="Two things.")
 
 
-def test_positionals_and_switches():
+def test_positionals_and_switches_may_be_in_any_order():
     assert verify("a") == Verify(prefix=("a",))
     assert verify("--deep", "a", "b", "--limit", "4") == verify("a", "b", "--limit=4", "--deep")
     assert verify("a", "--deep") == Verify(prefix=("a",), deep=True, limit=3)
 
 
-def test_subcommands():
+def test_a_subcommand_has_its_own_config():
     assert command("verify", "a", "--deep") == ("verify", Verify(prefix=("a",), deep=True))
     assert command("report", "a", "--output=b") == ("report", Report(run=Path("a"), output=Path("b")))
 
@@ -87,24 +87,24 @@ def test_a_mistake_is_one_line_and_exit_status_2(argv, message, monkeypatch, cap
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def shown(capsys, *argv: str) -> str:
+def help_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as ended:
         command(*argv)
     assert ended.value.code == 0
     return capsys.readouterr().out
 
 
-def test_help_of_subcommands(capsys):
-    overview = shown(capsys, "--help")
+def test_help_lists_the_subcommands_and_each_shows_its_own(capsys):
+    overview = help_text(capsys, "--help")
     assert overview.startswith("usage: python -m x COMMAND [--KEY VALUE]...\n\nTwo things.\n")
     assert "  verify      Check token files.\n  report      Draw a run.\n" in overview
-    own = shown(capsys, "verify", "--help")
+    own = help_text(capsys, "verify", "--help")
     usage = "usage: python -m x verify PREFIX... [--config FILE]... [--KEY VALUE]...\n"
     assert own.startswith(f"{usage}\nCheck token files.\n\nRead their manifests.\n")
     assert "read everything." in own and "(type: int, default: 3)" in own
 
 
-def test_help_is_usage_then_examples_as_written_then_keys_by_section(capsys):
+def test_help_shows_usage_then_examples_then_keys_by_section(capsys):
     examples = "    python -m train --config a.yaml\n    python -m train --config a.yaml --model.num_loops 8"
     with pytest.raises(SystemExit):
         parse_config(RunConfig, ["--help"], prog="python -m train", description=f"Train.\n\n{examples}\n")
@@ -156,7 +156,7 @@ def parse_run(*files: Path, argv: tuple[str, ...] = ()) -> RunConfig:
     return parse_config(RunConfig, [*flags, *argv], prog="p", description="")
 
 
-def test_the_line_is_that_of_the_value_in_effect(tmp_path):
+def test_an_error_names_the_line_of_the_value_in_effect(tmp_path):
     base, first, second = (tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml"))
     base.write_text(BASE)
     first.write_text("model: {num_loops: 0}")
@@ -177,8 +177,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_shows_an_example(path):
-    """Each command shows its module's docstring above the keys."""
+def test_every_commands_help_shows_an_example(path):
+    """A command's help begins with its module's docstring."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     assert re.search(rf"-m {re.escape(module)}\b", text)

@@ -47,7 +47,7 @@ def checkpoint(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> str:
     return "--checkpoint=runs/any"
 
 
-def test_command_writes_samples(
+def test_the_command_writes_samples(
     checkpoint: str, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "samples.jsonl"
@@ -67,7 +67,9 @@ def test_command_writes_samples(
     assert "\033" not in printed and printed.count("\n---\n") == 3 and "of 4 trained loops" in printed
 
 
-def test_command_counts_drafts_and_tokens_beyond_training(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_counts_accepted_drafts_and_tokens_beyond_training(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     command.main([checkpoint, "--prompt=ab", "--max_new_tokens=8", "--temperature=0", "--speculate=2", "--depth=5"])
     printed = capsys.readouterr().out
     assert "8 of them ran deeper than the model was trained" in printed and "drafted tokens accepted (" in printed
@@ -75,10 +77,10 @@ def test_command_counts_drafts_and_tokens_beyond_training(checkpoint: str, capsy
 
 def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
     """Type lines at the terminal, then end the input."""
-    coming = iter([*lines, EOFError])
+    pending = iter([*lines, EOFError])
 
     def ask(_: str) -> str:
-        line = next(coming)
+        line = next(pending)
         if isinstance(line, str):
             return line
         raise line
@@ -86,18 +88,17 @@ def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException
     monkeypatch.setattr("builtins.input", ask)
 
 
-def test_conversation(
+def test_each_answer_continues_the_conversation_and_reset_starts_over(
     checkpoint: str, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each answer continues the whole conversation; /reset starts over."""
     type_lines(monkeypatch, "def f(x):", "return", "/reset", "return")
     command.main([checkpoint, "--interactive=true", "--max_new_tokens=5", "--temperature=0"])
     config = replace(GREEDY, max_new_tokens=5)
-    said, answers = list[int](), []
+    conversation, answers = list[int](), []
     for line in ("def f(x):\n", "return\n"):
-        said += TOKENIZER.encode(line).ids
-        [answer] = generator.generate([said], config)
-        said += answer.ids + ([] if answer.text.endswith("\n") else TOKENIZER.encode("\n").ids)
+        conversation += TOKENIZER.encode(line).ids
+        (answer,) = generator.generate([conversation], config)
+        conversation += answer.ids + ([] if answer.text.endswith("\n") else TOKENIZER.encode("\n").ids)
         answers.append(answer.text)
     answers.append(generator.generate(["return\n"], config)[0].text)
     printed = capsys.readouterr().out
@@ -107,20 +108,20 @@ def test_conversation(
         assert found
 
 
-def test_conversation_drops_the_oldest_text_and_survives_an_interrupted_answer(
+def test_a_conversation_drops_its_oldest_text_and_survives_an_interrupted_answer(
     checkpoint: str, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[list[int]] = []
     generate = Generator.generate
 
-    def watched(self: Generator, prompts: list[Request], config: GenerationConfig, hear: object) -> list[Generation]:
+    def recorded(self: Generator, prompts: list[Request], config: GenerationConfig, hear: object) -> list[Generation]:
         asked.append(list(prompts[0].prompt))
         if len(asked) == 2:
             hear(0, Token(65, "b", 4))  # type: ignore[operator]
             raise KeyboardInterrupt
         return generate(self, prompts, config, hear)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Generator, "generate", watched)
+    monkeypatch.setattr(Generator, "generate", recorded)
     type_lines(monkeypatch, "x" * 500, "y", "z")
     command.main([checkpoint, "--interactive=true", "--max_new_tokens=20"])
     assert [len(ids) for ids in asked] == [108] * 3
@@ -128,22 +129,22 @@ def test_conversation_drops_the_oldest_text_and_survives_an_interrupted_answer(
     assert asked[2][-4:] == [65, *newline, *TOKENIZER.encode("z").ids, *newline]
 
 
-def test_opening_a_generator(checkpoint: str, generator: Generator) -> None:
+def test_an_opened_generator_equals_one_that_is_built(checkpoint: str, generator: Generator) -> None:
     opened = Generator.open(checkpoint)
     assert opened.generate(["ab"], GREEDY) == generator.generate(["ab"], GREEDY)
-    assert opened.generate(["ab"])[0].error is None, "settings are optional"
+    assert opened.generate(["ab"])[0].error is None, "the settings are not optional"
 
 
 @pytest.mark.parametrize("prompt", ["a", "[1, 2]", "x: y", "{", "null"])
-def test_command_streams_one_prompt(
+def test_the_command_streams_one_prompt(
     prompt: str, checkpoint: str, generator: Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command.main([checkpoint, f"--prompt={prompt}", "--max_new_tokens=4", "--temperature=0"])
-    [generation] = generator.generate([prompt], replace(GREEDY, max_new_tokens=4))
+    (generation,) = generator.generate([prompt], replace(GREEDY, max_new_tokens=4))
     assert capsys.readouterr().out.startswith(prompt + generation.text + "\n\n4 tokens")
 
 
-def test_colors_on_a_terminal(
+def test_a_terminal_shows_depths_as_colors(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -170,7 +171,7 @@ def test_colors_on_a_terminal(
         (["--prompts={tmp}/long.txt", "--output={tmp}/samples.jsonl"], "prompt 1 of 1: the prompt has 128"),
     ],
 )
-def test_command_refuses_in_one_line(
+def test_the_command_refuses_wrong_input_in_one_line(
     arguments: list[str],
     message: str,
     checkpoint: str,
@@ -188,6 +189,6 @@ def test_command_refuses_in_one_line(
     assert not (tmp_path / "samples.jsonl").exists()
 
 
-def test_quickstart_prompts() -> None:
+def test_the_quickstarts_prompts_are_read() -> None:
     prompts = command.read_prompts(str(Path(__file__).parents[2] / "configs" / "quickstart" / "prompts.txt"))
     assert len(prompts) == 4 and any("\n" in prompt for prompt in prompts)

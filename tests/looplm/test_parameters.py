@@ -1,4 +1,4 @@
-"""The table of parameters against the reference's own formulas and against real modules, for every kind of model."""
+"""The table of parameters compared with the reference and with real modules, for every kind of model."""
 
 import dataclasses
 import itertools
@@ -47,27 +47,27 @@ def test_names_and_shapes_equal_the_built_model(model: str, gate: str, single_pr
 
 
 @pytest.mark.parametrize(("model", "gate"), CASES)
-def test_rows_hold_as_many_values_as_their_parts(model: str, gate: str) -> None:
+def test_a_row_has_as_many_values_as_its_hugging_face_parts(model: str, gate: str) -> None:
     for row in parameters(MODELS[model], EXIT_GATES[gate]):
         parts = sum(torch.Size(shape).numel() for shape in row.hugging_face_parts.values())
         assert row.size == parts == torch.Size(row.shape).numel(), row.name
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_splits_divide_the_dimension_that_they_name(model: str) -> None:
+def test_a_tensor_split_divides_its_dimension(model: str) -> None:
     for row in parameters(MODELS[model], GateConfig()):
         if row.tensor_split is not None:
             assert row.shape[row.tensor_split.dim] % row.tensor_split.units == 0, row.name
 
 
-def test_the_tensor_parallel_size_divides_heads_groups_widths_and_vocabulary() -> None:
+def test_the_tensor_parallel_size_must_divide_heads_groups_widths_and_vocabulary() -> None:
     heads = {"model.num_attention_heads": 4, "model.ffn_hidden_size": 48, "model.vocab_size": 320}
     assert tensor_parallel_units(MODELS["mla"]) == heads
     assert tensor_parallel_units(MODELS["gqa, biases, norms"]) == heads | {"model.num_query_groups": 2}
 
 
 @pytest.mark.parametrize(("model", "gate"), CASES)
-def test_weight_decay_spares_vectors_and_the_gate(model: str, gate: str, single_process) -> None:
+def test_weight_decay_excludes_vectors_and_the_gate(model: str, gate: str, single_process) -> None:
     built = LoopLM(MODELS[model], EXIT_GATES[gate], single_process)
     matrices = {name for name, tensor in built.named_parameters() if tensor.dim() > 1 and not name.startswith("gate.")}
     assert decayed_names(MODELS[model], EXIT_GATES[gate]) == matrices
@@ -78,7 +78,7 @@ def test_the_number_of_loops_changes_no_parameter() -> None:
     assert parameters(model, gate) == parameters(dataclasses.replace(model, num_loops=9), gate)
 
 
-def test_a_tied_embedding_is_still_multiplied_as_the_head() -> None:
+def test_a_tied_head_has_no_parameters_but_as_many_flops() -> None:
     tied, gate = MODELS["query latent, tied"], GateConfig()
     untied = dataclasses.replace(tied, tie_embeddings=False)
     assert forward_flops_per_token(tied, gate, 64, 2) == forward_flops_per_token(untied, gate, 64, 2)

@@ -1,7 +1,7 @@
-"""A run may change its layout between two steps: nothing but speed changes.
+"""A run may resume in another parallel layout: only its speed changes.
 
-A whole run and one that made three steps in one layout and three in another, fp32 and bf16; Megatron's plain and
-distributed optimizers read each other's state.
+Uninterrupted runs are compared with runs that train three steps in one layout and three in another, in fp32 and bf16.
+Megatron's plain and distributed optimizers read each other's state.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ DATA = {"micro_batch_size": 2, "global_batch_size": 8}
 PLAIN = ParallelConfig()
 CP2, PP2 = ParallelConfig(context=2), ParallelConfig(pipeline=2)
 DIST = ParallelConfig(distributed_optimizer=True)
-BOTH = ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True)
+DIST_OVERLAP = ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True)
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
 LAST = "step_00000006"
 
 
-def run_of(corpus: Path, folder: Path, layout: ParallelConfig, precision: str = "fp32") -> RunConfig:
-    """Six steps, with a save after three."""
+def config_of(corpus: Path, folder: Path, layout: ParallelConfig, precision: str = "fp32") -> RunConfig:
+    """Return a run of six steps that saves after three."""
     return run_config(
         corpus,
         folder,
@@ -45,11 +45,11 @@ def run_of(corpus: Path, folder: Path, layout: ParallelConfig, precision: str = 
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
-    """Training lines of each run: whole ones by their layout; ``A to B`` made three steps in A and three in B."""
+    """Return the training rows of each run. ``A`` ran in layout A without interruption, ``A to B`` resumed in B."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def begun(source: str, target: str) -> Path:
-        """A copy of a whole run that died before its last save."""
+    def interrupted(source: str, target: str) -> Path:
+        """Return a copy of an uninterrupted run as if it had died before its last save."""
         copy = folder / f"{source} to {target}"
         shutil.copytree(folder / source, copy)
         (copy / "checkpoints" / LAST / "manifest.json").unlink()
@@ -58,42 +58,45 @@ def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
         return copy
 
     def job(path: Path, layout: ParallelConfig, precision: str = "fp32") -> Callable[[], None]:
-        return partial(worker.run_training, run_of(corpus, path, layout, precision))
+        return partial(worker.run_training, config_of(corpus, path, layout, precision))
 
-    def alone(path: Path) -> None:
-        worker.run_training(run_of(corpus, path, PLAIN))
+    def train_alone(path: Path) -> None:
+        worker.run_training(config_of(corpus, path, PLAIN))
 
     def with_fewer_loops(path: Path, layout: ParallelConfig) -> RunConfig:
-        """A next stage that starts from the weights of ``alone`` and runs 2 of its 3 loops."""
-        config, fewer = run_of(corpus, path, layout), dataclasses.replace(MLA, num_loops=2)
+        """Return a stage that starts from the weights of ``alone`` and runs 2 of its 3 loops."""
+        config, fewer = config_of(corpus, path, layout), dataclasses.replace(MLA, num_loops=2)
         initial = dataclasses.replace(config.checkpoint, initial=str(folder / "alone"))
         return dataclasses.replace(config, model=fewer, checkpoint=initial)
 
-    alone(folder / "alone")
+    train_alone(folder / "alone")
     worker.run_training(with_fewer_loops(folder / "fewer loops", PLAIN))
-    whole = {"DP2": PLAIN, "CP2": CP2, "DP2 dist overlap": BOTH}
-    jobs = [job(folder / name, layout) for name, layout in whole.items()]
-    jobs += [job(folder / "DP2 bf16", PLAIN, "bf16"), job(folder / "DP2 dist overlap bf16", BOTH, "bf16")]
+    uninterrupted = {"DP2": PLAIN, "CP2": CP2, "DP2 dist overlap": DIST_OVERLAP}
+    jobs = [job(folder / name, layout) for name, layout in uninterrupted.items()]
+    jobs += [job(folder / "DP2 bf16", PLAIN, "bf16"), job(folder / "DP2 dist overlap bf16", DIST_OVERLAP, "bf16")]
     jobs += [partial(worker.run_training, with_fewer_loops(folder / "fewer loops at PP2", PP2))]
-    jobs += [job(begun("alone", "DP2 dist overlap"), BOTH), job(begun("alone", "CP2"), CP2)]
+    jobs += [job(interrupted("alone", "DP2 dist overlap"), DIST_OVERLAP), job(interrupted("alone", "CP2"), CP2)]
     launch(2, jobs, folder)
 
     if EVERYTHING:
-        jobs = [job(folder / "TP2 PP2", TP2_PP2), job(begun("alone", "TP2 PP2"), TP2_PP2)]
-        jobs += [job(begun("DP2 dist overlap", "TP2 PP2"), TP2_PP2)]
-        jobs += [job(begun("DP2 dist overlap", "TP2 DP2 dist"), dataclasses.replace(DIST, tensor=2))]
+        jobs = [job(folder / "TP2 PP2", TP2_PP2), job(interrupted("alone", "TP2 PP2"), TP2_PP2)]
+        jobs += [job(interrupted("DP2 dist overlap", "TP2 PP2"), TP2_PP2)]
+        jobs += [job(interrupted("DP2 dist overlap", "TP2 DP2 dist"), dataclasses.replace(DIST, tensor=2))]
         launch(4, jobs, folder)
 
-    jobs = [job(begun("TP2 PP2", "DP2 dist overlap"), BOTH)] if EVERYTHING else []
-    jobs += [job(begun("DP2", "DP2 dist"), DIST)]
-    jobs += [job(begun("DP2 dist overlap", "DP2"), PLAIN), job(begun("DP2 dist overlap", "the same"), BOTH)]
-    jobs += [job(begun("DP2 bf16", "DP2 dist bf16"), DIST, "bf16")]
-    jobs += [job(begun("DP2 dist overlap bf16", "DP2 bf16"), PLAIN, "bf16")]
-    jobs += [job(begun("DP2 dist overlap bf16", "the same"), BOTH, "bf16")]
+    jobs = [job(interrupted("TP2 PP2", "DP2 dist overlap"), DIST_OVERLAP)] if EVERYTHING else []
+    jobs += [job(interrupted("DP2", "DP2 dist"), DIST)]
+    jobs += [
+        job(interrupted("DP2 dist overlap", "DP2"), PLAIN),
+        job(interrupted("DP2 dist overlap", "the same"), DIST_OVERLAP),
+    ]
+    jobs += [job(interrupted("DP2 bf16", "DP2 dist bf16"), DIST, "bf16")]
+    jobs += [job(interrupted("DP2 dist overlap bf16", "DP2 bf16"), PLAIN, "bf16")]
+    jobs += [job(interrupted("DP2 dist overlap bf16", "the same"), DIST_OVERLAP, "bf16")]
     launch(2, jobs, folder)
 
     for source in ("CP2", "DP2 dist overlap", "TP2 PP2")[: 2 + EVERYTHING]:
-        alone(begun(source, "alone"))
+        train_alone(interrupted(source, "alone"))
     return {path.name: train_rows(path) for path in folder.iterdir() if (path / "metrics.jsonl").exists()}
 
 
@@ -110,32 +113,30 @@ RESHARDED = [
     "alone to DP2 dist overlap",
     "alone to TP2 PP2",
 ]
-
-
 ON_FOUR_RANKS = ("TP2 PP2", "TP2 DP2 dist")
-GOING_ON = [
+COMPARED = [  # with the run on one process
     name
     for name in [*RESHARDED, "CP2", "DP2", "DP2 dist overlap", "TP2 PP2"]
     if EVERYTHING or not any(layout in name for layout in ON_FOUR_RANKS)
 ]
 
 
-@pytest.mark.parametrize("name", GOING_ON)
-def test_a_run_in_another_layout_goes_on_as_if_never_interrupted(name, runs):
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_run_resumed_in_another_layout_equals_an_uninterrupted_run(name, runs):
     assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in runs[name]] == pytest.approx([row[key] for row in runs["alone"]], rel=1e-5), key
 
 
-def test_a_stage_of_fewer_loops_runs_under_a_pipeline_too(runs):
+def test_a_stage_with_fewer_loops_equals_itself_under_a_pipeline(runs):
     found, expected = runs["fewer loops at PP2"], runs["fewer loops"]
     assert len(expected) == 6 and all(len(row["loss_per_loop"]) == 2 for row in found)
-    assert expected[0]["loss"] < runs["alone"][0]["loss"], "it did not start from trained weights"
+    assert expected[0]["loss"] < runs["alone"][0]["loss"], "the stage did not start from trained weights"
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["DP2 dist overlap", "DP2 dist overlap bf16"])
-def test_resume_in_the_same_layout_changes_no_bit(name, runs):
+def test_resuming_in_the_same_layout_changes_no_bit(name, runs):
     for key in ("step", "loss", "loss_per_loop", "exit_distribution", "grad_norm", "learning_rate"):
         found, expected = runs[f"{name} to the same"], runs[name]
         assert [json.dumps(row[key]) for row in found] == [json.dumps(row[key]) for row in expected], key
@@ -143,7 +144,7 @@ def test_resume_in_the_same_layout_changes_no_bit(name, runs):
 
 @pytest.mark.parametrize("name", ["DP2 bf16 to DP2 dist bf16", "DP2 dist overlap bf16 to DP2 bf16"])
 def test_bf16_main_weights_pass_between_the_optimizers(name, runs):
-    """bf16 weights alone would have forgotten what the main weights hold."""
+    """Resuming from the rounded bf16 weights would lose the precision of the fp32 main weights."""
     before = name.split(" to ")[0]
     assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in runs[name]] == pytest.approx([row["loss"] for row in runs[before]], rel=1e-4)

@@ -1,11 +1,14 @@
-"""Hugging Face directories know no layout: weights that were read and saved by two ranks go out with the same bits."""
+"""Exports do not depend on the layout: weights that two ranks loaded and saved are exported with the same bits."""
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import load_file
 
 from looplm import checkpoint
@@ -19,47 +22,51 @@ from tests.support.launch import launch
 from tests.support.tiny import about_weights, run_config
 
 MODELS = {"ouro": (dataclasses.replace(MHA, num_query_groups=4), LINEAR), "looplm": (MLA, LRU)}
+DATA = {"micro_batch_size": 1, "global_batch_size": 4}
 LAYOUTS = {"TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}
 
 
-def export(directory, final, groups):
+def export(directory: Path, output: Path, groups: ProcessGroupCollection) -> Path:
     opened = checkpoint.open_model(str(directory), groups, dtype=None)
     layout = choose_hf_layout("auto", checkpoint.read_model(directory))
-    export_model(opened, final, layout, None, 10**9)
-    return final
+    export_model(opened, output, layout, None, 10**9)
+    return output
 
 
 @pytest.fixture(scope="module")
-def exports(corpus, tmp_path_factory, single_process):
-    """Of each model: its directory, imported and exported by one process, and after two ranks had it in between."""
-    folder, found = tmp_path_factory.mktemp("layouts"), {}
+def exports(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory, single_process: ProcessGroupCollection
+) -> Iterator[dict[str, Path]]:
+    """Export each model twice: directly, and after two ranks have loaded and saved it."""
+    folder, found = tmp_path_factory.mktemp("layouts"), dict[str, Path]()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(companion_files, "CODE", ())  # what travels is not the matter here
-        for name, (shape, gate) in MODELS.items():
-            model = LoopLM(shape, gate, single_process, torch.bfloat16)
+        patched.setattr(companion_files, "CODE", ())  # the code in an export is not tested here
+        for name, (config, gate) in MODELS.items():
+            model = LoopLM(config, gate, single_process, torch.bfloat16)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.normal_()  # norms and gates too: ones and zeros would look alike on any rank
+                    parameter.normal_()  # norms and gates too: their ones and zeros would hide a wrong shard
             checkpoint.save_weights(folder / name, model, gate, about_weights("bfloat16"), corpus / "tokenizer.json")
             found[name] = export(folder / name, folder / f"{name} hf", single_process)
             import_source(examine(found[name]), folder / f"{name} imported", single_process)
         jobs = []
-        for name, (shape, gate) in MODELS.items():
+        for name, (config, gate) in MODELS.items():
             for layout, parallel in LAYOUTS.items():
-                config = run_config(corpus, folder, model=shape, gate=gate, parallel=parallel, data={"micro_batch_size": 1, "global_batch_size": 4})  # fmt: skip
+                run = run_config(corpus, folder, model=config, gate=gate, parallel=parallel, data=DATA)
                 before = folder / (f"{name} imported" if layout == "TP2" else f"{name} TP2")
-                jobs.append(partial(worker.reshard, config, before, folder / f"{name} {layout}"))
+                jobs.append(partial(worker.reshard, run, before, folder / f"{name} {layout}"))
         launch(2, jobs, folder)
         for name in MODELS:
             for layout in LAYOUTS:
-                found[f"{name} {layout}"] = export(folder / f"{name} {layout}", folder / f"{name} {layout} hf", single_process)  # fmt: skip
+                resharded = f"{name} {layout}"
+                found[resharded] = export(folder / resharded, folder / f"{resharded} hf", single_process)
     yield found
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_between_an_import_and_an_export_change_no_bit(name, layout, exports):
+def test_resharding_between_import_and_export_changes_no_bit(name, layout, exports):
     before, after = exports[name], exports[f"{name} {layout}"]
     expected, found = (load_file(folder / "model.safetensors") for folder in (before, after))
     assert found.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Emulated FP8 under tensor parallelism: each rank rounds what it multiplies, as Transformer Engine does."""
+"""Emulated FP8 under tensor parallelism: each rank rounds its own operands, as Transformer Engine does."""
 
 import dataclasses
 from functools import partial
@@ -6,22 +6,22 @@ from functools import partial
 import pytest
 import torch
 
-from looplm.config import EngineConfig, ParallelConfig
+from looplm.config import EngineConfig, ParallelConfig, Recipe
 from tests.support import worker
 from tests.support.fp8_reference import FORMATS, products, under_scale
 from tests.support.launch import EVERYTHING, launch
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import MODEL, run_config
 
-pytestmark = pytest.mark.skipif(not EVERYTHING, reason="make test-layouts runs it")
+pytestmark = pytest.mark.skipif(not EVERYTHING, reason="make test-layouts runs these")
 MHA = dataclasses.replace(MODEL, attention="mha")
 LAYOUTS = {"sequence": ParallelConfig(tensor=2), "no sequence": ParallelConfig(tensor=2, sequence=False)}
-RECIPES = ("tensorwise", "delayed")
+RECIPES: tuple[Recipe, ...] = ("tensorwise", "delayed")
 
 
 @pytest.fixture(scope="module")
 def results(corpus, tmp_path_factory):
-    """What each rank saved, by layout and recipe."""
+    """Return what each rank saved, by layout and recipe."""
     folder = tmp_path_factory.mktemp("fp8")
     jobs = []
     for layout, parallel in LAYOUTS.items():
@@ -38,7 +38,7 @@ def results(corpus, tmp_path_factory):
 
 
 def linear(x, weight, g, recipe, every):
-    """One rank's products; ``every`` is what all ranks round, whose largest values a history holds."""
+    """Return one rank's products; ``every`` holds the operands of all ranks, which share delayed scaling's scales."""
     if recipe == "tensorwise":
         return products(x, weight, g, "tensorwise", "e5m2")
     formats = {"x": "e4m3", "weight": "e4m3", "g": "e5m2"}
@@ -49,10 +49,10 @@ def linear(x, weight, g, recipe, every):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_column_parallel_linear(layout, recipe, results):
+def test_a_column_parallel_linear_equals_the_definitions(layout, recipe, results):
     ranks = [rank["column"] for rank in results[layout, recipe]]
     gathers = layout == "sequence"
-    # Without sequence parallelism both ranks would have the same x; here they differ, which each rank's own part shows.
+    # In a model without sequence parallelism both ranks have the same x. Different x show what each rank uses.
     x = [torch.cat([rank["x"] for rank in ranks]) if gathers else rank["x"] for rank in ranks]
     x = [part.flatten(0, 1) for part in x]
     every = {"x": x, "weight": [rank["weight"] for rank in ranks], "g": [rank["g"] for rank in ranks]}
@@ -70,7 +70,7 @@ def test_a_column_parallel_linear(layout, recipe, results):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_row_parallel_linear(layout, recipe, results):
+def test_a_row_parallel_linear_equals_the_definitions(layout, recipe, results):
     ranks = [rank["row"] for rank in results[layout, recipe]]
     gathers = layout == "sequence"
     g = [torch.cat([rank["g"] for rank in ranks]) if gathers else rank["g"] for rank in ranks]

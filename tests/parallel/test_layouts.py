@@ -1,4 +1,4 @@
-"""Every layout against the single process: loss, and the gradient of each parameter. Equal losses hide wrong gradients."""
+"""Every layout compared with a single process: losses and all gradients, because equal losses hide wrong gradients."""
 
 import dataclasses
 import json
@@ -20,16 +20,25 @@ from tests.support.launch import EVERYTHING, launch
 from tests.support.parity import assert_close_relative, relative_error
 from tests.support.tiny import MODEL, run_config
 
-# Large first weights tell the loops apart: the gate's gradients are differences of their losses, and where those are small
-# the test would measure rounding.
+# Large initial weights make the loops differ. The gate's gradients are differences of the loops' losses: if those were
+# small, the test would measure rounding.
 MLA = dataclasses.replace(MODEL, num_attention_heads=4, q_lora_rank=12, init_std=0.1)
 MHA = ModelConfig(
-    vocab_size=MODEL.vocab_size, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_loops=2, num_attention_heads=8,
-    num_query_groups=4, attention="mha", init_std=0.1, max_sequence_length=64,
-)  # fmt: skip
+    vocab_size=MODEL.vocab_size,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_layers=2,
+    num_loops=2,
+    num_attention_heads=8,
+    num_query_groups=4,
+    attention="mha",
+    init_std=0.1,
+    max_sequence_length=64,
+)
 LRU = GateConfig(state_size=8, sequence_level=True)
 LINEAR = GateConfig(kind="linear")
-# The gate stage's targets are sigmoids of 50 times a difference of losses: at that slope the test would measure rounding.
+# With the default slope of 50, the gate stage's targets (sigmoids of the slope times differences of losses) would be
+# dominated by rounding.
 GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
 
@@ -45,14 +54,13 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
 }
-STEPS = 10 if EVERYTHING else 4  # of these; the others take two: those of the same shapes for layouts that go with them
+STEPS = 10 if EVERYTHING else 4  # of SEVERAL_STEPS; the other models train for two
 SEVERAL_STEPS = ("mla lru", "mha linear")
-MODELS |= {f"{name} in brief": MODELS[name] for name in SEVERAL_STEPS}
-FOUR = ("mla lru", "mla linear", "mha lru", "mha linear")
+MODELS |= {f"{name} in brief": MODELS[name] for name in SEVERAL_STEPS}  # the same for two steps
 
 
 class Layout(NamedTuple):
-    """Where a case runs; small micro-batches keep a pipeline busy, large ones spare tensor parallelism its messages."""
+    """Parallel layout of a case. Small micro-batches fill a pipeline, large ones save tensor parallelism messages."""
 
     ranks: int
     parallel: ParallelConfig
@@ -61,9 +69,8 @@ class Layout(NamedTuple):
 
 
 DISTRIBUTED = ParallelConfig(distributed_optimizer=True)
-LAYOUTS = {
-    "alone": Layout(1, ParallelConfig(), 4),
-    "alone, 4 layers": Layout(1, ParallelConfig(), 4, num_layers=4),
+OVERLAPPED = dataclasses.replace(DISTRIBUTED, overlap_grad_reduce=True)
+MAIN_LAYOUTS = {
     "TP2 + SP": Layout(2, ParallelConfig(tensor=2), 4),
     "PP2": Layout(2, ParallelConfig(pipeline=2), 1),
     "CP2": Layout(2, ParallelConfig(context=2), 4),
@@ -73,105 +80,117 @@ LAYOUTS = {
     "PP4": Layout(4, ParallelConfig(pipeline=4), 1, num_layers=4),
     "TP2 + SP x PP2": Layout(4, ParallelConfig(tensor=2, pipeline=2), 2),
     "TP2 + SP x CP2": Layout(4, ParallelConfig(tensor=2, context=2), 4),
-    # and what goes with them
+}
+LAYOUTS = MAIN_LAYOUTS | {
+    "alone": Layout(1, ParallelConfig(), 4),
+    "alone, 4 layers": Layout(1, ParallelConfig(), 4, num_layers=4),
     "TP2 without SP": Layout(2, ParallelConfig(tensor=2, sequence=False), 4),
     "PP2, 3 + 1 layers": Layout(2, ParallelConfig(pipeline=2, first_stage_layers=3), 1, num_layers=4),
     "CP2 x DP2": Layout(4, ParallelConfig(context=2), 2),
     "CP2 x PP2": Layout(4, ParallelConfig(context=2, pipeline=2), 1),
-    "TP2 + SP x DP2, overlapped": Layout(4, dataclasses.replace(DISTRIBUTED, tensor=2, overlap_grad_reduce=True), 2),
+    "TP2 + SP x DP2, overlapped": Layout(4, dataclasses.replace(OVERLAPPED, tensor=2), 2),
     "PP2 x DP2": Layout(4, ParallelConfig(pipeline=2), 1),
-    "PP2 x DP2, overlapped": Layout(4, dataclasses.replace(DISTRIBUTED, pipeline=2, overlap_grad_reduce=True), 1),
+    "PP2 x DP2, overlapped": Layout(4, dataclasses.replace(OVERLAPPED, pipeline=2), 1),
     "DP2, overlapped": Layout(2, ParallelConfig(overlap_grad_reduce=True), 1),
-    "DP2 + distributed optimizer, overlapped": Layout(2, dataclasses.replace(DISTRIBUTED, overlap_grad_reduce=True), 1),
+    "DP2 + distributed optimizer, overlapped": Layout(2, OVERLAPPED, 1),
     "TP2 + SP, selective": Layout(2, ParallelConfig(tensor=2, recompute="selective"), 4),
     "TP2 + SP, full": Layout(2, ParallelConfig(tensor=2, recompute="full"), 4),
     "TP2 + SP, loop": Layout(2, ParallelConfig(tensor=2, recompute="loop"), 4),
     "PP2, full": Layout(2, ParallelConfig(pipeline=2, recompute="full"), 1),
     "PP2, loop": Layout(2, ParallelConfig(pipeline=2, recompute="loop"), 1),
     "CP2, full": Layout(2, ParallelConfig(context=2, recompute="full"), 4),
-}  # fmt: skip
-EVERY_MODEL = list(LAYOUTS)[2:11]
-REPEATS = 19 if EVERYTHING else 3  # of a step whose bits must not change, in:
+}
+REPEATS = 19 if EVERYTHING else 3  # of a step in RACES: messages that overtake each other would change its bits
 RACES = ("PP2", "TP2 + SP x PP2")
 
 
-class Case(NamedTuple):
+class ModelInLayout(NamedTuple):
     """One model in one layout."""
 
     layout: str
     model: str
 
     @property
-    def alone(self) -> "Case":
+    def alone(self) -> "ModelInLayout":
         """The same model on one process."""
-        return Case("alone" if LAYOUTS[self.layout].num_layers == 2 else "alone, 4 layers", self.model)
+        return ModelInLayout("alone" if LAYOUTS[self.layout].num_layers == 2 else "alone, 4 layers", self.model)
+
+
+def cases(model: str, *layouts: str) -> list[ModelInLayout]:
+    return [ModelInLayout(layout, model) for layout in layouts]
 
 
 CASES = [
-    *(Case(layout, model) for layout in EVERY_MODEL for model in FOUR),
-    *(Case(layout, "mla lru gate stage") for layout in EVERY_MODEL),
-    *(Case(layout, "mha linear gate stage") for layout in ("PP2", "TP2 + SP x PP2")),
-    Case("PP2 x DP2, overlapped", "mla lru gate stage"),
-    *(Case(layout, "mla lru one document") for layout in ("PP2, 3 + 1 layers", "CP2 x DP2", "CP2 x PP2", "TP2 + SP x DP2, overlapped")),
-    *(Case(layout, "mla lru one document") for layout in ("PP2 x DP2", "PP2 x DP2, overlapped")),
-    *(Case(layout, "mla lru") for layout in ("DP2, overlapped", "DP2 + distributed optimizer, overlapped")),
-    *(Case(layout, "mla lru in brief") for layout in ("TP2 + SP, selective", "TP2 + SP, full", "PP2, loop", "CP2, full")),
-    *(Case(layout, "mha linear in brief") for layout in ("TP2 + SP, loop", "PP2, full")),
-    Case("TP2 without SP", "mha lru"),
-    *(Case(layout, LATER[0]) for layout in ("TP2 + SP", "TP2 without SP", "PP2")),
-    *(Case(layout, LATER[1]) for layout in ("TP2 + SP", "PP2", "CP2", "TP2 + SP x PP2")),
-]  # fmt: skip
+    *(case for model in ("mla lru", "mla linear", "mha lru", "mha linear") for case in cases(model, *MAIN_LAYOUTS)),
+    *cases("mla lru gate stage", *MAIN_LAYOUTS, "PP2 x DP2, overlapped"),
+    *cases("mha linear gate stage", "PP2", "TP2 + SP x PP2"),
+    *cases("mla lru one document", "PP2, 3 + 1 layers", "CP2 x DP2", "CP2 x PP2", "TP2 + SP x DP2, overlapped"),
+    *cases("mla lru one document", "PP2 x DP2", "PP2 x DP2, overlapped"),
+    *cases("mla lru", "DP2, overlapped", "DP2 + distributed optimizer, overlapped"),
+    *cases("mla lru in brief", "TP2 + SP, selective", "TP2 + SP, full", "PP2, loop", "CP2, full"),
+    *cases("mha linear in brief", "TP2 + SP, loop", "PP2, full"),
+    *cases("mha lru", "TP2 without SP"),
+    *cases(LATER[0], "TP2 + SP", "TP2 without SP", "PP2"),
+    *cases(LATER[1], "TP2 + SP", "PP2", "CP2", "TP2 + SP x PP2"),
+]
 FOUR_RANK_SAMPLE = {
-    Case("TP2 + SP x PP2", "mla lru"),
-    Case("TP2 + SP x CP2", "mla linear"),
-    Case("PP4", "mla lru gate stage"),
-    Case("PP2 x DP2", "mla lru one document"),
-    Case("PP2 x DP2, overlapped", "mla lru one document"),
+    ModelInLayout("TP2 + SP x PP2", "mla lru"),
+    ModelInLayout("TP2 + SP x CP2", "mla linear"),
+    ModelInLayout("PP4", "mla lru gate stage"),
+    ModelInLayout("PP2 x DP2", "mla lru one document"),
+    ModelInLayout("PP2 x DP2, overlapped", "mla lru one document"),
 }
-# The model's form hardly matters to replicas.
+# Replicas treat all models alike, so two of them are enough.
 REPLICAS = ("DP2", "DP2 + distributed optimizer")
-OF_REPLICAS = ("mla lru", "mha linear")
+MODELS_OF_REPLICAS = ("mla lru", "mha linear")
 if not EVERYTHING:
     CASES = [case for case in CASES if LAYOUTS[case.layout].ranks < 4 or case in FOUR_RANK_SAMPLE]
-    CASES = [case for case in CASES if case.layout not in REPLICAS or case.model in OF_REPLICAS]
-# Two addends have one sum: the gradients of these may not differ in a single bit.
+    CASES = [case for case in CASES if case.layout not in REPLICAS or case.model in MODELS_OF_REPLICAS]
+# A sum of two terms does not depend on their order, so these gradients must agree in every bit.
 SAME_BITS = [
-    *((Case("DP2", "mla lru"), Case(other, "mla lru")) for other in
-      ("DP2, overlapped", "DP2 + distributed optimizer", "DP2 + distributed optimizer, overlapped")),
-    (Case("PP2 x DP2", "mla lru one document"), Case("PP2 x DP2, overlapped", "mla lru one document")),
-]  # fmt: skip
+    (ModelInLayout(plain, model), ModelInLayout(other, model))
+    for model, plain, *others in (
+        (
+            "mla lru",
+            "DP2",
+            *("DP2, overlapped", "DP2 + distributed optimizer", "DP2 + distributed optimizer, overlapped"),
+        ),
+        ("mla lru one document", "PP2 x DP2", "PP2 x DP2, overlapped"),
+    )
+    for other in others
+]
 
 
-def config_of(case: Case, corpus: Path, folder: Path) -> RunConfig:
-    shape, gate, sections = MODELS[case.model]
+def config_of(case: ModelInLayout, corpus: Path, folder: Path) -> RunConfig:
+    config, gate, sections = MODELS[case.model]
     layout = LAYOUTS[case.layout]
     data = sections.get("data", {}) | {"global_batch_size": 4, "micro_batch_size": layout.micro_batch}
-    model = dataclasses.replace(shape, num_layers=layout.num_layers)
+    model = dataclasses.replace(config, num_layers=layout.num_layers)
     optim = {"train_steps": STEPS if case.model in SEVERAL_STEPS else 2, "decay_steps": 0, "warmup_steps": 1}
     sections = sections | {"data": data, "optim": optim, "model": model, "gate": gate, "parallel": layout.parallel}
     return run_config(corpus, folder / "run", **sections)
 
 
-CURED = Case("TP2 + SP", "mla lru")
-STOCK = "stock projections"  # the folder of TP2 + SP with Megatron's own down projections
+REPLICATED = ModelInLayout("TP2 + SP", "mla lru")
+STOCK = "stock projections"  # the folder of the same case with Megatron's own down projections
 
 
-def folder_of(case: Case) -> str:
+def folder_of(case: ModelInLayout) -> str:
     return f"{case.layout} of {case.model}".replace(" ", "_").replace(",", "")
 
 
 @pytest.fixture(scope="module")
 def results(corpus, tmp_path_factory, single_process) -> Path:
-    """What the worker saved of every model alone, and of every case."""
+    """Return the folder with the workers' results: for each model on one process, and for each case."""
     folder = tmp_path_factory.mktemp("layouts")
     later = {model: 1 + index for index, model in enumerate(LATER)}
     references = sorted({case.alone for case in CASES}, key=lambda case: (later.get(case.model, 0), case))
     for number, case in enumerate(references):
         config = config_of(case, corpus, folder)
-        # A gradient that cancels to nearly nothing would measure rounding; with these seeds none does.
+        # With these seeds no gradient cancels to nearly zero, where the comparison would measure rounding.
         torch.manual_seed(100 + number)
         model = LoopLM(config.model, config.gate, single_process)
-        with torch.no_grad():  # off its start the gate's gradients are not zero
+        with torch.no_grad():  # some of the gate's gradients are zero at its initial weights
             for parameter in model.gate.parameters():
                 parameter.normal_(std=0.3)
         weights = folder / "weights" / folder_of(case)
@@ -184,10 +203,10 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
         weights, output = folder / "weights" / folder_of(case.alone), folder / folder_of(case)
         job = partial(worker.train_steps, config_of(case, corpus, folder), weights, output, repeats)
         jobs[LAYOUTS[case.layout].ranks].append(job)
-    config = config_of(CURED, corpus, folder)
-    # the first gradients say it all
+    config = config_of(REPLICATED, corpus, folder)
+    # Only the gradients of the first step are compared.
     brief = dataclasses.replace(config, optim=dataclasses.replace(config.optim, train_steps=2))
-    weights = folder / "weights" / folder_of(CURED.alone)
+    weights = folder / "weights" / folder_of(REPLICATED.alone)
     jobs[2].append(partial(worker.train_steps, brief, weights, folder / STOCK, stock_projections=True))
     for ranks, todo in jobs.items():
         launch(ranks, todo, folder)
@@ -195,17 +214,20 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
 
 
 def as_affine_maps(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gate's read-outs are one affine map onto one logit, of which a bias is a column: judged alone, that single
-    number measures rounding whenever its sum over the tokens happens to cancel."""
+    """Join the gradients of the gate's read-outs, which together are one affine map onto one logit.
+
+    The bias is one column of that map. Compared alone, this single number would measure rounding if its sum over the
+    tokens happened to cancel.
+    """
     readouts = sorted(key for key in gradients if "readout" in key)
-    whole = {key: value for key, value in gradients.items() if key not in readouts}
-    return whole | {"gate read-outs": torch.cat([gradients[key].flatten() for key in readouts])}
+    others = {key: value for key, value in gradients.items() if key not in readouts}
+    return others | {"gate read-outs": torch.cat([gradients[key].flatten() for key in readouts])}
 
 
 def read(
-    case: Case, results: Path, corpus: Path, groups: ProcessGroupCollection, name: str | None = None
+    case: ModelInLayout, results: Path, corpus: Path, groups: ProcessGroupCollection, name: str | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Statistics and gradients of a case, as one process holds them."""
+    """Return the statistics and the whole gradients of a case."""
     config = config_of(case.alone, corpus, results)
     model = LoopLM(config.model, config.gate, groups)
     folder = results / (name or folder_of(case))
@@ -222,22 +244,23 @@ def test_gradients_and_losses_equal_those_of_a_single_process(case, results, cor
     assert found_stats["tokens"] == stats["tokens"]
     for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution", "losses", "valid"):
         assert found_stats[key] == pytest.approx(stats[key], rel=1e-5), key
-    assert len(set(found_stats["losses"])) == len(found_stats["losses"]), "the steps changed nothing"
-    moving = {key for key, value in expected.items() if value.abs().max() > 0}
-    assert len(moving) > 1 and all(found[key].abs().max() == 0 for key in set(expected) - moving)
-    assert_close_relative(*(as_affine_maps({key: side[key] for key in moving}) for side in (found, expected)), 1e-5)
+    assert len(set(found_stats["losses"])) == len(found_stats["losses"]), "training did not change the loss"
+    trained = {key for key, value in expected.items() if value.abs().max() > 0}
+    assert len(trained) > 1 and all(found[key].abs().max() == 0 for key in set(expected) - trained)
+    actual, wanted = (as_affine_maps({key: side[key] for key in trained}) for side in (found, expected))
+    assert_close_relative(actual, wanted, 1e-5)
 
 
 @pytest.mark.parametrize(("one", "other"), SAME_BITS, ids=lambda case: case.layout)
-def test_ways_to_reduce_gradients_agree_to_the_last_bit(one, other, results, corpus, single_process):
+def test_all_ways_to_reduce_gradients_give_the_same_bits(one, other, results, corpus, single_process):
     (_, expected), (_, found) = (read(case, results, corpus, single_process) for case in (one, other))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def test_the_check_sees_the_fault_of_the_stock_mla_projections(results, corpus, single_process):
-    """Without looplm.model.local_layers.ReplicatedLinear the loss agrees and the gradients do not: what this file is for."""
-    stats, expected = read(CURED.alone, results, corpus, single_process)
-    found_stats, found = read(CURED, results, corpus, single_process, STOCK)
+def test_megatrons_own_mla_projections_give_the_right_loss_and_wrong_gradients(results, corpus, single_process):
+    """The gradients compared above show the fault that looplm.model.local_layers.ReplicatedLinear works around."""
+    stats, expected = read(REPLICATED.alone, results, corpus, single_process)
+    found_stats, found = read(REPLICATED, results, corpus, single_process, STOCK)
     assert found_stats["loss"] == pytest.approx(stats["loss"], rel=1e-6)
     wrong = {name for name in expected if relative_error(found[name], expected[name]) > 1e-4}
     assert {name for name in expected if "linear_kv_down_proj" in name} <= wrong, sorted(wrong)
@@ -245,10 +268,10 @@ def test_the_check_sees_the_fault_of_the_stock_mla_projections(results, corpus, 
 
 @pytest.mark.parametrize("layout", RACES)
 def test_a_repeated_step_gives_the_same_bits(layout, results):
-    """Statistics and every gradient on every rank: a message that overtakes another would change them."""
-    stats = json.loads((results / folder_of(Case(layout, "mla lru")) / "stats.json").read_text())
+    """Messages that overtake each other would change the statistics or a gradient on some rank."""
+    stats = json.loads((results / folder_of(ModelInLayout(layout, "mla lru")) / "stats.json").read_text())
     assert stats["different"] == 0
 
 
-def test_parallel_start_is_idempotent(single_process):
+def test_starting_the_process_groups_twice_is_allowed(single_process):
     assert process_groups.start(1234).tp.size() == 1

@@ -1,7 +1,7 @@
-"""FP8 linears from the formats' definitions, in double precision and plain loops: what the emulation is measured against.
+"""FP8 linear layers from the formats' definitions, in double precision and plain loops: the emulation's oracle.
 
-Independent of the product: no float8 type of torch, no tiling by reshape. Scales alone are computed in fp32, as the
-hardware does: in double a value that lies on the border of two would fall to the other side.
+It is independent of the product: it uses neither torch's float8 types nor tiling by reshape. Only scales are computed
+in fp32, as in hardware: with a scale in double precision, a value halfway between two others would round to the other.
 
 Sources: formats, FP8 Formats for Deep Learning (arXiv 2209.05433); delayed scaling, Transformer Engine's documentation;
 blocks of 1 x 128 and 128 x 128, DeepSeek-V3 (2412.19437) section 3.3; 32 values, OCP Microscaling Formats 1.0.
@@ -17,7 +17,7 @@ FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}
 
 
 def rounded(x: Tensor, name: str) -> Tensor:
-    """To the nearest value of the format, ties to the even one; beyond the largest, the largest."""
+    """Round to the nearest value of the format, ties to even, and clamp to its range."""
     mantissa, smallest, largest = FORMATS[name]
     x = x.double()
     exponent = torch.floor(torch.log2(x.abs().clamp(min=2.0**-40))).clamp(min=smallest)
@@ -26,17 +26,18 @@ def rounded(x: Tensor, name: str) -> Tensor:
 
 
 def under_scale(x: Tensor, name: str, scale: float) -> Tensor:
-    """Scaled in fp32, rounded, and scaled back."""
+    """Scale in fp32, round, and scale back."""
     return rounded(x.float() * torch.tensor(scale, dtype=torch.float32), name) / float(torch.tensor(scale).float())
 
 
 def tensorwise(x: Tensor, name: str) -> Tensor:
+    """Round with one scale for the whole tensor."""
     amax = float(x.abs().max())
     return under_scale(x, name, float(torch.tensor(FORMATS[name][2]) / torch.tensor(amax)) if amax else 1.0)
 
 
 def tiles(x: Tensor, name: str, height: int, width: int) -> Tensor:
-    """Each tile under a power of two of its own."""
+    """Round with one scale per tile, a power of two."""
     result = torch.empty_like(x, dtype=torch.float64)
     for top in range(0, x.size(0), height):
         for left in range(0, x.size(1), width):
@@ -48,7 +49,7 @@ def tiles(x: Tensor, name: str, height: int, width: int) -> Tensor:
 
 
 class Delayed:
-    """One operand's history: each call is scaled by what the calls before have seen."""
+    """Delayed scaling of one operand: the largest values of earlier calls set the scale."""
 
     def __init__(self, name: str, length: int) -> None:
         self.name, self.length, self.seen = name, length, list[float]()
@@ -63,7 +64,10 @@ class Delayed:
 
 
 def products(x_NK: Tensor, weight_MK: Tensor, g_NM: Tensor, recipe: str, g_format: str) -> dict[str, Tensor]:
-    """y, dx and dW of a linear, each product of operands that were rounded for it; for every recipe without a history."""
+    """Return y, dx and dW of a linear layer, with both operands of each product rounded for it.
+
+    Delayed scaling is not among the recipes, because it depends on earlier calls.
+    """
     if recipe == "bf16":
         x, weight, g = (t.bfloat16().double() for t in (x_NK, weight_MK, g_NM))
         return {"y": x @ weight.T, "dx": g @ weight, "dW": g.T @ x}

@@ -19,7 +19,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_close_relative(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = TOLERANCE
 ) -> None:
-    """Raise unless both sides have the same names and each pair of tensors agrees; the message lists those that do not."""
+    """Raise unless both sides have the same names and each pair of tensors agrees; the message lists the others."""
     assert set(actual) == set(expected), f"only on one side: {sorted(set(actual) ^ set(expected))}"
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     bad = [f"{name}: {error:.2e}" for name, error in errors.items() if not error < tolerance]  # NaN is bad too

@@ -1,4 +1,4 @@
-"""A corpus of a few thousand tokens and a model of a few thousand parameters, for tests that train."""
+"""A corpus of a few thousand tokens and a model of a few thousand parameters for tests that train."""
 
 import dataclasses
 import json
@@ -45,31 +45,31 @@ MODEL = ModelConfig(
 
 
 def write_corpus(folder: Path) -> None:
-    """``train`` and ``valid`` prefixes with their tokenizer and manifests."""
+    """Write the prefixes ``train`` and ``valid`` with their tokenizer and manifests."""
     tokenizer, record = write_tokenizer(folder, TEXTS)
     for split, texts in (("train", TEXTS[:180]), ("valid", TEXTS[180:])):
         write_prefix(folder / split, [[*tokenizer.encode(text).ids, EOS] for text in texts], record, split)
 
 
 def write_chat_corpus(folder: Path) -> None:
-    """``train`` and ``valid`` of conversations, and ``plain``: text, with the same tokenizer."""
+    """Write the prefixes ``train`` and ``valid`` of conversations, and ``plain`` of text with the same tokenizer."""
     contents = [content for messages in CONVERSATIONS for _, content in messages]
     tokenizer, record = write_tokenizer(folder, [*TEXTS, *contents], SPECIAL_TOKENS)
     template = ChatTemplate(tokenizer, "tiny")
-    marked = [mark([*ids, EOS], [*learnt, False]) for ids, learnt in template.encode(CONVERSATIONS)]
+    marked = [mark([*ids, EOS], [*learned, False]) for ids, learned in template.encode(CONVERSATIONS)]
     for split, documents in (("train", marked[:50]), ("valid", marked[50:])):
         write_prefix(folder / split, documents, record, split, template.end_id)
     write_prefix(folder / "plain", [[*tokenizer.encode(text).ids, EOS] for text in TEXTS], record, "train")
 
 
-def write_tokenizer(folder: Path, texts: list[str], further: tuple[str, ...] = ()) -> tuple[Tokenizer, TokenizerRecord]:
-    """A byte-level BPE in ``folder``."""
+def write_tokenizer(folder: Path, texts: list[str], special: tuple[str, ...] = ()) -> tuple[Tokenizer, TokenizerRecord]:
+    """Train a byte-level BPE and write it to ``folder``; ``special`` tokens come after the usual three."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<bos>", "<eos>", "<pad>", *further]
+    specials = ["<bos>", "<eos>", "<pad>", *special]
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=specials, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     path = folder / "tokenizer.json"
@@ -80,7 +80,7 @@ def write_tokenizer(folder: Path, texts: list[str], further: tuple[str, ...] = (
 def write_prefix(
     prefix: Path, documents: list[list[int]], tokenizer: TokenizerRecord, split: str, end_id: int | None = None
 ) -> None:
-    """One Megatron prefix with its manifest; of conversations if ``end_id`` is given."""
+    """Write a Megatron prefix with its manifest. With ``end_id``, the documents are conversations."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16 if end_id is None else np.int32)
     for document in documents:
         builder.add_item(torch.tensor(document))
@@ -98,7 +98,7 @@ def write_prefix(
 
 
 def run_config(corpus: Path, output: Path, **sections: Any) -> RunConfig:
-    """Six steps on the tiny corpus; ``sections`` replace keys: ``optim={"lr": 1e-3}``."""
+    """Return a run of six steps on the tiny corpus; ``sections`` override its keys: ``optim={"lr": 1e-3}``."""
     config = RunConfig(
         output_dir=str(output),
         model=MODEL,
@@ -121,14 +121,26 @@ def run_config(corpus: Path, output: Path, **sections: Any) -> RunConfig:
 
 
 def train_rows(folder: Path | str) -> list[dict[str, Any]]:
-    """The training lines of a run's metrics.jsonl."""
+    """Return the training rows of a run's metrics.jsonl."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]
 
 
 def about_weights(dtype: str) -> About:
-    """What weights that no run has made say of themselves."""
+    """Return the metadata of weights that do not come from a run."""
     return About(
-        step=0, samples=0, tokens=0, horizon_samples=0, objective=WEIGHTS_ONLY, gate_trained=True, tokenizer_sha256="",
-        eos_id=EOS, data_order="", versions=versions(), git_revision="", bos_id=BOS, pad_id=PAD, dtype=dtype,
-    )  # fmt: skip
+        step=0,
+        samples=0,
+        tokens=0,
+        horizon_samples=0,
+        objective=WEIGHTS_ONLY,
+        gate_trained=True,
+        tokenizer_sha256="",
+        eos_id=EOS,
+        data_order="",
+        versions=versions(),
+        git_revision="",
+        bos_id=BOS,
+        pad_id=PAD,
+        dtype=dtype,
+    )

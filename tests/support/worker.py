@@ -1,7 +1,7 @@
 """Jobs that the ranks of a parity test run in a given layout.
 
-Gradients are saved as if they were weights, through Megatron's resharding checkpoint. The test then reads them whole, as
-a single process holds them.
+Gradients are saved as if they were weights, through Megatron's resharding checkpoint. The test then reads them whole,
+as a single process holds them.
 """
 
 import gc

@@ -40,7 +40,7 @@ def trained_gate(config: GateConfig, dtype: torch.dtype = torch.float32) -> Exit
 
 
 def documents(*starts: tuple[int, ...], length: int = S) -> Tensor:
-    """Return the first position of each token's document [S, B], from the ``starts`` of the documents in each sample."""
+    """Return the first position of each token's document [S, B], from where the documents of each sample start."""
     position_S = torch.arange(length)
     columns = [torch.tensor(s)[(torch.tensor(s) <= position_S[:, None]).sum(1) - 1] for s in starts]
     return torch.stack(columns, dim=1)
