@@ -15,13 +15,13 @@ ouro-tiny: $(TINY_OK)/report  ## Ouro's stages in small, from text to an exporte
 
 $(TINY_OK)/data: $(TINY_C)/data.yaml | $(READY)
 	$(call phase,ouro-tiny: data)
-	$(anew)
+	$(repeat)
 	@$(PY) -m data_pipeline.tokenize --config $(TINY_C)/data.yaml
 	@touch $@
 
 $(TINY_OK)/questions: $(TINY_OK)/data $(TINY_C)/data-questions.yaml
 	$(call phase,ouro-tiny: questions for mid-training and fine-tuning)
-	$(anew)
+	$(repeat)
 	@$(PY) -m data_pipeline.synthetic.questions --output $(TINY)/made/mid-training.jsonl --count 2000 --seed 1
 	@$(PY) -m data_pipeline.synthetic.questions --output $(TINY)/made/sft.jsonl --count 1000 --seed 2
 	@$(PY) -m data_pipeline.tokenize --config $(TINY_C)/data-questions.yaml
@@ -38,7 +38,7 @@ $(TINY_OK)/upcycled: $(TINY_OK)/stage1a
 define tiny_stage
 $(TINY_OK)/$(1): $(2:%=$(TINY_OK)/%) $(TINY_C)/mha.yaml $(TINY_C)/$(1).yaml
 	$$(call phase,ouro-tiny: $(1))
-	$$(anew)
+	$$(repeat)
 	@$(PY) -m pretrain.train \
 		$(foreach file,mha $(call tiny_upto,$(1),$(TINY_STAGES)),--config $(TINY_C)/$(file).yaml)
 	@touch $$@
