@@ -19,7 +19,8 @@ TORCH = "2.10.0a0+b4e4ee81d3.nv25.12"
 # The Transformer Engine that the installed megatron-core accepts, and the first one that it does not.
 ACCEPTED = next(Requirement(text) for text in requires("megatron-core") or [] if text.startswith("transformer-engine"))
 BOUNDS = {bound.operator: Version(bound.version) for bound in ACCEPTED.specifier}
-ENGINE, TOO_NEW = f"{BOUNDS['>='].base_version}+769ed778", BOUNDS["<"].base_version
+ENGINE = f"{BOUNDS.get('>=', Version('2.10.0')).base_version}+769ed778"
+TOO_NEW = BOUNDS.get("<", Version("2.13.0")).base_version
 IMAGE = "\n".join(
     (
         "Flash_Attn==2.7.4.post1",
@@ -107,6 +108,7 @@ def test_a_changed_image_fails(install: Install, moved: dict[str, str], message:
     assert done.stderr.startswith(f"error: {message}")
 
 
+@pytest.mark.skipif("<" not in BOUNDS, reason="the installed megatron-core accepts any Transformer Engine")
 def test_an_unsupported_transformer_engine_fails(install: Install, tmp_path: Path) -> None:
     (tmp_path / "image").write_text(IMAGE.replace(ENGINE, TOO_NEW))
     done = install(transformer_engine=TOO_NEW)
