@@ -19,7 +19,7 @@ from looplm.huggingface.config_json import (
     to_config_json,
 )
 from tests.support.ouro_reference import CONFIG
-from tests.test_recipes import GATES, MHA, SHAPES
+from tests.test_recipes import GATES, MHA, MODELS
 
 IDS = TokenIds(bos=0, eos=1, pad=2)
 WHERE = Path("x/config.json")
@@ -61,14 +61,14 @@ def test_ouros_layout_is_written_with_the_released_keys_and_values():
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("config", SHAPES)
+@pytest.mark.parametrize("config", MODELS)
 def test_our_layout_keeps_everything(config, gate):
-    description = HFDescription(LOOPLM, SHAPES[config], GATES[gate], False, IDS)
+    description = HFDescription(LOOPLM, MODELS[config], GATES[gate], False, IDS)
     values = json.loads(json.dumps(to_config_json(description, torch.float32)))
     assert from_config_json(values, {}, WHERE) == description
     assert values["model_type"] == "looplm" and values["architectures"] == ["LoopLMForCausalLM"]
     assert values["auto_map"]["AutoModelForCausalLM"] == "modeling_looplm.LoopLMForCausalLM"
-    assert values["head_dim"] == (SHAPES[config].attention_head_dim if "mla" not in config else None)
+    assert values["head_dim"] == (MODELS[config].attention_head_dim if "mla" not in config else None)
     assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (0, 1, 2)
 
 
@@ -132,6 +132,6 @@ def test_unsupported_models_are_refused(changes, words):
 
 def test_which_models_fit_ouros_layout():
     assert ouro_fault(MHA, LINEAR) is None
-    assert ouro_fault(SHAPES["mla"], LINEAR) == "model.attention=mla is not mha"
+    assert ouro_fault(MODELS["mla"], LINEAR) == "model.attention=mla is not mha"
     assert ouro_fault(MHA, GateConfig()) == "gate.kind=lru is not linear"
-    assert "head_dim" in str(ouro_fault(SHAPES["gqa with wide heads"], LINEAR))
+    assert "head_dim" in str(ouro_fault(MODELS["gqa with wide heads"], LINEAR))

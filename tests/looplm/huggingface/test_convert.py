@@ -22,7 +22,7 @@ from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support import ouro_reference as ouro
 from tests.support.tiny import BOS, EOS, MODEL, PAD, VOCAB, about_weights, run_config
-from tests.test_recipes import GATES, SHAPES
+from tests.test_recipes import GATES, MODELS
 
 BIG = 10**9
 LINEAR = GateConfig(kind="linear")
@@ -60,7 +60,7 @@ def weights_of(directory, groups):
 
 
 def test_every_parameter_has_a_row(single_process):
-    for config, gate in itertools.product(SHAPES.values(), GATES.values()):
+    for config, gate in itertools.product(MODELS.values(), GATES.values()):
         model = LoopLM(config, gate, single_process)
         tensors = dict(model.named_parameters())
         rows = {row.name: row for row in parameters(config, gate)}
