@@ -6,8 +6,6 @@ Everything that is compared is measured in turns in one run: machines are noisy,
 is ``looplm/reference.py`` with torch's fused attention, its own parameters and torch's AdamW.
 """
 
-import multiprocessing
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.accounting import training_flops_per_token
@@ -24,7 +21,6 @@ from looplm.cli import parse_config, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import device, process_groups
 from looplm.model import LoopLM
-from looplm.model.losses import token_losses
 from looplm.reference import ReferenceLM
 from pretrain.data import Batch
 from pretrain.optim import DTYPES
@@ -32,11 +28,8 @@ from pretrain.trainer import Trainer
 from tools.bench import pipeline
 from tools.bench.early_exit import bench_exit, random_workload, trained_workload
 from tools.bench.generation import bench_decode
-from tools.bench.memory import bench_recompute, random_batch
+from tools.bench.memory import bench_head, bench_recompute, random_batch
 from tools.bench.timing import tokens_per_s
-
-# A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits dominate what is measured.
-HEAD_TOKENS, HEAD_VOCAB, HEAD_LOOPS, HEAD_WIDTH = 1024, 49_152, 4, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,38 +72,6 @@ def main(argv: list[str]) -> None:
     finally:
         process_groups.stop()
     pipeline.launch(config.repeats)
-
-
-def bench_head() -> None:
-    """Print the peak memory of a head's forward and backward, with and without chunks, each in its own process."""
-    peaks = {}
-    for name, chunk in (("all logits at once", None), ("chunks of 256 tokens", 256)):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks[name] = pool.apply(_head_peak_bytes, (chunk,))
-    unchunked = peaks["all logits at once"]
-    print(f"\nhead: {HEAD_TOKENS:,} tokens, V = {HEAD_VOCAB:,}, R = {HEAD_LOOPS}, forward and backward, fp32")
-    for name, peak in peaks.items():
-        print(f"  {name:<24}{peak / 2**20:>10,.0f} MiB above the start{peak / unchunked:>8.1%}")
-
-
-def _head_peak_bytes(chunk_tokens: int | None) -> int:
-    torch.manual_seed(0)
-    hidden = [torch.randn(HEAD_TOKENS, 1, HEAD_WIDTH, requires_grad=True) for _ in range(HEAD_LOOPS)]
-    weight = torch.randn(HEAD_VOCAB, HEAD_WIDTH).mul_(0.02).requires_grad_()
-    labels = torch.randint(HEAD_VOCAB, (HEAD_TOKENS, 1))
-    before = _resident_peak()
-    if chunk_tokens is None:
-        losses = [
-            F.cross_entropy(F.linear(h.flatten(0, 1), weight), labels.flatten(), reduction="none") for h in hidden
-        ]
-    else:
-        losses = [token_losses(h, weight, labels, chunk_tokens) for h in hidden]
-    torch.stack(losses).mean().backward()
-    return _resident_peak() - before
-
-
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bench_training(recipe: RunConfig, config: BenchConfig, groups: ProcessGroupCollection) -> None:

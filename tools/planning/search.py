@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from tqdm import tqdm
+
 from looplm.cli import UserError
 from looplm.config import RunConfig
 from tools.planning.estimate import Estimate, estimate
@@ -41,7 +43,7 @@ def rank_layouts(recipe: RunConfig, cluster: Cluster) -> Ranking:
     fitting = [run for run in search.legal if _fits(run, cluster)]
     if not fitting:
         raise UserError(_too_large_message(recipe, cluster, search))
-    estimates = [estimate(run, cluster) for run in fitting]
+    estimates = [estimate(run, cluster) for run in tqdm(fitting, unit="layout", leave=False, disable=None)]
     estimates.sort(key=lambda one: (one.time.total, one.memory.total))
     return Ranking(fitting=estimates, search=search)
 

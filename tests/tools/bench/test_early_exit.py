@@ -37,6 +37,7 @@ def test_every_strategy_follows_the_given_depths(single_process, capsys):
     assert shown.count("continuous depth batching") == 2 and "batch 3, mean depth" in shown
 
 
+@pytest.mark.slow
 def test_the_lowest_threshold_within_a_percent_is_taken(corpus, tmp_path, single_process, capsys):
     config = run_config(corpus, tmp_path / "run")
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
