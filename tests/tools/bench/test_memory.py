@@ -6,6 +6,8 @@ import pytest
 
 from tools.bench.memory import bench_head
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 def test_chunks_need_less_memory_than_all_logits(capsys: pytest.CaptureFixture[str]) -> None:
     bench_head(tokens=1024, vocabulary=4096)
