@@ -1,18 +1,51 @@
 """Fixtures for every test."""
 
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.megatron import process_groups
+from pretrain.trainer import Trainer
 from tests.support.saving import spare_the_spawn
 from tests.support.tiny import write_corpus
 
 SEED = 1234
+STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.posix_spawn")
+guarded = False  # True while a test without the marker slow runs
+
+
+def refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
+    """Audit hook: raise if a guarded test starts a process."""
+    if guarded and event in STARTS_A_PROCESS:
+        raise AssertionError(f"{event}: this test starts a process; mark it slow")
+
+
+def refuse_training(*_: object) -> NoReturn:
+    """Take the place of Trainer.train in a guarded test."""
+    raise AssertionError("this test trains; mark it slow")
+
+
+sys.addaudithook(refuse_processes)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail a test that starts a process or trains, its fixtures included, unless it is marked slow."""
+    global guarded
+    guarded, train = item.get_closest_marker("slow") is None, Trainer.train
+    if guarded:
+        Trainer.train = refuse_training  # type: ignore[method-assign,assignment]
+    try:
+        return (yield)
+    finally:
+        guarded = False
+        Trainer.train = train  # type: ignore[method-assign]
 
 
 def pytest_collection_finish() -> None:

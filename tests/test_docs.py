@@ -72,6 +72,7 @@ def configs(words: list[str]) -> list[str]:
     return [value for key, value in pairwise(words) if key == "--config"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", command_lines("sbatch"), ids=" ".join)
 def test_every_submitted_job_is_valid(words: list[str]) -> None:
     launcher = next(word for word in words if word.endswith(".sbatch"))

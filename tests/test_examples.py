@@ -59,6 +59,7 @@ def test_look_at_exits_trains_a_model_of_its_own(
     assert last.startswith("mean depth ")
 
 
+@pytest.mark.slow
 def test_the_examples_open_a_checkpoint(
     quickstart: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

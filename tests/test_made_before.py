@@ -50,6 +50,7 @@ def test_an_old_checkpoint_computes_the_same_values(kind, made, single_process):
     assert opened.about.step == 3 and opened.about.objective == "entropy_regularised"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups):
     config = str(made / kind / "config.yaml")
@@ -60,6 +61,7 @@ def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups):
     assert [row["step"] for row in train_rows(made / kind)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_an_old_export_can_be_imported_and_loads_with_its_own_code(
     kind, made, tmp_path, single_process, keep_process_groups
@@ -77,6 +79,7 @@ def test_an_old_export_can_be_imported_and_loads_with_its_own_code(
         torch.testing.assert_close(model(ids_BS).logits, logits_BSV, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_python_example_of_the_old_readme_still_runs(made):
     """Module paths and names of 0.1 work, with a warning, in a script in its own process."""
     example = (

@@ -61,6 +61,7 @@ def test_transformer_engine_is_tested_with_the_newest_megatron_core() -> None:
     assert not [line for line in pins if not line.startswith("#") and not PIN.match(line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["newest", "hf-oldest", "te"])
 def test_another_environment_takes_every_other_pin_from_constraints(name: str, checkout: Path) -> None:
     for path in ("constraints.txt", f"constraints-{name}.txt"):
@@ -130,11 +131,13 @@ def make(checkout: Path, target: str = "quickstart") -> tuple[int, list[str]]:
     return done.returncode, (checkout / "ran").read_text().split()
 
 
+@pytest.mark.slow
 def test_quickstart_skips_finished_phases(checkout: Path) -> None:
     assert make(checkout) == (0, PHASES)
     assert make(checkout) == (0, [])
 
 
+@pytest.mark.slow
 def test_quickstart_repeats_a_failed_phase(checkout: Path) -> None:
     (checkout / "broken").write_text("pretrain.evaluate\n")
     assert make(checkout) == (2, PHASES[:4])
@@ -143,6 +146,7 @@ def test_quickstart_repeats_a_failed_phase(checkout: Path) -> None:
     assert make(checkout) == (0, PHASES[3:])
 
 
+@pytest.mark.slow
 def test_quickstart_reruns_the_phases_that_depend_on_a_changed_config(checkout: Path) -> None:
     make(checkout)
     results = {name: checkout / "runs/quickstart" / name / "result" for name in ("data", "stage1", "gate")}
@@ -162,6 +166,7 @@ def test_quickstart_reruns_the_phases_that_depend_on_a_changed_config(checkout: 
     assert [name for name, path in results.items() if path.exists()] == ["data", "stage1"]
 
 
+@pytest.mark.slow
 def test_ouro_tiny_runs_its_phases_once_and_checks_the_stage_jumps_every_time(checkout: Path) -> None:
     assert make(checkout, "ouro-tiny") == (0, OURO_TINY_PHASES)
     assert make(checkout, "ouro-tiny") == (0, OURO_TINY_PHASES[-1:])
@@ -169,6 +174,7 @@ def test_ouro_tiny_runs_its_phases_once_and_checks_the_stage_jumps_every_time(ch
     assert make(checkout, "ouro-tiny") == (2, OURO_TINY_PHASES[-1:])
 
 
+@pytest.mark.slow
 def test_ouro_tiny_reruns_a_changed_stage_and_all_later_ones(checkout: Path) -> None:
     make(checkout, "ouro-tiny")
     stages = ("stage1b", "stage4", "gate", "sft")

@@ -12,6 +12,8 @@ import pytest
 from data_pipeline import tokenize
 from looplm.cli import UserError
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 BASE = """
 output_dir: {folder}/out
 sources:

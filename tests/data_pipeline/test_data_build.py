@@ -17,6 +17,8 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 
 @pytest.fixture
 def source(corpus: Any, jsonl: Callable) -> dict[str, Path]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow
@@ -32,10 +32,9 @@ UNKNOWN_ROLE = "message 1 has the role 'tool'; give one of system, user, assista
 WITH_TOKENS = TokenizerConfig(vocab_size=320, special_tokens=SPECIAL_TOKENS)
 
 
-def source(path: Path, kind: str = "jsonl", **chat: str) -> SourceConfig:
-    return SourceConfig(
-        name="talk", kind=kind, paths=(str(path),), chat=ChatConfig(**chat or {"messages_key": "messages"})
-    )  # type: ignore[arg-type]
+def source(path: Path, kind: Literal["jsonl", "parquet"] = "jsonl", **chat: Any) -> SourceConfig:
+    keys = chat or {"messages_key": "messages"}
+    return SourceConfig(name="talk", kind=kind, paths=(str(path),), chat=ChatConfig(**keys))
 
 
 def write(path: Path, records: list[Any]) -> Path:
@@ -133,6 +132,7 @@ def talks(tmp_path: Path) -> list[list[dict[str, str]]]:
     return lines[:40]
 
 
+@pytest.mark.slow
 def test_conversations_are_written_as_the_template_encodes_them(
     talks: Any, corpus: Any, jsonl: Callable, config: Any, build: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -162,6 +162,7 @@ def test_conversations_are_written_as_the_template_encodes_them(
     assert "conversations" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_verify_finds_a_lost_mark_and_an_id_under_a_mark(talks: Any, config: Any, build: Any, tmp_path: Path) -> None:
     made = (source(tmp_path / "talk.jsonl"),)
     output = build(replace(config({"x": tmp_path}, tokenizer=WITH_TOKENS), sources=made))

@@ -10,6 +10,8 @@ import pytest
 from data_pipeline.config import DedupConfig
 from data_pipeline.documents import split_of
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 
 def near(text: str) -> str:
     """Return ``text`` with one word changed."""

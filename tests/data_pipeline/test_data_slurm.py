@@ -13,6 +13,8 @@ from data_pipeline.config import SlurmConfig
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 SBATCH = """#!/bin/bash
 for script; do :; done  # the last argument
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")

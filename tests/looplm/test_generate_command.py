@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -114,12 +114,14 @@ def test_a_conversation_drops_its_oldest_text_and_survives_an_interrupted_answer
     asked: list[list[int]] = []
     generate = Generator.generate
 
-    def recorded(self: Generator, prompts: list[Request], config: GenerationConfig, hear: object) -> list[Generation]:
-        asked.append(list(prompts[0].prompt))
+    def recorded(self: Generator, prompts: list[Request], config: GenerationConfig, hear: Any) -> list[Generation]:
+        prompt = prompts[0].prompt
+        assert not isinstance(prompt, str)
+        asked.append(list(prompt))
         if len(asked) == 2:
-            hear(0, Token(65, "b", 4))  # type: ignore[operator]
+            hear(0, Token(65, "b", 4))
             raise KeyboardInterrupt
-        return generate(self, prompts, config, hear)  # type: ignore[arg-type]
+        return generate(self, prompts, config, hear)
 
     monkeypatch.setattr(Generator, "generate", recorded)
     type_lines(monkeypatch, "x" * 500, "y", "z")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from looplm.model import LoopLM
 from looplm.model.exit_gate import build_exit_gate
 from looplm.parameters import ATTENTIONS, GATES, decayed_names, layer_parameters, parameters, tensor_parallel_units
 
-SIZES: dict[str, int] = {"vocab_size": 320, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2}
+SIZES: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_loops": 3}
-MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+MLA: dict[str, Any] = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
 MODELS = {
     "mla": ModelConfig(**SIZES, **MLA),
     "query latent, tied": ModelConfig(**SIZES, **MLA, q_lora_rank=20, tie_embeddings=True),
@@ -88,8 +89,8 @@ def test_a_tied_head_has_no_parameters_but_as_many_flops() -> None:
 def test_an_unknown_kind_is_refused_everywhere(single_process) -> None:
     model, gate = MODELS["mla"], GateConfig()
     with pytest.raises(ValueError, match=r"model\.attention: 'none' is unknown here; known are mla, mha"):
-        layer_parameters(dataclasses.replace(model, attention="none"))
-    unknown = dataclasses.replace(gate, kind="none")
+        layer_parameters(dataclasses.replace(model, attention="none"))  # type: ignore[arg-type]  # no such kind
+    unknown = dataclasses.replace(gate, kind="none")  # type: ignore[arg-type]  # no such kind
     with pytest.raises(ValueError, match=r"gate\.kind: 'none' is unknown here; known are lru, linear"):
         parameters(model, unknown)
     config = LoopLM(model, gate, single_process).config

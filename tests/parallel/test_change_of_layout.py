@@ -19,6 +19,8 @@ from tests.support import worker
 from tests.support.launch import EVERYTHING, launch
 from tests.support.tiny import run_config, train_rows
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 DATA = {"micro_batch_size": 2, "global_batch_size": 8}
 PLAIN = ParallelConfig()
 CP2, PP2 = ParallelConfig(context=2), ParallelConfig(pipeline=2)

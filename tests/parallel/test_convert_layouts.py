@@ -21,6 +21,8 @@ from tests.support import worker
 from tests.support.launch import launch
 from tests.support.tiny import about_weights, run_config
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 MODELS = {"ouro": (dataclasses.replace(MHA, num_query_groups=4), LINEAR), "looplm": (MLA, LRU)}
 DATA = {"micro_batch_size": 1, "global_batch_size": 4}
 LAYOUTS = {"TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}

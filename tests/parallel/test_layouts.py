@@ -237,6 +237,7 @@ def read(
     return stats, {key: value.detach().clone() for key, value in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}: {case.model}")
 def test_gradients_and_losses_equal_those_of_a_single_process(case, results, corpus, single_process):
     stats, expected = read(case.alone, results, corpus, single_process)
@@ -251,12 +252,14 @@ def test_gradients_and_losses_equal_those_of_a_single_process(case, results, cor
     assert_close_relative(actual, wanted, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), SAME_BITS, ids=lambda case: case.layout)
 def test_all_ways_to_reduce_gradients_give_the_same_bits(one, other, results, corpus, single_process):
     (_, expected), (_, found) = (read(case, results, corpus, single_process) for case in (one, other))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 def test_megatrons_own_mla_projections_give_the_right_loss_and_wrong_gradients(results, corpus, single_process):
     """The gradients compared above show the fault that looplm.model.local_layers.ReplicatedLinear works around."""
     stats, expected = read(REPLICATED.alone, results, corpus, single_process)
@@ -266,6 +269,7 @@ def test_megatrons_own_mla_projections_give_the_right_loss_and_wrong_gradients(r
     assert {name for name in expected if "linear_kv_down_proj" in name} <= wrong, sorted(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", RACES)
 def test_a_repeated_step_gives_the_same_bits(layout, results):
     """Messages that overtake each other would change the statistics or a gradient on some rank."""

@@ -34,7 +34,7 @@ def test_meter_equals_a_slow_loop(single_process):
         expected = sum(loss[depth - 1, s, b].item() for s, b in kept) / len(kept)
         assert row.depth == depth and row.loss == pytest.approx(expected, rel=1e-6)
         assert row.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
-    for row, threshold in zip(measured.exit_curve, thresholds, strict=True):
+    for exit_row, threshold in zip(measured.exit_curve, thresholds, strict=True):
         depths = {}
         for s, b in kept:
             total = 0.0
@@ -43,12 +43,13 @@ def test_meter_equals_a_slow_loop(single_process):
                 if total >= threshold - 1e-9 or depth == 3:
                     depths[s, b] = depth
                     break
-        assert row.mean_depth == pytest.approx(sum(depths.values()) / len(kept), rel=1e-6)
+        assert exit_row.mean_depth == pytest.approx(sum(depths.values()) / len(kept), rel=1e-6)
         expected = sum(loss[depth - 1, s, b].item() for (s, b), depth in depths.items()) / len(kept)
-        assert row.loss == pytest.approx(expected, rel=1e-6)
+        assert exit_row.loss == pytest.approx(expected, rel=1e-6)
     assert sum(measured.exit_distribution) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single_process, monkeypatch, capsys):
     config = run_config(corpus, tmp_path / "run")
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
@@ -86,6 +87,7 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     total, tokens = torch.zeros(5), 0.0
     found = check_corpus(config.data, config.model.vocab_size)
     valid_set = build_valid_set(config.data, found, 6, config.seed, index_cache(config))
+    assert valid_set is not None
     batches = micro_batches(valid_set, config.data, 0, 0, 1)
     for _ in range(3):
         batch = next(batches)

@@ -5,6 +5,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,14 +125,16 @@ def test_conversations_that_are_too_long_are_counted_or_raise(chats, tmp_path, s
     assert "\n" not in str(caught.value)
 
 
+def token_rows(dataset: Any) -> list[list[int]]:
+    return [dataset[index]["tokens"].tolist() for index in range(len(dataset))]
+
+
 def test_a_packing_is_cached(chats, tmp_path, single_process, monkeypatch):
     config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
     arguments = (config.data, check_corpus(config.data, config.model.vocab_size), 8, config.seed, index_cache(config))
-    found = build_valid_set(*arguments)
-    first = [found[index]["tokens"].tolist() for index in range(len(found))]
+    first = token_rows(build_valid_set(*arguments))
     monkeypatch.setattr("pretrain.mixed_data.pack", None)  # would fail if it were called
-    again = build_valid_set(*arguments)
-    assert [again[index]["tokens"].tolist() for index in range(len(again))] == first
+    assert token_rows(build_valid_set(*arguments)) == first
     assert not list(tmp_path.rglob("*.npz.*"))
 
 
@@ -143,6 +146,7 @@ def tuned(chats, tmp_path_factory, single_process) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_tuned_run_resumes_bit_for_bit(chats, tuned, tmp_path, single_process):
     config = run_config(chats, tmp_path / "sft", data={"seq_length": 100}, model=LONG)
     shutil.copytree(tuned, tmp_path / "sft")
@@ -153,6 +157,7 @@ def test_a_tuned_run_resumes_bit_for_bit(chats, tuned, tmp_path, single_process)
     assert all(row["tokens_per_second"] > 0 for row in again)
 
 
+@pytest.mark.slow
 def test_a_tuned_model_stops_at_the_chat_end_token_and_exports_its_template(chats, tuned, tmp_path):
     about = checkpoint.read_about(step_folder.locate(str(tuned)))
     chat_record = read_manifest(chats / "train").chat
@@ -165,6 +170,7 @@ def test_a_tuned_model_stops_at_the_chat_end_token_and_exports_its_template(chat
     assert asked == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_chat_needs_a_model_tuned_on_conversations(chats, tuned, tmp_path, corpus, single_process):
     output = tmp_path / "samples.jsonl"
     arguments = ["--chat", "true", "--prompt", "2 + 2?", "--max_new_tokens", "5", "--temperature", "0"]
@@ -175,10 +181,8 @@ def test_chat_needs_a_model_tuned_on_conversations(chats, tuned, tmp_path, corpu
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     with pytest.raises(UserError, match=r"has no token '<\|im_start\|>'"):
         generate.main(["--checkpoint", str(tmp_path / "plain"), *arguments])
-    only_plain = {"train": (DataSource(prefix=str(chats / "plain")),), "valid": ()}
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, **only_plain), output_dir=str(tmp_path / "text")
-    )
+    only_plain = dataclasses.replace(config.data, train=(DataSource(prefix=str(chats / "plain")),), valid=())
+    config = dataclasses.replace(config, data=only_plain, output_dir=str(tmp_path / "text"))
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     with pytest.raises(UserError, match="chat: True is not allowed; the model was not tuned on conversations"):
         generate.main(["--checkpoint", str(tmp_path / "text"), *arguments])

@@ -2,15 +2,17 @@
 
 import dataclasses
 from itertools import repeat
+from typing import get_args
 
 import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
-from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig
+from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig, Recompute
 from looplm.model import LoopLM
 from pretrain.data import Batch
 from pretrain.trainer import Trainer
+from tests.support.observe import observed
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import MODEL, run_config
 from tools.bench.memory import peak_saved_bytes
@@ -56,8 +58,7 @@ def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 @pytest.mark.parametrize("mode", ["selective", "full", "loop"])
 def test_gradients_equal_those_without_recomputing(mode, model, single_process, monkeypatch):
     calls = []
-    original = megatron_random.CheckpointFunction.backward
-    counted = staticmethod(lambda ctx, *args: calls.append(ctx) or original(ctx, *args))
+    counted = staticmethod(observed(megatron_random.CheckpointFunction.backward, lambda *_: calls.append(1)))
     monkeypatch.setattr(megatron_random.CheckpointFunction, "backward", counted)
     expected = build_trainer(single_process, ParallelConfig(), model)
     found = build_trainer(single_process, ParallelConfig(recompute=mode), model)
@@ -84,6 +85,7 @@ def test_a_frozen_trunk_and_evaluation_recompute_nothing(single_process, monkeyp
         assert trainer.evaluate(repeat(batch()), 2).tokens == 128
 
 
+@pytest.mark.slow
 def test_overlap_on_one_rank_changes_no_bit(single_process):
     """From the second step on, Megatron knows how many gradients to wait for: one per parameter and recomputation."""
     for mode in ("none", "full", "loop"):
@@ -111,7 +113,7 @@ def test_accumulating_in_bf16_costs_precision(single_process):
 def test_memory_falls_as_predicted(single_process, tmp_path):
     """Each additional loop costs what the planner predicts, and the modes keep their order."""
 
-    def peaks(mode: str, num_loops: int) -> tuple[float, float]:
+    def peaks(mode: Recompute, num_loops: int) -> tuple[float, float]:
         config = run_config(
             tmp_path, tmp_path, parallel=ParallelConfig(recompute=mode), data={"document_masking": False}
         )
@@ -120,7 +122,7 @@ def test_memory_falls_as_predicted(single_process, tmp_path):
         predicted = peak_activation_bytes(PlannedRun(config, 1, fused_norms=False), 0)
         return peak_saved_bytes(config, plain, single_process), predicted
 
-    found = {mode: [peaks(mode, loops) for loops in (3, 4)] for mode in ("none", "selective", "full", "loop")}
+    found = {mode: [peaks(mode, loops) for loops in (3, 4)] for mode in get_args(Recompute)}
     three = {mode: values[0][0] for mode, values in found.items()}
     assert three["full"] < three["loop"] < three["selective"] < three["none"]
     for mode, ((measured, predicted), (more_measured, more_predicted)) in found.items():

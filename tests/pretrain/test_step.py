@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import chain, repeat
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def make_trainer(single_process, loss=LossConfig(), optim=OPTIM, model=MODEL) ->
     return looped, Trainer(looped, loss, optim, ParallelConfig(), single_process)
 
 
+@pytest.mark.slow
 def test_steps_equal_plain_torch(single_process):
     """Three steps of two uneven micro-batches: loss, gradient norm and every weight after them."""
     loss = LossConfig(beta=0.1, head_chunk_tokens=5)
@@ -41,11 +43,12 @@ def test_steps_equal_plain_torch(single_process):
     looped, trainer = make_trainer(single_process, loss, model=dataclasses.replace(MODEL, init_std=0.1))
     weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
     spared = [name for name, weight in weights.items() if weight.dim() == 1 or name.startswith("gate.")]
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for name, weight in weights.items() if name not in spared]},
+        {"params": [weights[name] for name in spared], "weight_decay": 0.0},
+    ]
     plain = torch.optim.AdamW(
-        [
-            {"params": [weight for name, weight in weights.items() if name not in spared]},
-            {"params": [weights[name] for name in spared], "weight_decay": 0.0},
-        ],
+        groups,
         betas=(OPTIM.beta1, OPTIM.beta2),
         eps=OPTIM.eps,
         weight_decay=OPTIM.weight_decay,
@@ -55,8 +58,9 @@ def test_steps_equal_plain_torch(single_process):
         stats, grad_norm, learning_rate = trainer.train(iter(batches), 2)
         assert learning_rate == pytest.approx(lr)
 
-        tokens = sum(batch.mask_SB.sum() for batch in batches)
-        total = sum(_reference_loss(weights, batch, loss.beta) * batch.mask_SB.sum() for batch in batches) / tokens
+        tokens = torch.stack([batch.mask_SB.sum() for batch in batches])
+        losses = torch.stack([_reference_loss(weights, batch, loss.beta) for batch in batches])
+        total = (losses * tokens).sum() / tokens.sum()
         plain.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), OPTIM.clip_grad)
@@ -64,7 +68,7 @@ def test_steps_equal_plain_torch(single_process):
             group["lr"] = lr
         plain.step()
 
-        assert stats.tokens == tokens and stats.loss == pytest.approx(total.item(), rel=1e-5)
+        assert stats.tokens == tokens.sum() and stats.loss == pytest.approx(total.item(), rel=1e-5)
         assert grad_norm == pytest.approx(norm.item(), rel=1e-5)
     assert_close_relative(dict(looped.named_parameters()), weights, 5e-5)
 
@@ -117,6 +121,7 @@ def test_schedules(single_process, changes, expected):
     assert rates == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gate_stage_equals_the_reference_without_trunk_gradients(single_process):
     loss = LossConfig(objective="adaptive_gate", target="next")
     looped, trainer = make_trainer(single_process, loss, dataclasses.replace(OPTIM, clip_grad=0.0))
@@ -146,10 +151,16 @@ def test_a_frozen_trunk_builds_no_graph(single_process):
     assert not any(h.requires_grad for h in output.hidden) and output.gate_logit_RSB.requires_grad
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_large_batch(single_process):
     """The mean is over tokens, not over micro-batches."""
     small = [make_batch(n, masked=3 * n) for n in range(3)]
-    large = Batch(*(torch.cat([b[i] for b in small], 0 if i == 0 else 1) for i in range(3)), None)
+    large = Batch(
+        torch.cat([batch.ids_BS for batch in small]),
+        torch.cat([batch.labels_SB for batch in small], 1),
+        torch.cat([batch.mask_SB for batch in small], 1),
+        None,
+    )
     norms = []
     for batches in (small, [large]):
         _, trainer = make_trainer(single_process)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from pretrain.train import STOPPED, build, main, train
 from tests.support.launch import SERVER
 from tests.support.saving import spare_the_spawn
 from tests.support.tiny import run_config, train_rows
+
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
 EXACT = ("step", "samples", "tokens", "loss", "loss_per_loop", "exit_distribution", "grad_norm", "learning_rate")
 
@@ -138,15 +141,15 @@ def test_a_later_stage_can_inherit_the_moments(corpus, tmp_path, single_process)
         return optimizer_state.plain_state(trainer.optimizer, trainer.model)
 
     one = {"train_steps": 1, "warmup_steps": 0, "decay_steps": 0}
-    for folder, taken in (("with", True), ("without", False)):
-        start = {"initial": first.output_dir, "initial_optimizer": taken}
+    for folder, inherits in (("with", True), ("without", False)):
+        start = {"initial": first.output_dir, "initial_optimizer": inherits}
         run(run_config(corpus, tmp_path / folder, optim=one, checkpoint=start))
-    old, taken, fresh = (moments(folder) for folder in ("first", "with", "without"))
+    old, inherited, fresh = (moments(folder) for folder in ("first", "with", "without"))
     for name in old:
         for moment, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.95)):
             assert old[name][moment].any() or name.startswith("gate.cell"), name
             expected = beta * old[name][moment] + fresh[name][moment]
-            torch.testing.assert_close(taken[name][moment], expected, rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(inherited[name][moment], expected, rtol=1e-4, atol=1e-9)
     about = checkpoint.read_about(step_folder.locate(str(tmp_path / "with")))
     assert about.step == 1 and about.adam_steps == 7, "Adam's bias correction counts the steps of both"
 
@@ -164,9 +167,9 @@ def test_a_stage_with_inherited_moments_resumes_bit_for_bit(corpus, tmp_path, si
 
 def test_moments_that_do_not_fit_raise(corpus, tmp_path, single_process):
     run(run_config(corpus, tmp_path / "stage1"))
-    start = {"initial": str(tmp_path / "stage1")}
+    start: dict[str, Any] = {"initial": str(tmp_path / "stage1")}
     run(run_config(corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint=start))
-    cases = {
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
         "was trained in float32, this stage in bfloat16": ("stage1", {"precision": "bf16"}),
         "moments of the gate alone": ("gate", {}),
     }

@@ -7,6 +7,7 @@ looplm.reference: no batch, no padding, no mask, no absorbed projections, and a 
 import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,7 @@ class SlowGenerator:
     loops: int = 0  # 0: as trained
     past: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)  # per layer and token: key and value [H, K]
     states: list[list[Tensor]] = field(default_factory=list)  # per loop: gate states of the positions that ran it
+    logits_1V: Tensor = field(init=False)  # of the last token that was chosen
 
     def __post_init__(self) -> None:
         self.model_config = self.model.model_config
@@ -186,6 +188,7 @@ class SlowGenerator:
         plain = replace(self.gate_config, sequence_level=False)
         logit, state = reference.exit_gate(self.gate(), plain, h_SD, state, loop, self.model_config.num_loops, alone)
         if self.gate_config.sequence_level:
+            assert state is not None
             self.states[loop].append(state[0, 0])
             mean = torch.stack(self.states[loop]).mean(0)
             logit = logit + F.linear(mean, self.params["gate.sequence_readout.weight"])
@@ -214,18 +217,12 @@ class SlowGenerator:
 
     def project(self, p: reference.Params, x_SBD: Tensor, view: reference.View) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer's queries, keys and values [S, 1, H, K]: the arguments of the reference's ``attend``."""
-        caught: list[tuple[Tensor, Tensor, Tensor]] = []
-        attend = reference.attend
-        reference.attend = lambda q, k, v, view: caught.append((q, k, v)) or v
-        try:
-            attention = (
-                reference.latent_attention if self.model_config.attention == "mla" else reference.grouped_attention
-            )
-            normed = reference.rms_norm(x_SBD, p["input_layernorm.weight"], self.model_config.norm_eps)
-            attention(reference.scope(p, "self_attention."), self.model_config, normed, view)
-        finally:
-            reference.attend = attend
-        return caught[0]
+        attention = reference.latent_attention if self.model_config.attention == "mla" else reference.grouped_attention
+        normed_SBD = reference.rms_norm(x_SBD, p["input_layernorm.weight"], self.model_config.norm_eps)
+        with mock.patch.object(reference, "attend", side_effect=lambda q, k, v, view: v) as attend:
+            attention(reference.scope(p, "self_attention."), self.model_config, normed_SBD, view)
+        query, key, value, _ = attend.call_args.args
+        return query, key, value
 
     def finish_block(self, p: reference.Params, x_SBD: Tensor, context_SBHK: Tensor) -> Tensor:
         """Run a block from its heads' outputs to its end."""
@@ -245,4 +242,5 @@ class SlowGenerator:
         return reference.rms_norm(h_SBD, self.params["decoder.final_layernorm.weight"], self.model_config.norm_eps)
 
     def read_out(self, h_1D: Tensor) -> int:
-        return int((h_1D @ reference.head_weight(self.params, self.model_config).T).argmax())
+        self.logits_1V = h_1D @ reference.head_weight(self.params, self.model_config).T
+        return int(self.logits_1V.argmax())

@@ -38,11 +38,17 @@ def to_ours(config: ModelConfig, gate: GateConfig, theirs: Mapping[str, Tensor])
 def hf_model(model: LoopLM, gate: GateConfig, **keys: Any) -> LoopLMForCausalLM:
     """Return a transformers model with the same weights, in eval mode; ``keys`` override its configuration."""
     config = model.model_config
-    built = LoopLMForCausalLM(hf_config(config, gate, **keys)).to(model.head_weight().dtype).eval()
+    built: Any = LoopLMForCausalLM(hf_config(config, gate, **keys))  # transformers' annotation of to() lacks self
+    built = built.to(model.head_weight().dtype).eval()
     weights = to_theirs(config, gate, {name: p.detach() for name, p in model.named_parameters()})
     assert set(weights) == {name for name, _ in built.named_parameters()}
     built.load_state_dict(weights, strict=not config.tie_embeddings)
     return built
+
+
+def generate(model: Any, *inputs: Tensor, **settings: Any) -> Tensor:
+    """Return ``model.generate(...)``: ids [rows, length]. Its annotations exclude models with code of their own."""
+    return model.generate(*inputs, **settings)
 
 
 def random_ids(rows: int, length: int, vocab: int, seed: int = 0) -> Tensor:

@@ -33,6 +33,12 @@ def gradients(loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(tensors, found, strict=True))
 
 
+def grad_of(tensor: Tensor) -> Tensor:
+    """Return the gradient that a backward pass has left in a leaf."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def oracle_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies in double precision that require gradients, so that the oracle's rounding does not matter."""
     return {name: t.detach().double().requires_grad_() for name, t in tensors.items()}

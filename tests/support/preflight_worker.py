@@ -25,7 +25,7 @@ def damage_the_last_rank() -> None:
         reduce(values, group=group, **kwargs)
         values += dist.get_world_size(group) > 1
 
-    dist.all_reduce = reduce_and_add_one
+    dist.all_reduce = reduce_and_add_one  # type: ignore[assignment]  # it takes only what the probes pass
     probes.clock = lambda: time.time() + FORWARD
 
 

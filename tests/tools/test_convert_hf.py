@@ -48,6 +48,7 @@ def ours(released, tmp_path_factory, single_process) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_import_export_and_inspect(released, tmp_path, capsys):
     main(["import", "--input", str(released), "--output", str(tmp_path / "new/ours")])
     said = capsys.readouterr()
@@ -68,12 +69,14 @@ def test_import_export_and_inspect(released, tmp_path, capsys):
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_imported_weights_generate(ours):
     generator = Generator.open(str(ours))
     (answer,) = generator.generate(["def f"], GenerationConfig(temperature=0.0, max_new_tokens=3))
     assert len(answer.tokens) == 3 or answer.finish == "eos"
 
 
+@pytest.mark.slow
 def test_inspect_of_a_run_and_of_damage(ours, source, corpus, tmp_path, capsys):
     run = tmp_path / "run/checkpoints"
     run.mkdir(parents=True)
@@ -133,7 +136,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
 
 
 NORM = "model.norm.weight"
-MISTAKES = {
+MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such directory": (shutil.rmtree, "hf: not a directory"),
     "no config": (delete("config.json"), "no config.json here"),
     "config is no JSON": (write("config.json", "{"), "config.json: cannot be read as JSON"),
@@ -175,6 +178,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["hf"]) and not Path("ran").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_on_the_command_line(released, ours, corpus, tmp_path, capsys):
     exists = str(tmp_path)
     importing = ["import", "--input", str(released), "--output", "x"]
@@ -199,6 +203,7 @@ def test_mistakes_on_the_command_line(released, ours, corpus, tmp_path, capsys):
     assert "python -m tools.convert_hf export" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_layout_that_cannot_hold_the_model(ours, tmp_path):
     step = shutil.copytree(ours, tmp_path / "ours")
     text = (step / "config.yaml").read_text()
@@ -210,6 +215,7 @@ def test_a_layout_that_cannot_hold_the_model(ours, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_midway_leaves_nothing(released, ours, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -223,6 +229,7 @@ def test_a_failure_midway_leaves_nothing(released, ours, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_exit_status_of_a_mistake(tmp_path):
     command = [sys.executable, "-m", "tools.convert_hf", "inspect", "--input", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])

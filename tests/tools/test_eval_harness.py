@@ -20,7 +20,7 @@ from tests.support.tiny import MODEL, TEXTS, about_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = GateConfig(state_size=8, sequence_level=True)
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "tiny_choice": {
         "output_type": "multiple_choice",
         "doc_to_target": "answer",
@@ -84,6 +84,7 @@ def approximately(value: Any) -> Any:
     return pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_its_export_answer_alike(found: dict[str, Any]) -> None:
     for one in found["alike"]:
         assert one["ours"]["tiny_text"] == one["theirs"]["tiny_text"]
@@ -93,6 +94,7 @@ def test_a_checkpoint_and_its_export_answer_alike(found: dict[str, Any]) -> None
         assert len({str(one["theirs"][name]) for one in found["alike"]}) > 2, "depth and threshold change something"
 
 
+@pytest.mark.slow
 def test_the_command_shows_and_writes_results(found: dict[str, Any]) -> None:
     report = found["report"]
     assert 0 <= report["results"]["tiny_choice"]["acc,none"] <= 1
@@ -100,6 +102,7 @@ def test_the_command_shows_and_writes_results(found: dict[str, Any]) -> None:
     assert "tiny_choice" in found["shown"]
 
 
+@pytest.mark.slow
 def test_mistakes_give_a_one_line_error(found: dict[str, Any]) -> None:
     expected = ["tiny_chioce: no such task", "broken: cannot be loaded", "depth: 2", "exit_threshold: 2"]
     expected += ["limit: 0", "max_gen_toks: 64"]

@@ -59,6 +59,7 @@ def test_the_baseline_runs_first_with_the_first_variant():
     assert len(list(plan(StudyConfig()))) == 3 * len(fp8_study.VARIANTS)
 
 
+@pytest.mark.slow
 def test_variants_are_compared_seed_by_seed_and_a_repeated_command_resumes(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "git_revision", lambda: "abc")
     argv = ["--output_dir", str(tmp_path), "--seeds", "[1,2]", "--variants", "[bf16,hybrid-tensorwise]"]

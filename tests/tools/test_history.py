@@ -7,6 +7,8 @@ import pytest
 
 from tools import history
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 HEAD = ",".join(history.COLUMNS) + "\n"
 
 

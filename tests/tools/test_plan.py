@@ -38,7 +38,7 @@ COMMON: dict[str, Any] = {
     **{"num_attention_heads": 4, "max_sequence_length": 2048},
 }
 LATENT = {"q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
-MLA = ModelConfig(**COMMON, **LATENT)
+MLA = ModelConfig(**COMMON | LATENT)
 MHA = ModelConfig(**COMMON, attention="mha", num_query_groups=2)
 OURO = ["--config", str(ROOT / "configs/ouro-1.4b/mha.yaml"), "--config", str(ROOT / "configs/ouro-1.4b/stage1a.yaml")]
 # A handful of layouts: the command does the same work for any number.

@@ -36,6 +36,7 @@ def resume(output: Path, groups, steps: int) -> list[dict]:
     return train_rows(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ORIGINS)
 def test_a_deeper_run_has_every_copy_with_its_moments_and_resumes(
     how, tiny_run, corpus, tmp_path, single_process, capsys
@@ -47,9 +48,13 @@ def test_a_deeper_run_has_every_copy_with_its_moments_and_resumes(
     assert deep.state.config == dataclasses.replace(MODEL, num_layers=6)
     assert deep.about.step == 6 and deep.about.samples == source.about.samples and deep.about.gate_trained
     pairs = [(deep.state.weights, source.state.weights)]
+    assert deep.state.moments is not None and source.state.moments is not None
     for moment in ("exp_avg", "exp_avg_sq"):
-        both = (deep.state.moments, source.state.moments)
-        pairs.append(tuple({name: adam[moment] for name, adam in moments.items()} for moments in both))
+        ours, theirs = (
+            {name: adam[moment] for name, adam in moments.items()}
+            for moments in (deep.state.moments, source.state.moments)
+        )
+        pairs.append((ours, theirs))
     for values, theirs in pairs:
         assert all(value.any() for name, value in theirs.items() if not name.startswith("gate."))
         for name, value in values.items():
@@ -68,6 +73,7 @@ def test_a_deeper_run_has_every_copy_with_its_moments_and_resumes(
     assert kept == record
 
 
+@pytest.mark.slow
 def test_the_reported_losses_match_the_reference(tiny_run, corpus, tmp_path, single_process):
     conversion = [f"--checkpoint={tiny_run}", f"--output={tmp_path / 'deep'}", "--layers=4", "--residual_scale=0.5"]
     main(["depth", *conversion, f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"])
@@ -85,6 +91,7 @@ def test_the_reported_losses_match_the_reference(tiny_run, corpus, tmp_path, sin
         assert record[when]["loss_per_depth"] == pytest.approx(means, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loop_of_a_stacked_model_is_two_loops_without_the_norm_between(tiny_run, single_process):
     state = open_source(str(tiny_run), single_process).state
     deep = assemble(deepen(state, 4, "stack").state, single_process)
@@ -115,6 +122,7 @@ def test_without_sandwich_norms_the_output_matrices_are_scaled():
     assert torch.equal(first, second * 0.25)
 
 
+@pytest.mark.slow
 def test_a_bf16_run_keeps_the_fp32_main_weights(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path / "run", optim={"precision": "bf16"})
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
@@ -126,6 +134,7 @@ def test_a_bf16_run_keeps_the_fp32_main_weights(corpus, tmp_path, single_process
     assert len(resume(tmp_path / "deep", single_process, 7)) == 1
 
 
+@pytest.mark.slow
 def test_weights_alone_stay_weights_alone_and_initialize_a_run(tiny_run, corpus, tmp_path, single_process):
     source = open_source(str(tiny_run), single_process)
     model, about = assemble(source.state, single_process), dataclasses.replace(source.about, objective="weights")
@@ -144,6 +153,7 @@ def test_weights_alone_stay_weights_alone_and_initialize_a_run(tiny_run, corpus,
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loops", [2, 5])
 def test_other_loops_leave_hidden_states_alone_and_move_the_gates_prior(loops, tiny_run, tmp_path, single_process):
     main(["loops", f"--checkpoint={tiny_run}", f"--output={tmp_path / 'out'}", f"--loops={loops}"])
@@ -159,6 +169,7 @@ def test_other_loops_leave_hidden_states_alone_and_move_the_gates_prior(loops, t
     assert len(resume(tmp_path / "out", single_process, 7)) == 1
 
 
+@pytest.mark.slow
 def test_a_fresh_gate_is_the_uniform_prior_on_the_same_trunk(tiny_run, tmp_path, single_process):
     main(["gate", f"--checkpoint={tiny_run}", f"--output={tmp_path / 'linear'}", "--kind=linear"])
     main(
@@ -174,6 +185,7 @@ def test_a_fresh_gate_is_the_uniform_prior_on_the_same_trunk(tiny_run, tmp_path,
     assert len(resume(tmp_path / "lru", single_process, 7)) == 1
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_gate_stage_are_read(tiny_run, corpus, tmp_path, single_process):
     config = run_config(
         corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tiny_run)}
@@ -183,6 +195,7 @@ def test_the_weights_of_a_gate_stage_are_read(tiny_run, corpus, tmp_path, single
     assert checkpoint.read_about(tmp_path / "deep").objective == checkpoint.WEIGHTS_ONLY
 
 
+@pytest.mark.slow
 def test_mistakes_give_a_one_line_error_and_leave_nothing(tiny_run, corpus, tmp_path, single_process):
     source, output = f"--checkpoint={tiny_run}", f"--output={tmp_path / 'out'}"
     depth = ["depth", source, output]

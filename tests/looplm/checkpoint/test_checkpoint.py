@@ -38,6 +38,7 @@ def run(trained, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_step_directory_needs_no_other_file(trained, single_process):
     step = trained / "checkpoints/step_00000006"
     assert (trained / "checkpoints/latest").read_text().strip() == step.name
@@ -59,6 +60,7 @@ def rewrite_about(step: Path, change: Callable[[dict], object]) -> None:
     (step / "manifest.json").write_text(json.dumps(files))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_newer_megatron_is_refused(run, single_process):
     step = run / "checkpoints/step_00000006"
     (step / "state/common.pt").unlink(missing_ok=True)
@@ -67,11 +69,13 @@ def test_a_checkpoint_of_a_newer_megatron_is_refused(run, single_process):
         checkpoint.open_model(str(step), single_process)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_in_the_current_format(trained):
     step = trained / "checkpoints/step_00000006"
     assert json.loads((step / "about.json").read_text())["format_version"] == checkpoint.FORMAT_VERSION == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_format_1_is_upgraded(run, single_process):
     """Releases before 0.2.0 wrote no format_version; the oldest of them wrote none of the optional keys either."""
     step = run / "checkpoints/step_00000006"
@@ -84,6 +88,7 @@ def test_a_checkpoint_of_format_1_is_upgraded(run, single_process):
     assert opened.about == dataclasses.replace(expected, bos_id=None, pad_id=None, dtype="", optimizer_step=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [3, "2.1"])
 def test_a_checkpoint_of_a_newer_format_is_refused(version, run, single_process):
     step = run / "checkpoints/step_00000006"
@@ -99,6 +104,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(version, run, single_process)
     )
 
 
+@pytest.mark.slow
 def test_only_the_newest_are_kept(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path / "run", checkpoint={"save_every": 1, "keep": 2})
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
@@ -128,6 +134,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run, fault):
     damage, words = FAULTS[fault]
@@ -137,6 +144,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run, fault):
     assert len(said) == 1 and "step_00000006" in said[0] and words in said[0]
 
 
+@pytest.mark.slow
 def test_naming_a_damaged_step_is_an_error(run):
     _flip_a_byte(run / "checkpoints/step_00000006")
     with pytest.raises(UserError, match="has changed since it was written"):
@@ -154,6 +162,7 @@ class _Payload:
         return os.system, ("touch /tmp/looplm_payload_ran",)
 
 
+@pytest.mark.slow
 def test_a_pickle_with_code_is_refused_even_if_the_manifest_matches(run):
     step = run / "checkpoints/step_00000006"
     metadata = step / "state/.metadata"
@@ -183,10 +192,12 @@ def _save_and_die(corpus: Path, folder: Path) -> None:
     train(config, check_corpus(config.data, config.model.vocab_size), process_groups.start(config.seed))
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_old_state(corpus, run):
     process = SERVER.Process(target=_save_and_die, args=(corpus, run))
     process.start()
     process.join(120)
+    assert process.pid is not None
     os.killpg(process.pid, signal.SIGKILL)
     assert process.exitcode == -signal.SIGKILL
     folder = run / "checkpoints"
@@ -195,6 +206,7 @@ def test_a_kill_while_saving_leaves_the_old_state(corpus, run):
     assert step_folder.newest(folder, print) == folder / "step_00000006"
 
 
+@pytest.mark.slow
 def test_weights_survive_the_round_trip(trained, corpus, tmp_path, single_process):
     first = checkpoint.open_model(str(trained), single_process)
     config = run_config(corpus, tmp_path / "next", optim={"lr": 1e-30}, checkpoint={"initial": str(trained)})
@@ -204,6 +216,7 @@ def test_weights_survive_the_round_trip(trained, corpus, tmp_path, single_proces
         assert torch.equal(old, new), name
 
 
+@pytest.mark.slow
 def test_a_config_of_another_version_names_file_and_key(run):
     path = run / "checkpoints/step_00000006/config.yaml"
     path.write_text(path.read_text().replace("hidden_size:", "width:", 1))

@@ -1,12 +1,14 @@
 """The optimizer's state moves between Megatron's optimizers: a checkpoint does not depend on which one wrote it."""
 
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.checkpoint.optimizer_state import load_state, sharded_state
 from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig
@@ -27,8 +29,13 @@ class Run:
     """A model in training, with initial weights drawn from ``seed``."""
 
     def __init__(
-        self, groups, layout: ParallelConfig, precision: str, seed: int, objective: str = "entropy_regularised"
-    ):
+        self,
+        groups: ProcessGroupCollection,
+        layout: ParallelConfig,
+        precision: Literal["fp32", "bf16"],
+        seed: int,
+        objective: Literal["entropy_regularised", "adaptive_gate"] = "entropy_regularised",
+    ) -> None:
         torch.manual_seed(seed)
         config = OptimConfig(train_steps=9, warmup_steps=1, decay_steps=1, lr=1e-2, precision=precision)
         loss = LossConfig(objective=objective)
@@ -64,6 +71,7 @@ def small_buckets(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)

@@ -1,5 +1,6 @@
 """Saving and loading keep a single copy of the weights in memory."""
 
+import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -27,6 +28,7 @@ def test_halves_of_a_fused_matrix_share_its_memory(single_process):
         assert state[name].merge_fn([half + 1 for half in halves]).data_ptr() != parameters[name].data_ptr()
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_in_place(single_process, tmp_path):
     saved, model = (LoopLM(MODEL, GateConfig(), single_process, torch.bfloat16) for _ in range(2))
     with torch.no_grad():

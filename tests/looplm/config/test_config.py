@@ -102,6 +102,7 @@ def test_a_missing_file_and_missing_keys(tmp_path):
         parse_config(RunConfig, ["--output_dir", "x"], prog="p", description="d")
 
 
+@pytest.mark.slow
 def test_help_teaches_and_the_exit_status_is_2(tmp_path):
     command = [sys.executable, "-m", "tools.count_params"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True)

@@ -14,6 +14,7 @@ from pretrain.train import train
 from tests.support.tiny import MODEL, run_config
 
 
+@pytest.mark.slow
 def test_logging_and_cache_keys(corpus, tmp_path, single_process):
     logging = {"log_every": 4, "eval_every": 3, "tensorboard": False, "peak_tflops": 1e-30}
     data = {"cache_dir": str(tmp_path / "cache"), "horizon_samples": 8}
@@ -31,6 +32,7 @@ def test_logging_and_cache_keys(corpus, tmp_path, single_process):
     ]
 
 
+@pytest.mark.slow
 def test_processes_that_prefetch_change_no_batch(corpus, tmp_path, single_process):
     config = run_config(corpus, tmp_path)
     train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 8, 8)

@@ -24,6 +24,8 @@ from tests.support import ouro_reference as ouro
 from tests.support.tiny import BOS, EOS, MODEL, PAD, VOCAB, about_weights, run_config
 from tests.test_recipes import GATES, MODELS
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 BIG = 10**9
 LINEAR = GateConfig(kind="linear")
 MHA = dataclasses.replace(MODEL, attention="mha", num_attention_heads=4)

@@ -19,8 +19,8 @@ from looplm.huggingface.convert import export_model
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from tests.support.generation_oracle import EOS, GATES, MLA, VARIANTS, VOCAB, build, byte_tokenizer
-from tests.support.hf_models import hf_config, hf_model, random_ids
-from tests.support.parity import TOLERANCE, assert_close_relative, relative_error
+from tests.support.hf_models import generate, hf_config, hf_model, random_ids
+from tests.support.parity import TOLERANCE, assert_close_relative, grad_of, relative_error
 from tests.support.tiny import about_weights
 
 IDS_BS = random_ids(2, 9, VOCAB)
@@ -74,6 +74,7 @@ def test_exported_code_imports_only_torch_and_transformers() -> None:
     assert {name.split(".")[0] for name in outside if name} - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["mla", "gqa"])
 def test_an_export_is_loaded_with_its_own_code_and_saved_again(
@@ -122,7 +123,7 @@ def test_initial_weights_are_those_of_pretraining() -> None:
 def gradients_of(model: LoopLMForCausalLM, **inputs: Any) -> dict[str, Tensor]:
     model.zero_grad()
     model(IDS_BS, labels=IDS_BS, **inputs).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {name: grad_of(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -147,7 +148,7 @@ def test_the_gate_is_fp32_under_autocast(model: LoopLMForCausalLM) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = model(IDS_BS, labels=IDS_BS, output_gate_logits=True)
         assert output.gate_logits.dtype == torch.float32 and output.loss.isfinite()
-        assert model.generate(IDS_BS, max_new_tokens=3, do_sample=False).shape == (2, 12)
+        assert generate(model, IDS_BS, max_new_tokens=3, do_sample=False).shape == (2, 12)
 
 
 @pytest.mark.parametrize("variant", ["mla", "gqa"])
@@ -207,9 +208,10 @@ def test_the_cache_has_a_slot_per_loop_or_shares_it(model: LoopLMForCausalLM) ->
 
 
 def test_drafts_by_prompt_lookup_change_no_text(model: LoopLMForCausalLM) -> None:
-    prompt, settings = IDS_BS[:1].repeat(1, 3), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS}
-    plain = model.generate(prompt, **settings)
-    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **settings), plain)
+    prompt = IDS_BS[:1].repeat(1, 3)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS}
+    plain = generate(model, prompt, **settings)
+    assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3, **settings), plain)
 
 
 def test_an_adapter_in_the_value_projection_is_called(fresh: LoopLMForCausalLM) -> None:
@@ -223,7 +225,7 @@ def test_an_adapter_in_the_value_projection_is_called(fresh: LoopLMForCausalLM) 
         weight = block.self_attn.kv_b_proj.weight
         block.self_attn.kv_b_proj = Adapted(weight.size(1), weight.size(0), bias=False)
         block.self_attn.kv_b_proj.weight = weight
-    texts = [fresh.generate(IDS_BS, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)]
+    texts = [generate(fresh, IDS_BS, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*texts)
 
 

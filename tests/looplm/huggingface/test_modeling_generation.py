@@ -1,6 +1,7 @@
 """``generate()`` gives the text of our own generator with every cache, in batches, with beams and with sampling."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from looplm.inference.generator import GenerationConfig, Generator
+from looplm.inference.kv_cache import CacheMode
 from tests.support.generation_oracle import GATES, VARIANTS, VOCAB, build, byte_tokenizer
-from tests.support.hf_models import hf_model, random_ids
+from tests.support.hf_models import generate, hf_model, random_ids
 
 NEVER = -1  # an id that no token has
 PAIRS = [("mla", "lru"), ("mla-query-latent", "sequence"), ("mha", "linear"), ("gqa", "sequence")]
@@ -26,10 +28,10 @@ def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def new_ids(model: LoopLMForCausalLM, prompts: list[list[int]], **settings: object) -> list[list[int]]:
+def new_ids(model: LoopLMForCausalLM, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
     inputs = padded(prompts)
     with torch.no_grad():
-        found = model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings})
+        found = generate(model, **{**inputs, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings})
     return found[:, inputs["input_ids"].size(1) :].tolist()
 
 
@@ -57,7 +59,7 @@ def model(pairs: dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]]) -> 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_greedy_text_is_that_of_our_generator(
     pair: tuple[str, str],
-    mode: str,
+    mode: CacheMode,
     threshold: float,
     pairs: dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]],
 ) -> None:
@@ -66,7 +68,7 @@ def test_greedy_text_is_that_of_our_generator(
     expected = generator.generate(PROMPTS, config)
     depths: list[list[int]] = []
 
-    def watch(module: object, args: object, output: object) -> None:
+    def watch(module: object, args: object, output: Any) -> None:
         if output.exit_depths is not None:
             depths.append(output.exit_depths[:, -1].tolist())
 

@@ -15,6 +15,8 @@ from pretrain.trainer import Trainer
 from tests.support import ouro_reference as ouro
 from tests.support.parity import assert_close_relative
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 CONFIGS = {"mha": ouro.CONFIG, "gqa": ouro.CONFIG | {"num_key_value_heads": 2, "rope_theta": 100.0}}
 BETA = 0.1
 

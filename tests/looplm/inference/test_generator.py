@@ -1,7 +1,7 @@
 """Generation: batches against single rows, early exit against a slow oracle, sampling, streaming, bad input."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.cli import UserError
-from looplm.inference.early_exit import certainty, confidence, steadiness
+from looplm.inference.early_exit import ExitSignal, certainty, confidence, steadiness
 from looplm.inference.generator import Generation, GenerationConfig, Generator
+from looplm.inference.kv_cache import CacheMode
 from looplm.inference.sampling import penalize_repetition, probabilities, sample
 from looplm.inference.text_stream import TextStream, Token
 from looplm.megatron.device import DEVICE
@@ -19,7 +20,7 @@ from tests.support.generation_oracle import EOS, GATES, MLA, VARIANTS, VOCAB, Sl
 TOKENIZER = byte_tokenizer()
 NEVER = -1  # no such token: a random model would sample the end of text as readily as any other
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=16)
-MODES = ["per_loop", "last", "mean", "first"]
+MODES = get_args(CacheMode)
 PROMPTS = ["import os\n", "d", "class Parser:\n    def __init__(self", "for x in"]
 
 
@@ -60,7 +61,7 @@ def test_greedy_text_equals_the_cacheless_models(variant: str, single_process: P
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
 @pytest.mark.parametrize("variant, gate", [("mla", "lru"), ("gqa", "sequence"), ("mla-query-latent", "linear")])
 def test_shared_caches_and_early_exit_equal_the_oracle(
-    variant: str, gate: str, mode: str, single_process: ProcessGroupCollection
+    variant: str, gate: str, mode: CacheMode, single_process: ProcessGroupCollection
 ) -> None:
     """Tokens of a batch exit at different loops; the oracle runs one row, one token, one loop at a time."""
     generator = generator_of(single_process, variant, gate)
@@ -80,7 +81,7 @@ def test_shared_caches_and_early_exit_equal_the_oracle(
     [("confidence", 0.06, "last", 6), ("entropy", 0.12, "mean", 4), ("change", 0.4, "last", 6)],
 )
 def test_exits_without_a_gate_equal_the_oracle(
-    signal: str, threshold: float, mode: str, loops: int, single_process: ProcessGroupCollection
+    signal: ExitSignal, threshold: float, mode: CacheMode, loops: int, single_process: ProcessGroupCollection
 ) -> None:
     """Also beyond the trained depth, where no gate can decide."""
     model = build(MLA, GATES["lru"], single_process)
@@ -105,7 +106,7 @@ def test_scores_range_from_0_to_1() -> None:
 
 @pytest.mark.parametrize("threshold", [None, 0.6])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_row_in_a_batch_equals_the_row_alone(mode: str, threshold: float | None, generator: Generator) -> None:
+def test_a_row_in_a_batch_equals_the_row_alone(mode: CacheMode, threshold: float | None, generator: Generator) -> None:
     """Also while other rows end: the row that ends first is dropped from the batch."""
     config = replace(GREEDY, kv_cache=mode, exit_threshold=threshold)
     [first] = generator.generate(PROMPTS[:1], config)
@@ -129,7 +130,7 @@ def test_depth_bounds_and_thresholds(generator: Generator) -> None:
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 
-def frequencies(logits: list[float], **settings: float) -> list[float]:
+def frequencies(logits: list[float], **settings: Any) -> list[float]:
     """Return how often each id is sampled by evenly spaced uniform numbers."""
     n = 20_000
     ids = sample(probabilities(torch.tensor([logits]).expand(n, -1), **settings), (torch.arange(n).double() + 0.5) / n)
@@ -316,7 +317,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(single_process: ProcessGro
         ({"seed": -1}, "seed"),
     ],
 )
-def test_invalid_settings(settings: dict[str, object], key: str, generator: Generator) -> None:
+def test_invalid_settings(settings: dict[str, Any], key: str, generator: Generator) -> None:
     with pytest.raises(UserError, match=rf"^{key}: ") as caught:
         generator.generate(PROMPTS, GenerationConfig(**settings))
     assert "\n" not in str(caught.value)

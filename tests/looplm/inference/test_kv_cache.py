@@ -1,5 +1,7 @@
 """Decoding through a cache against the model's own forward pass without one, and the cache's memory."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from looplm.accounting import cache_values_per_token
 from looplm.config import GateConfig, ModelConfig
 from looplm.evaluation.cached import LockstepDecoder
 from looplm.inference.early_exit import ExitRule
-from looplm.inference.kv_cache import KVCache
+from looplm.inference.kv_cache import CacheMode, KVCache
 from looplm.inference.sampling import NextLogits
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
@@ -18,11 +20,17 @@ from tests.support.generation_oracle import GATES, MLA, VARIANTS, VOCAB, build
 
 LENGTHS = (21, 1, 9)  # of the prompts, in one batch
 NEW = 10
-OURO = {"vocab_size": 49152, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_layers": 24, "num_attention_heads": 16}
+OURO: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "ffn_hidden_size": 5632,
+    "num_layers": 24,
+    "num_attention_heads": 16,
+}
 
 
 def teacher_forced(
-    model: LoopLM, rule: ExitRule, mode: str = "per_loop", piece: int = 1000
+    model: LoopLM, rule: ExitRule, mode: CacheMode = "per_loop", piece: int = 1000
 ) -> tuple[torch.Tensor, list[NextLogits]]:
     """Run random ids through prefill and decode, and return the ids [B, S] and the logits at each new token."""
     ids_BS = torch.randint(0, VOCAB, (len(LENGTHS), max(LENGTHS) + NEW), device=DEVICE)
@@ -94,7 +102,7 @@ def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: Pro
 @pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
 @pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "lru")])
 def test_a_prompt_in_pieces_equals_the_prompt_at_once(
-    variant: str, gate: str, mode: str, single_process: ProcessGroupCollection
+    variant: str, gate: str, mode: CacheMode, single_process: ProcessGroupCollection
 ) -> None:
     """Both the logits after it and the logits of later tokens, which attend to it."""
     model = build(VARIANTS[variant], GATES[gate], single_process)
@@ -124,7 +132,7 @@ def test_bf16(variant: str, single_process: ProcessGroupCollection) -> None:
 
 
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
-def test_one_loop_has_nothing_to_share(mode: str, single_process: ProcessGroupCollection) -> None:
+def test_one_loop_has_nothing_to_share(mode: CacheMode, single_process: ProcessGroupCollection) -> None:
     model = build(MLA, GATES["lru"], single_process)
     torch.manual_seed(5)
     _, exact = teacher_forced(model, ExitRule(max_depth=1))
@@ -134,7 +142,7 @@ def test_one_loop_has_nothing_to_share(mode: str, single_process: ProcessGroupCo
 
 
 @pytest.mark.parametrize("mode, seen_later", [("last", 3.0), ("mean", 2.0), ("first", 1.0)])
-def test_entries_that_tokens_see_in_a_shared_cache(mode: str, seen_later: float) -> None:
+def test_entries_that_tokens_see_in_a_shared_cache(mode: CacheMode, seen_later: float) -> None:
     """A token has entries 1, 2, 3 in its three loops. It sees each itself; the next token sees what the mode says."""
     cache = KVCache(MLA, mode, 2, 3, torch.float32, DEVICE)
     width = MLA.kv_lora_rank + MLA.qk_rope_head_dim
@@ -176,7 +184,7 @@ def test_growing_by_blocks_keeps_the_entries() -> None:
     assert torch.equal(seen_NTW.transpose(0, 1), torch.cat((entry_SNW + 1, new_1NW)))
 
 
-def measured_bytes_per_token(config: ModelConfig, mode: str, dtype: torch.dtype) -> int:
+def measured_bytes_per_token(config: ModelConfig, mode: CacheMode, dtype: torch.dtype) -> int:
     """Return bytes per token, from a real allocation of one block for one row."""
     cache = KVCache(config, mode, 1, config.num_loops, dtype, DEVICE, block=16)
     cache.reserve(1)
@@ -187,7 +195,7 @@ def measured_bytes_per_token(config: ModelConfig, mode: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["last", "mean", "first"])
-def test_a_shared_cache_takes_the_memory_of_one_loop(variant: str, mode: str) -> None:
+def test_a_shared_cache_takes_the_memory_of_one_loop(variant: str, mode: CacheMode) -> None:
     per_loop = measured_bytes_per_token(VARIANTS[variant], "per_loop", torch.float32)
     assert measured_bytes_per_token(VARIANTS[variant], mode, torch.float32) * VARIANTS[variant].num_loops == per_loop
 

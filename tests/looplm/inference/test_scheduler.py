@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,14 +11,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.inference.depth_batch import DepthBatch
 from looplm.inference.generator import Generation, GenerationConfig, Generator, Request
-from looplm.inference.kv_cache import CacheIndex, KVCache
+from looplm.inference.kv_cache import CacheIndex, CacheMode, KVCache
 from looplm.inference.prefill import Prefill
 from tests.support.generation_oracle import GATES, VARIANTS, SlowGenerator, build, byte_tokenizer
+from tests.support.observe import observed
 
 TOKENIZER = byte_tokenizer()
 NEVER = -1
 GREEDY = GenerationConfig(temperature=0.0, batch_size=5, prefill_chunk=48)
-MODES = ["per_loop", "last", "mean", "first"]
+MODES: tuple[CacheMode, ...] = get_args(CacheMode)
 
 
 def generator_of(groups: ProcessGroupCollection, variant: str = "mla", gate: str = "lru") -> Generator:
@@ -44,7 +46,7 @@ def ids_and_depths(generation: Generation) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stream_of_64_requests_equals_each_alone(mode: str, generator: Generator) -> None:
+def test_a_stream_of_64_requests_equals_each_alone(mode: CacheMode, generator: Generator) -> None:
     """With more requests than rows, early exit, and prompts longer than a chunk."""
     requests, config = mixed_requests(64), replace(GREEDY, kv_cache=mode, exit_threshold=0.6)
     together = generator.generate(iter(requests), config)
@@ -56,23 +58,25 @@ def test_a_stream_of_64_requests_equals_each_alone(mode: str, generator: Generat
 @pytest.mark.parametrize(
     "variant, gate, mode", [("gqa", "sequence", "mean"), ("mla-query-latent", "linear", "per_loop")]
 )
-def test_a_stream_equals_the_oracle(variant: str, gate: str, mode: str, single_process: ProcessGroupCollection) -> None:
+def test_a_stream_equals_the_oracle(
+    variant: str, gate: str, mode: CacheMode, single_process: ProcessGroupCollection
+) -> None:
     """The oracle runs one row, one token, one loop at a time. The gate's sums must move with the rows."""
     generator = generator_of(single_process, variant, gate)
     requests = mixed_requests(10)
-    for request, generation in zip(
-        requests, generator.generate(iter(requests), replace(GREEDY, kv_cache=mode, exit_threshold=0.6)), strict=True
-    ):
+    together = generator.generate(iter(requests), replace(GREEDY, kv_cache=mode, exit_threshold=0.6))
+    for request, generation in zip(requests, together, strict=True):
         if mode == "per_loop":
             alone = generator.generate([request], replace(GREEDY, exit_threshold=0.6, batch_size=1))[0]
             assert ids_and_depths(generation) == ids_and_depths(alone)
         else:
             slow = SlowGenerator(generator.model, GATES[gate], mode, threshold=0.6)
+            assert not isinstance(request.prompt, str)
             assert ids_and_depths(generation) == tuple(slow.generate(list(request.prompt), len(generation.tokens)))
 
 
 @pytest.mark.parametrize("mode", ["per_loop", "last"])
-def test_sampled_text_does_not_depend_on_neighbours(mode: str, generator: Generator) -> None:
+def test_sampled_text_does_not_depend_on_neighbours(mode: CacheMode, generator: Generator) -> None:
     requests = mixed_requests(12)
     config = replace(GREEDY, temperature=1.2, top_p=0.9, kv_cache=mode, exit_threshold=0.6, repetition_penalty=1.3)
     together = generator.generate(iter(requests), config)
@@ -98,7 +102,7 @@ class Passes(list[list[tuple[int, int, int]]]):
 
 @pytest.mark.parametrize("mode", ["per_loop", "last"])
 def test_the_next_token_starts_in_the_very_next_pass(
-    mode: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+    mode: CacheMode, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row's token starts at loop 1 right after the one before it exits, and rows share passes at different loops."""
     passes = Passes().record(monkeypatch)
@@ -131,12 +135,13 @@ def test_with_a_cache_per_loop_a_token_runs_on_behind_its_successor(
 def test_free_rows_are_filled_and_holes_closed(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pass contains the first rows without gaps, as many as there are requests; full depth, five rows."""
     passes = Passes().record(monkeypatch)
-    requests = [Request("ab", max_new_tokens=new) for new in (3, 9, 4, 2, 8, 8, 5, 9, 3)]
+    lengths = (3, 9, 4, 2, 8, 8, 5, 9, 3)
+    requests = [Request("ab", max_new_tokens=length) for length in lengths]
     generator.generate(iter(requests), replace(GREEDY, kv_cache="last"))
     for tokens in passes:
         assert [row for row, _, _ in tokens] == list(range(len(tokens)))
     assert [len(tokens) for tokens in passes[::4]][:6] == [5] * 6, "all rows are in use while requests wait"
-    assert sum(len(tokens) for tokens in passes) == 4 * sum(r.max_new_tokens - 1 for r in requests)
+    assert sum(len(tokens) for tokens in passes) == 4 * sum(length - 1 for length in lengths)
 
 
 def test_an_endless_queue_is_read_as_rows_become_free(generator: Generator) -> None:
@@ -157,12 +162,10 @@ def test_an_endless_queue_is_read_as_rows_become_free(generator: Generator) -> N
 def test_a_long_prompt_does_not_hold_up_others(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read a piece at a time, and other rows take a pass between two pieces."""
     order: list[str] = []
-    advance = DepthBatch.advance
-    monkeypatch.setattr(DepthBatch, "advance", lambda batch: order.append("pass") or advance(batch))
+    monkeypatch.setattr(DepthBatch, "advance", observed(DepthBatch.advance, lambda _: order.append("pass")))
+    monkeypatch.setattr(Prefill, "advance", observed(Prefill.advance, lambda _: order.append("piece")))
     config = replace(GREEDY, kv_cache="mean", prefill_chunk=16, max_new_tokens=40)
     short, long = Request("ab", max_new_tokens=40), Request("x" * 90, max_new_tokens=1)
-    piece = Prefill.advance
-    monkeypatch.setattr(Prefill, "advance", lambda job: order.append("piece") or piece(job))
     together = generator.generate([short, long], config)
     assert order.count("piece") == 4 + 4 * 6
     between = " ".join(order[4:]).split("pass")

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from looplm.inference.batch import TextBatch
 from looplm.inference.generator import GenerationConfig, Generator, Request
 from looplm.inference.sampling import probabilities
 from tests.support.generation_oracle import GATES, VARIANTS, build, byte_tokenizer
+from tests.support.observe import observed
 
 TOKENIZER = byte_tokenizer()
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=24, batch_size=8)
@@ -46,7 +48,7 @@ def generator_of(variant: str, groups: ProcessGroupCollection) -> Generator:
     ],
 )
 def test_greedy_text_equals_full_depth(
-    variant: str, settings: dict[str, int], single_process: ProcessGroupCollection
+    variant: str, settings: dict[str, Any], single_process: ProcessGroupCollection
 ) -> None:
     """20 prompts of mixed lengths run in 8 rows. Some drafts are accepted and some are not."""
     generator, config = generator_of(variant, single_process), replace(GREEDY, **settings)
@@ -60,19 +62,19 @@ def test_greedy_text_equals_full_depth(
 def test_drafts_save_passes(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """If every draft is accepted, k tokens take k d + R - d passes instead of k R."""
     passes: list[int] = []
-    run = TextBatch.run_pass
-    monkeypatch.setattr(TextBatch, "run_pass", lambda self, h, *rest: passes.append(len(h)) or run(self, h, *rest))
+    run_pass = observed(TextBatch.run_pass, lambda _, h, *__: passes.append(len(h)))
+    monkeypatch.setattr(TextBatch, "run_pass", run_pass)
     monkeypatch.setattr(speculation, "check_drafts", _accept_all)
     generator.generate(["abc"], replace(GREEDY, speculate=4, max_new_tokens=9))
     assert passes == ([1] * 4 + [4] * 3) * 2
 
 
-def _accept_all(sampler, rows, drafted_kN, p_kNV, q_kNV):  # type: ignore[no-untyped-def]
+def _accept_all(sampler, rows, drafted_kN, p_kNV, q_kNV):
     return [([ids_N[n] for ids_N in drafted_kN], len(drafted_kN)) for n in range(len(rows))]
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 1.0}, {"top_k": 5, "top_p": 0.8, "repetition_penalty": 2.0}])
-def test_sampled_tokens_are_distributed_as_without_a_draft(settings: dict[str, float], generator: Generator) -> None:
+def test_sampled_tokens_are_distributed_as_without_a_draft(settings: dict[str, Any], generator: Generator) -> None:
     """The second and third token of many samples, with drafts and without."""
     config = replace(GREEDY, temperature=0.7, max_new_tokens=3, batch_size=500, **settings)
     requests = [Request("ab", seed=seed) for seed in range(1000)]
@@ -150,6 +152,6 @@ def test_a_row_that_is_not_finite_ends_alone(single_process: ProcessGroupCollect
         ({"draft_depth": 2}, "draft_depth"),
     ],
 )
-def test_invalid_settings(settings: dict[str, object], key: str, generator: Generator) -> None:
+def test_invalid_settings(settings: dict[str, Any], key: str, generator: Generator) -> None:
     with pytest.raises(UserError, match=rf"^{key}: "):
         generator.generate(["a"], GenerationConfig(**settings))

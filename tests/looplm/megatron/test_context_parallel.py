@@ -1,31 +1,17 @@
 """Context parallelism in one process: which rank holds which positions. Its gradients are in tests/parallel."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 
 from looplm.megatron import context_parallel
 from looplm.model.attention import document_mask
 
 
-@dataclass(frozen=True)
-class Rank:
-    """A fake process group, seen from one of its ranks."""
-
-    index: int
-    ranks: int
-
-    def rank(self) -> int:
-        return self.index
-
-    def size(self) -> int:
-        return self.ranks
-
-
-def group_of(ranks: int) -> list[Rank]:
-    return [Rank(index, ranks) for index in range(ranks)]
+def groups_of(ranks: int) -> list[dist.ProcessGroup]:
+    """Return a process group as each of its ranks sees it. It cannot communicate."""
+    return [dist.ProcessGroup(dist.HashStore(), rank, ranks) for rank in range(ranks)]
 
 
 def documents(length: int) -> torch.Tensor:
@@ -38,29 +24,29 @@ def documents(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_gather_inverts_shard(ranks, monkeypatch):
     whole = torch.randn(8 * ranks, 2, 3)
-    shards = [context_parallel.shard(whole, rank) for rank in group_of(ranks)]
+    shards = [context_parallel.shard(whole, group) for group in groups_of(ranks)]
     monkeypatch.setattr(context_parallel, "gather_from_sequence_parallel_region", lambda mine, group: torch.cat(shards))
-    for rank in group_of(ranks):
-        assert torch.equal(context_parallel.gather(shards[rank.index], rank), whole)
+    for group in groups_of(ranks):
+        assert torch.equal(context_parallel.gather(shards[group.rank()], group), whole)
         assert torch.equal(
-            context_parallel.shard(whole.transpose(0, 1), rank, dim=1), shards[rank.index].transpose(0, 1)
+            context_parallel.shard(whole.transpose(0, 1), group, dim=1), shards[group.rank()].transpose(0, 1)
         )
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_positions_are_those_of_megatrons_rotary_embedding(ranks, single_process):
     angles = torch.arange(12.0 * ranks).view(-1, 1, 1, 1)
-    for rank in group_of(ranks):
-        mine = context_parallel.positions(12 * ranks, rank)
-        assert torch.equal(get_pos_emb_on_this_cp_rank(angles, 0, rank).flatten(), mine.float())
+    for group in groups_of(ranks):
+        mine = context_parallel.positions(12 * ranks, group)
+        assert torch.equal(get_pos_emb_on_this_cp_rank(angles, 0, group).flatten(), mine.float())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_spans_are_consecutive_and_see_no_later_key(ranks):
     work = set()
-    for rank in group_of(ranks):
-        mine, found = context_parallel.positions(8 * ranks, rank), []
-        for own, seen in context_parallel.spans(len(mine), rank):
+    for group in groups_of(ranks):
+        mine, found = context_parallel.positions(8 * ranks, group), []
+        for own, seen in context_parallel.spans(len(mine), group):
             run = mine[own]
             assert torch.equal(run, torch.arange(seen - len(run), seen))
             found.append(run)
@@ -73,11 +59,11 @@ def test_spans_are_consecutive_and_see_no_later_key(ranks):
 def test_a_ranks_document_mask_is_its_rows_of_the_whole_mask(ranks):
     starts = documents(8 * ranks)
     whole = document_mask(starts, torch.float32)
-    for rank in group_of(ranks):
-        mine = document_mask(context_parallel.shard(starts, rank), torch.float32, rank)
-        assert torch.equal(mine, context_parallel.shard(whole, rank, dim=2))
+    for group in groups_of(ranks):
+        mine = document_mask(context_parallel.shard(starts, group), torch.float32, group)
+        assert torch.equal(mine, context_parallel.shard(whole, group, dim=2))
 
 
 def test_a_sequence_that_cannot_be_sharded_is_refused():
     with pytest.raises(RuntimeError):
-        context_parallel.shard(torch.zeros(10, 1), Rank(0, 2))
+        context_parallel.shard(torch.zeros(10, 1), groups_of(2)[0])

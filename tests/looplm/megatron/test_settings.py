@@ -1,6 +1,7 @@
 """Translation of configs into Megatron's, and engines that this machine lacks, which are refused before a start."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from looplm.megatron import settings
 from looplm.megatron.settings import check_engine, transformer_config
 from tests.support.tiny import MODEL
 
-FP8 = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
+FP8: dict[str, Any] = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
 
 
 @pytest.mark.skipif(settings.HAS_TRANSFORMER_ENGINE, reason="it is installed here")

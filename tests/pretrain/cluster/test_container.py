@@ -86,6 +86,7 @@ def install(tmp_path: Path) -> Install:
     return run
 
 
+@pytest.mark.slow
 def test_an_images_packages_are_pinned_to_their_versions(install: Install, tmp_path: Path) -> None:
     done = install()
     assert (done.returncode, done.stderr) == (0, "")
@@ -95,6 +96,7 @@ def test_an_images_packages_are_pinned_to_their_versions(install: Install, tmp_p
     assert pins == [line for line in IMAGE.splitlines() if "megatron" not in line] + ["megatron-core==0.16.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moved", "message"),
     [
@@ -108,6 +110,7 @@ def test_a_changed_image_fails(install: Install, moved: dict[str, str], message:
     assert done.stderr.startswith(f"error: {message}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("<" not in BOUNDS, reason="the installed megatron-core accepts any Transformer Engine")
 def test_an_unsupported_transformer_engine_fails(install: Install, tmp_path: Path) -> None:
     (tmp_path / "image").write_text(IMAGE.replace(ENGINE, TOO_NEW))

@@ -197,6 +197,7 @@ def run(config: RunConfig, tmp_path: Path) -> None:
     preflight.main(["--config", str(path)])
 
 
+@pytest.mark.slow
 def test_go(
     keep_process_groups: None,
     corpus: Path,
@@ -227,6 +228,7 @@ def finding_on(subject: str, config: RunConfig, groups: Any) -> Finding:
     return {finding.subject: finding for finding in examine.examine(config, groups)}[subject]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_that_a_run_starts_from(
     corpus: Path, trained: Path, tmp_path: Path, single_process: Any
 ) -> None:
@@ -250,6 +252,7 @@ def test_the_checkpoint_that_a_run_starts_from(
     assert (lost.level, "no whole checkpoint here" in lost.text) == ("FAIL", True)
 
 
+@pytest.mark.slow
 def test_no_go_lists_every_failed_check(
     keep_process_groups: None,
     corpus: Path,
@@ -296,6 +299,7 @@ def test_an_error_of_nccl_is_one_line(
     assert "failed: NCCL error: unhandled system error;" in found[1].text
 
 
+@pytest.mark.slow
 def test_the_predicted_size_of_a_checkpoint_is_the_real_one(corpus: Path, tmp_path: Path, single_process: Any) -> None:
     wide = {
         "hidden_size": 128,

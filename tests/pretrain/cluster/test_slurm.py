@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "pretrain/slurm"
 LAUNCHERS = ["single_node", "multi_node", "preprocess", "preflight"]

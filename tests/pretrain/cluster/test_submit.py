@@ -72,6 +72,7 @@ def submitted(slurm: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_each_stage_waits_for_the_previous_one(slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain.main(["--config", str(recipe), "--after", "7", "--arguments", "--optim.lr 0.5"])
     jobs = submitted(slurm)
@@ -87,6 +88,7 @@ def test_each_stage_waits_for_the_previous_one(slurm: Path, recipe: Path, capsys
     assert capsys.readouterr().out.splitlines()[-1] == "103  tiny-exported, 1 node, after 102"
 
 
+@pytest.mark.slow
 def test_start_and_stop_select_stages(slurm: Path, recipe: Path) -> None:
     made = recipe.parent / "runs/one/checkpoints"
     made.mkdir(parents=True)
@@ -96,11 +98,13 @@ def test_start_and_stop_select_stages(slurm: Path, recipe: Path) -> None:
     assert "--job-name=tiny-two" in job and "--dependency" not in job
 
 
+@pytest.mark.slow
 def test_after_stands_for_a_missing_checkpoint(slurm: Path, recipe: Path) -> None:
     chain.main(["--config", str(recipe), "--start", "two", "--preflight", "false", "--after", "7"])
     assert "--job-name=tiny-two" in submitted(slurm)[0] and "--dependency=afterok:7" in submitted(slurm)[0]
 
 
+@pytest.mark.slow
 def test_a_refused_job_cancels_the_earlier_ones(slurm: Path, recipe: Path) -> None:
     (slurm / "refused").write_text("tiny-two")
     with pytest.raises(UserError, match=r"^two: sbatch: sbatch: error: Invalid account; nothing stays submitted$"):
@@ -109,6 +113,7 @@ def test_a_refused_job_cancels_the_earlier_ones(slurm: Path, recipe: Path) -> No
     assert (slurm / "cancelled").read_text() == "100 101\n"
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_a_script_that_submits_the_same_jobs(
     slurm: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +131,7 @@ def test_a_dry_run_prints_a_script_that_submits_the_same_jobs(
     assert modules == ["pretrain.preflight", "pretrain.train", "pretrain.train", "tools.convert_hf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "arguments", "messages"),
     [
@@ -191,6 +197,7 @@ def test_faults_are_reported_before_submission(
     assert not submitted(slurm)
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_commands_and_faults(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="two: starts from"):
         chain.main(["--config", str(recipe), "--start", "two", "--dry_run", "true"])

@@ -108,10 +108,17 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def write_run(run: Path, steps: int = 300, loops: int = 4) -> Path:
     """Write a complete run directory."""
-    model = {"vocab_size": 4096, "hidden_size": 128, "ffn_hidden_size": 352, "num_layers": 3, "num_attention_heads": 4}
+    model = ModelConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        ffn_hidden_size=352,
+        num_layers=3,
+        num_attention_heads=4,
+        num_loops=loops,
+    )
     config = RunConfig(
         output_dir=str(run / "stage1"),
-        model=ModelConfig(**model, num_loops=loops),
+        model=model,
         optim=OptimConfig(train_steps=steps),
         data=DataConfig(train=(DataSource(prefix="data/train"),)),
     )

@@ -24,9 +24,10 @@ def small(monkeypatch):
 def test_every_strategy_follows_the_given_depths(single_process, capsys):
     gate = GateConfig(state_size=8)
     workload = early_exit.random_workload(dataclasses.replace(MODEL, num_loops=4), gate, single_process)
+    assert workload.depths is not None
     given = sorted(depth for row in workload.depths[:3] for depth in row)
     for strategy in ("compaction", "select-after", "continuous depth batching"):
-        depths = []
+        depths: list[float] = []
         early_exit.prepare_decoding(workload, 3, strategy, depths)()()
         if strategy == "continuous depth batching":  # rows advance independently: some further, some less far
             assert 3 * NEW <= len(depths) < 3 * NEW + 3 and set(depths) <= set(given)

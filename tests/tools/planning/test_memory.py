@@ -12,6 +12,8 @@ from tools import plan_check
 from tools.plan_check import CHECKS, PARTS, TOLERANCE, MemoryCheck, compare, measure, planned_run, recipe_of
 from tools.planning.memory import rank_memory
 
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
 TOGETHER = [
     "DP2 + distributed optimizer, MLA, bf16",

@@ -185,6 +185,7 @@ def test_the_flag_can_be_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == drawn
 
 
+@pytest.mark.slow
 def test_the_docs_show_what_the_command_prints() -> None:
     page = (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
     command = "python -m tools.plan --timeline --pipeline 4 --loops 4 --micro_batches 4"

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +22,16 @@ from tools.upcycle import main
 from tools.upcycling.dense import loop_layers, open_dense
 from tools.upcycling.model_state import assemble
 
-pytestmark = pytest.mark.usefixtures("keep_process_groups")
-SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("keep_process_groups")]
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
-UNGROUPED = {**SIZES, "num_key_value_heads": 4}
+WIDE = SIZES | {"num_key_value_heads": 4, "head_dim": 12, "rope_theta": 5e5, "rms_norm_eps": 1e-3}
 CASES = {
     "grouped": LlamaConfig(**SIZES),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "wide-heads-long-waves": LlamaConfig(**UNGROUPED, head_dim=12, rope_theta=5e5, rms_norm_eps=1e-3),
+    "wide-heads-long-waves": LlamaConfig(**WIDE),
     "biases": Qwen2Config(**SIZES),
     "normed-heads": Qwen3Config(**SIZES, head_dim=12),
 }

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,7 @@ def mha_run(corpus, tmp_path_factory, single_process):
     return config
 
 
+@pytest.mark.slow
 def test_a_trained_model_at_half_width_trains_on_and_generates(mha_run, corpus, tmp_path, single_process):
     conversion = [f"--checkpoint={mha_run.output_dir}", f"--output={tmp_path / 'latent'}", "--kv_lora_rank=16"]
     conversion += ["--qk_rope_head_dim=16", f"--calibrate={corpus / 'train'}"]
@@ -173,6 +175,7 @@ def test_a_trained_model_at_half_width_trains_on_and_generates(mha_run, corpus, 
     assert_same_text_without_a_cache(Generator.open(str(tmp_path / "on")))
 
 
+@pytest.mark.slow
 def test_a_model_of_nothing_but_rotary_keys_generates(tiny_run, single_process):
     opened = checkpoint.open_model(str(tiny_run), single_process)
     model = assemble(to_latent(random_state(MHA), 32, None, None).state, single_process)
@@ -190,13 +193,15 @@ def assert_same_text_without_a_cache(generator: Generator) -> None:
 
 @pytest.mark.parametrize("key", ["qkv_bias", "qk_norm"])
 def test_biases_and_normed_heads_are_refused(key):
-    state = ModelState(replace(MHA, **{key: True}), GateConfig(), {})
+    changed: dict[str, Any] = {key: True}
+    state = ModelState(replace(MHA, **changed), GateConfig(), {})
     with pytest.raises(
         UserError, match=f"checkpoint: 'model.{key}=true' is not allowed; latent attention has no place"
     ):
         to_latent(state, 4, None, None)
 
 
+@pytest.mark.slow
 def test_mistakes_give_a_one_line_error_and_leave_nothing(mha_run, tiny_run, corpus, tmp_path, single_process):
     output = f"--output={tmp_path / 'out'}"
     plain = [f"--checkpoint={mha_run.output_dir}", output]
