@@ -112,8 +112,8 @@ def bench_head(tokens: int = HEAD_TOKENS, vocabulary: int = HEAD_VOCAB) -> None:
     """Print the peak memory of a head's forward and backward, with and without chunks, each in its own process."""
     peaks = {}
     for name, chunk in (("all logits at once", None), ("chunks of 256 tokens", 256)):
-        # Only functions of an importable module, which __main__.py is not, reach a new process. Its own peak shows there
-        # because a server forks it: a spawned process begins with its parent's peak in getrusage.
+        # Only functions of an importable module, which __main__.py is not, reach a new process. A server forks it,
+        # because a spawned process begins with its parent's peak in getrusage.
         with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
             peaks[name] = pool.submit(_head_peak_bytes, chunk, tokens, vocabulary).result()
     unchunked = peaks["all logits at once"]
