@@ -7,9 +7,9 @@ the result is weights alone, for checkpoint.initial. With --data, losses before 
     python -m tools.upcycle dense --input models/Llama-3.2-1B --output runs/looped --layers 4:12 --loops 4
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -113,23 +113,17 @@ class LoopsConfig(FromCheckpoint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreshGateConfig(FromCheckpoint):
-    """Replace the exit gate by a fresh one on the same trunk.
+class FreshGateConfig(GateConfig, FromCheckpoint):
+    """Replace the exit gate by a fresh one on the same trunk. The keys are those of the section gate of a recipe."""
 
-    Args:
-        kind: lru (a recurrent state) or linear (Ouro's).
-        state_size: lru only: width of the state.
-        sequence_level: lru only: also read out the running mean of the state over the document.
-    """
-
-    kind: Literal["lru", "linear"] = "lru"
-    state_size: int = 64
-    sequence_level: bool = False
+    def __post_init__(self) -> None:
+        FromCheckpoint.__post_init__(self)
+        GateConfig.__post_init__(self)
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the model with a fresh gate."""
-        fresh = GateConfig(kind=self.kind, state_size=self.state_size, sequence_level=self.sequence_level)
-        return change_gate(source.state, fresh)
+        keys = {key.name: getattr(self, key.name) for key in fields(GateConfig)}
+        return change_gate(source.state, GateConfig(**keys))
 
 
 @dataclass(frozen=True, kw_only=True)
