@@ -22,8 +22,6 @@ from tools.upcycle import main
 from tools.upcycling.dense import loop_layers, open_dense
 from tools.upcycling.model_state import assemble
 
-pytestmark = pytest.mark.slow  # every test here starts a process or trains
-
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("keep_process_groups")]
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
