@@ -3,7 +3,7 @@
 Tests compare every figure with real modules and real allocations.
 """
 
-from looplm.config.model import GateConfig, ModelConfig
+from looplm.config import GateConfig, ModelConfig
 from looplm.parameters import gate_parameters, parameters
 
 

@@ -1,4 +1,4 @@
-"""Bounds of config fields, declared on the field and checked in one place.
+"""Bounds of config fields, declared on the field and checked in one place; and the one-line error of a user's mistake.
 
 ::
 
@@ -23,9 +23,17 @@ import operator
 from dataclasses import MISSING, field, fields
 from typing import Any
 
-from looplm.cli import require
-
 _COMPARISONS = {"above": operator.gt, "of at least": operator.ge, "below": operator.lt, "at most": operator.le}
+
+
+class UserError(Exception):
+    """A mistake of the person at the terminal: one line with the place, what is wrong, the value and the fix."""
+
+
+def require(condition: bool, key: str, value: object, fix: str) -> None:
+    """Raise the one-line :class:`UserError` ``key: value is not allowed; fix`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(f"{key}: {value!r} is not allowed; {fix}")
 
 
 def positive(default: Any = MISSING, *, below: float | None = None, at_most: float | None = None) -> Any:

@@ -38,17 +38,10 @@ import docstring_parser
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from looplm.bounds import UserError as UserError
+from looplm.bounds import require as require
+
 ConfigType = TypeVar("ConfigType")
-
-
-class UserError(Exception):
-    """A mistake of the person at the terminal: one line with the place, what is wrong, the value and the fix."""
-
-
-def require(condition: bool, key: str, value: object, fix: str) -> None:
-    """Raise the one-line :class:`UserError` ``key: value is not allowed; fix`` unless ``condition`` holds."""
-    if not condition:
-        raise UserError(f"{key}: {value!r} is not allowed; {fix}")
 
 
 def positional(metavar: str) -> Any:
@@ -127,7 +120,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return plain(dataclasses.asdict(config))
+    values: dict[str, Any] = plain(dataclasses.asdict(config))
+    return values
 
 
 def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> ConfigType:

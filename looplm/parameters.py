@@ -7,14 +7,16 @@ contributes its rows in one function, registered in :data:`ATTENTIONS` or :data:
 Names there: where Ouro has a name, it is Ouro's; MLA's projections have DeepSeek-V3's. A model with plain attention,
 sandwich norms and the linear gate therefore *is* in Ouro's layout.
 
+The configuration checks layouts with this table, so the table imports nothing of it: ``model`` and ``gate`` are its
+ModelConfig and GateConfig.
+
 Shapes: D hidden, F feed-forward, V vocabulary, H heads, G key-value heads, K head width, C latent, Z gate state.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from looplm.config.model import GateConfig, ModelConfig, chosen
-
+Variant = TypeVar("Variant")
 Shape = tuple[int, ...]
 Section = Literal["embedding", "layers", "loop_end_norm", "head", "gate"]
 
@@ -56,9 +58,20 @@ class Parameter(NamedTuple):
         return self.shape[0] * (self.shape[1] if len(self.shape) > 1 else 1)
 
 
-def parameters(model: ModelConfig, gate: GateConfig) -> list[Parameter]:
+def chosen(variants: Mapping[str, Variant], key: str, kind: str) -> Variant:
+    """Return the variant named ``kind``.
+
+    Raises:
+        ValueError: ``variants`` has no such kind; the message names ``key`` and the kinds there are.
+    """
+    if kind not in variants:
+        raise ValueError(f"{key}: {kind!r} is unknown here; known are {', '.join(variants)}")
+    return variants[kind]
+
+
+def parameters(model: Any, gate: Any) -> list[Parameter]:
     """Return every parameter of a model, in the order in which a forward pass meets them."""
-    vocabulary, shape = TensorSplit(0, model.vocab_size, "model.vocab_size"), (model.vocab_size, model.hidden_size)
+    shape, vocabulary = (model.vocab_size, model.hidden_size), _vocabulary(model)
     table = _row("embedding", "embedding.word_embeddings.weight", "model.embed_tokens.weight", shape)
     rows = [table._replace(role="table", tensor_split=vocabulary)]
     for layer in range(model.num_layers):
@@ -71,7 +84,7 @@ def parameters(model: ModelConfig, gate: GateConfig) -> list[Parameter]:
     return rows
 
 
-def layer_parameters(model: ModelConfig) -> list[Parameter]:
+def layer_parameters(model: Any) -> list[Parameter]:
     """Return the parameters of one layer, under their names inside it; all layers are alike."""
     d, f = model.hidden_size, model.ffn_hidden_size
     norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
@@ -89,7 +102,7 @@ def layer_parameters(model: ModelConfig) -> list[Parameter]:
     ]
 
 
-def gate_parameters(model: ModelConfig, gate: GateConfig) -> list[Parameter]:
+def gate_parameters(model: Any, gate: Any) -> list[Parameter]:
     """Return the parameters of the exit gate, which every tensor-parallel rank holds whole."""
     rows = gate_rows(model, gate)
     return [
@@ -98,7 +111,7 @@ def gate_parameters(model: ModelConfig, gate: GateConfig) -> list[Parameter]:
     ]
 
 
-def gate_rows(model: ModelConfig, gate: GateConfig) -> "GateRows":
+def gate_rows(model: Any, gate: Any) -> "GateRows":
     """Return what the gate's variant contributes.
 
     Raises:
@@ -110,7 +123,7 @@ def gate_rows(model: ModelConfig, gate: GateConfig) -> "GateRows":
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
-def _latent_attention(model: ModelConfig) -> list[Parameter]:
+def _latent_attention(model: Any) -> list[Parameter]:
     """MLA. The down projections are replicated, because each rank's heads read the whole latent."""
     d, heads, query, latent = model.hidden_size, model.num_attention_heads, model.q_lora_rank, model.kv_lora_rank
     by_head = TensorSplit(0, heads, "model.num_attention_heads")
@@ -139,7 +152,7 @@ def _latent_attention(model: ModelConfig) -> list[Parameter]:
     ]
 
 
-def _head_attention(model: ModelConfig) -> list[Parameter]:
+def _head_attention(model: Any) -> list[Parameter]:
     """MHA and GQA. Ours holds, key-value head by key-value head, its queries, its key and its value."""
     d, heads, groups, width = model.hidden_size, model.num_attention_heads, model.query_groups, model.attention_head_dim
     rows, by_group = {"q": heads * width, "k": groups * width, "v": groups * width}, "model.num_query_groups"
@@ -171,12 +184,12 @@ class GateRows(NamedTuple):
     renamed: Mapping[str, str] = {}
 
 
-def _linear_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
+def _linear_gate(model: Any, gate: Any) -> GateRows:
     ouro_names = {"readout.weight": "weight", "readout.bias": "bias"}
     return GateRows({"readout.weight": (1, model.hidden_size), "readout.bias": (1,)}, 0, ouro_names)
 
 
-def _lru_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
+def _lru_gate(model: Any, gate: Any) -> GateRows:
     z = gate.state_size
     shapes: dict[str, Shape] = {"input_proj.weight": (z, model.hidden_size)}
     shapes |= {f"cell.weight_{side}": (3 * z, z) for side in ("ih", "hh")}
@@ -186,15 +199,15 @@ def _lru_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
     return GateRows(shapes, 9 * z)  # the GRU cell keeps its state and its gates
 
 
-def _mlp_gate(model: ModelConfig, gate: GateConfig) -> GateRows:
+def _mlp_gate(model: Any, gate: Any) -> GateRows:
     z = gate.hidden_size
     shapes: dict[str, Shape] = {"hidden.weight": (z, model.hidden_size), "hidden.bias": (z,), "change.weight": (z, 1)}
     shapes |= {"readout.weight": (1, z), "readout.bias": (1,)}
     return GateRows(shapes, model.hidden_size + 2 * z)  # the change of the hidden state, both sides of silu
 
 
-ATTENTIONS: dict[str, Callable[[ModelConfig], list[Parameter]]] = {"mla": _latent_attention, "mha": _head_attention}
-GATES: dict[str, Callable[[ModelConfig, GateConfig], GateRows]] = {
+ATTENTIONS: dict[str, Callable[[Any], list[Parameter]]] = {"mla": _latent_attention, "mha": _head_attention}
+GATES: dict[str, Callable[[Any, Any], GateRows]] = {
     "lru": _lru_gate,
     "linear": _linear_gate,
     "mlp": _mlp_gate,
@@ -204,18 +217,18 @@ GATES: dict[str, Callable[[ModelConfig, GateConfig], GateRows]] = {
 # ---------------------------------------------------------------------------------------------------- what derives here
 
 
-def tensor_parallel_units(model: ModelConfig) -> dict[str, int]:
+def tensor_parallel_units(model: Any) -> dict[str, int]:
     """Return the numbers that the tensor-parallel size must divide, by the config key that each comes from."""
-    splits = [row.tensor_split for row in parameters(model, GateConfig())]
+    splits = [_vocabulary(model), *(row.tensor_split for row in layer_parameters(model))]
     return {split.key: split.units for split in splits if split is not None}
 
 
-def replicates_matrices(model: ModelConfig) -> bool:
+def replicates_matrices(model: Any) -> bool:
     """Return True if every tensor-parallel rank holds some matrix of a block whole, as with MLA's down projections."""
     return any(row.role == "matrix" and row.tensor_split is None for row in layer_parameters(model))
 
 
-def linear_widths(model: ModelConfig, tensor: int) -> dict[str, int]:
+def linear_widths(model: Any, tensor: int) -> dict[str, int]:
     """Return the sides of a block's matrices as each of ``tensor`` ranks holds them, by what they come from."""
     widths = {}
     for row in layer_parameters(model):
@@ -225,7 +238,7 @@ def linear_widths(model: ModelConfig, tensor: int) -> dict[str, int]:
     return dict(sorted(widths.items(), key=lambda item: " x " not in item[0] and "+" in item[0]))  # plain keys first
 
 
-def decayed_names(model: ModelConfig, gate: GateConfig) -> set[str]:
+def decayed_names(model: Any, gate: Any) -> set[str]:
     """Return the names that weight decay applies to.
 
     Norms and biases are spared; so is the gate, which is meant to move freely away from its prior.
@@ -234,6 +247,11 @@ def decayed_names(model: ModelConfig, gate: GateConfig) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _vocabulary(model: Any) -> TensorSplit:
+    """Return the split of embedding and head."""
+    return TensorSplit(0, model.vocab_size, "model.vocab_size")
 
 
 def _row(section: Section, ours: str, theirs: str, shape: Shape) -> Parameter:

@@ -12,10 +12,10 @@ MAX_LINES = 400
 
 # From top to bottom, as in docs/architecture.md. A module belongs to the row with the longest prefix of its name.
 ROWS = (
-    ("looplm.cli", "looplm.bounds", "looplm.files", "looplm.chat"),
-    ("looplm.config.model", "looplm.config.parallel", "looplm.config.engine"),
-    ("looplm.parameters", "looplm.accounting", "looplm.reference"),
+    ("looplm.bounds", "looplm.parameters", "looplm.files", "looplm.reference"),
+    ("looplm.cli", "looplm.chat"),
     ("looplm.config",),
+    ("looplm.accounting",),
     ("looplm.megatron",),
     ("looplm.model",),
     ("looplm.checkpoint",),

@@ -29,8 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from looplm.bounds import at_least, check_bounds, positive
-from looplm.cli import require
+from looplm.bounds import at_least, check_bounds, positive, require
 from looplm.config.parallel import ParallelConfig
 
 Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]

@@ -2,13 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
-from looplm.bounds import at_least, check_bounds, positive
-from looplm.cli import require
-
-Variant = TypeVar("Variant")
-
+from looplm.bounds import at_least, check_bounds, positive, require
 
 # Keys that only one kind of attention or of gate reads.
 ATTENTION_KEYS = {
@@ -16,17 +12,6 @@ ATTENTION_KEYS = {
     "mha": ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"),
 }
 GATE_KEYS = {"lru": ("state_size", "sequence_level"), "linear": (), "mlp": ("hidden_size",)}
-
-
-def chosen(variants: Mapping[str, Variant], key: str, kind: str) -> Variant:
-    """Return the variant named ``kind``.
-
-    Raises:
-        ValueError: ``variants`` has no such kind; the message names ``key`` and the kinds there are.
-    """
-    if kind not in variants:
-        raise ValueError(f"{key}: {kind!r} is unknown here; known are {', '.join(variants)}")
-    return variants[kind]
 
 
 class AttentionWidths(NamedTuple):

@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from looplm.bounds import check_bounds, positive
-from looplm.cli import require
+from looplm.bounds import check_bounds, positive, require
 
 Recompute = Literal["none", "selective", "full", "loop"]
 

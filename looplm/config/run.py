@@ -7,12 +7,11 @@ values; data and devices are checked where they are opened, still before trainin
 from dataclasses import dataclass, field
 from typing import Literal
 
-from looplm import parameters  # not its names: it imports looplm.config.model, and so this package, first
-from looplm.bounds import at_least, check_bounds, non_empty, positive
-from looplm.cli import require
+from looplm.bounds import at_least, check_bounds, non_empty, positive, require
 from looplm.config.engine import EngineConfig
 from looplm.config.model import GateConfig, ModelConfig
 from looplm.config.parallel import ParallelConfig
+from looplm.parameters import linear_widths, replicates_matrices, tensor_parallel_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,10 +248,10 @@ class RunConfig:
         model, length = self.model, self.data.seq_length
         fix = f"it must not exceed model.max_sequence_length={model.max_sequence_length}"
         require(length <= model.max_sequence_length, "data.seq_length", length, fix)
-        units, replicated = parameters.tensor_parallel_units(model), parameters.replicates_matrices(model)
+        units, replicated = tensor_parallel_units(model), replicates_matrices(model)
         self.parallel.check(units, length, model.num_layers, replicated, model.tie_embeddings)
         engine, initial, frozen = self.engine, self.checkpoint.initial, self.loss.frozen_trunk
-        widths = parameters.linear_widths(model, self.parallel.tensor)
+        widths = linear_widths(model, self.parallel.tensor)
         engine.check(model.num_layers, widths, self.parallel, length * self.data.micro_batch_size, frozen)
         bf16 = self.optim.precision == "bf16"
         require(bf16 or not engine.real_fp8, "engine.fp8", engine.fp8, "it needs optim.precision=bf16")

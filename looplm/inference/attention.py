@@ -160,7 +160,7 @@ class HeadAttention:
         (query_SNGPK,) = query
         query_NGQK = query_SNGPK.permute(1, 2, 0, 3, 4).flatten(2, 3)
         mixed_NGQK = F.scaled_dot_product_attention(query_NGQK, key, value, mask_N1QT)
-        mixed_NGSPK = mixed_NGQK.unflatten(2, (-1, self.queries_per_entry))
+        mixed_NGSPK: Tensor = mixed_NGQK.unflatten(2, (-1, self.queries_per_entry))
         return mixed_NGSPK.permute(2, 0, 1, 3, 4).flatten(2)
 
 

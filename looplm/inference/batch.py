@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from looplm.inference.attention import Query
+from looplm.inference.attention import Attention, Query
 from looplm.inference.early_exit import ExitDecider, ExitRule
 from looplm.inference.kv_cache import CacheMode, KVCache
 from looplm.inference.prefill import Prefill
 from looplm.inference.sampling import NewTokens, Sampler
-from looplm.inference.stack import Attention, LoopedStack
+from looplm.inference.stack import LoopedStack
 
 
 class TextBatch:

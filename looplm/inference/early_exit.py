@@ -163,7 +163,7 @@ def certainty(logits_NV: Tensor) -> Tensor:
 def steadiness(before_ND: Tensor, after_ND: Tensor, loops: Sequence[int]) -> Tensor:
     """Return 1 - |change| / |state|, at least 0, [N]; 0 in the first loop."""
     before_ND, after_ND = before_ND.float(), after_ND.float()
-    score_N = (1 - (after_ND - before_ND).norm(dim=-1) / after_ND.norm(dim=-1)).clamp_min(0)
+    score_N: Tensor = (1 - (after_ND - before_ND).norm(dim=-1) / after_ND.norm(dim=-1)).clamp_min(0)
     return score_N.masked_fill(torch.tensor([loop == 0 for loop in loops], device=score_N.device), 0.0)
 
 

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from looplm.inference.attention import Query
+from looplm.inference.attention import Attention, Query
 from looplm.inference.early_exit import ExitDecider, ExitRule, last_token
 from looplm.inference.kv_cache import CacheMode, KVCache
 from looplm.inference.sampling import NextLogits
-from looplm.inference.stack import Attention, LoopedStack
+from looplm.inference.stack import LoopedStack
 
 
 class Prefill:

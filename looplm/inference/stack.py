@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.config import ModelConfig
-from looplm.config.model import chosen
 from looplm.inference.attention import ATTENTIONS, Attention, Query
 from looplm.model import LoopLM
+from looplm.parameters import chosen
 
 Attend = Callable[[int, Attention, Query, Tensor], Tensor]  # layer, its attention, queries, entries -> contexts
 _TABLE_BLOCK = 1024

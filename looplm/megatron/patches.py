@@ -73,7 +73,7 @@ def install() -> None:
         multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
     _keep_sends_alive()
     mode = _CudaMeansCpu()
-    mode.__enter__()
+    mode.__enter__()  # type: ignore[no-untyped-call]  # torch's
     _installed.append(mode)
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from looplm.config import ModelConfig
-from looplm.config.model import chosen
 from looplm.megatron import context_parallel
 from looplm.model.norms import RMSNorm
+from looplm.parameters import chosen
 
 
 class AttentionModules(NamedTuple):

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from looplm.config import GateConfig
-from looplm.config.model import chosen
 from looplm.megatron import context_parallel
+from looplm.parameters import chosen
 
 CausalMean = Callable[[Tensor], Tensor]
 

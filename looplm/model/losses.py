@@ -48,7 +48,7 @@ def token_losses(
         gather = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
         hidden_SBD = gather(hidden_SBD, group=group)
     keep = not recompute and torch.is_grad_enabled()
-    loss_N = _ChunkedCrossEntropy.apply(
+    loss_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
         hidden_SBD.flatten(0, 1), weight_VD, labels_SB.flatten(), chunk_tokens, group, keep
     )
     return loss_N.view(labels_SB.shape)

@@ -131,7 +131,8 @@ class LoopView(nn.Module):
         self._carried[micro_batch] = _Carried(
             (*before.token_loss, leaves[0]), (*before.gate_logit, leaves[1]), leaves[2] if state is not None else None
         )
-        return ViewOutput(_Carry.apply(leaves, hidden_SBD, *kept), None, None)
+        carried_SBD = _Carry.apply(leaves, hidden_SBD, *kept)  # type: ignore[no-untyped-call]  # torch's
+        return ViewOutput(carried_SBD, None, None)
 
 
 class _Carry(torch.autograd.Function):
