@@ -3,7 +3,7 @@
 import torch
 
 from looplm import checkpoint
-from looplm.inference.generator import GenerationConfig, Generator
+from looplm.inference import GenerationConfig, Generator
 from looplm.megatron import process_groups
 from looplm.model.exit_gate import exit_log_probs
 

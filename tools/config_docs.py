@@ -16,7 +16,7 @@ from data_pipeline.config import PipelineConfig
 from looplm.cli import UserError, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
-from looplm.inference.generator import GenerationConfig
+from looplm.inference import GenerationConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 PARTS = (

@@ -33,7 +33,7 @@ from looplm.bounds import at_least, check_bounds, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.files import write_whole
-from looplm.inference.generator import GenerationConfig, Generator
+from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
 from looplm.model.exit_gate import exit_log_probs, q_exit

@@ -10,8 +10,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import cli
 from looplm import generate as command
+from looplm.inference import Generation, GenerationConfig, Generator, Request
 from looplm.inference import generator as library
-from looplm.inference.generator import Generation, GenerationConfig, Generator, Request
 from looplm.inference.text_stream import Token
 from looplm.megatron import process_groups
 from tests.support.generation_oracle import EOS, GATES, MLA, build, byte_tokenizer

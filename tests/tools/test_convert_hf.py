@@ -14,7 +14,7 @@ from torch import Tensor
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError
 from looplm.huggingface.weight_files import find_tensors
-from looplm.inference.generator import GenerationConfig, Generator
+from looplm.inference import GenerationConfig, Generator
 from looplm.megatron import process_groups
 from tests.support import ouro_reference as ouro
 from tools.convert_hf import main

@@ -18,8 +18,8 @@ from transformers.utils import logging
 from looplm.checkpoint import OpenedModel
 from looplm.huggingface.config_json import LOOPLM
 from looplm.huggingface.convert import export_model
+from looplm.inference import GenerationConfig, Generator
 from looplm.inference.attention import LatentAttention
-from looplm.inference.generator import GenerationConfig, Generator
 from looplm.megatron import device
 from looplm.model import LoopLM
 from tools.bench.early_exit import BATCHES, CACHE, NEW, PROMPT, Workload

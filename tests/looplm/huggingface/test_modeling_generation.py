@@ -10,7 +10,7 @@ from torch import Tensor
 
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
-from looplm.inference.generator import GenerationConfig, Generator
+from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
 from tests.support.generation_oracle import GATES, VARIANTS, VOCAB, build, byte_tokenizer
 from tests.support.hf_models import generate, hf_model, random_ids

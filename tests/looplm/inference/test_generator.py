@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.cli import UserError
+from looplm.inference import Generation, GenerationConfig, Generator
 from looplm.inference.early_exit import ExitSignal, certainty, confidence, steadiness
-from looplm.inference.generator import Generation, GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
 from looplm.inference.sampling import penalize_repetition, probabilities, sample
 from looplm.inference.text_stream import TextStream, Token

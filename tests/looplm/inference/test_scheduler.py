@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from looplm.inference import Generation, GenerationConfig, Generator, Request
 from looplm.inference.depth_batch import DepthBatch
-from looplm.inference.generator import Generation, GenerationConfig, Generator, Request
 from looplm.inference.kv_cache import CacheIndex, CacheMode, KVCache
 from looplm.inference.prefill import Prefill
 from tests.support.generation_oracle import GATES, VARIANTS, SlowGenerator, build, byte_tokenizer

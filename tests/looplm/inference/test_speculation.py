@@ -9,9 +9,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.cli import UserError
-from looplm.inference import speculation
+from looplm.inference import GenerationConfig, Generator, Request, speculation
 from looplm.inference.batch import TextBatch
-from looplm.inference.generator import GenerationConfig, Generator, Request
 from looplm.inference.sampling import probabilities
 from tests.support.generation_oracle import GATES, VARIANTS, build, byte_tokenizer
 from tests.support.observe import observed

@@ -9,13 +9,14 @@ import torch
 from looplm.cli import UserError
 from looplm.config import EngineConfig, ParallelConfig
 from looplm.megatron import settings
+from looplm.megatron.device import HAS_TRANSFORMER_ENGINE
 from looplm.megatron.settings import check_engine, transformer_config
 from tests.support.tiny import MODEL
 
 FP8: dict[str, Any] = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
 
 
-@pytest.mark.skipif(settings.HAS_TRANSFORMER_ENGINE, reason="it is installed here")
+@pytest.mark.skipif(HAS_TRANSFORMER_ENGINE, reason="it is installed here")
 def test_without_transformer_engine_a_run_that_needs_it_is_refused():
     with pytest.raises(
         UserError, match=r"engine\.transformer_impl: 'transformer_engine' .*not installed here.*take local"

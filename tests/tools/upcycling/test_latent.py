@@ -11,7 +11,7 @@ import torch
 from looplm import checkpoint, reference
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
-from looplm.inference.generator import GenerationConfig, Generator
+from looplm.inference import GenerationConfig, Generator
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.parity import assert_close_relative, relative_error
