@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Params = Mapping[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Output(NamedTuple):
@@ -193,25 +194,27 @@ def exit_gate(
     lru: a recurrent unit over loops, z_r = GRU(W_u h_r, z_{r-1}), a = w z + b, optionally plus a readout of the running
     mean of z over the document so far.
     mlp: a = w silu(W h_r + v c_r + b_1) + b_2 with the relative change c_r = |h_r - h_{r-1}| / |h_{r-1}|, c_1 = 1.
-    lru and mlp add the offset logit(1 / (loops left)), so that an untrained gate (w = b = 0) leaves after each loop
-    with the same probability 1/R.
+    lru and mlp add logit(1 / (loops left)), so that an untrained gate (w = b = 0) is the uniform prior p_r = 1/R.
     """
     h_SBD, p = h_SBD.to(at_least_fp32(h_SBD)), {name: t.to(at_least_fp32(t)) for name, t in p.items()}
     readout = p["readout.weight"], p["readout.bias"]
-    if gate_cfg.kind == "linear":
-        return F.linear(h_SBD, *readout).squeeze(-1), None
-    if gate_cfg.kind == "mlp":
-        change_SB1 = torch.ones_like(h_SBD[..., :1])
-        if state_SBZ is not None:
-            change_SB1 = ((h_SBD - state_SBZ).square().sum(-1) / state_SBZ.square().sum(-1)).sqrt().unsqueeze(-1)
-        first_layer = torch.cat((p["hidden.weight"], p["change.weight"]), 1)
-        inner_SBZ = F.silu(F.linear(torch.cat((h_SBD, change_SB1), -1), first_layer, p["hidden.bias"]))
-        logit_SB, state_SBZ = F.linear(inner_SBZ, *readout).squeeze(-1), h_SBD
-    else:
-        u_SBZ = F.linear(h_SBD, p["input_proj.weight"])
-        state_SBZ = torch.zeros_like(u_SBZ) if state_SBZ is None else state_SBZ
-        state_SBZ = gru_cell(scope(p, "cell."), u_SBZ, state_SBZ)
-        logit_SB = F.linear(state_SBZ, *readout).squeeze(-1)
+    match gate_cfg.kind:
+        case "linear":
+            return F.linear(h_SBD, *readout).squeeze(-1), None
+        case "mlp":
+            change_SB1 = torch.ones_like(h_SBD[..., :1])
+            if state_SBZ is not None:
+                change_SB1 = ((h_SBD - state_SBZ).square().sum(-1) / state_SBZ.square().sum(-1)).sqrt().unsqueeze(-1)
+            first_layer = torch.cat((p["hidden.weight"], p["change.weight"]), 1)
+            inner_SBZ = F.silu(F.linear(torch.cat((h_SBD, change_SB1), -1), first_layer, p["hidden.bias"]))
+            logit_SB, state_SBZ = F.linear(inner_SBZ, *readout).squeeze(-1), h_SBD
+        case "lru":
+            u_SBZ = F.linear(h_SBD, p["input_proj.weight"])
+            state_SBZ = torch.zeros_like(u_SBZ) if state_SBZ is None else state_SBZ
+            state_SBZ = gru_cell(scope(p, "cell."), u_SBZ, state_SBZ)
+            logit_SB = F.linear(state_SBZ, *readout).squeeze(-1)
+        case unknown:
+            raise ValueError(f"gate.kind: {unknown!r} is unknown here")
     if gate_cfg.sequence_level:
         seen_BSS = visible_BSS.to(state_SBZ.dtype).expand(h_SBD.shape[1], -1, -1)
         mean_SBZ = torch.einsum("bij,jbz->ibz", seen_BSS / seen_BSS.sum(-1, keepdim=True), state_SBZ)
@@ -343,12 +346,12 @@ class ReferenceLM(nn.Module):
         return entropy_regularised_loss(token_loss_RSB, output.gate_logit_RSB, beta, mask_SB)
 
 
-def parameter_shapes(cfg: Any, gate_cfg: Any) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
     """Return the shape of every parameter by name. The number of loops is in none."""
     d, f, v, heads = cfg.hidden_size, cfg.ffn_hidden_size, cfg.vocab_size, cfg.num_attention_heads
     if cfg.attention == "mla":
         c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
-        attention: dict[str, tuple[int, ...]] = {
+        attention: Shapes = {
             "linear_kv_down_proj.weight": (c + rope, d),
             "kv_layernorm.weight": (c,),
             "linear_kv_up_proj.weight": (heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), c),
@@ -370,14 +373,13 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> dict[str, tuple[int, ...]]:
     layer = {f"{norm}.weight": (d,) for norm in norms} | {f"self_attention.{n}": s for n, s in attention.items()}
     layer |= {"mlp.linear_fc1.weight": (2 * f, d), "mlp.linear_fc2.weight": (d, f)}
 
-    z, read = gate_cfg.state_size, {"linear": d, "lru": gate_cfg.state_size, "mlp": gate_cfg.hidden_size}[gate_cfg.kind]
-    gate: dict[str, tuple[int, ...]] = {"readout.weight": (1, read), "readout.bias": (1,)}
-    if gate_cfg.kind == "lru":
-        gate |= {"input_proj.weight": (z, d), "cell.weight_ih": (3 * z, z), "cell.weight_hh": (3 * z, z)}
-        gate |= {"cell.bias_ih": (3 * z,), "cell.bias_hh": (3 * z,)}
-        gate |= {"sequence_readout.weight": (1, z)} if gate_cfg.sequence_level else {}
-    if gate_cfg.kind == "mlp":
-        gate |= {"hidden.weight": (read, d), "hidden.bias": (read,), "change.weight": (read, 1)}
+    z, y = gate_cfg.state_size, gate_cfg.hidden_size
+    lru: Shapes = {"input_proj.weight": (z, d), "cell.weight_ih": (3 * z, z), "cell.weight_hh": (3 * z, z)}
+    lru |= {"cell.bias_ih": (3 * z,), "cell.bias_hh": (3 * z,)}
+    lru |= {"sequence_readout.weight": (1, z)} if gate_cfg.sequence_level else {}
+    mlp: Shapes = {"hidden.weight": (y, d), "hidden.bias": (y,), "change.weight": (y, 1)}
+    read, before = {"linear": (d, {}), "lru": (z, lru), "mlp": (y, mlp)}[gate_cfg.kind]
+    gate: Shapes = {**before, "readout.weight": (1, read), "readout.bias": (1,)}
 
     shapes = {"embedding.word_embeddings.weight": (v, d), "decoder.final_layernorm.weight": (d,)}
     shapes |= {f"decoder.layers.{i}.{name}": shape for i in range(cfg.num_layers) for name, shape in layer.items()}
