@@ -8,6 +8,7 @@ and are timed in turns; tests check that their losses and gradients are equal. T
 beyond the busiest rank's work, as a share of that work. Megatron's own timers measure both.
 """
 
+import inspect
 import os
 import statistics
 import subprocess
@@ -84,6 +85,8 @@ def loop_by_loop(
         the report of ``forward_step_func``'s loss function for each micro-batch, on the last rank.
     """
     config = model[0].config
+    # Megatron-core 0.17 and later do not take the model's type.
+    model_type = [model[0].model_type] if "model_type" in inspect.signature(backward_step).parameters else []
     ring = _Ring(group, (seq_length, micro_batch_size, config.hidden_size), config.params_dtype)
     passes: list[list[tuple[Tensor | None, Tensor]]] = []  # input and output of each micro-batch in each loop
     reports: list[Tensor] = []
@@ -115,7 +118,7 @@ def loop_by_loop(
             grads = []
             for number, (received, output) in enumerate(passes.pop()):
                 grad = (returned[number] if returned else None) if ring.last else ring.receive(+1)
-                input_grad = backward_step(received, output, grad, view.model_type, config)
+                input_grad = backward_step(received, output, grad, *model_type, config)
                 grads.append(input_grad)
                 if not ring.first:
                     ring.send(input_grad, -1)
