@@ -176,7 +176,7 @@ include configs/ouro-tiny/chain.mk
 LONGER  := runs/longer
 STAGE1  := --config $(CONFIGS)/pretrain.yaml --config configs/longer/pretrain.yaml
 
-longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data, and its loss with a shared cache (an hour)
+longer: $(DONE)/gate  ## a deeper model trained longer on the quickstart's data; its loss with shared caches (an hour)
 	@$(PY) -m pretrain.train $(STAGE1)
 	@$(PY) -m pretrain.train $(STAGE1) --config $(CONFIGS)/gate.yaml --config configs/longer/gate.yaml
 	@$(PY) -m pretrain.evaluate --checkpoint $(LONGER)/gate --output $(LONGER)/evaluation.json $(CACHES) \

@@ -44,7 +44,8 @@ $(TINY_OK)/$(1): $(2:%=$(TINY_OK)/%) $(TINY_C)/mha.yaml $(TINY_C)/$(1).yaml
 	@touch $$@
 endef
 # $(call tiny_upto,word,words): the words up to and including that one
-tiny_upto = $(if $(2),$(firstword $(2)) $(if $(filter $(1),$(firstword $(2))),,$(call tiny_upto,$(1),$(wordlist 2,99,$(2)))))
+tiny_upto = $(if $(2),$(firstword $(2)) \
+	$(if $(filter $(1),$(firstword $(2))),,$(call tiny_upto,$(1),$(wordlist 2,99,$(2)))))
 
 $(eval $(call tiny_stage,stage1a,data))
 $(eval $(call tiny_stage,stage1b,upcycled))
