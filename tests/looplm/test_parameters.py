@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import reference
 from looplm.accounting import forward_flops_per_token, parameter_counts
 from looplm.config import GateConfig, ModelConfig
+from looplm.config.model import ATTENTION_KEYS, GATE_KEYS, foreign_keys
 from looplm.model import LoopLM
 from looplm.model.exit_gate import build_exit_gate
 from looplm.parameters import ATTENTIONS, GATES, decayed_names, layer_parameters, parameters, tensor_parallel_units
@@ -59,6 +61,33 @@ def test_a_tensor_split_divides_its_dimension(model: str) -> None:
     for row in parameters(MODELS[model], GateConfig()):
         if row.tensor_split is not None:
             assert row.shape[row.tensor_split.dim] % row.tensor_split.units == 0, row.name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_splits_are_those_of_megatrons_layers(model: str, single_process: ProcessGroupCollection) -> None:
+    built = dict(LoopLM(MODELS[model], GateConfig(), single_process).named_parameters())
+    for row in parameters(MODELS[model], GateConfig()):
+        split = getattr(built[row.name], "tensor_model_parallel", False)
+        assert split == (row.tensor_split is not None), row.name
+        if row.tensor_split is not None:
+            assert built[row.name].partition_dim == row.tensor_split.dim, row.name
+
+
+def test_every_key_of_a_variant_is_listed_and_shapes_that_variant_alone() -> None:
+    """GATE_KEYS and ATTENTION_KEYS decide which differences between a checkpoint and a run are ignored."""
+    listed = {key for keys in GATE_KEYS.values() for key in keys}
+    assert listed == {field.name for field in dataclasses.fields(GateConfig)} - {"kind"}
+    for gate in EXIT_GATES.values():
+        before = parameters(MODELS["mla"], gate)
+        for key in listed - ({"sequence_level"} if gate.kind != "lru" else set()):  # refused for other gates
+            other: Any = not gate.sequence_level if key == "sequence_level" else getattr(gate, key) + 1
+            changed = parameters(MODELS["mla"], dataclasses.replace(gate, **{key: other}))
+            assert (changed != before) == (key in GATE_KEYS[gate.kind]), (gate.kind, key)
+    mla, mha = MODELS["mla"], MODELS["mha"]
+    assert foreign_keys(mla) == set(ATTENTION_KEYS["mha"]) and foreign_keys(mha) == set(ATTENTION_KEYS["mla"])
+    for key in foreign_keys(mha) - {"q_lora_rank", "qk_rope_period"}:  # null by default
+        changed = parameters(dataclasses.replace(mha, **{key: getattr(mha, key) + 8}), GateConfig())
+        assert changed == parameters(mha, GateConfig()), key
 
 
 def test_the_tensor_parallel_size_must_divide_heads_groups_widths_and_vocabulary() -> None:
