@@ -195,7 +195,7 @@ upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, a
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## all tests, in two processes
-	@OMP_NUM_THREADS=1 $(if $(TESTS),,$(call recorded,test)) $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
+	@HISTORY= OMP_NUM_THREADS=1 $(if $(TESTS),,$(call recorded,test)) $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 test-fast: $(READY)  ## the tests that start no process and train nothing (a minute and a half)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" $(TESTS)
