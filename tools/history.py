@@ -1,7 +1,7 @@
 """Record what the repeated commands took in docs/history.csv, and plot it.
 
-``HISTORY=1 make test`` (``quickstart``, ``bench``) appends a row if the command succeeds; without ``HISTORY`` nothing
-is recorded. ``python -m tools.history plot`` draws docs/history.svg from all rows.
+``HISTORY=1 make test`` (``quickstart``, ``bench``) appends a row and redraws docs/history.svg if the command succeeds.
+Without ``HISTORY`` nothing is recorded. ``python -m tools.history plot`` redraws the plot alone.
 """
 
 import csv
@@ -54,6 +54,7 @@ def record(name: str, command: list[str]) -> int:
         try:
             with TABLE.open("a", newline="", encoding="utf-8") as stream:
                 csv.writer(stream, lineterminator="\n").writerow(row)
+            write_whole(PLOT, plot())
         except OSError as error:  # a read-only checkout is no reason to fail
             print(f"{TABLE}: not recorded ({error.strerror})", file=sys.stderr)
     return process.returncode
@@ -91,7 +92,7 @@ def plot() -> str:
         minutes = [int(row["seconds"]) / 60 for row in runs]
         axes.plot(minutes, "o-")
         axes.set_xticks(range(len(runs)), [f"{row['date'][5:]}\n{row['revision']}" for row in runs], fontsize=7)
-        axes.set(title=command, ylabel="minutes", ylim=(0, 1.15 * max(minutes)))
+        axes.set(title=command, ylabel="minutes", ylim=(0, 1.15 * max(minutes) or 1))
         axes.grid(alpha=0.3)
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "history"}):

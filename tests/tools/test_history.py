@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from looplm.files import sha256_of
 from tools import history
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
@@ -17,6 +18,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "history.csv"
     path.write_text(HEAD)
     monkeypatch.setattr(history, "TABLE", path)
+    monkeypatch.setattr(history, "PLOT", tmp_path / "history.svg")
     return path
 
 
@@ -30,6 +32,7 @@ def test_a_successful_run_is_recorded(table: Path, capfd: pytest.CaptureFixture[
     (row,) = history.read_rows()
     assert (row["command"], row["result"]) == ("make test", "7 passed, 2 skipped") and int(row["seconds"]) < 60
     assert "7 passed" in capfd.readouterr().out
+    assert sha256_of(table) in history.PLOT.read_text(), "the plot follows the table"
 
 
 def test_a_failed_or_partial_run_is_not_recorded(table: Path) -> None:
