@@ -22,7 +22,7 @@ from tests.support.tiny import MODEL, run_config
 
 # Large initial weights make the loops differ. The gate's gradients are differences of the loops' losses: if those were
 # small, the test would measure rounding.
-MLA = dataclasses.replace(MODEL, num_attention_heads=4, q_lora_rank=12, init_std=0.1)
+MLA = dataclasses.replace(MODEL, num_attention_heads=4, q_lora_rank=12, init_std=0.2)
 MHA = ModelConfig(
     vocab_size=MODEL.vocab_size,
     hidden_size=32,
@@ -32,7 +32,7 @@ MHA = ModelConfig(
     num_attention_heads=8,
     num_query_groups=4,
     attention="mha",
-    init_std=0.1,
+    init_std=0.2,
     max_sequence_length=64,
 )
 LRU = GateConfig(state_size=8, sequence_level=True)
