@@ -141,6 +141,7 @@ def canonical(model: LoopLM) -> dict[str, Tensor]:
     return renamed
 
 
+@pytest.mark.slow
 @needs_engine
 @pytest.mark.parametrize("fp8", [None, "tensorwise", "delayed", "blockwise"])
 @pytest.mark.parametrize("name", MODELS)
