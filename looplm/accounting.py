@@ -3,16 +3,21 @@
 Tests compare every figure with real modules and real allocations.
 """
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 from looplm.config import GateConfig, ModelConfig
 from looplm.parameters import gate_parameters, parameters
 
 
-def parameter_counts(model: ModelConfig, gate: GateConfig) -> dict[str, int]:
+@cache
+def parameter_counts(model: ModelConfig, gate: GateConfig) -> Mapping[str, int]:
     """Return the number of parameters by section. The number of loops changes none: the stack is one set of weights."""
     counts = dict.fromkeys(("embedding", "layers", "loop_end_norm", "head", "gate"), 0)
     for row in parameters(model, gate):
         counts[row.section] += row.size
-    return counts
+    return MappingProxyType(counts)  # read-only, because the planner asks for it again for every layout
 
 
 def checkpoint_bytes(model: ModelConfig, gate: GateConfig, precision: str, frozen_trunk: bool = False) -> int:

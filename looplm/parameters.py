@@ -14,6 +14,7 @@ Shapes: D hidden, F feed-forward, V vocabulary, H heads, G key-value heads, K he
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 Variant = TypeVar("Variant")
@@ -74,8 +75,7 @@ def parameters(model: Any, gate: Any) -> list[Parameter]:
     shape, vocabulary = (model.vocab_size, model.hidden_size), _vocabulary(model)
     table = _row("embedding", "embedding.word_embeddings.weight", "model.embed_tokens.weight", shape)
     rows = [table._replace(role="table", tensor_split=vocabulary)]
-    for layer in range(model.num_layers):
-        rows += [_in_layer(row, layer) for row in layer_parameters(model)]
+    rows += [_in_layer(row, layer) for layer in range(model.num_layers) for row in layer_parameters(model)]
     rows.append(_row("loop_end_norm", "decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)))
     rows += gate_parameters(model, gate)
     if not model.tie_embeddings:
@@ -84,7 +84,8 @@ def parameters(model: Any, gate: Any) -> list[Parameter]:
     return rows
 
 
-def layer_parameters(model: Any) -> list[Parameter]:
+@cache
+def layer_parameters(model: Any) -> tuple[Parameter, ...]:
     """Return the parameters of one layer, under their names inside it; all layers are alike."""
     d, f = model.hidden_size, model.ffn_hidden_size
     norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
@@ -92,14 +93,14 @@ def layer_parameters(model: Any) -> list[Parameter]:
         norms |= {"self_attn_bda.norm": "input_layernorm_2", "mlp_bda.norm": "post_attention_layernorm_2"}
     halves, by_column = {f"mlp.{half}_proj.weight": (f, d) for half in ("gate", "up")}, "model.ffn_hidden_size"
     sides = (f"2 x {by_column}", "model.hidden_size")
-    return [
+    return (
         *(_row("layers", f"{ours}.weight", f"{theirs}.weight", (d,)) for ours, theirs in norms.items()),
         *chosen(ATTENTIONS, "model.attention", model.attention)(model),
         Parameter(
             "mlp.linear_fc1.weight", (2 * f, d), "layers", "matrix", halves, TensorSplit(0, f, by_column), sides=sides
         ),
         _linear("mlp.linear_fc2", "mlp.down_proj", (d, f), (sides[1], by_column), TensorSplit(1, f, by_column)),
-    ]
+    )
 
 
 def gate_parameters(model: Any, gate: Any) -> list[Parameter]:
