@@ -30,6 +30,7 @@ EXTRAS = {
     # The documentation. `make docs` installs these alone, into an environment of their own.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"],
     "dev": [
+        "hypothesis>=6.130",
         "mypy>=1.14",
         "pytest>=8.3",
         "pytest-xdist>=3.6",

@@ -1,4 +1,4 @@
-"""Bounds of config fields, declared on the field and checked in one place; and the one-line error of a user's mistake.
+"""Bounds of config fields, declared on the field and checked in one place.
 
 ::
 
@@ -23,11 +23,9 @@ import operator
 from dataclasses import MISSING, field, fields
 from typing import Any
 
+from looplm.failures import UserError as UserError
+
 _COMPARISONS = {"above": operator.gt, "of at least": operator.ge, "below": operator.lt, "at most": operator.le}
-
-
-class UserError(Exception):
-    """A mistake of the person at the terminal: one line with the place, what is wrong, the value and the fix."""
 
 
 def require(condition: bool, key: str, value: object, fix: str) -> None:

@@ -38,8 +38,9 @@ import docstring_parser
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from looplm.bounds import UserError as UserError
 from looplm.bounds import require as require
+from looplm.failures import Failure
+from looplm.failures import UserError as UserError
 
 ConfigType = TypeVar("ConfigType")
 
@@ -102,13 +103,19 @@ def parse_command(commands: Mapping[str, type], argv: Sequence[str], *, prog: st
 
 
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run ``main(argv)`` and exit: 0 on success, 2 with one line on rank 0's stderr on a :class:`UserError`."""
+    """Run ``main(argv)`` and exit: 0 on success, or one line on stderr and the status of a :class:`Failure`.
+
+    Every rank finds a user's mistake, so rank 0 alone prints it. Any other failure may be one rank's own.
+    """
+    rank = os.environ.get("RANK")
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+    except Failure as error:
+        if not isinstance(error, UserError):
+            print(f"error: {error}" if rank is None else f"error: rank {rank}: {error}", file=sys.stderr)
+        elif rank in (None, "0"):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     sys.exit(0)
 
 

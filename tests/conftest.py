@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import gc
+import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -46,6 +47,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     finally:
         guarded = False
         Trainer.train = train  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked hard, unless FAULTS=all (``make faults``)."""
+    if os.environ.get("FAULTS") == "all":
+        return
+    hard = [item for item in items if item.get_closest_marker("hard")]
+    if hard:
+        config.hook.pytest_deselected(items=hard)
+        items[:] = [item for item in items if item not in hard]
 
 
 def pytest_collection_finish() -> None:

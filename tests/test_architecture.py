@@ -12,7 +12,7 @@ MAX_LINES = 400
 
 # From top to bottom, as in docs/architecture.md. A module belongs to the row with the longest prefix of its name.
 ROWS = (
-    ("looplm.bounds", "looplm.parameters", "looplm.files", "looplm.reference"),
+    ("looplm.failures", "looplm.bounds", "looplm.parameters", "looplm.files", "looplm.reference"),
     ("looplm.cli", "looplm.chat"),
     ("looplm.config",),
     ("looplm.accounting",),

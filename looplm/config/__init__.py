@@ -3,7 +3,7 @@
 model.py     the looped transformer and its exit gate
 parallel.py  the parallel layout
 engine.py    backend and matmul precision of the linear layers
-run.py       loss, optimizer, data, checkpoints, logging, and the run that holds them all
+run.py       loss, optimizer, data, checkpoints, health, logging, and the run that holds them all
 """
 
 from looplm.config.engine import EMULATED as EMULATED
@@ -16,6 +16,7 @@ from looplm.config.parallel import Recompute as Recompute
 from looplm.config.run import CheckpointConfig as CheckpointConfig
 from looplm.config.run import DataConfig as DataConfig
 from looplm.config.run import DataSource as DataSource
+from looplm.config.run import HealthConfig as HealthConfig
 from looplm.config.run import LoggingConfig as LoggingConfig
 from looplm.config.run import LossConfig as LossConfig
 from looplm.config.run import OptimConfig as OptimConfig

@@ -174,6 +174,8 @@ class CheckpointConfig:
     Args:
         save_every: steps between checkpoints; 0 saves only at the end.
         keep: number of newest checkpoints that stay on disk.
+        keep_every: checkpoints of steps divisible by this stay for good; 0 keeps none for good.
+        in_background: write checkpoints beside training, which waits only while the state is copied.
         resume: continue from the newest complete checkpoint in output_dir, if there is one.
         initial: directory of an earlier stage (or of one of its steps) whose weights this stage starts from.
         initial_optimizer: also load Adam's moments from there; the schedule starts again at step 0.
@@ -181,6 +183,8 @@ class CheckpointConfig:
 
     save_every: int = at_least(0, 0)
     keep: int = at_least(1, 2)
+    keep_every: int = at_least(0, 0)
+    in_background: bool = True
     resume: bool = True
     initial: str | None = None
     initial_optimizer: bool = False
@@ -189,6 +193,37 @@ class CheckpointConfig:
         check_bounds(self, "checkpoint")
         known = self.initial is not None or not self.initial_optimizer
         require(known, "checkpoint.initial_optimizer", True, "name the stage it comes from in checkpoint.initial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What a run tolerates before it ends itself: steps that are not finite, loss spikes, and hangs.
+
+    Args:
+        max_skipped: steps in a row whose loss or gradient may be not finite; each is skipped, the next ends the run.
+        spike_factor: a loss above the median of the last spike_window steps by more than this many times their mean
+            absolute deviation is a spike; null looks for none.
+        spike_window: steps that a loss is compared with; none is judged before that many.
+        spike_steps: steps in a row above the limit that make a spike.
+        max_rollbacks: returns to the last checkpoint before a spike, skipping the data in between; 0 only reports.
+        step_timeout: seconds that a step, validation or save may take before the watchdog ends the run; 0 never.
+        startup_timeout: seconds that everything before the first step may take; 0 is without limit.
+        stop_timeout: seconds after a signal within which every rank must have saved.
+    """
+
+    max_skipped: int = at_least(0, 3)
+    spike_factor: float | None = positive(None)
+    spike_window: int = positive(64)
+    spike_steps: int = positive(3)
+    max_rollbacks: int = at_least(0, 0)
+    step_timeout: float = at_least(0, 1800.0)
+    startup_timeout: float = at_least(0, 3600.0)
+    stop_timeout: float = positive(480.0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "health")
+        known = self.spike_factor is not None or self.max_rollbacks == 0
+        require(known, "health.max_rollbacks", self.max_rollbacks, "say what a spike is with health.spike_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +263,7 @@ class RunConfig:
         parallel: layout over the ranks.
         engine: backend and matmul precision of the linear layers.
         checkpoint: when a run is saved and what it starts from.
+        health: what a run tolerates before it ends itself.
         logging: what is written during training.
     """
 
@@ -240,6 +276,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = at_least(0, 1234, below=2**31)
 

@@ -1,0 +1,45 @@
+"""Failures that end a command in one line, each with a documented exit status.
+
+====== ================================ ===================================================================
+status exception                        what a launcher does
+====== ================================ ===================================================================
+0                                       nothing: the command has finished
+2      :class:`UserError`               nothing: a repetition fails the same way
+3      :class:`NumericalFailure`        nothing: someone must look at the batch (``python -m tools.replay``)
+4      :class:`Hang`                    requeue: a rank or its network no longer answered
+5      :class:`StorageFailure`          nothing: free or repair the disk first
+143    (``pretrain.stopping.STOPPED``)  requeue: a signal ended the run, and its state is saved
+====== ================================ ===================================================================
+"""
+
+from typing import ClassVar
+
+
+class Failure(Exception):
+    """Base of the failures whose message is one line: the place, what is wrong, the value and the fix."""
+
+    status: ClassVar[int] = 1
+
+
+class UserError(Failure):
+    """A mistake of the person at the terminal. Every rank finds it; only rank 0 prints it."""
+
+    status = 2
+
+
+class NumericalFailure(Failure):
+    """Losses or gradients that are not finite, or keep rising, for longer than the configuration allows."""
+
+    status = 3
+
+
+class Hang(Failure):
+    """A step or a start-up that has passed its deadline."""
+
+    status = 4
+
+
+class StorageFailure(Failure):
+    """A disk that is full, read-only, over quota or broken."""
+
+    status = 5
