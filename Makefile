@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study plan-check
-.PHONY: test test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
+.PHONY: test faults test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
 .PHONY: clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
@@ -196,6 +196,10 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## all tests, in two processes
 	@HISTORY= OMP_NUM_THREADS=1 $(if $(TESTS),,$(call recorded,test)) $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
+
+faults: $(READY)  ## every fault, also those that take long to inject; writes docs/reliability.md (half an hour)
+	@HISTORY= FAULTS=all OMP_NUM_THREADS=1 $(call recorded,faults) $(PY) -m pytest $(SIDE_BY_SIDE) \
+		-m "promise or hard" --reliability docs/reliability.md
 
 test-fast: $(READY)  ## the tests that start no process and train nothing (a minute and a half)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" $(TESTS)

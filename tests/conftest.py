@@ -13,6 +13,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.megatron import process_groups
 from pretrain.trainer import Trainer
+from tests.support.promises import pytest_addoption as pytest_addoption
+from tests.support.promises import pytest_configure as pytest_configure
+from tests.support.promises import pytest_runtest_logreport as pytest_runtest_logreport
+from tests.support.promises import pytest_runtest_setup as pytest_runtest_setup
+from tests.support.promises import pytest_sessionfinish as pytest_sessionfinish
 from tests.support.saving import spare_the_spawn
 from tests.support.tiny import write_corpus
 

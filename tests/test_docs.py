@@ -18,6 +18,7 @@ from looplm.cli import parse_config
 from looplm.config import RunConfig
 from looplm.files import sha256_of
 from pretrain.cluster.submit import SubmitConfig
+from tests.support import promises
 from tools import config_docs, history
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +125,12 @@ def test_the_readme_is_short() -> None:
 
 def test_the_list_of_configuration_keys_is_up_to_date() -> None:
     assert config_docs.page() == TEXTS["docs/config.md"], "run python -m tools.config_docs"
+
+
+def test_the_page_of_promises_lists_exactly_those_of_the_tests() -> None:
+    page = TEXTS["docs/reliability.md"]
+    assert promises.listed(page) == promises.in_source(), "run make faults"
+    assert promises.FAILED not in page, "repair what make faults found"
 
 
 def test_the_plot_of_repeated_runs_is_up_to_date() -> None:

@@ -1,6 +1,6 @@
 """Record what the repeated commands took in docs/history.csv, and plot it.
 
-``HISTORY=1 make test`` (``quickstart``, ``bench``) appends a row and redraws docs/history.svg if the command succeeds.
+``HISTORY=1 make test`` (``faults``, ``quickstart``, ``bench``) appends a row and redraws docs/history.svg if the command succeeds.
 Without ``HISTORY`` nothing is recorded. ``python -m tools.history plot`` redraws the plot alone.
 """
 
@@ -62,7 +62,7 @@ def record(name: str, command: list[str]) -> int:
 
 def result(name: str, output: str) -> str:
     """Return the figures of a complete run from what it printed, or "" if it was not complete."""
-    if name == "test":
+    if name in ("test", "faults"):
         return "".join(re.findall(r"\d+ passed(?:, \d+ skipped)?", output)[-1:])
     if name == "quickstart":  # skipped phases would make its time meaningless
         depths = json.loads(EVALUATION.read_text())["depths"] if "quickstart 1/6" in output else []
@@ -73,7 +73,7 @@ def result(name: str, output: str) -> str:
         return ", ".join(
             [f"{kind} {x}x" for kind, x in zip(("fp32", "bf16"), speeds, strict=False)] + [f"head {x} %" for x in head]
         )
-    raise UserError(f"{name}: not recorded; give test, quickstart or bench")
+    raise UserError(f"{name}: not recorded; give test, faults, quickstart or bench")
 
 
 def read_rows() -> list[dict[str, str]]:
