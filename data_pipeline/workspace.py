@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fasteners import InterProcessLock
-
 from data_pipeline.config import PipelineConfig
 from data_pipeline.executor import StepFailed
 from data_pipeline.sources import common_folder
 from looplm.cli import UserError, to_dict
 from looplm.files import fsync
+from looplm.lock import FILE, FolderLock
 
 _IDENTITY = "data_pipeline.json"
 _WITHOUT_EFFECT = ("output_dir", "replace", "verbose")  # settings that do not change the result
@@ -69,14 +68,12 @@ def workspace(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
     it is removed.
     """
     work = output.with_name(f"{output.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = InterProcessLock(str(work / ".lock"))
-    if not lock.acquire(blocking=False):
-        raise UserError(f"output_dir: another run is writing {output}; wait for it or choose another folder")
+    lock = FolderLock(work, str(output), print)
+    lock.acquire()
     try:
         if _read_identity(work) != identity:
             for child in work.iterdir():
-                if child.name != ".lock":
+                if child.name != FILE:
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
             (work / _IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         (work / "final").mkdir(exist_ok=True)

@@ -1,0 +1,119 @@
+"""Two runs in one output directory, and locks that are left behind."""
+
+import json
+import os
+import re
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from looplm import lock
+from looplm.cli import UserError
+from looplm.lock import FolderLock
+from tests.support.launch import SERVER
+
+pytestmark = pytest.mark.slow  # every test here starts a process or trains
+
+
+def _hold(folder: Path, ready: Connection) -> None:
+    FolderLock(folder, "runs/a", print).acquire()
+    child = os.fork()
+    if child == 0:  # like a DataLoader's worker, which lives on for a while after its parent
+        signal.pause()
+    ready.send(child)
+    signal.pause()
+
+
+def held(folder: Path) -> tuple[int, int]:
+    """Lock ``folder`` in another process; return its pid and the pid of a child of it."""
+    here, there = SERVER.Pipe()
+    process = SERVER.Process(target=_hold, args=(folder, there))
+    process.start()
+    child: int = here.recv()
+    assert process.pid is not None
+    return process.pid, child
+
+
+def attempt(folder: Path) -> tuple[str, list[str]]:
+    """Try to lock and release ``folder``; return the refusal, if any, and the lines printed on the way."""
+    said = list[str]()
+    try:
+        with FolderLock(folder, "runs/a", said.append):
+            return "", said
+    except UserError as error:
+        return str(error), said
+
+
+def test_a_second_holder_is_told_the_first_and_a_kill_releases_the_lock(tmp_path: Path) -> None:
+    pid, child = held(tmp_path)
+    try:
+        refusal, said = attempt(tmp_path)
+        pattern = rf"output_dir: another run is writing runs/a \(process {pid} on \S+, since [^)]+\); wait for it, "
+        assert re.match(pattern, refusal) and "\n" not in refusal and not said
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while (found := attempt(tmp_path))[0]:  # the kernel needs a moment to end the process
+        assert time.monotonic() < end
+    refusal, said = found
+    assert len(said) == 1
+    assert f"process {pid} on" in said[0] and said[0].endswith("has ended without removing its lock; taking it over")
+    os.kill(child, signal.SIGKILL)
+    assert attempt(tmp_path) == ("", []) and not list(tmp_path.iterdir()), "a released lock leaves nothing behind"
+
+
+def test_the_same_process_is_refused_too(tmp_path: Path) -> None:
+    with FolderLock(tmp_path, "runs/a", print):
+        refusal, _ = attempt(tmp_path)
+        assert f"process {os.getpid()} on" in refusal
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert attempt(tmp_path) == ("", [])
+
+
+def write_holder(folder: Path, **changed: object) -> None:
+    """Leave the lock file of a run on another host, whose kernel's lock this host cannot see."""
+    holder = {"host": "n07", "boot": "another", "pid": 1, "started": "1", "job": "4711", "since": "yesterday"}
+    (folder / ".lock").write_text(json.dumps(holder | changed))
+
+
+def _touch(path: Path) -> None:
+    for _ in range(1000):
+        os.utime(path)
+        signal.sigtimedwait([], 0.05)
+
+
+def test_a_holder_on_another_host_is_alive_as_long_as_it_touches_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.4)
+    write_holder(tmp_path)
+    beat = SERVER.Process(target=_touch, args=(tmp_path / ".lock",))
+    beat.start()
+    before = (tmp_path / ".lock").stat().st_mtime_ns
+    while (tmp_path / ".lock").stat().st_mtime_ns == before:
+        pass
+    try:
+        refusal, said = attempt(tmp_path)
+        assert "(process 1 on n07, job 4711, since yesterday)" in refusal
+        assert said == ["runs/a: locked by process 1 on n07, job 4711, since yesterday; waiting 0 s for a sign of life"]
+    finally:
+        beat.kill()
+        beat.join()
+    refusal, said = attempt(tmp_path)
+    assert not refusal and said[1].endswith("taking it over")
+
+
+def test_a_requeued_job_does_not_wait_for_its_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_holder(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    refusal, said = attempt(tmp_path)
+    assert not refusal and len(said) == 1 and said[0].endswith("taking it over")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "\0" * 40])
+def test_a_damaged_lock_file_does_not_block(tmp_path: Path, damage: str) -> None:
+    (tmp_path / ".lock").write_text(damage)
+    assert attempt(tmp_path) == ("", [])
