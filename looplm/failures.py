@@ -19,12 +19,14 @@ class Failure(Exception):
     """Base of the failures whose message is one line: the place, what is wrong, the value and the fix."""
 
     status: ClassVar[int] = 1
+    is_shared = False  # True if every rank raises it, so that rank 0 alone prints it
 
 
 class UserError(Failure):
     """A mistake of the person at the terminal. Every rank finds it; only rank 0 prints it."""
 
     status = 2
+    is_shared = True
 
 
 class NumericalFailure(Failure):

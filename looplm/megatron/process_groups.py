@@ -2,10 +2,12 @@
 
 import gc
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,9 +16,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from looplm.config import ParallelConfig
+from looplm.failures import Failure, Hang
 from looplm.megatron import device, patches
 
 TIMEOUT = timedelta(minutes=30)
+
+Result = TypeVar("Result")
 
 
 def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollection:
@@ -49,6 +54,19 @@ def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollec
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def expected_ranks() -> int:
+    """Return the number of ranks that torchrun announces; 1 without it. No other rank is asked."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def lost_peer(error: RuntimeError) -> Hang | None:
+    """Return the failure of a connection to another rank that caused ``error``; None if something else did."""
+    if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+        return None
+    reason = re.sub(r"^\[\S*\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
+    return Hang(f"lost the connection to another rank ({reason}), whose own last lines say why; the run can be resumed")
+
+
 @contextmanager
 def seeded(part: str) -> Iterator[None]:
     """Make random numbers depend only on the job's seed and ``part``, so that weights do not depend on the layout.
@@ -78,6 +96,23 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def on_rank_0(action: Callable[[], Result]) -> Result:
+    """Return the result of ``action`` on rank 0, or raise its failure, on every rank. Collective."""
+    outcome: list[Any] = [None, None]
+    if is_rank_0():
+        try:
+            outcome[0] = action()
+        except Failure as error:
+            error.is_shared = True
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return cast(Result, result)
 
 
 def is_rank_0() -> bool:
