@@ -1,9 +1,12 @@
 """The chat template compared with transformers' rendering of it."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from looplm.chat import END, JINJA, SPECIAL_TOKENS, START, ChatTemplate, Message
@@ -22,7 +25,7 @@ MARKED = (
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    contents = [content for messages in CONVERSATIONS for _, content in messages]
+    contents = [message.content for messages in CONVERSATIONS for message in messages]
     return write_tokenizer(tmp_path_factory.mktemp("chat"), contents, SPECIAL_TOKENS)[0]
 
 
@@ -74,4 +77,101 @@ def test_a_tokenizer_without_the_special_tokens_is_an_error_of_one_line(tmp_path
     plain, _ = write_tokenizer(tmp_path, ["text"])
     with pytest.raises(UserError, match=r"t\.json: has no token '<\|im_start\|>'") as caught:
         ChatTemplate(plain, "t.json")
+    assert "\n" not in str(caught.value)
+
+
+METASPACE = pre_tokenizers.Metaspace
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+HARD = [
+    [Message("user", "The QUICK fox?"), Message("assistant", "The answer: it's 42 €. "), Message("user", " and  you?")],
+    [
+        Message("system", ""),
+        Message("assistant", "世界\nsays\n\nhello"),
+        Message("assistant", ""),
+        Message("user", "x"),
+    ],
+]
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+def sentencepiece(pre_tokenizer: Any = None, normalizer: Any = None, unigram: bool = False, **mark: Any) -> Tokenizer:
+    """Return a tokenizer of the kind of Llama 2: every space is ▁, and what has no token is bytes."""
+    texts = [message.content.replace(" ", "▁") for messages in CONVERSATIONS for message in messages]
+    specials = ["<unk>", "<s>", "</s>", *BYTES]
+    if unigram:
+        tokenizer = Tokenizer(models.Unigram())
+        trainer: Any = trainers.UnigramTrainer(vocab_size=330, special_tokens=specials, unk_token="<unk>")
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=specials)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(texts, trainer)
+    settings = json.loads(tokenizer.to_str())  # the bytes are tokens of the model, not names in a text
+    settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] not in BYTES]
+    settings["model"]["byte_fallback"] = True
+    tokenizer = Tokenizer.from_str(json.dumps({**settings, "pre_tokenizer": None}))
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_tokens(
+        [AddedToken(name, **{"special": True, "normalized": False, **mark}) for name in SPECIAL_TOKENS]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def byte_level(**options: Any) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [f"{message.role}\n{message.content}" for messages in CONVERSATIONS for message in messages]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sentencepiece(METASPACE(prepend_scheme="always", split=True)),
+        lambda: sentencepiece(METASPACE(prepend_scheme="always", split=False)),
+        lambda: sentencepiece(METASPACE(prepend_scheme="first", split=True)),
+        lambda: sentencepiece(METASPACE(prepend_scheme="first", split=False)),
+        lambda: sentencepiece(METASPACE(prepend_scheme="never")),
+        lambda: sentencepiece(normalizer=PREPEND),
+        lambda: sentencepiece(METASPACE(prepend_scheme="always"), unigram=True),
+        lambda: sentencepiece(METASPACE(prepend_scheme="first"), special=False),
+        lambda: byte_level(add_prefix_space=True),
+        lambda: byte_level(add_prefix_space=False),
+    ],
+)
+def test_tokens_learned_are_those_of_the_exported_template(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    theirs.chat_template = JINJA
+    template = ChatTemplate(tokenizer, "t")
+    for messages in [*CONVERSATIONS, *HARD]:
+        rendered = theirs.apply_chat_template(as_dicts(messages), return_dict=True)["input_ids"]
+        assert template.encode([messages])[0].ids == rendered
+        asked = theirs.apply_chat_template(as_dicts(messages), add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        assert template.ask(messages) == asked
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: byte_level(add_prefix_space=False, use_regex=False),
+        lambda: sentencepiece(METASPACE(), rstrip=True),
+        lambda: sentencepiece(METASPACE(), lstrip=True),
+        lambda: sentencepiece(normalizer=PREPEND, normalized=True),
+    ],
+)
+def test_other_tokenizers_are_refused(make: Callable[[], Tokenizer]) -> None:
+    with pytest.raises(UserError, match=r"^t: encodes conversations otherwise than the exported template") as caught:
+        ChatTemplate(make(), "t")
     assert "\n" not in str(caught.value)
