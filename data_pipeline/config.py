@@ -13,6 +13,7 @@ from looplm.bounds import at_least, check_bounds, non_empty, positive
 from looplm.cli import require
 
 FilterName = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb_quality"]
+Difference = Literal["case", "punctuation", "accents", "numbers"]
 
 BYTE_ALPHABET = 256  # a byte-level tokenizer contains every byte, so no text is unknown to it
 SPECIAL_TOKENS = 3  # bos, eos, pad
@@ -27,13 +28,20 @@ class ChatConfig:
         messages_key: a list of messages {role, content}, role system, user or assistant; or ShareGPT's {from, value}.
         prompt_key: instead of messages_key: the question, a text or a list of messages.
         answer_key: with prompt_key: its answer, a text.
+        roles: further names of roles, each as NAME=ROLE, such as bot=assistant.
+        ignore: keys of messages and records that are dropped although they may hold something, such as tool_calls.
     """
 
     messages_key: str | None = None
     prompt_key: str | None = None
     answer_key: str | None = None
+    roles: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        fix = f"give NAME=ROLE, with one of the roles {', '.join(chat.ROLES)}"
+        known = all(name and role in chat.ROLES for name, _, role in (entry.partition("=") for entry in self.roles))
+        require(known, "sources[].chat.roles", list(self.roles), fix)
         key, pair = self.messages_key, (self.prompt_key, self.answer_key)
         one_form = None not in pair if key is None else pair == (None, None)
         require(one_form, "sources[].chat.messages_key", key, "give either messages_key, or prompt_key and answer_key")
@@ -43,6 +51,11 @@ class ChatConfig:
         """The keys that are set."""
         return tuple(key for key in (self.messages_key, self.prompt_key, self.answer_key) if key is not None)
 
+    @property
+    def role_names(self) -> dict[str, str]:
+        """The further names of roles, with the role of each."""
+        return {name: role for name, _, role in (entry.partition("=") for entry in self.roles)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -51,7 +64,8 @@ class SourceConfig:
     Args:
         name: identifies the source in the names of its prefixes.
         kind: python-stdlib (this interpreter's own source files), text (one document per file), jsonl or parquet.
-        paths: files or globs, including **; .gz, .zst and .zstd are decompressed; not for python-stdlib.
+        paths: files or globs, including **; not for python-stdlib. The longest start that exists under exactly that
+            name is no glob. gzip, zstd, bzip2 and xz are decompressed, by content.
         text_key: jsonl and parquet: the key or column of the text.
         chat: jsonl and parquet: the records are conversations, trained on their answers only; null: plain text.
         filters: quality filters, applied in this order; they were made for prose and reject source code.
@@ -96,14 +110,18 @@ class DedupConfig:
     Args:
         exact: drop documents whose texts are equal byte for byte.
         minhash: drop near-duplicates (MinHash signatures, locality-sensitive hashing).
-        ngram: words per shingle.
+        ignore: differences that near-duplicates may have in any number; numbers makes all numbers equal, so that
+            tables, sums or dates of one form are near-duplicates.
+        ngram: words per shingle; documents with fewer words have no near-duplicates.
         buckets: bands of the signature; more bands also match less similar documents.
         hashes_per_bucket: hashes that must agree in a band; more hashes require more similarity.
-        language: null splits words at white space (fast); a datatrove code such as cmn uses that language's tokenizer.
+        language: null splits words at white space (fast), and scripts without spaces into characters; a datatrove
+            code such as cmn uses that language's tokenizer.
     """
 
     exact: bool = True
     minhash: bool = True
+    ignore: tuple[Difference, ...] = ("case", "punctuation", "accents")
     ngram: int = positive(5)
     buckets: int = positive(14)
     hashes_per_bucket: int = positive(8)
@@ -215,7 +233,7 @@ class PipelineConfig:
         tokenizer: the tokenizer, trained or existing.
         dedup: deduplication over all sources.
         executor: division of the work, on this machine or Slurm.
-        validation_fraction: share of the documents held out, chosen by document id; 0 holds out none.
+        validation_fraction: share of the documents held out, chosen by a hash of their texts; 0 holds out none.
         seed: seed of that choice.
         replace: rebuild an output_dir that was made with other settings instead of refusing.
         verbose: show datatrove's own log on the terminal; it is always in OUTPUT_DIR/logs.

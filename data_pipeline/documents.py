@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document
-from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
 from data_pipeline.config import PipelineConfig
+from data_pipeline.conversations import MESSAGES
 from data_pipeline.executor import StepRunner
 from data_pipeline.filters import build_filters, find_duplicates
-from data_pipeline.sources import MESSAGES, make_reader
+from data_pipeline.folders import Folder
+from data_pipeline.readers import JsonLinesReader
+from data_pipeline.sources import make_reader
 from looplm.cli import UserError
 
 TRAIN, VALID = "train", "valid"
@@ -25,22 +27,24 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
     documents, tasks = work / "documents", config.executor.tasks
     documents.mkdir(exist_ok=True)
     for source in config.sources:
-        reader = make_reader(source, files[source.name], work / f"{source.name}.paths")
-        pipeline: list[Callable] = [reader, *build_filters(source), _writer(documents / source.name, "${rank}.jsonl")]
+        reader, writer = make_reader(source, files[source.name]), _writer(documents / source.name, "${rank}.jsonl")
+        pipeline: list[Callable] = [reader, *build_filters(source), writer]
         counts = runner.run(f"read-{source.name}", pipeline, tasks if source.limit is None else 1)
-        reasons = {key: count for key, count in sum(counts[1:-1], Counter()).items() if key.startswith("dropped_")}
+        reasons = {key: count for key, count in sum(counts[:-1], Counter()).items() if key.startswith("dropped_")}
         dropped = _dropped({key.removeprefix("dropped_"): count for key, count in reasons.items()})
         if not counts[-1]["total"]:
-            fix = f"loosen sources.{source.name}.filters or min_chars"
+            fix = f"loosen sources.{source.name}.filters or min_chars, or add text"
             raise UserError(f"sources.{source.name}: no document is left after its filters ({dropped}); {fix}")
         runner.report(f"read {source.name}", counts[-1]["total"], dropped)
     filters = find_duplicates(config.dedup, documents, work, runner)
     split = partial(_add_prefix, config.seed, config.validation_fraction)
-    pipeline = [JsonlReader(str(documents)), *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
+    written = JsonLinesReader(Folder(str(documents)))
+    pipeline = [written, *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
     counts = runner.run("split", pipeline)
     kinds = ["exact duplicates"] * config.dedup.exact + ["near-duplicates"] * config.dedup.minhash
     duplicates = dict(zip(kinds, (count["dropped"] for count in counts[1:-1]), strict=True))
-    runner.report("deduplicate and split", counts[-1]["total"], _dropped(duplicates))
+    note = f"{_dropped(duplicates)}; split by text" if config.validation_fraction else _dropped(duplicates)
+    runner.report("deduplicate and split", counts[-1]["total"], note)
     for source in config.sources:
         for part in (TRAIN, VALID) if config.validation_fraction else (TRAIN,):
             if not (work / "split" / f"{source.name}_{part}").exists():
@@ -48,9 +52,12 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
                 raise UserError(f"sources.{source.name}: no document is left for its {part} split; {fix}")
 
 
-def split_of(source: str, document_id: str, seed: int, validation_fraction: float) -> str:
-    """Return ``train`` or ``valid``, independent of the number of workers and of all other documents."""
-    digest = hashlib.sha256(f"{seed}/{source}/{document_id}".encode()).digest()
+def split_of(text: str, seed: int, validation_fraction: float) -> str:
+    """Return ``train`` or ``valid``, independent of the number of workers and of all other documents.
+
+    The text decides, because the ids of records may be missing, null, or the same in several files.
+    """
+    digest = hashlib.sha256(f"{seed}/{text}".encode()).digest()
     return VALID if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else TRAIN
 
 
@@ -59,13 +66,13 @@ def _add_prefix(
 ) -> Iterator[Document]:
     """Add ``prefix`` (SOURCE_train or SOURCE_valid) to each document's metadata, for the writer."""
     for document in documents:
-        source = document.metadata["source"]
-        document.metadata["prefix"] = f"{source}_{split_of(source, document.id, seed, validation_fraction)}"
+        part = split_of(document.text, seed, validation_fraction)
+        document.metadata["prefix"] = f"{document.metadata['source']}_{part}"
         yield document
 
 
 def _writer(folder: Path, name: str) -> JsonlWriter:
-    return JsonlWriter(str(folder), name, compression="zstd", adapter=_text_and_source)
+    return JsonlWriter(Folder(str(folder)), name, compression="zstd", adapter=_text_and_source)
 
 
 def _text_and_source(self: JsonlWriter, document: Document) -> dict[str, Any]:

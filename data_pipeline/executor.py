@@ -5,6 +5,7 @@ tasks in the log folder, so an interrupted run continues where it stopped.
 """
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,17 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor import SlurmPipelineExecutor
 from datatrove.utils.logging import setup_default_logger
 from loguru import logger
 from tqdm import tqdm
 
 from data_pipeline.config import ExecutorConfig, SlurmConfig
+from data_pipeline.folders import Folder
+from data_pipeline.local_executor import LocalExecutor, StepFailed
 from looplm.cli import UserError
+from looplm.failures import Failure
 
-
-class StepFailed(UserError):
-    """A failure outside the data. Finished tasks stay on disk, and the next run continues from them."""
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+=,@~-]*")  # what datatrove's job scripts can hold without quotes
 
 
 class StepRunner:
@@ -34,11 +36,15 @@ class StepRunner:
 
     Args:
         config: number of tasks and workers, and where they run.
-        logs: folder that gets one folder per step.
+        logs: folder that gets one folder per step, WORK/final/logs.
         verbose: let datatrove write to the terminal too.
     """
 
     def __init__(self, config: ExecutorConfig, logs: Path, verbose: bool = False) -> None:
+        odd = "".join(sorted(set(_PLAIN_PATH.sub("", str(logs.resolve())))))
+        if config.slurm is not None and odd:
+            fix = "choose an output_dir of letters, digits and ./_+=,@~-"
+            raise UserError(f"executor.slurm: {logs.resolve()} holds {odd!r}, which job scripts cannot carry; {fix}")
         self.config, self.logs, self.verbose = config, logs.resolve(), verbose
         self._reported = time.time()
 
@@ -55,8 +61,9 @@ class StepRunner:
         folder.mkdir(parents=True, exist_ok=True)
         with _progress_bar(name, folder, tasks), nullcontext() if self.verbose else _log_to_file(folder):
             if self.config.slurm is None:
-                executor = LocalPipelineExecutor if self.verbose else _QuietExecutor
-                executor(list(pipeline), tasks, min(self.config.workers, tasks), str(folder)).run()
+                executor = LocalExecutor if self.verbose else _QuietExecutor
+                workers, work = min(self.config.workers, tasks), str(self.logs.parents[1])
+                executor(list(pipeline), tasks, workers, Folder(str(folder)), work=work).run()
             else:
                 self._run_on_slurm(self.config.slurm, name, list(pipeline), tasks, folder)
         return _counters(folder)
@@ -70,7 +77,7 @@ class StepRunner:
         root = Path(__file__).resolve().parents[1]  # jobs must find this package and this interpreter's scripts
         env_command = f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{root}:$PYTHONPATH"'
         options: dict[str, Any] = {key: value for key, value in asdict(config).items() if key != "poll_seconds"}
-        options |= {"workers": self.config.workers, "job_name": f"looplm-{name}", "logging_dir": str(folder)}
+        options |= {"workers": self.config.workers, "job_name": f"looplm-{name}", "logging_dir": Folder(str(folder))}
         executor = SlurmPipelineExecutor(pipeline, tasks=tasks, env_command=env_command, **options)
         executor.run()
         while executor.get_incomplete_ranks():
@@ -80,7 +87,7 @@ class StepRunner:
                 raise _failure(name, folder)
 
 
-class _QuietExecutor(LocalPipelineExecutor):
+class _QuietExecutor(LocalExecutor):
     """datatrove's executor with the logs of its tasks in the step's folder: tasks reset loguru to write to stderr."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
@@ -136,7 +143,7 @@ def _counters(folder: Path) -> list[Counter[str]]:
     return totals
 
 
-def _failure(name: str, folder: Path) -> UserError:
+def _failure(name: str, folder: Path) -> Failure:
     """Return the mistake in the data that a task on another machine logged, or else a pointer to the logs."""
     for log in sorted(folder.glob("logs/task_*.log")):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -5,19 +5,24 @@ model-based filters would be downloaded. Words and sentences are split by spaCy'
 of the package.
 """
 
+import json
+import re
 from pathlib import Path
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline import dedup, filters
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.pipeline.readers import JsonlReader
+from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import StanzaTokenizer, TibetanTokenizer, WordTokenizer, load_word_tokenizer
 
 from data_pipeline.config import DedupConfig, SourceConfig
+from data_pipeline.conversations import MESSAGES
 from data_pipeline.executor import StepRunner
-from data_pipeline.sources import MESSAGES
-from looplm.chat import ANSWERS
+from data_pipeline.folders import Folder
+from data_pipeline.readers import JsonLinesReader
+from looplm.chat import ANSWERS, Message
 from looplm.cli import UserError
 
 _QUALITY = {
@@ -46,20 +51,27 @@ def find_duplicates(config: DedupConfig, documents: Path, work: Path, runner: St
         work: folder for signatures and results.
     """
     found: list[PipelineStep] = []
-    reader = JsonlReader(str(documents))
+    reader = JsonLinesReader(Folder(str(documents)))
     if config.exact:
-        signatures, results = str(work / "exact"), str(work / "exact-found")
-        exact = dedup.ExactDedupConfig(content_getter=lambda document: document.text)
+        signatures, results = (Folder(str(work / name)) for name in ("exact", "exact-found"))
+        exact = dedup.ExactDedupConfig(content_getter=_content)
         runner.run("exact-signatures", [reader, dedup.ExactDedupSignature(signatures, exact)])
         # One task: with more, datatrove 0.10.1 looks for a file named ".c4_sig", does not find it and drops nothing.
         runner.run("exact-find", [dedup.ExactFindDedups(signatures, results, exact)], tasks=1)
         found.append(dedup.ExactDedupFilter(results, exact))
     if config.minhash:
-        signatures, pairs, results = (str(work / f"minhash-{part}") for part in ("signatures", "pairs", "found"))
+        signatures, pairs, results = (
+            Folder(str(work / f"minhash-{part}")) for part in ("signatures", "pairs", "found")
+        )
         sizes = {"num_buckets": config.buckets, "hashes_per_bucket": config.hashes_per_bucket}
-        minhash = dedup.MinhashConfig(n_grams=config.ngram, **sizes)
-        signature = dedup.MinhashDedupSignature(signatures, minhash, language=config.language or _WhiteSpace())
-        runner.run("minhash-signatures", [reader, *found, signature])
+        minhash = dedup.MinhashConfig(n_grams=config.ngram, norm_config=_normalization(config), **sizes)
+        signature = _Signatures(signatures, minhash, language=config.language or _WhiteSpace())
+        counts = runner.run("minhash-signatures", [reader, *found, signature])[-1]
+        if short := counts["too_short"]:
+            note = (
+                f"{short:,} others have fewer than dedup.ngram={config.ngram} words and near-duplicates are not sought"
+            )
+            runner.report("compare documents", counts["total"] - short, note)
         runner.run("minhash-buckets", [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)], config.buckets)
         runner.run("minhash-cluster", [dedup.MinhashDedupCluster(pairs, results, minhash)], tasks=1)
         found.append(dedup.MinhashDedupFilter(results))
@@ -100,20 +112,52 @@ class LengthFilter(BaseFilter):
 
 
 class AnswerFilter(BaseFilter):
-    """Filter that drops conversations without an answer, which would have no token with loss."""
+    """Filter that drops conversations without an answer to learn, which would have no token with loss."""
 
     name = "💬 Answers"
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        answered = any(role == ANSWERS and content.strip() for role, content in doc.metadata[MESSAGES])
+        messages = (Message(*message) for message in doc.metadata[MESSAGES])
+        answered = any(role == ANSWERS and content.strip() and learned for role, content, learned in messages)
         return answered or (False, "without_answer")
 
 
+class _Signatures(dedup.MinhashDedupSignature):
+    """datatrove's step, which counts the documents that are too short for it as ``too_short``."""
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        shingles = super().get_shingles(text)
+        if not shingles.size:
+            self.stat_update("too_short")
+        return shingles
+
+
+def _normalization(config: DedupConfig) -> TextNormConfig:
+    return TextNormConfig(
+        lowercase="case" in config.ignore,
+        remove_punctuation="punctuation" in config.ignore,
+        norm_unicode_diacritics="accents" in config.ignore,
+        norm_numbers="numbers" in config.ignore,
+    )
+
+
+def _content(document: Document) -> str:
+    """Return everything that tokens are made of: conversations may have equal texts and other turns."""
+    return json.dumps(document.metadata[MESSAGES]) if MESSAGES in document.metadata else document.text
+
+
 class _WhiteSpace(WordTokenizer):
-    """Splitter of simplified text (lower case, no punctuation) at white space, 12 times faster than spaCy's rules."""
+    """Splitter at white space, 12 times faster than spaCy's rules. Each character of a script without spaces is a word.
+
+    Otherwise a Chinese, Japanese, Thai, Lao, Burmese or Khmer text would be a few long words, fewer than a shingle has.
+    """
+
+    _UNSPACED = re.compile(
+        "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    )
 
     def word_tokenize(self, text: str) -> list[str]:
-        return text.split()
+        return (text if text.isascii() else self._UNSPACED.sub(r" \g<0> ", text)).split()
 
     def sent_tokenize(self, text: str) -> list[str]:
         return text.splitlines()

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.io import DataFolder
-from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import MegatronDocumentTokenizer
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from datatrove.utils.batching import batched
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from data_pipeline.conversations import MESSAGES
 from data_pipeline.executor import StepRunner
-from data_pipeline.sources import MESSAGES
+from data_pipeline.folders import Folder
+from data_pipeline.readers import JsonLinesReader
 from data_pipeline.token_file import mark, read_index, write_index
 from looplm.chat import ChatTemplate, Message
 from looplm.cli import UserError
@@ -29,9 +29,9 @@ def write_prefixes(eos_token: str, work: Path, runner: StepRunner) -> None:
     Shards are merged in the order of the tasks that wrote their documents.
     """
     split, shards, final = (work / name for name in ("split", "shards", "final"))
-    names = DataFolder(str(split)).list_files()  # the reader below gives task i the i-th file of this list
-    tokenizer = MegatronTokenizer(str(shards), None, str(final / "tokenizer.json"), eos_token, batch_size=1000)
-    counts = runner.run("tokenize", [JsonlReader(str(split)), tokenizer], tasks=len(names))
+    names = Folder(str(split)).list_files()  # the reader below gives task i the i-th file of this list
+    tokenizer = MegatronTokenizer(Folder(str(shards)), None, str(final / "tokenizer.json"), eos_token, batch_size=1000)
+    counts = runner.run("tokenize", [JsonLinesReader(Folder(str(split))), tokenizer], tasks=len(names))
     runner.report("tokenize", counts[0]["input_files"], f"{counts[1]['tokens']:,} tokens", unit="shards")
     plan: dict[str, list[str]] = {}
     for task, name in enumerate(names):

@@ -79,7 +79,7 @@ def write_index(path: Path, lengths_N: np.ndarray, dtype: np.dtype) -> None:
     with path.open("wb") as stream:
         stream.write(_HEADER.pack(_MAGIC, 1, code, lengths_N.size, lengths_N.size + 1))
         for part in (lengths_N, pointers_N * dtype.itemsize, np.arange(lengths_N.size + 1, dtype=np.int64)):
-            part.tofile(stream)
+            stream.write(part.tobytes())  # tofile's error on a full disk does not say what it is
 
 
 def read_blocks(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import multiprocess
-from datatrove.io import DataFolder
-from datatrove.pipeline.readers import JsonlReader
 from tokenizers import Tokenizer
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.documents import TRAIN, VALID, split_documents
 from data_pipeline.executor import StepRunner
 from data_pipeline.filters import check_language
+from data_pipeline.folders import Folder
 from data_pipeline.manifest import TokenizerRecord, write_manifest
+from data_pipeline.readers import JsonLinesReader
 from data_pipeline.shards import write_prefixes
 from data_pipeline.sources import check_files, find_files
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
@@ -31,7 +31,7 @@ from data_pipeline.verify import check_prefix
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
 from looplm import chat
 from looplm.cli import UserError, parse_config, run_main
-from looplm.files import sha256_of
+from looplm.files import sha256_of, write_whole, writing
 
 
 def main(argv: list[str]) -> None:
@@ -45,13 +45,15 @@ def build(config: PipelineConfig) -> None:
 
     Raises:
         UserError: bad input; nothing is left behind.
+        StepFailed: a task was killed. The next run continues.
+        StorageFailure: the disk failed. The next run continues.
     """
     multiprocess.set_forkserver_preload(["data_pipeline.documents", "data_pipeline.shards"])  # once, not per worker
     output = Path(config.output_dir).resolve()
     files = _check_inputs(config)
     identity = identity_of(config, files)
     if not is_finished(output, identity, config.replace):
-        with workspace(output, identity) as work:
+        with writing(output), workspace(output, identity) as work:
             runner = StepRunner(config.executor, work / "final" / "logs", config.verbose)
             split_documents(config, files, work, runner)
             _make_tokenizer(config, work / "split", work / "final" / "tokenizer.json", runner)
@@ -86,16 +88,14 @@ def _make_tokenizer(config: PipelineConfig, split: Path, path: Path, runner: Ste
     """Write tokenizer.json: a copy of the existing one, or one trained on the training documents."""
     if path.exists():
         return
-    unfinished = path.with_suffix(".partial")
     if config.tokenizer.path is not None:
-        shutil.copyfile(config.tokenizer.path, unfinished)
+        write_whole(path, Path(config.tokenizer.path).read_text(encoding="utf-8"))
     else:
-        names = DataFolder(str(split)).list_files()  # SOURCE_SPLIT/TASK.jsonl.zst
+        names = Folder(str(split)).list_files()  # SOURCE_SPLIT/TASK.jsonl.zst
         training = [name for name in names if Path(name).parent.name.endswith(f"_{TRAIN}")]
-        streams = [partial(JsonlReader(str(split)).read_file, name) for name in training]
+        streams = [partial(JsonLinesReader(Folder(str(split))).read_file, name) for name in training]
         texts = sample_texts(streams, config.tokenizer.train_chars)
-        train_tokenizer(texts, config.tokenizer).save(str(unfinished))
-    os.replace(unfinished, path)
+        write_whole(path, train_tokenizer(texts, config.tokenizer).to_str(pretty=True))
     tokens = vocab_size(Tokenizer.from_file(str(path)))
     wanted = config.tokenizer.vocab_size or tokens
     note = "" if tokens == wanted else f"fewer than vocab_size={wanted:,}, because there is little text"

@@ -3,23 +3,26 @@
 Its ``data_pipeline.json`` records settings and input files, so that a second run knows if there is anything to do.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.executor import StepFailed
+from data_pipeline.local_executor import TASKS, StepFailed
 from data_pipeline.sources import common_folder
 from looplm.cli import UserError, to_dict
-from looplm.files import fsync
+from looplm.files import fsync, write_whole
 from looplm.lock import FILE, FolderLock
 
 _IDENTITY = "data_pipeline.json"
+_PATIENCE = 60.0  # seconds for the tasks of a killed run to notice that it has ended
 _WITHOUT_EFFECT = ("output_dir", "replace", "verbose")  # settings that do not change the result
 
 
@@ -71,22 +74,49 @@ def workspace(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
     lock = FolderLock(work, str(output), print)
     lock.acquire()
     try:
+        _wait_for_tasks(work)
         if _read_identity(work) != identity:
-            for child in work.iterdir():
-                if child.name != FILE:
-                    shutil.rmtree(child) if child.is_dir() else child.unlink()
-            (work / _IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+            _clear(work)
+            write_whole(work / _IDENTITY, json.dumps(identity, indent=2) + "\n")
         (work / "final").mkdir(exist_ok=True)
         yield work
         shutil.copy(work / _IDENTITY, work / "final")
         _publish(work / "final", output)
-        shutil.rmtree(work)
-    except UserError as error:
-        if not isinstance(error, StepFailed):
-            shutil.rmtree(work)
+    except UserError:
+        _remove(work)
         raise
+    else:
+        _remove(work)
     finally:
         lock.release()
+
+
+def _wait_for_tasks(work: Path) -> None:
+    """Wait until no task of a killed run writes to the folder. They end themselves as soon as they notice."""
+    end = time.monotonic() + _PATIENCE
+    with (work / TASKS).open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    fix = "end them and run again"
+                    raise StepFailed(f"output_dir: tasks of a killed run still write to {work}; {fix}") from None
+                time.sleep(0.1)
+
+
+def _clear(work: Path) -> None:
+    """Remove everything but the locks, the identity first: a killed removal must not look like work to continue."""
+    (work / _IDENTITY).unlink(missing_ok=True)
+    for child in work.iterdir():
+        if child.name not in (FILE, TASKS):
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+
+def _remove(work: Path) -> None:
+    _clear(work)
+    shutil.rmtree(work)
 
 
 def _publish(final: Path, output: Path) -> None:

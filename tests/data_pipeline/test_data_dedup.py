@@ -64,11 +64,11 @@ def test_split_by_document(corpus: Any, jsonl: Any, config: Any, build: Any, dec
 
 
 def test_split_share_and_independence() -> None:
-    ids = [str(index) for index in range(20_000)]
-    valid = {name for name in ids if split_of("s", name, 1, 0.05) == "valid"}
+    texts = [str(index) for index in range(20_000)]
+    valid = {text for text in texts if split_of(text, 1, 0.05) == "valid"}
     assert len(valid) == pytest.approx(1000, rel=0.1)
     assert valid <= {
-        name for name in ids if split_of("s", name, 1, 0.1) == "valid"
+        text for text in texts if split_of(text, 1, 0.1) == "valid"
     }  # a larger share keeps the smaller one
-    assert valid != {name for name in ids if split_of("other", name, 1, 0.05) == "valid"}
-    assert all(split_of("s", name, 1, 0.0) == "train" for name in ids)
+    assert valid != {text for text in texts if split_of(text, 2, 0.05) == "valid"}
+    assert all(split_of(text, 1, 0.0) == "train" for text in texts)
