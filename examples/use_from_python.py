@@ -15,7 +15,7 @@ with torch.no_grad():
 trained = opened.model.model_config.num_loops
 p_RSB = exit_log_probs(output.gate_logit_RSB[:trained]).exp()  # where each token would leave
 
-generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
+generator = Generator(opened.model, opened.tokenizer, opened.about.eos_ids, opened.about.gate_trained)
 (answer,) = generator.generate(["import os"], GenerationConfig(temperature=0.0, exit_threshold=0.5, max_new_tokens=8))
 print(answer.text, answer.depths)
 process_groups.stop()

@@ -5,6 +5,7 @@ python -m looplm.generate --checkpoint runs/quickstart/gate --interactive true -
 python -m looplm.generate --checkpoint runs/ouro-tiny/sft --chat true --prompt "What is 17 plus 25?" --temperature 0
 """
 
+import codecs
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 from looplm.bounds import positive
 from looplm.chat import ChatTemplate, Message
 from looplm.checkpoint import OpenedModel, open_model
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.cli import UserError, is_unicode, parse_config, require, run_main
 from looplm.files import write_whole
 from looplm.inference.generator import Generator
 from looplm.inference.request import Generation, Request
@@ -28,6 +29,7 @@ from looplm.inference.text_stream import Token
 from looplm.megatron import process_groups
 
 _SEPARATOR = "---"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _COLORS = (39, 45, 49, 118, 190, 220, 208, 196)  # xterm's, from blue (exited early) to red (ran long)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,6 +48,8 @@ class GenerateConfig(GenerationConfig):
             conversations.
         output: file to write the samples to, one JSON object per line.
         num_samples: continuations per prompt, each with its own seed.
+        add_bos: put the token that begins a text (BOS) before each prompt, unless it starts with it; null does so if
+            the model was imported and its tokenizer does. A conversation (chat) begins without it.
         precision: of weights and computation, fp32 or bf16.
     """
 
@@ -56,6 +60,7 @@ class GenerateConfig(GenerationConfig):
     chat: bool = False
     output: str | None = None
     num_samples: int = positive(1)
+    add_bos: bool | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
@@ -76,7 +81,7 @@ def main(argv: list[str]) -> None:
     groups = process_groups.start(config.seed)
     try:
         opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
-        generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
+        generator = Generator.of(opened, False if config.chat and config.add_bos is None else config.add_bos)
         printer = Printer(opened.model.model_config.num_loops)
         template = _chat_template(opened) if config.chat else None
         if config.interactive:
@@ -90,19 +95,31 @@ def main(argv: list[str]) -> None:
 def _chat_template(opened: OpenedModel) -> ChatTemplate:
     template = ChatTemplate(opened.tokenizer, f"chat: {opened.folder}/tokenizer.json")
     fix = "the model was not tuned on conversations; leave chat false, or give a checkpoint of a stage that did so"
-    require(opened.about.eos_id == template.end_id, "chat", True, fix)
+    require(template.end_id in opened.about.eos_ids, "chat", True, fix)
     return template
 
 
 def read_prompts(path: str) -> list[str]:
-    """Return the texts of a file. Lines of three dashes separate them; the newlines next to one belong to no text."""
+    """Return the texts of a file. Lines of three dashes separate them; the newlines next to one belong to no text.
+
+    Lines end in a newline, or in Windows' carriage return and newline, which is read as a newline. All other characters
+    are text, except a byte-order mark at the start.
+    """
+    where = f"prompts: {path}"
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts: {path}: cannot be read ({error}); name a UTF-8 text file") from error
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}); name a UTF-8 text file") from error
+    if content.startswith(_UTF_16) or max(content[::2].count(0), content[1::2].count(0)) > 0.4 * len(content):
+        raise UserError(f"{where}: is UTF-16 text; save it as UTF-8")
+    try:
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise UserError(f"{where}:{line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
     prompts: list[list[str]] = [[]]
     for line in lines:
-        if line.rstrip() == _SEPARATOR:
+        if line.rstrip(" \t") == _SEPARATOR:
             prompts.append([])
         else:
             prompts[-1].append(line)
@@ -153,11 +170,14 @@ def write_samples(path: Path, generations: list[Generation], config: GenerationC
 def converse(generator: Generator, config: GenerateConfig, printer: "Printer", template: ChatTemplate | None) -> None:
     """Read lines, and after each continue the whole text so far, or with a template answer; until the input ends.
 
-    The oldest part of the text is dropped when it would leave no room for an answer.
+    The oldest part of the text is dropped, with a note, when it would leave no room for an answer.
     """
     config.exit_rule(printer.trained_loops, generator.gate_trained)  # raise before the first line is read
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused below, not a traceback
     text, turn = list[int](), 0
-    room = max(1, generator.model.model_config.max_sequence_length - config.max_new_tokens)
+    begin = [] if generator.begin_id is None else [generator.begin_id]
+    room = max(1, generator.model.model_config.max_sequence_length - config.max_new_tokens - len(begin))
 
     def encode(words: str) -> list[int]:
         return generator.tokenizer.encode(words, add_special_tokens=False).ids
@@ -166,8 +186,14 @@ def converse(generator: Generator, config: GenerateConfig, printer: "Printer", t
         if line == "/reset":
             text = []
             continue
+        if not is_unicode(line or ""):
+            print("error: the line is not UTF-8; set the terminal to UTF-8 and type it again", file=sys.stderr)
+            continue
         said = encode(f"{line}\n") if template is None else template.ask([Message("user", line or "")])
-        text = (text + said)[-room:]
+        text += said
+        if len(text) > room:
+            print(f"note: the oldest {len(text) - room} tokens no longer fit and are dropped", file=sys.stderr)
+            text = text[-room:]
         answer = list[Token]()
 
         def show(_: int, token: Token, answer: list[Token] = answer) -> None:
@@ -176,7 +202,7 @@ def converse(generator: Generator, config: GenerateConfig, printer: "Printer", t
 
         start = time.perf_counter()
         try:
-            [generation] = generator.generate([Request(text, seed=config.seed + turn)], config, show)
+            [generation] = generator.generate([Request(begin + text, seed=config.seed + turn)], config, show)
             if generation.error is not None:
                 print(f"error: {generation.error}", file=sys.stderr)
             else:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import subprocess
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,18 +15,42 @@ import yaml
 from looplm.cli import UserError, from_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.config.model import foreign_keys
+from looplm.encoding import begin_id, read_tokenizer
 from looplm.files import sha256_of
 
-FORMAT_VERSION = 2  # of the checkpoints that this release writes; _upgrade reads older ones
+FORMAT_VERSION = 3  # of the checkpoints that this release writes; _upgrade reads older ones
 WEIGHTS_ONLY = "weights"  # takes the place of the objective if no run of ours made the checkpoint
 
 # Keys that may differ between a checkpoint and the run that starts from it. All others shape the weights.
 CHANGEABLE = {"num_loops", "rope_base", "max_sequence_length", "norm_eps", "init_std", "embedding_init_std"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Numerical incidents of a run so far; all of it resumes with the run.
+
+    Args:
+        skipped: steps without an update, because a loss or gradient was not finite.
+        skipped_in_a_row: those at the end.
+        skipped_samples: for each rollback, the samples from first to before last that no step will see again.
+        recent_losses: of the steps that a loss is compared with to find a spike.
+        losses_above: losses in a row, at the end, that are above the limit of a spike.
+    """
+
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    skipped_samples: tuple[tuple[int, int], ...] = ()
+    recent_losses: tuple[float, ...] = ()
+    losses_above: int = 0
+
+
 @dataclass(frozen=True)
 class About:
-    """The content of about.json. Ids that are not known are None; an unknown ``dtype`` is empty."""
+    """The content of about.json. Ids that are not known are None; an unknown ``dtype`` is empty.
+
+    A text ends with any of ``eos_ids``. ``begin_id`` stands before each text; None if texts begin without such a token,
+    as in the data of our own pipeline, even if the tokenizer has a ``bos_id``.
+    """
 
     step: int
     samples: int
@@ -34,44 +59,53 @@ class About:
     objective: str
     gate_trained: bool
     tokenizer_sha256: str
-    eos_id: int
+    eos_ids: tuple[int, ...]
     data_order: str
     versions: dict[str, str]
     git_revision: str
     bos_id: int | None = None
     pad_id: int | None = None
+    begin_id: int | None = None
     dtype: str = ""
     optimizer_step: int | None = None
+    health: Health = field(default_factory=Health)
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def for_weights(
         cls,
         tokenizer: Path,
-        eos_id: int,
+        eos_ids: tuple[int, ...],
         bos_id: int | None,
         pad_id: int | None,
         gate_trained: bool,
         dtype: torch.dtype,
     ) -> "About":
-        """Metadata for imported weights. There is no run to resume."""
+        """Metadata for imported weights. There is no run to resume; texts begin as the tokenizer begins them."""
         return cls(
             **dict.fromkeys(("step", "samples", "tokens", "horizon_samples"), 0),
             objective=WEIGHTS_ONLY,
             gate_trained=gate_trained,
             tokenizer_sha256=sha256_of(tokenizer),
-            eos_id=eos_id,
+            eos_ids=eos_ids,
             data_order="",
             versions=versions(),
             git_revision=git_revision(),
             bos_id=bos_id,
             pad_id=pad_id,
+            begin_id=begin_id(read_tokenizer(tokenizer)),
             dtype=str(dtype).removeprefix("torch."),
         )
 
     @property
+    def eos_id(self) -> tuple[int, ...]:
+        """Name of :attr:`eos_ids` in 0.1, when a text could end with one token only."""
+        warnings.warn("About.eos_id is now About.eos_ids", DeprecationWarning, stacklevel=2)
+        return self.eos_ids
+
+    @property
     def adam_steps(self) -> int:
-        """Steps behind Adam's moments: more than this run's own if it took over the moments of another."""
+        """Steps behind Adam's moments: without the skipped ones, with those of a run whose moments were taken over."""
         return self.step if self.optimizer_step is None else self.optimizer_step
 
 
@@ -96,6 +130,7 @@ def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
     ======= =====================================================================================================
     1       no format_version (releases before 0.2.0); bos_id, pad_id, dtype and optimizer_step came one by one
     2       format_version
+    3       eos_id became eos_ids; begin_id; health
     ======= =====================================================================================================
     """
     found = values.get("format_version", 1)
@@ -106,6 +141,12 @@ def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if found == 1:
         values = {"bos_id": None, "pad_id": None, "dtype": "", "optimizer_step": None, **values, "format_version": 2}
+    if values["format_version"] == 2:  # releases before 0.3.0
+        imported = values.get("objective") == WEIGHTS_ONLY
+        begin = begin_id(read_tokenizer(path.with_name("tokenizer.json"))) if imported else None
+        values = {**values, "begin_id": begin, "format_version": 3}
+        if "eos_id" in values:
+            values["eos_ids"] = [values.pop("eos_id")]
     return values
 
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 
 from looplm.cli import UserError
 from looplm.huggingface import config_json
-from looplm.huggingface.config_json import CONFIG, LOOPLM, HFDescription, TokenIds, read_json
+from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, TokenIds, read_json
 
-GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
 # Code that travels inside an export in the looplm layout.
 CODE = tuple(sorted((Path(__file__).parent / "export").glob("*_looplm.py")))
@@ -87,7 +87,9 @@ def complete_ids(ids: TokenIds, folder: Path, tokenizer: Tokenizer) -> TokenIds:
         token = token.get("content") if isinstance(token, dict) else token
         return tokenizer.token_to_id(token) if isinstance(token, str) else None
 
-    return TokenIds(*(find(name) if value is None else value for name, value in ids._asdict().items()))
+    eos = find("eos") if not ids.eos else None
+    bos, pad = (find(name) if value is None else value for name, value in (("bos", ids.bos), ("pad", ids.pad)))
+    return TokenIds(bos, ids.eos if eos is None else (eos,), pad)
 
 
 def write(
@@ -106,8 +108,7 @@ def write(
     tokens = Tokenizer.from_file(str(tokenizer))
     before = _imported_description(companions, after.hf_layout, tokens)
     same_ids = before is not None and before.ids == after.ids
-    ids = {f"{name}_token_id": i for name, i in after.ids._asdict().items() if i is not None}
-    token_names = {f"{name}_token": tokens.id_to_token(i) for name, i in after.ids._asdict().items() if i is not None}
+    ids, token_names = after.ids.to_json(), _token_names(after.ids, companions, tokens)
     rewritten = {CONFIG, GENERATION, TOKENIZER_CONFIG, CARD} | (set() if same_ids else {SPECIAL_TOKENS})
     for path in sorted(companions.glob("*")):
         # Code belongs to the layout that it came in.
@@ -140,9 +141,23 @@ def _imported_description(companions: Path, hf_layout: str, tokenizer: Tokenizer
     return before._replace(ids=ids) if before.hf_layout == hf_layout else None
 
 
+def _token_names(ids: TokenIds, companions: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the entries of ``tokenizer_config.json``. It has room for one of the tokens that end a text."""
+    path = companions / TOKENIZER_CONFIG
+    before = read_json(path) if path.is_file() else {}
+    names = {}
+    for key, found in ids.known().items():
+        texts = [tokenizer.id_to_token(one) for one in found]
+        stated = before.get(f"{key}_token")
+        stated = stated.get("content") if isinstance(stated, dict) else stated
+        names[f"{key}_token"] = stated if stated in texts else texts[0]
+    return names
+
+
 def _stated_dtype(config: Path) -> torch.dtype | None:
     values = read_json(config)
-    return getattr(torch, str(values.get("torch_dtype") or values.get("dtype")), None)
+    found = getattr(torch, str(values.get("torch_dtype") or values.get("dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _update(original: Path, target: Path, before: Values, after: Values, defaults: Values | None = None) -> None:
@@ -164,4 +179,5 @@ def _write_json(path: Path, values: Values) -> None:
 
 def names_sharing_an_id(ids: TokenIds) -> list[str]:
     """Return the names of special tokens whose id another special token has too."""
-    return [name for name, value in ids._asdict().items() if value is not None and list(ids).count(value) > 1]
+    known = ids.known()
+    return [name for name in known if any(set(known[name]) & set(known[other]) for other in known if other != name)]

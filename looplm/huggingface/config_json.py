@@ -10,6 +10,7 @@ A key that changes what the model computes, in a way that ours cannot, is refuse
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 
 OURO, LOOPLM = "ouro", "looplm"
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 # Our keys and theirs. Both layouts have the keys of the first table; only looplm has those of the others.
 _MODEL_KEYS = {
@@ -66,6 +67,14 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
+_NO_TOKEN = -1  # an id in the configs of older Llama-style models, for a token that there is none of
+_MOST_LAYERS = 10_000  # the table of parameters has a row for each, and is made before the weights are looked at
+# Entries of rope_scaling and rope_parameters that scale nothing; rope_theta has its own key.
+_PLAIN_ROPE: dict[str, tuple[object, ...]] = {
+    "rope_type": ("default", None),
+    "type": ("default", None),
+    "partial_rotary_factor": (1, None),
+}
 # Ouro's code is ByteDance's and is not copied here: a config that we write names its repository.
 _OURO_CLASSES = {
     "AutoConfig": "ByteDance/Ouro-1.4B--configuration_ouro.OuroConfig",
@@ -79,11 +88,21 @@ _LOOPLM_CLASSES = {
 
 
 class TokenIds(NamedTuple):
-    """Ids of the special tokens; None for a token that the tokenizer does not have."""
+    """Ids of the special tokens; None or nothing for a token that the tokenizer does not have."""
 
     bos: int | None
-    eos: int | None
+    eos: tuple[int, ...]  # any of them ends a text
     pad: int | None
+
+    def known(self) -> dict[str, list[int]]:
+        """Return the ids of each token that there is."""
+        each = {"bos": (self.bos,), "eos": self.eos, "pad": (self.pad,)}
+        found = {name: [one for one in ids if one is not None] for name, ids in each.items()}
+        return {name: ids for name, ids in found.items() if ids}
+
+    def to_json(self) -> dict[str, int | list[int]]:
+        """Return the entries of ``config.json``: a list for several ids, as transformers writes them."""
+        return {f"{name}_token_id": ids[0] if len(ids) == 1 else ids for name, ids in self.known().items()}
 
 
 class HFDescription(NamedTuple):
@@ -99,11 +118,11 @@ class HFDescription(NamedTuple):
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise a :class:`UserError` if it contains anything else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
+        values = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON in UTF-8 ({error}); get the file again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object; get the file again")
+        raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object; get the file again")
     return values
 
 
@@ -119,7 +138,7 @@ def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], w
         UserError: the model is not supported.
     """
     hf_layout = values.get("model_type")
-    if hf_layout not in (OURO, LOOPLM):
+    if not isinstance(hf_layout, str) or hf_layout not in (OURO, LOOPLM):
         raise UserError(
             f"{where}: model_type: {hf_layout!r} is not supported; give a directory whose model_type is ouro or looplm"
         )
@@ -148,8 +167,13 @@ def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], w
     fault = None if is_looplm else ouro_fault(model, gate)
     if fault is not None:
         raise UserError(f"{where}: {fault}, unlike every released Ouro model; get the file again")
-    ids = TokenIds(*(_token_id(values, generation, f"{name}_token_id", where) for name in TokenIds._fields))
-    return HFDescription(hf_layout, model, gate, bool(values.get("gate_trained", model.num_loops > 1)), ids)
+    gate_trained = values.get("gate_trained")
+    if gate_trained is not None and type(gate_trained) is not bool:
+        raise UserError(f"{where}: gate_trained: {gate_trained!r} is not allowed; it must be true or false")
+    gate_trained = model.num_loops > 1 if gate_trained is None else gate_trained
+    bos, eos, pad = (_token_ids(values, generation, name, where) for name in TokenIds._fields)
+    ids = TokenIds(next(iter(bos), None), eos, next(iter(pad), None))
+    return HFDescription(hf_layout, model, gate, gate_trained, ids)
 
 
 def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
@@ -184,7 +208,8 @@ def to_config_json(description: HFDescription, dtype: torch.dtype) -> dict[str, 
         "early_exit_threshold": 1.0,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **{f"{name}_token_id": value for name, value in ids._asdict().items()},
+        **dict.fromkeys(f"{name}_token_id" for name in TokenIds._fields),
+        **ids.to_json(),
     }
     if is_looplm:
         values |= {theirs: getattr(model, ours) for ours, theirs in _LOOPLM_KEYS.items()}
@@ -228,13 +253,19 @@ def _refuse_unsupported(values: Mapping[str, Any], where: Path) -> None:
     for key, allowed in _FIXED.items():
         if values.get(key) not in allowed:
             refuse(key, repr(allowed[0]))
-    layer_types = values.get("layer_types") or []
-    if set(layer_types) - {"full_attention"} or len(layer_types) not in (0, values["num_hidden_layers"]):
+    layers, layer_types = values["num_hidden_layers"], values.get("layer_types")
+    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+        refuse("num_hidden_layers", f"a whole number from 1 to {_MOST_LAYERS:,}")
+    if layer_types not in (None, [], ["full_attention"] * layers):
         refuse("layer_types", "full_attention for each layer")
     for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key) or {}
-        nested = any(isinstance(part, dict) for part in rope.values())
-        if nested or rope.get("rope_type", rope.get("type", "default")) != "default":
+        rope = values.get(key)
+        if rope is None:
+            continue
+        scaled = not isinstance(rope, dict) or any(
+            value not in _PLAIN_ROPE.get(name, (None,)) for name, value in rope.items() if name != "rope_theta"
+        )
+        if scaled:
             refuse(key, "of type default, without scaled positions")
 
 
@@ -251,18 +282,26 @@ def _read_fields(cls: type, keys: Mapping[str, str], values: Mapping[str, Any], 
         expected = str if choices else options[0]
         if expected is float and type(value) is int:
             value = float(value)
-        if type(value) is not expected or (choices and value not in choices):
+        is_finite = not isinstance(value, float) or math.isfinite(value)  # Python's JSON knows NaN and Infinity
+        if type(value) is not expected or not is_finite or (choices and value not in choices):
             wanted = " or ".join(choices) or type_names[expected]
             raise UserError(f"{where}: {key}: {value!r} is not allowed; it must be {wanted}")
         found[field] = value
     return found
 
 
-def _token_id(values: Mapping[str, Any], generation: Mapping[str, Any], key: str, where: Path) -> int | None:
-    """Return the id of a special token; the first one if a text may end in several."""
-    found = values.get(key) if generation.get(key) is None else generation[key]
-    found = found[0] if isinstance(found, list) and found else found
-    limit = values["vocab_size"]
-    if found is not None and (type(found) is not int or not 0 <= found < limit):
-        raise UserError(f"{where}: {key}: {found!r} is not allowed; give a whole number below vocab_size={limit}")
-    return found
+def _token_ids(values: Mapping[str, Any], generation: Mapping[str, Any], name: str, where: Path) -> tuple[int, ...]:
+    """Return the ids of a special token: several if a text may end with any of them; none if they are null or -1."""
+    key, limit = f"{name}_token_id", values["vocab_size"]
+    found, file = values.get(key), where
+    if generation.get(key) is not None:
+        found, file = generation[key], where.with_name(GENERATION)
+    listed = found if isinstance(found, list) and name == "eos" else [found]
+    ids = [value for index, value in enumerate(listed) if value not in (None, _NO_TOKEN, *listed[:index])]
+    for value in listed:
+        if value in (None, _NO_TOKEN):
+            continue
+        if type(value) is not int or not 0 <= value < limit:
+            wanted = f"a whole number below vocab_size={limit}, or null (or {_NO_TOKEN}) for no such token"
+            raise UserError(f"{file}: {key}: {value!r} is not allowed; it must be {wanted}")
+    return tuple(ids)

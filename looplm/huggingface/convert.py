@@ -82,8 +82,9 @@ def with_tokens(source: ImportSource, tokens: dict[str, str | None]) -> ImportSo
         found = None if token is None else tokenizer.token_to_id(token)
         if token is not None and found is None:
             raise UserError(f"{name}_token: {token!r} is not a token of {source.tokenizer}; name one that it has")
-        ids = ids if found is None else ids._replace(**{name: found})
-    if ids.eos is None:
+        if found is not None:
+            ids = ids._replace(**{name: (found,) if name == "eos" else found})
+    if not ids.eos:
         raise UserError(f"{source.folder}: no file names the token that ends a text; name it with --eos_token")
     return source._replace(description=source.description._replace(ids=ids))
 
@@ -92,7 +93,7 @@ def import_source(source: ImportSource, final: Path, groups: ProcessGroupCollect
     """Write the checkpoint ``final`` with weights alone; return the names of files that were left behind."""
     _, model_config, gate, gate_trained, ids = source.description
     dtype = weight_files.common_dtype(source.tensors)
-    assert ids.eos is not None  # checked by with_tokens
+    assert ids.eos  # checked by with_tokens
     about = About.for_weights(source.tokenizer, ids.eos, ids.bos, ids.pad, gate_trained, dtype)
     model = LoopLM(model_config, gate, groups, dtype, initialize=False)
     _read_into(model, source)
@@ -135,7 +136,7 @@ def export_model(
         limit: largest size of a weight file in bytes.
     """
     about, companions = opened.about, opened.folder / COMPANION_FOLDER
-    model, gate, ids = opened.model.model_config, opened.gate, TokenIds(about.bos_id, about.eos_id, about.pad_id)
+    model, gate, ids = opened.model.model_config, opened.gate, TokenIds(about.bos_id, about.eos_ids, about.pad_id)
     description = HFDescription(hf_layout, model, gate, about.gate_trained, ids)
     imported = about.objective == WEIGHTS_ONLY
     written = dtype or next(opened.model.parameters()).dtype

@@ -72,7 +72,7 @@ def _checkpoint(path: Path) -> list[Row]:
         *_model(model, gate, about.gate_trained),
         ("parameters", _counts(stored_tensors(step, model, gate))),
         ("export", f"layout {'ouro' if fault is None else f'looplm ({fault})'}"),
-        ("tokens", _ids(TokenIds(about.bos_id, about.eos_id, about.pad_id))),
+        ("tokens", _ids(TokenIds(about.bos_id, about.eos_ids, about.pad_id))),
         ("beside", _names(step / COMPANION_FOLDER)),
         ("whole", "; ".join(["yes", *faults])),
     ]
@@ -114,7 +114,8 @@ def _counts(tensors: Iterable[tuple[Shape, torch.dtype]]) -> str:
 
 
 def _ids(ids: TokenIds) -> str:
-    return ", ".join(f"{name} {'-' if value is None else value}" for name, value in ids._asdict().items())
+    known = ids.known()
+    return ", ".join(f"{name} {' or '.join(map(str, known.get(name, '-')))}" for name in TokenIds._fields)
 
 
 def _names(folder: Path) -> str:

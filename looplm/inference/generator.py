@@ -31,7 +31,8 @@ from dataclasses import replace
 import torch
 from tokenizers import Tokenizer
 
-from looplm.checkpoint import open_model
+from looplm.bounds import require
+from looplm.checkpoint import About, OpenedModel, open_model
 from looplm.inference.request import ActiveRequest, Generation, Request
 from looplm.inference.scheduler import OnToken, Scheduler
 from looplm.inference.settings import GenerationConfig
@@ -47,12 +48,21 @@ class Generator:
     Args:
         model: in eval mode.
         tokenizer: the one that the model was trained with.
-        eos_id: end of text.
+        eos_ids: the id that ends a text, or several.
         gate_trained: whether the exit gate may decide when a token exits.
+        begin_id: the id to put before a prompt that is a text; None for none.
     """
 
-    def __init__(self, model: LoopLM, tokenizer: Tokenizer, eos_id: int, gate_trained: bool = True) -> None:
-        self.model, self.tokenizer, self.eos_id, self.gate_trained = model, tokenizer, eos_id, gate_trained
+    def __init__(
+        self,
+        model: LoopLM,
+        tokenizer: Tokenizer,
+        eos_ids: int | Iterable[int],
+        gate_trained: bool = True,
+        begin_id: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.gate_trained, self.begin_id = model, tokenizer, gate_trained, begin_id
+        self.eos_ids = frozenset([eos_ids] if isinstance(eos_ids, int) else eos_ids)
 
     @classmethod
     def open(cls, directory: str, dtype: torch.dtype = torch.float32) -> "Generator":
@@ -61,8 +71,21 @@ class Generator:
         Raises:
             UserError: no checkpoint is there, or it is damaged.
         """
-        opened = open_model(directory, process_groups.start(seed=0), dtype)
-        return cls(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
+        return cls.of(open_model(directory, process_groups.start(seed=0), dtype))
+
+    @classmethod
+    def of(cls, opened: OpenedModel, add_bos: bool | None = None) -> "Generator":
+        """Return the generator of an opened checkpoint.
+
+        Args:
+            opened: from :func:`looplm.checkpoint.open_model`.
+            add_bos: put the token that begins a text before each prompt; None does as the checkpoint was made.
+
+        Raises:
+            UserError: the token is asked for, and the checkpoint has none.
+        """
+        about = opened.about
+        return cls(opened.model, opened.tokenizer, about.eos_ids, about.gate_trained, chosen_begin_id(about, add_bos))
 
     def generate(
         self, prompts: Iterable[Prompt], config: GenerationConfig | None = None, on_token: OnToken | None = None
@@ -98,7 +121,9 @@ class Generator:
         def valid_requests() -> Iterator[ActiveRequest]:
             for index, prompt in enumerate(prompts):
                 request = prompt if isinstance(prompt, Request) else Request(prompt)
-                active = ActiveRequest(request, index, settings, self.tokenizer, model_config, self.eos_id)
+                active = ActiveRequest(
+                    request, index, settings, self.tokenizer, model_config, self.eos_ids, self.begin_id
+                )
                 if active.finish is None:
                     yield active
                 else:
@@ -112,3 +137,13 @@ class Generator:
             finished.clear()
             if not scheduler.done:
                 finished.extend(scheduler.step())
+
+
+def chosen_begin_id(about: About, add_bos: bool | None) -> int | None:
+    """Return the id to put before texts, for None the checkpoint's own; raise if ``add_bos`` asks for an unknown id."""
+    if add_bos is None:
+        return about.begin_id
+    known = about.bos_id if about.begin_id is None else about.begin_id
+    fix = "the checkpoint knows no token that begins a text; leave it out"
+    require(not add_bos or known is not None, "add_bos", add_bos, fix)
+    return known if add_bos else None

@@ -1,13 +1,14 @@
 """Requests to continue a text: what is asked for, its state while it runs, and the result."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tokenizers import Tokenizer
 
 from looplm.config import ModelConfig
+from looplm.encoding import encode
 from looplm.inference.settings import GenerationConfig
 from looplm.inference.text_stream import TextStream, Token
 
@@ -19,7 +20,7 @@ class Request:
     """A text to continue.
 
     Args:
-        prompt: text or token ids.
+        prompt: text, or token ids, which are taken as they are.
         seed: of its random numbers; None for the run's seed plus the request's index in the run.
         max_new_tokens: None for the run's.
     """
@@ -74,14 +75,22 @@ class ActiveRequest:
         config: the settings that all requests share.
         tokenizer: the model's.
         model: the config that bounds ids and length.
-        eos: id of the end of text.
+        eos: the ids that end a text.
+        begin: the id before a prompt that is a text; None for none.
     """
 
     def __init__(
-        self, request: Request, index: int, config: GenerationConfig, tokenizer: Tokenizer, model: ModelConfig, eos: int
+        self,
+        request: Request,
+        index: int,
+        config: GenerationConfig,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        eos: Collection[int],
+        begin: int | None = None,
     ) -> None:
         prompt, context, vocab_size = request.prompt, model.max_sequence_length, model.vocab_size
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
+        ids = encode(tokenizer, prompt, begin) if isinstance(prompt, str) else list(prompt)
         unknown = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
         self.index, self.ids = index, ids  # of the whole text: the prompt and what is added
         self.prompt = prompt if isinstance(prompt, str) else tokenizer.decode([] if unknown else ids)
@@ -89,7 +98,7 @@ class ActiveRequest:
         self.error: str | None = None
         self.drafted = self.accepted = 0
         self.random = random.Random(config.seed + index if request.seed is None else request.seed)
-        self._stream, self._eos_id = TextStream(tokenizer, [] if unknown else ids, config.stop), eos
+        self._stream, self._eos_ids = TextStream(tokenizer, [] if unknown else ids, config.stop), eos
         max_new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         self._end, self._context = len(ids) + max_new, context
         if not ids:
@@ -107,7 +116,7 @@ class ActiveRequest:
 
     def add(self, token_id: int, depth: int) -> list[Token]:
         """Add a sampled id, finish if the text ends with it, and return the tokens whose text has become final."""
-        if self.finish is None and token_id == self._eos_id:
+        if self.finish is None and token_id in self._eos_ids:
             self.finish = "eos"
         if self.finish is not None:
             return self._stream.close()

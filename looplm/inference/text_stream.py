@@ -6,6 +6,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 _INCOMPLETE = "\ufffd"  # tokenizers decode bytes that do not (yet) form a character to this
+_FIRST_MARK = 0xD800
 
 
 class Token(NamedTuple):
@@ -23,6 +24,9 @@ class Token(NamedTuple):
 class TextStream:
     """The tokens of one text.
 
+    Special tokens have no text. A stop string may name them all the same; a mark then stands for each of them while
+    stop strings are looked for.
+
     Args:
         tokenizer: any. Byte-level ones may split characters, others may drop a leading space; both are handled.
         prompt_ids: the prompt that the text continues.
@@ -32,33 +36,48 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.tokens: list[Token] = []
         self.stopped = False
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer = tokenizer
+        self._marks, self._stop = _marks(tokenizer, stop) if stop else ({}, [])
         self._context, self._pending = list(prompt_ids), list[int]()
-        self._text = ""
+        self._text = ""  # with marks
+        self._lengths: list[int] = []  # of each token's part of it
         self._shown = 0
 
     def push(self, token_id: int, depth: int) -> list[Token]:
         """Add a token, and return the tokens whose text has become final."""
+        mark = self._marks.get(token_id)
+        if mark is not None:
+            self._flush()  # bytes before a special token form no character with those after it
         self._pending.append(token_id)
-        piece = self._decode_pending()
+        piece = self._decode_pending() if mark is None else ""
         if piece.endswith(_INCOMPLETE):
-            self.tokens.append(Token(token_id, "", depth))
+            self._append(Token(token_id, "", depth), "")
             return []
         self._context, self._pending = self._pending, []
-        self.tokens.append(Token(token_id, piece, depth))
-        self._text += piece
-        self._end_before_stop(len(piece))
+        self._append(Token(token_id, piece, depth), piece if mark is None else mark)
+        self._end_before_stop(self._lengths[-1])
         # The longest ending of the text that a stop string begins with may still be cut off.
         held = (n for stop in self._stop for n in range(len(stop)) if self._text.endswith(stop[:n]))
         return self._release(len(self._text) - (0 if self.stopped else max(held, default=0)))
 
     def close(self) -> list[Token]:
         """End the text, and return the tokens that have not been returned yet."""
+        self._flush()
+        return self._release(len(self._text))
+
+    def _append(self, token: Token, part: str) -> None:
+        self.tokens.append(token)
+        self._lengths.append(len(part))
+        self._text += part
+
+    def _flush(self) -> None:
+        """Give the newest token the text of bytes that will form no character."""
         if self._pending:
             piece = self._decode_pending()
             self.tokens[-1] = self.tokens[-1]._replace(text=piece)
+            self._lengths[-1] = len(piece)
             self._text += piece
-        return self._release(len(self._text))
+            self._context, self._pending = self._pending, []
 
     def _decode_pending(self) -> str:
         """Decode in context, because some tokenizers drop the space before the first word of a text."""
@@ -72,21 +91,32 @@ class TextStream:
         if end is None:
             return
         self.stopped, self._text = True, self._text[:end]
-        length, tokens = 0, []
-        for token in self.tokens:
-            if length == end:
-                break
-            tokens.append(token._replace(text=token.text[: end - length]))
-            length += len(tokens[-1].text)
-        self.tokens = tokens
+        length, kept = 0, 0
+        while length < end:
+            room = end - length
+            self.tokens[kept] = self.tokens[kept]._replace(text=self.tokens[kept].text[:room])
+            length += min(self._lengths[kept], room)
+            kept += 1
+        del self.tokens[kept:], self._lengths[kept:]
 
     def _release(self, final: int) -> list[Token]:
         """Return the tokens that end within the first ``final`` characters and have not been returned yet."""
-        first = self._shown
-        length = sum(len(token.text) for token in self.tokens[:first])
-        for token in self.tokens[first:]:
-            length += len(token.text)
-            if length > final:
-                break
+        first, length = self._shown, sum(self._lengths[: self._shown])
+        while self._shown < len(self.tokens) and length + self._lengths[self._shown] <= final:
+            length += self._lengths[self._shown]
             self._shown += 1
         return self.tokens[first : self._shown]
+
+
+def _marks(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[dict[int, str], list[str]]:
+    """Return a mark for each special token, empty if no stop string names it, and the stop strings with marks too.
+
+    A mark is half of a surrogate pair, which no decoded text holds.
+    """
+    special = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    marks, marked = dict.fromkeys(special, ""), list(stop)
+    for index, content in sorted(special.items(), key=lambda item: -len(item[1])):
+        if any(content in one for one in marked):
+            marks[index] = chr(_FIRST_MARK + sum(map(bool, marks.values())))
+            marked = [one.replace(content, marks[index]) for one in marked]
+    return marks, [*stop, *(one for one in marked if one not in stop)]

@@ -14,7 +14,7 @@ from looplm.inference import Generation, GenerationConfig, Generator, Request
 from looplm.inference import generator as library
 from looplm.inference.text_stream import Token
 from looplm.megatron import process_groups
-from tests.support.generation_oracle import EOS, GATES, MLA, build, byte_tokenizer
+from tests.support.generation_oracle import BOS, EOS, GATES, MLA, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=16)
@@ -27,7 +27,9 @@ def generator(single_process: ProcessGroupCollection) -> Generator:
 
 class About(NamedTuple):
     gate_trained: bool = True
-    eos_id: int = EOS
+    eos_ids: tuple[int, ...] = (EOS,)
+    bos_id: int | None = BOS
+    begin_id: int | None = None
 
 
 class Opened(NamedTuple):

@@ -161,7 +161,7 @@ def test_a_tuned_run_resumes_bit_for_bit(chats, tuned, tmp_path, single_process)
 def test_a_tuned_model_stops_at_the_chat_end_token_and_exports_its_template(chats, tuned, tmp_path):
     about = checkpoint.read_about(step_folder.locate(str(tuned)))
     chat_record = read_manifest(chats / "train").chat
-    assert chat_record is not None and about.eos_id == chat_record.end_id
+    assert chat_record is not None and about.eos_ids == (chat_record.end_id,)
     convert(["export", "--checkpoint", str(tuned), "--output", str(tmp_path / "hf")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.eos_token == chat.END

@@ -20,7 +20,7 @@ from looplm.config import GateConfig, ModelConfig
 from looplm.model import LoopLM
 from tests.support.parity import oracle_copy
 
-EOS, VOCAB = 256, 259
+EOS, BOS, VOCAB = 256, 257, 259
 MLA = ModelConfig(
     vocab_size=VOCAB,
     hidden_size=32,

@@ -17,7 +17,7 @@ from looplm.parameters import parameters
 
 def hf_config(config: ModelConfig, gate: GateConfig, **keys: Any) -> LoopLMConfig:
     """Return the same model's configuration for transformers, with a trained gate; ``keys`` override its entries."""
-    description = HFDescription(LOOPLM, config, gate, True, TokenIds(None, None, None))
+    description = HFDescription(LOOPLM, config, gate, True, TokenIds(None, (), None))
     values = to_config_json(description, torch.float32)
     del values["auto_map"], values["architectures"], values["torch_dtype"]
     return LoopLMConfig(**{**values, **keys})

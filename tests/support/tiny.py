@@ -53,7 +53,7 @@ def write_corpus(folder: Path) -> None:
 
 def write_chat_corpus(folder: Path) -> None:
     """Write the prefixes ``train`` and ``valid`` of conversations, and ``plain`` of text with the same tokenizer."""
-    contents = [content for messages in CONVERSATIONS for _, content in messages]
+    contents = [message.content for messages in CONVERSATIONS for message in messages]
     tokenizer, record = write_tokenizer(folder, [*TEXTS, *contents], SPECIAL_TOKENS)
     template = ChatTemplate(tokenizer, "tiny")
     marked = [mark([*ids, EOS], [*learned, False]) for ids, learned in template.encode(CONVERSATIONS)]
@@ -136,7 +136,7 @@ def about_weights(dtype: str) -> About:
         objective=WEIGHTS_ONLY,
         gate_trained=True,
         tokenizer_sha256="",
-        eos_id=EOS,
+        eos_ids=(EOS,),
         data_order="",
         versions=versions(),
         git_revision="",

@@ -99,7 +99,7 @@ def _generation(model: LoopLM, prompts: list[list[int]], config: GenerationConfi
 
 def _endless_generator(model: LoopLM) -> Generator:
     """Return a generator whose texts do not end early."""
-    return Generator(model, _NoTokenizer(), eos_id=-1)  # type: ignore[arg-type]
+    return Generator(model, _NoTokenizer(), eos_ids=-1)  # type: ignore[arg-type]
 
 
 class _NoTokenizer:

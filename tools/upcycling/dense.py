@@ -12,7 +12,7 @@ from looplm.checkpoint import About
 from looplm.cli import UserError, require
 from looplm.config import GateConfig
 from looplm.huggingface import companion_files
-from looplm.huggingface.config_json import CONFIG, LOOPLM, HFDescription, from_config_json, read_json
+from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, from_config_json, read_json
 from looplm.huggingface.names import join
 from looplm.huggingface.weight_files import check_shapes, common_dtype, find_tensors, read_tensor
 from looplm.parameters import parameters
@@ -23,7 +23,7 @@ from tools.upcycling.structure import copy_layers
 FAMILIES = dict[str, dict[str, Any]](llama={}, mistral={}, qwen2={"qkv_bias": True}, qwen3={"qk_norm": True})
 # Files that are still valid for the result, although it no longer belongs to the source's family.
 _CARRIED = (
-    companion_files.GENERATION,
+    GENERATION,
     companion_files.TOKENIZER_CONFIG,
     companion_files.SPECIAL_TOKENS,
     "chat_template.jinja",
@@ -51,8 +51,9 @@ def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> S
     require(path.is_file(), "tokenizer", str(path), "there is no such file; name the model's tokenizer.json")
     tokens = companion_files.read_tokenizer(path, described.model.vocab_size)
     ids = companion_files.complete_ids(described.ids, folder, tokens)
-    eos = tokens.token_to_id(eos_token) if eos_token is not None else ids.eos
-    if eos is None:
+    named = None if eos_token is None else tokens.token_to_id(eos_token)
+    eos = ids.eos if eos_token is None else () if named is None else (named,)
+    if not eos:
         raise UserError(f"eos_token: {eos_token!r} is not allowed; name a token of {path} that ends a text")
     weights = {
         row.name: join(row, [read_tensor(name, found[name]).float() for name in row.hugging_face_parts])
@@ -104,13 +105,13 @@ def _describe(folder: Path) -> HFDescription:
     require(path.is_file(), "input", str(folder), f"no {CONFIG} here; give a Hugging Face directory")
     values = read_json(path)
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         fix = f"give one of {', '.join(FAMILIES)}"
         raise UserError(f"{path}: model_type: {family!r} is not a dense model that can be converted; {fix}")
     window = values.get("sliding_window")
     if family == "mistral" and window is not None:
         raise UserError(f"{path}: sliding_window: {window!r} is not supported; it must be null")
     ours = {"model_type": LOOPLM, "attention": "mha", "sandwich_norm": False, "total_ut_steps": 1}
-    generation = folder / companion_files.GENERATION
+    generation = folder / GENERATION
     generation_values = read_json(generation) if generation.is_file() else {}
     return from_config_json({**values, **ours, **FAMILIES[family]}, generation_values, path)

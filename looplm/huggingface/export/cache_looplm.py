@@ -32,11 +32,16 @@ class LoopLMCache(DynamicCache):
         self.shared = (kv_cache or config.kv_cache) == "last"
         self.blocks, self.stride = config.num_hidden_layers, config.num_hidden_layers + config.gate_sequence_level
         self.depth: int | None = None
+        self.packed = False  # True if a row holds several documents
         self.layers: list[Any]  # of DynamicLayer, created on demand
 
     def begin(self, depth: int) -> int:
         """Return the number of cached tokens; raise if they ran to another depth."""
         past = self.get_seq_length()
+        if past and self.packed:
+            raise ValueError(
+                "past_key_values: packed documents cannot be continued; start a new cache, one document in each row"
+            )
         if past and not self.shared and depth != self.depth:
             raise ValueError(
                 f"num_loops: {depth} is not allowed; the tokens in past_key_values ran {self.depth} loops, and each "
@@ -95,6 +100,7 @@ class View(NamedTuple):
     )  # tokens that each token may attend to; None for all cached ones and causally in the call
     counts_BS: Tensor  # 1 for real tokens, 0 for padding
     cache: LoopLMCache | None
+    first_BS: Tensor | None = None  # index of the first token of each token's document; None if a row is one document
     rows: Tensor | None = None  # indices of the rows that still run; None for all
 
     def narrow(self, stay_N: Tensor) -> "View":
@@ -102,4 +108,33 @@ class View(NamedTuple):
         rows = torch.arange(len(stay_N), device=stay_N.device) if self.rows is None else self.rows
         visible = self.visible_B1ST if self.visible_B1ST is None else self.visible_B1ST[stay_N]
         cos, sin = (x[stay_N] if len(x) > 1 else x for x in (self.cos_B1SK, self.sin_B1SK))
-        return View(cos, sin, visible, self.counts_BS[stay_N], self.cache, rows[stay_N])
+        return View(cos, sin, visible, self.counts_BS[stay_N], self.cache, None, rows[stay_N])
+
+
+def first_tokens(
+    position_BS: Tensor | None, counts_BS: Tensor, seq_idx: Tensor | None, cu_seq_lens: Tensor | None
+) -> Tensor | None:
+    """Return the index of the first token of each token's document, [B, S]; None if each row is one document.
+
+    Documents that are packed into a row, as by transformers' DataCollatorWithFlattening, are told apart as transformers
+    does it: a token begins a document unless its position follows that of the token before it.
+
+    Args:
+        position_BS: given positions; one row may stand for all.
+        counts_BS: True for real tokens, False for padding.
+        seq_idx: [B, S], the number of each token's document.
+        cu_seq_lens: the ends of all documents so far, beginning with 0; for a single row.
+    """
+    starts_BS = torch.zeros_like(counts_BS)
+    rows, length = starts_BS.shape
+    if position_BS is not None:
+        starts_BS[:, 1:] |= (position_BS.diff() != 1) & counts_BS[:, 1:] & counts_BS[:, :-1]
+    if seq_idx is not None:
+        starts_BS[:, 1:] |= seq_idx.diff() != 0
+    if cu_seq_lens is not None:
+        if rows != 1 or cu_seq_lens[-1] != length:
+            raise ValueError(f"cu_seq_lens_q: give it for one row, ending with its {length} tokens")
+        starts_BS[0, cu_seq_lens[cu_seq_lens < length].long()] = True
+    if not starts_BS[:, 1:].any():
+        return None
+    return (starts_BS * torch.arange(length, device=starts_BS.device)).cummax(-1).values

@@ -278,13 +278,15 @@ def uniform_offset(loop: int, num_loops: int) -> float:
 
 
 def running_mean(signal_BS: Tensor, view: View, loop: int) -> Tensor:
-    """Return the mean over each row's tokens up to each one, cached ones included, without padding; in double."""
+    """Return the mean over each document's tokens up to each one, cached ones included, without padding; in double."""
     counts_BS = view.counts_BS.to(signal_BS.dtype)
     signal_BT, counts_BT = signal_BS, counts_BS
     if view.cache is not None:
         signal_BT, counts_BT = view.cache.store_signal(loop, signal_BS, counts_BS, view.rows)
-    total_BT = (signal_BT * counts_BT).double().cumsum(-1)
-    mean_BT = total_BT / counts_BT.double().cumsum(-1).clamp(min=1)
+    total_BT, number_BT = (signal_BT * counts_BT).double().cumsum(-1), counts_BT.double().cumsum(-1)
+    if view.first_BS is not None:  # then no tokens are cached
+        total_BT, number_BT = (x - F.pad(x, (1, 0)).gather(-1, view.first_BS) for x in (total_BT, number_BT))
+    mean_BT = total_BT / number_BT.clamp(min=1)
     return mean_BT[:, -signal_BS.size(1) :].to(signal_BS.dtype)
 
 

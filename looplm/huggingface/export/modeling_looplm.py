@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .cache_looplm import LoopLMCache, View
+from .cache_looplm import LoopLMCache, View, first_tokens
 from .configuration_looplm import LoopLMConfig
 from .layers_looplm import GATES, LoopLMBlock, LoopLMRMSNorm, exit_log_probs
 
@@ -116,6 +116,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
         early_exit_threshold: float | None = None,
         output_hidden_states: bool | None = None,
         output_gate_logits: bool = False,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> LoopLMModelOutput:
         """Run the loops.
@@ -123,7 +125,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
         Args:
             input_ids: [B, S].
             attention_mask: [B, T], 0 for padding on either side; it covers the cached tokens too.
-            position_ids: [B, S]; None counts each row's tokens.
+            position_ids: [B, S]; None counts each row's tokens. Where they do not go up by one, another document
+                begins, which sees nothing of the one before.
             past_key_values: cache of the previous tokens.
             inputs_embeds: [B, S, D] in place of ``input_ids``.
             use_cache: return a cache; None takes the config's, and no cache while gradients are recorded.
@@ -131,6 +134,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
             early_exit_threshold: None takes the config's.
             output_hidden_states: return the state after each loop.
             output_gate_logits: return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
+            seq_idx: [B, S], the number of each token's document, if several are packed into a row.
+            cu_seq_lens_q: the ends of the documents of a single row, beginning with 0.
             kwargs: other arguments that transformers passes to every model; unused.
 
         Raises:
@@ -142,7 +147,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
         h_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.begin(depth)
-        view = self._view(h_BSD, attention_mask, position_ids, cache, past)
+        documents = position_ids, seq_idx, cu_seq_lens_q
+        view = self._view(h_BSD, attention_mask, documents, cache, past)
 
         # In a shared cache a past token is seen as of its last loop, so a token that exits need not run any further.
         shared = cache if cache is not None and cache.shared and past > 0 and h_BSD.size(1) == 1 else None
@@ -216,7 +222,12 @@ class LoopLMModel(LoopLMPreTrainedModel):
         return LoopLMCache(self.config) if given is None and use_cache else given
 
     def _view(
-        self, h_BSD: Tensor, mask_BT: Tensor | None, position_BS: Tensor | None, cache: LoopLMCache | None, past: int
+        self,
+        h_BSD: Tensor,
+        mask_BT: Tensor | None,
+        documents: tuple[Tensor | None, Tensor | None, Tensor | None],
+        cache: LoopLMCache | None,
+        past: int,
     ) -> View:
         (rows, length, _), config, device = h_BSD.shape, self.config, h_BSD.device
         if mask_BT is None:
@@ -227,8 +238,18 @@ class LoopLMModel(LoopLMPreTrainedModel):
                 "which includes the cached tokens"
             )
         mask_BT = mask_BT.bool()
+        position_BS, *packing = documents
+        first_BS = first_tokens(position_BS, mask_BT[:, past:], *packing)
+        if first_BS is not None and past > 0:
+            raise ValueError(
+                "position_ids: packed documents are not allowed after cached tokens; give one document in each row"
+            )
+        if cache is not None:
+            cache.packed = first_BS is not None
         if position_BS is None:
             position_BS = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, past:]
+            if first_BS is not None:
+                position_BS = position_BS - position_BS.gather(-1, first_BS)
         latent = config.attention == "mla"
         width = config.qk_rope_head_dim if latent else config.head_dim
         period = (config.qk_rope_period if latent else None) or width
@@ -237,13 +258,15 @@ class LoopLMModel(LoopLMPreTrainedModel):
         angle_B1SK = position_BS[:, None, :, None].float() * speed_K
         cos_B1SK, sin_B1SK = angle_B1SK.cos().to(h_BSD.dtype), angle_B1SK.sin().to(h_BSD.dtype)
         visible_B1ST = None
-        if not mask_BT.all() or (past > 0 and length > 1):
+        if not mask_BT.all() or (past > 0 and length > 1) or first_BS is not None:
             key_T = torch.arange(past + length, device=device)
             query_S1 = key_T[past:, None]
             # Padding attends to itself: attending to nothing gives NaN, and NaN times a weight of 0 is NaN.
             visible_BST = (key_T <= query_S1) & mask_BT[:, None] | (key_T == query_S1)
+            if first_BS is not None:
+                visible_BST &= key_T >= first_BS.unsqueeze(-1)
             visible_B1ST = visible_BST.unsqueeze(1)
-        return View(cos_B1SK, sin_B1SK, visible_B1ST, mask_BT[:, past:], cache)
+        return View(cos_B1SK, sin_B1SK, visible_B1ST, mask_BT[:, past:], cache, first_BS)
 
 
 class Exits:
@@ -311,6 +334,7 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
         early_exit_threshold: float | None = None,
         output_hidden_states: bool | None = None,
         output_gate_logits: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> LoopLMCausalOutput:
         """Run the loops and the head. Arguments that are not listed are those of :meth:`LoopLMModel.forward`.
@@ -321,7 +345,7 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
                 the exit distribution, not the cross-entropy of mixed predictions; a mean over the tokens that count.
             logits_to_keep: number of last tokens, or indices of tokens, to compute logits for; 0 for all.
             num_loops: depth. Loops beyond ``total_ut_steps`` do not enter the loss.
-            kwargs: ``num_items_in_batch``, by which Trainer divides the loss of a part of a batch.
+            num_items_in_batch: the number by which Trainer divides the loss of a part of a batch.
         """
         output = self.model(
             input_ids=input_ids,
@@ -335,10 +359,11 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states or labels is not None,
             output_gate_logits=output_gate_logits or labels is not None,
             return_dict=True,
+            **kwargs,
         )
         loss = None
         if labels is not None:
-            loss = self._expected_loss(output.hidden_states, output.gate_logits, labels, **kwargs)
+            loss = self._expected_loss(output.hidden_states, output.gate_logits, labels, num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return LoopLMCausalOutput(
             loss=loss,
@@ -354,8 +379,7 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
         hidden: tuple[Tensor, ...],
         gate_logit_RBS: Tensor,
         labels_BS: Tensor,
-        num_items_in_batch: int | Tensor | None = None,
-        **kwargs: Any,
+        num_items_in_batch: int | Tensor | None,
     ) -> Tensor:
         trained = min(len(hidden), self.config.total_ut_steps)
         target_BS = labels_BS[:, 1:].to(hidden[0].device)

@@ -21,7 +21,7 @@ from looplm.huggingface.config_json import (
 from tests.support.ouro_reference import CONFIG
 from tests.test_recipes import GATES, MHA, MODELS
 
-IDS = TokenIds(bos=0, eos=1, pad=2)
+IDS = TokenIds(bos=0, eos=(1,), pad=2)
 WHERE = Path("x/config.json")
 LINEAR = GateConfig(kind="linear")
 # ByteDance/Ouro-1.4B's config.json, as far as it is known. Its special tokens are one token.
@@ -47,7 +47,7 @@ del RELEASED["a_key_of_tomorrow"], RELEASED["transformers_version"]
 
 def test_the_released_config_is_read():
     hf_layout, model, gate, gate_trained, ids = from_config_json(RELEASED, {}, WHERE)
-    assert (hf_layout, gate, gate_trained, ids) == (OURO, LINEAR, True, TokenIds(0, 0, 0))
+    assert (hf_layout, gate, gate_trained, ids) == (OURO, LINEAR, True, TokenIds(0, (0,), 0))
     assert (model.hidden_size, model.ffn_hidden_size, model.num_layers, model.num_loops) == (2048, 5632, 24, 4)
     assert (model.attention, model.query_groups, model.attention_head_dim) == ("mha", 16, 128)
     assert (model.rope_base, model.max_sequence_length, model.norm_eps) == (1e6, 65536, 1e-6)
@@ -94,7 +94,33 @@ def test_only_what_has_changed_is_changed():
 
 def test_special_tokens_of_generation_have_precedence():
     description = from_config_json(RELEASED, {"eos_token_id": [2, 0], "pad_token_id": 7}, WHERE)
-    assert description.ids == TokenIds(0, 2, 7)
+    assert description.ids == TokenIds(0, (2, 0), 7)
+    assert description.ids.to_json() == {"bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 7}
+
+
+@pytest.mark.parametrize("value", [None, -1, "missing", [], [-1]])
+def test_a_token_that_there_is_none_of(value):
+    """Older Llama-style configs say -1 for it."""
+    for name in ("bos", "eos", "pad"):
+        if value in ([], [-1]) and name != "eos":
+            continue
+        values = RELEASED | {f"{name}_token_id": value}
+        if value == "missing":
+            del values[f"{name}_token_id"]
+        found = from_config_json(values, {}, WHERE).ids
+        assert name not in found.known() and f"{name}_token_id" not in found.to_json()
+
+
+@pytest.mark.parametrize("value", [49152, -2, 1.0, True, "1", [[1]], {"id": 1}])
+@pytest.mark.parametrize("name", ["bos", "eos", "pad"])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_impossible_id_is_refused_in_the_file_that_has_it(file, name, value):
+    key = f"{name}_token_id"
+    config, generation = (RELEASED | {key: value}, {}) if file == "config.json" else (RELEASED, {key: value})
+    with pytest.raises(UserError) as raised:
+        from_config_json(config, generation, WHERE)
+    assert str(raised.value).startswith(f"x/{file}: {key}: {value!r} is not allowed" if value != [[1]] else f"x/{file}")
+    assert "or null (or -1) for no such token" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +131,18 @@ def test_special_tokens_of_generation_have_precedence():
         ({"hidden_size": "2048"}, "hidden_size: '2048' is not allowed; it must be a whole number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is not allowed; it must be true or false"),
         ({"rope_theta": "high"}, "rope_theta: 'high' is not allowed; it must be a number"),
-        ({"num_hidden_layers": 0, "layer_types": None}, "model.num_layers: 0 is not allowed"),
+        ({"num_hidden_layers": 0, "layer_types": None}, "num_hidden_layers: 0 is not supported"),
+        ({"num_hidden_layers": 10**12, "layer_types": None}, "num_hidden_layers: 1000000000000 is not supported"),
+        ({"num_hidden_layers": "24"}, "num_hidden_layers: '24' is not supported"),
+        ({"model_type": ["ouro"]}, "model_type: ['ouro'] is not supported"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: nan is not allowed"),
+        ({"rope_theta": float("inf")}, "rope_theta: inf is not allowed"),
+        ({"gate_trained": "no"}, "gate_trained: 'no' is not allowed; it must be true or false"),
+        ({"layer_types": 24}, "layer_types: 24 is not supported"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling: {'factor': 8.0} is not supported"),
+        ({"rope_scaling": "linear"}, "rope_scaling: 'linear' is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters: "),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters: "),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; it must be 'silu'"),
         ({"attention_bias": True}, "attention_bias: True"),
         ({"mlp_bias": True}, "mlp_bias: True"),
@@ -118,7 +155,10 @@ def test_special_tokens_of_generation_have_precedence():
         ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}"),
         ({"tie_word_embeddings": True}, "model.tie_embeddings is true"),
         ({"head_dim": 64}, "model.head_dim times num_attention_heads=16 is 1024, not model.hidden_size=2048"),
-        ({"eos_token_id": 50000}, "eos_token_id: 50000 is not allowed; give a whole number below vocab_size=49152"),
+        (
+            {"eos_token_id": 50000},
+            "eos_token_id: 50000 is not allowed; it must be a whole number below",
+        ),
         ({"model_type": "looplm", "attention": "linear"}, "attention: 'linear' is not allowed; it must be mla or mha"),
         ({"model_type": "looplm", "early_exit_gate": "gru"}, "early_exit_gate: 'gru' is not allowed"),
     ],

@@ -89,7 +89,7 @@ def test_a_released_directory_comes_back_unchanged(dtype, shards, corpus, tmp_pa
     assert left_behind == ["notes.txt", "pytorch_model.bin"]
     about = checkpoint.read_about(tmp_path / "ours")
     assert (about.objective, about.dtype, about.step) == (WEIGHTS_ONLY, config["torch_dtype"], 0)
-    assert (about.bos_id, about.eos_id, about.pad_id) == (0, 1, 2)
+    assert (about.bos_id, about.eos_ids, about.pad_id) == (0, (1, 2), 2)
     assert (about.gate_trained, about.tokenizer_sha256) == (True, sha256_of(corpus / "tokenizer.json"))
     assert step_folder.find_fault(tmp_path / "ours") is None
 
@@ -238,4 +238,4 @@ def test_special_tokens_without_ids_in_any_file(corpus, tmp_path, single_process
     assert after == config | {"eos_token_id": PAD, "pad_token_id": EOS}
     named = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert (named["bos_token"], named["eos_token"], named["pad_token"]) == ("<bos>", "<pad>", "<eos>")
-    assert to_dict(checkpoint.read_about(tmp_path / "ours"))["eos_id"] == PAD
+    assert to_dict(checkpoint.read_about(tmp_path / "ours"))["eos_ids"] == [PAD]

@@ -11,7 +11,7 @@ import torch
 import transformers
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
 
 from looplm import checkpoint
 from looplm.huggingface.companion_files import CODE
@@ -179,6 +179,62 @@ def test_padding_positions_and_embeddings(model: LoopLMForCausalLM) -> None:
         assert_close_relative(others, dict.fromkeys(others, expected.logits))
         assert torch.equal(model(IDS_BS, logits_to_keep=2).logits, model(IDS_BS).logits[:, -2:])
         assert len(expected.exit_depths.unique()) > 1
+
+
+@pytest.mark.parametrize("told_by", ["position_ids", "seq_idx", "cu_seq_lens", "all"])
+@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "linear")])
+def test_packed_documents_do_not_see_each_other(
+    variant: str, gate: str, told_by: str, single_process: ProcessGroupCollection
+) -> None:
+    """Logits, exits, loss and gate of documents from transformers' collator are those of each document alone."""
+    packer = hf_model(build(VARIANTS[variant], GATES[gate], single_process), GATES[gate])
+    documents = [random_ids(1, length, VOCAB, seed=length)[0] for length in (7, 1, 12)]
+    batch = dict(DataCollatorWithFlattening()([{"input_ids": ids.tolist()} for ids in documents]))
+    lengths = torch.tensor([len(ids) for ids in documents])
+    others = {
+        "seq_idx": torch.arange(3).repeat_interleave(lengths)[None].int(),
+        "cu_seq_lens": torch.tensor([0, 7, 8, 20], dtype=torch.int32),
+    }
+    others["cu_seq_lens_q"] = others["cu_seq_lens_k"] = others.pop("cu_seq_lens")
+    if told_by == "cu_seq_lens":
+        del batch["position_ids"], others["seq_idx"]
+        others |= {"max_length_q": 12, "max_length_k": 12}  # type: ignore[dict-item]
+    elif told_by == "seq_idx":
+        del batch["position_ids"]
+        others = {"seq_idx": others["seq_idx"]}
+    batch |= {} if told_by == "position_ids" else others
+
+    settings: dict[str, Any] = {"early_exit_threshold": 0.6, "output_gate_logits": True}
+    packed, alone = packer(**batch, **settings), [packer(ids[None], labels=ids[None], **settings) for ids in documents]
+    for name, dim in (("logits", 1), ("gate_logits", 2), ("exit_depths", 1)):
+        expected = torch.cat([getattr(output, name) for output in alone], dim)
+        assert relative_error(getattr(packed, name).double(), expected.double()) < TOLERANCE, name
+    assert len(packed.exit_depths.unique()) > 1
+    learned = lengths - 1
+    total = sum(output.loss * count for output, count in zip(alone, learned.tolist(), strict=True))
+    assert relative_error(packed.loss, total / learned.sum()) < TOLERANCE
+    if told_by != "position_ids":
+        return
+    with torch.no_grad():  # with a cache, and with a mask that hides nothing
+        again = packer(**batch, attention_mask=torch.ones(1, 20), use_cache=True)
+        assert relative_error(again.logits, packer(**batch, use_cache=False).logits) < TOLERANCE
+        with pytest.raises(ValueError, match="past_key_values: packed documents cannot be continued"):
+            packer(documents[1][None], past_key_values=again.past_key_values)
+        cache = packer(documents[0][None], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="packed documents are not allowed after cached tokens"):
+            packer(**batch, past_key_values=cache)
+
+
+def test_a_padded_row_that_starts_its_positions_over_is_one_document(model: LoopLMForCausalLM) -> None:
+    """The positions that generate() gives to padding are arbitrary."""
+    padded, mask = torch.cat((IDS_BS[:, :3], IDS_BS), 1), (torch.arange(12) >= 3).long().expand(2, -1)
+    with torch.no_grad():
+        expected = model(IDS_BS).logits
+        for filler in (0, 1):
+            position_BS = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
+            output = model(padded, attention_mask=mask, position_ids=position_BS)
+            assert not output.past_key_values.packed
+            assert relative_error(output.logits[:, 3:], expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "lru")])

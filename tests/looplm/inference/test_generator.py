@@ -110,7 +110,7 @@ def test_a_row_in_a_batch_equals_the_row_alone(mode: CacheMode, threshold: float
     """Also while other rows end: the row that ends first is dropped from the batch."""
     config = replace(GREEDY, kv_cache=mode, exit_threshold=threshold)
     [first] = generator.generate(PROMPTS[:1], config)
-    generator = Generator(generator.model, TOKENIZER, eos_id=first.ids[6])
+    generator = Generator(generator.model, TOKENIZER, eos_ids=first.ids[6])
     together = generator.generate(PROMPTS, config)
     assert together[0].finish == "eos" and "length" in {generation.finish for generation in together}
     for prompt, generation in zip(PROMPTS, together, strict=True):

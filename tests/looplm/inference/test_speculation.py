@@ -33,7 +33,7 @@ def generator(single_process: ProcessGroupCollection) -> Generator:
 def generator_of(variant: str, groups: ProcessGroupCollection) -> Generator:
     """Return a generator whose drafts are often, but not always, accepted."""
     model = build(VARIANTS[variant], GATES["lru"], groups)
-    return Generator(model, TOKENIZER, eos_id=-1)
+    return Generator(model, TOKENIZER, eos_ids=-1)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_probabilities_add_up_to_1() -> None:
 def test_a_draft_ends_with_the_text(generator: Generator) -> None:
     """If end of text, a stop string or the length limit falls into a draft, the rest of it is dropped."""
     [plain] = generator.generate(["abc"], GREEDY)
-    eos = Generator(generator.model, TOKENIZER, eos_id=plain.ids[5])
+    eos = Generator(generator.model, TOKENIZER, eos_ids=plain.ids[5])
     for config in (GREEDY, replace(GREEDY, stop=(plain.text[3:5],)), replace(GREEDY, max_new_tokens=7)):
         [expected] = eos.generate(["abc"], config)
         [drafted] = eos.generate(["abc"], replace(config, speculate=4))

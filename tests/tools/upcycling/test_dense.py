@@ -74,7 +74,7 @@ def test_a_range_of_layers_is_looped_and_learns(llama, corpus, tmp_path, single_
     theirs = load_file(llama / "model.safetensors")
     model_config = opened.model.model_config
     assert (model_config.num_layers, model_config.num_loops, model_config.sandwich_norm) == (2, 3, False)
-    assert opened.about.eos_id == 2 and not opened.about.gate_trained
+    assert opened.about.eos_ids == (2,) and not opened.about.gate_trained
     for ours, layer in ((0, 1), (1, 2)):
         weight = opened.model.decoder.layers[ours].mlp.linear_fc2.weight
         assert torch.equal(weight, theirs[f"model.layers.{layer}.mlp.down_proj.weight"])

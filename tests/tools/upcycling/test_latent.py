@@ -179,7 +179,7 @@ def test_a_trained_model_at_half_width_trains_on_and_generates(mha_run, corpus, 
 def test_a_model_of_nothing_but_rotary_keys_generates(tiny_run, single_process):
     opened = checkpoint.open_model(str(tiny_run), single_process)
     model = assemble(to_latent(random_state(MHA), 32, None, None).state, single_process)
-    assert_same_text_without_a_cache(Generator(model, opened.tokenizer, opened.about.eos_id, False))
+    assert_same_text_without_a_cache(Generator(model, opened.tokenizer, opened.about.eos_ids, False))
 
 
 def assert_same_text_without_a_cache(generator: Generator) -> None:

@@ -1,0 +1,45 @@
+"""Text to token ids, with the token that stands before a text, as transformers encodes a prompt."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from looplm.failures import UserError
+
+_PROBE = "a"
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer in a tokenizer.json, without truncation and padding, which transformers does not apply.
+
+    Raises:
+        UserError: the file is missing, or is not a tokenizer.json.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as a tokenizer.json ({reason}); get the file again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer's post-processor adds before and after each text."""
+    plain, full = (tokenizer.encode(_PROBE, add_special_tokens=special).ids for special in (False, True))
+    width = len(plain)
+    start = next((place for place in range(len(full) - width + 1) if full[place : place + width] == plain), len(full))
+    return full[:start], full[start + width :]
+
+
+def begin_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that a tokenizer's post-processor adds before each text; None if it adds nothing."""
+    before, _ = added_ids(tokenizer)
+    return before[0] if before else None
+
+
+def encode(tokenizer: Tokenizer, text: str, begin: int | None) -> list[int]:
+    """Return the ids of a text, after the id ``begin`` unless that is None or the text itself starts with it."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
