@@ -1,75 +1,119 @@
-"""Folders that are complete or absent, and verified before they are trusted: one step of a run, or imported weights.
+"""Folders that are complete or absent: one step of a run, or imported weights.
 
 A folder is written beside its final place, its files are hashed into ``manifest.json``, everything is fsynced, and then
-the folder is renamed. A kill at any moment leaves either the old state or the new one. No file is opened before its
-size and hash are compared with the manifest, and a pickle may contain only the names that torch and Megatron write.
+the folder is renamed. A kill at any moment leaves either the old state or the new one. Names that begin with a point
+are folders that are not complete, or no longer:
+
+=============================== ===================================================================================
+``.step_00000300.x1y2.partial`` being written, or left behind by a killed run
+``.step_00000300.replaced``     the old one, while the same step takes its place; the only one after an ill-timed kill
+``.step_00000300.deleted``      being deleted
+=============================== ===================================================================================
 """
 
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from looplm.checkpoint.verify import MANIFEST, Fingerprint
+from looplm.checkpoint.verify import find_fault as find_fault
+from looplm.checkpoint.verify import fingerprint as fingerprint
 from looplm.cli import UserError
-from looplm.files import fsync, sha256_of, write_whole
+from looplm.failures import StorageFailure
+from looplm.files import fsync, write_whole, writing
 from looplm.megatron import process_groups
-
-# Every name that torch and Megatron write into state/.metadata.
-_PICKLE_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-    "megatron.core.dist_checkpointing.strategies",
-)
-_PICKLE_NAMES = {
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-}
 
 
 def create_partial(final: Path) -> Path:
-    """Create an empty folder for the files of ``final``, until :func:`publish` renames it."""
-    partial = discard_partial(final)
-    partial.mkdir(parents=True)
+    """Create an empty folder for the files of ``final``, until :func:`publish` renames it.
+
+    Its name is new each time: a process of a killed run may still be writing to an older one.
+    """
+    discard_partial(final)
+    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
+    with writing(final):
+        partial.mkdir(parents=True)
     return partial
 
 
-def discard_partial(final: Path) -> Path:
-    """Remove the folder of :func:`create_partial` if it was not published; return its path."""
-    partial = final.parent / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    return partial
+def discard_partial(final: Path) -> None:
+    """Remove the folders of :func:`create_partial` that were not published."""
+    for partial in final.parent.glob(f".{final.name}.*partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def publish(partial: Path, final: Path) -> None:
-    """Write the manifest of a folder and :func:`move_into_place`."""
-    files = {str(path.relative_to(partial)): fingerprint(path) for path in files_in(partial)}
-    write_whole(partial / "manifest.json", json.dumps(files, indent=1))
-    move_into_place(partial, final)
+def publish(partial: Path, final: Path, files: Mapping[str, Fingerprint]) -> None:
+    """Write the manifest of a folder whose files are on the disk, and rename it to ``final``."""
+    for name, (size, _) in files.items():
+        path = partial / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise StorageFailure(
+                f"{final}: {name} was written by another rank and is not seen here; output_dir must be on a file "
+                "system that all nodes share"
+            )
+    write_whole(partial / MANIFEST, json.dumps(dict(sorted(files.items())), indent=1))
+    _rename(partial, final)
 
 
 def move_into_place(partial: Path, final: Path) -> None:
     """Flush a complete folder to the disk and rename it to ``final``."""
-    folders = [path for path in partial.rglob("*") if path.is_dir()]
-    for path in (*files_in(partial), *folders, partial):
+    for path in files_in(partial):
+        fsync(path)
+    _rename(partial, final)
+
+
+def _rename(partial: Path, final: Path) -> None:
+    for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         fsync(path)
     replaced = final.parent / f".{final.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same step again, after a fallback to an older one; deleted once the new one is in place
         os.rename(final, replaced)
     os.rename(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
     fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Restore what a killed run had moved aside, and remove what it had not finished. Only for the folder's owner."""
+    for replaced in folder.glob(".*.replaced"):
+        final = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(replaced, final)
+    for unfinished in (*folder.glob(".*.partial"), *folder.glob(".*.deleted")):
+        if unfinished.is_dir() and not unfinished.is_symlink():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink()
+
+
+def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str]) -> None:
+    """Delete every step that is older than the ``keep`` newest whole ones and not divisible by ``keep_every``.
+
+    Args:
+        folder: holds the steps.
+        keep: number of newest ones to keep.
+        keep_every: 0 keeps no others.
+        whole: names of the steps that this run has written or verified. Others may be damaged and do not count, and
+            neither does one whose files have disappeared or changed their size since.
+    """
+    steps = steps_in(folder)
+    kept = [step for step in steps if step.name in whole and find_fault(step, deep=False) is None][:keep]
+    if len(kept) < keep:
+        return
+    for step in steps:
+        permanent = keep_every > 0 and _number(step) % keep_every == 0
+        if step < kept[-1] and not permanent and not step.is_symlink():
+            deleted = folder / f".{step.name}.deleted"
+            os.rename(step, deleted)  # half a deleted step is no step
+            shutil.rmtree(deleted, ignore_errors=True)
 
 
 def locate(directory: str) -> Path:
@@ -79,14 +123,18 @@ def locate(directory: str) -> Path:
         UserError: there is no checkpoint, or the one named is damaged.
     """
     path = Path(directory)
-    if (path / "manifest.json").exists():
-        fault = find_fault(path)
+    if (path / MANIFEST).exists():
+        fault = find_fault(path.resolve())  # a link that the user names is the user's
         if fault:
             raise UserError(f"{path}: {fault}; take another step directory")
         return path
-    found = newest(path / "checkpoints", lambda message: None)
+    faults: list[str] = []
+    found = newest(path / "checkpoints", faults.append)
     if found is None:
-        raise UserError(f"{path}: no whole checkpoint here; give a training directory or a step directory of one")
+        reason = f" ({'; '.join(faults)})" if faults else ""
+        raise UserError(
+            f"{path}: no whole checkpoint here{reason}; give a training directory or a step directory of one"
+        )
     return found
 
 
@@ -108,56 +156,22 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return found[0]
 
 
-def find_fault(step: Path) -> str | None:
-    """Describe the damage of a step directory; None if every file has the size and hash of the manifest."""
-    try:
-        manifest = json.loads((step / "manifest.json").read_text())
-        for name, (size, sha256) in manifest.items():
-            path = step / name
-            if not path.exists():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if fingerprint(path)[1] != sha256:
-                return f"{name} has changed since it was written"
-        return _unsafe_pickle(step / "state" / ".metadata")
-    except (OSError, ValueError) as error:
-        return f"manifest.json cannot be read ({error})"
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler for ``state/.metadata`` that refuses unexpected names: a pickle can run any code that it names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if "." not in name and (module.startswith(_PICKLE_MODULES) or (module, name) in _PICKLE_NAMES):
-            return super().find_class(module, name)
-        found = None if module != "torch" else getattr(torch, name, None)
-        if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
-            return found
-        raise UserError(f"names {module}.{name}, which no checkpoint needs")
-
-
-def _unsafe_pickle(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            _RestrictedUnpickler(file).load()
-    except UserError as error:
-        return f"{path.name} {error}; it may run code and is not opened"
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-        return f"{path.name} cannot be read ({error})"
-    return None
+def step_name(step: int) -> str:
+    """Return the name of a step's directory."""
+    return f"step_{step:08d}"
 
 
 def steps_in(folder: Path) -> list[Path]:
     """Return the step directories of ``folder``, newest first."""
-    return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
+    steps = (path for path in folder.glob("step_*") if _number(path) >= 0 and path.is_dir())
+    return sorted(steps, key=_number, reverse=True)
 
 
 def files_in(folder: Path) -> list[Path]:
     """Return every file of a folder except its manifest."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def fingerprint(path: Path) -> tuple[int, str]:
-    """Return size and sha256 of a file, as in manifest.json."""
-    return path.stat().st_size, sha256_of(path)
+def _number(step: Path) -> int:
+    digits = step.name.removeprefix("step_")
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else -1

@@ -6,17 +6,24 @@
 | ``multi_latent_attention.HAVE_TE`` is False | MLA without Transformer Engine fails | NVIDIA/Megatron-LM#3764 |
 | handles of ``isend`` are kept for a while | pipelines on gloo hang | pytorch/gloo#308 |
 | ``multi_latent_attention.Linear`` is our class | MLA refuses our down projections | NVIDIA/Megatron-LM#1699 |
+| results of checkpoint writers go through a plain queue | the first save spawns a process, in seconds | none known |
+| objects in checkpoints are loaded with ``weights_only`` | a shard's pickle may run code | none known |
 
-The first three apply only without a GPU (:func:`install`), the last one only without Transformer Engine.
+The first three apply only without a GPU (:func:`install`), the fourth only without Transformer Engine.
 """
 
+import io
 from collections import deque
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.overrides import TorchFunctionMode
 
 from looplm.megatron.device import DEVICE, HAS_CUDA, HAS_TRANSFORMER_ENGINE
@@ -58,7 +65,9 @@ _sends: deque[Any] = deque(maxlen=8)  # Megatron's schedules leave at most one i
 
 
 def install() -> None:
-    """Make Megatron-core run without a GPU; does nothing on CUDA or if called before in this process."""
+    """Make checkpoints safe to read, and Megatron-core run without a GPU; the latter does nothing on CUDA or twice."""
+    filesystem_async._results_queue = SimpleQueue[Any]()
+    DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
     if _installed or HAS_CUDA:
         return
     cuda: Any = torch.cuda
@@ -75,6 +84,15 @@ def install() -> None:
     mode = _CudaMeansCpu()
     mode.__enter__()  # type: ignore[no-untyped-call]  # torch's
     _installed.append(mode)
+
+
+def _load_bytes(planner: DefaultLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
+    """Take the place of the planner's method, which loads with ``weights_only=False``."""
+    loaded = torch.load(value, weights_only=True)
+    if planner.flatten_state_dict:
+        set_element(planner.original_state_dict, planner.mappings[read_item.dest_index.fqn], loaded)
+    else:
+        planner.state_dict[read_item.dest_index.fqn] = loaded
 
 
 def _keep_sends_alive() -> None:

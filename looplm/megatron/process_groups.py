@@ -1,6 +1,7 @@
 """Process groups. Only this module uses Megatron's global state; others receive a ``ProcessGroupCollection``."""
 
 import gc
+import math
 import os
 import re
 import zlib
@@ -24,12 +25,13 @@ TIMEOUT = timedelta(minutes=30)
 Result = TypeVar("Result")
 
 
-def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollection:
+def start(seed: int, layout: ParallelConfig | None = None, timeout: timedelta = TIMEOUT) -> ProcessGroupCollection:
     """Join the job that torchrun started, or start a job of one process; seed every random number generator.
 
     Args:
         seed: seed of weights and sampling; the same on every rank.
         layout: the parallel layout; None makes every rank a replica.
+        timeout: how long a rank waits for the others, when it joins and in a collective.
 
     Raises:
         UserError: the layout does not fit the number of ranks.
@@ -39,7 +41,7 @@ def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollec
     if not dist.is_initialized():
         if "RANK" in os.environ:
             device.bind_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(device.BACKEND, timeout=TIMEOUT)
+            dist.init_process_group(device.BACKEND, timeout=timeout)
         else:  # without a port, so that two runs on a laptop never collide
             dist.init_process_group(device.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     layout.replicas(dist.get_world_size())
@@ -48,6 +50,7 @@ def start(seed: int, layout: ParallelConfig | None = None) -> ProcessGroupCollec
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             context_parallel_size=layout.context,
+            distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,0 +1,81 @@
+"""The checkpoints of one run: at most one in the making, the newest and the permanent ones kept."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import looplm.checkpoint.step_folder as step_folder
+from looplm.checkpoint.about import About
+from looplm.checkpoint.saving import COMPANION_FOLDER, Saving
+from looplm.checkpoint.state import TrainingState, sharded_state
+from looplm.cli import to_dict
+from looplm.config import CheckpointConfig, RunConfig
+from looplm.files import write_whole
+
+
+class Saver:
+    """Writer of a run's checkpoints to ``output_dir/checkpoints``. Every method is collective.
+
+    A context manager: at the end it waits for the checkpoint in the making, or gives it up after an exception.
+
+    Args:
+        config: the run's.
+        resumed: the checkpoint that the run continues, which has been verified; None if it starts.
+        say: prints a line for each checkpoint that is published.
+    """
+
+    def __init__(self, config: RunConfig, resumed: About | None, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._folder = Path(config.output_dir) / "checkpoints"
+        self._whole = {step_folder.step_name(resumed.step)} if resumed else set[str]()
+        self._saving: Saving | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._saving is not None:
+            self._saving.abort()
+
+    def save(self, training: TrainingState, about: About, tokenizer: Path) -> None:
+        """Begin a checkpoint, after the one before is published. Return when the state is copied, or published.
+
+        Raises:
+            StorageFailure: this or the earlier checkpoint cannot be written; on every rank.
+        """
+        self.close()
+        final = self._folder / step_folder.step_name(about.step)
+        after = partial(_tidy, final, self._config.checkpoint, frozenset(self._whole | {final.name}))
+        companions = Path(self._config.output_dir) / COMPANION_FOLDER
+        state = sharded_state(training, is_loading=False)
+        self._saving = Saving(final, state, to_dict(self._config), about, tokenizer, companions, after)
+        if not self._config.checkpoint.in_background:
+            self.close()
+
+    def poll(self) -> None:
+        """Look after the checkpoint in the making. Call it after each step; it does not wait for the disk.
+
+        Raises:
+            StorageFailure: the checkpoint could not be written; on every rank.
+        """
+        if self._saving is not None and self._saving.advance():
+            self._published(self._saving.final)
+
+    def close(self) -> None:
+        """Wait until the checkpoint in the making is published; raise as :meth:`poll` does."""
+        if self._saving is not None:
+            self._saving.wait()
+            self._published(self._saving.final)
+
+    def _published(self, final: Path) -> None:
+        self._saving = None
+        self._whole.add(final.name)
+        self._say(f"saved {final}")
+
+
+def _tidy(final: Path, config: CheckpointConfig, whole: frozenset[str]) -> None:
+    """Point ``latest`` at a new checkpoint, and delete old ones."""
+    write_whole(final.parent / "latest", final.name + "\n")
+    step_folder.delete_old(final.parent, config.keep, config.keep_every, whole)

@@ -1,0 +1,143 @@
+"""One checkpoint that all ranks write together, beside training."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import yaml
+
+import looplm.checkpoint.step_folder as step_folder
+from looplm.checkpoint.about import About
+from looplm.checkpoint.verify import Fingerprint
+from looplm.checkpoint.writer import STATE, Content, WriterProcess, Written, make_plan
+from looplm.failures import StorageFailure
+from looplm.files import writing
+from looplm.megatron import process_groups
+from looplm.megatron.device import DEVICE
+
+COMPANION_FOLDER = "companions"
+_PAUSE = 0.02  # seconds between two looks of a rank that waits
+
+
+class Saving:
+    """A checkpoint in the making. Every method is collective, except :meth:`abort`.
+
+    The constructor returns as soon as the state is copied. Then :meth:`advance` must be called now and then.
+
+    Args:
+        final: the directory to be made.
+        state: a sharded state.
+        config: the content of config.yaml.
+        about: the content of about.json.
+        tokenizer: a tokenizer.json to copy.
+        companions: a folder to copy, if it exists.
+        after: called in the process that has published the checkpoint.
+    """
+
+    def __init__(
+        self,
+        final: Path,
+        state: dict[str, Any],
+        config: dict[str, Any],
+        about: About,
+        tokenizer: Path,
+        companions: Path | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self.final = final
+        folder = process_groups.on_rank_0(lambda: _create(final))
+        files: dict[str, Content] = {}
+        if process_groups.is_rank_0():
+            files["config.yaml"] = yaml.safe_dump(config, sort_keys=False).encode()
+            files["about.json"] = json.dumps(dataclasses.asdict(about), indent=1).encode()
+            files["tokenizer.json"] = tokenizer
+            if companions is not None and companions.is_dir():
+                files[COMPANION_FOLDER] = companions
+
+        def publish(fingerprints: dict[str, Fingerprint]) -> None:
+            step_folder.publish(folder, final, fingerprints)
+            if after is not None:
+                after()
+
+        self._written: Written | None = None  # this rank's result
+        self._is_publishing = False  # all ranks have written
+        self._is_published = False  # on rank 0
+        self._failure = ""
+        try:
+            plan = make_plan(state, folder)
+            mine = publish if process_groups.is_rank_0() else None
+            self._process: WriterProcess | None = WriterProcess(plan, final, folder, files, mine)
+        except OSError as error:  # no memory for another process, for example
+            self._process, self._failure = None, f"{final}: {error}"
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting for the disk; return True once the checkpoint is published.
+
+        Raises:
+            StorageFailure: a rank's process has failed or was killed. Every rank raises it, and nothing is published.
+        """
+        is_done = self._look()
+        state = torch.tensor([float(not is_done), float(bool(self._failure))], device=DEVICE)
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        is_busy, is_failed = state.tolist()
+        if is_failed:
+            self._fail()
+        if is_busy:
+            return False
+        if self._is_publishing:
+            self.abort()  # nothing is left to be done
+            return True
+        everything: list[Any] | None = [None] * dist.get_world_size() if process_groups.is_rank_0() else None
+        dist.gather_object(self._written, everything, dst=0)
+        if everything is not None and self._process is not None:
+            self._process.send_all(everything)
+        self._is_publishing = True
+        return False
+
+    def _look(self) -> bool:
+        """Return True if this rank's process has done what it can do now; note its failure."""
+        if self._process is not None and (process_groups.is_rank_0() or self._written is None):
+            try:
+                message = self._process.receive()
+            except ChildProcessError as error:
+                self._failure = str(error)
+                return True
+            if isinstance(message, Written):
+                self._written = message
+            self._is_published = message is True
+        return self._is_published or not process_groups.is_rank_0() if self._is_publishing else bool(self._written)
+
+    def _fail(self) -> NoReturn:
+        """Stop every rank's process, remove what they wrote, and raise the first failure on every rank."""
+        self.abort()
+        failures: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(failures, self._failure)  # after this, no process writes
+        if process_groups.is_rank_0():
+            step_folder.discard_partial(self.final)
+            step_folder.recover(self.final.parent)
+        failure = StorageFailure(next(filter(None, failures)))
+        failure.is_shared = True
+        raise failure
+
+    def wait(self) -> None:
+        """Return once the checkpoint is published; raise as :meth:`advance` does."""
+        while not self.advance():
+            time.sleep(_PAUSE)
+
+    def abort(self) -> None:
+        """End this rank's process. Its files stay until the next run removes them."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+
+def _create(final: Path) -> Path:
+    folder = step_folder.create_partial(final)
+    with writing(final):
+        (folder / STATE).mkdir()
+    return folder
