@@ -135,13 +135,15 @@ class DedupConfig:
 class TokenizerConfig:
     """Either a byte-level BPE to train (vocab_size) or an existing tokenizer.json (path).
 
-    Every document ends in eos, which separates the documents of a packed sample. bos is never written into the data,
-    because the preceding eos marks the start of a document. bos still has its own id, because fine-tuning formats and
-    Hugging Face exports expect one. pad must be an id that no text contains, because padded positions are masked by it.
+    Every document ends in eos, which separates the documents of a packed sample. bos is written only if an existing
+    tokenizer puts it before each text, as Llama's does; otherwise the preceding eos marks the start of a document. bos
+    still has its own id, because fine-tuning formats and Hugging Face exports expect one. pad must be an id that no
+    text contains, because padded positions are masked by it.
 
     Args:
         vocab_size: tokens of a tokenizer trained on this data, including the 256 bytes and bos, eos, pad.
-        path: an existing tokenizer.json.
+        path: an existing tokenizer.json. Names of its control tokens in a text stay text.
+        allow_loss: an existing tokenizer may drop characters that it has no token for; they are counted.
         train_chars: characters of text, spread over all training files, on which a tokenizer is trained.
         bos_token: beginning of a sequence; null if an existing tokenizer has none.
         eos_token: end of a document.
@@ -151,6 +153,7 @@ class TokenizerConfig:
 
     vocab_size: int | None = None
     path: str | None = None
+    allow_loss: bool = False
     train_chars: int = positive(1_000_000_000)
     bos_token: str | None = "<|bos|>"
     eos_token: str = "<|eos|>"
@@ -258,3 +261,7 @@ class PipelineConfig:
             given, needed = list(self.tokenizer.special_tokens), list(chat.SPECIAL_TOKENS)
             fix = f"sources.{conversational}.chat needs {needed} in it"
             require(set(given) >= set(needed), "tokenizer.special_tokens", given, fix)
+        for key in ("eos_token", "pad_token"):
+            name = getattr(self.tokenizer, key)
+            fix = f"the turns of sources.{conversational}.chat use it; name another token"
+            require(conversational is None or name not in chat.SPECIAL_TOKENS, f"tokenizer.{key}", name, fix)

@@ -68,6 +68,10 @@ class StepRunner:
                 self._run_on_slurm(self.config.slurm, name, list(pipeline), tasks, folder)
         return _counters(folder)
 
+    def counts_by_task(self, name: str) -> list[list[Counter[str]]]:
+        """Return the counters of each task of a step that has run."""
+        return [_task_counters(path) for path in sorted((self.logs / name).glob("stats/*.json"))]
+
     def report(self, what: str, amount: int, note: str, unit: str = "documents") -> None:
         """Print one line: the amount that a step produced, the seconds since the previous line, and a note."""
         previous, self._reported = self._reported, time.time()
@@ -132,15 +136,17 @@ def _progress_bar(name: str, folder: Path, tasks: int) -> Iterator[None]:
 
 
 def _counters(folder: Path) -> list[Counter[str]]:
-    totals: list[Counter[str]] = []
-    for path in sorted(folder.glob("stats/*.json")):
-        parts = json.loads(path.read_text())
-        totals = totals or [Counter() for _ in parts]
-        for total, part in zip(totals, parts, strict=True):
-            # A counter is a plain number, or an object with mean and more if it has a unit.
-            for key, value in part["stats"].items():
-                total[key] += value["total"] if isinstance(value, dict) else value
-    return totals
+    tasks = [_task_counters(path) for path in sorted(folder.glob("stats/*.json"))]
+    return [sum(counters, Counter()) for counters in zip(*tasks, strict=True)]
+
+
+def _task_counters(path: Path) -> list[Counter[str]]:
+    counters = []
+    for part in json.loads(path.read_text()):
+        # A counter is a plain number, or an object with mean and more if it has a unit.
+        stats = part["stats"].items()
+        counters.append(Counter({key: value["total"] if isinstance(value, dict) else value for key, value in stats}))
+    return counters
 
 
 def _failure(name: str, folder: Path) -> Failure:

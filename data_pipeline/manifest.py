@@ -17,9 +17,10 @@ class TokenizerRecord:
 
     path: str  # the tokenizer.json, relative to the manifest's folder
     sha256: str
-    bos_id: int | None  # beginning of a sequence, not in the data; None if the tokenizer has no such token
+    bos_id: int | None  # beginning of a sequence; None if the tokenizer has no such token
     eos_id: int  # end of every document
     pad_id: int  # padding, not in the data
+    begin_id: int | None = None  # before each plain text: the bos that the tokenizer adds, or eos; None if it adds none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,17 @@ class Manifest:
     fingerprint: str  # SHA-256 over content and tokenizer; equal fingerprints mean equal data
     config_sha256: str  # hash of the settings and input files in data_pipeline.json, in the same folder
     chat: ChatRecord | None = None  # None if the documents are plain text
+    unknown_tokens: int = 0  # tokens that stand for text that the tokenizer does not know
+    lost_characters: int = 0  # characters that the tokenizer dropped
 
     def describe(self) -> str:
         """Return the amount of data in words, for the terminal."""
-        if self.chat is None:
-            return f"{self.documents:,} documents, {self.tokens:,} tokens"
-        return f"{self.documents:,} conversations, {self.tokens:,} tokens, {self.chat.answer_tokens:,} learned"
+        amounts = [(self.documents, "documents" if self.chat is None else "conversations"), (self.tokens, "tokens")]
+        if self.chat is not None:
+            amounts.append((self.chat.answer_tokens, "learned"))
+        lacking = [(self.unknown_tokens, "unknown tokens"), (self.lost_characters, "lost characters")]
+        amounts += [(amount, what) for amount, what in lacking if amount]
+        return ", ".join(f"{amount:,} {what}" for amount, what in amounts)
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -83,11 +89,15 @@ def write_manifest(
     tokenizer: TokenizerRecord,
     config_sha256: str,
     end_id: int | None = None,
+    unknown_tokens: int = 0,
+    lost_characters: int = 0,
 ) -> None:
     """Describe the finished PREFIX.bin and PREFIX.idx in PREFIX.manifest.json, which is written atomically.
 
     Args:
         end_id: the token that ends an answer if the documents are conversations.
+        unknown_tokens: tokens of text that the tokenizer does not know.
+        lost_characters: characters that the tokenizer dropped.
     """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     index, conversations = read_index(idx_path), None
@@ -106,6 +116,8 @@ def write_manifest(
         fingerprint=fingerprint_of(files, tokenizer),
         config_sha256=config_sha256,
         chat=conversations,
+        unknown_tokens=unknown_tokens,
+        lost_characters=lost_characters,
     )
     write_whole(manifest_path(prefix), json.dumps(asdict(manifest), indent=2) + "\n")
 

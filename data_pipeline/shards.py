@@ -1,8 +1,8 @@
 """Megatron shards, one per file of split documents, and the prefixes into which they are merged."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
@@ -11,34 +11,43 @@ from datatrove.data import Document
 from datatrove.pipeline.tokens import MegatronDocumentTokenizer
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from datatrove.utils.batching import batched
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from data_pipeline.config import TokenizerConfig
 from data_pipeline.conversations import MESSAGES
 from data_pipeline.executor import StepRunner
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
-from data_pipeline.token_file import mark, read_index, write_index
-from looplm.chat import ChatTemplate, Message
+from data_pipeline.text_encoder import TextEncoder
+from data_pipeline.token_file import read_index, write_index
 from looplm.cli import UserError
 
+UNKNOWN, LOST = "unknown_tokens", "lost_characters"  # counters of a prefix
 
-def write_prefixes(eos_token: str, work: Path, runner: StepRunner) -> None:
+
+def write_prefixes(config: TokenizerConfig, work: Path, runner: StepRunner) -> dict[str, Counter[str]]:
     """Turn every file of WORK/split into a shard, and merge the shards of each prefix into WORK/final.
 
     Shards are merged in the order of the tasks that wrote their documents.
+
+    Returns:
+        the counters :data:`UNKNOWN` and :data:`LOST` of each prefix, by its name.
     """
     split, shards, final = (work / name for name in ("split", "shards", "final"))
     names = Folder(str(split)).list_files()  # the reader below gives task i the i-th file of this list
-    tokenizer = MegatronTokenizer(Folder(str(shards)), None, str(final / "tokenizer.json"), eos_token, batch_size=1000)
+    tokenizer = MegatronTokenizer(Folder(str(shards)), str(final / "tokenizer.json"), config)
     counts = runner.run("tokenize", [JsonLinesReader(Folder(str(split))), tokenizer], tasks=len(names))
-    runner.report("tokenize", counts[0]["input_files"], f"{counts[1]['tokens']:,} tokens", unit="shards")
-    plan: dict[str, list[str]] = {}
-    for task, name in enumerate(names):
-        plan.setdefault(str(final / Path(name).parent), []).append(str(shards / f"{task:05d}_tokens"))
+    counted = [f"{counts[1][key]:,} {key.replace('_', ' ')}" for key in ("tokens", UNKNOWN, LOST) if counts[1][key]]
+    runner.report("tokenize", counts[0]["input_files"], ", ".join(counted), unit="shards")
+    plan, found = dict[str, list[str]](), dict[str, Counter[str]]()
+    for task, (name, (_, counter)) in enumerate(zip(names, runner.counts_by_task("tokenize"), strict=True)):
+        prefix = Path(name).parent.name
+        plan.setdefault(prefix, []).append(str(shards / f"{task:05d}_tokens"))
+        found.setdefault(prefix, Counter()).update(counter)
     for prefix, parts in tqdm(plan.items(), desc="merge", unit="prefix", leave=False, disable=None):
-        merge_shards(parts, prefix)
+        merge_shards(parts, str(final / prefix))
     runner.report("merge", len(plan), "", unit="prefixes")
+    return found
 
 
 def merge_shards(shards: Sequence[str], prefix: str) -> None:
@@ -68,34 +77,27 @@ def merge_shards(shards: Sequence[str], prefix: str) -> None:
 
 
 class MegatronTokenizer(MegatronDocumentTokenizer):
-    """datatrove's writer of Megatron shards, extended to conversations.
+    """datatrove's writer of Megatron shards, with every document encoded by :class:`TextEncoder`."""
 
-    Every document ends in eos. No other special token occurs, except those of the chat template in a conversation.
-    """
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        tokenizer = super().tokenizer
-        tokenizer.encode_special_tokens = True  # "<|eos|>" in a text is text
-        tokenizer.no_truncation()  # an existing tokenizer.json may carry settings of the model it was made for
-        tokenizer.no_padding()
-        return tokenizer
+    def __init__(self, shards: Folder, path: str, config: TokenizerConfig) -> None:
+        super().__init__(shards, None, path, config.eos_token, batch_size=1000)
+        self.config = config
 
     def write_tokens(self, data: Iterator[Document], filename: str) -> MegatronTokenizedFile:
         documents = iter(data)
         first = list(islice(documents, 1))
         documents = chain(first, documents)
-        if not any(MESSAGES in document.metadata for document in first):  # all documents of a shard are of one source
-            return super().write_tokens(documents, filename)
-        template = ChatTemplate(self.tokenizer, self.tokenizer_name_or_path)
-        shard = MegatronTokenizedFile(self.output_folder, filename, token_size=4)  # the marks need int32
-        eos_id = self.tokenizer.token_to_id(self.eos_token)
-        assert eos_id is not None  # checked by special_ids
+        encoder = TextEncoder(self.tokenizer, self.config, self.config.path or self.tokenizer_name_or_path)
+        encode, size = encoder.encode_texts, self.token_size
+        if any(MESSAGES in document.metadata for document in first):  # all documents of a shard are of one source
+            encode, size = encoder.encode_conversations, 4  # the marks need int32
+        shard = MegatronTokenizedFile(self.output_folder, filename, token_size=size)
         for batch in batched(documents, self.batch_size):
-            conversations = [[Message(*pair) for pair in document.metadata[MESSAGES]] for document in batch]
-            for ids, has_loss in template.encode(conversations):
-                marked = mark([*ids, eos_id], [*has_loss, False])
-                shard.write(marked)
-                self.stat_update("tokens", value=len(marked))
+            for document in encode(batch):
+                shard.write(document.tokens)
+                self.stat_update("tokens", value=len(document.tokens))
+                for counter, value in ((UNKNOWN, document.unknown), (LOST, document.lost)):
+                    if value:
+                        self.stat_update(counter, value=value)
         shard.close()
         return shard

@@ -10,28 +10,35 @@ downloaded. An interrupted run continues where it stopped when the command is re
 
 import os
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import multiprocess
+from datatrove.data import Document
 from tokenizers import Tokenizer
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.documents import TRAIN, VALID, split_documents
 from data_pipeline.executor import StepRunner
-from data_pipeline.filters import check_language
+from data_pipeline.filters import build_filters, check_language
 from data_pipeline.folders import Folder
 from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.readers import JsonLinesReader
-from data_pipeline.shards import write_prefixes
-from data_pipeline.sources import check_files, find_files
+from data_pipeline.shards import LOST, UNKNOWN, write_prefixes
+from data_pipeline.sources import check_files, find_files, read_documents
+from data_pipeline.text_encoder import TextEncoder, rewriting
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
 from data_pipeline.verify import check_prefix
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
 from looplm import chat
 from looplm.cli import UserError, parse_config, run_main
 from looplm.files import sha256_of, write_whole, writing
+
+_TRIED_DOCUMENTS = 100  # of each source, by an existing tokenizer before any work
 
 
 def main(argv: list[str]) -> None:
@@ -57,8 +64,8 @@ def build(config: PipelineConfig) -> None:
             runner = StepRunner(config.executor, work / "final" / "logs", config.verbose)
             split_documents(config, files, work, runner)
             _make_tokenizer(config, work / "split", work / "final" / "tokenizer.json", runner)
-            write_prefixes(config.tokenizer.eos_token, work, runner)
-            _write_manifests(config, work / "final", identity_hash(identity))
+            counts = write_prefixes(config.tokenizer, work, runner)
+            _write_manifests(config, work / "final", identity_hash(identity), counts)
     for prefix in sorted(path.with_suffix("") for path in output.glob("*.idx")):
         manifest = check_prefix(prefix, deep=False)
         print(f"{os.path.relpath(prefix)}: {manifest.describe()}, {manifest.vocab_size:,} ids")
@@ -69,10 +76,12 @@ def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
     for command in ("sbatch", "squeue") if config.executor.slurm is not None else ():
         if shutil.which(command) is None:
             raise UserError(f"executor.slurm: {command} is not on this machine; start on a login node or leave it null")
+    encoder = None
     if config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer, where = load_tokenizer(config.tokenizer), f"tokenizer.path: {config.tokenizer.path}"
+        encoder = TextEncoder(tokenizer, config.tokenizer, where)
         if any(source.chat is not None for source in config.sources):
-            chat.special_ids(tokenizer, f"tokenizer.path: {config.tokenizer.path}")
+            chat.ChatTemplate(tokenizer, where)
     if config.dedup.language is not None:
         check_language(config.dedup.language, "dedup.language")
     files = {}
@@ -81,6 +90,11 @@ def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
             check_language(source.language, f"sources.{source.name}.language")
         files[source.name] = find_files(source)
         check_files(source, files[source.name])
+        if encoder is not None:  # a loss shows in the first documents, not after hours
+            documents: Iterable[Document] = islice(read_documents(source, files[source.name]), _TRIED_DOCUMENTS)
+            for step in build_filters(source):
+                documents = step.run(documents)
+            list(encoder.encode_texts(list(documents)))
     return files
 
 
@@ -96,24 +110,30 @@ def _make_tokenizer(config: PipelineConfig, split: Path, path: Path, runner: Ste
         streams = [partial(JsonLinesReader(Folder(str(split))).read_file, name) for name in training]
         texts = sample_texts(streams, config.tokenizer.train_chars)
         write_whole(path, train_tokenizer(texts, config.tokenizer).to_str(pretty=True))
-    tokens = vocab_size(Tokenizer.from_file(str(path)))
+    tokenizer = Tokenizer.from_file(str(path))
+    tokens, rewritten = vocab_size(tokenizer), rewriting(tokenizer)
     wanted = config.tokenizer.vocab_size or tokens
     note = "" if tokens == wanted else f"fewer than vocab_size={wanted:,}, because there is little text"
+    note = f"it changes the text: {rewritten}" if rewritten else note
     runner.report("tokenizer", tokens, note, unit="tokens")
 
 
-def _write_manifests(config: PipelineConfig, final: Path, config_sha256: str) -> None:
+def _write_manifests(
+    config: PipelineConfig, final: Path, config_sha256: str, counts: Mapping[str, Counter[str]]
+) -> None:
     path = final / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     ids, size = special_ids(tokenizer, config.tokenizer), vocab_size(tokenizer)
-    record = TokenizerRecord(path=path.name, sha256=sha256_of(path), bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad)
+    special = {f"{name}_id": value for name, value in ids._asdict().items()}
+    record = TokenizerRecord(path=path.name, sha256=sha256_of(path), **special)
     for source in config.sources:
         settings: dict[str, Any] = {"source": source.name, "vocab_size": size, "config_sha256": config_sha256}
         end_id = None if source.chat is None else tokenizer.token_to_id(chat.END)
         for split in (TRAIN, VALID):
             prefix = final / f"{source.name}_{split}"
             if Path(f"{prefix}.idx").exists():
-                write_manifest(prefix, split=split, tokenizer=record, end_id=end_id, **settings)
+                lacking = {key: counts[prefix.name][key] for key in (UNKNOWN, LOST)}
+                write_manifest(prefix, split=split, tokenizer=record, end_id=end_id, **settings, **lacking)
 
 
 if __name__ == "__main__":

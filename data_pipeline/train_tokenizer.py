@@ -18,15 +18,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data_pipeline.config import PipelineConfig, SourceConfig, TokenizerConfig
 from data_pipeline.filters import build_filters
 from data_pipeline.sources import check_files, find_files, read_documents
+from looplm import chat
 from looplm.cli import UserError, parse_config, require, run_main
+from looplm.encoding import added_ids
+from looplm.plain_text import as_text
 
 
 class SpecialIds(NamedTuple):
-    """Ids of the special tokens; bos is None if an existing tokenizer does not have it."""
+    """Ids of the special tokens; bos is None if an existing tokenizer does not have it.
+
+    ``begin`` stands before each text if an existing tokenizer puts it there, as the post-processor of Llama's does.
+    """
 
     bos: int | None
     eos: int
     pad: int
+    begin: int | None = None
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -52,7 +59,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Load and check the existing tokenizer.json.
 
     Raises:
-        UserError: no such file, not a tokenizer, or special tokens are missing or not distinct.
+        UserError: no such file, not a tokenizer, special tokens are missing or not distinct, or arise from text.
     """
     path = Path(str(config.path))
     if not path.is_file():
@@ -62,6 +69,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     except Exception as error:  # the package raises plain Exception
         raise UserError(f"tokenizer.path: {path} is not a tokenizer.json ({error}); give a complete one") from error
     special_ids(tokenizer, config)
+    as_text(tokenizer, control_names(config), f"tokenizer.path: {path}")
     count, ids = tokenizer.get_vocab_size(), vocab_size(tokenizer)
     if count <= 2**16 < ids:  # datatrove would choose uint16 by the count
         raise UserError(f"tokenizer.path: {path} has {count} tokens but ids up to {ids - 1}; renumber without gaps")
@@ -72,7 +80,8 @@ def special_ids(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialIds:
     """Return the ids of bos, eos and pad.
 
     Raises:
-        UserError: one of them is not in the vocabulary, or pad is the same token as eos or bos.
+        UserError: one of them is not in the vocabulary, pad is the same token as eos or bos, or the tokenizer puts
+            other tokens around a text.
     """
     ids = list[Any]()
     for key in ("bos_token", "eos_token", "pad_token"):
@@ -82,7 +91,19 @@ def special_ids(tokenizer: Tokenizer, config: TokenizerConfig) -> SpecialIds:
             raise UserError(f"tokenizer.{key}: {config.path} has no token {token!r}; name one that it has")
     bos, eos, pad = ids
     require(pad not in (eos, bos), "tokenizer.pad_token", config.pad_token, "pad needs its own id; name another token")
-    return SpecialIds(bos, eos, pad)
+    before, after = added_ids(tokenizer)
+    if len(before) > 1 or pad in before or after not in ([], [eos]):
+        names = [[tokenizer.id_to_token(token) for token in found] for found in (before, after)]
+        fix = "it may put one before it and eos_token after it; change its post_processor"
+        raise UserError(
+            f"tokenizer.path: {config.path} puts {names[0]} before each text and {names[1]} after it; {fix}"
+        )
+    return SpecialIds(bos, eos, pad, before[0] if before else None)
+
+
+def control_names(config: TokenizerConfig) -> tuple[str | None, ...]:
+    """Return the names of the tokens that no text may become."""
+    return config.bos_token, config.eos_token, config.pad_token, *config.special_tokens, *chat.SPECIAL_TOKENS
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

@@ -3,7 +3,8 @@
     python -m data_pipeline.verify data/web_train
     python -m data_pipeline.verify data/web_train data/web_valid --deep
 
-With ``--deep`` everything is read: the hashes, every token id, and the end of every document.
+With ``--deep`` everything is read: the hashes, every token id, and the end of every document. eos and pad may occur
+nowhere else.
 """
 
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
     """Compare the files of ``prefix`` with its manifest, and return the manifest.
 
     Args:
-        deep: also read everything: hashes, ids below the vocabulary, an eos at the end of every document.
+        deep: also read everything: hashes, ids below the vocabulary, an eos at the end of every document
+            and nowhere else, no pad.
 
     Raises:
         UserError: the first difference.
@@ -85,7 +87,8 @@ def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None
             raise _broken(bin_path.parent / name, "its content is not what was written")
     if manifest.fingerprint != fingerprint_of(manifest.files, manifest.tokenizer):
         raise _broken(manifest_path(bin_path.with_suffix("")), "its fingerprint does not match the files")
-    size, eos, answer_tokens = manifest.vocab_size, manifest.tokenizer.eos_id, 0
+    size, eos, pad = manifest.vocab_size, manifest.tokenizer.eos_id, manifest.tokenizer.pad_id
+    answer_tokens = ends = paddings = 0
     for tokens_N in read_blocks(bin_path, index.dtype):
         if manifest.chat is not None:
             tokens_N, has_loss_N = unmark(tokens_N)
@@ -93,14 +96,19 @@ def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None
         low, high = int(tokens_N.min()), int(tokens_N.max())
         if low < 0 or high >= size:
             raise _broken(bin_path, f"holds token id {low if low < 0 else high}, the vocabulary has {size}")
+        ends += int((tokens_N == eos).sum())
+        paddings += int((tokens_N == pad).sum())
     expected = 0 if manifest.chat is None else manifest.chat.answer_tokens
     if answer_tokens != expected:
         raise _broken(bin_path, f"marks {answer_tokens} tokens as learned, the manifest says {expected}")
-    ends = np.cumsum(index.lengths(), dtype=np.int64)
+    bounds_N = np.cumsum(index.lengths(), dtype=np.int64)
     data = np.memmap(bin_path, index.dtype, mode="r")
-    last = data[ends - 1] if manifest.chat is None else unmark(data[ends - 1])[0]
-    if int(ends[-1]) != data.size or bool((last != eos).any()):
+    last = data[bounds_N - 1] if manifest.chat is None else unmark(data[bounds_N - 1])[0]
+    if int(bounds_N[-1]) != data.size or bool((last != eos).any()):
         raise _broken(bin_path, f"a document does not end in eos ({eos}); the index belongs to another data set")
+    if ends != index.documents or paddings:
+        fault = f"holds eos ({eos}) {ends} times in {index.documents} documents, and pad ({pad}) {paddings} times"
+        raise _broken(bin_path, f"{fault}, so a text became a control token")
 
 
 def _broken(path: Path, what: str, fix: str = "build the data again") -> UserError:

@@ -15,18 +15,19 @@ from tokenizers import Tokenizer, models
 
 from data_pipeline import verify
 from data_pipeline.config import ChatConfig, SourceConfig, TokenizerConfig
+from data_pipeline.conversations import MESSAGES
 from data_pipeline.manifest import manifest_path
-from data_pipeline.sources import MESSAGES, check_files, find_files, read_documents
+from data_pipeline.sources import check_files, find_files, read_documents
 from data_pipeline.synthetic import questions
 from data_pipeline.token_file import NO_LOSS, mark, unmark
 from data_pipeline.verify import check_prefix
 from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.cli import UserError
 
-TALK = [["system", "Be brief."], ["user", "1 + 1?"], ["assistant", "2"]]
-PLAIN = [{"role": role, "content": content} for role, content in TALK]
+TALK = [["system", "Be brief.", True], ["user", "1 + 1?", True], ["assistant", "2", True]]
+PLAIN = [{"role": role, "content": content} for role, content, _ in TALK]
 SHAREGPT = [
-    {"from": names, "value": content} for names, (_, content) in zip(("system", "human", "gpt"), TALK, strict=True)
+    {"from": names, "value": content} for names, (_, content, _) in zip(("system", "human", "gpt"), TALK, strict=True)
 ]
 UNKNOWN_ROLE = "message 1 has the role 'tool'; give one of system, user, assistant"
 WITH_TOKENS = TokenizerConfig(vocab_size=320, special_tokens=SPECIAL_TOKENS)
@@ -79,7 +80,7 @@ def test_a_question_may_be_text(tmp_path):
         ),
         ({"messages": [{"content": "x"}]}, "message 1 has the role None"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 holds NoneType, not text"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 holds list, not text"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 holds a list of str, not text"),
     ],
 )
 def test_faults_are_named_with_file_and_line(tmp_path, record, message):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from data_pipeline import train_tokenizer as module
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.shards import MegatronTokenizer
+from data_pipeline.text_encoder import TextEncoder
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
 from looplm.cli import UserError
 
@@ -30,19 +30,21 @@ def test_decoding_restores_the_text(trained: Tokenizer, text: str) -> None:
 def test_training_is_repeatable_and_special_tokens_have_ids(corpus: Any, trained: Tokenizer) -> None:
     again = train_tokenizer(type(corpus)().documents(30), TokenizerConfig(vocab_size=400))
     assert again.to_str() == trained.to_str()
-    assert special_ids(trained, TokenizerConfig(vocab_size=400)) == (0, 1, 2)
+    assert special_ids(trained, TokenizerConfig(vocab_size=400)) == (0, 1, 2, None)
     assert vocab_size(trained) == 400
 
 
-def test_special_tokens_in_a_text_are_text(trained: Tokenizer, tmp_path: Path) -> None:
+def encode(tokenizer: Tokenizer, config: TokenizerConfig, text: str) -> list[int]:
+    return next(TextEncoder(tokenizer, config, "t").encode_texts([Document(text, "id")])).tokens
+
+
+def test_special_tokens_in_a_text_are_text(trained: Tokenizer) -> None:
     trained.enable_truncation(3)
     trained.enable_padding(pad_id=2)
-    trained.save(str(tmp_path / "t.json"))
     text = "before <|eos|> and <|pad|> and <|bos|> after"
-    tokenizer = MegatronTokenizer(str(tmp_path), None, str(tmp_path / "t.json"), "<|eos|>").tokenizer
-    ids = tokenizer.encode_batch([text, "short"])[0].ids
+    ids = encode(trained, TokenizerConfig(vocab_size=400), text)
     assert ids[-1] == 1 and not {0, 1, 2} & set(ids[:-1])
-    assert tokenizer.decode(ids[:-1]) == text
+    assert trained.decode(ids[:-1]) == text
 
 
 def test_sample_spreads_the_budget() -> None:
@@ -81,7 +83,7 @@ def test_existing_tokenizers_that_are_refused(tmp_path: Path, vocabulary: dict, 
 
 def test_existing_tokenizer(tmp_path: Path) -> None:
     config = save_tokenizer(tmp_path / "t.json", WORDS, bos_token=None)
-    assert special_ids(load_tokenizer(config), config) == (None, 1, 2)
+    assert special_ids(load_tokenizer(config), config) == (None, 1, 2, None)
     (tmp_path / "t.json").write_text(json.dumps({"not": "one"}))
     with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
         load_tokenizer(config)
