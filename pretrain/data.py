@@ -25,6 +25,7 @@ from looplm.config import DataConfig, DataSource, RunConfig
 from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE
 from pretrain.mixed_data import MixConfig, MixedDataset
+from pretrain.stopping import ignore_signals
 
 FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipeline.verify --deep
 
@@ -228,7 +229,12 @@ def micro_batches(
     """
     samples = range(consumed_samples, len(dataset))  # type: ignore[arg-type]  # Dataset declares no length
     consecutive = BatchSampler(samples, data.micro_batch_size, drop_last=True)
-    loader = DataLoader(dataset, batch_sampler=islice(consecutive, rank, None, ranks), num_workers=data.num_workers)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=islice(consecutive, rank, None, ranks),
+        num_workers=data.num_workers,
+        worker_init_fn=ignore_signals,
+    )
     return (_to_batch(sample, data.document_masking) for sample in loader)
 
 

@@ -1,40 +1,71 @@
-"""Exclusive use of a run's output_dir, agreed on by all ranks."""
+"""Exclusive use of a run's output_dir, and a bound on starts that lead nowhere. Both are agreed on by all ranks."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch.distributed as dist
-
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError
+from looplm.failures import Failure, Hang
+from looplm.files import write_whole, writing
 from looplm.lock import FolderLock
 from looplm.megatron import process_groups
 
+STARTS = ".starts.json"
+
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Let no other run write ``folder`` while the block runs. Collective: rank 0 locks, and every rank raises alike.
+def hold(folder: Path, max_starts: int) -> Iterator[None]:
+    """Let no other run write ``folder`` while the block runs. Collective: if a rank raises here, all do.
 
-    A folder that is still empty at the end is removed.
+    A start counts until the run has ended by itself: a crash, a hang and a kill leave it counted. A newer checkpoint
+    than at the start before sets the count back. A folder that is empty at the end is removed.
+
+    Args:
+        folder: the run's output_dir.
+        max_starts: starts in a row without a new checkpoint; 0 is without limit.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds the folder, or the starts are used up.
     """
-    lock, refusal = FolderLock(folder, str(folder), print), [""]
-    if process_groups.is_rank_0():
-        try:
-            lock.acquire()
-        except UserError as error:
-            refusal = [str(error)]
-        except OSError as error:
-            refusal = [f"output_dir: {folder} cannot be written ({error.strerror}); choose another folder"]
-    dist.broadcast_object_list(refusal, src=0)
-    if refusal[0]:
-        raise UserError(refusal[0])
+    lock = FolderLock(folder, str(folder), print)
+    process_groups.on_rank_0(lambda: _begin(lock, folder, max_starts))
+    ended_by_itself = False
     try:
         yield
+        ended_by_itself = True
+    except Failure as error:
+        ended_by_itself = not isinstance(error, Hang)
+        raise
     finally:
         if process_groups.is_rank_0():
+            if ended_by_itself:
+                (folder / STARTS).unlink(missing_ok=True)
             lock.release()
             with suppress(OSError):  # it holds what the run wrote
                 folder.rmdir()
+
+
+def _begin(lock: FolderLock, folder: Path, max_starts: int) -> None:
+    with writing(folder):
+        lock.acquire()
+    steps = step_folder.steps_in(folder / "checkpoints")
+    newest = int(steps[0].name.removeprefix("step_")) if steps else 0
+    starts = _starts_since(folder / STARTS, newest)
+    if 0 < max_starts <= starts:
+        lock.release()
+        raise UserError(
+            f"output_dir: {folder} was started {starts} times without a checkpoint after step {newest}, and crashed, "
+            "hung or was killed each time; find the cause in its log, then add --health.max_starts 0 once"
+        )
+    write_whole(folder / STARTS, json.dumps({"step": newest, "starts": starts + 1}) + "\n")
+
+
+def _starts_since(path: Path, newest: int) -> int:
+    """Return how many starts are counted since the newest checkpoint; 0 if there is a newer one or no count."""
+    try:
+        counted = json.loads(path.read_text(encoding="utf-8"))
+        return int(counted["starts"]) if counted["step"] >= newest else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

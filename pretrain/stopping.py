@@ -94,6 +94,15 @@ class StopRequest:
         return [number for number in numbers if number in SIGNALS]  # others may have Python handlers too
 
 
+def ignore_signals(_: int = 0) -> None:
+    """Let this child process ignore the signals of a :class:`StopRequest`. A DataLoader's workers call it too.
+
+    torch resets their handlers, so that a signal to the process group would end them, and with them the run.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _do_nothing(number: int, frame: Any) -> None:
     pass
 
@@ -105,8 +114,7 @@ def _say_on_rank_0(message: str) -> None:
 
 def _ignore_in_child() -> None:
     if _active is not None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         signal.set_wakeup_fd(-1)
 
 

@@ -6,15 +6,14 @@
 A run is one training stage. The configuration says what it minimizes, what it reads and what it starts from.
 """
 
+import dataclasses
 import shutil
-import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils.data import Dataset
@@ -25,8 +24,8 @@ from looplm.cli import parse_config, run_main, to_dict
 from looplm.config import RunConfig
 from looplm.files import write_whole
 from looplm.megatron import process_groups
-from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
+from pretrain import health, launcher, run_lock
 from pretrain.data import (
     BatchSchedule,
     Corpus,
@@ -35,44 +34,68 @@ from pretrain.data import (
     check_corpus,
     index_cache,
     micro_batches,
+    schedule_on,
 )
-from pretrain.metrics import RunLog
+from pretrain.metrics import RunLog, last_validation
 from pretrain.optim import DTYPES
 from pretrain.progress import Progress, describe, refuse_other_data
 from pretrain.step import StepStats
+from pretrain.stopping import STOPPED, StopRequest
 from pretrain.trainer import Trainer
-
-STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended, as a shell reports it
+from pretrain.watchdog import Watchdog
 
 
 def main(argv: list[str]) -> None:
     """``python -m pretrain.train --config A.yaml [--config B.yaml] [--model.num_loops 4 ...]``"""
-    config = parse_config(RunConfig, argv, prog="python -m pretrain.train", description=str(__doc__))
-    corpus = check_corpus(config.data, config.model.vocab_size)
-    groups = process_groups.start(config.seed, config.parallel)
-    try:
-        finished = train(config, corpus, groups)
-    finally:
-        process_groups.stop()
-    if not finished:
-        sys.exit(STOPPED)
+    with launcher.recorded():
+        config = parse_config(RunConfig, argv, prog="python -m pretrain.train", description=str(__doc__))
+        schedule_on(config, process_groups.expected_ranks())  # refuses an impossible layout before ranks connect
+        with Watchdog(config.health, Path(config.output_dir)) as watchdog, watchdog.guard():
+            watchdog.start_up("data check")
+            corpus = check_corpus(config.data, config.model.vocab_size)
+            watchdog.start_up("process groups")
+            try:
+                groups = process_groups.start(config.seed, config.parallel, watchdog.collective_timeout)
+                watchdog.join(groups)
+                with run_lock.hold(Path(config.output_dir), config.health.max_starts):
+                    finished = train(config, corpus, groups, watchdog)
+            finally:
+                process_groups.stop()
+        if not finished:
+            sys.exit(STOPPED)
 
 
-def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> bool:
-    """Build everything, then loop. Return False if a signal ended the run before its last step; it can be resumed."""
+def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, watchdog: Watchdog | None = None) -> bool:
+    """Build everything, then loop. Return False if a signal ended the run before it was done; it can be resumed.
+
+    Without ``watchdog``, nothing looks after signals and deadlines.
+    """
+    watchdog = watchdog or Watchdog(config.health, Path(config.output_dir))
+    stop = watchdog.stop
     schedule = BatchSchedule(config.data, groups.dp.size(), config.parallel.pipeline)
     folder, checkpoints = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
+    watchdog.start_up("model")
     trainer, initial = build(config, groups)
+    watchdog.start_up("checkpoint")
     resumed = checkpoint.resume(checkpoints, trainer.state, config, print) if config.checkpoint.resume else None
     initial_about = None if initial is None else checkpoint.read_about(initial)
     refuse_other_data(config, corpus, resumed, initial_about)
 
+    watchdog.start_up("data index")
     data, total_steps = config.data, config.optim.train_steps
     total_samples = schedule.samples_of(total_steps)
     progress = Progress.start(config, total_samples, resumed, initial_about)
     train_set = build_train_set(config, corpus, total_samples, progress.horizon_samples)
     valid_set = build_valid_set(data, corpus, config.logging.eval_samples, config.seed, index_cache(config))
     batches = micro_batches(train_set, data, progress.samples, groups.dp.rank(), groups.dp.size())
+    if stop.agree():
+        if process_groups.is_rank_0():
+            print(f"stopped before the first step by {stop.asked}; nothing was written", file=sys.stderr)
+        return False
+    # A run that was stopped in a validation has saved that step.
+    owes_validation = _due(progress.step, config.logging.eval_every, progress.step == total_steps) and (
+        process_groups.on_rank_0(lambda: last_validation(folder / "metrics.jsonl")) < progress.step
+    )
 
     if process_groups.is_rank_0():
         write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -88,34 +111,70 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection) -> 
             f"EMULATED: engine.fp8={config.engine.fp8}. Linear layers round their operands and multiply in fp32; "
             "losses are meaningful, speed and memory are not"
         )
-    with StopRequest() as stop:
-        while progress.step < total_steps:
+    log.say(watchdog.started())
+    for line in launcher.describe_signals(config.health.stop_timeout):
+        log.say(line)
+
+    with checkpoint.Saver(config, resumed, log.say) as saver:
+        if owes_validation and resumed is not None and valid_set is not None:
+            watchdog.enter(f"validation after step {progress.step}")
+            validate(trainer, valid_set, config, groups, stop, partial(log.valid, progress), log.say)
+        while progress.step < total_steps and not stop.asked:
+            watchdog.enter(f"step {progress.step + 1}")
             num_microbatches, batch_size = schedule.at(progress.samples)
-            stats, grad_norm, learning_rate = trainer.train(batches, num_microbatches)
-            progress = progress.advance(batch_size, data.seq_length)
-            log.train(progress, stats, grad_norm, learning_rate)
+            first = progress.position
+            done = trainer.train(batches, num_microbatches)
+            state = health.count(progress.health, done.healthy)
+            progress = progress.advance(batch_size, data.seq_length, state)
+            log.train(progress, done)
+            saver.poll()
+            if not done.healthy:
+                samples = (first, first + batch_size)
+                bad = health.examine(trainer, done, progress.step, samples, data.micro_batch_size)
+                log.skipped(bad)
+                keep_weights = partial(save_weights, config, corpus, trainer, progress)
+                health.report(bad, state, config, keep_weights, log.say)
 
-            last = progress.step == total_steps or stop.requested()
-            if valid_set is not None and _due(progress.step, config.logging.eval_every, last):
-                log.valid(progress, validate(trainer, valid_set, config, groups))
-            if _due(progress.step, config.checkpoint.save_every, last):
-                about, keep = describe(config, corpus, progress), config.checkpoint.keep
-                saved = checkpoint.save(
-                    checkpoints, trainer.state, config, about, corpus.tokenizer_file, keep, folder / COMPANION_FOLDER
-                )
-                log.say(f"step {progress.step}/{total_steps}  saved {saved}")
+            last = progress.step == total_steps
+            if not stop.agree() and valid_set is not None and _due(progress.step, config.logging.eval_every, last):
+                watchdog.enter(f"validation after step {progress.step}")
+                validate(trainer, valid_set, config, groups, stop, partial(log.valid, progress), log.say)
+            if _due(progress.step, config.checkpoint.save_every, last or bool(stop.asked)):
+                watchdog.enter(f"save of step {progress.step}")
+                saver.save(trainer.state, describe(config, corpus, progress), corpus.tokenizer_file)
+                stop.agree()
                 log.restart_clock()
-            if last:
-                break
+    if stop.asked:
+        log.say(f"stopped after step {progress.step} by {stop.asked}; the same command continues")
     log.close()
-    return progress.step == total_steps
+    return progress.step == total_steps and not stop.asked
 
 
-def validate(trainer: Trainer, valid_set: Dataset[Any], config: RunConfig, groups: ProcessGroupCollection) -> StepStats:
-    """Return the statistics of ``logging.eval_samples`` validation sequences, the same ones every time."""
+def validate(
+    trainer: Trainer,
+    valid_set: Dataset[Any],
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    stop: StopRequest,
+    record: Callable[[StepStats], None],
+    say: Callable[[str], None],
+) -> None:
+    """Record the statistics of ``logging.eval_samples`` validation sequences, the same ones every time."""
     rank, ranks = groups.dp.rank(), groups.dp.size()
     batches = micro_batches(valid_set, config.data, 0, rank, ranks)
-    return trainer.evaluate(batches, max(1, config.logging.eval_samples // (config.data.micro_batch_size * ranks)))
+    count = max(1, config.logging.eval_samples // (config.data.micro_batch_size * ranks))
+    stats = trainer.evaluate_until(stop.agree, batches, count)
+    if stats is None:
+        say(f"validation cut short by {stop.asked}; it is repeated when the run continues")
+    else:
+        record(stats)
+
+
+def save_weights(config: RunConfig, corpus: Corpus, trainer: Trainer, progress: Progress, folder: Path) -> None:
+    """Write the weights alone to ``folder``, outside the run's checkpoints; collective."""
+    about = dataclasses.replace(describe(config, corpus, progress), objective=checkpoint.WEIGHTS_ONLY)
+    companions = Path(config.output_dir) / COMPANION_FOLDER
+    checkpoint.save_weights(folder, trainer.model, config.gate, about, corpus.tokenizer_file, companions)
 
 
 def build(config: RunConfig, groups: ProcessGroupCollection) -> tuple[Trainer, Path | None]:
@@ -129,30 +188,6 @@ def build(config: RunConfig, groups: ProcessGroupCollection) -> tuple[Trainer, P
     if initial is not None and config.checkpoint.initial_optimizer:
         checkpoint.load_optimizer(initial, trainer.state, config)
     return trainer, initial
-
-
-class StopRequest:
-    """While active, SIGTERM or Ctrl-C asks for a checkpoint and an orderly end after the current step."""
-
-    def __enter__(self) -> "StopRequest":
-        self._asked = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:  # a second signal ends the run at once
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def requested(self) -> bool:
-        """Return True if any rank received a signal; collective."""
-        flag = torch.tensor([float(self._asked)], device=DEVICE)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 def _due(step: int, every: int, last: bool) -> bool:

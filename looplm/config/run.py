@@ -209,6 +209,8 @@ class HealthConfig:
         step_timeout: seconds that a step, validation or save may take before the watchdog ends the run; 0 never.
         startup_timeout: seconds that everything before the first step may take; 0 is without limit.
         stop_timeout: seconds after a signal within which every rank must have saved.
+        max_starts: starts in a row that may crash, hang or be killed without a new checkpoint; the next is refused, so
+            that a job is not requeued forever; 0 is without limit.
     """
 
     max_skipped: int = at_least(0, 3)
@@ -219,6 +221,7 @@ class HealthConfig:
     step_timeout: float = at_least(0, 1800.0)
     startup_timeout: float = at_least(0, 3600.0)
     stop_timeout: float = positive(480.0)
+    max_starts: int = at_least(0, 3)
 
     def __post_init__(self) -> None:
         check_bounds(self, "health")

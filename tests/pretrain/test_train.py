@@ -18,7 +18,8 @@ from looplm.cli import UserError, to_dict
 from looplm.config import EngineConfig, RampUpConfig, RunConfig
 from looplm.megatron import process_groups
 from pretrain.data import check_corpus
-from pretrain.train import STOPPED, build, main, train
+from pretrain.stopping import STOPPED
+from pretrain.train import build, main, train
 from tests.support.launch import SERVER
 from tests.support.saving import spare_the_spawn
 from tests.support.tiny import run_config, train_rows
