@@ -94,7 +94,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, where: str | Path) -> None:
         self._ids = special_ids(tokenizer, where)
-        self.end_id = self._ids[END]
+        self.end_id, self.mark_ids = self._ids[END], frozenset(self._ids.values())
         text = as_text(tokenizer, SPECIAL_TOKENS, where)
         self._after_special = self._after_text = text
         # A token that reaches across the line end of an answer's header: such a token shows only in the words it holds.
