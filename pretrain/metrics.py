@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,10 @@ from tqdm import tqdm
 from looplm.accounting import training_flops_per_token
 from looplm.config import RunConfig
 from looplm.megatron import device, process_groups
+from pretrain.health import BadStep, finite_or_null
 from pretrain.progress import Progress
 from pretrain.step import StepStats
+from pretrain.trainer import Step
 
 
 class RunLog:
@@ -45,11 +48,11 @@ class RunLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start.step + 1 if start.step else None)
         self._bar = tqdm(total=self._total, initial=start.step, unit="step") if sys.stderr.isatty() else None
 
-    def train(self, progress: Progress, stats: StepStats, grad_norm: float, lr: float) -> None:
+    def train(self, progress: Progress, done: Step) -> None:
         """Record the training step that led to ``progress``."""
         if not self.enabled:
             return
-        step, self._tokens = progress.step, progress.tokens
+        step, stats, self._tokens = progress.step, done.stats, progress.tokens
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(f"loss {stats.loss:.3f} depth {stats.mean_depth:.2f}")
@@ -59,7 +62,8 @@ class RunLog:
         speed = (self._tokens - self._window_first) / seconds
         self.restart_clock()
         row = {"kind": "train", "step": step, "samples": progress.samples, "objective": self._config.loss.objective}
-        row |= dataclasses.asdict(stats) | {"tokens": self._tokens, "grad_norm": grad_norm, "learning_rate": lr}
+        row |= dataclasses.asdict(stats) | dataclasses.asdict(done.norms) | {"tokens": self._tokens}
+        row |= {"grad_norm": done.grad_norm, "learning_rate": done.learning_rate, "skipped": progress.health.skipped}
         row |= {"tokens_per_second": speed, "seconds": seconds}
         if self._peak:
             row["mfu"] = speed * self._flops_per_token / self._peak
@@ -67,8 +71,14 @@ class RunLog:
         if self._bar is None:
             self.say(
                 f"step {step}/{self._total}  loss {stats.loss:.4f}  per loop {_format(stats.loss_per_loop)}  "
-                f"mean depth {stats.mean_depth:.2f}  grad {grad_norm:.2f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
+                f"mean depth {stats.mean_depth:.2f}  grad {done.grad_norm:.2f}  lr {done.learning_rate:.2e}  "
+                f"{speed:,.0f} tokens/s"
             )
+
+    def skipped(self, bad: BadStep) -> None:
+        """Record a step whose update was skipped."""
+        if self.enabled:
+            self._write({"kind": "skipped", "step": bad.step, "samples": bad.samples, "what": bad.what})
 
     def valid(self, progress: Progress, stats: StepStats) -> None:
         """Record a validation."""
@@ -96,16 +106,26 @@ class RunLog:
                     output.close()
 
     def _write(self, row: dict[str, Any]) -> None:
+        row = finite_or_null(row)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._board is None:
             return
         for key, value in row.items():
             if isinstance(value, list):
-                for loop, item in enumerate(value, start=1):
-                    self._board.add_scalar(f"{row['kind']}/{key}/{loop}", item, row["step"])
-            elif isinstance(value, float):
-                self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+                value = dict(enumerate(value, start=1))
+            points = value if isinstance(value, dict) else {None: value}
+            for part, item in points.items():
+                if isinstance(item, float):
+                    name = f"{row['kind']}/{key}" if part is None else f"{row['kind']}/{key}/{part}"
+                    self._board.add_scalar(name, item, row["step"])
+
+
+def last_validation(path: Path) -> int:
+    """Return the last step for which a metrics.jsonl holds a validation; -1 if there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    steps = [_step_of(line) for line in lines if '"kind": "valid"' in line]
+    return max((int(step) for step in steps if step < math.inf), default=-1)
 
 
 def _format(values: list[float]) -> str:

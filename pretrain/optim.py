@@ -2,7 +2,8 @@
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
@@ -68,6 +69,20 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: Pa
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})
     model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def updated_part(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> slice | None:
+    """Return the part of a flattened parameter that this rank updates; None for all of it.
+
+    It is empty if other data-parallel ranks update the whole parameter.
+    """
+    for core in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        if isinstance(core, DistributedOptimizer):
+            if parameter not in core.model_param_group_index_map:
+                return slice(0, 0)
+            span = core._get_model_param_range_map(parameter)["param"]
+            return slice(span.start, span.end)
+    return None
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:

@@ -1,9 +1,9 @@
 """Position of a run in its data and its schedule, as a checkpoint records it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from looplm import checkpoint
-from looplm.checkpoint import About
+from looplm.checkpoint import About, Health
 from looplm.cli import UserError
 from looplm.config import RunConfig
 from pretrain.data import Corpus, data_order
@@ -19,6 +19,7 @@ class Progress:
     step: int = 0  # optimizer steps done
     samples: int = 0  # training samples consumed
     tokens: int = 0  # in those samples
+    health: Health = field(default_factory=Health)
 
     @classmethod
     def start(cls, config: RunConfig, total_samples: int, resumed: About | None, initial: About | None) -> "Progress":
@@ -32,17 +33,27 @@ class Progress:
             return cls(horizon_samples=config.data.horizon_samples or total_samples, inherited_steps=inherited)
         return cls(
             horizon_samples=resumed.horizon_samples,
-            inherited_steps=resumed.adam_steps - resumed.step,
+            inherited_steps=resumed.adam_steps - (resumed.step - resumed.health.skipped),
             step=resumed.step,
             samples=resumed.samples,
             tokens=resumed.tokens,
+            health=resumed.health,
         )
 
-    def advance(self, samples: int, seq_length: int) -> "Progress":
+    @property
+    def position(self) -> int:
+        """Number of samples in the data's order before the next step: those consumed and those skipped for good."""
+        return self.samples + sum(stop - first for first, stop in self.health.skipped_samples)
+
+    @property
+    def adam_steps(self) -> int:
+        """Steps behind Adam's moments."""
+        return self.step - self.health.skipped + self.inherited_steps
+
+    def advance(self, samples: int, seq_length: int, health: Health) -> "Progress":
         """Return the position after one more step, of ``samples`` samples with ``seq_length`` tokens each."""
-        return replace(
-            self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + samples * seq_length
-        )
+        samples, tokens = self.samples + samples, self.tokens + samples * seq_length
+        return replace(self, step=self.step + 1, samples=samples, tokens=tokens, health=health)
 
 
 def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
@@ -55,14 +66,16 @@ def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
         objective=config.loss.objective,
         gate_trained=config.model.num_loops > 1,
         tokenizer_sha256=corpus.tokenizer.sha256,
-        eos_id=corpus.stop_id,
+        eos_ids=(corpus.stop_id,),
         data_order=data_order(config, corpus),
         versions=checkpoint.versions(),
         git_revision=checkpoint.git_revision(),
         bos_id=corpus.tokenizer.bos_id,
         pad_id=corpus.tokenizer.pad_id,
+        begin_id=corpus.tokenizer.begin_id,
         dtype=str(DTYPES[config.optim.precision]).removeprefix("torch."),
-        optimizer_step=progress.step + progress.inherited_steps,
+        optimizer_step=progress.adam_steps,
+        health=progress.health,
     )
 
 

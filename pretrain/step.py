@@ -17,6 +17,7 @@ from looplm.model.exit_gate import exit_entropy, exit_log_probs
 from looplm.model.losses import adaptive_gate_loss, entropy_regularised_loss, geometric_prior, token_losses
 from looplm.model.pipeline import LoopView
 from pretrain.data import Batch
+from pretrain.norms import LoopNorms
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,18 @@ def loop_losses(
     loss: LossConfig,
     frozen: bool = False,
     num_loops: int | None = None,
+    norms: LoopNorms | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy and gate logit of each token after each loop, both [R, S, B]."""
+    """Return the cross-entropy and gate logit of each token after each loop, both [R, S, B].
+
+    ``norms`` takes the norms of the hidden states.
+    """
     output = model(batch.ids_BS, num_loops, batch.document_start_SB, frozen)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     head = head_losses(inner, batch, loss)
+    if norms is not None:
+        for loop, h_SBD in enumerate(output.hidden):
+            norms.watch(loop, h_SBD)
     return torch.stack([head(h_SBD) for h_SBD in output.hidden]), output.gate_logit_RSB
 
 
@@ -82,15 +90,22 @@ def head_losses(model: LoopLM, batch: Batch, loss: LossConfig) -> Callable[[Tens
 
 
 def forward_step(
-    loss: LossConfig, batches: Iterator[Batch], model: LoopLM | LoopView
+    loss: LossConfig, norms: LoopNorms, batches: Iterator[Batch], model: LoopLM | LoopView
 ) -> tuple[Tensor, Callable[..., object]]:
     """Run one micro-batch forward; return the output and the function that Megatron's schedules call for its loss."""
     batch, frozen = next(batches), loss.frozen_trunk
+    norms.forget_recomputed()
     if isinstance(model, LoopView):
         head = head_losses(model.inner, batch, loss) if model.inner.post_process else None
-        output_SBD, *losses = model(batch.ids_BS, batch.document_start_SB, head, frozen)
+
+        def watched_head(h_SBD: Tensor) -> Tensor:
+            norms.watch(model.loop, h_SBD)
+            assert head is not None
+            return head(h_SBD)
+
+        output_SBD, *losses = model(batch.ids_BS, batch.document_start_SB, watched_head, frozen)
     else:
-        losses = list(loop_losses(model, batch, loss, frozen))
+        losses = list(loop_losses(model, batch, loss, frozen, norms=norms))
         output_SBD = losses[0]
 
     def loss_of(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:

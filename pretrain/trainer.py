@@ -6,6 +6,7 @@ Shapes: S sequence, B micro-batch, R loops.
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice, tee
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,25 @@ from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from looplm.model.pipeline import loop_views
 from pretrain.data import Batch
+from pretrain.norms import LARGEST_SQUARE, GradientNorms, LoopNorms, Norms, trained_modules
 from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.step import StepStats, forward_step
+
+EVALUATED_AT_ONCE = 4  # micro-batches per pipeline rank between two looks at a request to stop
+
+
+class Step(NamedTuple):
+    """Result of one training step; the same on every rank.
+
+    ``grad_norm`` is the gradient's before clipping. A step is ``healthy`` if its losses and gradients are finite on all
+    ranks; otherwise it has changed neither weights nor Adam's moments.
+    """
+
+    stats: StepStats
+    norms: Norms
+    healthy: bool
+    grad_norm: float
+    learning_rate: float
 
 
 class Trainer:
@@ -36,6 +54,10 @@ class Trainer:
     Attributes:
         ddp: the model in Megatron's data-parallel wrapper; after :meth:`backward` it holds the gradients.
         schedule: Megatron's forward-backward function, which deals micro-batches to pipeline ranks.
+        loop_norms: of this rank's micro-batches in the last step.
+        gradient_norms: of this rank's gradients in the last step.
+        micro_batch_sums: :func:`pretrain.step.statistics_sums` of this rank's micro-batches in the last step, on the
+            last pipeline rank.
     """
 
     def __init__(
@@ -50,7 +72,10 @@ class Trainer:
         self.ddp = wrap_data_parallel(model, loss, parallel)
         self.optimizer = build_optimizer(self.ddp, optim, parallel)
         self.scheduler = build_scheduler(self.optimizer, optim)
-        self._forward_step = partial(forward_step, loss)
+        self.loop_norms, self.gradient_norms = LoopNorms(model), GradientNorms(self.ddp, self.optimizer, groups)
+        self.micro_batch_sums = list[Tensor]()
+        self._modules = trained_modules(loss, model.model_config.tie_embeddings)
+        self._forward_step = partial(forward_step, loss, self.loop_norms)
         pipeline = groups.pp.size()
         self._views = loop_views(self.ddp) if pipeline > 1 else []
         self._frozen_pipeline = pipeline > 1 and loss.frozen_trunk
@@ -61,16 +86,48 @@ class Trainer:
         """The parts whose state a checkpoint holds."""
         return TrainingState(self.model, self.optimizer, self.scheduler)
 
-    def train(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[StepStats, float, float]:
-        """Run one optimizer step; return its statistics, the gradient norm before clipping, and the learning rate."""
-        stats = self.backward(batches, num_microbatches)
-        self.scheduler.step(1)
-        _, grad_norm, _ = self.optimizer.step()
-        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        return stats, float(grad_norm or 0.0), learning_rate
+    def train(self, batches: Iterator[Batch], num_microbatches: int) -> Step:
+        """Run one step. Its update is skipped on all ranks if a loss or gradient is not finite on any of them.
 
-    def backward(self, batches: Iterator[Batch], num_microbatches: int) -> StepStats:
+        The learning-rate schedule counts a skipped step, because its data are consumed. Adam's bias correction does
+        not, because its moments have not changed.
+        """
+        stats, norms, healthy = self._backward(batches, num_microbatches)
+        self.scheduler.step(1)
+        grad_norm = norms.grad_norm
+        if healthy:
+            _, grad_norm, _ = self.optimizer.step()
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        return Step(stats, norms, healthy, float(grad_norm or 0.0), learning_rate)
+
+    def backward(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[StepStats, Norms]:
         """Run one step's forward and backward; each ``main_grad`` then holds the mean gradient over its tokens."""
+        return self._backward(batches, num_microbatches)[:2]
+
+    def evaluate(self, batches: Iterator[Batch], num_microbatches: int) -> StepStats:
+        """Return the statistics of ``num_microbatches`` micro-batches per rank, without gradients."""
+        stats = self.evaluate_until(lambda: False, batches, num_microbatches)
+        assert stats is not None
+        return stats
+
+    def evaluate_until(
+        self, stopped: Callable[[], bool], batches: Iterator[Batch], num_microbatches: int
+    ) -> StepStats | None:
+        """Evaluate, but return None as soon as ``stopped`` returns True, on every rank alike.
+
+        It is asked once in a few micro-batches: with pipeline parallelism, each pause empties the pipeline.
+        """
+        self.ddp.eval()
+        at_once, sums = EVALUATED_AT_ONCE * self.groups.pp.size(), list[Tensor]()
+        for begin in range(0, num_microbatches, at_once):
+            if begin and stopped():
+                return None
+            with torch.no_grad():
+                self._run(batches, min(at_once, num_microbatches - begin), forward_only=True)
+            sums += self.micro_batch_sums
+        return StepStats.of_sums(self._add_up(self._once(self._sum(sums))))
+
+    def _backward(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[StepStats, Norms, bool]:
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -78,19 +135,22 @@ class Trainer:
         sums = self._run(batches, num_microbatches, forward_only=self._frozen_pipeline)
         if self._frozen_pipeline:
             self.model.config.finalize_model_grads_func(None, sums[0].int(), pg_collection=self.groups)
-        return self._mean(sums)
 
-    def evaluate(self, batches: Iterator[Batch], num_microbatches: int) -> StepStats:
-        """Return the statistics of ``num_microbatches`` micro-batches per rank, without gradients."""
-        self.ddp.eval()
-        with torch.no_grad():
-            return self._mean(self._run(batches, num_microbatches, forward_only=True))
+        hidden, gradient = self.loop_norms.sums(), self.gradient_norms.sums()
+        gradient[-1] += (~sums.isfinite()).sum()
+        parts = (self._once(sums), hidden if self.model.config.sequence_parallel else self._once(hidden), gradient)
+        total = self._add_up(torch.cat([part.to(DEVICE) for part in parts]))
+        stats_sums, hidden, gradient = total.split([len(part) for part in parts])
+        stats, faults = StepStats.of_sums(stats_sums), int(gradient[-1])
+        norms = Norms.of_sums(hidden, gradient[:-1], stats.tokens, self._modules)
+        return stats, norms, faults == 0 and float(gradient.sum()) < LARGEST_SQUARE
 
     def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
         """Return statistics summed over this rank's micro-batches; zeros except on the last pipeline rank."""
         first = next(batches)
         seq_length, micro_batch_size = first.labels_SB.shape
         batches = (batch.shard(self.groups.cp) for batch in islice(chain([first], batches), num_microbatches))
+        self.loop_norms.restart()
         for view in self._views:
             view.restart()
         sums = self.schedule(
@@ -102,12 +162,20 @@ class Trainer:
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
         )
+        self.micro_batch_sums = sums
+        return self._sum(sums)
+
+    def _sum(self, sums: list[Tensor]) -> Tensor:
         num_loops = self.model.model_config.num_loops
         return torch.stack(sums).sum(0) if sums else torch.zeros(3 + 2 * num_loops, dtype=torch.float64)
 
-    def _mean(self, sums: Tensor) -> StepStats:
-        """Return the means over the tokens of all ranks; collective."""
+    def _once(self, sums: Tensor) -> Tensor:
+        """Return ``sums``, which all tensor-parallel ranks hold, on the first of them and zeros on the others."""
+        return sums if self.groups.tp.rank() == 0 else torch.zeros_like(sums)
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        """Return the sum over all ranks, on the CPU; collective."""
         sums = sums.to(DEVICE)
         dist.all_reduce(sums, group=self.groups.dp_cp)
-        dist.all_reduce(sums, group=self.groups.pp)  # only the last pipeline rank's are not zero
-        return StepStats.of_sums(sums)
+        dist.all_reduce(sums, group=self.groups.mp)
+        return sums.cpu()

@@ -55,7 +55,8 @@ def test_steps_equal_plain_torch(single_process):
     )
     for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):
         batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
-        stats, grad_norm, learning_rate = trainer.train(iter(batches), 2)
+        stats, _, healthy, grad_norm, learning_rate = trainer.train(iter(batches), 2)
+        assert healthy
         assert learning_rate == pytest.approx(lr)
 
         tokens = torch.stack([batch.mask_SB.sum() for batch in batches])
@@ -129,7 +130,7 @@ def test_the_gate_stage_equals_the_reference_without_trunk_gradients(single_proc
         looped.gate.readout.weight.normal_()
     weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
     batch = make_batch(1, masked=2)
-    stats, _, _ = trainer.train(repeat(batch), 1)
+    stats = trainer.train(repeat(batch), 1).stats
 
     output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
     head = reference.head_weight(weights, MODEL)
@@ -164,7 +165,7 @@ def test_accumulation_equals_one_large_batch(single_process):
     norms = []
     for batches in (small, [large]):
         _, trainer = make_trainer(single_process)
-        norms.append(trainer.train(chain(batches), len(batches))[1])
+        norms.append(trainer.train(chain(batches), len(batches)).grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

@@ -30,7 +30,7 @@ def one_step(trainer: Trainer) -> tuple[StepStats, dict[str, torch.Tensor], list
         return forward(view, *args, **kwargs)  # type: ignore[arg-type]
 
     with mock.patch.object(LoopView, "forward", recorded):
-        stats = trainer.backward(iter(random_batches(TINY, COUNT)), COUNT)
+        stats, _ = trainer.backward(iter(random_batches(TINY, COUNT)), COUNT)
     return stats, {name: p.main_grad.clone() for name, p in trainer.ddp.module.named_parameters()}, calls
 
 

@@ -59,11 +59,11 @@ def train_steps(
     first = list(islice(batches, count))
     if config.parallel.overlap_grad_reduce:  # Megatron overlaps from the second step on
         trainer.backward(iter([*first, *first]), 2 * count)
-    stats = trainer.backward(iter(first), count)
+    stats, norms = trainer.backward(iter(first), count)
     gradients = whole_gradients(trainer.ddp, groups)
     different = 0
     for _ in range(repeats):
-        same = trainer.backward(iter(first), count) == stats
+        same = trainer.backward(iter(first), count) == (stats, norms)
         repeated = whole_gradients(trainer.ddp, groups)
         different += not (same and all(torch.equal(repeated[name], value) for name, value in gradients.items()))
     all_different = torch.tensor([different])
@@ -79,7 +79,7 @@ def train_steps(
     if dist.get_rank() == 0:
         output.mkdir(parents=True)
         found = {"losses": losses, "valid": valid.loss, "different": int(all_different)}
-        (output / "stats.json").write_text(json.dumps(vars(stats) | found))
+        (output / "stats.json").write_text(json.dumps(vars(stats) | vars(norms) | found))
         (output / "state").mkdir()
     dist.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(output / "state"))
