@@ -68,9 +68,7 @@ def find_duplicates(config: DedupConfig, documents: Path, work: Path, runner: St
         signature = _Signatures(signatures, minhash, language=config.language or _WhiteSpace())
         counts = runner.run("minhash-signatures", [reader, *found, signature])[-1]
         if short := counts["too_short"]:
-            note = (
-                f"{short:,} others have fewer than dedup.ngram={config.ngram} words and near-duplicates are not sought"
-            )
+            note = f"{short:,} others have fewer than dedup.ngram={config.ngram} words, too few to compare"
             runner.report("compare documents", counts["total"] - short, note)
         runner.run("minhash-buckets", [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)], config.buckets)
         runner.run("minhash-cluster", [dedup.MinhashDedupCluster(pairs, results, minhash)], tasks=1)
