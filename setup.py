@@ -72,7 +72,6 @@ setup(
     },
     install_requires=[
         "docstring-parser>=0.16",
-        "jsonargparse[signatures]>=4.40,<5",
         "matplotlib>=3.10",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",

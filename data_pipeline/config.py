@@ -9,7 +9,7 @@ from typing import Literal
 
 from data_pipeline.token_file import NO_LOSS
 from looplm import chat
-from looplm.bounds import at_least, check_bounds, non_empty, positive
+from looplm.bounds import at_least, check_bounds, non_empty, path_field, positive
 from looplm.cli import require
 
 FilterName = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb_quality"]
@@ -77,7 +77,7 @@ class SourceConfig:
 
     name: str
     kind: Literal["python-stdlib", "text", "jsonl", "parquet"]
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = path_field(())
     text_key: str = "text"
     chat: ChatConfig | None = None
     filters: tuple[FilterName, ...] = ()
@@ -152,7 +152,7 @@ class TokenizerConfig:
     """
 
     vocab_size: int | None = None
-    path: str | None = None
+    path: str | None = path_field(None)
     allow_loss: bool = False
     train_chars: int = positive(1_000_000_000)
     bos_token: str | None = "<|bos|>"
@@ -242,7 +242,7 @@ class PipelineConfig:
         verbose: show datatrove's own log on the terminal; it is always in OUTPUT_DIR/logs.
     """
 
-    output_dir: str = non_empty()
+    output_dir: str = path_field(fix="name a directory")
     sources: tuple[SourceConfig, ...] = non_empty()
     tokenizer: TokenizerConfig
     dedup: DedupConfig = field(default_factory=DedupConfig)

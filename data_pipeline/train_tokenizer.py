@@ -19,6 +19,7 @@ from data_pipeline.config import PipelineConfig, SourceConfig, TokenizerConfig
 from data_pipeline.filters import build_filters
 from data_pipeline.sources import check_files, find_files, read_documents
 from looplm import chat
+from looplm.bounds import path_field
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.encoding import added_ids
 from looplm.plain_text import as_text
@@ -131,7 +132,7 @@ class TrainTokenizerConfig(PipelineConfig):
         output: tokenizer.json to write.
     """
 
-    output: str = "tokenizer.json"
+    output: str = path_field("tokenizer.json")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
 from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
-from looplm.cli import UserError, parse_config, positional, run_main, switch
+from looplm.cli import UserError, parse_config, positional_paths, run_main, switch
 from looplm.files import sha256_of
 
 
@@ -27,7 +27,7 @@ class VerifyConfig:
         deep: read everything: hashes, ids, document ends.
     """
 
-    prefixes: tuple[str, ...] = positional("PREFIX")
+    prefixes: tuple[str, ...] = positional_paths("PREFIX")
     deep: bool = switch()
 
 

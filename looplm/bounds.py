@@ -11,6 +11,7 @@
         horizon: int | None = positive(None)         # null, or above 0
         depths: tuple[int, ...] = positive(())       # every element above 0
         train: tuple[DataSource, ...] = non_empty()  # a tuple or string with something in it
+        output_dir: str = path_field()               # a path or a tuple of them; a field of type Path always is one
 
         def __post_init__(self) -> None:
             check_bounds(self, "optim")              # "" for keys without a section
@@ -20,11 +21,16 @@ A value out of bounds is the one-line error ``optim.lr: 0.0 is not allowed; give
 """
 
 import operator
-from dataclasses import MISSING, field, fields
-from typing import Any
+import os
+import re
+from dataclasses import MISSING, Field, field, fields
+from pathlib import Path
+from typing import Any, get_args
 
 from looplm.failures import UserError as UserError
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 _COMPARISONS = {"above": operator.gt, "of at least": operator.ge, "below": operator.lt, "at most": operator.le}
 
 
@@ -49,6 +55,44 @@ def non_empty(default: Any = MISSING, *, fix: str = "name at least one") -> Any:
     return field(default=default, metadata={"non_empty": fix})
 
 
+def path_field(default: Any = MISSING, *, fix: str = "name a path") -> Any:
+    """Return a dataclass field for a path or a tuple of paths, required if it has no default.
+
+    On a command line and in a file, ``~`` and ``$NAME`` in it are replaced by :func:`expand_path`.
+    """
+    return field(default=default, metadata={"path": fix})
+
+
+def is_path(spec: Field[Any], hint: Any) -> bool:
+    """Return True if a field holds paths."""
+    return "path" in spec.metadata or hint is Path or Path in get_args(hint)
+
+
+def expand_path(text: str, key: str) -> str:
+    """Replace a leading ``~`` or ``~USER`` by a home directory, and ``$NAME`` or ``${NAME}`` by the variable's value.
+
+    Relative paths stay relative, to the working directory.
+
+    Raises:
+        UserError: there is no such user or variable, or the path has spaces at an end or control characters.
+    """
+    require(text == text.strip(), key, text, "remove the spaces around it")
+    require(text != "", key, text, "name a path")
+    require(not _CONTROL.search(text), key, text, "a path holds no control characters")
+    if text.startswith("~"):
+        home = os.path.expanduser(text)
+        require(not home.startswith("~"), key, text, "there is no such user; write ./~... for a name that begins so")
+        text = home
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2] or ""
+        fix = f"the environment variable {name!r} is not set; set it, or write the whole path"
+        require(os.environ.get(name, "") != "", key, match.string, fix)
+        return os.environ[name]
+
+    return _VARIABLE.sub(value_of, text)
+
+
 def check_bounds(config: Any, section: str) -> None:
     """Raise a :class:`UserError` for the first field of ``config`` whose value is out of bounds.
 
@@ -58,6 +102,9 @@ def check_bounds(config: Any, section: str) -> None:
         value, key = getattr(config, spec.name), f"{section}.{spec.name}" if section else spec.name
         if value is None and spec.default is None:
             continue
+        if "path" in spec.metadata:
+            for text in value if isinstance(value, tuple) else (value,):
+                require(text != "", key, text, spec.metadata["path"])
         if "non_empty" in spec.metadata:
             shown = list(value) if isinstance(value, tuple) else value
             require(len(value) > 0, key, shown, spec.metadata["non_empty"])

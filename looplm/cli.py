@@ -1,7 +1,7 @@
 """The command line: YAML files and flags in, a frozen dataclass out, a user's mistake in one line with exit status 2.
 
-jsonargparse does the typing, ``--help`` and ``--print_config``. This module adds the file and line of a wrong key, the
-key that was probably meant, subcommands, and a ``--help`` that begins with one line of usage and a description::
+Files and flags are merged in the order of the command line, later ones win key by key. ``--help`` begins with one line
+of usage and a description::
 
     @dataclass(frozen=True, kw_only=True)
     class ReportConfig:
@@ -20,34 +20,40 @@ Examples belong in the docstring that is passed as ``description``: it is shown 
 """
 
 import dataclasses
-import difflib
 import inspect
 import os
-import re
 import sys
-import types
+import textwrap
 import typing
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from looplm import binding
+from looplm.binding import Flag, hints_of, section_of, suggest, unknown_keys
+from looplm.bounds import expand_path
 from looplm.bounds import require as require
 from looplm.failures import Failure
 from looplm.failures import UserError as UserError
+from looplm.files import storage_failure
+from looplm.yaml_text import parse_yaml, read_yaml
 
 ConfigType = TypeVar("ConfigType")
+
+WIDTH = 118  # of --help
 
 
 def positional(metavar: str) -> Any:
     """Return a required dataclass field that is given without a flag; a tuple takes one or more values."""
     return dataclasses.field(metadata={"positional": metavar})
+
+
+def positional_paths(metavar: str) -> Any:
+    """Return a required dataclass field for paths that are given without a flag."""
+    return dataclasses.field(metadata={"positional": metavar, "path": "name a path"})
 
 
 def switch() -> Any:
@@ -67,22 +73,36 @@ def parse_config(cls: type[ConfigType], argv: Sequence[str], *, prog: str, descr
     Raises:
         UserError: a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
     """
-    origins = dict[str, str]()  # "FILE:LINE" for each key whose value comes from a file
-    for flag, value in _flags(argv):
-        if flag == "--config" and value:
-            values, lines = _load_yaml(value)
-            origins |= {key: f"{value}:{line}" for key, line in lines.items()}
-            for key, fix in _unknown_keys(cls, values):
-                raise UserError(f"{origins.get(key, value)}: {key}: unknown key; {fix}")
+    for argument in argv:
+        if not is_unicode(argument):
+            raise UserError(
+                f"{os.fsencode(argument)!r}: an argument that is not UTF-8; set the terminal to UTF-8, or rename the file"
+            )
+    given = _Given(cls)
+    words, wants_help, wants_values = list[str](), False, False
+    for flag, value in _flags(cls, argv):
+        if flag in ("-h", "--help"):
+            wants_help = True
+        elif flag == "--print_config":
+            wants_values = True
+        elif flag == "--config":
+            given.add_file(expand_path(_required(flag, value), flag))
+        elif flag:
+            given.add_flag(flag, value)
         else:
-            origins = {key: origin for key, origin in origins.items() if not f"--{key}.".startswith(f"{flag}.")}
-    parser = _build_parser(cls, prog, description)  # type: ignore[arg-type]  # a class is hashable
+            words.append(str(value))
+        if wants_help:
+            print(_help(cls, prog, description))
+            sys.exit(0)
+    given.add_words(words)
     try:
-        return _instantiate(cls, parser, parser.parse_args(list(argv)))
-    except Exception as error:  # jsonargparse raises several kinds; each is the user's mistake at this point
-        message = _explain(parser, error)
-        origin = origins.get(message.partition(":")[0])
-        raise UserError(f"{origin}: {message}" if origin else message) from error
+        if wants_values:
+            print(yaml.safe_dump(_shown(cls, given.values, ""), sort_keys=False, allow_unicode=True), end="")
+            sys.exit(0)
+        return binding.build(cls, given.values, expand=True)
+    except UserError as error:
+        origin = given.origins.get(str(error).partition(":")[0])
+        raise UserError(f"{origin}: {error}" if origin else str(error)) from error
 
 
 def parse_command(commands: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str) -> tuple[str, Any]:
@@ -97,7 +117,7 @@ def parse_command(commands: Mapping[str, type], argv: Sequence[str], *, prog: st
         print("\n".join(lines))
         sys.exit(0)
     if word not in commands:
-        raise UserError(f"{prog}: {word or 'no command'}: unknown command; {_suggest(word, list(commands))}")
+        raise UserError(f"{prog}: {word or 'no command'}: unknown command; {suggest(word, list(commands))}")
     about = str(inspect.getdoc(commands[word])).partition("\nArgs:")[0]
     return word, parse_config(commands[word], argv[1:], prog=f"{prog} {word}", description=about)
 
@@ -105,13 +125,20 @@ def parse_command(commands: Mapping[str, type], argv: Sequence[str], *, prog: st
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run ``main(argv)`` and exit: 0 on success, or one line on stderr and the status of a :class:`Failure`.
 
-    Every rank finds a user's mistake, so rank 0 alone prints it. Any other failure may be one rank's own.
+    Every rank raises a shared failure, such as a user's mistake, so rank 0 alone prints it. Others are one rank's own.
+    A full or broken disk becomes a failure wherever it was met.
     """
     rank = os.environ.get("RANK")
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        except OSError as error:
+            failure = storage_failure(error)
+            if failure is None:
+                raise
+            raise failure from error
     except Failure as error:
-        if not isinstance(error, UserError):
+        if not error.is_shared:
             print(f"error: {error}" if rank is None else f"error: rank {rank}: {error}", file=sys.stderr)
         elif rank in (None, "0"):
             print(f"error: {error}", file=sys.stderr)
@@ -119,150 +146,186 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
+def is_unicode(text: str) -> bool:
+    """Return False if a text from outside holds bytes that are not UTF-8, which Python keeps as half surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the dataclass as values that YAML can hold (tuples become lists)."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    values: dict[str, Any] = plain(dataclasses.asdict(config))
+    values: dict[str, Any] = to_plain(dataclasses.asdict(config))
     return values
+
+
+def to_plain(value: Any) -> Any:
+    """Return a value, or those in it, as lists, mappings and scalars that YAML can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> ConfigType:
     """Invert :func:`to_dict`; ``where`` names the source in error messages."""
-    for key, fix in _unknown_keys(cls, values):
+    for key, fix in unknown_keys(cls, values):
         raise UserError(f"{where}: {key}: unknown key; {fix}")
-    parser = _build_parser(cls)  # type: ignore[arg-type]  # a class is hashable
     try:
-        return _instantiate(cls, parser, parser.parse_object(values))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{where}: {_explain(parser, error)}") from error
+        return binding.build(cls, values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Description as written, then each key with its docstring text, type and default."""
+class _Given:
+    """The values of files and flags for ``cls``, merged; ``origins`` has "FILE:LINE" for each key from a file."""
+
+    def __init__(self, cls: type) -> None:
+        self.values = dict[str, Any]()
+        self.origins = dict[str, str]()
+        self._cls = cls
+
+    def add_file(self, path: str) -> None:
+        """Merge a file."""
+        values, lines = read_yaml(path)
+        self.origins |= {key: f"{path}:{line}" for key, line in lines.items()}
+        for key, fix in unknown_keys(self._cls, values):
+            raise UserError(f"{self.origins.get(key, path)}: {key}: unknown key; {fix}")
+        self.values = _merged(self.values, values)
+
+    def add_flag(self, flag: str, text: str | None) -> None:
+        """Merge the value of ``--section.key``."""
+        name = flag[2:]
+        hint: Any = self._cls
+        for part in name.split("."):
+            section = None if typing.get_origin(hint) is tuple else section_of(hint)
+            hint = hints_of(section).get(part) if section else None
+            if hint is None:
+                raise UserError(f"{flag}: unknown key; {suggest(name, [*_names(self._cls), 'config', 'help'])}")
+        self.origins = {key: origin for key, origin in self.origins.items() if not f"{key}.".startswith(f"{name}.")}
+        text = _required(flag, text)
+        value: Any = Flag(text)
+        if text.strip()[:1] in ("{", "[") and (section_of(hint) or _is_tuple(hint)):
+            value = parse_yaml(text, flag).values
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        for key, fix in unknown_keys(self._cls, value):
+            raise UserError(f"--{key}: unknown key; {fix}")
+        self.values = _merged(self.values, value)
+
+    def add_words(self, words: list[str]) -> None:
+        """Give the words without a flag to the positional fields, in their order."""
+        for spec in dataclasses.fields(self._cls):
+            if "positional" in spec.metadata and words:
+                many = _is_tuple(hints_of(self._cls)[spec.name])
+                self.values[spec.name] = list(map(Flag, words)) if many else Flag(words[0])
+                words = [] if many else words[1:]
+        if words:
+            raise UserError(f"unrecognized arguments: {' '.join(words)}; every value follows its --key")
 
 
-@cache  # resolving type hints dominates the cost of reading a small file
-def _build_parser(cls: type, prog: str = "", description: str = "") -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=prog, description=description, formatter_class=_HelpFormatter, exit_on_error=False, allow_abbrev=False
-    )
-    text = "YAML file with these keys; give it several times to stack files"
-    parser.add_argument("--config", metavar="FILE", action=ActionConfigFile, help=text)
-    texts = {param.arg_name: param.description for param in docstring_parser.parse(cls.__doc__ or "").params}
-    special, usage = set[str](), [prog]
-    for key in dataclasses.fields(cls):
-        if "switch" in key.metadata:
-            parser.add_argument(f"--{key.name}", action="store_true", help=texts.get(key.name))
-        elif "positional" in key.metadata:
-            hint, metavar = typing.get_type_hints(cls)[key.name], key.metadata["positional"]
-            many = typing.get_origin(hint) is tuple
-            kind, nargs = (typing.get_args(hint)[0], "+") if many else (hint, None)
-            parser.add_argument(key.name, metavar=metavar, type=kind, nargs=nargs, help=texts.get(key.name))
-            usage.append(f"{metavar}..." if many else metavar)
+def _flags(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield each ``--flag`` with its value or None, and each other word after an empty flag."""
+    switches = {f"--{spec.name}" for spec in dataclasses.fields(cls) if "switch" in spec.metadata}
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word in ("-h", "--help", "--print_config"):
+            yield word, ""
+        elif flag.startswith("--") and flag != "--":
+            if flag in switches and not equals:
+                value = "true"
+            elif not equals:
+                value = next(words, "--")
+            yield flag, None if value.startswith("--") and not equals else value
+        elif word.startswith("-"):
+            raise UserError(f"unrecognized arguments: {word}; a key begins with two dashes")
         else:
+            yield "", word
+
+
+def _required(flag: str, value: str | None) -> str:
+    if value is None:
+        raise UserError(f"{flag}: expected one argument; give {flag} VALUE, or {flag}=VALUE if it begins with dashes")
+    return value
+
+
+def _merged(base: Any, over: Any) -> Any:
+    """Return ``over`` on top of ``base``, mappings key by key."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
+
+
+def _names(cls: type, prefix: str = "") -> Iterator[str]:
+    """Yield the full name of every key and section."""
+    for name, hint in hints_of(cls).items():
+        yield f"{prefix}{name}"
+        if (inner := section_of(hint)) and not _is_tuple(hint):
+            yield from _names(inner, f"{prefix}{name}.")
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
+
+
+def _shown(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the values with the defaults of the keys that are not given, and null for those without one."""
+    shown = dict[str, Any]()
+    for spec in dataclasses.fields(cls):
+        hint, key = hints_of(cls)[spec.name], f"{prefix}{spec.name}"
+        if dataclasses.is_dataclass(hint) and isinstance(values.get(spec.name, {}), Mapping):
+            shown[spec.name] = _shown(hint, values.get(spec.name, {}), f"{key}.")  # type: ignore[arg-type]
+        elif spec.name in values:
+            value = binding.convert(hint, values[spec.name], key, expand=True)
+            shown[spec.name] = to_plain(value)
+        else:
+            shown[spec.name] = None if spec.default is dataclasses.MISSING else to_plain(spec.default)
+    return shown
+
+
+def _help(cls: type, prog: str, description: str) -> str:
+    usage = [prog]
+    for spec in dataclasses.fields(cls):
+        if "positional" in spec.metadata:
+            usage.append(spec.metadata["positional"] + "..." * _is_tuple(hints_of(cls)[spec.name]))
+    lines = [f"usage: {' '.join(usage)} [--config FILE]... [--KEY VALUE]...", "", *description.strip().splitlines(), ""]
+    lines += _entry("--config FILE", "YAML file with these keys; give it several times to stack files")
+    lines += _entry("--print_config", "print the keys after merging all files and flags, and exit")
+    return "\n".join([*lines, *_key_help(cls, "")])
+
+
+def _key_help(cls: type, prefix: str) -> list[str]:
+    """Return the lines of ``--help`` for the keys of ``cls``, then those of its sections."""
+    texts = {
+        param.arg_name: " ".join((param.description or "").split())
+        for base in reversed(cls.__mro__)
+        for param in docstring_parser.parse(inspect.getdoc(base) or "").params
+    }
+    lines, sections = list[str](), list[str]()
+    for spec in dataclasses.fields(cls):
+        hint, text = hints_of(cls)[spec.name], texts.get(spec.name, "")
+        inner = section_of(hint)
+        if inner and dataclasses.is_dataclass(hint):
+            sections += ["", f"{text.rstrip('.')}:", *_key_help(inner, f"{prefix}{spec.name}.")]
             continue
-        special.add(key.name)
-    parser.add_class_arguments(cls, skip=special)
-    parser.usage = " ".join([*usage, "[--config FILE]... [--KEY VALUE]..."])
-    return parser
+        flag = spec.metadata.get("positional") or f"--{prefix}{spec.name}"
+        lines += _entry(flag, text if "switch" in spec.metadata else f"{text} ({_about(spec, hint)})")
+    return lines + sections
 
 
-def _instantiate(cls: type[ConfigType], parser: ArgumentParser, values: Namespace) -> ConfigType:
-    values.pop("config", None)
-    built = vars(parser.instantiate(values))
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in built.items()})
+def _entry(name: str, text: str) -> list[str]:
+    return [f"  {name}", *textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
-def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each ``--flag`` with the value that follows it."""
-    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("--"):
-            yield flag, value if equals else following
+def _about(spec: "dataclasses.Field[Any]", hint: Any) -> str:
+    kind = " | ".join(_type_name(part) for part in typing.get_args(hint) or [hint]) if not _is_tuple(hint) else "list"
+    if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+        return f"type: {kind}, required"
+    return f"type: {kind}, default: {'null' if spec.default is None else to_plain(spec.default)}"
 
 
-def _load_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return the values of a YAML file, and the line of each key by its full path."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise UserError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: holds {type(values).__name__}, not a mapping of keys; see --print_config for the form"
-        )
-    lines = dict[str, int]()
-    for key, line in _key_lines(node):
-        if key in lines:
-            raise UserError(f"{path}:{line}: {key}: given twice, first on line {lines[key]}; remove one")
-        lines[key] = line
-    return values, lines
-
-
-def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield f"{prefix}{key.value}", key.start_mark.line + 1
-            yield from _key_lines(value, f"{prefix}{key.value}.")
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _key_lines(item, f"{prefix[:-1]}[{index}].")
-
-
-def _dataclasses_in(annotation: Any) -> list[type]:
-    """Return the dataclasses inside an annotation such as ``Optional[X]`` or ``tuple[X, ...]``."""
-    if dataclasses.is_dataclass(annotation):
-        return [annotation]  # type: ignore[list-item]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, tuple):
-        return [found for inner in typing.get_args(annotation) for found in _dataclasses_in(inner)]
-    return []
-
-
-def _unknown_keys(cls: type, values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each key of ``values`` for which ``cls`` has no field, with a suggestion."""
-    if isinstance(values, list):
-        for index, value in enumerate(values):
-            yield from _unknown_keys(cls, value, f"{prefix[:-1]}[{index}].")
-    if not isinstance(values, dict):
-        return
-    annotations = typing.get_type_hints(cls)
-    known = {field.name: annotations[field.name] for field in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in known:
-            yield f"{prefix}{key}", _suggest(str(key), list(known), prefix)
-        for inner in _dataclasses_in(known.get(key)):
-            yield from _unknown_keys(inner, value, f"{prefix}{key}.")
-
-
-def _suggest(key: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else f"give one of {', '.join(known)}"
-
-
-def _explain(parser: ArgumentParser, error: Exception) -> str:
-    """Return jsonargparse's message on one line, with a suggestion for a misspelled ``--key``."""
-    message = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return message
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
-    if unknown:
-        return f"--{unknown[1]}: unknown key; {_suggest(unknown[1], [action.dest for action in parser._actions])}"
-    missing = re.search(r"the following arguments are required: (.*)", message)
-    if missing:
-        return f"{missing[1]}: required and not given; set it in a --config file or on the command line"
-    typed = re.search(r'Parser key "([\w.]+)": (.*)', message)
-    return f"{typed[1]}: {typed[2]}" if typed else message
+def _type_name(hint: Any) -> str:
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from looplm.bounds import positive
+from looplm.bounds import path_field, positive
 from looplm.chat import ChatTemplate, Message
 from looplm.checkpoint import OpenedModel, open_model
 from looplm.cli import UserError, is_unicode, parse_config, require, run_main
@@ -53,12 +53,12 @@ class GenerateConfig(GenerationConfig):
         precision: of weights and computation, fp32 or bf16.
     """
 
-    checkpoint: str
+    checkpoint: str = path_field()
     prompt: str = ""
-    prompts: str = ""
+    prompts: str | None = path_field(None)
     interactive: bool = False
     chat: bool = False
-    output: str | None = None
+    output: str | None = path_field(None)
     num_samples: int = positive(1)
     add_bos: bool | None = None
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
 from looplm import checkpoint
-from looplm.bounds import check_bounds, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import DataConfig, DataSource, LossConfig, OptimConfig, RunConfig
@@ -54,13 +54,13 @@ class EvaluateConfig:
         prompt_tokens: with kv_caches: tokens of each text that are read as a prompt; those after them are measured.
     """
 
-    checkpoint: str
+    checkpoint: str = path_field()
     depths: str = "1,2,3,4,6,8"
     samples: int = positive(64)
     batch_size: int = positive(4)
-    valid: str | None = None
+    valid: str | None = path_field(None)
     seq_length: int | None = positive(None)
-    output: str | None = None
+    output: str | None = path_field(None)
     kv_caches: str = ""
     exit_thresholds: str = "1"
     exit_signal: ExitSignal = "gate"

@@ -12,6 +12,7 @@ Shapes: S sequence, B batch, D hidden, V vocabulary, R loops.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looplm import checkpoint
-from looplm.bounds import at_least, check_bounds, positive
+from looplm.bounds import at_least, check_bounds, path_field, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
+from looplm.encoding import encode
 from looplm.files import write_whole
 from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
@@ -56,21 +58,24 @@ class HarnessConfig:
         depth: number of loops for every token; null for the trained number.
         exit_threshold: a token exits at the first loop by which its exit probability reaches this; null runs all loops.
         kv_cache: cache for generated text: per_loop (exact), or one that the loops share: last, mean or first.
+        add_bos: begin each text with the token for that (BOS), unless it starts with it; null does so if the model was
+            imported and its tokenizer does.
         precision: fp32 or bf16.
         output: JSON file for the results.
     """
 
-    checkpoint: str
+    checkpoint: str = path_field()
     tasks: str
-    include_path: str | None = None
+    include_path: str | None = path_field(None)
     num_fewshot: int | None = at_least(0, None)
     limit: int | None = positive(None)
     batch_size: int = 16
     depth: int | None = None
     exit_threshold: float | None = None
     kv_cache: CacheMode = "per_loop"
+    add_bos: bool | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    output: str | None = None
+    output: str | None = path_field(None)
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
@@ -109,29 +114,70 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self._model, self._about, self._config = opened.model, opened.about, config
         self._tokenizer, self._context = opened.tokenizer, opened.model.model_config.max_sequence_length
-        self._generator = Generator(opened.model, opened.tokenizer, opened.about.eos_id, opened.about.gate_trained)
+        self._generator = Generator.of(opened, config.add_bos)
         self._rule = config.generation().exit_rule(opened.model.model_config.num_loops, opened.about.gate_trained)
 
     @property
     def eot_token_id(self) -> int:
         """Id of the end of text."""
-        return self._about.eos_id
+        return self._about.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
         """Id of the token before a text without context."""
-        return self.eot_token_id if self._about.bos_id is None else self._about.bos_id
+        begin = self._about.bos_id if self._generator.begin_id is None else self._generator.begin_id
+        return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text."""
-        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
+        """Return the ids of a text, which begins with BOS if texts of this model do."""
+        return encode(self._tokenizer, string, None if add_special_tokens is False else self._generator.begin_id)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log-likelihoods of continuations of contexts."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            pair = self._encode_pair(context, continuation)
+            where = f"tasks: the continuation {continuation!r} of {context[-40:]!r}"
+            if not pair[1]:
+                raise UserError(f"{where}: has no tokens, so nothing can be scored; remove the item from the task")
+            if len(pair[1]) > self._context:
+                fix = f"{len(pair[1])} tokens exceed the model's context of {self._context}; remove it from the task"
+                raise UserError(f"{where}: {fix}")
+            pairs.append(((context, continuation), *pair))
+        self._tell_truncation(sum(len(context) + len(answer) > self._context + 1 for _, context, answer in pairs))
+        return self._loglikelihood_tokens(pairs, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of context and continuation, split as lm-evaluation-harness does.
+
+        It fails on a continuation that melts into the context's last token ("sel" and "f"). Here that is encoded by
+        itself, after the same context as the item's other continuations.
+        """
+        if context == "":
+            ids = self.tok_encode(continuation, add_special_tokens=False)
+            starts_itself = len(ids) > 1 and ids[0] == self.prefix_token_id
+            return (ids[:1], ids[1:]) if starts_itself else ([self.prefix_token_id], ids)
+        pair = super()._encode_pair(context, continuation)
+        if not pair[1]:
+            pair = pair[0], self.tok_encode(continuation, add_special_tokens=False)
+        return pair[0] or [self.prefix_token_id], pair[1]
+
+    def _tell_truncation(self, count: int) -> None:
+        if count:
+            text = f"note: {count} contexts exceed the model's {self._context} tokens; their beginnings are cut off"
+            print(text, file=sys.stderr)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihoods of whole texts, scored in disjoint windows of the model's context."""
+        """Return the log-likelihoods of whole texts, scored in disjoint windows of the model's context.
+
+        A token that begins every text is the context of the first one and is not scored. lm-evaluation-harness 0.4.13
+        puts it in twice and scores it.
+        """
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         owners = []
         for index, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
+            ids = ids if self._generator.begin_id is None else ids[1:]
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self._context, context_len=1)
             for window in map(make_disjoint_window, rolling):
                 windows.append((("", ""), *window))
@@ -198,10 +244,9 @@ class HarnessModel(TemplateLM):
                 top_p=settings.get("top_p", 1.0),
                 stop=tuple(stop for stop in settings["until"] if stop),
             )
-            prompts = [
-                (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[most - self._context :]
-                for index in members
-            ]
+            prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in members]
+            self._tell_truncation(sum(len(prompt) > self._context - most for prompt in prompts))
+            prompts = [prompt[most - self._context :] for prompt in prompts]
             answers = self._generator.stream(prompts, config)
             for number, answer in tqdm(answers, total=len(members), unit="text", disable=disable_tqdm):
                 if answer.error is not None:

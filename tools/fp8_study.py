@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from looplm.bounds import check_bounds, non_empty
+from looplm.bounds import check_bounds, non_empty, path_field
 from looplm.cli import parse_config, require, run_main
 from tools.studies.study import Study, markdown_table
 
@@ -45,8 +45,8 @@ class StudyConfig:
         variants: variants in order, including bf16, which the others are compared with.
     """
 
-    recipe: str = "configs/quickstart/pretrain.yaml"
-    output_dir: str = "runs/fp8_study"
+    recipe: str = path_field("configs/quickstart/pretrain.yaml")
+    output_dir: str = path_field("runs/fp8_study")
     seeds: tuple[int, ...] = non_empty((1, 2, 3))
     variants: tuple[str, ...] = tuple(VARIANTS)
 

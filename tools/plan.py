@@ -18,7 +18,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from looplm.bounds import check_bounds, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import parse_config, require, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
@@ -55,7 +55,7 @@ class PlanOptions:
     price_per_gpu_hour: float | None = positive(None)
     top: int = positive(10)
     explain: bool = False
-    json: str | None = None
+    json: str | None = path_field(None)
 
     def __post_init__(self) -> None:
         check_bounds(self, "")

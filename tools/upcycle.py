@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm.bounds import check_bounds, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import UserError, parse_command, require, run_main
 from looplm.config import GateConfig
 from looplm.megatron import process_groups
@@ -39,8 +39,8 @@ class Conversion:
         seq_length: tokens of each; null takes 256, or the model's maximum if that is less.
     """
 
-    output: str
-    data: str | None = None
+    output: str = path_field()
+    data: str | None = path_field(None)
     samples: int = positive(16)
     seq_length: int | None = positive(None)
 
@@ -71,7 +71,7 @@ class FromCheckpoint(Conversion):
         checkpoint: a training directory, one of its step directories, or weights alone.
     """
 
-    checkpoint: str
+    checkpoint: str = path_field()
 
     def open(self, groups: ProcessGroupCollection) -> Source:
         """Read the checkpoint."""
@@ -139,11 +139,11 @@ class DenseConfig(Conversion):
         eos_token: the token that ends a text; needed if no file names it.
     """
 
-    input: str
+    input: str = path_field()
     layers: str | None = None
     loops: int = positive(4)
     gate: GateConfig = field(default_factory=GateConfig)
-    tokenizer: str | None = None
+    tokenizer: str | None = path_field(None)
     eos_token: str | None = None
 
     def open(self, groups: ProcessGroupCollection) -> Source:
@@ -168,7 +168,7 @@ class LatentConfig(FromCheckpoint):
 
     kv_lora_rank: int
     qk_rope_head_dim: int | None = None
-    calibrate: str | None = None
+    calibrate: str | None = path_field(None)
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the model with latent attention."""

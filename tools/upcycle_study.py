@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from looplm.bounds import check_bounds, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
 from looplm.cli import parse_config, require, run_main
 from looplm.config import RunConfig
@@ -54,9 +54,9 @@ class StudyConfig:
         samples: held-out sequences on which losses are measured.
     """
 
-    recipe: str = "configs/quickstart/pretrain.yaml"
-    plain: str = "configs/upcycle-study/mha.yaml"
-    output_dir: str = "runs/upcycle_study"
+    recipe: str = path_field("configs/quickstart/pretrain.yaml")
+    plain: str = path_field("configs/upcycle-study/mha.yaml")
+    output_dir: str = path_field("runs/upcycle_study")
     layers: int = positive(4)
     steps: int = positive(40)
     samples: int = positive(32)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from looplm.bounds import check_bounds, non_empty, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import UserError, parse_config, run_main
 from looplm.files import write_whole
 
@@ -34,7 +34,7 @@ class QuestionsConfig:
         seed: seed of the questions.
     """
 
-    output: str = non_empty()
+    output: str = path_field()
     count: int = positive(4000)
     seed: int = 1234
 

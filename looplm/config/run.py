@@ -7,7 +7,7 @@ values; data and devices are checked where they are opened, still before trainin
 from dataclasses import dataclass, field
 from typing import Literal
 
-from looplm.bounds import at_least, check_bounds, non_empty, positive, require
+from looplm.bounds import at_least, check_bounds, non_empty, path_field, positive, require
 from looplm.config.engine import EngineConfig
 from looplm.config.model import GateConfig, ModelConfig
 from looplm.config.parallel import ParallelConfig
@@ -100,7 +100,7 @@ class DataSource:
         weight: share of the samples, relative to the other sources.
     """
 
-    prefix: str
+    prefix: str = path_field()
     weight: float = positive(1.0)
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class DataConfig:
     rampup: RampUpConfig | None = None
     document_masking: bool = True
     horizon_samples: int | None = positive(None)
-    cache_dir: str | None = None
+    cache_dir: str | None = path_field(None)
     num_workers: int = at_least(0, 0)
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class CheckpointConfig:
     keep_every: int = at_least(0, 0)
     in_background: bool = True
     resume: bool = True
-    initial: str | None = None
+    initial: str | None = path_field(None)
     initial_optimizer: bool = False
 
     def __post_init__(self) -> None:
@@ -270,7 +270,7 @@ class RunConfig:
         logging: what is written during training.
     """
 
-    output_dir: str = non_empty(fix="name a directory")
+    output_dir: str = path_field(fix="name a directory")
     model: ModelConfig
     optim: OptimConfig
     data: DataConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.verify import check_prefix
-from looplm.bounds import check_bounds, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.checkpoint import CHANGEABLE
 from looplm.cli import UserError, parse_config, require
 from looplm.config import RunConfig
@@ -34,7 +34,7 @@ class StageConfig:
     """
 
     name: str
-    config: tuple[str, ...] = ()
+    config: tuple[str, ...] = path_field(())
     run: str | None = None
     nodes: int = positive(1)
     gpus: int | None = None

@@ -1,4 +1,4 @@
-"""Bounds declared on config fields: one-line errors, defaults, dataclasses and jsonargparse."""
+"""Bounds declared on config fields: one-line errors, defaults, and dataclasses from plain values."""
 
 from dataclasses import dataclass
 

@@ -70,7 +70,7 @@ def test_a_subcommand_has_its_own_config():
     ("argv", "message"),
     [
         (["verify"], "prefix: required and not given"),
-        (["verify", "a", "--limit", "x"], "limit: Expected a .*int.* x"),
+        (["verify", "a", "--limit", "x"], "limit: 'x' is not allowed; give a whole number"),
         (["verify", "a", "--limit", "0"], "limit: 0 is not allowed; give a number above 0"),
         (["verify", "a", "--dep"], r"--dep: unknown key; did you mean deep\?"),
         (["report", "a", "b"], "unrecognized arguments: b"),
@@ -112,10 +112,7 @@ def test_help_shows_usage_then_examples_then_keys_by_section(capsys):
     assert lines[0] == "usage: python -m train [--config FILE]... [--KEY VALUE]..."
     assert lines[1:6] == ["", "Train.", "", *examples.splitlines()]
     sections = [lines.index(f"{section}:") for section in ("the looped transformer", "optimizer, schedule, precision")]
-    keys = [
-        next(n for n, line in enumerate(lines) if line.startswith(f"  --{key} "))
-        for key in ("model.num_loops", "optim.lr")
-    ]
+    keys = [lines.index(f"  --{key}") for key in ("model.num_loops", "optim.lr")]
     assert sections[0] < keys[0] < sections[1] < keys[1]
     assert "learning rate after warm-up. (type: float, default: 0.0003)" in " ".join(" ".join(lines).split())
 
@@ -135,7 +132,7 @@ data:
     [
         ("optim:\n  lr_: 1\n", r"b\.yaml:2: optim\.lr_: unknown key; did you mean optim\.lr\?"),
         ("data:\n  train:\n  - prefix: a\n    wight: 1\n", r"b\.yaml:4: data\.train\[0\]\.wight: unknown key; did .*"),
-        ("optim:\n  lr: fast\n", r"b\.yaml:2: optim\.lr: Expected .*float.* fast"),
+        ("optim:\n  lr: fast\n", r"b\.yaml:2: optim\.lr: 'fast' is not allowed; give a finite number"),
         ("optim:\n\n  lr: 0\n", r"b\.yaml:3: optim\.lr: 0\.0 is not allowed; give a number above 0"),
         ("model: {num_loops: 0}", r"b\.yaml:1: model\.num_loops: 0 is not allowed.*"),
         ("seed: 1\nmodel: {num_loops: 3}\nseed: 2\n", r"b\.yaml:3: seed: given twice, first on line 1; remove one"),

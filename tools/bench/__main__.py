@@ -16,7 +16,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.accounting import training_flops_per_token
-from looplm.bounds import check_bounds, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import parse_config, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import device, process_groups
@@ -43,10 +43,10 @@ class BenchConfig:
         checkpoint: a trained model, whose gate decides when tokens exit; null uses an untrained one and random depths.
     """
 
-    recipe: str = "configs/quickstart/pretrain.yaml"
+    recipe: str = path_field("configs/quickstart/pretrain.yaml")
     repeats: int = positive(5)
     batch: int = positive(4)
-    checkpoint: str | None = None
+    checkpoint: str | None = path_field(None)
 
     def __post_init__(self) -> None:
         check_bounds(self, "")

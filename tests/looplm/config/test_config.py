@@ -82,9 +82,9 @@ FILES = {
     "model: {num_lops: 3}": r"base\.yaml:1: model\.num_lops: unknown key; did you mean model\.num_loops\?",
     "data: {train: [{prefx: a}]}": r"base\.yaml:1: data\.train\[0\]\.prefx: unknown key; did you mean .*prefix\?",
     "modle: {}": r"base\.yaml:1: modle: unknown key; did you mean model\?",
-    "- 1": r"base\.yaml: holds list, not a mapping",
+    "- 1": r"base\.yaml: holds a list, not a mapping",
     "model: {": r"base\.yaml:1: not valid YAML",
-    "": r"base\.yaml: holds NoneType",
+    "": r"base\.yaml: holds nothing",
 }
 
 
