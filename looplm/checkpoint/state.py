@@ -12,20 +12,14 @@ A checkpoint is a directory ``step_00000300/``::
 The directory is complete or absent (:mod:`looplm.checkpoint.step_folder`); ``latest`` beside it names the newest.
 """
 
-import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -36,13 +30,12 @@ from torch import Tensor
 import looplm.checkpoint.optimizer_state as optimizer_state
 import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_model
+from looplm.checkpoint.saving import Saving
 from looplm.cli import UserError, to_dict
 from looplm.config import GateConfig, RunConfig
-from looplm.files import write_whole
-from looplm.megatron import device, process_groups
+from looplm.encoding import read_tokenizer
+from looplm.megatron import device
 from looplm.model import EXTRA_STATE, LoopLM
-
-COMPANION_FOLDER = "companions"
 
 
 class TrainingState(NamedTuple):
@@ -63,38 +56,6 @@ class OpenedModel(NamedTuple):
     folder: Path
 
 
-def save(
-    folder: Path,
-    training: TrainingState,
-    config: RunConfig,
-    about: About,
-    tokenizer: Path,
-    keep: int,
-    companions: Path | None = None,
-) -> Path:
-    """Write the checkpoint ``folder/step_XXXXXXXX``, point ``latest`` at it, and delete all but the ``keep`` newest.
-
-    Collective: every rank calls it.
-
-    Args:
-        folder: holds all checkpoints of the run.
-        training: the state to save.
-        config: the run's configuration.
-        about: the content of about.json.
-        tokenizer: a tokenizer.json to copy.
-        keep: number of checkpoints to keep.
-        companions: a folder to copy, if it exists.
-    """
-    final = folder / f"step_{about.step:08d}"
-    _write(final, _sharded_state(training, is_loading=False), to_dict(config), about, tokenizer, companions)
-    if process_groups.is_rank_0():
-        write_whole(folder / "latest", final.name + "\n")
-        for old in step_folder.steps_in(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return final
-
-
 def save_weights(
     final: Path, model: LoopLM, gate: GateConfig, about: About, tokenizer: Path, companions: Path | None = None
 ) -> None:
@@ -103,30 +64,7 @@ def save_weights(
     Collective. ``about.objective`` is :data:`WEIGHTS_ONLY`.
     """
     config = {"model": to_dict(model.model_config), "gate": to_dict(gate)}
-    _write(final, {"model": sharded_weights(model)}, config, about, tokenizer, companions)
-
-
-def _write(
-    final: Path, state: dict[str, Any], config: dict[str, Any], about: About, tokenizer: Path, companions: Path | None
-) -> None:
-    created = [step_folder.create_partial(final) if process_groups.is_rank_0() else None]
-    dist.broadcast_object_list(created, src=0)
-    (folder,) = created
-    assert folder is not None
-    if process_groups.is_rank_0():
-        (folder / "state").mkdir()
-    dist.barrier()
-    force_all_tensors_to_non_fp8(state)  # engine.fp8_params
-    dist_checkpointing.save(state, str(folder / "state"))
-    dist.barrier()
-    if process_groups.is_rank_0():
-        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        write_whole(folder / "about.json", json.dumps(dataclasses.asdict(about), indent=1))
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        if companions is not None and companions.is_dir():
-            shutil.copytree(companions, folder / COMPANION_FOLDER)
-        step_folder.publish(folder, final)
-    dist.barrier()
+    Saving(final, {"model": sharded_weights(model)}, config, about, tokenizer, companions).wait()
 
 
 def resume(folder: Path, training: TrainingState, config: RunConfig, say: Callable[[str], None]) -> About | None:
@@ -152,7 +90,7 @@ def resume(folder: Path, training: TrainingState, config: RunConfig, say: Callab
 
 def load_run(step: Path, training: TrainingState) -> None:
     """Load a run's whole state from one of its step directories."""
-    wanted = _sharded_state(training, is_loading=True)
+    wanted = sharded_state(training, is_loading=True)
     state, missing, unexpected = dist_checkpointing.load(wanted, str(step / "state"), strict=StrictHandling.RETURN_ALL)
     # Older checkpoints hold empty extra states.
     different = [key for key in sorted({*missing, *unexpected}) if EXTRA_STATE not in key]
@@ -212,11 +150,11 @@ def open_model(
     dtype = dtype or getattr(torch, about.dtype or "float32")
     model = LoopLM(model_config, gate, groups, dtype, initialize=False)
     load_weights(found, model, gate)
-    tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
-    return OpenedModel(model.eval(), gate, about, tokenizer, found)
+    return OpenedModel(model.eval(), gate, about, read_tokenizer(found / "tokenizer.json"), found)
 
 
-def _sharded_state(training: TrainingState, is_loading: bool) -> dict[str, Any]:
+def sharded_state(training: TrainingState, is_loading: bool) -> dict[str, Any]:
+    """Return a run's whole state in Megatron's sharded form, to save or to load into."""
     weights = training.model.sharded_state_dict()
     return {
         "model": weights,
