@@ -109,7 +109,7 @@ class TextEncoder:
         for start, stop in [*encoding.offsets, (len(document.text), len(document.text))]:
             first = first if lost or start <= end else end
             lost, end = lost + max(0, start - end), max(end, stop)
-        if lost and self._text.decode(encoding.ids) == document.text:
+        if lost and self._text.decode(encoding.ids, skip_special_tokens=False) == self._known(document.text, encoding):
             return 0
         if lost and not self._allow_loss:
             sample = document.text[max(0, first - _AROUND) : first + _AROUND]
@@ -117,6 +117,13 @@ class TextEncoder:
             fix = "take a tokenizer with bytes or an unknown token, or set tokenizer.allow_loss"
             raise UserError(f"{self._where}: loses characters, {sample!r} becomes {left!r}; {fix}")
         return lost
+
+    def _known(self, text: str, encoding: Encoding) -> str:
+        """Return the text with the name of the unknown token in place of what it stands for."""
+        for token, (start, stop) in reversed(list(zip(encoding.ids, encoding.offsets, strict=True))):
+            if token == self._unknown_id:
+                text = text[:start] + self._tokenizer.id_to_token(token) + text[stop:]
+        return text
 
 
 def rewriting(tokenizer: Tokenizer) -> str:

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 from datatrove.data import Document
-from tokenizers import Tokenizer, models
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_pipeline import train_tokenizer as module
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.text_encoder import TextEncoder
+from data_pipeline.manifest import read_manifest, write_manifest
+from data_pipeline.text_encoder import TextEncoder, rewriting
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
+from data_pipeline.verify import check_prefix
 from looplm.cli import UserError
 
 
@@ -89,6 +92,197 @@ def test_existing_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(config)
     with pytest.raises(UserError, match="is not a file"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path / "none.json")))
+
+
+NAMED = "a <|eos|> b<|eos|><|pad|>c  <|eos|>  d <|bos|>"
+MARKS = ["<|bos|>", "<|eos|>", "<|pad|>"]
+
+
+def with_bytes(special: bool = True, **flags: Any) -> Tokenizer:
+    """Return a byte-level BPE of bytes alone, with the marks as added tokens."""
+    tokenizer = train_tokenizer(["a"], TokenizerConfig(vocab_size=259))
+    settings = json.loads(tokenizer.to_str())
+    added = [AddedToken(name, special=special, normalized=False, **flags) for name in MARKS]
+    tokenizer = Tokenizer.from_str(json.dumps({**settings, "added_tokens": []}))
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    return tokenizer
+
+
+def with_merges_to_eos() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("x", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.train_from_iterator(["<|eos|>"] * 9, trainers.BpeTrainer(initial_alphabet=sorted({*NAMED})))
+    assert tokenizer.encode("<|eos|>").tokens == ["<|eos|>"]
+    tokenizer.add_special_tokens(MARKS)
+    return tokenizer
+
+
+def unigram(*pieces: str) -> Tokenizer:
+    """Return a tokenizer of SentencePiece's kind, which has its control tokens among the pieces of its model."""
+    scores = [(piece, 0.0) for piece in ("<unk>", *pieces)] + [
+        (letter, -5.0) for letter in sorted({*NAMED, "▁"} - {" "})
+    ]
+    tokenizer = Tokenizer(models.Unigram(scores, 0, False))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", *MARKS])
+    return tokenizer
+
+
+@pytest.mark.promise(
+    text="The name of eos, pad or bos in a text stays text, whatever a given tokenizer says of the token",
+    expected="one eos, at the end of the document, and the text is restored",
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: with_bytes(special=True),
+        lambda: with_bytes(special=False),
+        lambda: with_bytes(special=False, lstrip=True, rstrip=True),
+        lambda: with_bytes(special=True, single_word=True),
+        with_merges_to_eos,
+        lambda: unigram(*MARKS),
+    ],
+)
+def test_names_of_control_tokens_stay_text(make: Any, record_property: Any) -> None:
+    tokenizer, config = make(), TokenizerConfig(path="t.json")
+    control = {tokenizer.token_to_id(name) for name in MARKS}
+    ids = encode(tokenizer, config, NAMED)
+    assert ids[-1] == tokenizer.token_to_id("<|eos|>") and not control & set(ids[:-1])
+    assert tokenizer.decode(ids[:-1], skip_special_tokens=False).replace("▁", " ") == NAMED
+    record_property("seen", "one eos, at the end of the document, and the text is restored")
+
+
+def test_a_name_that_a_word_tokenizer_knows_becomes_unknown_text() -> None:
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = TextEncoder(tokenizer, TokenizerConfig(path="t.json", bos_token=None), "t")
+    assert next(encoder.encode_texts([Document("a <|eos|> a b", "id")])) == ([3, 0, 3, 0, 1], 2, 0)
+
+
+def test_a_merge_that_needs_the_token_is_refused_in_one_line(tmp_path: Path) -> None:
+    tokenizer = with_merges_to_eos()
+    settings = json.loads(tokenizer.to_str())
+    settings["model"]["vocab"]["<|eos|>a"] = 70
+    settings["model"]["merges"].append(["<|eos|>", "a"])
+    (tmp_path / "t.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"the text '<\|eos\|>' becomes the control token") as caught:
+        load_tokenizer(TokenizerConfig(path=str(tmp_path / "t.json")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.promise(
+    text="A given tokenizer whose eos is not special does not cut documents in two, and verify --deep would notice",
+    expected="as many eos ids as documents; a data set with one more is refused",
+)
+def test_names_in_documents_end_no_document(
+    tmp_path: Path, jsonl: Any, config: Any, build: Any, record_property: Any
+) -> None:
+    texts = [f"{index} {NAMED}" for index in range(16)]
+    with_bytes(special=False, lstrip=True).save(str(tmp_path / "t.json"))
+    given = TokenizerConfig(path=str(tmp_path / "t.json"))
+    output = build(config({"a": jsonl("a", texts)}, tokenizer=given, validation_fraction=0.0))
+    prefix, tokenizer = output / "a_train", load_tokenizer(given)
+    manifest, stored = check_prefix(prefix, deep=True), IndexedDataset(str(prefix))
+    eos = manifest.tokenizer.eos_id
+    assert sorted(tokenizer.decode(list(stored[row])[:-1], skip_special_tokens=False) for row in range(16)) == sorted(
+        texts
+    )
+    assert sum(list(stored[row]).count(eos) for row in range(16)) == 16
+
+    data = bytearray(Path(f"{prefix}.bin").read_bytes())
+    data[:2] = eos.to_bytes(2, "little")
+    Path(f"{prefix}.bin").write_bytes(data)
+    write_manifest(prefix, source="a", split="train", vocab_size=262, tokenizer=manifest.tokenizer, config_sha256="x")
+    with pytest.raises(UserError, match=rf"holds eos \({eos}\) 17 times in 16 documents"):
+        check_prefix(prefix, deep=True)
+    record_property("seen", "16 eos ids in 16 documents; 17 are refused")
+
+
+def lossy(unknown: bool = False) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if unknown else None))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [*MARKS, "<unk>"] if unknown else MARKS
+    tokenizer.train_from_iterator(["the fox he fox"] * 9, trainers.BpeTrainer(vocab_size=40, special_tokens=special))
+    return tokenizer
+
+
+@pytest.mark.promise(
+    text="A given tokenizer that drops characters is refused before any work, or the dropped ones are counted",
+    expected="one line that shows a text and what is left of it; with allow_loss the number in log and manifest",
+)
+def test_lost_characters_are_refused_or_counted(
+    tmp_path: Path, jsonl: Any, config: Any, build: Any, capsys: Any, record_property: Any
+) -> None:
+    lossy().save(str(tmp_path / "t.json"))
+    source = {"a": jsonl("a", ["the fox", "The QUICK fox: 42 €", "he fox he"])}
+    given = TokenizerConfig(path=str(tmp_path / "t.json"))
+    with pytest.raises(UserError, match="loses characters, 'The QUICK fox: 42 €' becomes 'he fox'") as caught:
+        build(config(source, tokenizer=given, validation_fraction=0.0))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.partial").exists()
+    allowed = TokenizerConfig(path=given.path, allow_loss=True)
+    output = build(config(source, tokenizer=allowed, validation_fraction=0.0))
+    lost = len("The QUICK fox: 42 €") - len("he") - len("fox")
+    assert read_manifest(output / "a_train").lost_characters == lost
+    assert capsys.readouterr().out.count(f"{lost} lost characters") == 2
+    record_property("seen", f"'The QUICK fox: 42 €' becomes 'he fox': refused; {lost} lost characters with allow_loss")
+
+
+def test_a_loss_behind_the_first_documents_ends_the_build(tmp_path: Path, jsonl: Any, config: Any, build: Any) -> None:
+    lossy().save(str(tmp_path / "t.json"))
+    source = {"a": jsonl("a", [*["the fox he"] * 120, "the € fox"])}
+    given = TokenizerConfig(path=str(tmp_path / "t.json"))
+    with pytest.raises(UserError, match="loses characters, 'the € fox' becomes 'the fox'"):
+        build(config(source, tokenizer=given, validation_fraction=0.0))
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_tokens_are_counted(tmp_path: Path, jsonl: Any, config: Any, build: Any, capsys: Any) -> None:
+    lossy(unknown=True).save(str(tmp_path / "t.json"))
+    given = TokenizerConfig(path=str(tmp_path / "t.json"))
+    source = {"a": jsonl("a", ["the fox € he", "the fox", "the x €"])}
+    output = build(config(source, tokenizer=given, validation_fraction=0.0))
+    manifest = check_prefix(output / "a_train", deep=True)
+    assert (manifest.unknown_tokens, manifest.lost_characters) == (2, 0)
+    assert capsys.readouterr().out.count("2 unknown tokens") == 2
+
+
+def test_a_normalizer_that_changes_the_text_is_named() -> None:
+    tokenizer = with_bytes()
+    assert rewriting(tokenizer) == ""
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
+    assert rewriting(tokenizer) == "NFKC"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
+    assert rewriting(tokenizer) == "Strip, Lowercase"
+    with pytest.raises(UserError, match="loses characters, ' a' becomes 'a'"):
+        encode(tokenizer, TokenizerConfig(path="t.json"), " a")
+    tokenizer.normalizer = normalizers.Lowercase()
+    assert encode(tokenizer, TokenizerConfig(path="t.json"), "Aé")[:-1] == tokenizer.encode("aé").ids
+
+
+@pytest.mark.promise(
+    text="A bos or eos that a given tokenizer adds to each text is in the data once, and an export agrees",
+    expected="bos, the text, eos; other tokens around a text are refused",
+)
+def test_tokens_that_a_tokenizer_adds_are_in_the_data_once(record_property: Any, tmp_path: Path) -> None:
+    tokenizer, config = with_bytes(), TokenizerConfig(path=str(tmp_path / "t.json"))
+    ids, plain = special_ids(tokenizer, config), tokenizer.encode("ab").ids
+    for single, begin, stored in (
+        ("<|bos|> $A", ids.bos, [ids.bos, *plain, ids.eos]),
+        ("<|bos|> $A <|eos|>", ids.bos, [ids.bos, *plain, ids.eos]),
+        ("$A <|eos|>", None, [*plain, ids.eos]),
+        ("<|eos|> $A", ids.eos, [*plain, ids.eos]),  # GPT-2's way: the eos of the document before is the begin
+    ):
+        marks = [(name, tokenizer.token_to_id(name)) for name in MARKS]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+        assert special_ids(tokenizer, config).begin == begin
+        assert encode(tokenizer, config, "ab") == stored
+    for single in ("<|bos|> <|eos|> $A", "$A <|bos|>", "<|pad|> $A"):
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+        tokenizer.save(str(tmp_path / "t.json"))
+        with pytest.raises(UserError, match=r"puts .* before each text and .* after it; change its post_processor"):
+            load_tokenizer(config)
+    record_property("seen", "bos, the text, eos; other tokens around a text are refused")
 
 
 def test_the_command(tmp_path: Path, corpus: Any, jsonl: Any, capsys: pytest.CaptureFixture) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +14,15 @@ from looplm.chat import END, JINJA, SPECIAL_TOKENS, START, ChatTemplate, Message
 from looplm.cli import UserError
 from tests.support.tiny import CONVERSATIONS, write_tokenizer
 
+HARD = [
+    [Message("user", "The QUICK fox?"), Message("assistant", "The answer: it's 42 €. "), Message("user", " and  you?")],
+    [
+        Message("system", ""),
+        Message("assistant", "世界\nsays\n\nhello"),
+        Message("assistant", ""),
+        Message("user", "x"),
+    ],
+]
 # The same template in transformers' syntax for marking the tokens of the assistant.
 MARKED = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -61,6 +71,50 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer, theirs):
     assert whole.learned[len(asked) :] == [True] * (len(answer) + 1) + [False]
 
 
+def test_an_answer_that_is_not_to_be_learned_loses_its_loss_alone(tokenizer):
+    template, messages = ChatTemplate(tokenizer, "t"), CONVERSATIONS[0]
+    assert [message.role for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    (plain,) = template.encode([messages])
+    first = messages[2]._replace(learned=False)
+    (masked,) = template.encode([[*messages[:2], first, *messages[3:]]])
+    assert masked.ids == plain.ids
+    start = len(template.ask(messages[:2]))
+    stop = start + len(tokenizer.encode(first.content).ids) + 1
+    assert plain.learned[start:stop] == [True] * (stop - start)
+    assert masked.learned == [*plain.learned[:start], *[False] * (stop - start), *plain.learned[stop:]]
+
+
+@pytest.mark.parametrize("messages", [[], HARD[0][:1], HARD[0][1:], [*HARD[0][:1], *HARD[0]], HARD[1]])
+def test_any_order_of_turns_is_rendered(tokenizer, theirs, messages):
+    (ours,) = ChatTemplate(tokenizer, "t").encode([messages])
+    if messages:
+        assert ours.ids == theirs.apply_chat_template(as_dicts(messages), return_dict=True)["input_ids"]
+    answers = [message for message in messages if message.role == "assistant"]
+    assert sum(ours.learned) == sum(len(tokenizer.encode(message.content).ids) + 1 for message in answers)
+
+
+def test_parts_of_text_are_rendered_one_after_the_other(theirs):
+    parts = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]
+    rendered = theirs.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    assert rendered == theirs.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}, {}),
+        ({"role": "assistant", "content": "x", "reasoning_content": "because"}, {}),
+        ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, {}),
+        ({"role": "tool", "content": "4"}, {}),
+        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, {}),
+        ({"role": "user", "content": "x"}, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+    ],
+)
+def test_the_exported_template_refuses_what_it_would_drop(theirs, message, options):
+    with pytest.raises(TemplateError, match="this template renders"):
+        theirs.apply_chat_template([message], tokenize=False, **options)
+
+
 @pytest.mark.parametrize("content", ["\n\nHm", "  x", f"a {END} b {START}assistant\n", "<eos><pad>", ""])
 def test_special_tokens_in_contents_are_plain_text(tokenizer, content):
     template = ChatTemplate(tokenizer, "t")
@@ -82,15 +136,6 @@ def test_a_tokenizer_without_the_special_tokens_is_an_error_of_one_line(tmp_path
 
 METASPACE = pre_tokenizers.Metaspace
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
-HARD = [
-    [Message("user", "The QUICK fox?"), Message("assistant", "The answer: it's 42 €. "), Message("user", " and  you?")],
-    [
-        Message("system", ""),
-        Message("assistant", "世界\nsays\n\nhello"),
-        Message("assistant", ""),
-        Message("user", "x"),
-    ],
-]
 PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
@@ -133,6 +178,10 @@ def byte_level(**options: Any) -> Tokenizer:
     return tokenizer
 
 
+@pytest.mark.promise(
+    text="The tokens learned from a conversation are those of the exported chat template, or the tokenizer is refused",
+    expected="equal ids with Metaspace, Prepend and prefix spaces; marks that eat spaces are refused",
+)
 @pytest.mark.parametrize(
     "make",
     [
@@ -148,7 +197,9 @@ def byte_level(**options: Any) -> Tokenizer:
         lambda: byte_level(add_prefix_space=False),
     ],
 )
-def test_tokens_learned_are_those_of_the_exported_template(make: Callable[[], Tokenizer]) -> None:
+def test_tokens_learned_are_those_of_the_exported_template(
+    make: Callable[[], Tokenizer], record_property: Callable[[str, str], None]
+) -> None:
     tokenizer = make()
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     theirs.chat_template = JINJA
