@@ -50,15 +50,16 @@ def main(argv: list[str]) -> None:
     with launcher.recorded():
         config = parse_config(RunConfig, argv, prog="python -m pretrain.train", description=str(__doc__))
         schedule_on(config, process_groups.expected_ranks())  # refuses an impossible layout before ranks connect
-        with Watchdog(config.health, Path(config.output_dir)) as watchdog, watchdog.guard():
+        with Watchdog(config.health, Path(config.output_dir)) as watchdog:
             watchdog.start_up("data check")
             corpus = check_corpus(config.data, config.model.vocab_size)
             watchdog.start_up("process groups")
             try:
-                groups = process_groups.start(config.seed, config.parallel, watchdog.collective_timeout)
-                watchdog.join(groups)
-                with run_lock.hold(Path(config.output_dir), config.health.max_starts):
-                    finished = train(config, corpus, groups, watchdog)
+                with watchdog.guard():  # it asks the process groups which ranks are late
+                    groups = process_groups.start(config.seed, config.parallel, watchdog.collective_timeout)
+                    watchdog.join(groups)
+                    with run_lock.hold(Path(config.output_dir), config.health.max_starts):
+                        finished = train(config, corpus, groups, watchdog)
             finally:
                 process_groups.stop()
         if not finished:
@@ -74,6 +75,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
     stop = watchdog.stop
     schedule = BatchSchedule(config.data, groups.dp.size(), config.parallel.pipeline)
     folder, checkpoints = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
+    checkpoint.prepare(config)
     watchdog.start_up("model")
     trainer, initial = build(config, groups)
     watchdog.start_up("checkpoint")
