@@ -10,16 +10,19 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datatrove.data import Document
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models
 
 from data_pipeline import verify
 from data_pipeline.config import ChatConfig, SourceConfig, TokenizerConfig
-from data_pipeline.conversations import MESSAGES
+from data_pipeline.conversations import MESSAGES, read_conversation
 from data_pipeline.manifest import manifest_path
 from data_pipeline.sources import check_files, find_files, read_documents
 from data_pipeline.synthetic import questions
+from data_pipeline.text_encoder import TextEncoder
 from data_pipeline.token_file import NO_LOSS, mark, unmark
+from data_pipeline.train_tokenizer import train_tokenizer
 from data_pipeline.verify import check_prefix
 from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.cli import UserError
@@ -31,6 +34,9 @@ SHAREGPT = [
 ]
 UNKNOWN_ROLE = "message 1 has the role 'tool'; give one of system, user, assistant"
 WITH_TOKENS = TokenizerConfig(vocab_size=320, special_tokens=SPECIAL_TOKENS)
+
+
+KEYS = ChatConfig(messages_key="messages")
 
 
 def source(path: Path, kind: Literal["jsonl", "parquet"] = "jsonl", **chat: Any) -> SourceConfig:
@@ -88,6 +94,149 @@ def test_faults_are_named_with_file_and_line(tmp_path, record, message):
     with pytest.raises(UserError, match=message) as caught:
         read(source(path))
     assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
+
+
+def turns(*changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of TALK, each with its further keys."""
+    return [{**message, **change} for message, change in zip(PLAIN, changes or ({},) * 3, strict=True)]
+
+
+@pytest.mark.promise(
+    text="Whatever a message holds beside its text is refused in one line, or dropped because chat.ignore names it",
+    expected="FILE:LINE, the message and the key",
+)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tool_calls", [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]),
+        ("function_call", {"name": "add"}),
+        ("tool_call_id", "call_1"),
+        ("name", "Ada"),
+        ("reasoning_content", "because"),
+        ("images", ["a.png"]),
+        ("value", "another text"),
+        ("from", "gpt"),
+        ("toxic", False),
+    ],
+)
+def test_nothing_in_a_message_is_dropped_without_a_word(tmp_path, key, value, record_property):
+    path = write(tmp_path / "a.jsonl", [{"messages": PLAIN}, {"messages": turns({}, {}, {key: value})}])
+    wanted = f"a.jsonl:2: message 3 has {key!r}, which the chat template chatml does not render; remove it, or name it"
+    with pytest.raises(UserError, match=wanted) as caught:
+        read(source(path))
+    assert "\n" not in str(caught.value)
+    assert read(source(path, messages_key="messages", ignore=(key,))) == [TALK, TALK]
+    record_property("seen", str(caught.value).removeprefix(f"{tmp_path}/"))
+
+
+def test_empty_keys_hold_nothing(tmp_path):
+    """As in a table, whose rows have every key that any message has."""
+    empty = turns(*[{"tool_calls": None, "name": "", "images": [], "weight": None, "from": None}] * 3)
+    path = write(tmp_path / "a.jsonl", [{"messages": empty, "tools": None, "system": ""}])
+    assert read(source(path)) == [TALK]
+    table = [{"messages": PLAIN, "tools": None}, {"messages": PLAIN, "tools": ["f"]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t\.parquet:2 has 'tools', which the chat template"):
+        read(source(tmp_path / "t.parquet", "parquet"))
+    table = [{"messages": PLAIN}, {"messages": turns({}, {}, {"tool_calls": ["f"]})}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"m\.parquet:2: message 3 has 'tool_calls'"):
+        read(source(tmp_path / "m.parquet", "parquet"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("tools", [{"name": "f"}]), ("functions", [1]), ("system", "Be brief.")])
+def test_what_stands_beside_the_messages_is_refused(tmp_path, key, value):
+    path = write(tmp_path / "a.jsonl", [{"messages": PLAIN, key: value}])
+    with pytest.raises(UserError, match=rf"a\.jsonl:1 has '{key}', which the chat template chatml does not render"):
+        read(source(path))
+    assert read(source(path, messages_key="messages", ignore=(key,))) == [TALK]
+
+
+def test_parts_of_text_are_joined_and_others_refused(tmp_path):
+    parts = [{"type": "text", "text": "1 +"}, {"type": "text", "text": " 1?"}]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns({}, {"content": parts}, {})}])
+    assert read(source(path)) == [TALK]
+    for part, message in (
+        ({"type": "image_url", "image_url": {"url": "x"}}, "message 2 has a part of type 'image_url'; only parts of"),
+        ({"type": "text", "text": None}, "message 2 has a part of type 'text'; only parts of"),
+        ({"type": "text", "text": "x", "citations": ["a"]}, "message 2 has 'citations', which the chat template"),
+    ):
+        path = write(tmp_path / "b.jsonl", [{"messages": turns({}, {"content": [*parts, part]}, {})}])
+        with pytest.raises(UserError, match=rf"b\.jsonl:1: {message}"):
+            read(source(path))
+
+
+MASKED = [*TALK[:2], [*TALK[2][:2], False]]
+
+
+@pytest.mark.promise(
+    text='A turn with "weight": 0, "train": false or "masked": true is not learned; other weights are refused',
+    expected="that answer alone has no loss; 0.5 is one line",
+)
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [
+        ("weight", 0, 1),
+        ("weight", 0.0, 1.0),
+        ("train", False, True),
+        ("training", False, True),
+        ("trainable", False, True),
+        ("loss", False, True),
+        ("masked", True, False),
+        ("mask", 1, 0),
+    ],
+)
+def test_a_turn_may_be_left_unlearned(tmp_path, key, off, on, record_property):
+    records = [{"messages": turns({}, {}, {key: value})} for value in (off, on, None)]
+    assert read(source(write(tmp_path / "a.jsonl", records))) == [MASKED, TALK, TALK]
+    for value in (0.5, "0", 2, [0]):
+        path = write(tmp_path / "b.jsonl", [{"messages": turns({}, {}, {key: value})}])
+        with pytest.raises(
+            UserError, match=rf"b\.jsonl:1: message 3 has the {key} .*; a message is learned or not"
+        ) as caught:
+            read(source(path))
+        assert "\n" not in str(caught.value)
+    record_property("seen", "that answer alone has no loss; 0.5 is one line")
+
+
+def test_marks_that_cannot_be_followed_are_refused(tmp_path):
+    for change, message in (
+        (({}, {"weight": 1}, {}), "message 2 of the role 'user' is to be learned; only answers are"),
+        (({}, {}, {"weight": 0, "masked": False}), "message 3 is to be learned by 'masked' and not by 'weight'"),
+    ):
+        path = write(tmp_path / "a.jsonl", [{"messages": turns(*change)}])
+        with pytest.raises(UserError, match=rf"a\.jsonl:1: {message}"):
+            read(source(path))
+    marked = {"messages": turns({"weight": 0}, {"train": False}, {"weight": 0})}  # no prompt is learned anyway
+    assert [messages[2] for messages in read(source(write(tmp_path / "a.jsonl", [marked])))] == MASKED[2:]
+    assert [message[2] for message in read_conversation({"messages": PLAIN, "weight": 0}, KEYS, "w")] == [False] * 3
+    with pytest.raises(UserError, match=r"^w has the weight 0\.3; .*chat\.ignore"):
+        read_conversation({"messages": PLAIN, "weight": 0.3}, KEYS, "w")
+
+
+def test_roles_of_other_names_are_read_if_they_are_named(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", [{"messages": [{"role": "prompter", "content": "1 + 1?"}, {"from": "bot", "value": "2"}]}]
+    )
+    with pytest.raises(
+        UserError, match=r"message 1 has the role 'prompter'; give one of .*, or name it in chat\.roles"
+    ):
+        read(source(path))
+    assert read(source(path, messages_key="messages", roles=("prompter=user", "bot=assistant"))) == [TALK[1:]]
+    for wrong in ("bot", "bot=robot", "=user"):
+        with pytest.raises(UserError, match=r"sources\[\]\.chat\.roles"):
+            ChatConfig(messages_key="m", roles=(wrong,))
+    with pytest.raises(UserError, match=r"message 1 has the role \['user'\]"):
+        read_conversation({"messages": [{"role": ["user"], "content": "x"}]}, KEYS, "w")
+
+
+def test_a_mark_of_the_template_cannot_be_eos_or_pad(config, tmp_path):
+    for key, name in (("eos_token", "<|im_end|>"), ("pad_token", "<|im_start|>")):
+        with pytest.raises(UserError, match=rf"tokenizer\.{key}: .*the turns of sources\.talk\.chat use it"):
+            replace(
+                config({"x": tmp_path}, tokenizer=TokenizerConfig(path="t.json", **{key: name})),
+                sources=(source(tmp_path),),
+            )
 
 
 def test_a_truncated_file_is_named(tmp_path):
@@ -177,6 +326,27 @@ def test_verify_finds_a_lost_mark_and_an_id_under_a_mark(talks: Any, config: Any
         path.write_text(json.dumps({**values, **change}))
         with pytest.raises(UserError, match=message):
             check_prefix(output / "talk_train", deep=True)
+
+
+def test_written_marks_follow_the_turns(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["1 + 1? 2 Be brief."], WITH_TOKENS)
+    encoder = TextEncoder(tokenizer, WITH_TOKENS, "t")
+    two = [*TALK, *TALK[1:]]
+    documents = [
+        Document("x", "1", metadata={MESSAGES: two}),
+        Document("x", "2", metadata={MESSAGES: [*MASKED, *TALK[1:]]}),
+        Document("x", "3", metadata={MESSAGES: [["user", "<|eos|><|pad|>", True], ["assistant", "<|eos|>", True]]}),
+    ]
+    plain, masked, names = (found.tokens for found in encoder.encode_conversations(documents))
+    end_id, eos = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|eos|>")
+    ids, (learned, rest) = unmark(np.array(plain))[0], (unmark(np.array(tokens))[1] for tokens in (plain, masked))
+    assert np.array_equal(unmark(np.array(masked))[0], ids)
+    answer = [tokenizer.token_to_id("2"), end_id]
+    assert ids[learned].tolist() == answer * 2 and ids[rest].tolist() == answer
+    assert np.flatnonzero(rest).tolist() == np.flatnonzero(learned)[2:].tolist()
+    ids, learned = unmark(np.array(names))
+    assert ids.tolist().count(eos) == 1 and ids[-1] == eos and not learned[-1]
+    assert tokenizer.decode(ids[learned][:-1].tolist()) == "<|eos|>"
 
 
 def test_a_tokenizer_without_the_template_is_refused_in_one_line(
