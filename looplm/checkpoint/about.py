@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
 from looplm.cli import UserError, from_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.config.model import foreign_keys
 from looplm.encoding import begin_id, read_tokenizer
 from looplm.files import sha256_of
+from looplm.yaml_text import read_yaml
 
 FORMAT_VERSION = 3  # of the checkpoints that this release writes; _upgrade reads older ones
 WEIGHTS_ONLY = "weights"  # takes the place of the objective if no run of ours made the checkpoint
@@ -119,7 +119,13 @@ class ModelDescription(NamedTuple):
 def read_about(step: Path) -> About:
     """Return the about.json of a step directory, of this format version or an older one."""
     path = step / "about.json"
-    return from_dict(About, _upgrade(json.loads(path.read_text()), path), where=str(path))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); take another step directory") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, not a mapping of keys; take another step directory")
+    return from_dict(About, _upgrade(values, path), where=str(path))
 
 
 def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
     ======= =====================================================================================================
     """
     found = values.get("format_version", 1)
-    if type(found) is not int or found > FORMAT_VERSION:
+    if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
         raise UserError(
             f"{path}: written in checkpoint format {found}, but this release reads formats up to {FORMAT_VERSION}; "
             "install the release of LoopLM that wrote it, or a newer one"
@@ -164,8 +170,8 @@ def read_model(step: Path) -> ModelDescription:
 
 
 def _read_yaml(step: Path) -> tuple[dict[str, Any], str]:
-    path = step / "config.yaml"
-    return yaml.safe_load(path.read_text()), str(path)
+    path = str(step / "config.yaml")
+    return read_yaml(path).values, path
 
 
 def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
@@ -183,7 +189,7 @@ def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
                     f"{step}: made with {section}.{key}={have}, this run has {want}; "
                     f"set {section}.{key} to {have} or start from another checkpoint"
                 )
-    writer, reader = about.versions["megatron-core"], version("megatron-core")
+    writer, reader = about.versions.get("megatron-core", ""), version("megatron-core")
     if _release(writer) > _release(reader) and not (step / "state/common.pt").exists():
         raise UserError(
             f"{step}: written by megatron-core {writer}, which {reader} cannot read; install {writer} or newer"
@@ -203,8 +209,8 @@ def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
 
 
 def _release(number: str) -> tuple[int, ...]:
-    """Return the first two parts of a version: 0.16.1 → (0, 16)."""
-    return tuple(int(part) for part in number.split(".")[:2])
+    """Return the first two parts of a version: 0.16.1 → (0, 16); nothing for a text that is no version."""
+    return tuple(int(part) for part in number.split(".")[:2] if part.isdecimal())
 
 
 def versions() -> dict[str, str]:

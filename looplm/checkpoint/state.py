@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
@@ -26,6 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 import looplm.checkpoint.optimizer_state as optimizer_state
 import looplm.checkpoint.step_folder as step_folder
@@ -36,6 +38,9 @@ from looplm.config import GateConfig, RunConfig
 from looplm.encoding import read_tokenizer
 from looplm.megatron import device
 from looplm.model import EXTRA_STATE, LoopLM
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # optim.precision by the dtype in about.json
+_ANOTHER = "remove it, so that the checkpoint before it is used, or take another"
 
 
 class TrainingState(NamedTuple):
@@ -77,12 +82,20 @@ def resume(folder: Path, training: TrainingState, config: RunConfig, say: Callab
     if found is None:
         return None
     about = check_fit(found, config.model, config.gate)
+    if step_folder.step_name(about.step) != found.name:
+        raise UserError(f"{found}: its about.json is that of step {about.step}; remove this step directory")
     if about.objective == WEIGHTS_ONLY:
         raise UserError(f"{found}: holds weights alone, no run to resume; name it in checkpoint.initial")
     if about.objective != config.loss.objective:
         raise UserError(
             f"{found}: belongs to the stage loss.objective={about.objective}, not {config.loss.objective}; "
             "give this stage an output_dir of its own and name the other in checkpoint.initial"
+        )
+    precision = _PRECISIONS.get(about.dtype, config.optim.precision)
+    if precision != config.optim.precision:
+        raise UserError(
+            f"{found}: trained with optim.precision={precision}, this run has {config.optim.precision}; set "
+            f"optim.precision to {precision}, or give a new output_dir and name this one in checkpoint.initial"
         )
     load_run(found, training)
     return about
@@ -91,7 +104,7 @@ def resume(folder: Path, training: TrainingState, config: RunConfig, say: Callab
 def load_run(step: Path, training: TrainingState) -> None:
     """Load a run's whole state from one of its step directories."""
     wanted = sharded_state(training, is_loading=True)
-    state, missing, unexpected = dist_checkpointing.load(wanted, str(step / "state"), strict=StrictHandling.RETURN_ALL)
+    state, missing, unexpected = _load(step, wanted, strict=StrictHandling.RETURN_ALL)
     # Older checkpoints hold empty extra states.
     different = [key for key in sorted({*missing, *unexpected}) if EXTRA_STATE not in key]
     if different:
@@ -102,8 +115,26 @@ def load_run(step: Path, training: TrainingState) -> None:
     training.model.load_state_dict(state["model"])
     adam_steps = read_about(step).adam_steps
     optimizer_state.load_state(training.optimizer, training.model, state["optimizer"], adam_steps)
-    training.scheduler.load_state_dict(state["scheduler"])
-    device.set_rng_state(state["rng"])
+    try:
+        training.scheduler.load_state_dict(state["scheduler"])
+        device.set_rng_state(state["rng"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{step}: {_first_line(error)} in its schedule or random state; {_ANOTHER}") from error
+
+
+def _load(step: Path, wanted: dict[str, Any], **options: Any) -> Any:
+    """Read a step directory into ``wanted``; raise a :class:`UserError` if its state has another form. Collective."""
+    try:
+        return dist_checkpointing.load(wanted, str(step / "state"), **options)
+    except CheckpointException as error:  # some rank's, raised on all
+        reason = _first_line(next((cause for cause, _ in error.failures.values()), error))
+    except (CheckpointingException, AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = _first_line(error)
+    raise UserError(f"{step}: its state cannot be loaded ({reason}); {_ANOTHER}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def load_optimizer(step: Path, training: TrainingState, config: RunConfig) -> None:
@@ -123,14 +154,14 @@ def load_optimizer(step: Path, training: TrainingState, config: RunConfig) -> No
         raise UserError(f"{where} was trained in {about.dtype}, this stage in {dtype}; change optim.precision or {fix}")
     weights = training.model.sharded_state_dict()
     wanted = optimizer_state.sharded_state(training.optimizer, training.model, weights, is_loading=True)
-    state = dist_checkpointing.load({"optimizer": wanted}, str(step / "state"))
+    state = _load(step, {"optimizer": wanted})
     optimizer_state.load_state(training.optimizer, training.model, state["optimizer"], about.adam_steps)
 
 
 def load_weights(step: Path, model: LoopLM, gate: GateConfig) -> About:
     """Load only the weights of a step directory, into a model of the same shapes."""
     about = check_fit(step, model.model_config, gate)
-    state = dist_checkpointing.load({"model": sharded_weights(model)}, str(step / "state"))
+    state = _load(step, {"model": sharded_weights(model)})
     model.load_state_dict(state["model"])
     return about
 

@@ -18,8 +18,6 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-import torch.distributed as dist
-
 from looplm.checkpoint.verify import MANIFEST, Fingerprint
 from looplm.checkpoint.verify import find_fault as find_fault
 from looplm.checkpoint.verify import fingerprint as fingerprint
@@ -110,26 +108,29 @@ def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str])
         return
     for step in steps:
         permanent = keep_every > 0 and _number(step) % keep_every == 0
-        if step < kept[-1] and not permanent and not step.is_symlink():
+        if _number(step) < _number(kept[-1]) and not permanent and not step.is_symlink():
             deleted = folder / f".{step.name}.deleted"
             os.rename(step, deleted)  # half a deleted step is no step
             shutil.rmtree(deleted, ignore_errors=True)
 
 
 def locate(directory: str) -> Path:
-    """Return the complete step directory that ``directory`` is or contains.
+    """Return the complete step directory that ``directory`` is or contains. Collective, as :func:`newest` is.
 
     Raises:
         UserError: there is no checkpoint, or the one named is damaged.
     """
-    path = Path(directory)
+    return process_groups.on_rank_0(lambda: _locate(Path(directory)))
+
+
+def _locate(path: Path) -> Path:
     if (path / MANIFEST).exists():
         fault = find_fault(path.resolve())  # a link that the user names is the user's
         if fault:
             raise UserError(f"{path}: {fault}; take another step directory")
         return path
     faults: list[str] = []
-    found = newest(path / "checkpoints", faults.append)
+    found = _newest(path / "checkpoints", faults.append)
     if found is None:
         reason = f" ({'; '.join(faults)})" if faults else ""
         raise UserError(
@@ -143,17 +144,16 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
     Collective if torch.distributed is initialized: every rank gets the answer of rank 0.
     """
-    found: list[Path | None] = [None]
-    if process_groups.is_rank_0():
-        for step in steps_in(folder):
-            fault = find_fault(step)
-            if fault is None:
-                found = [step]
-                break
-            say(f"{step}: {fault}; falling back to the checkpoint before it")
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return process_groups.on_rank_0(lambda: _newest(folder, say))
+
+
+def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    for step in steps_in(folder):
+        fault = find_fault(step)
+        if fault is None:
+            return step
+        say(f"{step}: {fault}; falling back to the checkpoint before it")
+    return None
 
 
 def step_name(step: int) -> str:

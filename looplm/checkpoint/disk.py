@@ -1,0 +1,48 @@
+"""The disk of a run's checkpoints: examined before the run, so that a full one is found before days of training."""
+
+from pathlib import Path
+
+import looplm.checkpoint.step_folder as step_folder
+from looplm.accounting import checkpoint_bytes
+from looplm.cli import UserError
+from looplm.config import RunConfig
+from looplm.failures import StorageFailure
+from looplm.files import free_bytes, write_whole
+from looplm.megatron import process_groups
+
+
+def prepare(config: RunConfig) -> None:
+    """Clean up after a killed run, and refuse a disk that cannot hold the checkpoints of this one. Collective.
+
+    Only for the one run that holds ``output_dir``.
+
+    Raises:
+        UserError: the disk cannot be written, or has too little room.
+    """
+    process_groups.on_rank_0(lambda: _prepare(config, Path(config.output_dir) / "checkpoints"))
+
+
+def _prepare(config: RunConfig, folder: Path) -> None:
+    try:
+        if folder.is_dir():
+            step_folder.recover(folder)
+        probe = folder / ".probe"
+        write_whole(probe, "x" * 4096)  # also finds a disk without free inodes, or one that can only be read
+        probe.unlink()
+    except (StorageFailure, OSError) as error:
+        raise UserError(f"output_dir: {error}") from error
+    size = checkpoint_bytes(config.model, config.gate, config.optim.precision, config.loss.frozen_trunk)
+    every, steps, keep = config.checkpoint.save_every, config.optim.train_steps, config.checkpoint.keep
+    count = min(keep + 1, -(-steps // every) if every else 1)
+    held = sum(path.stat().st_size for step in step_folder.steps_in(folder) for path in step_folder.files_in(step))
+    needed, free = max(size, count * size - held), free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"output_dir: the disk of {folder} has {_size(free)} free, but this run needs {_size(needed)} more for "
+            f"{count} checkpoints of {_size(size)} (checkpoint.keep={keep} and one being written); free space, lower "
+            "checkpoint.keep or choose another disk"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
