@@ -33,6 +33,7 @@ class NumericalFailure(Failure):
     """Losses or gradients that are not finite, or keep rising, for longer than the configuration allows."""
 
     status = 3
+    is_shared = True
 
 
 class Hang(Failure):
