@@ -139,10 +139,10 @@ class HarnessModel(TemplateLM):
             pair = self._encode_pair(context, continuation)
             where = f"tasks: the continuation {continuation!r} of {context[-40:]!r}"
             if not pair[1]:
-                raise UserError(f"{where}: has no tokens, so nothing can be scored; remove the item from the task")
+                raise UserError(f"{where} has no tokens to score; remove the item from the task")
             if len(pair[1]) > self._context:
-                fix = f"{len(pair[1])} tokens exceed the model's context of {self._context}; remove it from the task"
-                raise UserError(f"{where}: {fix}")
+                size = f"has {len(pair[1])} tokens, more than the model's context of {self._context}"
+                raise UserError(f"{where} {size}; remove the item from the task")
             pairs.append(((context, continuation), *pair))
         self._tell_truncation(sum(len(context) + len(answer) > self._context + 1 for _, context, answer in pairs))
         return self._loglikelihood_tokens(pairs, disable_tqdm)

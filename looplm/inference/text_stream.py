@@ -95,7 +95,8 @@ class TextStream:
         while length < end:
             room = end - length
             self.tokens[kept] = self.tokens[kept]._replace(text=self.tokens[kept].text[:room])
-            length += min(self._lengths[kept], room)
+            self._lengths[kept] = min(self._lengths[kept], room)
+            length += self._lengths[kept]
             kept += 1
         del self.tokens[kept:], self._lengths[kept:]
 

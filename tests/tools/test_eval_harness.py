@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
+from tokenizers import Tokenizer, processors
 
 from looplm import checkpoint
 from looplm.config import GateConfig
 from looplm.huggingface.convert import export_model
 from tests.support.generation_oracle import build
-from tests.support.tiny import MODEL, TEXTS, about_weights
+from tests.support.tiny import BOS, MODEL, TEXTS, about_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = GateConfig(state_size=8, sequence_level=True)
@@ -68,6 +70,13 @@ def found(
     opened = checkpoint.open_model(str(folder / "step"), single_process, dtype=None)
     export_model(opened, folder / "export", "looplm", None, 10**9)
     write_tasks(folder / "tasks")
+    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", BOS)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = replace(about_weights("float32"), begin_id=BOS)
+    checkpoint.save_weights(folder / "step-bos", model, GATE, about, folder / "tokenizer.json")
+    opened = checkpoint.open_model(str(folder / "step-bos"), single_process, dtype=None)
+    export_model(opened, folder / "export-bos", "looplm", None, 10**9)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HOME": str(folder / "hf"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "tests.support.harness_worker", "step", "export", "tasks", "found.json"]
@@ -100,6 +109,38 @@ def test_the_command_shows_and_writes_results(found: dict[str, Any]) -> None:
     assert 0 <= report["results"]["tiny_choice"]["acc,none"] <= 1
     assert report["n-samples"]["tiny_text"]["effective"] == 5 and report["depth"] == 4
     assert "tiny_choice" in found["shown"]
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    text="A text's BOS is put in once, and not scored: pairs, whole texts and continuations equal those of the export",
+    expected="equal scores; lm-evaluation-harness's own rolling score counts BOS too",
+)
+def test_a_text_begins_with_bos_once(found: dict[str, Any], record_property: Callable[[str, object], None]) -> None:
+    bos = found["bos"]
+    ours, theirs = bos["pairs"]
+    assert ours == approximately(theirs)
+    ours, once, twice = bos["texts"]
+    assert ours[:2] == approximately(once[:2])
+    assert twice[0] < once[0] - 1, "the tokenizer adds BOS"
+    ours, theirs = bos["generated"]
+    assert ours == theirs and all(ours)
+    record_property("seen", "equal scores; BOS once")
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    text="A choice that melts into the context's last token has a score; one without tokens is refused",
+    expected="the score of its own tokens after the context; one line that names the choice",
+)
+def test_a_choice_that_melts_into_the_context(
+    found: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
+    ours, theirs = found["bos"]["melting"]
+    assert ours == approximately(theirs) and ours[0][0] < 0
+    message = found["bos"]["empty"]
+    assert message == "tasks: the continuation '' of 'abc' has no tokens to score; remove the item from the task"
+    record_property("seen", f"a score; {message}")
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ def test_special_tokens_without_ids_in_any_file(corpus, tmp_path, single_process
     config = {key: value for key, value in ouro.CONFIG.items() if not key.endswith("_token_id")}
     source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(config), config, corpus / "tokenizer.json")
     found = examine(source)
-    assert found.description.ids == (BOS, EOS, PAD)
+    assert found.description.ids == (BOS, (EOS,), PAD)
     swapped = with_tokens(found, {"bos": None, "eos": "<pad>", "pad": "<eos>"})
     import_source(swapped, tmp_path / "ours", single_process)
     export(tmp_path / "ours", tmp_path / "out", single_process)

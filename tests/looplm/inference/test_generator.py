@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from tokenizers import AddedToken
 
 from looplm.cli import UserError
 from looplm.inference import Generation, GenerationConfig, Generator
@@ -242,6 +243,9 @@ def test_a_stop_string_that_ends_inside_a_token() -> None:
 
         def decode(self, ids: list[int]) -> str:
             return "".join(self.words[i] for i in ids)
+
+        def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
+            return {}
 
     stream = TextStream(Words(), [], stop=(";",))  # type: ignore[arg-type]
     assert [token.text for token in stream.push(0, 4)] == ["one "]
