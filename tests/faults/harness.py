@@ -7,9 +7,12 @@ that it has started. A rank that still runs at the deadline fails the test: noth
 
 import json
 import os
+import re
 import signal
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -23,13 +26,13 @@ import torch.distributed as dist
 import yaml
 from torch.utils.data import DataLoader, Dataset
 
+from looplm import checkpoint
 from looplm.cli import run_main, to_dict
 from looplm.config import RunConfig
 from pretrain import data
 from pretrain.train import main
 from pretrain.trainer import Trainer
 from tests.support.launch import SERVER
-from tests.support.saving import spare_the_spawn
 from tests.support.tiny import train_rows
 
 DEADLINE = 120.0  # seconds; a job here takes a few, but eight of them may share two cores
@@ -173,11 +176,9 @@ def records(folder: Path | str) -> list[Path]:
 
 
 def leftovers(folder: Path | str) -> list[str]:
-    """Return the hidden and temporary files that a run has left behind."""
-    paths = Path(folder).rglob("*")
-    return sorted(
-        str(path.relative_to(folder)) for path in paths if path.name.startswith(".") and path.name != ".metadata"
-    )
+    """Return the hidden and temporary files that a run has left behind; the cache of indices keeps its lock."""
+    hidden = [path for path in Path(folder).rglob(".*") if path.name != ".metadata" and "index_cache" not in path.parts]
+    return sorted(str(path.relative_to(folder)) for path in hidden)
 
 
 # ---- what happens in a rank
@@ -193,7 +194,6 @@ def _rank(rank: int, ranks: int, port: int, config: Path, log: Path, faults: Seq
     variables["LOCAL_WORLD_SIZE"] = ranks
     os.environ |= {name: str(value) for name, value in variables.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
-    spare_the_spawn()
     note_samples(rank, log.parent)
     for fault in faults:
         fault(rank)
@@ -232,21 +232,46 @@ def note_samples(rank: int, folder: Path) -> None:
     Trainer.train = train_and_note  # type: ignore[method-assign]
 
 
+class Moment(NamedTuple):
+    """An event of a rank: the ``count``-th (from 1) that :func:`events` calls ``label``."""
+
+    label: str
+    count: int = 1
+
+
 class _Trace:
-    """Numbered events of one rank: its steps, evaluations, collectives and changes of files in the run's folder."""
+    """Events of one rank: its collectives and changes of files, in the rank itself and in the writer that it forks.
 
-    def __init__(self, folder: str, target: Path, last: int | None) -> None:
-        self._folder, self._last, self._number, self._pid = folder, last, 0, os.getpid()
-        self._file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    A label says what the rank is doing (start, step 3, evaluation 1, save 2, end), the writer's process if it is that,
+    and the event: ``save 2: writer: open checkpoints/.step_00000004.partial/config.yaml``.
+    """
 
-    def note(self, label: str) -> None:
-        """Note an event of the rank itself, and kill the rank if it is the last one."""
-        if os.getpid() != self._pid:
-            return
-        self._number += 1
+    def __init__(self, folder: str, target: Path, moment: Moment | None, spares_the_rank: bool) -> None:
+        self._folder, self._moment, self._spares_the_rank = folder, moment, spares_the_rank
+        self._pid, self._counts, self._found = os.getpid(), Counter[str](), Counter[str]()
+        self._doing = "start"
+        self._file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+
+    def enter(self, name: str) -> None:
+        """Begin the next step, evaluation or save."""
+        self._counts[name] += 1
+        self._doing = f"{name} {self._counts[name]}"
+
+    def is_last(self, event: str) -> str | None:
+        """Note an event; return its label if the process has to die here."""
+        if threading.current_thread() is not threading.main_thread():
+            return None
+        label = f"{self._doing}: {'' if os.getpid() == self._pid else 'writer: '}{event}"
+        self._found[label] += 1
         os.write(self._file, f"{label}\n".encode())
-        if self._number == self._last:
+        return label if self._moment == (label, self._found[label]) else None
+
+    def die(self, label: str) -> None:
+        """Kill the rank, and this process if it is the rank's writer."""
+        os.write(self._file, f"killed at {label}\n".encode())
+        if not self._spares_the_rank:
             os.kill(self._pid, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Note a change of a file."""
@@ -255,36 +280,52 @@ class _Trace:
         path, flags = os.fspath(arguments[0]), arguments[2] if event == "open" else 0
         writes = event != "open" or flags & (os.O_WRONLY | os.O_RDWR)
         if writes and isinstance(path, str) and path.startswith(self._folder):
-            if flags & os.O_TRUNC and self._number + 1 == self._last:  # die after the truncation, before the content
-                self._last += 1
-                os.close(os.open(path, flags))
-            self.note(f"{event} {path[len(self._folder) :]}")
+            name = re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", path[len(self._folder) :])  # new each time
+            label = self.is_last(f"{event} {name}")
+            if label is not None:
+                if flags & os.O_TRUNC:  # die after the truncation, before the content
+                    self._moment = None
+                    os.close(os.open(path, flags))
+                self.die(label)
 
 
-def trace(folder: str, targets: Path, victim: int, last: int | None, rank: int) -> None:
-    """Fault: number the events of each rank, and kill ``victim`` at the event number ``last``."""
-    found = _Trace(folder + "/", targets / f"events_rank{rank}.txt", last if rank == victim else None)
-    for name in ("all_reduce", "barrier", "broadcast_object_list"):
+def trace(folder: str, targets: Path, victim: int, moment: Moment | None, spares_the_rank: bool, rank: int) -> None:
+    """Fault: note the events of each rank, and kill ``victim`` at a moment."""
+    mine = moment if rank == victim else None
+    found = _Trace(folder + "/", targets / f"events_rank{rank}.txt", mine, spares_the_rank)
+    for name in ("all_reduce", "barrier", "broadcast_object_list", "gather_object"):
         setattr(dist, name, _noted(getattr(dist, name), name, found))
-    for name in ("train", "evaluate"):
-        setattr(Trainer, name, _noted(getattr(Trainer, name), name, found))
+    _announce(Trainer, "train", "step", found)
+    _announce(Trainer, "evaluate_until", "evaluation", found)
+    _announce(checkpoint.Saver, "save", "save", found)
     sys.addaudithook(found.audit)
 
 
-def _noted(function: Callable[..., Any], label: str, found: _Trace) -> Callable[..., Any]:
+def _announce(owner: type, method: str, name: str, found: _Trace) -> None:
+    function = getattr(owner, method)
+
     def call(*arguments: Any, **keys: Any) -> Any:
-        found.note(label)
+        found.enter(name)
+        return function(*arguments, **keys)
+
+    setattr(owner, method, call)
+
+
+def _noted(function: Callable[..., Any], event: str, found: _Trace) -> Callable[..., Any]:
+    def call(*arguments: Any, **keys: Any) -> Any:
+        if (label := found.is_last(event)) is not None:
+            found.die(label)
         return function(*arguments, **keys)
 
     return call
 
 
-def killed_at(config: RunConfig, victim: int, last: int | None) -> Fault:
-    """Return the fault that kills ``victim`` at its event number ``last``; with None it only counts."""
+def killed_at(config: RunConfig, victim: int, moment: Moment | None, spares_the_rank: bool = False) -> Fault:
+    """Return the fault that kills a rank with its writer, or the writer alone; without a moment, only note events."""
     logs = Path(f"{config.output_dir}.logs")
-    return partial(trace, config.output_dir, logs, victim, last)
+    return partial(trace, config.output_dir, logs, victim, moment, spares_the_rank)
 
 
 def events(config: RunConfig, rank: int) -> list[str]:
-    """Return the events of a rank in the last traced run."""
+    """Return the labels of a rank's events in the last traced attempt; its death is the last one."""
     return (Path(f"{config.output_dir}.logs") / f"events_rank{rank}.txt").read_text().splitlines()
