@@ -13,10 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from looplm.checkpoint import Health
+from looplm.checkpoint import Health, TrainingState, optimizer_state
 from looplm.config import RunConfig
 from looplm.failures import NumericalFailure
 from looplm.files import write_whole
@@ -168,6 +169,29 @@ def report(
     )
 
 
+@torch.no_grad()
+def require_finite(state: TrainingState, step: int) -> None:
+    """Raise if any rank holds a weight or a moment of Adam's that is not finite; collective.
+
+    A checkpoint of them would be worthless, and would push a healthy one off the disk.
+
+    Raises:
+        NumericalFailure: the message names the first of them.
+    """
+    values = dict(state.model.named_parameters()) | optimizer_state.own_state(state.optimizer, state.model)
+    largest = torch._foreach_norm(list(values.values()), math.inf)
+    finite = torch.stack([value.float() for value in largest]).isfinite().tolist()
+    own = next((name for name, good in zip(values, finite, strict=True) if not good), None)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    for rank, name in enumerate(found):
+        if name is not None:
+            raise NumericalFailure(
+                f"step {step}: {name} is not finite on rank {rank}; no checkpoint is written, the earlier ones stay; "
+                "lower optim.lr and resume"
+            )
+
+
 def _write(path: Path, bad: BadStep) -> None:
     if process_groups.is_rank_0():
         write_whole(path, json.dumps(finite_or_null(dataclasses.asdict(bad)), indent=1, allow_nan=False))
@@ -192,13 +216,12 @@ def summarize(ranks: Sequence[RankFinding]) -> str:
     forward = [(rank, found) for rank, found in micro_batches if found.forward]
     backward = [(rank, found) for rank, found in micro_batches if found.gradients]
     if forward:
-        loop, part = min((found.forward[0] for _, found in forward), key=lambda entry: entry[0])
-        what, seen = f"the {part} of loop {loop}", forward
+        loop, part = first = min((found.forward[0] for _, found in forward), key=lambda entry: entry[0])
+        what, seen = f"the {part} of loop {loop}", [entry for entry in forward if first in entry[1].forward]
     elif backward:  # it passes the last loop first
-        what, seen = (
-            f"the gradient of loop {max(max(found.gradients) for _, found in backward)}'s hidden state",
-            backward,
-        )
+        loop = max(loop for _, found in backward for loop in found.gradients)
+        what = f"the gradient of loop {loop}'s hidden state"
+        seen = [entry for entry in backward if loop in entry[1].gradients]
     else:
         names = list(dict.fromkeys(name for rank in ranks for name in rank.parameters))
         if not names:

@@ -143,6 +143,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
                 validate(trainer, valid_set, config, groups, stop, partial(log.valid, progress), log.say)
             if _due(progress.step, config.checkpoint.save_every, last or bool(stop.asked)):
                 watchdog.enter(f"save of step {progress.step}")
+                health.require_finite(trainer.state, progress.step)
                 saver.save(trainer.state, describe(config, corpus, progress), corpus.tokenizer_file)
                 stop.agree()
                 log.restart_clock()

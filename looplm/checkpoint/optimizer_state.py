@@ -71,6 +71,19 @@ def plain_state(optimizer: MegatronOptimizer, model: nn.Module) -> State:
     return {name: whole[parameter] for name, parameter in trained.items()}
 
 
+def own_state(optimizer: MegatronOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that this rank updates, by name; without moments before the first step."""
+    core, found = _unchained(optimizer), dict[str, Tensor]()
+    for parameter_name, parameter in _trained(model).items():
+        if isinstance(core, DistributedOptimizer) and parameter not in core.model_param_group_index_map:
+            continue  # other ranks update it
+        main, _ = _main(core, parameter)
+        state = {MAIN: main} if parameter.dtype is not torch.float32 else {}
+        state |= {name: core.optimizer.state[main][name] for name in MOMENTS if main in core.optimizer.state}
+        found |= {f"{name} of {parameter_name}": tensor for name, tensor in state.items()}
+    return found
+
+
 @torch.no_grad()
 def load_state(optimizer: MegatronOptimizer, model: nn.Module, state: State, step: int) -> None:
     """Copy a loaded state into the optimizer.

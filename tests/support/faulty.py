@@ -86,11 +86,10 @@ def injected(fault: Fault) -> Iterator[None]:
 
 def everything(trainer: Trainer) -> list[Tensor]:
     """Return copies of this rank's weights, main weights, moments and step counters."""
+    state = optimizer_state.own_state(trainer.optimizer, trainer.model)
     core = optimizer_state._unchained(trainer.optimizer)
-    kept = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
-    states = core.optimizer.state.values() if core.optimizer else ()
-    moments = [value for state in states for value in state.values()]
-    return [torch.as_tensor(value).detach().clone() for value in (*trainer.model.parameters(), *kept, *moments)]
+    counters = [torch.as_tensor(values["step"]) for values in core.optimizer.state.values()] if core.optimizer else []
+    return [value.detach().clone() for value in (*trainer.model.parameters(), *state.values(), *counters)]
 
 
 @contextmanager
