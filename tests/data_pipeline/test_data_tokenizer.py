@@ -99,12 +99,14 @@ MARKS = ["<|bos|>", "<|eos|>", "<|pad|>"]
 
 
 def with_bytes(special: bool = True, **flags: Any) -> Tokenizer:
-    """Return a byte-level BPE of bytes alone, with the marks as added tokens."""
-    tokenizer = train_tokenizer(["a"], TokenizerConfig(vocab_size=259))
-    settings = json.loads(tokenizer.to_str())
+    """Return a byte-level BPE of bytes alone, with the marks and an ordinary word as added tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: index for index, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     added = [AddedToken(name, special=special, normalized=False, **flags) for name in MARKS]
-    tokenizer = Tokenizer.from_str(json.dumps({**settings, "added_tokens": []}))
     (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    tokenizer.add_tokens(["<word>"])
     return tokenizer
 
 
@@ -150,6 +152,8 @@ def test_names_of_control_tokens_stay_text(make: Any, record_property: Any) -> N
     ids = encode(tokenizer, config, NAMED)
     assert ids[-1] == tokenizer.token_to_id("<|eos|>") and not control & set(ids[:-1])
     assert tokenizer.decode(ids[:-1], skip_special_tokens=False).replace("▁", " ") == NAMED
+    if (word := tokenizer.token_to_id("<word>")) is not None:  # other added tokens are found, under their own ids
+        assert encode(tokenizer, config, "a<word>")[-2] == word
     record_property("seen", "one eos, at the end of the document, and the text is restored")
 
 
@@ -193,7 +197,7 @@ def test_names_in_documents_end_no_document(
     data = bytearray(Path(f"{prefix}.bin").read_bytes())
     data[:2] = eos.to_bytes(2, "little")
     Path(f"{prefix}.bin").write_bytes(data)
-    write_manifest(prefix, source="a", split="train", vocab_size=262, tokenizer=manifest.tokenizer, config_sha256="x")
+    write_manifest(prefix, source="a", split="train", vocab_size=260, tokenizer=manifest.tokenizer, config_sha256="x")
     with pytest.raises(UserError, match=rf"holds eos \({eos}\) 17 times in 16 documents"):
         check_prefix(prefix, deep=True)
     record_property("seen", "16 eos ids in 16 documents; 17 are refused")
