@@ -48,8 +48,9 @@ class GenerateConfig(GenerationConfig):
             conversations.
         output: file to write the samples to, one JSON object per line.
         num_samples: continuations per prompt, each with its own seed.
-        add_bos: put the token that begins a text (BOS) before each prompt, unless it starts with it; null does so if
-            the model was imported and its tokenizer does. A conversation (chat) begins without it.
+        add_bos: put the token that begins a text (BOS) before each prompt that does not start with it; null does so if
+            the model's texts began so in training, or if an imported model's tokenizer does. A conversation (chat)
+            begins without it.
         precision: of weights and computation, fp32 or bf16.
     """
 

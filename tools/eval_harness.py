@@ -58,8 +58,8 @@ class HarnessConfig:
         depth: number of loops for every token; null for the trained number.
         exit_threshold: a token exits at the first loop by which its exit probability reaches this; null runs all loops.
         kv_cache: cache for generated text: per_loop (exact), or one that the loops share: last, mean or first.
-        add_bos: begin each text with the token for that (BOS), unless it starts with it; null does so if the model was
-            imported and its tokenizer does.
+        add_bos: begin each text with the token for that (BOS), unless it starts with it; null does so if the model's
+            texts began so in training, or if an imported model's tokenizer does.
         precision: fp32 or bf16.
         output: JSON file for the results.
     """

@@ -48,8 +48,8 @@ class Health:
 class About:
     """The content of about.json. Ids that are not known are None; an unknown ``dtype`` is empty.
 
-    A text ends with any of ``eos_ids``. ``begin_id`` stands before each text; None if texts begin without such a token,
-    as in the data of our own pipeline, even if the tokenizer has a ``bos_id``.
+    A text ends with any of ``eos_ids``. ``begin_id`` stands before each text, usually ``bos_id``; None if texts begin
+    without such a token.
     """
 
     step: int

@@ -1,9 +1,13 @@
 """Helpers of the Hugging Face tests: one of our models as a transformers model, through the table of parameters."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from looplm.config import GateConfig, ModelConfig
@@ -54,3 +58,18 @@ def generate(model: Any, *inputs: Tensor, **settings: Any) -> Tensor:
 def random_ids(rows: int, length: int, vocab: int, seed: int = 0) -> Tensor:
     """Return random token ids [rows, length]."""
     return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache for the code of exports that belongs to one test."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds the cache to it
+    forget()
+    yield
+    forget()

@@ -2,13 +2,11 @@
 
 import ast
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
@@ -19,6 +17,7 @@ from looplm.huggingface.convert import export_model
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from tests.support.generation_oracle import EOS, GATES, MLA, VARIANTS, VOCAB, build, byte_tokenizer
+from tests.support.hf_models import code_cache as code_cache
 from tests.support.hf_models import generate, hf_config, hf_model, random_ids
 from tests.support.parity import TOLERANCE, assert_close_relative, grad_of, relative_error
 from tests.support.tiny import about_weights
@@ -36,21 +35,6 @@ def model(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
 def fresh(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
     """The same model, free to be changed."""
     return hf_model(build(MLA, GATES["sequence"], single_process), GATES["sequence"])
-
-
-@pytest.fixture
-def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache for the code of exports that belongs to one test."""
-
-    def forget() -> None:
-        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-            del sys.modules[name]
-
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds the cache to it
-    forget()
-    yield
-    forget()
 
 
 def load(folder: Path, **keys: Any) -> Any:

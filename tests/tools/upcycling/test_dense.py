@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from looplm import checkpoint
 from looplm.cli import UserError
 from looplm.config import GateConfig
+from looplm.huggingface.convert import export_model
+from looplm.inference import GenerationConfig, Generator
 from pretrain.data import check_corpus
 from pretrain.train import train
+from tests.support.hf_models import code_cache as code_cache
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import VOCAB, run_config, train_rows
 from tools.upcycle import main
@@ -62,6 +66,56 @@ def test_one_loop_over_all_layers_is_the_dense_model(case, corpus, tmp_path, sin
     model = assemble(loop_layers(source.state, None, 1, GateConfig()).state, single_process)
     logits = (model(IDS_BS).hidden[-1] @ model.head_weight().T).transpose(0, 1)
     assert_close_relative({"logits": logits}, {"logits": expected})
+
+
+@pytest.mark.promise(
+    text="A dense model with one loop writes the text that it writes in transformers, and so does its export",
+    expected="the same ids: BOS is put in, and each of several end tokens ends the text",
+)
+def test_one_loop_writes_the_dense_models_text(corpus, tmp_path, single_process, record_property, code_cache):
+    folder = save(LlamaConfig(**SIZES), tmp_path / "dense", corpus)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer.enable_truncation(2)  # transformers does not apply it
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+    def theirs(path: Path, prompt: str) -> list[int]:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
+        ids = AutoTokenizer.from_pretrained(path)(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)[0, ids.size(1) :].tolist()
+
+    (folder / "generation_config.json").write_text("{}")
+    endless = theirs(folder, "def add_1(")
+    last = endless[6]
+    ending = endless[: endless.index(last)]
+    assert len(ending) > 2 and not {1, 3} & set(ending)
+    ends = {"eos_token_id": [last, 1, 3], "pad_token_id": -1, "bos_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    main(["dense", f"--input={folder}", f"--output={tmp_path / 'looped'}", "--loops=1", "--gate.state_size=8"])
+    opened = checkpoint.open_model(str(tmp_path / "looped"), single_process)
+    assert opened.about.eos_ids == (last, 1, 3) and opened.about.begin_id == 0
+    settings = GenerationConfig(temperature=0.0, max_new_tokens=12)
+    (ours,) = Generator.of(opened).generate(["def add_1("], settings)
+    assert ours.ids == ending and ours.finish == "eos"
+    assert theirs(folder, "def add_1(") == [*ending, last]
+
+    opened = checkpoint.open_model(str(tmp_path / "looped"), single_process, dtype=None)
+    export_model(opened, tmp_path / "export", "looplm", None, 10**9)
+    assert theirs(tmp_path / "export", "def add_1(") == [*ending, last]
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "export" / file).read_text())["eos_token_id"] == [last, 1, 3], file
+    named = json.loads((tmp_path / "export/tokenizer_config.json").read_text())
+    assert named["eos_token"] == "<eos>", "one of the three, as before"
+
+    without = Generator.of(opened, add_bos=False).generate(["def add_1("], settings)[0]
+    expected = Generator(opened.model, opened.tokenizer, opened.about.eos_ids).generate(["def add_1("], settings)[0]
+    assert without.ids == expected.ids != ours.ids
+    (again,) = Generator.of(opened).generate(["<bos>def add_1("], settings)
+    assert again.ids == ours.ids, "a prompt that begins with BOS gets no second one"
+    record_property("seen", "the same ids")
 
 
 def test_a_range_of_layers_is_looped_and_learns(llama, corpus, tmp_path, single_process, capsys):
