@@ -228,7 +228,7 @@ def summarize(ranks: Sequence[RankFinding]) -> str:
             return "the gradient's norm is too large for fp32"
         modules = ", ".join(dict.fromkeys(map(module_of, names)))
         shown = names[0] if len(names) == 1 else f"{len(names)} parameters ({modules})"
-        return f"the gradient of {shown} is not finite (on {_ranks(rank.rank for rank in ranks)})"
+        return f"the norm of the gradient of {shown} is not finite (on {_ranks(rank.rank for rank in ranks)})"
     where = f"on {_ranks(rank for rank, _ in seen)}, samples {_spans(sorted({found.samples for _, found in seen}))}"
     return f"{what} is not finite ({where})"
 

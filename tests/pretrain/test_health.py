@@ -3,19 +3,28 @@
 import dataclasses
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from looplm import checkpoint
 from looplm.checkpoint import Health, step_folder
+from looplm.cli import run_main, to_dict
 from looplm.config import LossConfig, ParallelConfig, RunConfig
-from tests.support.faulty import Fault, outcome, run_faulty
-from tests.support.launch import launch
-from tests.support.tiny import run_config
+from looplm.failures import NumericalFailure
+from pretrain.health import finite_or_null, require_finite
+from pretrain.train import build, main
+from tests.support.faulty import Fault, injected, outcome, run_faulty
+from tests.support.launch import SERVER, launch
+from tests.support.saving import spare_the_spawn
+from tests.support.tiny import run_config, train_rows
 
 TWELVE = {"train_steps": 12, "warmup_steps": 2, "decay_steps": 0, "schedule": "constant"}
+LAST_NORM = "decoder.final_layernorm.weight"
 SAVES = {"save_every": 3, "keep": 2}
 
 
@@ -48,6 +57,95 @@ def test_one_gradient_that_is_not_finite_is_skipped(
     record_property("seen", said)
 
 
+def spoiled_command(fault: Fault, *arguments: str) -> None:
+    """Run ``python -m pretrain.train`` with a fault, in a forked process."""
+    spare_the_spawn()
+    torch.set_num_threads(1)
+    sys.argv[1:] = arguments
+    with injected(fault):
+        run_main(main)
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    text="After health.max_skipped steps in a row the run ends; the healthy checkpoint is kept",
+    expected="status 3, one line that names step, loop and samples, and the command that replays them",
+)
+def test_gradients_that_stay_not_finite_end_the_run(corpus, tmp_path, capfd, record_property):
+    config = run_config(corpus, tmp_path / "run", optim=TWELVE, checkpoint=SAVES)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    fault = Fault(kind="gradient", steps=range(5, 13), loop=3)
+    process = SERVER.Process(target=spoiled_command, args=(fault, "--config", str(path)))
+    process.start()
+    process.join(120)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    replay = tmp_path / "run/failures/step_00000008.json"
+    what = "step 8: the gradient of loop 3's hidden state is not finite (on rank 0, samples 28-29)"
+    ends = "health.max_skipped=3 allows no further step without an update (4 in a row)"
+    assert errors == [f"error: {what}; {ends}; look at the batch with: python -m tools.replay {replay}"]
+    assert process.exitcode == 3
+    record_property("seen", f"status 3: error: {what}; {ends}")
+    assert steps_of(tmp_path / "run") == [3, 6]
+    assert [row["skipped"] for row in train_rows(tmp_path / "run")] == [0, 0, 0, 0, 1, 2, 3, 4]
+    bad = json.loads(replay.read_text())
+    assert bad["samples"] == [28, 32] and bad["hidden_grad_norm"] == [None] * 3 and bad["grad_norms"]["mlp"] is None
+    assert all(value < 7 for value in bad["loss_per_loop"]) and bad["ranks"][0]["micro_batches"][0]["gradients"]
+    assert step_folder.find_fault(Path(bad["weights"])) is None and "state" not in bad["weights"]
+
+
+@pytest.mark.slow
+def test_a_run_with_skipped_steps_resumes_bit_for_bit(corpus, tmp_path, single_process):
+    """Adam's bias correction, the schedule and the number of steps skipped in a row."""
+    changes = {"optim": {**TWELVE, "train_steps": 6, "precision": "bf16"}, "health": {"max_skipped": 2}}
+    straight = run_config(corpus, tmp_path / "straight", **changes)
+    halves = run_config(corpus, tmp_path / "halves", checkpoint={"save_every": 3}, **changes)
+    run_faulty(straight, Fault(kind="gradient", steps={2, 3, 5}))
+    run_faulty(halves, Fault(kind="gradient", steps={2, 3, 5}))
+    saved = tmp_path / "halves/checkpoints"
+    assert checkpoint.read_about(saved / "step_00000003").health == Health(skipped=2, skipped_in_a_row=2)
+    (saved / "step_00000006/manifest.json").unlink()
+    run_faulty(halves, Fault(kind="gradient", steps={2}))  # its second step is step 5
+    exact = ("step", "loss", "loss_per_loop", "grad_norm", "grad_norms", "hidden_rms", "learning_rate", "skipped")
+    found, expected = ([[row[key] for key in exact] for row in outcome(it)["rows"]] for it in (halves, straight))
+    assert found == expected
+
+    (saved / "step_00000006/manifest.json").unlink()
+    run_faulty(halves, Fault(kind="gradient", steps={1}))
+    status, message = outcome(halves)["error"]
+    assert status == 3 and message.startswith("step 4: ") and "(3 in a row)" in message, "two were skipped before"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("value", "clip_grad", "what"),
+    [
+        (1e25, 0.0, "the norm of the gradient of decoder.final_layernorm.weight is not finite (on rank 0)"),
+        (1.1e19, 1.0, "the gradient's norm is too large for fp32"),
+    ],
+)
+def test_a_gradient_too_large_for_its_norm_is_skipped(corpus, tmp_path, single_process, value, clip_grad, what):
+    """Its square overflows fp32: clipping would then multiply every gradient by 0, or Adam's second moment be inf."""
+    config = run_config(corpus, tmp_path, optim={**TWELVE, "train_steps": 3, "clip_grad": clip_grad})
+    run_faulty(config, Fault(kind="weight gradient", steps={2}, parameter=LAST_NORM, value=value))
+    found = outcome(config)
+    assert found["changed"] == [[1, 3]] and found["skipped"][0]["what"] == what
+
+
+def test_weights_and_moments_that_are_not_finite_are_not_saved(corpus, tmp_path, single_process):
+    trainer, _ = build(run_config(corpus, tmp_path), single_process)
+    require_finite(trainer.state, 7)
+    with torch.no_grad():
+        trainer.model.decoder.layers[0].mlp.linear_fc1.weight[3, 2] = math.inf
+    name = r"decoder\.layers\.0\.mlp\.linear_fc1\.weight"
+    with pytest.raises(NumericalFailure, match=f"step 7: {name} is not finite on rank 0; no checkpoint is written"):
+        require_finite(trainer.state, 7)
+
+
+def test_json_has_null_for_numbers_that_are_not_finite():
+    assert finite_or_null({"a": [1.5, math.nan], "b": (math.inf, 2, "x")}) == {"a": [1.5, None], "b": [None, 2, "x"]}
+
+
 # Two ranks each: layout, precision, fault, and what the run says. A step has samples 4 n to 4 n + 3.
 CASES = {
     "TP2": (
@@ -60,7 +158,7 @@ CASES = {
         {"tensor": 2},
         "bf16",
         Fault(kind="weight gradient", steps={3}, rank=1, parameter="decoder.final_layernorm.weight"),
-        "the gradient of decoder.final_layernorm.weight is not finite (on rank 1)",
+        "the norm of the gradient of decoder.final_layernorm.weight is not finite (on rank 1)",
     ),
     "PP2": (
         {"pipeline": 2},
@@ -72,7 +170,7 @@ CASES = {
         {"pipeline": 2},
         "fp32",
         Fault(kind="weight gradient", steps={3}, rank=0, parameter="embedding.word_embeddings.weight", value=math.inf),
-        "the gradient of embedding.word_embeddings.weight is not finite (on rank 0)",
+        "the norm of the gradient of embedding.word_embeddings.weight is not finite (on rank 0)",
     ),
     "CP2": (
         {"context": 2},
@@ -90,7 +188,7 @@ CASES = {
         {},
         "fp32",
         Fault(kind="weight gradient", steps={3}, rank=1, parameter="decoder.layers.0.mlp.linear_fc1.weight"),
-        "the gradient of decoder.layers.0.mlp.linear_fc1.weight is not finite (on rank 1)",
+        "the norm of the gradient of decoder.layers.0.mlp.linear_fc1.weight is not finite (on rank 1)",
     ),
     "DP2, a loss": (
         {},
