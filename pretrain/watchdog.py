@@ -26,6 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.config import HealthConfig
 from looplm.failures import Failure, Hang, NumericalFailure, StorageFailure, UserError
+from looplm.files import storage_failure
 from looplm.megatron import process_groups
 from pretrain import launcher
 from pretrain.stopping import STOPPED, StopRequest
@@ -133,14 +134,15 @@ class Watchdog:
     def _judge(self, error: Exception) -> Exception:
         """Tell the other ranks of this rank's failure; return the failure of another rank if that is its cause."""
         lost = process_groups.lost_peer(error) if isinstance(error, RuntimeError) else None
-        found = lost or error
+        disk = None if isinstance(error, Failure) else storage_failure(error)
+        found = lost or disk or error
         self._status = getattr(found, "status", 1)
         if self._store is None:
             return found
         if lost is not None and not self._store.check(["call"]):
             return Hang(self._find_late(f"{self._phase.name}: {lost}"))
-        line = next(iter(str(error).splitlines()), "")
-        call = self._set_call(self._status, line if isinstance(error, Failure) else f"{type(error).__name__}: {line}")
+        line = next(iter(str(found).splitlines()), "")
+        call = self._set_call(self._status, line if isinstance(found, Failure) else f"{type(error).__name__}: {line}")
         if lost is None or call["status"] is None:
             return found
         self._status = call["status"]
