@@ -61,9 +61,13 @@ class Job:
         config: the run's; ``output_dir`` must be below a folder of the test.
         ranks: number of processes.
         faults: functions that each rank runs before it trains, to prepare its own misfortune.
+        arguments: of the command, after ``--config``.
+        of: number of processes that the ranks are told, if some are never started.
     """
 
-    def __init__(self, config: RunConfig, ranks: int, *faults: Fault) -> None:
+    def __init__(
+        self, config: RunConfig, ranks: int, *faults: Fault, arguments: Sequence[str] = (), of: int = 0
+    ) -> None:
         self.folder, self._pids = Path(config.output_dir), list[int]()
         self.logs = self.folder.parent / f"{self.folder.name}.logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -73,7 +77,10 @@ class Job:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.outputs = [self.logs / f"attempt{attempt}_rank{rank}.txt" for rank in range(ranks)]
         self.processes = [
-            SERVER.Process(target=_rank, args=(rank, ranks, self._store.port, path, self.outputs[rank], faults))
+            SERVER.Process(
+                target=_rank,
+                args=(rank, of or ranks, self._store.port, (str(path), *arguments), self.outputs[rank], faults),
+            )
             for rank in range(ranks)
         ]
 
@@ -184,7 +191,7 @@ def leftovers(folder: Path | str) -> list[str]:
 # ---- what happens in a rank
 
 
-def _rank(rank: int, ranks: int, port: int, config: Path, log: Path, faults: Sequence[Fault]) -> None:
+def _rank(rank: int, ranks: int, port: int, words: Sequence[str], log: Path, faults: Sequence[Fault]) -> None:
     """Run the training command with torchrun's environment variables and with its output written to ``log``."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -197,7 +204,7 @@ def _rank(rank: int, ranks: int, port: int, config: Path, log: Path, faults: Seq
     note_samples(rank, log.parent)
     for fault in faults:
         fault(rank)
-    sys.argv = ["pretrain.train", "--config", str(config)]
+    sys.argv = ["pretrain.train", "--config", *words]
     run_main(main)
 
 

@@ -2,66 +2,17 @@
 
 import random
 import signal
-from functools import cache
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from looplm.config import RunConfig
 from tests.faults import harness
-from tests.support.tiny import run_config
+from tests.faults.layouts import LAYOUTS, Reference, config_of
 
 pytestmark = pytest.mark.slow
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "two replicas": (2, {"distributed_optimizer": True}),
-    "tensor parallel": (2, {"tensor": 2}),
-    "pipeline": (2, {"pipeline": 2}),
-}
-STEPS = 8
 KILLED = -signal.SIGKILL
-
-
-class Reference(NamedTuple):
-    """An uninterrupted run."""
-
-    rows: list[tuple[str, ...]]
-    samples: dict[int, list[int]]
-    events: list[list[str]]  # of each rank
-
-
-def config_of(layout: str, corpus: Path, folder: Path) -> RunConfig:
-    return run_config(
-        corpus,
-        folder,
-        optim={"train_steps": STEPS},
-        parallel=LAYOUTS[layout][1],
-        checkpoint={"save_every": 2},
-        logging={"eval_every": 3, "tensorboard": False},
-    )
-
-
-@pytest.fixture(scope="module")
-def references(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a function that trains without interruption in a layout, once."""
-
-    @cache
-    def reference(layout: str) -> Reference:
-        config, ranks = config_of(layout, corpus, tmp_path_factory.mktemp("whole") / "run"), LAYOUTS[layout][0]
-        harness.complete(config, ranks, harness.killed_at(config, 0, None))
-        folder = config.output_dir
-        found = Reference(
-            harness.exact_rows(folder),
-            harness.samples_by_step(folder),
-            [harness.events(config, rank) for rank in range(ranks)],
-        )
-        assert [row[0] for row in found.rows] == [str(step) for step in range(1, STEPS + 1)]
-        assert list(chain.from_iterable(found.samples.values())) == list(range(4 * STEPS)), "each once, in order"
-        return found
-
-    return reference
 
 
 def moment(events: list[str], seed: str) -> harness.Moment:
