@@ -75,15 +75,14 @@ def parse_config(cls: type[ConfigType], argv: Sequence[str], *, prog: str, descr
     """
     for argument in argv:
         if not is_unicode(argument):
-            raise UserError(
-                f"{os.fsencode(argument)!r}: an argument that is not UTF-8; set the terminal to UTF-8, or rename the file"
-            )
+            fix = "set the terminal to UTF-8, or rename the file"
+            raise UserError(f"{os.fsencode(argument)!r}: an argument that is not UTF-8; {fix}")
     given = _Given(cls)
     words, wants_help, wants_values = list[str](), False, False
     for flag, value in _flags(cls, argv):
         if flag in ("-h", "--help"):
             wants_help = True
-        elif flag == "--print_config":
+        elif flag == "--print_config" and not value:
             wants_values = True
         elif flag == "--config":
             given.add_file(expand_path(_required(flag, value), flag))
@@ -207,7 +206,7 @@ class _Given:
         self.origins = {key: origin for key, origin in self.origins.items() if not f"{key}.".startswith(f"{name}.")}
         text = _required(flag, text)
         value: Any = Flag(text)
-        if text.strip()[:1] in ("{", "[") and (section_of(hint) or _is_tuple(hint)):
+        if text.strip()[:1] in ("{", "[") and _is_collection(hint):
             value = parse_yaml(text, flag).values
         for part in reversed(name.split(".")):
             value = {part: value}
@@ -269,6 +268,11 @@ def _names(cls: type, prefix: str = "") -> Iterator[str]:
 
 def _is_tuple(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple
+
+
+def _is_collection(hint: Any) -> bool:
+    parts = (hint, *typing.get_args(hint))
+    return any(dataclasses.is_dataclass(part) or typing.get_origin(part) in (tuple, dict) for part in parts)
 
 
 def _shown(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

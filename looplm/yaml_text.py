@@ -70,7 +70,7 @@ def parse_yaml(text: str, where: str) -> Document:
         raise UserError(f"{where}:{number}: not valid YAML: {character} is not allowed in it; remove it") from error
     except RecursionError as error:
         raise UserError(f"{where}: not valid YAML: too many lists or mappings in one another") from error
-    except ValueError as error:  # PyYAML converts escapes such as "\UFFFFFFFF" without a check
+    except (ValueError, OverflowError) as error:  # PyYAML converts escapes such as "\UFFFFFFFF" without a check
         raise UserError(f"{where}: not valid YAML: {_one_line(str(error))}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from looplm import checkpoint
-from looplm.bounds import check_bounds, positive
+from looplm.bounds import check_bounds, path_field, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import parse_command, require, run_main
 from looplm.huggingface.companion_files import names_sharing_an_id
@@ -58,7 +58,7 @@ class ExportConfig:
         max_shard_gb: largest size of a weight file, in units of 1e9 bytes.
     """
 
-    checkpoint: str
+    checkpoint: str = path_field()
     output: Path
     layout: Literal["auto", "ouro", "looplm"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
