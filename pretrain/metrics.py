@@ -5,6 +5,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from tqdm import tqdm
 
 from looplm.accounting import training_flops_per_token
 from looplm.config import RunConfig
+from looplm.failures import StorageFailure
+from looplm.files import write_whole, writing
 from looplm.megatron import device, process_groups
 from pretrain.health import BadStep, finite_or_null
 from pretrain.progress import Progress
@@ -27,7 +31,13 @@ class RunLog:
     Args:
         config: the run's.
         start: where the run starts or resumes; lines of metrics.jsonl after that step are dropped.
+
+    Attributes:
+        failure: of the disk, if something could not be written. Nothing is raised here: the other ranks would wait for
+            this one. All ranks look at it together.
     """
+
+    failure: StorageFailure | None = None
 
     def __init__(self, config: RunConfig, start: Progress) -> None:
         self.enabled, self._config, self._total = process_groups.is_rank_0(), config, config.optim.train_steps
@@ -40,12 +50,14 @@ class RunLog:
         peak = config.logging.peak_tflops
         self._peak = (1e12 * peak if peak else device.peak_flops()) * dist.get_world_size()
         folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        _drop_lines_after(self._path, start.step)
         self._board = None
-        if config.logging.tensorboard:
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start.step + 1 if start.step else None)
+        with self._noted_failure():
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_lines_after(self._path, start.step)
+            if config.logging.tensorboard:
+                purge_step = start.step + 1 if start.step else None
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         self._bar = tqdm(total=self._total, initial=start.step, unit="step") if sys.stderr.isatty() else None
 
     def train(self, progress: Progress, done: Step) -> None:
@@ -103,10 +115,22 @@ class RunLog:
         if self.enabled:
             for output in (self._board, self._bar):
                 if output is not None:
-                    output.close()
+                    with self._noted_failure():
+                        output.close()
+
+    @contextmanager
+    def _noted_failure(self) -> Iterator[None]:
+        try:
+            with writing(self._path):
+                yield
+        except StorageFailure as failure:
+            self.failure = self.failure or failure
 
     def _write(self, row: dict[str, Any]) -> None:
-        row = finite_or_null(row)
+        with self._noted_failure():
+            self._write_row(finite_or_null(row))
+
+    def _write_row(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._board is None:
@@ -137,7 +161,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    path.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
+    write_whole(path, "".join(line + "\n" for line in rows))
 
 
 def _step_of(line: str) -> float:

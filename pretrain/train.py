@@ -22,7 +22,7 @@ from looplm import chat, checkpoint
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
 from looplm.cli import parse_config, run_main, to_dict
 from looplm.config import RunConfig
-from looplm.files import write_whole
+from looplm.files import write_whole, writing
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain import health, launcher, run_lock
@@ -99,11 +99,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
         process_groups.on_rank_0(lambda: last_validation(folder / "metrics.jsonl")) < progress.step
     )
 
-    if process_groups.is_rank_0():
-        write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        _copy_companions(initial, folder)
-        if corpus.end_id is not None:  # an export then says how to talk to the model
-            write_whole(folder / COMPANION_FOLDER / chat.TEMPLATE_FILE, chat.JINJA)
+    process_groups.on_rank_0(lambda: _write_description(config, corpus, initial))
     log = RunLog(config, progress)
     for line in corpus.left_out:
         log.say(line)
@@ -129,7 +125,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
             state = health.count(progress.health, done.healthy)
             progress = progress.advance(batch_size, data.seq_length, state)
             log.train(progress, done)
-            saver.poll()
+            saver.poll(log.failure)
             if not done.healthy:
                 samples = (first, first + batch_size)
                 bad = health.examine(trainer, done, progress.step, samples, data.micro_batch_size)
@@ -150,6 +146,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
     if stop.asked:
         log.say(f"stopped after step {progress.step} by {stop.asked}; the same command continues")
     log.close()
+    process_groups.share_failure(log.failure)
     return progress.step == total_steps and not stop.asked
 
 
@@ -195,6 +192,16 @@ def build(config: RunConfig, groups: ProcessGroupCollection) -> tuple[Trainer, P
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
+
+
+def _write_description(config: RunConfig, corpus: Corpus, initial: Path | None) -> None:
+    """Write the configuration and the companion files of a run."""
+    folder = Path(config.output_dir)
+    write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    with writing(folder / COMPANION_FOLDER):
+        _copy_companions(initial, folder)
+    if corpus.end_id is not None:  # an export then says how to talk to the model
+        write_whole(folder / COMPANION_FOLDER / chat.TEMPLATE_FILE, chat.JINJA)
 
 
 def _copy_companions(initial: Path | None, folder: Path) -> None:

@@ -10,7 +10,9 @@ from looplm.checkpoint.saving import COMPANION_FOLDER, Saving
 from looplm.checkpoint.state import TrainingState, sharded_state
 from looplm.cli import to_dict
 from looplm.config import CheckpointConfig, RunConfig
+from looplm.failures import StorageFailure
 from looplm.files import write_whole
+from looplm.megatron import process_groups
 
 
 class Saver:
@@ -54,12 +56,16 @@ class Saver:
         if not self._config.checkpoint.in_background:
             self.close()
 
-    def poll(self) -> None:
+    def poll(self, failure: StorageFailure | None = None) -> None:
         """Look after the checkpoint in the making. Call it after each step; it does not wait for the disk.
 
+        Args:
+            failure: of this rank, at another file.
+
         Raises:
-            StorageFailure: the checkpoint could not be written; on every rank.
+            StorageFailure: this, or the checkpoint could not be written; on every rank.
         """
+        process_groups.share_failure(failure)
         if self._saving is not None and self._saving.advance():
             self._published(self._saving.final)
 

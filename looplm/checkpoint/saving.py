@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,7 +91,7 @@ class Saving:
         if is_busy:
             return False
         if self._is_publishing:
-            self.abort()  # nothing is left to be done
+            self._end_process()
             return True
         everything: list[Any] | None = [None] * dist.get_world_size() if process_groups.is_rank_0() else None
         dist.gather_object(self._written, everything, dst=0)
@@ -114,15 +115,12 @@ class Saving:
 
     def _fail(self) -> NoReturn:
         """Stop every rank's process, remove what they wrote, and raise the first failure on every rank."""
-        self.abort()
-        failures: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(failures, self._failure)  # after this, no process writes
-        if process_groups.is_rank_0():
-            step_folder.discard_partial(self.final)
-            step_folder.recover(self.final.parent)
-        failure = StorageFailure(next(filter(None, failures)))
-        failure.is_shared = True
-        raise failure
+        self._end_process()
+        try:
+            process_groups.share_failure(StorageFailure(self._failure) if self._failure else None)
+        finally:
+            self.abort()  # again on rank 0, now that no rank's process writes any more
+        raise AssertionError("no rank has failed")
 
     def wait(self) -> None:
         """Return once the checkpoint is published; raise as :meth:`advance` does."""
@@ -130,7 +128,14 @@ class Saving:
             time.sleep(_PAUSE)
 
     def abort(self) -> None:
-        """End this rank's process. Its files stay until the next run removes them."""
+        """End this rank's process. On rank 0, remove the files; what other ranks still write, the next run removes."""
+        self._end_process()
+        if process_groups.is_rank_0():
+            with suppress(OSError):
+                step_folder.discard_partial(self.final)
+                step_folder.recover(self.final.parent)
+
+    def _end_process(self) -> None:
         if self._process is not None:
             self._process.end()
             self._process = None

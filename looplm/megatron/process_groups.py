@@ -118,6 +118,19 @@ def on_rank_0(action: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
+def share_failure(failure: Failure | None) -> None:
+    """Raise the first failure of any rank on every rank. Collective."""
+    flag = torch.tensor([float(failure is not None)], device=device.DEVICE)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if flag.item() == 0.0:
+        return
+    failures: list[Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    first = next(filter(None, failures))
+    first.is_shared = True
+    raise first
+
+
 def is_rank_0() -> bool:
     """Return True on rank 0, or outside of a job."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,352 @@
+"""Checkpoints are written beside training: what is published, when, and what is left when something fails."""
+
+import errno
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from looplm import checkpoint
+from looplm.checkpoint import saving, step_folder, writer
+from looplm.cli import UserError
+from looplm.config import RunConfig
+from looplm.failures import StorageFailure
+from pretrain.data import check_corpus
+from pretrain.train import train
+from tests.faults import harness
+from tests.support.tiny import run_config, train_rows
+
+pytestmark = pytest.mark.slow
+
+
+def run_to_end(config: RunConfig, groups: Any) -> None:
+    train(config, check_corpus(config.data, config.model.vocab_size), groups)
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in train_rows(folder)]
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """Return the files of a checkpoints folder whose content is the run's state alone."""
+    return {f"{path.parent.parent.name}/{path.name}": path.read_bytes() for path in folder.rglob("*.distcp")}
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every writer process wait before it reads the state, while training goes on."""
+    write = writer._write
+
+    def wait_and_write(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return write(*arguments)
+
+    monkeypatch.setattr(writer, "_write", wait_and_write)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.promise(
+    text="A checkpoint written beside training holds the state at its step, and resumes to the same losses",
+    expected="every shard and every later loss equal to the bit to those of `checkpoint.in_background: false`",
+)
+def test_training_does_not_change_what_is_written(
+    precision, corpus, tmp_path, single_process, monkeypatch, record_property
+) -> None:
+    published: list[int] = []
+    monkeypatch.setattr(checkpoint.Saver, "_published", observed_step(published, tmp_path / "True"))
+    for in_background in (True, False):
+        with monkeypatch.context() as patch:
+            if in_background:
+                slow(patch, 0.5)
+            keys = {"save_every": 3, "keep": 3, "in_background": in_background}
+            config = run_config(corpus, tmp_path / str(in_background), checkpoint=keys, optim={"precision": precision})
+            run_to_end(config, single_process)
+    assert published == [6, 6, 3, 6], "in the background, training was at its end before step 3 was published"
+    beside, waited = (shards(tmp_path / name / "checkpoints") for name in ("True", "False"))
+    assert beside == waited and len(beside) >= 2
+    step = tmp_path / "True/checkpoints/step_00000006"
+    step.rename(tmp_path / "whole")
+    before = losses(tmp_path / "True")
+    run_to_end(run_config(corpus, tmp_path / "True", optim={"precision": precision}), single_process)
+    assert losses(tmp_path / "True") == before == losses(tmp_path / "False") and len(before) == 6
+    record_property("seen", f"{precision}: equal, resumed from step 3, which was published after step 6 was trained")
+
+
+def observed_step(published: list[int], _: Path) -> Callable[..., None]:
+    """Return Saver._published with a note of the newest step in metrics.jsonl at that moment."""
+    original = checkpoint.Saver._published
+
+    def note(self: checkpoint.Saver, final: Path) -> None:
+        published.append(len(train_rows(final.parent.parent)))
+        original(self, final)
+
+    return note
+
+
+def test_a_save_waits_for_the_one_before(corpus, tmp_path, single_process, monkeypatch) -> None:
+    slow(monkeypatch, 0.2)
+    in_the_making: list[int] = []
+    start = saving.Saving.__init__
+
+    def count(self: saving.Saving, final: Path, *arguments: Any) -> None:
+        in_the_making.append(len(list(final.parent.glob(".*.partial"))))
+        start(self, final, *arguments)
+
+    monkeypatch.setattr(saving.Saving, "__init__", count)
+    run_to_end(run_config(corpus, tmp_path, checkpoint={"save_every": 1, "keep": 2}), single_process)
+    assert in_the_making == [0] * 6
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000005",
+        "step_00000006",
+    ]
+
+
+def test_companions_are_copied(corpus, tmp_path, single_process) -> None:
+    (tmp_path / "companions/deep").mkdir(parents=True)
+    (tmp_path / "companions/deep/a.txt").write_text("a")
+    run_to_end(run_config(corpus, tmp_path, optim={"train_steps": 4}), single_process)
+    step = step_folder.locate(str(tmp_path))
+    assert (step / "companions/deep/a.txt").read_text() == "a"
+    assert step_folder.find_fault(step) is None
+
+
+# ---- writers that fail
+
+FAILURES: dict[str, tuple[Callable[[], object], str]] = {
+    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed (signal 9); repeat the command to resume"),
+    "an exception": (lambda: [][1], "could not be written (IndexError: list index out of range); repeat the command"),
+    "no answer": (lambda: os._exit(7), "ended with status 7; repeat the command to resume"),
+    "input/output error": (partial(os.strerror, 0), "the disk reports an error ("),
+}
+
+
+def fail(how: str) -> None:
+    if how == "input/output error":
+        raise OSError(errno.EIO, "Input/output error")
+    FAILURES[how][0]()
+
+
+def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
+    """Fault: let the writer of one rank fail in ``function``, in its ``save``-th checkpoint."""
+    original, calls = getattr(writer, function), [0]
+    fork = os.fork
+
+    def counted_fork() -> int:
+        calls[0] += 1
+        return fork()
+
+    def failing(*arguments: Any) -> Any:
+        if calls[0] == save:
+            fail(how)
+        return original(*arguments)
+
+    if rank == victim:
+        writer.os.fork = counted_fork
+        setattr(writer, function, failing)
+
+
+@pytest.mark.parametrize(
+    ("how", "victim", "function", "ranks"),
+    [
+        ("killed", 1, "_write", 2),
+        ("an exception", 0, "_finish", 2),
+        ("no answer", 0, "_write", 1),
+        ("input/output error", 0, "_write_file", 1),
+    ],
+)
+@pytest.mark.promise(
+    text="A writer process that fails or is killed ends the run on every rank; the repeated command resumes",
+    expected="status 5 on all ranks, one line, nothing half-written or left behind, the same losses after resuming",
+)
+def test_a_failed_writer_ends_the_run(how, victim, function, ranks, corpus, tmp_path, record_property) -> None:
+    config = run_config(
+        corpus, tmp_path / "run", checkpoint={"save_every": 2, "keep": 3}, logging={"tensorboard": False}
+    )
+    ends = harness.finish(config, ranks, partial(spoil, how, victim, function, 2))
+    assert [end.status for end in ends] == [5] * ranks, ends[0].output[-3000:]
+    message, folder = ends[0].last_line, tmp_path / "run/checkpoints"
+    assert message.startswith(f"error: {folder}/step_00000004: ") and FAILURES[how][1] in message
+    assert all("Traceback" not in end.output for end in ends), [end.output[-3500:] for end in ends]
+    assert sum(end.output.count("error: ") for end in ends) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002"]
+    harness.complete(config, ranks)
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    record_property("seen", f"{how}, {ranks} ranks: status 5: {without_size(message, tmp_path)}")
+
+
+def without_size(message: str, folder: Path) -> str:
+    free = message.partition(" (")[2].partition(" free)")[0]
+    return (message.replace(f" ({free} free)", "") if free.endswith("MB") else message).replace(f"{folder}/", "")
+
+
+def hang(pids: Path, rank: int) -> None:
+    """Fault: let the writer of the second checkpoint note its number and hang."""
+    write = writer._write
+
+    def wait(*arguments: Any) -> Any:
+        pids.open("a").write(f"{os.getpid()}\n")
+        if len(pids.read_text().split()) == 2:
+            time.sleep(600)
+        return write(*arguments)
+
+    writer._write = wait
+
+
+@pytest.mark.promise(
+    text="A writer process dies with its rank, so that none of a killed run's writes into the next run's checkpoint",
+    expected="no process and, after resuming, no file is left",
+)
+def test_a_writer_dies_with_its_rank(corpus, tmp_path, record_property) -> None:
+    config = run_config(corpus, tmp_path / "run", checkpoint={"save_every": 2}, logging={"tensorboard": False})
+    pids = tmp_path / "pids"
+    with harness.Job(config, 1, partial(hang, pids)) as job:
+        job.wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        job.kill(0)
+        assert job.ends()[0].status == -signal.SIGKILL
+        pid = int(pids.read_text().split()[1])
+        for _ in range(100):
+            if not is_running(pid):
+                break
+            time.sleep(0.05)
+        assert not is_running(pid)
+    folder = tmp_path / "run/checkpoints"
+    assert list(folder.glob(".step_00000004.*.partial"))
+    harness.complete(config, 1)
+    assert not list(folder.glob(".*"))
+    record_property("seen", "as expected")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+# ---- disks
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Return a function that mounts a small disk in memory."""
+    mounted: list[Path] = []
+
+    def mount(options: str = "size=4m") -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            pytest.skip(f"no permission to mount a tmpfs: {result.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, room: int) -> None:
+    """Write a file that leaves ``room`` bytes on the disk."""
+    filler = (folder / "filler").open("wb", buffering=0)
+    try:
+        while True:
+            filler.write(bytes(1 << 14))
+    except OSError:
+        filler.truncate(filler.tell() - room)
+
+
+def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
+    """Fault: fill the disk, or make it read-only, before the second checkpoint."""
+    save, calls = checkpoint.Saver.save, [0]
+
+    def spoiled(self: checkpoint.Saver, *arguments: Any) -> None:
+        self.close()
+        calls[0] += 1
+        if calls[0] == 2 and rank == 0:
+            if how == "full":
+                fill(folder, room)
+            else:
+                place = str(folder / "checkpoints")  # output_dir itself is busy: a file in it is locked
+                subprocess.run(["mount", "--bind", place, place], check=True)
+                subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+        save(self, *arguments)
+
+    checkpoint.Saver.save = spoiled
+
+
+@pytest.mark.parametrize(
+    ("how", "room", "ranks"), [("full", 0, 2), ("full", 50_000, 1), ("full", 200_000, 2), ("read-only", 0, 1)]
+)
+@pytest.mark.promise(
+    text="A disk that becomes full or read-only during a save ends the run cleanly; once mended, the command resumes",
+    expected="status 5 on all ranks, one line about the disk, nothing left behind that fills it, no sample lost",
+)
+def test_a_disk_that_fills_up(how, room, ranks, disk, corpus, tmp_path, record_property) -> None:
+    folder = disk()
+    config = run_config(corpus, folder, checkpoint={"save_every": 2}, logging={"tensorboard": False})
+    ends = harness.finish(config, ranks, partial(spoil_disk, folder, how, room))
+    assert [end.status for end in ends] == [5] * ranks, ends[0].output[-3000:]
+    words = {"full": "the disk is full (", "read-only": "the disk is read-only ("}[how]
+    assert words in ends[0].last_line and all("Traceback" not in end.output for end in ends)
+    assert sum(end.output.count("error: ") for end in ends) == 1
+    if how == "full":
+        assert not list((folder / "checkpoints").glob(".*")), "half a checkpoint keeps the disk full"
+        (folder / "filler").unlink()
+    else:
+        subprocess.run(["umount", str(folder / "checkpoints")], check=True)
+    harness.complete(config, ranks)
+    assert [row["step"] for row in train_rows(folder)] == [1, 2, 3, 4, 5, 6]
+    assert not list((folder / "checkpoints").glob(".*"))
+    left = f" with {room:,} bytes left" if room else ""
+    record_property("seen", f"{how}{left}, {ranks} ranks: status 5: {without_size(ends[0].last_line, folder)}")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("size=1m", "this run needs"),
+        ("size=4m,nr_inodes=3", "the disk is full"),
+        ("size=4m,ro", "the disk is read-only"),
+    ],
+)
+@pytest.mark.promise(
+    text="A disk that cannot hold a run's checkpoints is refused before the model is built",
+    expected="status 2, one line with the free and the needed space",
+)
+def test_a_disk_is_examined_before_the_run(options, words, disk, corpus, single_process, record_property) -> None:
+    folder = disk(options)
+    with pytest.raises(UserError) as raised:
+        run_to_end(run_config(corpus, folder / "run", checkpoint={"save_every": 1, "keep": 5}), single_process)
+    message = str(raised.value)
+    assert message.startswith("output_dir: ") and words in message and "\n" not in message
+    record_property("seen", f"{options}: {words} …")
+
+
+def test_a_state_that_no_process_can_be_forked_for(corpus, tmp_path, single_process, monkeypatch) -> None:
+    """No memory for another process, or a limit on their number."""
+
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(writer.os, "fork", refuse)
+    with pytest.raises(StorageFailure, match=r"step_00000006: .*Resource temporarily unavailable"):
+        run_to_end(run_config(corpus, tmp_path), single_process)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_weights_alone_fail_in_the_same_way(trained, corpus, tmp_path, single_process, monkeypatch) -> None:
+    opened = checkpoint.open_model(str(trained), single_process)
+    monkeypatch.setattr(writer, "_write", lambda *_: fail("input/output error"))
+    with pytest.raises(StorageFailure, match=r"weights: the disk reports an error"):
+        checkpoint.save_weights(
+            tmp_path / "weights", opened.model, opened.gate, opened.about, corpus / "tokenizer.json"
+        )
+    assert not list(tmp_path.iterdir())
