@@ -24,9 +24,11 @@ from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig
 from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE
+from pretrain.index_cache import checked
 from pretrain.mixed_data import MixConfig, MixedDataset
 from pretrain.stopping import ignore_signals
 
+_NO_ID = -1
 FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipeline.verify --deep
 
 
@@ -171,9 +173,11 @@ class _Tokenizer:
     """The part of a tokenizer that Megatron's GPTDataset uses."""
 
     def __init__(self, record: TokenizerRecord, vocab_size: int) -> None:
-        self.eod, self.pad, self.vocab_size = record.eos_id, record.pad_id, vocab_size
+        # Megatron turns every pad id of a text into id 0 without a loss, and the first sample's mask leaks into later
+        # ones (NVIDIA/Megatron-LM#6981). Plain text has no padding, so its pad is an id that no text holds.
+        self.eod, self.pad, self.vocab_size = record.eos_id, _NO_ID, vocab_size
         self.unique_identifiers = {"sha256": record.sha256}
-        self.special_tokens_dict = {"eos_token": record.eos_id, "pad_token": record.pad_id}
+        self.special_tokens_dict = {"eos_token": record.eos_id}
 
 
 def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horizon: int) -> Dataset[Any]:
@@ -184,7 +188,8 @@ def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horiz
     ones as they were.
     """
     data, cache, passes = config.data, index_cache(config), range(-(-train_samples // horizon))
-    built = (_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in passes)
+    with checked(_cache_of(cache, corpus)):
+        built = [_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in passes]
     return ConcatDataset([Subset(dataset, range(horizon)) for dataset in built])
 
 
@@ -193,7 +198,10 @@ def build_valid_set(data: DataConfig, corpus: Corpus, samples: int, seed: int, c
 
     ``cache`` is the folder of Megatron's sample indices; see :func:`index_cache`.
     """
-    return _build(data, data.valid, corpus, samples, seed, cache) if data.valid else None
+    if not data.valid:
+        return None
+    with checked(_cache_of(cache, corpus)):
+        return _build(data, data.valid, corpus, samples, seed, cache)
 
 
 def index_cache(config: RunConfig) -> Path:
@@ -201,16 +209,22 @@ def index_cache(config: RunConfig) -> Path:
     return Path(config.data.cache_dir or Path(config.output_dir) / "index_cache")
 
 
+def _cache_of(cache: Path, corpus: Corpus) -> Path:
+    """Return the folder for one content: Megatron's own key is the prefix, whose data may be written anew."""
+    return cache / corpus.fingerprint[:16]
+
+
 def _build(
     data: DataConfig, sources: tuple[DataSource, ...], corpus: Corpus, samples: int, seed: int, cache: Path
 ) -> GPTDataset:
-    """Return Megatron's blended dataset. The cache is keyed by the data's fingerprint, because it outlives its data."""
+    """Return Megatron's blended dataset."""
     dataset_config = MixConfig(
         conversations=corpus.conversations,
+        pad_id=corpus.tokenizer.pad_id,
         random_seed=seed,
         sequence_length=data.seq_length,
         blend_per_split=[([source.prefix for source in sources], [source.weight for source in sources]), None, None],
-        path_to_cache=str(cache / corpus.fingerprint[:16]),
+        path_to_cache=str(_cache_of(cache, corpus)),
         tokenizer=_Tokenizer(corpus.tokenizer, corpus.vocab_size),
         reset_position_ids=data.document_masking,
         reset_attention_mask=False,
@@ -233,9 +247,18 @@ def micro_batches(
         dataset,
         batch_sampler=islice(consecutive, rank, None, ranks),
         num_workers=data.num_workers,
+        # A server of forks, the default since Python 3.14, would be ended by a signal to the process group.
+        multiprocessing_context="fork" if data.num_workers else None,
         worker_init_fn=ignore_signals,
     )
-    return (_to_batch(sample, data.document_masking) for sample in loader)
+    return (_to_batch(sample, data.document_masking) for sample in _samples(loader))
+
+
+def _samples(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
+    try:
+        yield from loader
+    except UserError as error:  # from a worker, the loader puts its traceback before the message
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
 
 def _to_batch(sample: dict[str, Tensor], document_masking: bool) -> Batch:

@@ -10,6 +10,7 @@ import faulthandler
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import select
 import sys
@@ -129,6 +130,9 @@ class Watchdog:
             raise self._judge(error) from error
         finally:
             self._store = None
+            for child in multiprocessing.active_children():
+                if child.daemon:  # a reader of data; Python would wait for it, but it ignores SIGTERM
+                    child.kill()
             self._phase = Phase("closing", time.monotonic(), time.monotonic() + ENDING, "")
 
     def _judge(self, error: Exception) -> Exception:
