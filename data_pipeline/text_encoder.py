@@ -51,7 +51,8 @@ class TextEncoder:
         self._tokenizer, self._allow_loss, self._where = tokenizer, config.allow_loss, where
         settings, names = json.loads(tokenizer.to_str()), control_names(config)
         unknown = unknown_token(settings)
-        self._unknown_id = None if unknown is None else tokenizer.token_to_id(unknown)
+        self._unknown = unknown or ""
+        self._unknown_id = tokenizer.token_to_id(self._unknown)
         self._loses_nothing = _loses_nothing(settings)
         self._ids, self._control = special_ids(tokenizer, config), control_ids(tokenizer, names)
         self._text = as_text(tokenizer, names, where)
@@ -66,7 +67,7 @@ class TextEncoder:
         for document, encoding in zip(documents, self._encoded(documents), strict=True):
             ids = encoding.ids
             self._refuse_control(document, self._control, ids)
-            yield EncodedDocument([*begin, *ids, self._ids.eos], self._unknown(ids), self._lost(document, encoding))
+            yield EncodedDocument([*begin, *ids, self._ids.eos], self._unknown_in(ids), self._lost(document, encoding))
 
     def encode_conversations(self, documents: Sequence[Document]) -> Iterator[EncodedDocument]:
         """Yield conversations with marks on the tokens without loss. Each ends in eos, which has none.
@@ -81,7 +82,7 @@ class TextEncoder:
         ):
             self._refuse_control(document, self._control - self._template.mark_ids, ids)
             lost = 0 if encoding is None else self._lost(document, encoding)
-            yield EncodedDocument(mark([*ids, self._ids.eos], [*learned, False]), self._unknown(ids), lost)
+            yield EncodedDocument(mark([*ids, self._ids.eos], [*learned, False]), self._unknown_in(ids), lost)
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -98,7 +99,7 @@ class TextEncoder:
                 f"{self._where}: a text of document {document.id} becomes the control token {name!r}; {fix}"
             )
 
-    def _unknown(self, ids: list[int]) -> int:
+    def _unknown_in(self, ids: list[int]) -> int:
         return 0 if self._unknown_id is None else ids.count(self._unknown_id)
 
     def _lost(self, document: Document, encoding: Encoding) -> int:
@@ -122,7 +123,7 @@ class TextEncoder:
         """Return the text with the name of the unknown token in place of what it stands for."""
         for token, (start, stop) in reversed(list(zip(encoding.ids, encoding.offsets, strict=True))):
             if token == self._unknown_id:
-                text = text[:start] + self._tokenizer.id_to_token(token) + text[stop:]
+                text = text[:start] + self._unknown + text[stop:]
         return text
 
 

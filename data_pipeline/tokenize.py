@@ -124,7 +124,7 @@ def _write_manifests(
     path = final / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     ids, size = special_ids(tokenizer, config.tokenizer), vocab_size(tokenizer)
-    special = {f"{name}_id": value for name, value in ids._asdict().items()}
+    special: dict[str, Any] = {f"{name}_id": value for name, value in ids._asdict().items()}
     record = TokenizerRecord(path=path.name, sha256=sha256_of(path), **special)
     for source in config.sources:
         settings: dict[str, Any] = {"source": source.name, "vocab_size": size, "config_sha256": config_sha256}
@@ -132,8 +132,8 @@ def _write_manifests(
         for split in (TRAIN, VALID):
             prefix = final / f"{source.name}_{split}"
             if Path(f"{prefix}.idx").exists():
-                lacking = {key: counts[prefix.name][key] for key in (UNKNOWN, LOST)}
-                write_manifest(prefix, split=split, tokenizer=record, end_id=end_id, **settings, **lacking)
+                settings |= {key: counts[prefix.name][key] for key in (UNKNOWN, LOST)}
+                write_manifest(prefix, split=split, tokenizer=record, end_id=end_id, **settings)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def as_text(tokenizer: Tokenizer, names: Iterable[str | None], where: str | Path
 
 def control_ids(tokenizer: Tokenizer, names: Iterable[str | None]) -> frozenset[int]:
     """Return the ids that no text may hold: those of ``names``, and of all special tokens but the unknown one."""
-    found = _control_names(tokenizer, names, json.loads(tokenizer.to_str()))
-    return frozenset(tokenizer.token_to_id(name) for name in found)
+    control = _control_names(tokenizer, names, json.loads(tokenizer.to_str()))
+    return frozenset(found for name in control if (found := tokenizer.token_to_id(name)) is not None)
 
 
 def _control_names(tokenizer: Tokenizer, names: Iterable[str | None], settings: dict[str, Any]) -> set[str]:

@@ -231,12 +231,13 @@ def test_roles_of_other_names_are_read_if_they_are_named(tmp_path):
 
 
 def test_a_mark_of_the_template_cannot_be_eos_or_pad(config, tmp_path):
-    for key, name in (("eos_token", "<|im_end|>"), ("pad_token", "<|im_start|>")):
+    given = TokenizerConfig(path="t.json")
+    for key, changed in (
+        ("eos_token", replace(given, eos_token="<|im_end|>")),
+        ("pad_token", replace(given, pad_token="<|im_start|>")),
+    ):
         with pytest.raises(UserError, match=rf"tokenizer\.{key}: .*the turns of sources\.talk\.chat use it"):
-            replace(
-                config({"x": tmp_path}, tokenizer=TokenizerConfig(path="t.json", **{key: name})),
-                sources=(source(tmp_path),),
-            )
+            replace(config({"x": tmp_path}, tokenizer=changed), sources=(source(tmp_path),))
 
 
 def test_a_truncated_file_is_named(tmp_path):

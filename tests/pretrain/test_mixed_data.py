@@ -20,8 +20,9 @@ from looplm.cli import UserError
 from looplm.config import DataSource
 from pretrain.data import build_train_set, build_valid_set, check_corpus, index_cache, micro_batches
 from pretrain.mixed_data import best_fit, pack
+from pretrain.progress import Progress, describe
 from pretrain.train import train
-from tests.support.tiny import EOS, PAD, VOCAB, run_config, train_rows, write_chat_corpus
+from tests.support.tiny import BOS, EOS, PAD, VOCAB, run_config, train_rows, write_chat_corpus
 from tools.convert_hf import main as convert
 
 pytestmark = pytest.mark.usefixtures("keep_process_groups")
@@ -155,6 +156,15 @@ def test_a_tuned_run_resumes_bit_for_bit(chats, tuned, tmp_path, single_process)
     again, whole = train_rows(tmp_path / "sft"), train_rows(tuned)
     assert [row["loss_per_loop"] for row in again] == [row["loss_per_loop"] for row in whole] and len(again) == 6
     assert all(row["tokens_per_second"] > 0 for row in again)
+
+
+def test_a_checkpoint_says_how_texts_begin_in_its_data(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "git_revision", lambda: "")
+    config = run_config(corpus, tmp_path)
+    found = check_corpus(config.data, config.model.vocab_size)
+    assert describe(config, found, Progress(horizon_samples=1)).begin_id is None
+    begun = dataclasses.replace(found, tokenizer=dataclasses.replace(found.tokenizer, begin_id=BOS))
+    assert describe(config, begun, Progress(horizon_samples=1)).begin_id == BOS
 
 
 @pytest.mark.slow
