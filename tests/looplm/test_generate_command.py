@@ -1,6 +1,7 @@
 """``python -m looplm.generate``: prompts, files of prompts, conversations, terminal output and sample files."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import cli
 from looplm import generate as command
+from looplm.cli import UserError
 from looplm.inference import Generation, GenerationConfig, Generator, Request
 from looplm.inference import generator as library
 from looplm.inference.text_stream import Token
@@ -129,8 +131,45 @@ def test_a_conversation_drops_its_oldest_text_and_survives_an_interrupted_answer
     type_lines(monkeypatch, "x" * 500, "y", "z")
     command.main([checkpoint, "--interactive=true", "--max_new_tokens=20"])
     assert [len(ids) for ids in asked] == [108] * 3
+    assert "note: the oldest 393 tokens no longer fit and are dropped" in capsys.readouterr().err
     newline = TOKENIZER.encode("\n").ids
     assert asked[2][-4:] == [65, *newline, *TOKENIZER.encode("z").ids, *newline]
+
+
+def open_with(monkeypatch: pytest.MonkeyPatch, generator: Generator, about: About) -> None:
+    for module in (command, library):
+        monkeypatch.setattr(module, "open_model", lambda *_: Opened(generator.model, about))
+
+
+@pytest.mark.parametrize("key, begins", [("null", True), ("true", True), ("false", False)])
+def test_a_prompt_begins_with_the_checkpoints_bos_unless_a_key_says_otherwise(
+    key: str,
+    begins: bool,
+    checkpoint: str,
+    generator: Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    open_with(monkeypatch, generator, About(begin_id=BOS))
+    command.main([checkpoint, "--prompt=ab", "--max_new_tokens=6", "--temperature=0", f"--add_bos={key}"])
+    ids = TOKENIZER.encode("ab").ids
+    config = replace(GREEDY, max_new_tokens=6)
+    texts = [generator.generate([begin + ids], config)[0].text for begin in ([], [BOS])]
+    assert texts[0] != texts[1] and f"ab{texts[begins]}\n\n6 tokens" in capsys.readouterr().out
+
+    type_lines(monkeypatch, "ab")
+    command.main([checkpoint, "--interactive=true", "--max_new_tokens=6", "--temperature=0", f"--add_bos={key}"])
+    line = TOKENIZER.encode("ab\n").ids
+    expected = generator.generate([[BOS, *line] if begins else line], config)[0].text
+    assert capsys.readouterr().out.startswith(f"{expected}\n\n6 tokens")
+
+
+def test_a_bos_that_is_not_known_is_refused(
+    checkpoint: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_with(monkeypatch, generator, About(bos_id=None))
+    with pytest.raises(UserError, match="add_bos: True is not allowed; the checkpoint knows no token that begins"):
+        command.main([checkpoint, "--prompt=ab", "--add_bos=true"])
 
 
 def test_an_opened_generator_equals_one_that_is_built(checkpoint: str, generator: Generator) -> None:
@@ -157,6 +196,10 @@ def test_a_terminal_shows_depths_as_colors(
     assert capsys.readouterr().out.startswith("\033[1ma\033[0m\033[38;5;39m")
 
 
+@pytest.mark.promise(
+    text="Wrong input of looplm.generate, such as bytes that are not UTF-8, ends in one line, and nothing is written",
+    expected="status 2, one line",
+)
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -172,6 +215,15 @@ def test_a_terminal_shows_depths_as_colors(
         (["--prompt=a", "--exit_treshold=0.5"], "did you mean exit_threshold?"),
         (["--prompt=a", "--output={tmp}/no/samples.jsonl"], "output: "),
         (["--prompt=a", "--output={tmp}"], "output: "),
+        (["--prompt=caf\udce9"], r"b'--prompt=caf\xe9': an argument that is not UTF-8"),
+        (["--prompt", "caf\udce9"], r"b'caf\xe9': an argument that is not UTF-8"),
+        (["--prompt=a", '--stop=["\udce9"]'], r"""b'--stop=["\xe9"]': an argument that is not UTF-8"""),
+        (["--prompts={tmp}/\udce9.txt"], "an argument that is not UTF-8"),
+        (["--prompts={tmp}/latin1.txt"], "latin1.txt:2: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+        (["--prompts={tmp}/utf16.txt"], "utf16.txt: is UTF-16 text; save it as UTF-8"),
+        (["--prompts={tmp}/utf16_bare.txt"], "utf16_bare.txt: is UTF-16 text; save it as UTF-8"),
+        (["--prompts={tmp}/empty.txt"], "prompt 1 of 1: '' is not allowed; it is empty"),
+        (["--prompts={tmp}"], "cannot be read (Is a directory); name a UTF-8 text file"),
         (["--prompts={tmp}/long.txt", "--output={tmp}/samples.jsonl"], "prompt 1 of 1: the prompt has 128"),
     ],
 )
@@ -182,15 +234,65 @@ def test_the_command_refuses_wrong_input_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     (tmp_path / "hole.txt").write_text("a\n---\n\n---\nb\n")
     (tmp_path / "long.txt").write_text("x" * 128)
+    (tmp_path / "latin1.txt").write_bytes(b"a\ncaf\xe9\n")
+    (tmp_path / "utf16.txt").write_text("caf\u00e9\n", encoding="utf-16")
+    (tmp_path / "utf16_bare.txt").write_text("a cat\n", encoding="utf-16-be")
+    (tmp_path / "empty.txt").touch()
     monkeypatch.setattr("sys.argv", ["generate", checkpoint, *(a.format(tmp=tmp_path) for a in arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.run_main(command.main)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not (tmp_path / "samples.jsonl").exists()
+    record_property("seen", f"status {ended.value.code}, one line")
+
+
+@pytest.mark.promise(
+    text="A prompts file is read as it is: a BOM is no text, and only a newline ends a line", expected="the same text"
+)
+@pytest.mark.parametrize(
+    "content, texts",
+    [
+        (b"\xef\xbb\xbfa\n---\nb", ["a", "b"]),
+        (b"a\x0cb\x0bc\x1cd\x1ee\n", ["a\x0cb\x0bc\x1cd\x1ee"]),
+        ("a\u2028b\u2029c\x85d\n".encode(), ["a\u2028b\u2029c\x85d"]),
+        (b"a\r\nb\r\n---\r\nc\r\n", ["a\nb", "c"]),
+        (b"50 %\r100 %\n", ["50 %\r100 %"]),
+        (b"\na\n\n--- \nb\n\n", ["\na\n", "b\n"]),
+        (b"a\x00bc\n", ["a\x00bc"]),
+        (b" a \t", [" a \t"]),
+        (b"x = 1 ---\n----\n", ["x = 1 ---\n----"]),
+    ],
+    ids=str,
+)
+def test_a_prompts_file_is_read_as_it_is(
+    content: bytes, texts: list[str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert command.read_prompts(str(tmp_path / "prompts.txt")) == texts
+    record_property("seen", "the same text")
+
+
+def test_a_prompt_of_special_tokens_alone_is_continued(
+    checkpoint: str, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main([checkpoint, "--prompt=<pad><bos>", "--max_new_tokens=4", "--temperature=0"])
+    (answer,) = generator.generate([[258, BOS]], replace(GREEDY, max_new_tokens=4))
+    assert capsys.readouterr().out.startswith(f"<pad><bos>{answer.text}\n\n4 tokens")
+
+
+def test_a_line_that_is_not_utf_8_is_refused_and_the_conversation_continues(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "caf\udce9", "cafe")
+    command.main([checkpoint, "--interactive=true", "--max_new_tokens=3"])
+    captured = capsys.readouterr()
+    assert captured.err == "error: the line is not UTF-8; set the terminal to UTF-8 and type it again\n"
+    assert captured.out.count("3 tokens, ") == 1
 
 
 def test_the_quickstarts_prompts_are_read() -> None:
