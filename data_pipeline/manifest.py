@@ -62,6 +62,7 @@ class Manifest:
     fingerprint: str  # SHA-256 over content and tokenizer; equal fingerprints mean equal data
     config_sha256: str  # hash of the settings and input files in data_pipeline.json, in the same folder
     chat: ChatRecord | None = None  # None if the documents are plain text
+    max_id: int | None = None  # largest token id in the .bin; None in manifests of older versions
     unknown_tokens: int = 0  # tokens that stand for text that the tokenizer does not know
     lost_characters: int = 0  # characters that the tokenizer dropped
 
@@ -100,9 +101,13 @@ def write_manifest(
         lost_characters: characters that the tokenizer dropped.
     """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    index, conversations = read_index(idx_path), None
+    index, conversations, answer_tokens, max_id = read_index(idx_path), None, 0, 0
+    for tokens_N in read_blocks(bin_path, index.dtype):
+        if end_id is not None:
+            tokens_N, has_loss_N = unmark(tokens_N)
+            answer_tokens += int(has_loss_N.sum())
+        max_id = max(max_id, int(tokens_N.max()))
     if end_id is not None:
-        answer_tokens = sum(int(unmark(tokens_N)[1].sum()) for tokens_N in read_blocks(bin_path, index.dtype))
         conversations = ChatRecord(template=chat.NAME, end_id=end_id, answer_tokens=answer_tokens)
     files = {path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in (bin_path, idx_path)}
     manifest = Manifest(
@@ -116,6 +121,7 @@ def write_manifest(
         fingerprint=fingerprint_of(files, tokenizer),
         config_sha256=config_sha256,
         chat=conversations,
+        max_id=max_id,
         unknown_tokens=unknown_tokens,
         lost_characters=lost_characters,
     )
@@ -134,7 +140,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
     except OSError as error:
         fix = "give a prefix written by data_pipeline.tokenize, without .bin"
         raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); build the data again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a manifest; build the data again")

@@ -17,6 +17,8 @@ from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
 from looplm.cli import UserError, parse_config, positional_paths, run_main, switch
 from looplm.files import sha256_of
 
+INDEX_BYTES = 1 << 28  # a larger .idx is hashed only by a deep check
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
@@ -55,6 +57,9 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
         UserError: the first difference.
     """
     manifest, folder = read_manifest(prefix), Path(prefix).parent
+    if Path(manifest.tokenizer.path).name != manifest.tokenizer.path:
+        fault = f"names the tokenizer {manifest.tokenizer.path!r}, which is not a file of its folder"
+        raise _broken(manifest_path(prefix), fault)
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if set(manifest.files) != {bin_path.name, idx_path.name}:
         raise _broken(manifest_path(prefix), f"describes {' and '.join(manifest.files)}, which were renamed")
@@ -71,6 +76,11 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
     if found != described:
         fault = f"documents, tokens, bytes are {found}, not {described}; it belongs to another data set"
         raise _broken(idx_path, fault)
+    record = manifest.files[idx_path.name]
+    if record.bytes <= INDEX_BYTES and sha256_of(idx_path) != record.sha256:
+        raise _broken(idx_path, "its content is not what was written; it belongs to another data set")
+    if manifest.max_id is not None and not 0 <= manifest.max_id < manifest.vocab_size:
+        raise _broken(bin_path, f"holds token id {manifest.max_id}, the vocabulary has {manifest.vocab_size}")
     tokenizer_path = folder / manifest.tokenizer.path
     if not tokenizer_path.is_file():
         raise _broken(tokenizer_path, "the tokenizer is missing", "put it back or build the data again")

@@ -18,13 +18,15 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from data_pipeline.token_file import unmark
+from looplm.failures import UserError
 
 
 @dataclass
 class MixConfig(GPTDatasetConfig):
-    """Megatron's dataset config, with the prefixes that hold conversations."""
+    """Megatron's dataset config, with the prefixes that hold conversations, and the id that pads their samples."""
 
     conversations: tuple[str, ...] = ()
+    pad_id: int = 0
 
 
 class MixedDataset(GPTDataset):
@@ -52,13 +54,27 @@ class MixedDataset(GPTDataset):
             return packing["order"], packing["starts"], np.arange(0)
 
     def __getitem__(self, idx: int) -> dict[str, Tensor]:
-        if not self._packs:
-            return super().__getitem__(idx)
+        """Return a sample, whose tensors do not refer to the token file.
+
+        Raises:
+            UserError: an id is not in the vocabulary. A tensor-parallel embedding would map it to zeros.
+        """
+        sample = self._packed(idx) if self._packs else super().__getitem__(idx)
+        size = self.config.tokenizer.vocab_size
+        for ids in (sample["tokens"], sample["labels"][-1:]):
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= size:
+                fault = f"holds token id {low if low < 0 else high}, the vocabulary has {size}"
+                fix = "run data_pipeline.verify --deep and build the data again"
+                raise UserError(f"{self.dataset_path}.bin: {fault} (sample {idx}); {fix}")
+        return sample
+
+    def _packed(self, idx: int) -> dict[str, Tensor]:
         start, end = self.sample_index[idx : idx + 2]
         documents = [self.dataset.get(int(document)) for document in self.document_index[start:end]]
         padding = self.config.sequence_length + 1 - sum(map(len, documents))
         tokens, has_loss = unmark(np.concatenate([*documents, np.zeros(padding, np.int32)]).astype(np.int64))
-        tokens[len(tokens) - padding :], has_loss[len(tokens) - padding :] = self.config.tokenizer.pad, False
+        tokens[len(tokens) - padding :], has_loss[len(tokens) - padding :] = self.config.pad_id, False
         position = np.concatenate([np.arange(length) for length in (*map(len, documents), padding)])
         return {
             "tokens": torch.from_numpy(tokens[:-1]),

@@ -41,7 +41,8 @@ DOCUMENTS = [[5, 6, 7, EOS], [49, EOS], [8] * 20 + [EOS]]
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
-    return describe(write_shard(tmp_path / "s_train", DOCUMENTS))
+    (tmp_path / "data").mkdir()
+    return describe(write_shard(tmp_path / "data" / "s_train", DOCUMENTS))
 
 
 def cut(path: Path) -> None:
@@ -57,6 +58,36 @@ def flip(path: Path) -> None:
 def other_index(path: Path) -> None:
     write_shard(path.parent / "other", [[1, EOS], [2, 2, EOS], [3, EOS]])
     shutil.copy(path.parent / "other.idx", path)
+
+
+def link(prefix: Path, target: str) -> None:
+    Path(f"{prefix}.bin").unlink()
+    Path(f"{prefix}.bin").symlink_to(target)
+
+
+def forget_max_id(prefix: Path) -> None:
+    edit(Path(f"{prefix}.manifest.json"), "max_id", None)
+
+
+def same_size_index(path: Path) -> None:
+    """Move a bound between two documents, as in the index of other data of the same size."""
+    write_shard(path.parent / "other", [[5, 6, 7, 8, EOS], [EOS], [8] * 20 + [EOS]])
+    shutil.copy(path.parent / "other.idx", path)
+
+
+def name_tokenizer(prefix: Path, path: str) -> None:
+    """Let the manifest name another tokenizer, with the hash of the right one."""
+    shutil.copy(prefix.parent / "tokenizer.json", prefix.parent.parent / "outside.json")
+    record = json.loads(Path(f"{prefix}.manifest.json").read_text())["tokenizer"]
+    edit(Path(f"{prefix}.manifest.json"), "tokenizer", record | {"path": path.format(prefix.parent.parent)})
+
+
+def name_file(prefix: Path, name: str) -> None:
+    """Let the manifest name another .bin."""
+    shutil.copy(f"{prefix}.bin", prefix.parent.parent / "outside.bin")
+    files = json.loads(Path(f"{prefix}.manifest.json").read_text())["files"]
+    files[name.format(prefix.parent.parent)] = files.pop(f"{prefix.name}.bin")
+    edit(Path(f"{prefix}.manifest.json"), "files", files)
 
 
 def edit(path: Path, key: str, value: object) -> None:
@@ -77,13 +108,27 @@ SHALLOW: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated bin": (lambda p: cut(Path(f"{p}.bin")), "s_train.bin: 52 bytes, the manifest says 54"),
     "truncated idx": (lambda p: cut(Path(f"{p}.idx")), "s_train.idx: .* bytes, the manifest says"),
     "idx of other data": (lambda p: other_index(Path(f"{p}.idx")), "belongs to another data set"),
+    "idx of other data of the same size": (lambda p: same_size_index(Path(f"{p}.idx")), "s_train.idx: its content"),
+    "id above the vocabulary": (lambda p: describe(p, vocab_size=49), "holds token id 49, the vocabulary has 49"),
+    "manifest that is too deep": (lambda p: Path(f"{p}.manifest.json").write_text("[" * 100_000), "not valid JSON"),
+    "tokenizer above its folder": (lambda p: name_tokenizer(p, "../outside.json"), "not a file of its folder"),
+    "tokenizer of an absolute path": (lambda p: name_tokenizer(p, "{}/outside.json"), "not a file of its folder"),
+    "tokenizer that is the folder above": (lambda p: name_tokenizer(p, ".."), "the tokenizer is missing"),
+    "bin above its folder": (lambda p: name_file(p, "../outside.bin"), "describes .*outside.bin, which were renamed"),
+    "bin of an absolute path": (lambda p: name_file(p, "{}/outside.bin"), "outside.bin, which were renamed"),
+    "bin that is a dangling link": (lambda p: link(p, "nowhere"), "s_train.bin: is missing"),
+    "bin that is a link to itself": (lambda p: link(p, "s_train.bin"), "s_train.bin: is missing"),
+    "bin that is a link to other data": (lambda p: link(p, "tokenizer.json"), "s_train.bin: 2 bytes"),
     "no tokenizer": (lambda p: (p.parent / "tokenizer.json").unlink(), "the tokenizer is missing"),
     "other tokenizer": (lambda p: (p.parent / "tokenizer.json").write_text("[]"), "not the tokenizer"),
 }
 
 DEEP: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed bin": (lambda p: flip(Path(f"{p}.bin")), "s_train.bin: its content is not what was written"),
-    "id above the vocabulary": (lambda p: describe(p, vocab_size=49), "holds token id 49, the vocabulary has 49"),
+    "id above the vocabulary, in an older manifest": (
+        lambda p: forget_max_id(describe(p, vocab_size=49)),
+        "holds token id 49, the vocabulary has 49",
+    ),
     "document without eos": (lambda p: describe(write_shard(p, [[5, 6], [7, EOS]])), "does not end in eos"),
     "negative id": (lambda p: describe(write_shard(p, [[-3, EOS]], np.int32)), "holds token id -3"),
     "edited fingerprint": (lambda p: edit(Path(f"{p}.manifest.json"), "fingerprint", "f"), "fingerprint"),
@@ -98,23 +143,46 @@ def test_whole_data_passes(prefix: Path, capsys: pytest.CaptureFixture) -> None:
     assert "whole, 3 documents, 27 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.promise(
+    text="Token files that are truncated, foreign, empty, or not those of their manifest are refused before training",
+    expected="status 2, one line that names the file",
+)
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("fault", SHALLOW)
-def test_faults_found_without_reading(prefix: Path, fault: str, deep: bool) -> None:
+def test_faults_found_without_reading(prefix: Path, fault: str, deep: bool, record_property: Any) -> None:
     harm, message = SHALLOW[fault]
     harm(prefix)
     with pytest.raises(UserError, match=message) as caught:
         check_prefix(prefix, deep=deep)
     assert "\n" not in str(caught.value) and str(prefix.parent) in str(caught.value)
+    line = str(caught.value).replace(f"{prefix.parent}/", "").replace(str(prefix.parent.parent), "")
+    record_property("seen", f"status {caught.value.status}: {line}")
 
 
+@pytest.mark.promise(
+    text="Token files whose content changed are refused: a .bin up to 256 MiB by training, any by verify --deep",
+    expected="status 2, one line that names the file",
+)
 @pytest.mark.parametrize("fault", DEEP)
-def test_faults_found_by_reading(prefix: Path, fault: str) -> None:
+def test_faults_found_by_reading(prefix: Path, fault: str, record_property: Any) -> None:
     harm, message = DEEP[fault]
     harm(prefix)
     check_prefix(prefix, deep=False)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         check_prefix(prefix, deep=True)
+    record_property("seen", f"status {caught.value.status}: {caught.value}".replace(f"{prefix.parent}/", ""))
+
+
+def test_links_to_whole_files_are_followed(prefix: Path) -> None:
+    folder = prefix.parent.parent / "links"
+    folder.mkdir()
+    for path in prefix.parent.iterdir():
+        (folder / path.name).symlink_to(path)
+    assert check_prefix(folder / "s_train", deep=True) == check_prefix(prefix, deep=True)
+
+
+def test_the_manifest_knows_the_largest_id(prefix: Path) -> None:
+    assert check_prefix(prefix, deep=False).max_id == 49
 
 
 def test_verify_reports_each_bad_prefix(prefix: Path, capsys: pytest.CaptureFixture) -> None:
@@ -124,7 +192,8 @@ def test_verify_reports_each_bad_prefix(prefix: Path, capsys: pytest.CaptureFixt
     assert "whole" in capsys.readouterr().out
 
 
-def test_merge_equals_megatrons_in_order_without_empty_shards(tmp_path: Path) -> None:
+@pytest.mark.promise(text="An empty shard of a data build is merged as nothing", expected="Megatron's own result")
+def test_merge_equals_megatrons_in_order_without_empty_shards(tmp_path: Path, record_property: Any) -> None:
     shards = [
         write_shard(tmp_path / "1", DOCUMENTS[:2]),
         write_shard(tmp_path / "2", []),
@@ -141,6 +210,7 @@ def test_merge_equals_megatrons_in_order_without_empty_shards(tmp_path: Path) ->
     dataset = IndexedDataset(str(tmp_path / "all"))
     assert [np.array(dataset[index]).tolist() for index in range(len(dataset))] == DOCUMENTS
     assert dataset.document_indices.tolist() == [0, 1, 2, 3]
+    record_property("seen", "Megatron's own result")
 
 
 def test_merge_refuses(tmp_path: Path) -> None:

@@ -1,16 +1,24 @@
 """Training data: order, masks, batch sizes, and errors."""
 
 import dataclasses
+import gc
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from data_pipeline.manifest import read_manifest
-from looplm.cli import UserError
-from looplm.config import DataConfig, DataSource, RampUpConfig
+from data_pipeline.token_file import read_index
+from looplm.cli import UserError, to_dict
+from looplm.config import DataConfig, DataSource, ParallelConfig, RampUpConfig
+from looplm.failures import StorageFailure
 from looplm.files import sha256_of
+from looplm.megatron import process_groups
 from pretrain.data import (
     BatchSchedule,
     build_train_set,
@@ -20,6 +28,7 @@ from pretrain.data import (
     index_cache,
     micro_batches,
 )
+from pretrain.train import main as train_main
 from tests.support.tiny import EOS, VOCAB, run_config, write_prefix
 
 
@@ -45,12 +54,17 @@ def test_order_depends_only_on_consumed_samples(corpus, tmp_path, single_process
     assert [row for pair in zip(*ranks, strict=True) for row in pair] == alone[4:]
 
 
-def test_an_extended_run_appends_a_pass(corpus, tmp_path, single_process):
+@pytest.mark.promise(
+    text="A run that is extended reads the same samples as before, then new passes",
+    expected="the same first 24 samples",
+)
+def test_an_extended_run_appends_a_pass(corpus, tmp_path, single_process, record_property):
     config = run_config(corpus, tmp_path)
     found = check_corpus(config.data, config.model.vocab_size)
     short = ids(micro_batches(build_train_set(config, found, 24, 24), config.data, 0, 0, 1))
     longer = ids(micro_batches(build_train_set(config, found, 40, 24), config.data, 0, 0, 1))
     assert longer[:24] == short and len(longer) == 48 and longer[24:] != short
+    record_property("seen", "the same first 24 samples")
 
 
 def test_labels_are_the_next_tokens_and_masks_follow_documents(corpus, tmp_path, single_process):
@@ -102,15 +116,150 @@ def test_validation_is_always_the_same(corpus, tmp_path, single_process):
     assert build_valid_set(dataclasses.replace(config.data, valid=()), found, 8, 1, index_cache(config)) is None
 
 
-def test_changed_data_never_uses_an_old_index(corpus, tmp_path, single_process):
+@pytest.mark.promise(
+    text="Data rewritten at the same prefix never uses the old index", expected="samples of the new data alone"
+)
+@pytest.mark.parametrize("same_size", [False, True])
+def test_changed_data_never_uses_an_old_index(same_size, corpus, tmp_path, single_process, record_property):
     """Megatron reuses an index for a prefix of the same name; our cache is keyed by content."""
     folder = tmp_path / "data"
     shutil.copytree(corpus, folder)
     config = run_config(folder, tmp_path / "run")
-    before = ids(train_batches(config, 4))
-    write_prefix(folder / "train", [[7] * 50 + [EOS]] * 20, read_manifest(corpus / "train").tokenizer, "train")
+    before, size = ids(train_batches(config, 4)), (folder / "train.bin").stat().st_size
+    lengths = read_index(folder / "train.idx").lengths().tolist() if same_size else [51] * 20
+    documents = [[7] * (length - 1) + [EOS] for length in lengths]
+    write_prefix(folder / "train", documents, read_manifest(corpus / "train").tokenizer, "train")
+    assert ((folder / "train.bin").stat().st_size == size) == same_size
     after = ids(train_batches(config, 4))
     assert before != after and all(set(row) <= {7, EOS} for row in after)
+    record_property("seen", "samples of the new data alone")
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+class _Payload:
+    """An object that, unpickled, ends the process."""
+
+    def __reduce__(self):
+        return os._exit, (66,)
+
+
+def _program(path: Path) -> None:
+    np.save(path, np.array([_Payload()], object), allow_pickle=True)
+
+
+DAMAGES = {
+    "truncated": _cut,
+    "a flipped byte": _flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "a program": _program,
+    "checksums gone": lambda path: (path.parent / "checksums.json").unlink(),
+    "checksums truncated": lambda path: _cut(path.parent / "checksums.json"),
+    "checksums that are a list": lambda path: (path.parent / "checksums.json").write_text("[]"),
+    "an unfinished file of another run": lambda path: (path.parent / "new.npy").write_bytes(b"NUM"),
+}
+
+
+@pytest.mark.promise(
+    text="A damaged index in a cache, or one that would run code, is named and computed again",
+    expected="the same samples",
+)
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("array", ["document_index", "sample_index", "shuffle_index", "BlendedDataset-train-*index"])
+def test_a_damaged_index_is_computed_again(array, damage, corpus, tmp_path, single_process, capsys, record_property):
+    sources = (DataSource(prefix=str(corpus / "train")), DataSource(prefix=str(corpus / "valid")))
+    config = run_config(corpus, tmp_path, data={"train": sources})
+    before = ids(train_batches(config, 8))
+    path = next((tmp_path / "index_cache").rglob(f"*{array}.npy"))
+    capsys.readouterr()
+    DAMAGES[damage](path)
+    assert ids(train_batches(config, 8)) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.endswith("; computing it again") for line in lines)
+    assert ids(train_batches(config, 8)) == before and not capsys.readouterr().out
+    record_property("seen", "the same samples")
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    text="A disk that is full while sample indices are written ends the run, and a repetition is whole",
+    expected="status 5, one line about the disk; then the same samples",
+)
+def test_a_full_disk(corpus, tmp_path, single_process, record_property):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a disk")
+    try:
+        config = run_config(corpus, tmp_path / "run", data={"cache_dir": str(disk)})
+        for kilobytes in (92, 84, 76):
+            (disk / "filler").write_bytes(bytes(kilobytes << 10))
+            with pytest.raises(StorageFailure) as caught:
+                train_batches(config, 4000)
+            assert "\n" not in str(caught.value) and str(disk) in str(caught.value)
+        (disk / "filler").unlink()
+        rows = ids(train_batches(config, 40))
+        assert rows == ids(train_batches(run_config(corpus, tmp_path / "other"), 40))
+        record_property("seen", f"status {caught.value.status}: one line about the disk; then the same samples")
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.promise(
+    text="No character of a path is read as a pattern by training", expected="the samples of the plain path"
+)
+def test_odd_paths(corpus, tmp_path, single_process, record_property):
+    odd = tmp_path / "exp[1]*?{a,b} #%::-ü"
+    shutil.copytree(corpus, odd / "data")
+    config = run_config(odd / "data", odd / "run")
+    plain = run_config(corpus, tmp_path / "run")
+    assert ids(train_batches(config, 8)) == ids(train_batches(plain, 8)) == ids(train_batches(config, 8))
+    record_property("seen", "the samples of the plain path")
+
+
+def test_a_sample_outlives_its_dataset(corpus, tmp_path, single_process):
+    """Megatron's token file ends its mapping with the dataset; a view of it would then be a segmentation fault."""
+    config = run_config(corpus, tmp_path)
+    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4)
+    sample = train_set[0]
+    mapped = np.frombuffer(train_set.datasets[0].dataset.dataset.bin_reader._bin_buffer, np.uint16)
+    assert not any(np.shares_memory(mapped, value.numpy()) for value in sample.values())
+    kept = sample["tokens"].tolist()
+    del mapped, train_set
+    gc.collect()
+    assert sample["tokens"].tolist() == kept
+
+
+@pytest.mark.promise(
+    text="A pad id that is also a real token changes neither that token nor the loss of any sample",
+    expected="the ids and masks of another pad id",
+)
+@pytest.mark.parametrize("document_masking", [False, True])
+def test_a_pad_id_inside_the_text(document_masking, corpus, tmp_path, single_process, monkeypatch, record_property):
+    """Megatron-LM#6981: the first sample's mask is changed in place and used for all."""
+    monkeypatch.setattr("pretrain.data.FULL_CHECK_BYTES", 0)  # the check of small files refuses such a pad
+    documents = [[5, 6, 7, 8] * 10 + [EOS]] * 40
+    rows = []
+    for pad in (2, 6):
+        record = dataclasses.replace(read_manifest(corpus / "train").tokenizer, pad_id=pad)
+        folder = tmp_path / str(pad)
+        folder.mkdir()
+        shutil.copy(corpus / "tokenizer.json", folder)
+        write_prefix(folder / "train", documents, record, "train")
+        data = {"document_masking": document_masking, "train": (DataSource(prefix=str(folder / "train")),), "valid": ()}
+        batches = list(train_batches(run_config(corpus, folder, data=data), 16))
+        rows.append([(batch.ids_BS.tolist(), batch.labels_SB.tolist(), batch.mask_SB.tolist()) for batch in batches])
+        assert all(6 in row for batch in batches for row in batch.ids_BS.tolist())
+    assert rows[0] == rows[1]
+    record_property("seen", "the ids and masks of another pad id")
 
 
 def test_batch_ramp_up():
@@ -193,8 +342,9 @@ FAULTS = {
 }
 
 
+@pytest.mark.promise(text="Training refuses damaged or foreign data before it starts", expected="status 2, one line")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_data_is_a_one_line_error_before_training(corpus, tmp_path, fault):
+def test_bad_data_is_a_one_line_error_before_training(corpus, tmp_path, fault, record_property):
     folder = tmp_path / "data"
     shutil.copytree(corpus, folder)
     damage, expected = FAULTS[fault]
@@ -202,6 +352,49 @@ def test_bad_data_is_a_one_line_error_before_training(corpus, tmp_path, fault):
     with pytest.raises(UserError, match=expected) as caught:
         check_corpus(run_config(folder, tmp_path / "run").data, VOCAB)
     assert "\n" not in str(caught.value)
+    record_property("seen", f"status {caught.value.status}: {caught.value}".replace(f"{tmp_path}/", ""))
+
+
+@pytest.mark.promise(
+    text="A token id outside the vocabulary is refused before any process group starts, whatever layout and size",
+    expected="status 2, one line that names the file and the id",
+)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_an_id_outside_the_vocabulary(tensor, corpus, tmp_path, monkeypatch, record_property):
+    """At tensor=2, the embedding would give zeros for it and the loss would be finite."""
+    monkeypatch.setattr("pretrain.data.FULL_CHECK_BYTES", 0)  # as if the .bin were too large to be read
+    monkeypatch.setattr(process_groups, "start", None)  # fails if it is called
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", str(tensor))):
+        monkeypatch.setenv(name, value)
+    shutil.copytree(corpus, tmp_path / "data")
+    _id_above_the_vocabulary(tmp_path / "data")
+    config = run_config(tmp_path / "data", tmp_path / "run", parallel=ParallelConfig(tensor=tensor))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    with pytest.raises(UserError, match=rf"train\.bin: holds token id {VOCAB}, the vocabulary has {VOCAB}") as caught:
+        train_main(["--config", str(tmp_path / "c.yaml")])
+    record_property("seen", f"status {caught.value.status}: {caught.value}".replace(f"{tmp_path}/", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    text="A token id outside the vocabulary that no check has seen ends the run when its sample is read",
+    expected="status 2, one line that names the file and the id",
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_id_outside_the_vocabulary_in_a_sample(
+    num_workers, corpus, tmp_path, monkeypatch, single_process, record_property
+):
+    """As of an older manifest, or of data that changed after the check."""
+    shutil.copytree(corpus, tmp_path / "data")
+    config = run_config(tmp_path / "data", tmp_path / "run", data={"num_workers": num_workers})
+    found = check_corpus(config.data, config.model.vocab_size)
+    np.full((tmp_path / "data/train.bin").stat().st_size // 2, VOCAB, np.uint16).tofile(tmp_path / "data/train.bin")
+    train_set = build_train_set(config, found, 8, 8)
+    expected = rf"train\.bin: holds token id {VOCAB}, the vocabulary has {VOCAB} \(sample \d+\)"
+    with pytest.raises(UserError, match=expected) as caught:
+        next(micro_batches(train_set, config.data, 0, 0, 1))
+    assert "\n" not in str(caught.value)
+    record_property("seen", f"status {caught.value.status}: {caught.value}".replace(f"{tmp_path}/", ""))
 
 
 def test_data_must_fit_the_model(corpus, tmp_path):
