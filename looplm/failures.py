@@ -12,7 +12,12 @@ status exception                        what a launcher does
 ====== ================================ ===================================================================
 """
 
+import re
 from typing import ClassVar
+
+# A name in a message may come from anyone's file, so no sequence that controls a terminal is printed. Several failures
+# in one are joined by "\nerror: ".
+_CONTROL = re.compile(r"(?!\nerror: )[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Failure(Exception):
@@ -20,6 +25,9 @@ class Failure(Exception):
 
     status: ClassVar[int] = 1
     is_shared = False  # True if every rank raises it, so that rank 0 alone prints it
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
 
 
 class UserError(Failure):
