@@ -1,5 +1,6 @@
 """Two runs in one output directory, and locks that are left behind."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,13 +8,21 @@ import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from looplm import lock
 from looplm.cli import UserError
+from looplm.config import HealthConfig
+from looplm.failures import Hang, StorageFailure
 from looplm.lock import FolderLock
+from pretrain.run_lock import hold
+from pretrain.trainer import Trainer
+from tests.faults import harness
+from tests.pretrain.test_stopping import before
 from tests.support.launch import SERVER
+from tests.support.tiny import run_config, train_rows
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
@@ -117,3 +126,83 @@ def test_a_requeued_job_does_not_wait_for_its_predecessor(tmp_path: Path, monkey
 def test_a_damaged_lock_file_does_not_block(tmp_path: Path, damage: str) -> None:
     (tmp_path / ".lock").write_text(damage)
     assert attempt(tmp_path) == ("", [])
+
+
+def _slow(rank: int) -> None:
+    real = Trainer.train
+
+    def slow(self: Trainer, *args: Any) -> Any:
+        time.sleep(0.5)
+        return real(self, *args)
+
+    Trainer.train = slow  # type: ignore[method-assign]
+
+
+def _die_in_step_2(rank: int) -> None:
+    before(Trainer, "_run", 2, lambda: os._exit(9))
+
+
+@pytest.mark.promise(
+    text="A second run in the same output_dir is refused and told the first; a killed run does not block the next",
+    expected="status 2, one line with process, host and time; after kill -9 the next start succeeds at once",
+)
+def test_two_runs_in_one_directory(corpus, tmp_path, record_property):
+    config = run_config(corpus, tmp_path / "run", logging={"tensorboard": False})
+    with harness.Job(config, 2, _slow) as first:
+        first.wait_for_step(1)
+        before_second = (tmp_path / "run/metrics.jsonl").read_text()
+        seconds = harness.finish(config, 2)
+        assert [end.status for end in seconds] == [2, 2]
+        line = seconds[0].last_line
+        pid = first.processes[0].pid
+        assert (
+            f"another run is writing {tmp_path}/run (process {pid} on " in line and "Traceback" not in seconds[0].output
+        )
+        assert (tmp_path / "run/metrics.jsonl").read_text().startswith(before_second), "nothing is cut off"
+        assert all(process.exitcode is None for process in first.processes), "the first one goes on"
+        first.kill_all()
+    harness.complete(config, 2)
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    record_property("seen", "status 2: output_dir: another run is writing … (process … on …, since …)")
+
+
+@pytest.mark.promise(
+    text="A run that crashes again and again without a new checkpoint is not started forever",
+    expected="after health.max_starts starts: status 2, one line that says how to continue",
+)
+def test_starts_without_progress_are_bounded(corpus, tmp_path, record_property):
+    health, checkpoints = {"max_starts": 2}, {"save_every": 4}
+    config = run_config(corpus, tmp_path / "run", health=health, checkpoint=checkpoints, logging={"tensorboard": False})
+    assert [harness.finish(config, 1, _die_in_step_2)[0].status for _ in range(2)] == [9, 9]
+    (end,) = harness.finish(config, 1)
+    assert end.status == 2 and "was started 2 times without a checkpoint after step 0" in end.last_line
+    assert end.last_line.endswith("find the cause in its log, then add --health.max_starts 0 once")
+    harness.complete(dataclasses.replace(config, health=HealthConfig(max_starts=0)), 1)
+    assert not harness.leftovers(tmp_path / "run"), "the count is gone"
+    record_property("seen", "status 2: … was started 2 times without a checkpoint after step 0 …")
+
+
+def test_what_counts_as_a_start_without_progress(tmp_path, single_process):
+    """Crashes and hangs count until there is a newer checkpoint; a run that ended by itself does not."""
+    folder = tmp_path / "run"
+
+    def start(error: Exception | None = None) -> None:
+        with hold(folder, 2):
+            if error is not None:
+                raise error
+
+    for _ in range(4):
+        start()
+        with pytest.raises(StorageFailure):
+            start(StorageFailure("the disk is full"))
+    assert not folder.exists(), "an empty folder is removed"
+    for error in (ValueError("crash"), Hang("late")):
+        with pytest.raises(type(error)):
+            start(error)
+    with pytest.raises(UserError, match="started 2 times without a checkpoint after step 0"):
+        start()
+    (folder / "checkpoints/step_00000004").mkdir(parents=True)
+    with pytest.raises(ValueError, match="crash"):
+        start(ValueError("crash"))
+    start()
+    assert not (folder / ".starts.json").exists()
