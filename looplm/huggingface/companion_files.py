@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from looplm.cli import UserError
 from looplm.huggingface import config_json
 from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, TokenIds, read_json
+from looplm.huggingface.weight_files import is_inside
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
@@ -28,11 +29,8 @@ _CARRIED = {".jinja", ".json", ".md", ".model", ".py", ".txt", ""}  # suffixes o
 def collect(source: Path, into: Path) -> list[str]:
     """Copy the files that travel with the weights of ``source`` to a new folder; return the names of all others.
 
-    Code is copied like any file; it is not run, here or at an export. A link is followed inside the directory, and to
-    the ``blobs`` of Hugging Face's cache, whose files are such links. A link that leads elsewhere could fetch any file.
+    Code is copied like any file; it is not run, here or at an export. A link that leads elsewhere is left behind.
     """
-    root = source.resolve()
-    allowed = (root, root.parent.parent / "blobs")
     skipped = {TOKENIZER, *(path.name for path in CODE)}  # stored elsewhere; written from the current code
     files = [
         path
@@ -42,8 +40,7 @@ def collect(source: Path, into: Path) -> list[str]:
     into.mkdir()
     left_behind = []
     for path in files:
-        inside = any(folder in path.resolve().parents for folder in allowed)
-        if path.is_file() and path.suffix in _CARRIED and inside:
+        if path.is_file() and path.suffix in _CARRIED and is_inside(path):
             shutil.copyfile(path, into / path.name)
         else:
             left_behind.append(path.name)

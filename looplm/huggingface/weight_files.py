@@ -38,6 +38,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         UserError: there are no safetensors, a file is missing or damaged, or a dtype is not supported.
     """
     if (folder / WHOLE).is_file():
+        require_inside(folder / WHOLE)
         return _read_header(folder / WHOLE)
     if (folder / INDEX).is_file():
         return _find_in_shards(folder / INDEX)
@@ -48,6 +49,21 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             "have one), or convert the pickle with the safetensors package if you trust its origin"
         )
     raise UserError(f"{folder}: neither {WHOLE} nor {INDEX} is here; give the directory that holds the weights")
+
+
+def is_inside(path: Path) -> bool:
+    """Return False for a link that leads out of its directory, except to the ``blobs`` of Hugging Face's cache.
+
+    A link that leads elsewhere could fetch any file of the machine.
+    """
+    root = path.parent.resolve()
+    return any(folder in path.resolve().parents for folder in (root, root.parent.parent / "blobs"))
+
+
+def require_inside(path: Path) -> None:
+    """Raise a :class:`UserError` unless a file :func:`is_inside` its directory."""
+    if not is_inside(path):
+        raise UserError(f"{path}: a link to {path.resolve()}, outside its directory; put the file itself there")
 
 
 def read_tensor(name: str, stored: StoredTensor) -> Tensor:
@@ -106,7 +122,7 @@ def _find_in_shards(index: Path) -> dict[str, StoredTensor]:
     try:
         file_by_name = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(file_by_name.values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not an index of safetensors ({error!r}); get it again") from error
     found: dict[str, StoredTensor] = {}
     for file in files:
@@ -114,7 +130,14 @@ def _find_in_shards(index: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{index}: names {file!r}, which is no safetensors file of this directory; get it again")
         if not (index.parent / file).is_file():
             raise UserError(f"{index.parent / file}: missing, although {index.name} names it; get this shard again")
-        found |= _read_header(index.parent / file)
+        require_inside(index.parent / file)
+        tensors = _read_header(index.parent / file)
+        for name in tensors.keys() & found.keys():
+            raise UserError(
+                f"{index.parent / file}: has {name}, which {found[name].path.name} has too; "
+                "get the shards of one revision"
+            )
+        found |= tensors
     for name in sorted(found.keys() | file_by_name.keys()):
         stated, actual = file_by_name.get(name, "no shard"), found[name].path.name if name in found else "no shard"
         if stated != actual:

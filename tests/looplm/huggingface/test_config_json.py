@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from looplm.cli import UserError
 from looplm.config import GateConfig
@@ -16,6 +18,7 @@ from looplm.huggingface.config_json import (
     from_config_json,
     merge_changes,
     ouro_fault,
+    read_json,
     to_config_json,
 )
 from tests.support.ouro_reference import CONFIG
@@ -24,6 +27,7 @@ from tests.test_recipes import GATES, MHA, MODELS
 IDS = TokenIds(bos=0, eos=(1,), pad=2)
 WHERE = Path("x/config.json")
 LINEAR = GateConfig(kind="linear")
+LOOPLM_ONLY = ("attention", "qkv_bias", "q_lora_rank", "qk_rope_period", "early_exit_gate", "gate_state_size")
 # ByteDance/Ouro-1.4B's config.json, as far as it is known. Its special tokens are one token.
 RELEASED = CONFIG | {
     "head_dim": 128,
@@ -168,6 +172,48 @@ def test_unsupported_models_are_refused(changes, words):
         from_config_json(RELEASED | changes, {}, WHERE)
     assert str(raised.value).startswith("x/config.json: ") and words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+KEYS = sorted({*RELEASED, "layer_types", "rope_parameters", "attention_bias", "quantization_config", "gate_trained"})
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([-1, 0, 1, 2**70]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "factor"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    changes=st.dictionaries(st.sampled_from([*KEYS, *LOOPLM_ONLY]), JSON, max_size=3),
+    generation=st.dictionaries(st.sampled_from(["bos_token_id", "eos_token_id", "pad_token_id"]), JSON, max_size=2),
+    hf_layout=st.sampled_from([OURO, LOOPLM]),
+)
+def test_any_config_is_read_or_refused_in_one_line(changes, generation, hf_layout):
+    try:
+        found = from_config_json(RELEASED | {"model_type": hf_layout} | changes, generation, WHERE)
+    except UserError as error:
+        assert str(error).startswith("x/") and "\n" not in str(error)
+    else:
+        assert from_config_json(to_config_json(found, torch.float32), {}, WHERE) == found
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
+        (b'{"a": "\xe9"}', "can't decode byte 0xe9"),
+        (b"{", "cannot be read as JSON in UTF-8"),
+        (b"[]", "holds a list, not a JSON object"),
+        (b"[" * 10**5, "recursion"),
+        (b"", "cannot be read as JSON in UTF-8"),
+    ],
+    ids=repr,
+)
+def test_files_that_are_no_json(content, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path}: .*{words}"):
+        read_json(path)
 
 
 def test_which_models_fit_ouros_layout():

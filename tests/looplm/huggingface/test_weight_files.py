@@ -1,9 +1,13 @@
 """Safetensors, tensor by tensor: the safetensors package reads our files, and every kind of damage is reported."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from looplm.cli import UserError
@@ -90,6 +94,16 @@ def move_in_index(folder):
     rewrite_index(folder, change)
 
 
+def link_out(folder):
+    path = folder / shard(2)
+    path.rename(folder.parent / "elsewhere.safetensors")
+    path.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def copy_tensors(folder):
+    save_file({**load_file(folder / shard(1)), **load_file(folder / shard(2))}, folder / shard(2))
+
+
 def add_to_index(file):
     return lambda folder: rewrite_index(folder, lambda weight_map: weight_map.update(e=file))
 
@@ -101,6 +115,11 @@ DAMAGE = {
     "absent file named": (add_to_index("model-9.safetensors"), "model-9.safetensors: missing, although"),
     "path in index": (add_to_index("../x.safetensors"), "names '../x.safetensors', which is no"),
     "pickle in index": (add_to_index("pytorch_model.bin"), "names 'pytorch_model.bin', which is no"),
+    "absolute path in index": (add_to_index("/x/a.safetensors"), "names '/x/a.safetensors', which is no"),
+    "no name in index": (add_to_index(7), "not an index of safetensors"),
+    "link to another folder": (link_out, f"{shard(2)}: a link to "),
+    "tensor in two shards": (copy_tensors, f"{shard(2)}: has a.weight, which {shard(1)} has too"),
+    "endless index": (lambda f: (f / "model.safetensors.index.json").write_text("[" * 10**5), "not an index of saf"),
     "tensor in no shard": (add_to_index(shard(1)), f"places e in {shard(1)}, but it is in no shard"),
     "tensor not in the index": (move_in_index, f"places a.weight in no shard, but it is in {shard(1)}"),
     "no index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not an index of safetensors"),
@@ -119,10 +138,44 @@ def test_damage_is_reported(damage, tmp_path):
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_quantized_weights_are_refused(tmp_path):
-    save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"a is stored as I8.*not quantized"):
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "F64"), (torch.bool, "BOOL")],
+)
+def test_other_types_of_weights_are_refused(dtype, name, tmp_path):
+    save_file({"a": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"a is stored as {name}.*give weights that are not quantized"):
         find_tensors(tmp_path)
+
+
+def test_the_links_of_hugging_faces_cache_are_followed(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    save_file({"a": torch.ones(2)}, blobs / "4567")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/4567")
+    assert find_tensors(snapshot)["a"].shape == (2,)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    save_file({"a": torch.ones(2)}, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="outside its directory"):
+        find_tensors(snapshot)
+
+
+@settings(max_examples=300, deadline=None)
+@given(place=st.integers(0, 200), bytes_=st.binary(min_size=1, max_size=9), cut=st.integers(0, 400))
+def test_any_damage_of_a_file_is_harmless_or_reported(place, bytes_, cut):
+    """Changed bytes that leave a valid header may also describe other tensors, which check_shapes then refuses."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file(values(torch.float32), path)
+        content = path.read_bytes()
+        path.write_bytes(
+            (content[:place] + bytes_ + content[place + len(bytes_) :])[: len(content) - max(0, cut - 200)]
+        )
+        try:
+            check_shapes(find_tensors(Path(folder)), SHAPES, Path(folder))
+        except UserError as error:
+            assert str(path.parent) in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
