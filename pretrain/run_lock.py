@@ -43,7 +43,9 @@ def hold(folder: Path, max_starts: int) -> Iterator[None]:
             if ended_by_itself:
                 (folder / STARTS).unlink(missing_ok=True)
             lock.release()
-            with suppress(OSError):  # it holds what the run wrote
+            with suppress(OSError):  # they hold what the run wrote
+                (folder / "checkpoints").rmdir()
+            with suppress(OSError):
                 folder.rmdir()
 
 

@@ -9,7 +9,7 @@ A run is one training stage. The configuration says what it minimizes, what it r
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from looplm.config import RunConfig
 from looplm.files import write_whole, writing
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
-from pretrain import health, launcher, run_lock
+from pretrain import health, launcher, run_lock, spikes
 from pretrain.data import (
+    Batch,
     BatchSchedule,
     Corpus,
     build_train_set,
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> None:
                 with watchdog.guard():  # it asks the process groups which ranks are late
                     groups = process_groups.start(config.seed, config.parallel, watchdog.collective_timeout)
                     watchdog.join(groups)
+                    watchdog.start_up("output_dir")
                     with run_lock.hold(Path(config.output_dir), config.health.max_starts):
                         finished = train(config, corpus, groups, watchdog)
             finally:
@@ -87,9 +89,8 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
     data, total_steps = config.data, config.optim.train_steps
     total_samples = schedule.samples_of(total_steps)
     progress = Progress.start(config, total_samples, resumed, initial_about)
-    train_set = build_train_set(config, corpus, total_samples, progress.horizon_samples)
+    batches = training_batches(config, corpus, groups, progress, total_samples)
     valid_set = build_valid_set(data, corpus, config.logging.eval_samples, config.seed, index_cache(config))
-    batches = micro_batches(train_set, data, progress.samples, groups.dp.rank(), groups.dp.size())
     if stop.agree():
         if process_groups.is_rank_0():
             print(f"stopped before the first step by {stop.asked}; nothing was written", file=sys.stderr)
@@ -122,7 +123,7 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
             num_microbatches, batch_size = schedule.at(progress.samples)
             first = progress.position
             done = trainer.train(batches, num_microbatches)
-            state = health.count(progress.health, done.healthy)
+            state = health.count(progress.health, done, config.health)
             progress = progress.advance(batch_size, data.seq_length, state)
             log.train(progress, done)
             saver.poll(log.failure)
@@ -132,6 +133,15 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
                 log.skipped(bad)
                 keep_weights = partial(save_weights, config, corpus, trainer, progress)
                 health.report(bad, state, config, keep_weights, log.say)
+            if spike := spikes.find(progress, done.stats.loss, config.health):
+                if config.health.max_rollbacks:
+                    watchdog.enter(f"rollback after step {progress.step}")
+                    progress = spikes.roll_back(spike, progress, config, trainer.state, saver, log.say)
+                    log.roll_back(progress, spike)
+                    batches = training_batches(config, corpus, groups, progress, total_samples)
+                    continue
+                log.spike(spike)
+                progress = dataclasses.replace(progress, health=spikes.accept(progress.health))
 
             last = progress.step == total_steps
             if not stop.agree() and valid_set is not None and _due(progress.step, config.logging.eval_every, last):
@@ -148,6 +158,15 @@ def train(config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, wat
     log.close()
     process_groups.share_failure(log.failure)
     return progress.step == total_steps and not stop.asked
+
+
+def training_batches(
+    config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, progress: Progress, total_samples: int
+) -> Iterator[Batch]:
+    """Return this rank's micro-batches from ``progress`` on. The whole run trains on ``total_samples`` samples."""
+    skipped = progress.position - progress.samples
+    train_set = build_train_set(config, corpus, total_samples + skipped, progress.horizon_samples)
+    return micro_batches(train_set, config.data, progress.position, groups.dp.rank(), groups.dp.size())
 
 
 def validate(

@@ -4,17 +4,20 @@
 # How a training job can end:
 #
 #   time limit         As long before the limit as --signal says, Slurm sends USR1 to the batch script only. The script
-#                      passes it on as SIGTERM through srun, which signals only torchrun, which signals the trainers:
-#                      each gets it once. They finish the step, save, and exit with 143; the job is requeued.
-#   scancel, preempted Slurm itself sends SIGTERM to torchrun and to this script. The script only waits: if it passed
-#                      the signal on, it would arrive twice, and a second one ends the trainers without saving. The job
-#                      is not requeued here; after a preemption, Slurm requeues a job that has --requeue.
-#   done or failed     The job ends with the run's status.
+#                      passes it on as SIGTERM through srun, which signals only torchrun, which signals the trainers.
+#                      They finish the step, save, and exit with 143; the job is requeued.
+#   scancel, preempted Slurm itself sends SIGTERM to torchrun and to this script. The script only waits: trainers that
+#                      get the signal again later would end without saving. The job is not requeued here; after a
+#                      preemption, Slurm requeues a job that has --requeue.
+#   hang               The trainers' watchdog ends them with 4; the job is requeued.
+#   done or failed     The job ends with the run's status (looplm/failures.py). A run that was started several times
+#                      without a new checkpoint refuses to start, with 2: no crash is repeated forever.
 
 set -euo pipefail
 
-# torchrun waits this long for the trainers before it kills them. Shorter than the lead in every launcher's --signal.
-shutdown_seconds=540
+# torchrun waits this long for the trainers before it kills them. Longer than health.stop_timeout, and shorter than the
+# lead in every launcher's --signal. Its own list of signals lacks USR1, which would kill it.
+torchrun_options=(--shutdown-timeout=540 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
 
 die() {
     echo "error: $*" >&2
@@ -139,7 +142,7 @@ torchrun_everywhere() {
         --kill-on-bad-exit=0 --wait=60 "${image_options[@]}" "${image_program[@]}" \
         bash -c 'exec torchrun --node-rank="$SLURM_NODEID" "$@"' torchrun \
         --nnodes="$nodes" --nproc-per-node="$gpus" --master-addr="$master" --master-port="$(port_of "$job")" \
-        --rdzv-id="$job" --shutdown-timeout="$shutdown_seconds" -m "$@"
+        --rdzv-id="$job" "${torchrun_options[@]}" -m "$@"
 }
 
 # launch COMMAND...: print the command, run it, pass signals on, and requeue the job if it was only interrupted.
@@ -149,6 +152,9 @@ launch() {
     find_environment
     set_environment
     local child status
+    # torchrun ends with 1 whatever its trainers end with: the first one that ends writes its status here.
+    export LOOPLM_STATUS_FILE=$PWD/.looplm-job-${SLURM_JOB_ID:-0}.status
+    rm -f "$LOOPLM_STATUS_FILE"
     warned="" cancelled="" cut_short=""
     trap 'warned=1 cut_short=1; kill -TERM "$child" 2>/dev/null || true' USR1
     trap 'cancelled=1 cut_short=1' TERM
@@ -160,10 +166,14 @@ launch() {
         wait "$child" || status=$?
         [[ $cut_short ]] || break
     done
-    # torchrun turns its trainers' 143 into 1: after Slurm's warning, any error means that the run was interrupted.
-    if [[ ! $cancelled && ($status == 143 || ($warned && $status != 0)) ]]; then
-        echo "interrupted (status $status): requeueing job $job"
-        scontrol requeue "$job"
+    # Without the file, torchrun itself was killed. After Slurm's warning that is an interruption, else a failure.
+    local recorded=${warned:+143}
+    [[ ! -s $LOOPLM_STATUS_FILE ]] || recorded=$(<"$LOOPLM_STATUS_FILE")
+    rm -f "$LOOPLM_STATUS_FILE"
+    [[ $status == 0 ]] || status=${recorded:-$status}
+    if [[ ! $cancelled && ($recorded == 143 || $recorded == 4) && $status != 0 ]]; then
+        echo "interrupted (status $status): requeueing job $SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID"
     fi
     exit "$status"
 }

@@ -13,16 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from looplm.config import HealthConfig
+
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "pretrain/slurm"
 LAUNCHERS = ["single_node", "multi_node", "preprocess", "preflight"]
 SECONDS = 60
+TORCHRUN_OPTIONS = ["--shutdown-timeout=540", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 
 # Run the task once for each node, as srun does, and end with the status in the file `status`.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$RECORD/srun"
+[[ -s $RECORD/recorded ]] && cat "$RECORD/recorded" >"$LOOPLM_STATUS_FILE"
 nodes=1
 while [[ $1 == -* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#--nodes=}; shift; done
 for ((node = 0; node < nodes; node++)); do SLURM_NODEID=$node "$@"; done
@@ -107,7 +111,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_a_single_node_runs_torchrun_on_its_gpus(cluster: Cluster) -> None:
     done = cluster.run("single_node", "--config", str(cluster.config), "--parallel.tensor", "2", env=cluster.one_node)
     assert (done.returncode, done.stderr) == (0, "")
-    expected = ["--standalone", "--nproc-per-node=4", "--shutdown-timeout=540", "-m", "pretrain.train"]
+    expected = ["--standalone", "--nproc-per-node=4", *TORCHRUN_OPTIONS, "-m", "pretrain.train"]
     assert cluster.read("torchrun0") == [*expected, "--config", str(cluster.config), "--parallel.tensor", "2"]
     assert cluster.read("srun")[:3] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=96"]
     assert "torchrun --standalone --nproc-per-node=4" in done.stdout
@@ -124,7 +128,7 @@ def test_every_node_gets_its_rank_and_the_same_address(cluster: Cluster) -> None
             "--master-addr=n07",
             "--master-port=14711",
             "--rdzv-id=4711",
-            "--shutdown-timeout=540",
+            *TORCHRUN_OPTIONS,
             "-m",
             "pretrain.train",
             f"--config={cluster.config}",
@@ -139,7 +143,7 @@ def test_a_dry_run_prints_the_command_that_a_run_executes(cluster: Cluster) -> N
     assert dry.stdout == (
         "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --cpus-per-task=96 --kill-on-bad-exit=0 --wait=60 "
         """bash -c 'exec torchrun --node-rank="$SLURM_NODEID" "$@"' torchrun --nnodes=3 --nproc-per-node=4 """
-        "--master-addr=n07 --master-port=14711 --rdzv-id=4711 --shutdown-timeout=540 -m pretrain.train "
+        f"--master-addr=n07 --master-port=14711 --rdzv-id=4711 {' '.join(TORCHRUN_OPTIONS)} -m pretrain.train "
         f"--config '{cluster.config}' --data.train '[{{prefix: data/a}}]'\n"
     )
     assert cluster.run("multi_node", *arguments, env=cluster.job).stdout == dry.stdout
@@ -244,11 +248,27 @@ def test_gpus_per_node_in_every_spelling(cluster: Cluster, given: dict[str, str]
     assert "--nproc-per-node=6" in cluster.read("torchrun0")
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(143, ["requeue 4711"]), (0, []), (1, []), (2, [])])
-def test_only_an_interrupted_run_is_requeued(cluster: Cluster, status: int, requeued: list[str]) -> None:
-    cluster.end_with(status)
+@pytest.mark.promise(
+    text="A job is requeued if its run was stopped with its state saved (143) or hung (4), and not after any other end",
+    expected="the launcher ends with the run's own status, although torchrun ends with 1; requeued on 143 and 4 only",
+)
+@pytest.mark.parametrize(
+    ("recorded", "status", "requeued"),
+    [(143, 143, True), (4, 4, True), (1, 1, False), (2, 2, False), (3, 3, False), (5, 5, False), ("", 1, False)],
+)
+def test_only_an_interrupted_run_is_requeued(cluster, recorded, status, requeued, record_property) -> None:
+    cluster.end_with(1)
+    (cluster.record / "recorded").write_text(str(recorded))
     done = cluster.run("multi_node", "--config", str(cluster.config), env=cluster.job)
-    assert (done.returncode, cluster.read("scontrol")) == (status, requeued)
+    assert (done.returncode, cluster.read("scontrol")) == (status, ["requeue 4711"] if requeued else [])
+    assert not list(ROOT.glob(".looplm-job-*")), "the record is removed"
+    record_property("seen", f"run {recorded or 'killed'}: launcher {status}, {'' if requeued else 'not '}requeued")
+
+
+def test_a_finished_run_is_not_requeued(cluster: Cluster) -> None:
+    cluster.end_with(0)
+    done = cluster.run("multi_node", "--config", str(cluster.config), env=cluster.job)
+    assert (done.returncode, cluster.read("scontrol")) == (0, [])
 
 
 def start_waiting(cluster: Cluster, status: int) -> subprocess.Popen[bytes]:
@@ -262,7 +282,7 @@ def start_waiting(cluster: Cluster, status: int) -> subprocess.Popen[bytes]:
     return running
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(143, ["requeue 4711"]), (1, ["requeue 4711"]), (0, [])])
+@pytest.mark.parametrize(("status", "requeued"), [(143, ["requeue 4711"]), (0, [])])
 def test_slurms_warning_reaches_the_trainer_as_one_sigterm(cluster: Cluster, status: int, requeued: list[str]) -> None:
     running = start_waiting(cluster, status)
     running.send_signal(signal.SIGUSR1)
@@ -345,7 +365,8 @@ def test_headers(launcher: str) -> None:
     if launcher in ("preprocess", "preflight"):  # its arrays may still run; a preflight has nothing to resume
         assert "no-requeue" in options
         return
-    (waits,) = map(int, re.findall(r"^shutdown_seconds=(\d+)$", (FOLDER / "common.sh").read_text(), re.MULTILINE))
+    (waits,) = map(int, re.findall(r"--shutdown-timeout=(\d+)", (FOLDER / "common.sh").read_text()))
     signalled = re.fullmatch(r"B:USR1@(\d+)", options["signal"])
     assert signalled and int(signalled[1]) > waits, "torchrun would still wait when Slurm kills the job"
+    assert waits > HealthConfig().stop_timeout, "torchrun would kill ranks that still save"
     assert "requeue" in options and options["open-mode"] == "append" and options["ntasks-per-node"] == "1"
