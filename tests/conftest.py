@@ -18,7 +18,6 @@ from tests.support.promises import pytest_configure as pytest_configure
 from tests.support.promises import pytest_runtest_logreport as pytest_runtest_logreport
 from tests.support.promises import pytest_runtest_setup as pytest_runtest_setup
 from tests.support.promises import pytest_sessionfinish as pytest_sessionfinish
-from tests.support.saving import spare_the_spawn
 from tests.support.tiny import write_corpus
 
 SEED = 1234
@@ -72,7 +71,6 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[ProcessGroupCollection]:
     """Start Megatron-core as a job of one process, and return its process groups."""
-    spare_the_spawn()
     yield process_groups.start(SEED)
     process_groups.stop()
 

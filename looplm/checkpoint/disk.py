@@ -26,9 +26,12 @@ def _prepare(config: RunConfig, folder: Path) -> None:
     try:
         if folder.is_dir():
             step_folder.recover(folder)
+        absent = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         probe = folder / ".probe"
         write_whole(probe, "x" * 4096)  # also finds a disk without free inodes, or one that can only be read
         probe.unlink()
+        for made in absent:  # a run that is refused later leaves no empty folders
+            made.rmdir()
     except (StorageFailure, OSError) as error:
         raise UserError(f"output_dir: {error}") from error
     size = checkpoint_bytes(config.model, config.gate, config.optim.precision, config.loss.frozen_trunk)

@@ -21,7 +21,6 @@ from pretrain.data import check_corpus
 from pretrain.stopping import STOPPED
 from pretrain.train import build, main, train
 from tests.support.launch import SERVER
-from tests.support.saving import spare_the_spawn
 from tests.support.tiny import run_config, train_rows
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
@@ -215,7 +214,6 @@ def test_errors_come_before_training(corpus, tmp_path, single_process):
 
 def _command(*arguments: str) -> None:
     """Run ``python -m pretrain.train`` in a forked process, which saves its imports."""
-    spare_the_spawn()
     torch.set_num_threads(1)
     main([*arguments])
 

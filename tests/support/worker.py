@@ -28,7 +28,6 @@ from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_ba
 from pretrain.train import train
 from pretrain.trainer import Trainer
 from tests.support.gradients import whole_gradients
-from tests.support.saving import spare_the_spawn
 
 # With Megatron's default of 40 million parameters, a tiny model would have a single bucket and nothing to overlap.
 BUCKET_SIZE = 5000
@@ -130,7 +129,6 @@ def run_training(config: RunConfig) -> None:
 def run(jobs: Sequence[Callable[[], None]]) -> None:
     """Run each job (a function above with its arguments bound), one after the other in the same processes."""
     gc.freeze()  # collections between two jobs then skip everything that torch has loaded
-    spare_the_spawn()
     small_buckets = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
     optim.DistributedDataParallelConfig = small_buckets  # type: ignore[attr-defined]  # the name that the product calls
     for number, job in enumerate(jobs):
