@@ -27,6 +27,7 @@ from data_pipeline.folders import Folder
 from data_pipeline.local_executor import LocalExecutor, StepFailed
 from looplm.cli import UserError
 from looplm.failures import Failure
+from looplm.files import write_whole
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+=,@~-]*")  # what datatrove's job scripts can hold without quotes
 
@@ -83,11 +84,16 @@ class StepRunner:
         options: dict[str, Any] = {key: value for key, value in asdict(config).items() if key != "poll_seconds"}
         options |= {"workers": self.config.workers, "job_name": f"looplm-{name}", "logging_dir": Folder(str(folder))}
         executor = SlurmPipelineExecutor(pipeline, tasks=tasks, env_command=env_command, **options)
+        submitted = folder / "job_id"
+        if submitted.exists():  # by a command that was killed; its tasks write the same files
+            job = submitted.read_text()
+            while executor.get_incomplete_ranks() and _is_queued(job):
+                time.sleep(config.poll_seconds)
         executor.run()
+        write_whole(submitted, str(executor.job_id))
         while executor.get_incomplete_ranks():
             time.sleep(config.poll_seconds)
-            queue = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True)
-            if not queue.stdout.strip() and executor.get_incomplete_ranks():
+            if not _is_queued(str(executor.job_id)) and executor.get_incomplete_ranks():
                 raise _failure(name, folder)
 
 
@@ -133,6 +139,12 @@ def _progress_bar(name: str, folder: Path, tasks: int) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
+
+
+def _is_queued(job: str) -> bool:
+    """Return True if Slurm lists the job as pending or running."""
+    queue = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True)
+    return bool(queue.stdout.strip())
 
 
 def _counters(folder: Path) -> list[Counter[str]]:

@@ -22,6 +22,7 @@ from looplm import chat
 from looplm.bounds import path_field
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.encoding import added_ids
+from looplm.files import write_whole
 from looplm.plain_text import as_text
 
 
@@ -146,8 +147,7 @@ def main(argv: list[str]) -> None:
     )
     streams = [_documents_of(source) for source in config.sources]
     tokenizer = train_tokenizer(sample_texts(streams, config.tokenizer.train_chars), config.tokenizer)
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(config.output)
+    write_whole(Path(config.output), tokenizer.to_str(pretty=True))
     ids = special_ids(tokenizer, config.tokenizer)
     print(f"{config.output}: {vocab_size(tokenizer):,} tokens, bos {ids.bos}, eos {ids.eos}, pad {ids.pad}")
 

@@ -24,7 +24,7 @@ from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig
 from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE
-from pretrain.index_cache import checked
+from pretrain.index_cache import checked_cache
 from pretrain.mixed_data import MixConfig, MixedDataset
 from pretrain.stopping import ignore_signals
 
@@ -188,7 +188,7 @@ def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horiz
     ones as they were.
     """
     data, cache, passes = config.data, index_cache(config), range(-(-train_samples // horizon))
-    with checked(_cache_of(cache, corpus)):
+    with checked_cache(_cache_of(cache, corpus)):
         built = [_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in passes]
     return ConcatDataset([Subset(dataset, range(horizon)) for dataset in built])
 
@@ -200,7 +200,7 @@ def build_valid_set(data: DataConfig, corpus: Corpus, samples: int, seed: int, c
     """
     if not data.valid:
         return None
-    with checked(_cache_of(cache, corpus)):
+    with checked_cache(_cache_of(cache, corpus)):
         return _build(data, data.valid, corpus, samples, seed, cache)
 
 

@@ -21,7 +21,7 @@ _LOCK = ".lock"
 
 
 @contextmanager
-def checked(folder: Path) -> Iterator[None]:
+def checked_cache(folder: Path) -> Iterator[None]:
     """Remove damaged arrays from ``folder`` before the block, which builds what is missing, and record them after it.
 
     Rank 0 does so. The other ranks may enter at once, because Megatron lets them wait until rank 0 has built.

@@ -61,3 +61,31 @@ def test_a_bad_line_on_another_machine_is_named_here(
     with pytest.raises(UserError, match=r"a.jsonl:4: no key 'text'"):
         build(replace(settings, executor=replace(settings.executor, slurm=slurm)))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_array_of_a_killed_command_is_waited_for(
+    slurm: SlurmConfig, corpus: Any, jsonl: Callable, config: Any, build: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The first command dies after it has submitted the reading step; that job is in the queue for two looks more."""
+    settings = config({"a": jsonl("a", corpus.documents(20, 2))}, tasks=1)
+    settings = replace(settings, executor=replace(settings.executor, slurm=slurm))
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.documents.find_duplicates", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(settings)
+    step = tmp_path / "out.partial/final/logs/read-a"
+    assert (step / "job_id").read_text() == "7"
+    next(step.glob("completions/*")).unlink()
+    (tmp_path / "bin" / "sbatch.log").unlink()
+    queue, looks = tmp_path / "bin" / "squeue", tmp_path / "looks"
+    queue.write_text(f"#!/bin/sh\necho look >>{looks}\n[ $(wc -l <{looks}) -gt 2 ] || echo 7\ntest ! -e {step}/again\n")
+    build(settings)
+    assert len(looks.read_text().splitlines()) == 3
+
+
+def test_a_path_that_job_scripts_cannot_carry(
+    slurm: SlurmConfig, corpus: Any, jsonl: Callable, config: Any, build: Any, tmp_path: Path
+) -> None:
+    settings = config({"a": jsonl("a", corpus.documents(3))}, output_dir=str(tmp_path / "exp[1] $x" / "out"))
+    with pytest.raises(UserError, match=r"executor.slurm: .* holds ' \$\[\]', which job scripts cannot carry; choose"):
+        build(replace(settings, executor=replace(settings.executor, slurm=slurm)))

@@ -139,6 +139,22 @@ def test_a_packing_is_cached(chats, tmp_path, single_process, monkeypatch):
     assert not list(tmp_path.rglob("*.npz.*"))
 
 
+@pytest.mark.promise(text="A damaged packing in a cache is named and computed again", expected="the same samples")
+@pytest.mark.parametrize("position", [0, 100, -30])
+def test_a_damaged_packing_is_computed_again(position, chats, tmp_path, single_process, capsys, record_property):
+    config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
+    arguments = (config.data, check_corpus(config.data, config.model.vocab_size), 8, config.seed, index_cache(config))
+    first = token_rows(build_valid_set(*arguments))
+    path = next(tmp_path.rglob("*-packing.npz"))
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert token_rows(build_valid_set(*arguments)) == first
+    assert "packing.npz: its content is not what was written; computing it again" in capsys.readouterr().out
+    record_property("seen", "the same samples")
+
+
 @pytest.fixture(scope="module")
 def tuned(chats, tmp_path_factory, single_process) -> Path:
     folder = tmp_path_factory.mktemp("tuned") / "sft"
