@@ -34,6 +34,8 @@ class LocalExecutor(LocalPipelineExecutor):
         work: the work folder.
     """
 
+    pipeline: list[Any]
+
     def __init__(self, *args: Any, work: str, **options: Any) -> None:
         super().__init__(*args, **options)
         self.work = work

@@ -201,7 +201,8 @@ def build_valid_set(data: DataConfig, corpus: Corpus, samples: int, seed: int, c
     if not data.valid:
         return None
     with checked_cache(_cache_of(cache, corpus)):
-        return _build(data, data.valid, corpus, samples, seed, cache)
+        valid_set: Dataset[Any] = _build(data, data.valid, corpus, samples, seed, cache)
+    return valid_set
 
 
 def index_cache(config: RunConfig) -> Path:
