@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from looplm.checkpoint import step_folder
+from looplm.checkpoint.verify import fingerprint
 from looplm.cli import UserError
+from looplm.failures import StorageFailure
+from looplm.huggingface.inventory import inspect
 from looplm.huggingface.weight_files import find_tensors
 from looplm.inference import GenerationConfig, Generator
 from looplm.megatron import process_groups
@@ -209,7 +212,8 @@ def test_a_layout_that_cannot_hold_the_model(ours, tmp_path):
     text = (step / "config.yaml").read_text()
     (step / "config.yaml").write_text(text.replace("kind: linear", "kind: lru"))
     (step / "manifest.json").unlink()
-    step_folder.publish(step, tmp_path / "lru")
+    files = {str(path.relative_to(step)): fingerprint(path) for path in step_folder.files_in(step)}
+    step_folder.publish(step, tmp_path / "lru", files)
     with pytest.raises(UserError, match=r"layout: 'ouro' does not hold this model \(gate.kind=lru is not linear\)"):
         main(["export", "--checkpoint", str(tmp_path / "lru"), "--output", str(tmp_path / "hf"), "--layout", "ouro"])
     assert not (tmp_path / "hf").exists()
@@ -224,9 +228,33 @@ def test_a_failure_midway_leaves_nothing(released, ours, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         main(["export", "--checkpoint", str(ours), "--output", str(tmp_path / "hf")])
     monkeypatch.setattr("looplm.checkpoint.step_folder.publish", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(StorageFailure, match="no space"):
         main(["import", "--input", str(released), "--output", str(tmp_path / "again")])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    text="An export that is killed leaves nothing at its place, and can be repeated",
+    expected="no folder; then a whole one",
+)
+def test_a_killed_export_leaves_nothing_that_looks_whole(ours, tmp_path, record_property):
+    argv = ["export", "--checkpoint", str(ours), "--output", str(tmp_path / "hf")]
+    killed = (
+        "import os\n"
+        "from looplm.huggingface import companion_files\n"
+        "from tools.convert_hf import main\n"
+        "companion_files.write = lambda *_: os.kill(os.getpid(), 9)  # after the weights, before all other files\n"
+        f"main({argv!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == -9, done.stderr
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".") and not (left / "config.json").exists()
+    main(argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert "whole        yes" in inspect(tmp_path / "hf")
+    record_property("seen", "no folder; then a whole one")
 
 
 @pytest.mark.slow

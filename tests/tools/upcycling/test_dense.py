@@ -88,6 +88,8 @@ def test_one_loop_writes_the_dense_models_text(corpus, tmp_path, single_process,
             return model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)[0, ids.size(1) :].tolist()
 
     (folder / "generation_config.json").write_text("{}")
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": -1}
+    (folder / "config.json").write_text(json.dumps(config))
     endless = theirs(folder, "def add_1(")
     last = endless[6]
     ending = endless[: endless.index(last)]
@@ -96,7 +98,8 @@ def test_one_loop_writes_the_dense_models_text(corpus, tmp_path, single_process,
     (folder / "generation_config.json").write_text(json.dumps(ends))
     main(["dense", f"--input={folder}", f"--output={tmp_path / 'looped'}", "--loops=1", "--gate.state_size=8"])
     opened = checkpoint.open_model(str(tmp_path / "looped"), single_process)
-    assert opened.about.eos_ids == (last, 1, 3) and opened.about.begin_id == 0
+    about = opened.about
+    assert (about.eos_ids, about.bos_id, about.begin_id, about.pad_id) == ((last, 1, 3), 0, 0, None)
     settings = GenerationConfig(temperature=0.0, max_new_tokens=12)
     (ours,) = Generator.of(opened).generate(["def add_1("], settings)
     assert ours.ids == ending and ours.finish == "eos"
@@ -148,6 +151,7 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(llama, corpus, tmp_pat
     def changed(**values: object) -> str:
         folder = tmp_path / "hf" / str(len(list((tmp_path / "hf").glob("*"))))
         shutil.copytree(llama, folder)
+        (folder / "generation_config.json").unlink()  # its ids would come before those of config.json
         config = json.loads((llama / "config.json").read_text()) | values
         (folder / "config.json").write_text(json.dumps(config))
         return f"--input={folder}"
@@ -163,7 +167,17 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(llama, corpus, tmp_pat
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     scaled = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
     source, output = f"--input={llama}", f"--output={tmp_path / 'out'}"
+    generated = changed()
+    bad_ids = Path(generated.removeprefix("--input=")) / "generation_config.json"
+    bad_ids.write_text('{"eos_token_id": [1, 4000]}')
+    config_path = r"config\.json: "
     messages = {
+        r"generation_config\.json: eos_token_id: 4000 is not allowed; .* null \(or -1\) for no": [generated],
+        config_path + r"pad_token_id: -2 is not allowed": [changed(pad_token_id=-2)],
+        config_path + r"bos_token_id: 0\.0 is not allowed": [changed(bos_token_id=0.0)],
+        config_path + r"quantization_config: .* not supported": [changed(quantization_config={"bits": 4})],
+        config_path + r"rope_scaling: .* not supported": [changed(rope_scaling={"factor": 8.0})],
+        config_path + r"model_type: \['llama'\] is not": [changed(model_type=["llama"])],
         r"layers: '3:9' is not allowed; give FIRST:END, such as 1:3, of the source's 4": [source, "--layers=3:9"],
         r"layers: '2:2' is not allowed": [source, "--layers=2:2"],
         r"layers: 'all' is not allowed": [source, "--layers=all"],
