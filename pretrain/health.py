@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from looplm.checkpoint import Health, TrainingState, optimizer_state
-from looplm.config import RunConfig
+from looplm.config import HealthConfig, RunConfig
 from looplm.failures import NumericalFailure
 from looplm.files import write_whole
 from looplm.megatron import process_groups
+from pretrain import spikes
 from pretrain.norms import module_of
 from pretrain.trainer import Step, Trainer
 
@@ -78,10 +79,10 @@ class BadStep:
     weights: str | None = None
 
 
-def count(health: Health, healthy: bool) -> Health:
+def count(health: Health, done: Step, config: HealthConfig) -> Health:
     """Return the state of the run's health after one more step."""
-    if healthy:
-        return replace(health, skipped_in_a_row=0)
+    if done.healthy:
+        return spikes.watch(replace(health, skipped_in_a_row=0), done.stats.loss, config)
     return replace(health, skipped=health.skipped + 1, skipped_in_a_row=health.skipped_in_a_row + 1)
 
 
@@ -162,7 +163,6 @@ def report(
     weights = path.with_suffix("")
     save_weights(weights)
     _write(path, replace(bad, weights=str(weights)))
-    dist.barrier()
     raise NumericalFailure(
         f"step {bad.step}: {bad.what}; health.max_skipped={allowed} allows no further step without an update "
         f"({health.skipped_in_a_row} in a row); look at the batch with: python -m tools.replay {path}"
@@ -193,8 +193,8 @@ def require_finite(state: TrainingState, step: int) -> None:
 
 
 def _write(path: Path, bad: BadStep) -> None:
-    if process_groups.is_rank_0():
-        write_whole(path, json.dumps(finite_or_null(dataclasses.asdict(bad)), indent=1, allow_nan=False))
+    text = json.dumps(finite_or_null(dataclasses.asdict(bad)), indent=1, allow_nan=False)
+    process_groups.on_rank_0(lambda: write_whole(path, text))
 
 
 def finite_or_null(value: Any) -> Any:

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,11 @@ from looplm.files import write_whole, writing
 from looplm.megatron import device, process_groups
 from pretrain.health import BadStep, finite_or_null
 from pretrain.progress import Progress
+from pretrain.spikes import Spike
 from pretrain.step import StepStats
 from pretrain.trainer import Step
+
+ROLLED_BACK = "rolled_back.jsonl"  # lines of steps that a rollback has undone
 
 
 class RunLog:
@@ -54,10 +57,9 @@ class RunLog:
         self._board = None
         with self._noted_failure():
             folder.mkdir(parents=True, exist_ok=True)
-            _drop_lines_after(self._path, start.step)
-            if config.logging.tensorboard:
-                purge_step = start.step + 1 if start.step else None
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+            _drop_lines_after(self._path, start)
+            _drop_rollbacks_after(self._path.with_name(ROLLED_BACK), start)
+            self._open_board(start.step)
         self._bar = tqdm(total=self._total, initial=start.step, unit="step") if sys.stderr.isatty() else None
 
     def train(self, progress: Progress, done: Step) -> None:
@@ -92,6 +94,31 @@ class RunLog:
         if self.enabled:
             self._write({"kind": "skipped", "step": bad.step, "samples": bad.samples, "what": bad.what})
 
+    def spike(self, spike: Spike) -> None:
+        """Record a loss spike after which the run goes on."""
+        if self.enabled:
+            self._write({"kind": "spike"} | dataclasses.asdict(spike))
+            self.say(f"{spike}; training goes on (health.max_rollbacks=0)")
+
+    def roll_back(self, progress: Progress, spike: Spike) -> None:
+        """Record the return to ``progress``: later lines move to rolled_back.jsonl, and their steps will come again."""
+        self._tokens = progress.tokens
+        if not self.enabled:
+            return
+        windows = progress.health.skipped_samples
+        with self._noted_failure():
+            dropped = _drop_lines_after(self._path, progress)
+            with self._path.with_name(ROLLED_BACK).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"rollback": len(windows), **_parse(line)}) + "\n" for line in dropped)
+            if self._board is not None:
+                self._board.close()
+            self._open_board(progress.step)
+        row = {"kind": "rollback", "step": progress.step, "skipped_samples": windows[-1]}
+        self._write(row | {"spike": dataclasses.asdict(spike)})
+        if self._bar is not None:
+            self._bar.update(progress.step - self._bar.n)
+        self.restart_clock()
+
     def valid(self, progress: Progress, stats: StepStats) -> None:
         """Record a validation."""
         if not self.enabled:
@@ -117,6 +144,12 @@ class RunLog:
                 if output is not None:
                     with self._noted_failure():
                         output.close()
+
+    def _open_board(self, step: int) -> None:
+        """Continue the curves after ``step``."""
+        if self._config.logging.tensorboard:
+            folder = str(self._path.with_name("tensorboard"))
+            self._board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     @contextmanager
     def _noted_failure(self) -> Iterator[None]:
@@ -156,16 +189,42 @@ def _format(values: list[float]) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines up to ``step``: a resumed run repeats the later steps, and each step must appear once."""
+def _drop_lines_after(path: Path, progress: Progress) -> list[str]:
+    """Keep the lines up to a position, because a run repeats the later steps; return those that were dropped.
+
+    A rollback that the position does not know of is dropped too: the run will repeat it.
+    """
+    known = [None, *map(list, progress.health.skipped_samples)]
+
+    def is_kept(line: str) -> bool:
+        row = _parse(line)
+        return _step_of(line) <= progress.step and row.get("skipped_samples") in known
+
+    return _keep_lines(path, is_kept)
+
+
+def _drop_rollbacks_after(path: Path, progress: Progress) -> None:
+    _keep_lines(path, lambda line: _parse(line).get("rollback", math.inf) <= len(progress.health.skipped_samples))
+
+
+def _keep_lines(path: Path, is_kept: Callable[[str], bool]) -> list[str]:
     if not path.exists():
-        return
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    write_whole(path, "".join(line + "\n" for line in rows))
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if is_kept(line)]
+    if len(kept) < len(lines):
+        write_whole(path, "".join(line + "\n" for line in kept))
+    return [line for line in lines if not is_kept(line)]
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """Return a line's object; an empty one for a line that a killed process left half written."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # a killed process left half a line
-        return float("inf")
+    return float(_parse(line).get("step", math.inf))

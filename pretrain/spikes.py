@@ -7,15 +7,32 @@ spike and skips the data in between: spikes come from certain data *and* a certa
 elsewhere.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
-from looplm.checkpoint import Health
-from looplm.config import HealthConfig
+from looplm import checkpoint
+from looplm.checkpoint import Health, Saver, TrainingState, step_folder
+from looplm.config import HealthConfig, RunConfig
+from looplm.failures import NumericalFailure
+from pretrain.progress import Progress
 
 STANDARD_DEVIATIONS = 1.4826  # of a normal distribution, in its median absolute deviation
 SMALLEST_SPREAD = 1e-3  # relative to the median; losses that hardly differ would make any difference a spike
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spike:
+    """A spike that ends with ``step``: the loss there, and the highest that would not belong to one."""
+
+    step: int
+    loss: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}: a loss spike ({self.loss:.4f}, above {self.limit:.4f})"
 
 
 def limit(recent: Sequence[float], config: HealthConfig) -> float | None:
@@ -36,3 +53,56 @@ def watch(health: Health, loss: float, config: HealthConfig) -> Health:
         return replace(health, losses_above=health.losses_above + 1)
     recent = (*health.recent_losses, loss)[-config.spike_window :]
     return replace(health, recent_losses=recent, losses_above=0)
+
+
+def find(progress: Progress, loss: float, config: HealthConfig) -> Spike | None:
+    """Return the spike that the last step completes, if it does."""
+    health = progress.health
+    if health.losses_above < config.spike_steps:
+        return None
+    highest = limit(health.recent_losses, config)
+    assert highest is not None
+    return Spike(step=progress.step, loss=loss, limit=highest)
+
+
+def accept(health: Health) -> Health:
+    """Return the state after a spike that is only reported: later losses are compared with new ones."""
+    return replace(health, recent_losses=(), losses_above=0)
+
+
+def roll_back(
+    spike: Spike, progress: Progress, config: RunConfig, state: TrainingState, saver: Saver, say: Callable[[str], None]
+) -> Progress:
+    """Load the newest checkpoint before a spike, and skip the data between it and the spike's end; collective.
+
+    The batch ramps up with the samples that are consumed, and the skipped ones are not. A run that is killed before
+    its next checkpoint meets the same spike again and skips the same data.
+
+    Raises:
+        NumericalFailure: there is no such checkpoint, or ``health.max_rollbacks`` have been made.
+    """
+    allowed, windows = config.health.max_rollbacks, progress.health.skipped_samples
+    if len(windows) >= allowed:
+        raise NumericalFailure(
+            f"{spike}; health.max_rollbacks={allowed} allows no further rollback; lower optim.lr, or look at the batch "
+            f"with: python -m tools.replay --run {config.output_dir} --step {spike.step}"
+        )
+    saver.close()
+    saver.close()  # the checkpoint in the making may be the one to return to
+    before = progress.step - progress.health.losses_above
+    found = step_folder.newest(Path(config.output_dir) / "checkpoints", say, before)
+    if found is None:
+        raise NumericalFailure(
+            f"{spike}; there is no checkpoint of step {before} or earlier to return to; lower checkpoint.save_every"
+        )
+    saver.forget_after(found)
+    checkpoint.load_run(found, state)
+    about = checkpoint.read_about(found)
+    first = about.samples + sum(stop - start for start, stop in windows)
+    windows = (*windows, (first, progress.position))
+    say(
+        f"{spike}; back to step {about.step} (rollback {len(windows)} of {allowed}), "
+        f"samples {first}-{progress.position - 1} are skipped"
+    )
+    returned = Progress.start(config, progress.horizon_samples, about, None)
+    return dataclasses.replace(returned, health=replace(returned.health, skipped_samples=windows))

@@ -10,7 +10,7 @@ from looplm.checkpoint.saving import COMPANION_FOLDER, Saving
 from looplm.checkpoint.state import TrainingState, sharded_state
 from looplm.cli import to_dict
 from looplm.config import CheckpointConfig, RunConfig
-from looplm.failures import StorageFailure
+from looplm.failures import NumericalFailure, StorageFailure
 from looplm.files import write_whole
 from looplm.megatron import process_groups
 
@@ -36,7 +36,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, NumericalFailure):  # all ranks raise it, and what was saved is healthy
             self.close()
         elif self._saving is not None:
             self._saving.abort()
@@ -44,12 +44,15 @@ class Saver:
     def save(self, training: TrainingState, about: About, tokenizer: Path) -> None:
         """Begin a checkpoint, after the one before is published. Return when the state is copied, or published.
 
+        While steps are skipped or losses are above the limit of a spike, the newest checkpoint before them stays.
+
         Raises:
             StorageFailure: this or the earlier checkpoint cannot be written; on every rank.
         """
         self.close()
         final = self._folder / step_folder.step_name(about.step)
-        after = partial(_tidy, final, self._config.checkpoint, frozenset(self._whole | {final.name}))
+        healthy = about.step - max(about.health.skipped_in_a_row, about.health.losses_above)
+        after = partial(_tidy, final, self._config.checkpoint, frozenset(self._whole | {final.name}), healthy)
         companions = Path(self._config.output_dir) / COMPANION_FOLDER
         state = sharded_state(training, is_loading=False)
         self._saving = Saving(final, state, to_dict(self._config), about, tokenizer, companions, after)
@@ -75,13 +78,19 @@ class Saver:
             self._saving.wait()
             self._published(self._saving.final)
 
+    def forget_after(self, final: Path) -> None:
+        """Delete all later checkpoints than ``final``, to which the run returns; collective."""
+        self.close()
+        self._whole = {name for name in self._whole if name < final.name} | {final.name}
+        process_groups.on_rank_0(lambda: step_folder.delete_after(final))
+
     def _published(self, final: Path) -> None:
         self._saving = None
         self._whole.add(final.name)
         self._say(f"saved {final}")
 
 
-def _tidy(final: Path, config: CheckpointConfig, whole: frozenset[str]) -> None:
+def _tidy(final: Path, config: CheckpointConfig, whole: frozenset[str], healthy: int) -> None:
     """Point ``latest`` at a new checkpoint, and delete old ones."""
     write_whole(final.parent / "latest", final.name + "\n")
-    step_folder.delete_old(final.parent, config.keep, config.keep_every, whole)
+    step_folder.delete_old(final.parent, config.keep, config.keep_every, whole, healthy)

@@ -116,6 +116,7 @@ def load_run(step: Path, training: TrainingState) -> None:
     adam_steps = read_about(step).adam_steps
     optimizer_state.load_state(training.optimizer, training.model, state["optimizer"], adam_steps)
     try:
+        training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those of a schedule that has run
         training.scheduler.load_state_dict(state["scheduler"])
         device.set_rng_state(state["rng"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from glob import escape
 from pathlib import Path
 
 from looplm.checkpoint.verify import MANIFEST, Fingerprint
@@ -41,7 +42,7 @@ def create_partial(final: Path) -> Path:
 
 def discard_partial(final: Path) -> None:
     """Remove the folders of :func:`create_partial` that were not published."""
-    for partial in final.parent.glob(f".{final.name}.*partial"):
+    for partial in final.parent.glob(f".{escape(final.name)}.*partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -92,7 +93,9 @@ def recover(folder: Path) -> None:
             unfinished.unlink()
 
 
-def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str]) -> None:
+def delete_old(
+    folder: Path, keep: int, keep_every: int, whole: Collection[str], healthy: int | None = None
+) -> None:
     """Delete every step that is older than the ``keep`` newest whole ones and not divisible by ``keep_every``.
 
     Args:
@@ -101,17 +104,32 @@ def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str])
         keep_every: 0 keeps no others.
         whole: names of the steps that this run has written or verified. Others may be damaged and do not count, and
             neither does one whose files have disappeared or changed their size since.
+        healthy: the newest whole one up to this step stays too, because later ones may hold the start of a loss spike.
     """
     steps = steps_in(folder)
-    kept = [step for step in steps if step.name in whole and find_fault(step, deep=False) is None][:keep]
+    sound = [step for step in steps if step.name in whole and find_fault(step, deep=False) is None]
+    kept = sound[:keep]
     if len(kept) < keep:
         return
+    spared = next((step for step in sound if healthy is not None and _number(step) <= healthy), None)
     for step in steps:
-        permanent = keep_every > 0 and _number(step) % keep_every == 0
+        permanent = step == spared or (keep_every > 0 and _number(step) % keep_every == 0)
         if _number(step) < _number(kept[-1]) and not permanent and not step.is_symlink():
-            deleted = folder / f".{step.name}.deleted"
-            os.rename(step, deleted)  # half a deleted step is no step
-            shutil.rmtree(deleted, ignore_errors=True)
+            _delete(step)
+
+
+def _delete(step: Path) -> None:
+    deleted = step.with_name(f".{step.name}.deleted")
+    os.rename(step, deleted)  # half a deleted step is no step
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def delete_after(final: Path) -> None:
+    """Delete every later step than ``final``, and point ``latest`` at it."""
+    write_whole(final.parent / "latest", final.name + "\n")
+    for step in steps_in(final.parent):
+        if _number(step) > _number(final):
+            _delete(step)
 
 
 def locate(directory: str) -> Path:
@@ -139,16 +157,19 @@ def _locate(path: Path) -> Path:
     return found
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+def newest(folder: Path, say: Callable[[str], None], up_to: int | None = None) -> Path | None:
     """Return the newest undamaged step directory of ``folder``, if any. Damaged ones are reported to ``say``.
 
-    Collective if torch.distributed is initialized: every rank gets the answer of rank 0.
+    Steps after ``up_to`` are not looked at. Collective if torch.distributed is initialized: every rank gets the answer
+    of rank 0.
     """
-    return process_groups.on_rank_0(lambda: _newest(folder, say))
+    return process_groups.on_rank_0(lambda: _newest(folder, say, up_to))
 
 
-def _newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+def _newest(folder: Path, say: Callable[[str], None], up_to: int | None = None) -> Path | None:
     for step in steps_in(folder):
+        if up_to is not None and _number(step) > up_to:
+            continue
         fault = find_fault(step)
         if fault is None:
             return step

@@ -201,11 +201,13 @@ class HealthConfig:
 
     Args:
         max_skipped: steps in a row whose loss or gradient may be not finite; each is skipped, the next ends the run.
-        spike_factor: a loss above the median of the last spike_window steps by more than this many times their mean
-            absolute deviation is a spike; null looks for none.
-        spike_window: steps that a loss is compared with; none is judged before that many.
+        spike_factor: a loss that exceeds the median of the last spike_window ones by more than this many of their
+            standard deviations (1.4826 x their median absolute deviation) may be a spike; null looks for none. 7 is a
+            usual number.
+        spike_window: losses that a loss is compared with; none is judged before that many.
         spike_steps: steps in a row above the limit that make a spike.
-        max_rollbacks: returns to the last checkpoint before a spike, skipping the data in between; 0 only reports.
+        max_rollbacks: returns to the last checkpoint before a spike, with all data between it and the spike's end
+            skipped; a later spike ends the run. 0 only reports spikes.
         step_timeout: seconds that a step, validation or save may take before the watchdog ends the run; 0 never.
         startup_timeout: seconds that everything before the first step may take; 0 is without limit.
         stop_timeout: seconds after a signal within which every rank must have saved.

@@ -20,7 +20,6 @@ from pretrain.health import finite_or_null, require_finite
 from pretrain.train import build, main
 from tests.support.faulty import Fault, injected, outcome, run_faulty
 from tests.support.launch import SERVER, launch
-from tests.support.saving import spare_the_spawn
 from tests.support.tiny import run_config, train_rows
 
 TWELVE = {"train_steps": 12, "warmup_steps": 2, "decay_steps": 0, "schedule": "constant"}
@@ -59,7 +58,6 @@ def test_one_gradient_that_is_not_finite_is_skipped(
 
 def spoiled_command(fault: Fault, *arguments: str) -> None:
     """Run ``python -m pretrain.train`` with a fault, in a forked process."""
-    spare_the_spawn()
     torch.set_num_threads(1)
     sys.argv[1:] = arguments
     with injected(fault):

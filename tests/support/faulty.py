@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -18,11 +19,11 @@ from looplm.config import RunConfig
 from looplm.failures import Failure
 from looplm.megatron import process_groups
 from pretrain import step as training_step
+from pretrain import train as training
 from pretrain.data import check_corpus
 from pretrain.norms import LoopNorms
-from pretrain.train import train
 from pretrain.trainer import Trainer
-from tests.support.tiny import train_rows
+from tests.support.tiny import VOCAB, train_rows
 
 Kind = Literal["gradient", "loss", "weight gradient"]
 
@@ -116,7 +117,7 @@ def run_faulty(config: RunConfig, fault: Fault) -> None:
     groups, changed, error = process_groups.start(config.seed, config.parallel), list[int](), None
     with injected(fault), watched_updates(changed):
         try:
-            train(config, corpus, groups)
+            training.train(config, corpus, groups)
         except Failure as failure:
             error = (failure.status, str(failure))
     outcomes: list[Any] = [None] * dist.get_world_size()
@@ -135,4 +136,38 @@ def outcome(config: RunConfig) -> dict[str, Any]:
     return found | {"rows": train_rows(folder), "skipped": [row for row in rows if row["kind"] == "skipped"]}
 
 
-Job = Callable[[], None]
+@contextmanager
+def spoiled_data(samples: Collection[int], skipped: range = range(0)) -> Iterator[None]:
+    """Give some training samples wrong labels, and leave ``skipped`` out of the order, in the runs of this process."""
+    real, build = training.micro_batches, training.build_train_set
+
+    def build_train_set(config: RunConfig, corpus: Any, samples: int, horizon: int) -> Any:
+        return build(config, corpus, samples + len(skipped), horizon)
+
+    def micro_batches(dataset: Any, data: Any, consumed: int, rank: int, ranks: int) -> Iterator[Any]:
+        size = data.micro_batch_size
+        for index in count():
+            first = consumed + (index * ranks + rank) * size
+            if skipped and first >= skipped.start:
+                first += len(skipped)
+            (batch,) = islice(real(dataset, data, first, 0, 1), 1)
+            if first in samples:
+                batch = batch._replace(labels_SB=(batch.labels_SB * 7 + 13) % VOCAB)
+            yield batch
+
+    patched = {"micro_batches": micro_batches, "build_train_set": build_train_set}
+    with mock.patch.multiple(training, **patched):
+        yield
+
+
+def run_spoiled(config: RunConfig, samples: Collection[int], skipped: range = range(0)) -> None:
+    """Train on spoiled data; rank 0 then writes ``outcome.json`` with the failure, if it is one."""
+    corpus, error = check_corpus(config.data, config.model.vocab_size), None
+    groups = process_groups.start(config.seed, config.parallel)
+    with spoiled_data(samples, skipped):
+        try:
+            training.train(config, corpus, groups)
+        except Failure as failure:
+            error = (failure.status, str(failure))
+    if dist.get_rank() == 0:
+        Path(config.output_dir, "outcome.json").write_text(json.dumps({"error": error, "changed": []}))
