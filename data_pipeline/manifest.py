@@ -7,8 +7,9 @@ from pathlib import Path
 
 from data_pipeline.token_file import read_blocks, read_index, unmark
 from looplm import chat
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
 from looplm.files import sha256_of, write_whole
+from looplm.json_file import read_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +136,8 @@ def read_manifest(prefix: str | Path) -> Manifest:
         UserError: it is missing, not JSON, or not a manifest.
     """
     path = manifest_path(prefix)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        fix = "give a prefix written by data_pipeline.tokenize, without .bin"
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); build the data again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a manifest; build the data again")
-    return from_dict(Manifest, values, where=str(path))
+    fix = "build the data again" if path.exists() else "give a prefix written by data_pipeline.tokenize, without .bin"
+    return from_dict(Manifest, read_object(path, fix), where=str(path))
 
 
 def fingerprint_of(files: dict[str, FileRecord], tokenizer: TokenizerRecord) -> str:

@@ -65,6 +65,8 @@ def read_index(path: Path) -> IndexFile:
             if count:
                 (length,) = np.fromfile(path, np.int32, 1, offset=_HEADER.size + 4 * (count - 1))
                 (pointer,) = np.fromfile(path, np.int64, 1, offset=_HEADER.size + 4 * count + 8 * (count - 1))
+                if pointer < 0 or length < 0:
+                    raise UserError(f"{path}: damaged (a document of {length} tokens at byte {pointer}); {fix}")
                 end = int(pointer) + int(length) * _DTYPES[code].itemsize
             return IndexFile(path, _DTYPES[code], count, end)
     except OSError as error:

@@ -12,7 +12,15 @@ MAX_LINES = 400
 
 # From top to bottom, as in docs/architecture.md. A module belongs to the row with the longest prefix of its name.
 ROWS = (
-    ("looplm.failures", "looplm.bounds", "looplm.parameters", "looplm.files", "looplm.lock", "looplm.reference"),
+    (
+        "looplm.failures",
+        "looplm.bounds",
+        "looplm.parameters",
+        "looplm.files",
+        "looplm.json_file",
+        "looplm.lock",
+        "looplm.reference",
+    ),
     ("looplm.yaml_text", "looplm.binding", "looplm.cli", "looplm.chat", "looplm.encoding", "looplm.plain_text"),
     ("looplm.config",),
     ("looplm.accounting",),

@@ -1,7 +1,6 @@
 """Metadata of a checkpoint: its progress, origin and model, and whether a run may start from it."""
 
 import dataclasses
-import json
 import subprocess
 import warnings
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.config.model import foreign_keys
 from looplm.encoding import begin_id, read_tokenizer
 from looplm.files import sha256_of
+from looplm.json_file import read_object
 from looplm.yaml_text import read_yaml
 
 FORMAT_VERSION = 3  # of the checkpoints that this release writes; _upgrade reads older ones
@@ -119,12 +119,7 @@ class ModelDescription(NamedTuple):
 def read_about(step: Path) -> About:
     """Return the about.json of a step directory, of this format version or an older one."""
     path = step / "about.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); take another step directory") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, not a mapping of keys; take another step directory")
+    values = read_object(path, "take another step directory")
     return from_dict(About, _upgrade(values, path), where=str(path))
 
 

@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from looplm.cli import UserError, from_dict, to_dict
+from looplm.cli import from_dict, to_dict
 from looplm.files import write_whole
+from looplm.json_file import read_object
 
 FILE_NAME = "evaluation.json"
 
@@ -80,14 +81,7 @@ class Evaluation:
         Raises:
             UserError: it cannot be read, or is not what :meth:`write` writes.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be read as JSON ({error}); run pretrain.evaluate again or remove it"
-            ) from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: holds a {type(values).__name__}, not an object; run pretrain.evaluate again")
+        values = read_object(path, "run pretrain.evaluate again or remove it")
         return from_dict(cls, values, where=str(path))
 
 

@@ -9,7 +9,6 @@ A key that changes what the model computes, in a way that ours cannot, is refuse
 """
 
 import dataclasses
-import json
 import math
 import typing
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
+from looplm.json_file import read_object
 
 OURO, LOOPLM = "ouro", "looplm"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -117,13 +117,7 @@ class HFDescription(NamedTuple):
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise a :class:`UserError` if it contains anything else."""
-    try:
-        values = json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON in UTF-8 ({error}); get the file again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object; get the file again")
-    return values
+    return read_object(path, "get the file again")
 
 
 def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], where: Path) -> HFDescription:

@@ -98,8 +98,8 @@ def edit(path: Path, key: str, value: object) -> None:
 
 SHALLOW: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda p: Path(f"{p}.manifest.json").unlink(), "manifest.json: cannot be read"),
-    "garbled manifest": (lambda p: cut(Path(f"{p}.manifest.json")), "not valid JSON"),
-    "manifest of another kind": (lambda p: Path(f"{p}.manifest.json").write_text("[]"), "not a manifest"),
+    "garbled manifest": (lambda p: cut(Path(f"{p}.manifest.json")), "cannot be read as JSON"),
+    "manifest of another kind": (lambda p: Path(f"{p}.manifest.json").write_text("[]"), "not a JSON object"),
     "manifest with a wrong type": (lambda p: edit(Path(f"{p}.manifest.json"), "tokens", "many"), "tokens"),
     "manifest without a key": (lambda p: Path(f"{p}.manifest.json").write_text("{}"), "manifest.json"),
     "no bin": (lambda p: Path(f"{p}.bin").unlink(), "s_train.bin: is missing"),
@@ -110,7 +110,7 @@ SHALLOW: dict[str, tuple[Callable[[Path], object], str]] = {
     "idx of other data": (lambda p: other_index(Path(f"{p}.idx")), "belongs to another data set"),
     "idx of other data of the same size": (lambda p: same_size_index(Path(f"{p}.idx")), "s_train.idx: its content"),
     "id above the vocabulary": (lambda p: describe(p, vocab_size=49), "holds token id 49, the vocabulary has 49"),
-    "manifest that is too deep": (lambda p: Path(f"{p}.manifest.json").write_text("[" * 100_000), "not valid JSON"),
+    "manifest that is too deep": (lambda p: Path(f"{p}.manifest.json").write_text("[" * 100_000), "cannot be read as JSON"),
     "tokenizer above its folder": (lambda p: name_tokenizer(p, "../outside.json"), "not a file of its folder"),
     "tokenizer of an absolute path": (lambda p: name_tokenizer(p, "{}/outside.json"), "not a file of its folder"),
     "tokenizer that is the folder above": (lambda p: name_tokenizer(p, ".."), "the tokenizer is missing"),

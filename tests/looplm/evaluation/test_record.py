@@ -55,7 +55,7 @@ def test_a_diverged_model_is_recorded(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "cannot be read as JSON"),
-        ("[1]", "holds a list, not an object"),
+        ("[1]", "holds a list, not a JSON object"),
         ("{}", "trained_loops"),
         (json.dumps(FILE | {"depth": []}), "depth: unknown key; did you mean depths?"),
         (json.dumps(FILE | {"exit_distribution": ["a"]}), "exit_distribution"),
