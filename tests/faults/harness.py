@@ -225,7 +225,7 @@ class _Watched(Dataset[Any]):
 def note_samples(rank: int, folder: Path) -> None:
     """Append the samples of each training step to ``samples_rank{rank}.jsonl``."""
     seen, target, train = list[int](), folder / f"samples_rank{rank}.jsonl", Trainer.train
-    data.DataLoader = lambda dataset, **keys: DataLoader(_Watched(dataset, seen), **keys)  # type: ignore[attr-defined]
+    vars(data)["DataLoader"] = lambda dataset, **keys: DataLoader(_Watched(dataset, seen), **keys)
 
     def train_and_note(self: Trainer, *arguments: Any, **keys: Any) -> Any:
         seen.clear()
@@ -240,10 +240,10 @@ def note_samples(rank: int, folder: Path) -> None:
 
 
 class Moment(NamedTuple):
-    """An event of a rank: the ``count``-th (from 1) that :func:`events` calls ``label``."""
+    """An event of a rank: the ``nth`` (from 1) that :func:`events` calls ``label``."""
 
     label: str
-    count: int = 1
+    nth: int = 1
 
 
 class _Trace:

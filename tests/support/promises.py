@@ -8,7 +8,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -101,8 +101,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Collect the outcome of a test that proves a promise."""
-    properties = list(report.user_properties)
-    promise = dict(properties).get("promise")
+    properties: list[tuple[str, Any]] = list(report.user_properties)
+    promise: list[str] | None = dict(properties).get("promise")
     if _config is None or promise is None or not (report.when == "call" or report.outcome != "passed"):
         return
     text, expected = (" ".join(value.split()) for value in promise)
