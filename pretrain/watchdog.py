@@ -69,7 +69,7 @@ class Watchdog:
         self._phase = Phase("start-up", self._begin, math.inf, "")
         self._store: Any = None
         self._rank, self._groups = int(os.environ.get("RANK", "0")), dict[str, Any]()
-        self._status = 1
+        self._status = Hang.status  # if closing hangs
         self._ended, self._warned = threading.Event(), False
 
     def __enter__(self) -> "Watchdog":
@@ -164,6 +164,7 @@ class Watchdog:
         self._look_at_stop(phase, now)
         if now > phase.end:
             if phase.name == "closing":
+                print(f"rank {self._rank}: closing: not finished after {ENDING:.0f} s; ended", file=sys.stderr)
                 _end(self._status)
             self._call(f"{phase.name}: not finished after {now - phase.since:.0f} s ({phase.key})")
         try:

@@ -6,9 +6,9 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +20,7 @@ from looplm.lock import FolderLock
 from pretrain.run_lock import hold
 from pretrain.trainer import Trainer
 from tests.faults import harness
-from tests.pretrain.test_stopping import before
+from tests.pretrain.test_stopping import before, slow_steps
 from tests.support.launch import SERVER
 from tests.support.tiny import run_config, train_rows
 
@@ -128,16 +128,6 @@ def test_a_damaged_lock_file_does_not_block(tmp_path: Path, damage: str) -> None
     assert attempt(tmp_path) == ("", [])
 
 
-def _slow(rank: int) -> None:
-    real = Trainer.train
-
-    def slow(self: Trainer, *args: Any) -> Any:
-        time.sleep(0.5)
-        return real(self, *args)
-
-    Trainer.train = slow  # type: ignore[method-assign]
-
-
 def _die_in_step_2(rank: int) -> None:
     before(Trainer, "_run", 2, lambda: os._exit(9))
 
@@ -148,7 +138,7 @@ def _die_in_step_2(rank: int) -> None:
 )
 def test_two_runs_in_one_directory(corpus, tmp_path, record_property):
     config = run_config(corpus, tmp_path / "run", logging={"tensorboard": False})
-    with harness.Job(config, 2, _slow) as first:
+    with harness.Job(config, 2, partial(slow_steps, 0.5)) as first:
         first.wait_for_step(1)
         before_second = (tmp_path / "run/metrics.jsonl").read_text()
         seconds = harness.finish(config, 2)

@@ -1,5 +1,6 @@
 """Signals to one rank of two at chosen moments, in real processes: every rank saves, and the run continues exactly."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from looplm.checkpoint import saving
-from pretrain import stopping, train
+from looplm.config import HealthConfig
+from pretrain import stopping, train, watchdog
 from pretrain.stopping import ABANDONED, STOPPED
 from pretrain.trainer import Trainer
 from tests.faults import harness
@@ -42,6 +44,17 @@ def signal_group(number: int) -> None:
     time.sleep(0.1)
 
 
+def slow_steps(seconds: float, rank: int) -> None:
+    """Fault: let every step take longer."""
+    real = Trainer.train
+
+    def slow(self: Trainer, *args: Any) -> Any:
+        time.sleep(seconds)
+        return real(self, *args)
+
+    setattr(Trainer, "train", slow)  # noqa: B010  # mypy accepts no other signature
+
+
 def at(owner: Any, name: str, call: int, number: int, rank: int) -> None:
     """Fault: send ``number`` to rank 1's process group at a call of a function."""
     if rank == 1:
@@ -51,7 +64,7 @@ def at(owner: Any, name: str, call: int, number: int, rank: int) -> None:
 # In a validation, _run is called once for the step before it, and then for every four micro-batches.
 MOMENTS: list[tuple[str, str, harness.Fault]] = [
     ("SIGTERM", "in a step", partial(at, Trainer, "_run", 1, signal.SIGTERM)),
-    ("SIGUSR1", "in a validation", partial(at, Trainer, "_run", 3, signal.SIGUSR1)),
+    ("SIGUSR1", "in a validation", partial(at, Trainer, "_run", 2, signal.SIGUSR1)),
     ("SIGINT", "in a save", partial(at, saving.Saving, "advance", 1, signal.SIGINT)),
 ]
 
@@ -79,6 +92,8 @@ def test_a_signal_on_one_rank_stops_all_and_the_run_continues_exactly(corpus, tm
         step = (tmp_path / "run/checkpoints/latest").read_text().strip()
         assert f"stopped after step {int(step[5:])} by" in ends[0].last_line
         reached.append(int(step[5:]))
+        cut = f"validation cut short by {name} on rank 1; it is repeated when the run continues" in ends[0].output
+        assert cut == (where == "in a validation")
         record_property("seen", f"{name} {where}: status 143 on both, saved step {int(step[5:])}")
     harness.complete(config("run"), 2)
     assert rows("run") == rows("whole")
@@ -104,7 +119,7 @@ def test_a_signal_during_start_up_leaves_nothing(corpus, tmp_path, record_proper
 
 
 def _signal_twice(rank: int) -> None:
-    stopping.ECHO = 0.5  # type: ignore[misc]
+    stopping.ECHO = 0.5
 
     def twice() -> None:
         for pause in (
@@ -149,22 +164,34 @@ def test_children_ignore_the_signals_only_while_a_run_is_active():
     assert in_child() == (b"False", 0)
 
 
+def _no_patience(rank: int) -> None:
+    watchdog.STARTUP_GRACE = 0.5
+
+
+@pytest.mark.promise(
+    text="A rank that waits for others to join ends on a signal, and at health.startup_timeout",
+    expected="status 143 after a signal, status 4 after the time; one line",
+)
+def test_a_rank_that_waits_for_the_others(corpus, tmp_path, record_property):
+    config = run_config(corpus, tmp_path / "run", health={"startup_timeout": 2.0})
+    with harness.Job(config, 1, of=2) as job:
+        (end,) = job.ends()
+    assert end.status == 4 and end.last_line.startswith("error: rank 0: process groups: not finished after ")
+    with harness.Job(dataclasses.replace(config, health=HealthConfig()), 1, _no_patience, of=2) as job:
+        job.wait_for(lambda: job.outputs[0].exists())
+        time.sleep(1.0)
+        job.kill(0, signal.SIGTERM)
+        (end,) = job.ends()
+    assert (end.status, end.last_line) == (STOPPED, "rank 0: stopped during start-up (process groups); nothing is lost")
+    record_property("seen", f"status 4: process groups: not finished after …; status 143: {end.last_line}")
+
+
 def test_the_thread_of_a_lonely_process_needs_no_other_rank(corpus, tmp_path):
     """Without torchrun, the job of one process saves on Ctrl-C too."""
     config = run_config(corpus, tmp_path / "run", logging={"tensorboard": False})
-    with harness.Job(config, 1, partial(_slow_steps, 0.3)) as job:
+    with harness.Job(config, 1, partial(slow_steps, 0.3)) as job:
         job.wait_for_step(1)
         job.kill(0, signal.SIGINT)
         (end,) = job.ends()
     assert end.status == STOPPED and "by SIGINT on rank 0" in end.last_line
     assert Path(tmp_path / "run/checkpoints/latest").exists()
-
-
-def _slow_steps(seconds: float, rank: int) -> None:
-    real = Trainer.train
-
-    def slow(self: Trainer, *args: Any) -> Any:
-        time.sleep(seconds)
-        return real(self, *args)
-
-    Trainer.train = slow  # type: ignore[method-assign]

@@ -112,7 +112,7 @@ def test_a_rank_that_hangs_after_a_signal(corpus, tmp_path, record_property):
     record_property("seen", "status 4 on both: step 2: not saved … after a signal; rank 1 is late, in step 2")
 
 
-def report(phase: str = "step 2", waits: bool = True, **counts: int) -> dict[str, Any]:
+def report(phase: str = "step 2", waits: bool = True, **counts: Any) -> dict[str, Any]:
     members = {"all": [0, 1, 2, 3], "left": [0, 1], "right": [2, 3]}
     return {"phase": phase, "counts": counts, "members": {name: members[name] for name in counts}, "waits": waits}
 
