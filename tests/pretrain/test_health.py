@@ -6,6 +6,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_gradients_that_stay_not_finite_end_the_run(corpus, tmp_path, capfd, rec
 @pytest.mark.slow
 def test_a_run_with_skipped_steps_resumes_bit_for_bit(corpus, tmp_path, single_process):
     """Adam's bias correction, the schedule and the number of steps skipped in a row."""
-    changes = {"optim": {**TWELVE, "train_steps": 6, "precision": "bf16"}, "health": {"max_skipped": 2}}
+    changes: dict[str, Any] = {"optim": {**TWELVE, "train_steps": 6, "precision": "bf16"}, "health": {"max_skipped": 2}}
     straight = run_config(corpus, tmp_path / "straight", **changes)
     halves = run_config(corpus, tmp_path / "halves", checkpoint={"save_every": 3}, **changes)
     run_faulty(straight, Fault(kind="gradient", steps={2, 3, 5}))
@@ -145,7 +146,7 @@ def test_json_has_null_for_numbers_that_are_not_finite():
 
 
 # Two ranks each: layout, precision, fault, and what the run says. A step has samples 4 n to 4 n + 3.
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], str, Fault, str]] = {
     "TP2": (
         {"tensor": 2},
         "fp32",
