@@ -110,7 +110,10 @@ SHALLOW: dict[str, tuple[Callable[[Path], object], str]] = {
     "idx of other data": (lambda p: other_index(Path(f"{p}.idx")), "belongs to another data set"),
     "idx of other data of the same size": (lambda p: same_size_index(Path(f"{p}.idx")), "s_train.idx: its content"),
     "id above the vocabulary": (lambda p: describe(p, vocab_size=49), "holds token id 49, the vocabulary has 49"),
-    "manifest that is too deep": (lambda p: Path(f"{p}.manifest.json").write_text("[" * 100_000), "cannot be read as JSON"),
+    "manifest that is too deep": (
+        lambda p: Path(f"{p}.manifest.json").write_text("[" * 100_000),
+        "cannot be read as JSON",
+    ),
     "tokenizer above its folder": (lambda p: name_tokenizer(p, "../outside.json"), "not a file of its folder"),
     "tokenizer of an absolute path": (lambda p: name_tokenizer(p, "{}/outside.json"), "not a file of its folder"),
     "tokenizer that is the folder above": (lambda p: name_tokenizer(p, ".."), "the tokenizer is missing"),
