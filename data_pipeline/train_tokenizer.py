@@ -21,7 +21,7 @@ from data_pipeline.sources import check_files, find_files, read_documents
 from looplm import chat
 from looplm.bounds import path_field
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.encoding import added_ids
+from looplm.encoding import added_ids, open_tokenizer
 from looplm.files import write_whole
 from looplm.plain_text import as_text
 
@@ -66,10 +66,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     path = Path(str(config.path))
     if not path.is_file():
         raise UserError(f"tokenizer.path: {config.path!r} is not a file; give the path of a tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise UserError(f"tokenizer.path: {path} is not a tokenizer.json ({error}); give a complete one") from error
+    tokenizer = open_tokenizer(path, "name a complete one in tokenizer.path")
     special_ids(tokenizer, config)
     as_text(tokenizer, control_names(config), f"tokenizer.path: {path}")
     count, ids = tokenizer.get_vocab_size(), vocab_size(tokenizer)

@@ -15,14 +15,23 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: the file is missing, or is not a tokenizer.json.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read as a tokenizer.json ({reason}); get the file again") from error
+    tokenizer = open_tokenizer(path, "get the file again")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def open_tokenizer(path: Path, fix: str) -> Tokenizer:
+    """Return the tokenizer in a tokenizer.json as it is; ``fix`` ends the :class:`UserError` if there is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a regular file; {fix}")
+        return Tokenizer.from_file(str(path))
+    except UserError:
+        raise
+    except Exception as error:  # the package raises plain Exception
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read as a tokenizer.json ({reason}); {fix}") from error
 
 
 def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

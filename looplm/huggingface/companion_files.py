@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from looplm.cli import UserError
+from looplm.encoding import open_tokenizer
 from looplm.huggingface import config_json
 from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, TokenIds, read_json
 from looplm.huggingface.weight_files import is_inside
@@ -49,10 +50,7 @@ def collect(source: Path, into: Path) -> list[str]:
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer in a tokenizer.json; raise a :class:`UserError` unless its ids fit the vocabulary."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise UserError(f"{path}: not a tokenizer.json ({error}); name another with --tokenizer") from error
+    tokenizer = open_tokenizer(path, "name another with --tokenizer")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
         raise UserError(
@@ -142,12 +140,12 @@ def _token_names(ids: TokenIds, companions: Path, tokenizer: Tokenizer) -> dict[
     """Return the entries of ``tokenizer_config.json``. It has room for one of the tokens that end a text."""
     path = companions / TOKENIZER_CONFIG
     before = read_json(path) if path.is_file() else {}
-    names = {}
+    names = dict[str, str]()
     for key, found in ids.known().items():
         texts = [tokenizer.id_to_token(one) for one in found]
         stated = before.get(f"{key}_token")
         stated = stated.get("content") if isinstance(stated, dict) else stated
-        names[f"{key}_token"] = stated if stated in texts else texts[0]
+        names[f"{key}_token"] = str(stated if stated in texts else texts[0])
     return names
 
 

@@ -88,7 +88,7 @@ def test_existing_tokenizer(tmp_path: Path) -> None:
     config = save_tokenizer(tmp_path / "t.json", WORDS, bos_token=None)
     assert special_ids(load_tokenizer(config), config) == (None, 1, 2, None)
     (tmp_path / "t.json").write_text(json.dumps({"not": "one"}))
-    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"cannot be read as a tokenizer\.json .* in tokenizer\.path"):
         load_tokenizer(config)
     with pytest.raises(UserError, match="is not a file"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path / "none.json")))

@@ -158,7 +158,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pickle": (only_a_pickle, "pytorch_model.bin: a pickle can run any code"),
     "no tokenizer": (delete("tokenizer.json"), "tokenizer.json: missing; name a tokenizer.json with --tokenizer"),
-    "not a tokenizer": (write("tokenizer.json", "{}"), "tokenizer.json: not a tokenizer.json"),
+    "not a tokenizer": (write("tokenizer.json", "{}"), "tokenizer.json: cannot be read as a tokenizer.json"),
     "tokenizer too large": (lambda f: rewrite_vocab(f, 300), "has ids up to 319, but the model's vocab_size is 300"),
     "no end of text": (without_eos, "name it with --eos_token"),
 }
