@@ -116,8 +116,8 @@ def read_prompts(path: str) -> list[str]:
     try:
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        raise UserError(f"{where}:{line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
+        number, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise UserError(f"{where}:{number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
     prompts: list[list[str]] = [[]]
     for line in lines:
         if line.rstrip(" \t") == _SEPARATOR:

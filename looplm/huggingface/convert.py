@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -83,7 +83,8 @@ def with_tokens(source: ImportSource, tokens: dict[str, str | None]) -> ImportSo
         if token is not None and found is None:
             raise UserError(f"{name}_token: {token!r} is not a token of {source.tokenizer}; name one that it has")
         if found is not None:
-            ids = ids._replace(**{name: (found,) if name == "eos" else found})
+            values: dict[str, Any] = {name: (found,) if name == "eos" else found}
+            ids = ids._replace(**values)
     if not ids.eos:
         raise UserError(f"{source.folder}: no file names the token that ends a text; name it with --eos_token")
     return source._replace(description=source.description._replace(ids=ids))

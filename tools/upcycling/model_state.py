@@ -18,6 +18,8 @@ from torch import Tensor
 
 from looplm import checkpoint
 from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, TrainingState, optimizer_state, step_folder
+from looplm.checkpoint.saving import Saving
+from looplm.checkpoint.state import sharded_state
 from looplm.cli import to_dict
 from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
 from looplm.files import write_whole
@@ -124,8 +126,11 @@ def write(
         adam = {name: _adam_state(name, weight, state) for name, weight in training.model.named_parameters()}
         optimizer_state.load_state(training.optimizer, training.model, adam, about.adam_steps)
         training.scheduler.load_state_dict(source.scheduler)
-        partial, keep = step_folder.create_partial(output), run.checkpoint.keep
-        checkpoint.save(partial / "checkpoints", training, run, about, source.tokenizer, keep, companions)
+        partial = step_folder.create_partial(output)
+        step = partial / "checkpoints" / step_folder.step_name(about.step)
+        saved = sharded_state(training, is_loading=False)
+        Saving(step, saved, to_dict(run), about, source.tokenizer, companions).wait()
+        write_whole(step.parent / "latest", step.name + "\n")
         shutil.copytree(companions, partial / COMPANION_FOLDER)
         write_whole(partial / "config.yaml", yaml.safe_dump(to_dict(run), sort_keys=False))
         step_folder.move_into_place(partial, output)
