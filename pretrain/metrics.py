@@ -54,7 +54,7 @@ class RunLog:
         self._peak = (1e12 * peak if peak else device.peak_flops()) * dist.get_world_size()
         folder = Path(config.output_dir)
         self._path = folder / "metrics.jsonl"
-        self._board = None
+        self._board: SummaryWriter | None = None
         with self._noted_failure():
             folder.mkdir(parents=True, exist_ok=True)
             _drop_lines_after(self._path, start)

@@ -85,7 +85,7 @@ def roll_back(
     if len(windows) >= allowed:
         raise NumericalFailure(
             f"{spike}; health.max_rollbacks={allowed} allows no further rollback; lower optim.lr, or look at the batch "
-            f"with: python -m tools.replay --run {config.output_dir} --step {spike.step}"
+            f"with: python -m tools.replay {config.output_dir} --step {spike.step}"
         )
     saver.close()
     saver.close()  # the checkpoint in the making may be the one to return to

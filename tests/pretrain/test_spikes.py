@@ -45,7 +45,7 @@ def spiky(corpus: Path, folder: Path, **changes: Any) -> RunConfig:
     """Return a run of 24 steps with 4 samples each, whose data are read as wrong from sample 48 on for a while."""
     optim = {"train_steps": 24, "warmup_steps": 0, "decay_steps": 0, "schedule": "constant", "precision": "bf16"}
     health = {"spike_factor": 4.0, "spike_window": 8, "spike_steps": 2, "max_rollbacks": 1}
-    sections = {"optim": optim, "health": health, "checkpoint": {"save_every": 4, "keep": 9}}
+    sections: dict[str, dict[str, Any]] = {"optim": optim, "health": health, "checkpoint": {"save_every": 4, "keep": 9}}
     return run_config(
         corpus, folder, **{key: {**sections.get(key, {}), **changes.get(key, {})} for key in {*sections, *changes}}
     )
@@ -121,7 +121,7 @@ def test_more_spikes_than_allowed_end_the_run(corpus, tmp_path, single_process, 
     run_spoiled(config, range(48, 64))
     status, message = outcome(config)["error"]
     assert status == 3 and message.startswith("step 14: a loss spike (") and "max_rollbacks=1 allows no" in message
-    assert message.endswith(f"python -m tools.replay --run {tmp_path} --step 14")
+    assert message.endswith(f"python -m tools.replay {tmp_path} --step 14")
     assert step_folder.newest(tmp_path / "checkpoints", print) == tmp_path / "checkpoints/step_00000012"
     record_property("seen", f"status {status}: {message.partition(';')[0]}; health.max_rollbacks=1 allows no further")
 
@@ -175,5 +175,9 @@ def test_two_ranks_roll_back_together(corpus, tmp_path):
 @pytest.mark.slow
 @pytest.mark.hard
 def test_every_layout_rolls_back_twice_the_same(corpus, tmp_path):
-    layouts = {"zero": {"distributed_optimizer": True}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
+    layouts: dict[str, dict[str, Any]] = {
+        "zero": {"distributed_optimizer": True},
+        "tensor": {"tensor": 2},
+        "pipeline": {"pipeline": 2},
+    }
     roll_back_on_two_ranks(corpus, tmp_path, layouts, turns=2)

@@ -18,6 +18,8 @@ from looplm.checkpoint import optimizer_state
 from looplm.config import RunConfig
 from looplm.failures import Failure
 from looplm.megatron import process_groups
+from looplm.model import losses as model_losses
+from pretrain import data as training_data
 from pretrain import step as training_step
 from pretrain import train as training
 from pretrain.data import check_corpus
@@ -47,7 +49,7 @@ def injected(fault: Fault) -> Iterator[None]:
     """Inject a fault into every training run of this process."""
     now = {"step": 0, "watched": 0, "micro_batch": -1}
     real = {"watch": LoopNorms.watch, "run": Trainer._run, "backward": Trainer._backward}
-    losses = training_step.token_losses
+    losses = model_losses.token_losses
 
     def active() -> bool:
         return now["step"] in fault.steps and dist.get_rank() == fault.rank
@@ -60,7 +62,7 @@ def injected(fault: Fault) -> Iterator[None]:
         now["heads"] = 0
         sums = real["run"](self, *args, **kwargs)  # type: ignore[operator]
         if fault.kind == "weight gradient" and active():
-            dict(self.model.named_parameters())[fault.parameter].main_grad.view(-1)[0] = fault.value  # type: ignore
+            dict(self.model.named_parameters())[fault.parameter].main_grad.view(-1)[0] = fault.value
         return sums
 
     def watch(self: LoopNorms, loop: int, h_SBD: Tensor) -> None:
@@ -139,7 +141,7 @@ def outcome(config: RunConfig) -> dict[str, Any]:
 @contextmanager
 def spoiled_data(samples: Collection[int], skipped: range = range(0)) -> Iterator[None]:
     """Give some training samples wrong labels, and leave ``skipped`` out of the order, in the runs of this process."""
-    real, build = training.micro_batches, training.build_train_set
+    real, build = training_data.micro_batches, training_data.build_train_set
 
     def build_train_set(config: RunConfig, corpus: Any, samples: int, horizon: int) -> Any:
         return build(config, corpus, samples + len(skipped), horizon)
@@ -155,8 +157,10 @@ def spoiled_data(samples: Collection[int], skipped: range = range(0)) -> Iterato
                 batch = batch._replace(labels_SB=(batch.labels_SB * 7 + 13) % VOCAB)
             yield batch
 
-    patched = {"micro_batches": micro_batches, "build_train_set": build_train_set}
-    with mock.patch.multiple(training, **patched):
+    with (
+        mock.patch.object(training, "micro_batches", micro_batches),
+        mock.patch.object(training, "build_train_set", build_train_set),
+    ):
         yield
 
 
