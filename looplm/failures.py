@@ -4,6 +4,7 @@
 status exception                        what a launcher does
 ====== ================================ ===================================================================
 0                                       nothing: the command has finished
+1      any other                        repeat it once: a task of a data build was killed, or there is a bug
 2      :class:`UserError`               nothing: a repetition fails the same way
 3      :class:`NumericalFailure`        nothing: someone must look at the batch (``python -m tools.replay``)
 4      :class:`Hang`                    requeue: a rank or its network no longer answered
