@@ -118,7 +118,8 @@ class Watchdog:
         if dist.get_world_size() > 1:
             # Without the groups of pipeline parallelism: its ranks send different numbers of messages.
             self._groups = {"all": dist.group.WORLD, "tensor": groups.tp, "data": groups.dp_cp}
-            store = dist.distributed_c10d._get_default_store().clone()  # a connection that this thread alone uses
+            mine: Any = dist.distributed_c10d._get_default_store()
+            store = mine.clone()  # a connection that this thread alone uses
             self._store = dist.PrefixStore(f"watchdog/{next(_numbers)}", store)
 
     @contextmanager
@@ -235,7 +236,7 @@ class Watchdog:
     def _report(self) -> None:
         """Write this rank's stacks to a file, and its place to the store."""
         self._write_stacks()
-        counts = {name: group._get_sequence_number_for_group() for name, group in self._groups.items()}  # type: ignore[attr-defined]
+        counts = {name: group._get_sequence_number_for_group() for name, group in self._groups.items()}
         members = {name: sorted(dist.get_process_group_ranks(group)) for name, group in self._groups.items()}
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         waits = False

@@ -112,22 +112,22 @@ def test_a_rank_that_hangs_after_a_signal(corpus, tmp_path, record_property):
     record_property("seen", "status 4 on both: step 2: not saved … after a signal; rank 1 is late, in step 2")
 
 
-def report(phase: str = "step 2", waits: bool = True, **counts: Any) -> dict[str, Any]:
+def report(counts: dict[str, int], phase: str = "step 2", waits: bool = True) -> dict[str, Any]:
     members = {"all": [0, 1, 2, 3], "left": [0, 1], "right": [2, 3]}
     return {"phase": phase, "counts": counts, "members": {name: members[name] for name in counts}, "waits": waits}
 
 
 def test_description_of_late_ranks() -> None:
-    together = report(all=9)
+    together = report({"all": 9})
     assert describe(dict.fromkeys(range(4), together), 4) == "every rank responds and none is behind the others"
     assert describe({0: together, 2: together}, 4) == "ranks 1, 3 are not responding (stopped or dead)"
-    behind = {0: together, 1: report("save of step 1", all=8), 2: together}
-    assert describe(behind, 4) == ("rank 3 is not responding (stopped or dead); rank 1 is late, in save of step 1")
-    # Tensor ranks 2 and 3 are ahead of the others in their own group, which proves nothing; rank 0 lags in its group.
-    groups = {rank: report(all=9, **{"left" if rank < 2 else "right": 4 + rank // 2 * 5}) for rank in range(4)}
-    groups[0] = report(all=9, left=3)
+    behind = {0: together, 1: report({"all": 8}, "save of step 1"), 2: together}
+    assert describe(behind, 4) == "rank 3 is not responding (stopped or dead); rank 1 is late, in save of step 1"
+    # Ranks 2 and 3 have begun more in a group of their own, which proves nothing; rank 0 lags in its group.
+    groups = {rank: report({"all": 9, "left" if rank < 2 else "right": 4 if rank < 2 else 9}) for rank in range(4)}
+    groups[0] = report({"all": 9, "left": 3})
     assert describe(groups, 4) == "rank 0 is late, in step 2"
-    outside = dict.fromkeys(range(3), together) | {3: report(waits=False, all=9)}
+    outside = dict.fromkeys(range(3), together) | {3: report({"all": 9}, waits=False)}
     assert describe(outside, 4) == "rank 3 is late, in step 2", "equal counts, but it is in no collective"
     assert describe({}, 20).startswith("ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more are not responding")
 
