@@ -16,6 +16,7 @@ from looplm.config import RunConfig
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
+NORMS_PER_LOOP = ("hidden_rms", "hidden_grad_norm")  # not in the metrics of releases before 0.3
 
 Columns = dict[str, np.ndarray]
 Record = dict[str, Any]
@@ -163,13 +164,27 @@ def _numbers(record: Record, key: str, where: str) -> list[float]:
     return [_number({key: value}, key, where) for value in values]
 
 
+def _modules(record: Record, where: str) -> dict[str, float]:
+    norms = record.get("grad_norms", {})
+    if not isinstance(norms, dict):
+        raise UserError(f"{where}: grad_norms: {norms!r} is not an object; write it again or remove it")
+    return {name: _number(norms, name, where) for name in norms}
+
+
 def _columns(records: Sequence[tuple[str, Record]]) -> Columns:
-    """Turn records into columns. Only the step is required; rows with fewer loops end in NaN."""
+    """Turn records into columns; rows with fewer loops end in NaN.
+
+    Required are the step, losses and exits. A norm of the gradient of MODULE is the column ``grad_norms/MODULE``.
+    """
     columns = {"step": np.array([_number(record, "step", where) for where, record in records])}
     for key in SCALARS:
         columns[key] = np.array([_number({key: None, **record}, key, where) for where, record in records])
-    for key in PER_LOOP:
-        rows = [_numbers(record, key, where) for where, record in records]
+    modules = [_modules(record, where) for where, record in records]
+    for name in dict.fromkeys(name for row in modules for name in row):
+        columns[f"grad_norms/{name}"] = np.array([row.get(name, math.nan) for row in modules])
+    for key in (*PER_LOOP, *NORMS_PER_LOOP):
+        missing = {key: [None]} if key in NORMS_PER_LOOP else {}
+        rows = [_numbers(missing | record, key, where) for where, record in records]
         width = max(map(len, rows), default=0)
         columns[key] = np.array([row + [math.nan] * (width - len(row)) for row in rows]).reshape(len(rows), width)
     return columns

@@ -19,9 +19,11 @@ LAST_STAGES = 3  # whose exits are drawn as bars; a tile does not list more stag
 SAMPLE_SETTINGS = ("temperature", "top_k", "top_p", "exit_threshold", "depth", "kv_cache", "seed")
 SMALL_PLOTS = (
     ("learning_rate", "Learning rate", ""),
-    ("grad_norm", "Gradient norm", ""),
+    ("grad_norm", "Gradient", "norm"),
     ("tokens_per_second", "Speed", "tokens/s"),
     ("mean_depth", "Mean depth", "loops"),
+    ("hidden_rms", "Hidden state after each loop, before its norm", "rms"),
+    ("hidden_grad_norm", "Gradient of each loop's hidden state", "norm"),
 )
 
 
@@ -134,7 +136,7 @@ def _stages(stages: Sequence[Stage]) -> list[str]:
 
 def _training(stages: Sequence[Stage], loops: int) -> list[str]:
     small = [
-        plots.small_plot(stages, key, title, unit, log=key == "grad_norm")
+        plots.small_plot(stages, key, title, unit, log=unit in ("norm", "rms"))
         for key, title, unit in SMALL_PLOTS
         if any(np.isfinite(stage.train[key]).any() for stage in stages)
     ]
@@ -143,6 +145,7 @@ def _training(stages: Sequence[Stage], loops: int) -> list[str]:
         _legend("loop", loops),
         _grid("plots", plots.loss_per_loop(stages), plots.loop_gain(stages) if loops > 1 else ""),
         _grid("small", *small),
+        _grid("plots", plots.gradient_per_module(stages)) if any(map(plots.module_norms, stages)) else "",
     ]
 
 

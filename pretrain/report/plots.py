@@ -180,13 +180,40 @@ def cache_curves(axes: Axes, decoding: Mapping[str, Points]) -> None:
     axes.figure.legend(**_LEGEND)
 
 
+def module_norms(stage: Stage) -> dict[str, np.ndarray]:
+    """Return the norms [N] of the gradient of each module; an empty dict if the stage has not logged them."""
+    prefix = "grad_norms/"
+    return {key.removeprefix(prefix): norm_N for key, norm_N in stage.train.items() if key.startswith(prefix)}
+
+
+@_figure("Gradient of each module", "norm")
+def gradient_per_module(axes: Axes, stages: Sequence[Stage]) -> None:
+    """Draw the norm of the gradient of each module, before clipping."""
+    modules = list(dict.fromkeys(name for stage in stages for name in module_norms(stage)))
+    lines = [(color, line) for line in ("-", "--", ":") for color in (_INK, _MUTED)]
+    styles = dict(zip(modules, cycle(lines), strict=False))
+    for stage, step_N, _ in _timeline(axes, stages):
+        for name, norm_N in module_norms(stage).items():
+            x, y = _thin(step_N, norm_N)
+            axes.plot(x, y, color=styles[name][0], linestyle=styles[name][1], linewidth=1.2)
+    for name, (color, line) in styles.items():
+        axes.plot([], [], color=color, linestyle=line, label=name)
+    axes.set_yscale("log")
+    axes.figure.legend(**_LEGEND)
+
+
 def small_plot(stages: Sequence[Stage], key: str, title: str, unit: str, log: bool = False) -> str:
-    """Return a small figure of one scalar of the metrics over training."""
+    """Return a small figure of one scalar of the metrics, or of one value per loop, over training."""
 
     @_figure(title, unit, size=(2.6, 1.7))
     def draw(axes: Axes) -> None:
         for stage, step_N, _ in _timeline(axes, stages, named=False):
-            _curve(axes, step_N, stage.train[key], _INK)
+            values = stage.train[key]
+            if values.ndim == 1:
+                _curve(axes, step_N, values, _INK)
+            else:
+                for loop, value_N in enumerate(values.T, start=1):
+                    _curve(axes, step_N, value_N, _loop(loop))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if log:
             axes.set_yscale("log")

@@ -61,6 +61,9 @@ def metrics(steps: int, loops: int, gate: bool = False) -> list[dict[str, Any]]:
             "samples": 8 * step,
             "tokens": 2048 * step,
             "grad_norm": float(np.exp(0.2 * rng.standard_normal()) / (0.3 + done)),
+            "grad_norms": {"gate": 0.1} if gate else {"mlp": 0.5 + done, "norms": None if step == 7 else 0.01},
+            "hidden_rms": [1.5 + loop * done for loop in range(loops)],
+            "hidden_grad_norm": [0.0] * loops if gate else [0.3 * 2.0**-loop for loop in range(loops)],
             "learning_rate": 1e-3 * min(1, step / 20, 1.2 - done),
             "tokens_per_second": speed,
             "mfu": None,
@@ -168,7 +171,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run)])
     assert capsys.readouterr().out == f"report: {run}/report.html\n"
     page = Page((run / "report.html").read_text(encoding="utf-8"))
-    assert page.tags.count("figure") == 11
+    assert page.tags.count("figure") == 14
     assert "script" not in page.tags
     assert {reference[0] for reference in page.references} == {"#", "d"}  # within the page, or data:, (no icon)
     for words in (
@@ -192,7 +195,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 11), (1, 1, 8), (400, 8, 11)])
+@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 14), (1, 1, 11), (400, 8, 14)])
 def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
     page = Page(build_page(write_run(tmp_path, steps, loops)))
     assert page.tags.count("figure") == figures
@@ -202,7 +205,7 @@ def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", metrics(3, 2))
     page = Page(build_page(tmp_path))
-    assert page.tags.count("figure") == 8
+    assert page.tags.count("figure") == 11
     for name in ("evaluation.json", "samples.jsonl"):
         assert f"No {name} here" in page.text
     (tmp_path / "metrics.jsonl").unlink()
@@ -210,6 +213,13 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     page = Page(build_page(tmp_path))
     assert "No training metrics here" in page.text
     assert "depth 3" in page.text
+
+
+def test_metrics_of_older_releases_have_no_norms(tmp_path: Path) -> None:
+    norms = ("grad_norms", "hidden_rms", "hidden_grad_norm")
+    lines = [{key: value for key, value in line.items() if key not in norms} for line in metrics(3, 2)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    assert Page(build_page(tmp_path)).tags.count("figure") == 8
 
 
 def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -226,7 +236,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
     text = build_page(tmp_path)
     page = Page(text)
     assert "stage1: 2 of 20 logged steps have a loss that is not finite" in page.text
-    assert page.tags.count("figure") == 7
+    assert page.tags.count("figure") == 10
     assert not re.search(r"\bnan\b", page.text)
 
 
@@ -252,6 +262,11 @@ def test_text_beyond_the_trained_depth_has_colors(tmp_path: Path) -> None:
         ("stage1/metrics.jsonl", "\n[1]", r"metrics.jsonl:2: a JSON list, not an object"),
         ("stage1/metrics.jsonl", '{"kind": "train", "step": 1}', r"metrics.jsonl:1: loss_per_loop: None is not a list"),
         ("stage1/metrics.jsonl", '{"kind": "train", "step": "x"}', r"metrics.jsonl:1: step: 'x' is not a number"),
+        (
+            "stage1/metrics.jsonl",
+            '{"kind": "train", "step": 1, "grad_norms": 2}',
+            r"jsonl:1: grad_norms: 2 is not",
+        ),
         ("evaluation.json", "", r"evaluation.json: cannot be read as JSON"),
         ("evaluation.json", "{}", r"evaluation.json: .*required"),
         ("samples.jsonl", "{}", r"samples.jsonl:1: prompt or settings"),
