@@ -238,7 +238,8 @@ def _flags(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
                 value = "true"
             elif not equals:
                 value = next(words, "--")
-            yield flag, None if value.startswith("--") and not equals else value
+            # A value of several words is meant, as in --arguments "--parallel.tensor 2".
+            yield flag, None if value.startswith("--") and " " not in value and not equals else value
         elif word.startswith("-"):
             raise UserError(f"unrecognized arguments: {word}; a key begins with two dashes")
         else:
