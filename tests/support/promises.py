@@ -32,9 +32,9 @@ AREAS = (
     ("tests/faults", "Training"),
     ("tests/pretrain", "Training"),
     ("tests/parallel", "Training"),
-    ("tests/looplm", "Conversations, generation, import, export and evaluation"),
-    ("tests/tools", "Tools"),
-    ("tests", "Damaged and hostile files"),
+    ("tests/tools/test_replay", "Training"),
+    ("tests/fuzz", "Damaged and hostile files"),
+    ("tests", "Conversations, generation, import, export and evaluation"),
 )
 
 INTRODUCTION = """\
