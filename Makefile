@@ -199,7 +199,7 @@ test: $(READY)  ## all tests, in two processes
 
 faults: $(READY)  ## every fault, also those that take long to inject; writes docs/reliability.md (half an hour)
 	@HISTORY= FAULTS=all OMP_NUM_THREADS=1 $(call recorded,faults) $(PY) -m pytest $(SIDE_BY_SIDE) \
-		-m "promise or hard" --reliability docs/reliability.md
+		-m "promise or hard" --reliability=docs/reliability.md
 
 test-fast: $(READY)  ## the tests that start no process and train nothing (a minute and a half)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" $(TESTS)

@@ -1,6 +1,6 @@
 """Pytest hooks that write docs/reliability.md: each test marked ``promise``, what it expects and what it saw.
 
-``--reliability FILE`` (``make faults``) writes the page at the end of a run. ``record_property("seen", TEXT)`` in a
+``--reliability=FILE`` (``make faults``) writes the page at the end of a run. ``record_property("seen", TEXT)`` in a
 test says what it saw. The text must be the same in every run: no times, temporary paths or process ids.
 """
 
