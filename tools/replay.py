@@ -119,7 +119,8 @@ def find(options: ReplayConfig) -> Target:
     if path.is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            step, (first, stop), kept = int(record["step"]), map(int, record["samples"]), record["weights"]
+            step, (first, stop) = int(record["step"]), map(int, record["samples"])
+            kept = None if record["weights"] is None else str(path.with_suffix(""))  # the run may have been moved
         except (ValueError, KeyError, TypeError) as error:
             fix = "give one from OUTPUT_DIR/failures"
             raise UserError(
