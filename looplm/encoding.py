@@ -52,3 +52,13 @@ def encode(tokenizer: Tokenizer, text: str, begin: int | None) -> list[int]:
     """Return the ids of a text, after the id ``begin`` unless that is None or the text itself starts with it."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
+
+
+def unlike_transformers(tokenizer: Tokenizer, begin: int | None) -> str | None:
+    """Say how transformers, which puts in all that the post-processor adds, differs from :func:`encode`, if it does."""
+    before, after = added_ids(tokenizer)
+    ours = [] if begin is None else [begin]
+    if (before, after) == (ours, []):
+        return None
+    texts = [" ".join(str(tokenizer.id_to_token(one)) for one in ids) or "nothing" for ids in (before, after, ours)]
+    return f"transformers puts {texts[0]} before each text and {texts[1]} after it; here it is {texts[2]} before it"

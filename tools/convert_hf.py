@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tokenizers import Tokenizer
 
 from looplm import checkpoint
 from looplm.bounds import check_bounds, path_field, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import parse_command, require, run_main
+from looplm.encoding import begin_id, read_tokenizer, unlike_transformers
 from looplm.huggingface.companion_files import names_sharing_an_id
 from looplm.huggingface.convert import choose_hf_layout, examine, export_model, import_source, with_tokens
 from looplm.huggingface.inventory import inspect
@@ -103,6 +105,8 @@ def _import(config: ImportConfig) -> None:
     shared = " and ".join(names_sharing_an_id(source.description.ids))
     if shared:
         _warn(f"{shared} are one token; data made with this tokenizer need tokens of their own (--pad_token)")
+    tokenizer = read_tokenizer(source.tokenizer)
+    _warn_of_texts(tokenizer, begin_id(tokenizer))
     if left_behind:
         _warn(f"left behind: {', '.join(left_behind)}")
 
@@ -115,8 +119,15 @@ def _export(config: ExportConfig) -> None:
         opened = checkpoint.open_model(str(step), groups, dtype=None)
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         export_model(opened, config.output, hf_layout, dtype, int(config.max_shard_gb * GB))
+        _warn_of_texts(opened.tokenizer, opened.about.begin_id)
     finally:
         process_groups.stop()
+
+
+def _warn_of_texts(tokenizer: Tokenizer, begin: int | None) -> None:
+    difference = unlike_transformers(tokenizer, begin)
+    if difference is not None:
+        _warn(f"tokenizer.json: {difference}")
 
 
 def _warn(message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from looplm.checkpoint import step_folder
@@ -255,6 +256,18 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(ours, tmp_path, record_
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert "whole        yes" in inspect(tmp_path / "hf")
     record_property("seen", "no folder; then a whole one")
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_adds_tokens_in_transformers_alone_is_named(released, tmp_path, capsys):
+    tokenizer = Tokenizer.from_file(str(released / "tokenizer.json"))
+    special = [("<bos>", 0), ("<eos>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=special)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    argv = ["import", "--input", str(released), "--output", str(tmp_path / "ours")]
+    main([*argv, "--tokenizer", str(tmp_path / "tokenizer.json")])
+    expected = "puts <bos> before each text and <eos> after it; here it is <bos> before it"
+    assert f"note: tokenizer.json: transformers {expected}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
