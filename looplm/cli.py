@@ -22,6 +22,7 @@ Examples belong in the docstring that is passed as ``description``: it is shown 
 import dataclasses
 import inspect
 import os
+import signal
 import sys
 import textwrap
 import typing
@@ -125,7 +126,7 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run ``main(argv)`` and exit: 0 on success, or one line on stderr and the status of a :class:`Failure`.
 
     Every rank raises a shared failure, such as a user's mistake, so rank 0 alone prints it. Others are one rank's own.
-    A full or broken disk becomes a failure wherever it was met.
+    A full or broken disk becomes a failure wherever it was met. After Ctrl-C the status is 130, as in a shell.
     """
     rank = os.environ.get("RANK")
     try:
@@ -136,6 +137,9 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
             if failure is None:
                 raise
             raise failure from error
+    except KeyboardInterrupt:
+        print("interrupted by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Failure as error:
         if not error.is_shared:
             print(f"error: {error}" if rank is None else f"error: rank {rank}: {error}", file=sys.stderr)

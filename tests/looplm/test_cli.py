@@ -2,6 +2,7 @@
 
 import ast
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_a_mistake_is_one_line_and_exit_status_2(argv, message, monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         run_main(lambda argv: print(command(*argv)))
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_exit_status_130(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda _: signal.raise_signal(signal.SIGINT))
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted by Ctrl-C\n")
 
 
 def help_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
