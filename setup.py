@@ -14,6 +14,7 @@ EXTRAS = {
     "data": [
         "datatrove>=0.10,<0.11",
         "fasteners>=0.19",
+        "fsspec>=2024.9",
         "loguru>=0.7",
         "multiprocess>=0.70",
         "orjson>=3.10",
