@@ -161,8 +161,8 @@ def interrupted_after_6(whole: Reference, folder: Path) -> RunConfig:
 @pytest.mark.hard
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.promise(
-    text="A damaged checkpoint is named and never loaded; the run falls back to the one before it. The file latest is only "
-    "for people: a wrong one changes nothing",
+    text="A damaged checkpoint is named and never loaded; the run falls back to the one before it. The file latest "
+    "is only for people: a wrong one changes nothing",
     expected="status 0; one line with the file and its fault; losses equal to the bit",
 )
 def test_damage_between_two_runs(
