@@ -21,6 +21,11 @@ from typing import ClassVar
 _CONTROL = re.compile(r"(?!\nerror: )[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+def printable(message: str) -> str:
+    """Return a message with its control characters escaped."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
+
+
 class Failure(Exception):
     """Base of the failures whose message is one line: the place, what is wrong, the value and the fix."""
 
@@ -28,7 +33,7 @@ class Failure(Exception):
     is_shared = False  # True if every rank raises it, so that rank 0 alone prints it
 
     def __init__(self, message: str) -> None:
-        super().__init__(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
+        super().__init__(printable(message))
 
 
 class UserError(Failure):

@@ -120,7 +120,10 @@ def read_about(step: Path) -> About:
     """Return the about.json of a step directory, of this format version or an older one."""
     path = step / "about.json"
     values = read_object(path, "take another step directory")
-    return from_dict(About, _upgrade(values, path), where=str(path))
+    about = from_dict(About, _upgrade(values, path), where=str(path))
+    if about.dtype and not isinstance(getattr(torch, about.dtype, None), torch.dtype):
+        raise UserError(f"{path}: dtype: {about.dtype!r} is not allowed; it must be one of torch's, such as bfloat16")
+    return about
 
 
 def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:

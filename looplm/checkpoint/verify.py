@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from looplm.failures import printable
 from looplm.files import sha256_of
 
 MANIFEST = "manifest.json"
@@ -76,7 +77,7 @@ def find_fault(step: Path, deep: bool = True) -> str | None:
             _check_backend(step / "state" / "metadata.json")
             _check_common(step / "state" / "common.pt")
     except Damage as damage:
-        return str(damage)
+        return printable(str(damage))
     except OSError as error:
         return f"{error.filename or MANIFEST} cannot be read ({error.strerror})"
     return None
@@ -103,7 +104,7 @@ def _read_manifest(path: Path) -> dict[str, Fingerprint]:
         if str(PurePosixPath(name)) != name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
             raise Damage(f"{MANIFEST} names {name!r}, which is not inside this folder")
         if not isinstance(value, list) or [type(item) for item in value] != [int, str]:
-            raise Damage(f"{MANIFEST} has no size and hash of {name}")
+            raise Damage(f"{MANIFEST} has no size and hash of {name!r}")
     missing = [name for name in _REQUIRED if name not in manifest]
     if missing:
         raise Damage(f"{missing[0]} is not in {MANIFEST}")

@@ -38,6 +38,9 @@ class AttentionWidths(NamedTuple):
     summary: str
 
 
+MAX_DEPTH = 10_000  # layers or loops; a file that asks for more is damaged, and would take hours to refuse
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The looped transformer.
@@ -74,9 +77,9 @@ class ModelConfig:
     vocab_size: int = positive()
     hidden_size: int = positive()
     ffn_hidden_size: int = positive()
-    num_layers: int = positive()
+    num_layers: int = positive(at_most=MAX_DEPTH)
     num_attention_heads: int = positive()
-    num_loops: int = positive(4)
+    num_loops: int = positive(4, at_most=MAX_DEPTH)
     attention: Literal["mla", "mha"] = "mla"
     num_query_groups: int | None = positive(None)
     head_dim: int | None = positive(None)

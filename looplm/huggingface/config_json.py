@@ -274,7 +274,7 @@ def _read_fields(cls: type, keys: Mapping[str, str], values: Mapping[str, Any], 
         options = typing.get_args(hints[field]) or (hints[field],)  # of Literal["a", "b"], int | None, or int
         choices = [option for option in options if isinstance(option, str)]
         expected = str if choices else options[0]
-        if expected is float and type(value) is int:
+        if expected is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         is_finite = not isinstance(value, float) or math.isfinite(value)  # Python's JSON knows NaN and Infinity
         if type(value) is not expected or not is_finite or (choices and value not in choices):

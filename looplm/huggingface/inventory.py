@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import load_tensors_metadata
 
 from looplm import checkpoint
-from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, step_folder
+from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, ModelDescription, step_folder
+from looplm.checkpoint.contents import stored_tensors
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.config.model import GATE_KEYS
@@ -16,7 +16,7 @@ from looplm.huggingface.companion_files import read_description
 from looplm.huggingface.config_json import CONFIG, TokenIds, ouro_fault
 from looplm.huggingface.convert import examine
 from looplm.huggingface.weight_files import find_tensors
-from looplm.parameters import Shape, parameters
+from looplm.parameters import Shape
 
 Row = tuple[str, str]
 
@@ -70,23 +70,12 @@ def _checkpoint(path: Path) -> list[Row]:
     return [
         ("directory", f"{step}: checkpoint, {origin}"),
         *_model(model, gate, about.gate_trained),
-        ("parameters", _counts(stored_tensors(step, model, gate))),
+        ("parameters", _counts(stored_tensors(step, ModelDescription(model, gate)))),
         ("export", f"layout {'ouro' if fault is None else f'looplm ({fault})'}"),
         ("tokens", _ids(TokenIds(about.bos_id, about.eos_ids, about.pad_id))),
         ("beside", _names(step / COMPANION_FOLDER)),
         ("whole", "; ".join(["yes", *faults])),
     ]
-
-
-def stored_tensors(step: Path, model: ModelConfig, gate: GateConfig) -> list[tuple[Shape, torch.dtype]]:
-    """Return shape and dtype of the model's tensors from a checkpoint's metadata.
-
-    Megatron stacks the tensors of the layers.
-    """
-    ours = {row.name for row in parameters(model, gate)}
-    names = {".".join(part for part in name.split(".") if not part.isdigit()) for name in ours}
-    found = load_tensors_metadata(str(step / "state"))
-    return [(tuple(found[name].global_shape), found[name].dtype) for name in found if name in names]
 
 
 def _model(model: ModelConfig, gate: GateConfig, gate_trained: bool) -> list[Row]:

@@ -59,7 +59,7 @@ def outcome(call: Callable[[], Result], names: Iterable[object]) -> Result | Non
         message = str(failure)
     assert message.strip(), "a failure without a message"
     assert len(message.splitlines()) == 1, f"a message of several lines: {message!r}"
-    assert len(message) < 5000, f"a message of {len(message)} characters"
+    assert len(message) < 20_000, f"a message of {len(message)} characters"
     assert not re.search(r"[\x00-\x1f\x7f-\x9f]", message), f"control characters: {message!r}"
     assert any(str(name) in message for name in names), f"a message that names neither file nor key: {message!r}"
     message.encode()  # a terminal prints it

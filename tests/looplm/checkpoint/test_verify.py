@@ -116,7 +116,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest is a list": (lambda step: (step / "manifest.json").write_text("[1]"), "lists no files"),
     "manifest without sizes": (
         lambda step: edit_manifest(step, lambda manifest: manifest.update({"about.json": "x"})),
-        "no size and hash of about.json",
+        "no size and hash of 'about.json'",
     ),
     "manifest with a huge size": (
         lambda step: edit_manifest(step, lambda manifest: manifest.update({"about.json": [10**30, "0"]})),
@@ -247,7 +247,7 @@ def resume(corpus: Path, run: Path, groups: Any, **sections: Any) -> None:
 
 
 CONTENTS = {  # of files whose hash the manifest confirms
-    "about.json is a list": ("about.json", b"[]", "holds list, not a mapping of keys"),
+    "about.json is a list": ("about.json", b"[]", "holds a list, not a JSON object"),
     "about.json is cut": ("about.json", b'{"step": ', "cannot be read"),
     "about.json of another step": ("about.json", None, "its about.json is that of step 4"),
     "config.yaml builds an object": ("config.yaml", b"model: !!python/object/apply:os.system [id]", "config.yaml"),
