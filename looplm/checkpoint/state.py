@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import looplm.checkpoint.optimizer_state as optimizer_state
 import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_model
+from looplm.checkpoint.contents import check_size
 from looplm.checkpoint.saving import Saving
 from looplm.cli import UserError, to_dict
 from looplm.config import GateConfig, RunConfig
@@ -178,7 +179,9 @@ def open_model(
         dtype: precision to compute in; None for that of the stored weights.
     """
     found = step_folder.locate(directory)
-    about, (model_config, gate) = read_about(found), read_model(found)
+    about, described = read_about(found), read_model(found)
+    check_size(found, described)
+    model_config, gate = described
     dtype = dtype or getattr(torch, about.dtype or "float32")
     model = LoopLM(model_config, gate, groups, dtype, initialize=False)
     load_weights(found, model, gate)
