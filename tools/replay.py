@@ -69,6 +69,7 @@ class Target(NamedTuple):
     samples: range
     weights: Path | None  # None: none exists, the run starts from its initial ones
     about: About | None  # of the weights
+    what: str = ""  # what the run said
 
 
 class Fault(NamedTuple):
@@ -115,11 +116,11 @@ def find(options: ReplayConfig) -> Target:
     Raises:
         UserError: the file is not a run's, or the directory has no such step.
     """
-    path, step, kept = options.path, options.step, None
+    path, step, kept, what = options.path, options.step, None, ""
     if path.is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            step, (first, stop) = int(record["step"]), map(int, record["samples"])
+            step, (first, stop), what = int(record["step"]), map(int, record["samples"]), str(record["what"])
             kept = None if record["weights"] is None else str(path.with_suffix(""))  # the run may have been moved
         except (ValueError, KeyError, TypeError) as error:
             fix = "give one from OUTPUT_DIR/failures"
@@ -134,7 +135,7 @@ def find(options: ReplayConfig) -> Target:
     weights, about = _weights(run, step, options.weights or kept)
     if samples is None:
         samples = _samples_of(_read_config(run), step, about)
-    return Target(run, step, samples, weights, about)
+    return Target(run, step, samples, weights, about, what)
 
 
 def _weights(run: Path, step: int, named: str | None) -> tuple[Path | None, About | None]:
@@ -183,7 +184,8 @@ def replay(
     if config.loss.frozen_trunk:
         freeze_trunk(model)
     model.train()
-    print(f"{target.run}, step {target.step}: samples {target.samples[0]}-{target.samples[-1]}\nweights: {origin}\n")
+    print(f"{target.run}, step {target.step}: samples {target.samples[0]}-{target.samples[-1]}\nweights: {origin}")
+    print(f"in the run: {target.what}\n" if target.what else "")
 
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     horizon = _horizon(config, target.about)

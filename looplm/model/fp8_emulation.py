@@ -146,7 +146,8 @@ class Rounding(nn.Module):
             amax = largest(x)
             if dist.get_world_size() > 1:
                 dist.all_reduce(amax, dist.ReduceOp.MAX)
-            self.amax_history[self.calls % len(self.amax_history)] = amax
+            # A step that is not finite is skipped; it must not spoil the scales of later ones.
+            self.amax_history[self.calls % len(self.amax_history)] = torch.where(amax.isfinite(), amax, 0.0)
             self.calls += 1
             self.scale = scale_of(self.amax_history.max(), self.dtype, otherwise=scale)
         return scale
