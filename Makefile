@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study plan-check
-.PHONY: test faults test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
+.PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
 .PHONY: clean clean-quickstart clean-ouro-tiny
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
@@ -200,6 +200,13 @@ test: $(READY)  ## all tests, in two processes
 faults: $(READY)  ## every fault, also those that take long to inject; writes docs/reliability.md (half an hour)
 	@HISTORY= FAULTS=all OMP_NUM_THREADS=1 $(call recorded,faults) $(PY) -m pytest $(SIDE_BY_SIDE) \
 		-m "promise or hard" --reliability=docs/reliability.md
+
+FUZZ_SECONDS ?= 600
+FUZZED := $(wildcard tests/fuzz/test_fuzz_*.py)
+
+fuzz: $(READY)  ## FUZZ_SECONDS=600 of new inputs for each target of tests/fuzz (80 minutes)
+	@failed=0; for target in $(or $(TESTS),$(FUZZED)); do echo "== $$target"; \
+		FUZZ_SECONDS=$(FUZZ_SECONDS) OMP_NUM_THREADS=1 $(PY) -m pytest -q -s $$target || failed=1; done; exit $$failed
 
 test-fast: $(READY)  ## the tests that start no process and train nothing (a minute and a half)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" $(TESTS)

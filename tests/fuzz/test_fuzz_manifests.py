@@ -1,4 +1,4 @@
-"""Fuzz token files: a prefix's manifest, index, tokens and tokenizer, and what training reads of them."""
+"""Fuzz the files of a prefix, manifest first, and what training reads of them."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipeline.manifest import read_manifest
-from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
 from looplm.config import DataConfig, DataSource
 from pretrain.data import check_corpus
@@ -80,16 +79,6 @@ def test_files_that_are_something_else(name: str, other: str, whole: Path, damag
     elif other != "missing":
         (damaged / name).symlink_to(other)
     check(whole, damaged)
-
-
-@given(changes=edits)
-@example(changes=[Edit("overwrite", 0.6, 1, bytes([0, 0, 0x80, 0, 0, 0x80, 0, 0, 0x80]))])
-def test_indices(changes: list[Edit], whole: Path, damaged: Path) -> None:
-    path, content = damaged / "a.idx", (whole / "valid.idx").read_bytes()
-    path.write_bytes(edited(content, changes))
-    found = outcome(lambda: read_index(path), [path])
-    if found is not None:
-        assert found.bin_bytes >= 0 and len(found.lengths()) == found.documents
 
 
 @given(content=st.one_of(st.binary(max_size=100), st.builds(json.dumps, anything).map(str.encode)))
