@@ -231,7 +231,7 @@ def _compute(model: LoopLM, norms: LoopNorms, batch: Batch, config: RunConfig) -
         loss_RSB, logit_RSB = loop_losses(model, batch, config.loss, config.loss.frozen_trunk, norms=norms)
         watch.look("loss", "the head", loss_RSB)
         total = objective(config.loss, loss_RSB, logit_RSB, batch.mask_SB)
-        total.backward()  # type: ignore[no-untyped-call]  # torch's
+        total.backward()
     squares = dict.fromkeys(MODULES, 0.0)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

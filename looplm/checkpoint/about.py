@@ -83,7 +83,10 @@ class About:
     ) -> "About":
         """Metadata for imported weights. There is no run to resume; texts begin as the tokenizer begins them."""
         return cls(
-            **dict.fromkeys(("step", "samples", "tokens", "horizon_samples"), 0),
+            step=0,
+            samples=0,
+            tokens=0,
+            horizon_samples=0,
             objective=WEIGHTS_ONLY,
             gate_trained=gate_trained,
             tokenizer_sha256=sha256_of(tokenizer),
