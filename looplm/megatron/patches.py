@@ -67,7 +67,7 @@ _sends: deque[Any] = deque(maxlen=8)  # Megatron's schedules leave at most one i
 def install() -> None:
     """Make checkpoints safe to read, and Megatron-core run without a GPU; the latter does nothing on CUDA or twice."""
     filesystem_async._results_queue = SimpleQueue[Any]()
-    DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
+    DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign,assignment]
     if _installed or HAS_CUDA:
         return
     cuda: Any = torch.cuda

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,7 +17,7 @@ from tests.fuzz.outcome import count
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 MEMORY = 1 << 30  # bytes that an input may cost
 
-_COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+_COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("few", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("many", max_examples=200, print_blob=True, **_COMMON)
 settings.load_profile("many" if SECONDS else "few")

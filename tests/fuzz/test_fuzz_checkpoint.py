@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def check_damaged(whole: Path, damaged: Path) -> None:
     newest = step_folder.newest(damaged.parent, said.append)
     assert (newest == damaged) == (fault is None) or not damaged.is_dir()
     for folder in (damaged, damaged.parents[1]):
-        found = outcome(lambda folder=folder: step_folder.locate(str(folder)), [damaged.parents[1]])
+        found = outcome(partial(step_folder.locate, str(folder)), [damaged.parents[1]])
         assert (found is None) == (fault is not None)
 
 

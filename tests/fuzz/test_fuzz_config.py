@@ -94,7 +94,7 @@ def check_round_trip(found: Any) -> None:
 @example(case=(RunConfig, {**RUN, "optim": "os.path"}))
 def test_values(case: tuple[type, Any]) -> None:
     cls, values = case
-    found = outcome(lambda: from_dict(cls, values, where="here"), ["here"])
+    found: Any = outcome(lambda: from_dict(cls, values, where="here"), ["here"])
     assert found is None or isinstance(found, cls)
 
 

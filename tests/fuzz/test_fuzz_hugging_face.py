@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def check(whole: Path, damaged: Path) -> None:
     wanted = stored_shapes(source.description.model, source.description.gate)
     assert wanted.keys() == source.tensors.keys()
     for name, stored in source.tensors.items():
-        tensor = outcome(lambda name=name, stored=stored: weight_files.read_tensor(name, stored), names)
+        tensor = outcome(partial(weight_files.read_tensor, name, stored), names)
         assert tensor is None or tuple(tensor.shape) == wanted[name]
 
 

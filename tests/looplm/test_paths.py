@@ -56,7 +56,8 @@ def text_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
 
 @pytest.fixture(scope="module")
 def keys() -> list[tuple[str, dataclasses.Field, bool]]:
-    return sorted({key: (key, *rest) for cls in config_classes() for key, *rest in text_keys(cls)}.values())
+    found = {row[0]: row for cls in config_classes() for row in text_keys(cls)}
+    return [found[key] for key in sorted(found)]
 
 
 def test_every_key_that_is_a_path_says_so(keys):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_odd_paths(corpus, tmp_path, single_process, record_property):
 def test_a_sample_outlives_its_dataset(corpus, tmp_path, single_process):
     """Megatron's token file ends its mapping with the dataset; a view of it would then be a segmentation fault."""
     config = run_config(corpus, tmp_path)
-    train_set = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4)
+    train_set: Any = build_train_set(config, check_corpus(config.data, config.model.vocab_size), 4, 4)
     sample = train_set[0]
     mapped = np.frombuffer(train_set.datasets[0].dataset.dataset.bin_reader._bin_buffer, np.uint16)
     assert not any(np.shares_memory(mapped, value.numpy()) for value in sample.values())

@@ -1,5 +1,7 @@
 """Which steps stay: the newest whole ones and the permanent ones, whatever else lies in the folder."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,7 @@ def test_recovery_after_each_moment_of_a_kill(tmp_path: Path) -> None:
 def test_saving_a_step_again(moment, tmp_path, monkeypatch, record_property) -> None:
     old = make_step(tmp_path, 5)
     (old / "mark").write_text("old")
-    rename, calls = step_folder.os.rename, []
+    rename, calls = os.rename, []
 
     def die(source: Path, target: Path) -> None:
         calls.append(target)
@@ -101,9 +103,9 @@ def test_saving_a_step_again(moment, tmp_path, monkeypatch, record_property) -> 
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(step_folder.os, "rename", die)
+    monkeypatch.setattr(os, "rename", die)
     if moment == "after the renames":
-        monkeypatch.setattr(step_folder.shutil, "rmtree", lambda *_, **__: None)
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
         make_step(tmp_path, 5)
     else:
         with pytest.raises(KeyboardInterrupt):

@@ -92,6 +92,16 @@ def in_torch_file(payload: Payload) -> bytes:
     return stream.getvalue()
 
 
+def replace_shard(step: Path, make: Callable[[Path], object]) -> None:
+    shard(step).unlink()
+    make(step / "state/__0_0.distcp")
+
+
+def link_companion(step: Path, target: str) -> None:
+    (step / "companions").mkdir()
+    (step / "companions/x").symlink_to(target)
+
+
 MARK = Path("payload_ran")  # replaced by a path in the test's folder
 # Each damages the step directory that it is given; its words stand in the report.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -103,8 +113,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing shard": (lambda step: shard(step).unlink(), "is missing"),
     "shard of another step": (mix_shards, "has changed since it was written"),
-    "shard is a folder": (lambda step: (shard(step).unlink(), (step / "state/__0_0.distcp").mkdir()), "is not a file"),
-    "shard is a pipe": (lambda step: (shard(step).unlink(), os.mkfifo(step / "state/__0_0.distcp")), "is not a file"),
+    "shard is a folder": (lambda step: replace_shard(step, Path.mkdir), "is not a file"),
+    "shard is a pipe": (lambda step: replace_shard(step, os.mkfifo), "is not a file"),
     "flipped byte in the manifest": (
         lambda step: flip(step / "manifest.json", -20),
         "has changed since it was written",
@@ -139,7 +149,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "state/__9_0.distcp is not in manifest.json",
     ),
     "link beside the companions": (
-        lambda step: ((step / "companions").mkdir(), (step / "companions/x").symlink_to("/etc/passwd")),
+        lambda step: link_companion(step, "/etc/passwd"),
         "companions/x is not in manifest.json",
     ),
     "shard is a link": (lambda step: link(shard(step)), "is a link"),
@@ -293,7 +303,7 @@ def test_an_object_in_a_shard_runs_no_code(run, tmp_path, single_process):
     assert planner.state_dict["common_state"]["rng"].sum() == 2
 
 
-KEYS = {  # what a resumed run changes, and the key that its one line must name
+KEYS: dict[str, tuple[dict[str, Any], str]] = {  # what a resumed run changes, and the key that its one line must name
     "fp32 to bf16": ({"optim": {"train_steps": 8, "precision": "bf16"}}, "optim.precision=fp32, this run has bf16"),
     "other width": ({"model": {"ffn_hidden_size": 64}}, "model.ffn_hidden_size=48, this run has 64"),
     "tied head": ({"model": {"tie_embeddings": True}}, "model.tie_embeddings=False, this run has True"),

@@ -1,4 +1,4 @@
-"""Where a text ends: at any of several end tokens in every mode of decoding, and at stop strings with special tokens."""
+"""Where a text ends: at any of several end tokens in every mode of decoding, and at stop strings."""
 
 from collections.abc import Callable
 from dataclasses import replace
