@@ -148,7 +148,7 @@ def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if found == 1:
         values = {"bos_id": None, "pad_id": None, "dtype": "", "optimizer_step": None, **values, "format_version": 2}
-    if values["format_version"] == 2:  # releases before 0.3.0
+    if values["format_version"] == 2:  # one end token only, and no record of how texts begin
         imported = values.get("objective") == WEIGHTS_ONLY
         begin = begin_id(read_tokenizer(path.with_name("tokenizer.json"))) if imported else None
         values = {**values, "begin_id": begin, "format_version": 3}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 HOSTILE_TEXTS = ["", " ", "null", "../x", "/etc/passwd", "~", "$HOME", "a\nb", "a\0b", "\ud800", "\u2028", "x" * 3000]
 HOSTILE_NUMBERS = [0, -1, 1, 2, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, -0.0, 1e308, float("inf"), float("nan")]
-HOSTILE = [None, True, False, *HOSTILE_NUMBERS, *HOSTILE_TEXTS, [], {}, [[]], [None], {"": None}, [1] * 100]
+HOSTILE: list[Any] = [None, True, False, *HOSTILE_NUMBERS, *HOSTILE_TEXTS, [], {}, [[]], [None], {"": None}, [1] * 100]
 
 
 class Edit(NamedTuple):

@@ -39,9 +39,8 @@ def config_classes() -> Iterator[type]:
             module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
             defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
             named = set(re.findall(r"\bparse_config\(\s*(\w+)", source)) | defined
-            yield from (
-                found for found in map(vars(module).get, named) if getattr(found, "__name__", "").endswith("Config")
-            )
+            found = (vars(module).get(name) for name in named)
+            yield from (cls for cls in found if isinstance(cls, type) and cls.__name__.endswith("Config"))
 
 
 def text_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, bool]]:
