@@ -19,6 +19,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from looplm.checkpoint.memory import own_storage
+
 MAIN = "fp32_param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -166,7 +168,7 @@ def _gather(core: DistributedOptimizer) -> dict[nn.Parameter, dict[str, Tensor]]
                 flat = torch.cat(shares).cpu()
                 for parameter in bucket.params_list:
                     first, last, _ = buffer.param_index_map[parameter]
-                    value = flat[first - bucket.offset : last - bucket.offset].view(parameter.shape)
+                    value = own_storage(flat[first - bucket.offset : last - bucket.offset].view(parameter.shape))
                     whole.setdefault(parameter, {})[name] = value
     return whole
 

@@ -8,6 +8,7 @@ import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.about import About
 from looplm.checkpoint.saving import COMPANION_FOLDER, Saving
 from looplm.checkpoint.state import TrainingState, sharded_state
+from looplm.checkpoint.writer import Writer
 from looplm.cli import to_dict
 from looplm.config import CheckpointConfig, RunConfig
 from looplm.failures import NumericalFailure, StorageFailure
@@ -20,17 +21,34 @@ class Saver:
 
     A context manager: at the end it waits for the checkpoint in the making, or gives it up after an exception.
 
+    Build it before the model: it forks a process, which keeps whatever memory is in use at that moment.
+
     Args:
         config: the run's.
-        resumed: the checkpoint that the run continues, which has been verified; None if it starts.
-        say: prints a line for each checkpoint that is published.
     """
 
-    def __init__(self, config: RunConfig, resumed: About | None, say: Callable[[str], None]) -> None:
-        self._config, self._say = config, say
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._say = config, print
         self._folder = Path(config.output_dir) / "checkpoints"
-        self._whole = {step_folder.step_name(resumed.step)} if resumed else set[str]()
+        self._whole = set[str]()
         self._saving: Saving | None = None
+        try:
+            self._writer, failure = Writer(), None
+        except OSError as error:
+            failure = StorageFailure(f"{self._folder}: no process can be started that writes checkpoints ({error})")
+        process_groups.share_failure(failure)
+
+    def attached(self, resumed: About | None, say: Callable[[str], None]) -> "Saver":
+        """Return this, to enter before the first step.
+
+        Args:
+            resumed: the checkpoint that the run continues, which has been verified.
+            say: prints a line for each checkpoint that is published.
+        """
+        self._say = say
+        if resumed is not None:
+            self._whole.add(step_folder.step_name(resumed.step))
+        return self
 
     def __enter__(self) -> "Saver":
         return self
@@ -40,6 +58,7 @@ class Saver:
             self.close()
         elif self._saving is not None:
             self._saving.abort()
+        self._writer.end()
 
     def save(self, training: TrainingState, about: About, tokenizer: Path) -> None:
         """Begin a checkpoint, after the one before is published. Return when the state is copied, or published.
@@ -55,7 +74,8 @@ class Saver:
         after = partial(_tidy, final, self._config.checkpoint, frozenset(self._whole | {final.name}), healthy)
         companions = Path(self._config.output_dir) / COMPANION_FOLDER
         state = sharded_state(training, is_loading=False)
-        self._saving = Saving(final, state, to_dict(self._config), about, tokenizer, companions, after)
+        config = to_dict(self._config)
+        self._saving = Saving(final, state, config, about, tokenizer, companions, after, self._writer)
         if not self._config.checkpoint.in_background:
             self.close()
 
@@ -71,6 +91,11 @@ class Saver:
         process_groups.share_failure(failure)
         if self._saving is not None and self._saving.advance():
             self._published(self._saving.final)
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a checkpoint is in the making."""
+        return self._saving is not None
 
     def close(self) -> None:
         """Wait until the checkpoint in the making is published; raise as :meth:`poll` does."""

@@ -10,12 +10,11 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import yaml
 
 import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.about import About
-from looplm.checkpoint.verify import Fingerprint
-from looplm.checkpoint.writer import STATE, Content, WriterProcess, Written, make_plan
+from looplm.checkpoint.plan import STATE, make_plan
+from looplm.checkpoint.writer import Content, Job, Writer, Written
 from looplm.failures import StorageFailure
 from looplm.files import writing
 from looplm.megatron import process_groups
@@ -38,6 +37,7 @@ class Saving:
         tokenizer: a tokenizer.json to copy.
         companions: a folder to copy, if it exists.
         after: called in the process that has published the checkpoint.
+        writer: takes the job, and others later; None starts one that needs no copy of the state in host memory.
     """
 
     def __init__(
@@ -49,32 +49,32 @@ class Saving:
         tokenizer: Path,
         companions: Path | None = None,
         after: Callable[[], None] | None = None,
+        writer: Writer | None = None,
     ) -> None:
         self.final = final
         folder = process_groups.on_rank_0(lambda: _create(final))
         files: dict[str, Content] = {}
         if process_groups.is_rank_0():
-            files["config.yaml"] = yaml.safe_dump(config, sort_keys=False).encode()
+            files["config.yaml"] = config
             files["about.json"] = json.dumps(dataclasses.asdict(about), indent=1).encode()
             files["tokenizer.json"] = tokenizer
             if companions is not None and companions.is_dir():
                 files[COMPANION_FOLDER] = companions
-
-        def publish(fingerprints: dict[str, Fingerprint]) -> None:
-            step_folder.publish(folder, final, fingerprints)
-            if after is not None:
-                after()
-
         self._written: Written | None = None  # this rank's result
         self._is_publishing = False  # all ranks have written
         self._is_published = False  # on rank 0
         self._failure = ""
+        self._is_shared = writer is not None
+        plan = make_plan(state, folder, validate=writer is None or writer.is_new)  # a run's state keeps its form
+        job = Job(final, folder, plan, files, after)
         try:
-            plan = make_plan(state, folder)
-            mine = publish if process_groups.is_rank_0() else None
-            self._process: WriterProcess | None = WriterProcess(plan, final, folder, files, mine)
+            if writer is None:
+                writer = Writer(job.in_host_memory())
+            else:
+                writer.start(job)
         except OSError as error:  # no memory for another process, for example
-            self._process, self._failure = None, f"{final}: {error}"
+            self._failure = f"{final}: {error}"
+        self._writer = writer
 
     def advance(self) -> bool:
         """Do what can be done without waiting for the disk; return True once the checkpoint is published.
@@ -91,20 +91,21 @@ class Saving:
         if is_busy:
             return False
         if self._is_publishing:
-            self._end_process()
+            if not self._is_shared:
+                self._end_writer()
             return True
         everything: list[Any] | None = [None] * dist.get_world_size() if process_groups.is_rank_0() else None
         dist.gather_object(self._written, everything, dst=0)
-        if everything is not None and self._process is not None:
-            self._process.send_all(everything)
+        if everything is not None and self._writer is not None:
+            self._writer.publish(everything)
         self._is_publishing = True
         return False
 
     def _look(self) -> bool:
         """Return True if this rank's process has done what it can do now; note its failure."""
-        if self._process is not None and (process_groups.is_rank_0() or self._written is None):
+        if self._writer is not None and (process_groups.is_rank_0() or self._written is None):
             try:
-                message = self._process.receive()
+                message = self._writer.receive()
             except ChildProcessError as error:
                 self._failure = str(error)
                 return True
@@ -115,7 +116,7 @@ class Saving:
 
     def _fail(self) -> NoReturn:
         """Stop every rank's process, remove what they wrote, and raise the first failure on every rank."""
-        self._end_process()
+        self._end_writer()
         try:
             process_groups.share_failure(StorageFailure(self._failure) if self._failure else None)
         finally:
@@ -129,16 +130,16 @@ class Saving:
 
     def abort(self) -> None:
         """End this rank's process. On rank 0, remove the files; what other ranks still write, the next run removes."""
-        self._end_process()
+        self._end_writer()
         if process_groups.is_rank_0():
             with suppress(OSError):
                 step_folder.discard_partial(self.final)
                 step_folder.recover(self.final.parent)
 
-    def _end_process(self) -> None:
-        if self._process is not None:
-            self._process.end()
-            self._process = None
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.end()
+            self._writer = None
 
 
 def _create(final: Path) -> Path:

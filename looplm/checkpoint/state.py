@@ -33,6 +33,7 @@ import looplm.checkpoint.optimizer_state as optimizer_state
 import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_model
 from looplm.checkpoint.contents import check_size
+from looplm.checkpoint.memory import own_storage
 from looplm.checkpoint.saving import Saving
 from looplm.cli import UserError, to_dict
 from looplm.config import GateConfig, RunConfig
@@ -191,6 +192,9 @@ def open_model(
 def sharded_state(training: TrainingState, is_loading: bool) -> dict[str, Any]:
     """Return a run's whole state in Megatron's sharded form, to save or to load into."""
     weights = training.model.sharded_state_dict()
+    for factory in [] if is_loading else weights.values():  # the optimizer's factories are copies of them
+        if isinstance(factory, ShardedTensorFactory):
+            factory.build_fn = partial(_build_halves, factory.build_fn)
     return {
         "model": weights,
         "optimizer": optimizer_state.sharded_state(training.optimizer, training.model, weights, is_loading),
@@ -220,8 +224,7 @@ def _build_halves(build: Callable[..., Any], *args: Any) -> Any:
     """Return the halves with a storage of their own over the same memory, so that Megatron sees no view to copy."""
     halves = build(*args)
     for half in halves:
-        if half.data.device.type == "cpu":
-            half.data = torch.from_numpy(half.data.detach().view(torch.uint8).numpy()).view(half.data.dtype)
+        half.data = own_storage(half.data)
     return halves
 
 

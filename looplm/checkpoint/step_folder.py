@@ -93,9 +93,7 @@ def recover(folder: Path) -> None:
             unfinished.unlink()
 
 
-def delete_old(
-    folder: Path, keep: int, keep_every: int, whole: Collection[str], healthy: int | None = None
-) -> None:
+def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str], healthy: int | None = None) -> None:
     """Delete every step that is older than the ``keep`` newest whole ones and not divisible by ``keep_every``.
 
     Args:

@@ -98,6 +98,18 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def pin(buffer: torch.Tensor) -> None:
+    """Let the GPU copy into host memory that is not torch's at full speed. Without a GPU, or if refused, do nothing."""
+    if HAS_CUDA and buffer.numel():
+        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+
+
+def unpin(buffer: torch.Tensor) -> None:
+    """Undo :func:`pin`, before the memory is given back."""
+    if HAS_CUDA and buffer.numel():
+        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
 def compute_capability() -> tuple[int, int]:
     """Return the compute capability of this process's GPU: (9, 0) is Hopper; (0, 0) without a GPU."""
     return torch.cuda.get_device_capability() if HAS_CUDA else (0, 0)

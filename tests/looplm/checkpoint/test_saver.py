@@ -18,6 +18,8 @@ from looplm.cli import UserError
 from looplm.config import RunConfig
 from looplm.failures import StorageFailure
 from pretrain.data import check_corpus
+from pretrain.progress import Progress, describe
+from pretrain.run import build
 from pretrain.train import train
 from tests.faults import harness
 from tests.support.tiny import run_config, train_rows
@@ -134,12 +136,11 @@ def fail(how: str) -> None:
 
 def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
     """Fault: let the writer of one rank fail in ``function``, in its ``save``-th checkpoint."""
-    original, calls = getattr(writer, function), [0]
-    fork = os.fork
+    original, write, calls = getattr(writer, function), writer._write, [0]
 
-    def counted_fork() -> int:
+    def counted(*arguments: Any) -> Any:
         calls[0] += 1
-        return fork()
+        return failing(*arguments) if function == "_write" else write(*arguments)
 
     def failing(*arguments: Any) -> Any:
         if calls[0] == save:
@@ -147,17 +148,17 @@ def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
         return original(*arguments)
 
     if rank == victim:
-        writer.os.fork = counted_fork
         setattr(writer, function, failing)
+        writer._write = counted
 
 
 @pytest.mark.parametrize(
     ("how", "victim", "function", "ranks"),
     [
         ("killed", 1, "_write", 2),
-        ("an exception", 0, "_finish", 2),
-        ("no answer", 0, "_write", 1),
-        ("input/output error", 0, "_write_file", 1),
+        pytest.param("an exception", 0, "write_description", 2, marks=pytest.mark.hard),
+        pytest.param("no answer", 0, "_write", 1, marks=pytest.mark.hard),
+        ("input/output error", 0, "_write_content", 1),
     ],
 )
 @pytest.mark.promise(
@@ -186,12 +187,13 @@ def without_size(message: str, folder: Path) -> str:
 
 
 def hang(pids: Path, rank: int) -> None:
-    """Fault: let the writer of the second checkpoint note its number and hang."""
-    write = writer._write
+    """Fault: let the writer note its number, and hang in the second checkpoint."""
+    write, calls = writer._write, [0]
 
     def wait(*arguments: Any) -> Any:
-        pids.open("a").write(f"{os.getpid()}\n")
-        if len(pids.read_text().split()) == 2:
+        calls[0] += 1
+        if calls[0] == 2:
+            pids.write_text(str(os.getpid()))
             time.sleep(600)
         return write(*arguments)
 
@@ -206,10 +208,10 @@ def test_a_writer_dies_with_its_rank(corpus, tmp_path, record_property) -> None:
     config = run_config(corpus, tmp_path / "run", checkpoint={"save_every": 2}, logging={"tensorboard": False})
     pids = tmp_path / "pids"
     with harness.Job(config, 1, partial(hang, pids)) as job:
-        job.wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        job.wait_for(lambda: pids.exists() and bool(pids.read_text()))
         job.kill(0)
         assert job.ends()[0].status == -signal.SIGKILL
-        pid = int(pids.read_text().split()[1])
+        pid = int(pids.read_text())
         for _ in range(100):
             if not is_running(pid):
                 break
@@ -283,7 +285,13 @@ def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "room", "ranks"), [("full", 0, 2), ("full", 50_000, 1), ("full", 200_000, 2), ("read-only", 0, 1)]
+    ("how", "room", "ranks"),
+    [
+        ("full", 0, 2),
+        pytest.param("full", 50_000, 1, marks=pytest.mark.hard),
+        pytest.param("full", 200_000, 2, marks=pytest.mark.hard),
+        ("read-only", 0, 1),
+    ],
 )
 @pytest.mark.promise(
     text="A disk that becomes full or read-only during a save ends the run cleanly; once mended, the command resumes",
@@ -307,6 +315,36 @@ def test_a_disk_that_fills_up(how, room, ranks, disk, corpus, tmp_path, record_p
     assert not list((folder / "checkpoints").glob(".*"))
     left = f" with {room:,} bytes left" if room else ""
     record_property("seen", f"{how}{left}, {ranks} ranks: status 5: {without_size(ends[0].last_line, folder)}")
+
+
+def spoil_log(folder: Path, rank: int) -> None:
+    """Fault: fill the disk after the second step."""
+    poll, calls = checkpoint.Saver.poll, [0]
+
+    def spoiled(self: checkpoint.Saver, *arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2 and rank == 0:
+            fill(folder, 0)
+        poll(self, *arguments)
+
+    checkpoint.Saver.poll = spoiled
+
+
+@pytest.mark.promise(
+    text="A disk that is full when a step is logged ends the run on every rank",
+    expected="status 5 on all ranks, one line about the disk",
+)
+def test_a_full_disk_ends_a_run_between_saves(disk, corpus, tmp_path, record_property) -> None:
+    folder = disk()
+    config = run_config(corpus, folder, optim={"train_steps": 40})
+    ends = harness.finish(config, 2, partial(spoil_log, folder))
+    assert [end.status for end in ends] == [5, 5], ends[0].output[-3000:]
+    assert ends[0].last_line.startswith(f"error: {folder}/metrics.jsonl: the disk is full (")
+    assert all("Traceback" not in end.output for end in ends), ends[0].output[-3000:]
+    (folder / "filler").unlink()
+    harness.complete(config, 2)
+    assert [row["step"] for row in train_rows(folder)] == list(range(1, 41))
+    record_property("seen", f"status 5: {without_size(ends[0].last_line, folder)}")
 
 
 @pytest.mark.parametrize(
@@ -337,9 +375,9 @@ def test_a_state_that_no_process_can_be_forked_for(corpus, tmp_path, single_proc
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(writer.os, "fork", refuse)
-    with pytest.raises(StorageFailure, match=r"step_00000006: .*Resource temporarily unavailable"):
+    with pytest.raises(StorageFailure, match=r"no process can be started .*Resource temporarily unavailable"):
         run_to_end(run_config(corpus, tmp_path), single_process)
-    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_alone_fail_in_the_same_way(trained, corpus, tmp_path, single_process, monkeypatch) -> None:
@@ -350,3 +388,38 @@ def test_weights_alone_fail_in_the_same_way(trained, corpus, tmp_path, single_pr
             tmp_path / "weights", opened.model, opened.gate, opened.about, corpus / "tokenizer.json"
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.hard
+@pytest.mark.promise(
+    text="Training waits for a checkpoint only while its state is copied",
+    expected="less than 15 % of the time of a synchronous save, on any disk",
+)
+def test_the_stall_of_training(corpus, tmp_path, single_process, record_property) -> None:
+    """Measured on two cores and a virtual disk as fast as memory (450 MB/s with fsync and hashes): 6 to 8 %."""
+    model = {"hidden_size": 1280, "ffn_hidden_size": 3840, "num_attention_heads": 20}
+    stalls: dict[bool, list[float]] = {}
+    for in_background in (False, True):
+        folder = tmp_path / str(in_background)
+        keys = {"in_background": in_background, "save_every": 1, "keep": 1}
+        config = run_config(corpus, folder, model=model, checkpoint=keys)
+        data = check_corpus(config.data, config.model.vocab_size)
+        saver = checkpoint.Saver(config)
+        trainer, _ = build(config, single_process)
+        with saver.attached(None, lambda line: None):
+            for step in range(1, 6):
+                about = describe(config, data, Progress(horizon_samples=1, step=step))
+                begin = time.perf_counter()
+                saver.save(trainer.state, about, data.tokenizer_file)
+                stall = time.perf_counter() - begin
+                while saver.is_busy:
+                    time.sleep(0.2)  # a step
+                    begin = time.perf_counter()
+                    saver.poll()
+                    stall += time.perf_counter() - begin
+                stalls.setdefault(in_background, []).append(stall)
+    waited, beside = (sorted(stalls[key])[1] for key in (False, True))  # the machine may be busy with other things
+    size = sum(path.stat().st_size for path in folder.rglob("*.distcp")) / 1e6
+    print(f"state {size:.0f} MB: {1e3 * waited:.0f} ms synchronous, {1e3 * beside:.0f} ms in the background", stalls)
+    assert beside < 0.15 * waited
+    record_property("seen", "as expected")
