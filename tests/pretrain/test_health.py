@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from looplm.cli import run_main, to_dict
 from looplm.config import LossConfig, ParallelConfig, RunConfig
 from looplm.failures import NumericalFailure
 from pretrain.health import finite_or_null, require_finite
-from pretrain.train import build, main
+from pretrain.run import build
+from pretrain.train import main
 from tests.support.faulty import Fault, injected, outcome, run_faulty
 from tests.support.launch import SERVER, launch
 from tests.support.tiny import run_config, train_rows
@@ -57,8 +59,9 @@ def test_one_gradient_that_is_not_finite_is_skipped(
     record_property("seen", said)
 
 
-def spoiled_command(fault: Fault, *arguments: str) -> None:
-    """Run ``python -m pretrain.train`` with a fault, in a forked process."""
+def spoiled_command(fault: Fault, log: Path, *arguments: str) -> None:
+    """Run ``python -m pretrain.train`` with a fault, in a forked process whose stderr goes to ``log``."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     torch.set_num_threads(1)
     sys.argv[1:] = arguments
     with injected(fault):
@@ -70,15 +73,16 @@ def spoiled_command(fault: Fault, *arguments: str) -> None:
     text="After health.max_skipped steps in a row the run ends; the healthy checkpoint is kept",
     expected="status 3, one line that names step, loop and samples, and the command that replays them",
 )
-def test_gradients_that_stay_not_finite_end_the_run(corpus, tmp_path, capfd, record_property):
+def test_gradients_that_stay_not_finite_end_the_run(corpus, tmp_path, record_property):
     config = run_config(corpus, tmp_path / "run", optim=TWELVE, checkpoint=SAVES)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(to_dict(config)))
     fault = Fault(kind="gradient", steps=range(5, 13), loop=3)
-    process = SERVER.Process(target=spoiled_command, args=(fault, "--config", str(path)))
+    log = tmp_path / "log.txt"
+    process = SERVER.Process(target=spoiled_command, args=(fault, log, "--config", str(path)))
     process.start()
     process.join(120)
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     replay = tmp_path / "run/failures/step_00000008.json"
     what = "step 8: the gradient of loop 3's hidden state is not finite (on rank 0, samples 28-29)"
     ends = "health.max_skipped=3 allows no further step without an update (4 in a row)"

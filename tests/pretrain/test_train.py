@@ -18,8 +18,9 @@ from looplm.cli import UserError, to_dict
 from looplm.config import EngineConfig, RampUpConfig, RunConfig
 from looplm.megatron import process_groups
 from pretrain.data import check_corpus
+from pretrain.run import build
 from pretrain.stopping import STOPPED
-from pretrain.train import build, main, train
+from pretrain.train import main, train
 from tests.support.launch import SERVER
 from tests.support.tiny import run_config, train_rows
 

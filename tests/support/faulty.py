@@ -20,10 +20,11 @@ from looplm.failures import Failure
 from looplm.megatron import process_groups
 from looplm.model import losses as model_losses
 from pretrain import data as training_data
+from pretrain import run as training_run
 from pretrain import step as training_step
-from pretrain import train as training
 from pretrain.data import check_corpus
 from pretrain.norms import LoopNorms
+from pretrain.train import train
 from pretrain.trainer import Trainer
 from tests.support.tiny import VOCAB, train_rows
 
@@ -119,7 +120,7 @@ def run_faulty(config: RunConfig, fault: Fault) -> None:
     groups, changed, error = process_groups.start(config.seed, config.parallel), list[int](), None
     with injected(fault), watched_updates(changed):
         try:
-            training.train(config, corpus, groups)
+            train(config, corpus, groups)
         except Failure as failure:
             error = (failure.status, str(failure))
     outcomes: list[Any] = [None] * dist.get_world_size()
@@ -158,8 +159,8 @@ def spoiled_data(samples: Collection[int], skipped: range = range(0)) -> Iterato
             yield batch
 
     with (
-        mock.patch.object(training, "micro_batches", micro_batches),
-        mock.patch.object(training, "build_train_set", build_train_set),
+        mock.patch.object(training_run, "micro_batches", micro_batches),
+        mock.patch.object(training_run, "build_train_set", build_train_set),
     ):
         yield
 
@@ -170,7 +171,7 @@ def run_spoiled(config: RunConfig, samples: Collection[int], skipped: range = ra
     groups = process_groups.start(config.seed, config.parallel)
     with spoiled_data(samples, skipped):
         try:
-            training.train(config, corpus, groups)
+            train(config, corpus, groups)
         except Failure as failure:
             error = (failure.status, str(failure))
     if dist.get_rank() == 0:

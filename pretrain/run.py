@@ -1,0 +1,217 @@
+"""A training run: its parts, and what it does in a step, a validation and a save."""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from looplm import chat, checkpoint
+from looplm.checkpoint import COMPANION_FOLDER, step_folder
+from looplm.cli import to_dict
+from looplm.config import RunConfig
+from looplm.files import write_whole, writing
+from looplm.megatron import process_groups
+from looplm.model import LoopLM
+from pretrain import health, launcher, spikes
+from pretrain.data import Batch, BatchSchedule, Corpus, build_train_set, build_valid_set, index_cache, micro_batches
+from pretrain.metrics import RunLog, last_validation
+from pretrain.optim import DTYPES
+from pretrain.progress import Progress, describe, refuse_other_data
+from pretrain.trainer import Step, Trainer
+from pretrain.watchdog import Watchdog
+
+
+class Run:
+    """A training stage, from its first step or its newest checkpoint on. Every method is collective.
+
+    Args:
+        config: the run's.
+        corpus: its checked data.
+        groups: the process groups of its layout.
+        watchdog: is told what the run is doing, and tells of signals.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, groups: ProcessGroupCollection, watchdog: Watchdog) -> None:
+        self._config, self._corpus, self._groups = config, corpus, groups
+        self._watchdog, self._stop = watchdog, watchdog.stop
+        self._folder = Path(config.output_dir)
+        self._schedule = BatchSchedule(config.data, groups.dp.size(), config.parallel.pipeline)
+        checkpoint.prepare(config)
+        self._saver = checkpoint.Saver(config)
+        watchdog.start_up("model")
+        self._trainer, self._initial = build(config, groups)
+        watchdog.start_up("checkpoint")
+        state = self._trainer.state
+        initial = None if self._initial is None else checkpoint.read_about(self._initial)
+        resumes = config.checkpoint.resume
+        self._resumed = checkpoint.resume(self._folder / "checkpoints", state, config, print) if resumes else None
+        refuse_other_data(config, corpus, self._resumed, initial)
+        watchdog.start_up("data index")
+        self._total_samples = self._schedule.samples_of(config.optim.train_steps)
+        self._progress = Progress.start(config, self._total_samples, self._resumed, initial)
+        self._batches = self._training_batches()
+        samples = config.logging.eval_samples
+        self._valid_set = build_valid_set(config.data, corpus, samples, config.seed, index_cache(config))
+
+    def begin(self) -> bool:
+        """Open the logs and say what begins. Return False if a signal came first; then nothing has been written."""
+        if self._stop.agree():
+            if process_groups.is_rank_0():
+                print(f"stopped before the first step by {self._stop.asked}; nothing was written", file=sys.stderr)
+            return False
+        self._owes_validation = self._was_stopped_in_a_validation()
+        process_groups.on_rank_0(self._write_description)
+        self._log = RunLog(self._config, self._progress)
+        for line in self._first_lines():
+            self._log.say(line)
+        return True
+
+    def loop(self) -> bool:
+        """Train up to the last step. Return False if a signal ended the run before; it can be resumed."""
+        every = self._config.logging.eval_every, self._config.checkpoint.save_every
+        with self._saver.attached(self._resumed, self._log.say):
+            if self._owes_validation:
+                self._validate()
+            while not self._is_complete and not self._stop.asked:
+                done = self._step()
+                if not done.healthy:
+                    self._report_skipped(done)
+                if self._rolled_back(done):
+                    continue
+                if not self._stop.agree() and self._is_due(every[0]):
+                    self._validate()
+                if self._stop.asked or self._is_due(every[1]):
+                    self._save()
+        if self._stop.asked:
+            self._log.say(f"stopped after step {self._progress.step} by {self._stop.asked}; the same command continues")
+        self._log.close()
+        process_groups.share_failure(self._log.failure)
+        return self._is_complete and not self._stop.asked
+
+    # ---- parts of the loop
+
+    @property
+    def _is_complete(self) -> bool:
+        return self._progress.step == self._config.optim.train_steps
+
+    def _is_due(self, every: int) -> bool:
+        return self._is_complete or (every > 0 and self._progress.step % every == 0)
+
+    def _step(self) -> Step:
+        self._watchdog.enter(f"step {self._progress.step + 1}")
+        num_microbatches, batch_size = self._schedule.at(self._progress.samples)
+        self._samples = self._progress.position, self._progress.position + batch_size
+        done = self._trainer.train(self._batches, num_microbatches)
+        state = health.count(self._progress.health, done, self._config.health)
+        self._progress = self._progress.advance(batch_size, self._config.data.seq_length, state)
+        self._log.train(self._progress, done)
+        self._saver.poll(self._log.failure)
+        return done
+
+    def _report_skipped(self, done: Step) -> None:
+        """Write down a step without an update, and raise if there were too many."""
+        micro_batch_size = self._config.data.micro_batch_size
+        bad = health.examine(self._trainer, done, self._progress.step, self._samples, micro_batch_size)
+        self._log.skipped(bad)
+        health.report(bad, self._progress.health, self._config, self._save_weights, self._log.say)
+
+    def _rolled_back(self, done: Step) -> bool:
+        """Return to the last checkpoint before a loss spike that this step completes; return False without one."""
+        spike = spikes.find(self._progress, done.stats.loss, self._config.health)
+        if spike is None:
+            return False
+        if not self._config.health.max_rollbacks:
+            self._log.spike(spike)
+            self._progress = dataclasses.replace(self._progress, health=spikes.accept(self._progress.health))
+            return False
+        self._watchdog.enter(f"rollback after step {self._progress.step}")
+        state, say = self._trainer.state, self._log.say
+        self._progress = spikes.roll_back(spike, self._progress, self._config, state, self._saver, say)
+        self._log.roll_back(self._progress, spike)
+        self._batches = self._training_batches()
+        return True
+
+    def _validate(self) -> None:
+        """Record the statistics of ``logging.eval_samples`` validation sequences, the same ones every time."""
+        if self._valid_set is None:
+            return
+        self._watchdog.enter(f"validation after step {self._progress.step}")
+        data, rank, ranks = self._config.data, self._groups.dp.rank(), self._groups.dp.size()
+        batches = micro_batches(self._valid_set, data, 0, rank, ranks)
+        count = max(1, self._config.logging.eval_samples // (data.micro_batch_size * ranks))
+        stats = self._trainer.evaluate_until(self._stop.agree, batches, count)
+        if stats is None:
+            self._log.say(f"validation cut short by {self._stop.asked}; it is repeated when the run continues")
+        else:
+            self._log.valid(self._progress, stats)
+
+    def _save(self) -> None:
+        self._watchdog.enter(f"save of step {self._progress.step}")
+        state, about = self._trainer.state, describe(self._config, self._corpus, self._progress)
+        health.require_finite(state, self._progress.step)
+        self._saver.save(state, about, self._corpus.tokenizer_file)
+        self._stop.agree()
+        self._log.restart_clock()
+
+    def _save_weights(self, folder: Path) -> None:
+        """Write the weights alone to ``folder``, outside the run's checkpoints."""
+        about = describe(self._config, self._corpus, self._progress)
+        about = dataclasses.replace(about, objective=checkpoint.WEIGHTS_ONLY)
+        companions, tokenizer = self._folder / COMPANION_FOLDER, self._corpus.tokenizer_file
+        checkpoint.save_weights(folder, self._trainer.model, self._config.gate, about, tokenizer, companions)
+
+    # ---- parts of the start
+
+    def _training_batches(self) -> Iterator[Batch]:
+        """Return this rank's micro-batches from the run's position on."""
+        progress, rank, ranks = self._progress, self._groups.dp.rank(), self._groups.dp.size()
+        skipped = progress.position - progress.samples
+        train_set = build_train_set(self._config, self._corpus, self._total_samples + skipped, progress.horizon_samples)
+        return micro_batches(train_set, self._config.data, progress.position, rank, ranks)
+
+    def _was_stopped_in_a_validation(self) -> bool:
+        """Return True if a checkpoint's validation is missing: a run that is stopped in one saves that step."""
+        step, metrics = self._progress.step, self._folder / "metrics.jsonl"
+        if self._resumed is None or not self._is_due(self._config.logging.eval_every):
+            return False
+        return process_groups.on_rank_0(lambda: last_validation(metrics)) < step
+
+    def _first_lines(self) -> Iterator[str]:
+        config, step = self._config, self._progress.step
+        yield from self._corpus.left_out
+        begins = "resuming after" if self._resumed else "starting at"
+        yield f"{self._folder}: {begins} step {step} of {config.optim.train_steps}"
+        if config.engine.emulated:
+            yield (
+                f"EMULATED: engine.fp8={config.engine.fp8}. Linear layers round their operands and multiply in fp32; "
+                "losses are meaningful, speed and memory are not"
+            )
+        yield self._watchdog.started()
+        yield from launcher.describe_signals(config.health.stop_timeout)
+
+    def _write_description(self) -> None:
+        """Write the configuration and the companion files, which come from the initial checkpoint if it has some."""
+        write_whole(self._folder / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
+        own = self._folder / COMPANION_FOLDER
+        if self._initial is not None and (self._initial / COMPANION_FOLDER).is_dir() and not own.exists():
+            with writing(own):
+                shutil.copytree(self._initial / COMPANION_FOLDER, own)
+        if self._corpus.end_id is not None:  # an export then says how to talk to the model
+            write_whole(own / chat.TEMPLATE_FILE, chat.JINJA)
+
+
+def build(config: RunConfig, groups: ProcessGroupCollection) -> tuple[Trainer, Path | None]:
+    """Return the trainer, and the checkpoint from which weights (optionally also Adam's moments) were loaded."""
+    dtype = DTYPES[config.optim.precision]
+    model = LoopLM(config.model, config.gate, groups, dtype, config.parallel, engine=config.engine)
+    initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
+    if initial is not None:
+        checkpoint.load_weights(initial, model, config.gate)
+    trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
+    if initial is not None and config.checkpoint.initial_optimizer:
+        checkpoint.load_optimizer(initial, trainer.state, config)
+    return trainer, initial
