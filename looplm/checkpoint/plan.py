@@ -21,7 +21,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from torch import Tensor
 
 from looplm.megatron import process_groups
 
@@ -54,8 +53,8 @@ class Plan(NamedTuple):
     metadata: Any
     common: dict[str, bytes]
 
-    def tensors(self) -> list[Tensor]:
-        """Return every tensor, on the device where it is."""
+    def tensors(self) -> list[Any]:
+        """Return every tensor, on the device where it is, or its place."""
         return [tensor for file in self.files for tensor in file.tensors]
 
     def with_tensors(self, tensors: Sequence[Any]) -> "Plan":

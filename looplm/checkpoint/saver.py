@@ -28,7 +28,8 @@ class Saver:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._config, self._say = config, print
+        self._config = config
+        self._say: Callable[[str], None] = print
         self._folder = Path(config.output_dir) / "checkpoints"
         self._whole = set[str]()
         self._saving: Saving | None = None

@@ -149,7 +149,7 @@ def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
 
     if rank == victim:
         setattr(writer, function, failing)
-        writer._write = counted
+        vars(writer)["_write"] = counted
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def hang(pids: Path, rank: int) -> None:
             time.sleep(600)
         return write(*arguments)
 
-    writer._write = wait
+    vars(writer)["_write"] = wait
 
 
 @pytest.mark.promise(
@@ -281,7 +281,7 @@ def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
                 subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
         save(self, *arguments)
 
-    checkpoint.Saver.save = spoiled
+    checkpoint.Saver.save = spoiled  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def spoil_log(folder: Path, rank: int) -> None:
             fill(folder, 0)
         poll(self, *arguments)
 
-    checkpoint.Saver.poll = spoiled
+    checkpoint.Saver.poll = spoiled  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.promise(
@@ -374,7 +374,7 @@ def test_a_state_that_no_process_can_be_forked_for(corpus, tmp_path, single_proc
     def refuse() -> int:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(writer.os, "fork", refuse)
+    monkeypatch.setattr(os, "fork", refuse)
     with pytest.raises(StorageFailure, match=r"no process can be started .*Resource temporarily unavailable"):
         run_to_end(run_config(corpus, tmp_path), single_process)
     assert not list(tmp_path.iterdir())
