@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from looplm.accounting import training_flops_per_token
 from looplm.config import RunConfig
 from looplm.failures import StorageFailure
-from looplm.files import write_whole, writing
+from looplm.files import storage_failure, write_whole, writing
 from looplm.megatron import device, process_groups
 from pretrain.health import BadStep, finite_or_null
 from pretrain.progress import Progress
@@ -148,6 +149,7 @@ class RunLog:
     def _open_board(self, step: int) -> None:
         """Continue the curves after ``step``."""
         if self._config.logging.tensorboard:
+            threading.excepthook = _hide_disk_failure
             folder = str(self._path.with_name("tensorboard"))
             self._board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
@@ -176,6 +178,13 @@ class RunLog:
                 if isinstance(item, float):
                     name = f"{row['kind']}/{key}" if part is None else f"{row['kind']}/{key}/{part}"
                     self._board.add_scalar(name, item, row["step"])
+
+
+def _hide_disk_failure(arguments: threading.ExceptHookArgs) -> None:
+    """Print no traceback for a full disk in TensorBoard's thread: its next call raises the same error again."""
+    error = arguments.exc_value
+    if error is None or storage_failure(error, Path()) is None:
+        threading.__excepthook__(arguments)
 
 
 def last_validation(path: Path) -> int:

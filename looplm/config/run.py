@@ -173,9 +173,10 @@ class CheckpointConfig:
 
     Args:
         save_every: steps between checkpoints; 0 saves only at the end.
-        keep: number of newest checkpoints that stay on disk.
+        keep: number of newest whole checkpoints that stay on disk.
         keep_every: checkpoints of steps divisible by this stay for good; 0 keeps none for good.
-        in_background: write checkpoints beside training, which waits only while the state is copied.
+        in_background: write checkpoints beside training, which waits only while the state is copied; false waits until
+            each is on the disk.
         resume: continue from the newest complete checkpoint in output_dir, if there is one.
         initial: directory of an earlier stage (or of one of its steps) whose weights this stage starts from.
         initial_optimizer: also load Adam's moments from there; the schedule starts again at step 0.
