@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import sysconfig
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ TEXTS = ["one\ntwo", "Grüße, 世界 🙂", "three"]
 
 def pack(data: bytes, suffix: str) -> bytes:
     """Return ``data`` compressed by suffix; zstd in two frames, as parallel compressors write it."""
-    for known, compress in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+    for known, compress in ((".gz", gz), (".bz2", bz2.compress), (".xz", lzma.compress)):
         if suffix == known:
             return compress(data)
     half = len(data) // 2
@@ -125,6 +126,7 @@ def test_truncated_compressed_files(tmp_path: Path, kind: str, suffix: str, reco
         record_property("seen", f"status {caught.value.status}: {caught.value}".replace(f"{tmp_path}/", ""))
 
 
+gz = partial(gzip.compress, mtime=0)  # the same bytes in every process of pytest-xdist, which compares test names
 LINE = b'{"text": "one"}\n'
 
 
@@ -148,15 +150,15 @@ def long_zstd(data: bytes) -> bytes:
             "a.jsonl.zst",
             b"\x50\x2a\x4d\x18\2\0\0\0ab" + zstandard.compress(LINE[:5]) + zstandard.compress(LINE[5:]),
         ),
-        "two gzip members": ("a.jsonl.gz", gzip.compress(LINE[:5]) + gzip.compress(LINE[5:])),
+        "two gzip members": ("a.jsonl.gz", gz(LINE[:5]) + gz(LINE[5:])),
         "two bzip2 streams": ("a.jsonl.bz2", bz2.compress(LINE[:5]) + bz2.compress(LINE[5:])),
-        "gzip without suffix": ("a.jsonl", gzip.compress(LINE)),
+        "gzip without suffix": ("a.jsonl", gz(LINE)),
         "zstd without suffix": ("a.jsonl", zstandard.compress(LINE)),
         "bzip2 without suffix": ("a.jsonl", bz2.compress(LINE)),
         "xz without suffix": ("a.jsonl", lzma.compress(LINE)),
         "zstd called gzip": ("a.jsonl.gz", zstandard.compress(LINE)),
         "a BOM": ("a.jsonl", b"\xef\xbb\xbf" + LINE),
-        "a BOM and CRLF, compressed": ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n"))),
+        "a BOM and CRLF, compressed": ("a.jsonl.gz", gz(b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n"))),
         "NaN in another key": ("a.jsonl", b'{"text": "one", "score": NaN}\n'),
         "-Infinity in another key": ("a.jsonl", b'{"score": [-Infinity], "text": "one"}'),
         "half a pair in another key": ("a.jsonl", b'{"text": "one", "other": "\\ud800"}\n'),
@@ -204,14 +206,14 @@ def test_a_huge_line_and_escaped_characters(tmp_path: Path) -> None:
         ("a.txt", "text".encode("utf-16-be"), r"a.txt: holds UTF-16 or binary data"),
         ("a.jsonl", b"PAR1\x15\x04", r"a.jsonl: holds a parquet file, not UTF-8 text; set kind: parquet"),
         ("a.jsonl", b"PK\x03\x04\x14", r"a.jsonl: holds a zip archive, not UTF-8 text; unpack it"),
-        ("a.txt.gz", gzip.compress(b"a" * 257 + b"ustar\0"), r"a.txt.gz: holds a tar archive"),
-        ("a.txt.gz", gzip.compress(gzip.compress(b"a")), r"a.txt.gz: is compressed twice, the second time with gzip"),
+        ("a.txt.gz", gz(b"a" * 257 + b"ustar\0"), r"a.txt.gz: holds a tar archive"),
+        ("a.txt.gz", gz(gz(b"a")), r"a.txt.gz: is compressed twice, the second time with gzip"),
         ("a.jsonl", b"", r"a.jsonl: is empty"),
         ("a.txt", b"", r"a.txt: is empty"),
         ("a.txt", b"ok \xff", r"a.txt: byte 3 is not UTF-8"),
         ("a.txt.gz", b"plain text", r"a.txt.gz: its name says gzip, but it holds something else"),
         ("a.txt.zst", b"plain text", r"a.txt.zst: its name says zstd"),
-        ("a.txt.gz", gzip.compress(b"a") + b"rubbish", r"a.txt.gz: damaged, truncated or not readable \(Not a gzipped"),
+        ("a.txt.gz", gz(b"a") + b"rubbish", r"a.txt.gz: damaged, truncated or not readable \(Not a gzipped"),
         ("a.parquet", b"PAR1 and no more", r"a.parquet: damaged"),
     ],
 )
