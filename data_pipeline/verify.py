@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         except UserError as error:
             faults.append(str(error))
     if faults:
-        raise UserError("\nerror: ".join(faults))
+        raise UserError(*faults)
 
 
 def check_prefix(prefix: str | Path, deep: bool) -> Manifest:

@@ -20,6 +20,7 @@ Examples belong in the docstring that is passed as ``description``: it is shown 
 """
 
 import dataclasses
+import errno
 import inspect
 import os
 import signal
@@ -45,6 +46,7 @@ from looplm.yaml_text import parse_yaml, read_yaml
 ConfigType = TypeVar("ConfigType")
 
 WIDTH = 118  # of --help
+_PATH_FAULTS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def positional(metavar: str) -> Any:
@@ -133,7 +135,7 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         try:
             main(sys.argv[1:])
         except OSError as error:
-            failure = storage_failure(error)
+            failure = storage_failure(error) or _path_failure(error)
             if failure is None:
                 raise
             raise failure from error
@@ -147,6 +149,13 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     sys.exit(0)
+
+
+def _path_failure(error: OSError) -> UserError | None:
+    """Return the mistake of a path that cannot be one of a file or folder; None if the error is another."""
+    if error.errno not in _PATH_FAULTS or error.filename is None:
+        return None
+    return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; give another path, or remove what is there")
 
 
 def is_unicode(text: str) -> bool:

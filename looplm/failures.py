@@ -16,9 +16,9 @@ status exception                        what a launcher does
 import re
 from typing import ClassVar
 
-# A name in a message may come from anyone's file, so no sequence that controls a terminal is printed. Several failures
-# in one are joined by "\nerror: ".
-_CONTROL = re.compile(r"(?!\nerror: )[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# A name in a message may come from anyone's file, so nothing that controls a terminal or looks like another message is
+# printed.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def printable(message: str) -> str:
@@ -27,13 +27,20 @@ def printable(message: str) -> str:
 
 
 class Failure(Exception):
-    """Base of the failures whose message is one line: the place, what is wrong, the value and the fix."""
+    """Base of the failures whose message is one line: the place, what is wrong, the value and the fix.
+
+    Args:
+        messages: usually one; each is a line.
+    """
 
     status: ClassVar[int] = 1
     is_shared = False  # True if every rank raises it, so that rank 0 alone prints it
 
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    def __init__(self, *messages: str) -> None:
+        super().__init__(*map(printable, messages))
+
+    def __str__(self) -> str:
+        return "\nerror: ".join(self.args)
 
 
 class UserError(Failure):

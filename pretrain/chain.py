@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     if config.dry_run:
         print("\n".join(script(config, jobs)), flush=True)
     if faults:
-        raise UserError("\nerror: ".join(faults))
+        raise UserError(*faults)
     if not config.dry_run:
         submit(config, jobs)
 

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         process_groups.stop()
     failed = [f"{finding.subject}: {finding.text}" for finding in found if finding.level == "FAIL"]
     if failed:
-        raise UserError("\nerror: ".join([f"no go: {len(failed)} of {len(found)} checks failed", *failed]))
+        raise UserError(f"no go: {len(failed)} of {len(found)} checks failed", *failed)
     _say("go")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import docstring_parser
 
 from data_pipeline.config import PipelineConfig
+from looplm.bounds import is_path
 from looplm.cli import UserError, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
@@ -55,7 +56,7 @@ def _sections(cls: type, names: list[str]) -> list[str]:
     hints, rows, nested = get_type_hints(cls), [], dict[type, list[str]]()
     for spec in fields(cls):
         text = _plain(described[spec.name]).replace("|", "\\|")
-        rows.append(f"| `{spec.name}` | {_type(hints[spec.name])}{_bounds(spec)} | {_default(spec)} | {text} |")
+        rows.append(f"| `{spec.name}` | {_kind(spec, hints[spec.name])}{_bounds(spec)} | {_default(spec)} | {text} |")
         for inner, many in _dataclasses(hints[spec.name]):
             nested.setdefault(inner, []).append(f"{prefix}{spec.name}{'[]' if many else ''}")
     summary = _plain(" ".join(filter(None, (doc.short_description, doc.long_description))))
@@ -80,6 +81,10 @@ def _type(hint: Any) -> str:
     if is_dataclass(hint):
         return "section"
     return {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}[hint]
+
+
+def _kind(spec: Field[Any], hint: Any) -> str:
+    return _type(hint).replace("text", "path") if is_path(spec, hint) else _type(hint)
 
 
 def _bounds(spec: Field[Any]) -> str:

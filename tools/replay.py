@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from looplm import checkpoint
+from looplm.bounds import path_field
 from looplm.checkpoint import About, step_folder
 from looplm.cli import UserError, from_dict, parse_config, positional, run_main
 from looplm.config import ParallelConfig, RunConfig
@@ -57,7 +58,7 @@ class ReplayConfig:
 
     path: Path = positional("PATH")
     step: int | None = None
-    weights: str | None = None
+    weights: str | None = path_field(None)
     characters: int = 160
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.verify import check_prefix
-from looplm.bounds import check_bounds, path_field, positive
+from looplm.bounds import check_bounds, expand_path, path_field, positive
 from looplm.checkpoint import CHANGEABLE
 from looplm.cli import UserError, parse_config, require
 from looplm.config import RunConfig
@@ -131,7 +131,10 @@ def _command(stage: StageConfig, run: str) -> Job:
     module = Path(*words[0].split(".")).with_suffix(".py")
     require(module.is_file(), "run", words[0], "it is not a module of this repository")
     options = {option: value for option, value in pairwise(words) if option.startswith("--")}
-    reads, writes = options.get("--checkpoint"), options.get("--output")
+    paths = {
+        option: expand_path(options[option], option) for option in ("--checkpoint", "--output") if option in options
+    }
+    reads, writes = paths.get("--checkpoint"), paths.get("--output")
     return Job(stage.name, "task.sbatch", tuple(words), 1, stage.gpus or 0, reads, writes)
 
 

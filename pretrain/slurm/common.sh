@@ -37,6 +37,7 @@ check_configs() {
         expects_path=""
         [[ $argument == --config ]] && expects_path=1
         if [[ $path ]]; then
+            path=${path/#"~/"/"$HOME/"}
             [[ -r $path && ! -d $path ]] || die "--config: $path cannot be read; give the path of a YAML file"
             found=1
         fi

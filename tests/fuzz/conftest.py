@@ -19,7 +19,7 @@ MEMORY = 1 << 30  # bytes that an input may cost
 
 _COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("few", max_examples=25, derandomize=True, **_COMMON)
-settings.register_profile("many", max_examples=200, print_blob=True, **_COMMON)
+settings.register_profile("many", max_examples=2000, print_blob=True, **_COMMON)
 settings.load_profile("many" if SECONDS else "few")
 
 

@@ -27,7 +27,7 @@ edits = st.lists(
         st.one_of(st.integers(1, 16), st.integers(1, 4096)),
         st.one_of(
             st.binary(min_size=1, max_size=16),
-            st.sampled_from([b"\0" * 8, b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"{}", b"[" * 2000, b"\x80", b"\n", b'"']),
+            st.sampled_from([b"\0" * 8, b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"{}", b"[" * 400, b"\x80", b"\n", b'"']),
         ),
     ),
     min_size=1,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def check_round_trip(found: Any) -> None:
 @given(case=st.sampled_from(list(CLASSES)).flatmap(lambda cls: st.tuples(st.just(cls), changed(CLASSES[cls]))))
 @example(case=(RunConfig, {**RUN, "seed": 10**400}))
 @example(case=(RunConfig, {**RUN, "optim": "os.path"}))
+@example(case=(RunConfig, {**RUN, "\nerror: ": None}))
 def test_values(case: tuple[type, Any]) -> None:
     cls, values = case
     found: Any = outcome(lambda: from_dict(cls, values, where="here"), ["here"])
@@ -140,10 +142,12 @@ word = st.one_of(
 
 @given(words=st.lists(word, max_size=6))
 @example(words=["--optim", "os.path"])
+@example(words=["\ud800"])
 @example(words=["--config", "a\0b"])
 def test_command_lines(words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(TEXT)
+    words = [os.fsdecode(word.encode("utf-8", "surrogatepass")) for word in words]  # as an argument reaches us
     argv = ["--config", str(path), *words]
     check_round_trip(
         outcome(lambda: parse(RunConfig, argv), ["--", "argument", *filter(None, words), *names(RunConfig)])

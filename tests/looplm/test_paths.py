@@ -13,7 +13,7 @@ import pytest
 
 from looplm.binding import hints_of, section_of
 from looplm.bounds import UserError, expand_path, is_path
-from looplm.cli import parse_config
+from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,3 +143,13 @@ def test_a_quoted_path_in_a_file_names_its_line(home):
     (home / "a.yaml").write_text(f"{RECIPE}output_dir: 'out '\ndata: {{train: [{{prefix: a}}]}}\n")
     with pytest.raises(UserError, match=r"a\.yaml:3: output_dir: 'out ' is not allowed; remove the spaces"):
         parse("--config", "~/a.yaml")
+
+
+@pytest.mark.parametrize("name", ["file/x", "file", "x" * 300])
+def test_a_path_that_can_be_no_folder_is_one_line(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["command"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda _: (tmp_path / name).mkdir())
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.startswith(f"error: {tmp_path}/{name}: ") and printed.count("\n") == 1
