@@ -138,15 +138,20 @@ def test_a_file_that_is_not_utf_8(tmp_path, text):
         parse(tmp_path, text)
 
 
-def test_no_value_of_a_section_is_imported(tmp_path, monkeypatch):
+@pytest.mark.promise(
+    text="A configuration runs no code: no text in a file or flag is imported, and tags are refused",
+    expected="status 2, one line that names file, line and key",
+)
+def test_no_value_of_a_section_is_imported(tmp_path, monkeypatch, record_property):
     """jsonargparse, which read the files before, imported what a section's text named."""
     (tmp_path / "hostile.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     for argv in (["--optim", "hostile.Thing"], ["--optim", '{"class_path": "hostile.Thing"}']):
         with pytest.raises(UserError, match="optim"):
             parse(tmp_path, "seed: 1", *argv)
-    with pytest.raises(UserError, match="optim: 'hostile"):
+    with pytest.raises(UserError, match="optim: 'hostile") as refused:
         parse(tmp_path, "optim: hostile.Thing")
+    record_property("seen", f"status {refused.value.status}: {str(refused.value).removeprefix(f'{tmp_path}/')}")
 
 
 @pytest.mark.parametrize(
@@ -196,3 +201,14 @@ def test_printed_keys_can_be_read_again(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and "vocab_size: 64" in printed
     assert parse(tmp_path, printed) == parse(tmp_path, "optim: {lr: 1e-05}\noutput_dir: '010'")
+
+
+@pytest.mark.promise(
+    text="A key that is given twice in one file is refused, in lists and flags too",
+    expected="status 2, one line with both line numbers",
+)
+def test_a_key_given_twice(tmp_path, record_property):
+    with pytest.raises(UserError) as refused:
+        parse(tmp_path, "optim: {lr: 1e-3}\nseed: 1\noptim: {train_steps: 5}\n")
+    record_property("seen", f"status {refused.value.status}: {str(refused.value).removeprefix(f'{tmp_path}/')}")
+    assert str(refused.value) == f"{tmp_path}/b.yaml:3: optim: given twice, first on line 1; remove one"
