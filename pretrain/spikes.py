@@ -47,7 +47,7 @@ def limit(recent: Sequence[float], config: HealthConfig) -> float | None:
 def watch(health: Health, loss: float, config: HealthConfig) -> Health:
     """Return the state after a step with that loss. Losses above the limit are not compared with later ones."""
     if config.spike_factor is None:
-        return health
+        return accept(health)
     highest = limit(health.recent_losses, config)
     if highest is not None and loss > highest:
         return replace(health, losses_above=health.losses_above + 1)
@@ -57,16 +57,14 @@ def watch(health: Health, loss: float, config: HealthConfig) -> Health:
 
 def find(progress: Progress, loss: float, config: HealthConfig) -> Spike | None:
     """Return the spike that the last step completes, if it does."""
-    health = progress.health
-    if health.losses_above < config.spike_steps:
+    highest = limit(progress.health.recent_losses, config)
+    if highest is None or progress.health.losses_above < config.spike_steps:
         return None
-    highest = limit(health.recent_losses, config)
-    assert highest is not None
     return Spike(step=progress.step, loss=loss, limit=highest)
 
 
 def accept(health: Health) -> Health:
-    """Return the state after a spike that is only reported: later losses are compared with new ones."""
+    """Return the state in which nothing is known of earlier losses, as after a spike that is only reported."""
     return replace(health, recent_losses=(), losses_above=0)
 
 
@@ -87,7 +85,6 @@ def roll_back(
             f"{spike}; health.max_rollbacks={allowed} allows no further rollback; lower optim.lr, or look at the batch "
             f"with: python -m tools.replay {config.output_dir} --step {spike.step}"
         )
-    saver.close()
     saver.close()  # the checkpoint in the making may be the one to return to
     before = progress.step - progress.health.losses_above
     found = step_folder.newest(Path(config.output_dir) / "checkpoints", say, before)
