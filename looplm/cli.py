@@ -81,10 +81,11 @@ def parse_config(cls: type[ConfigType], argv: Sequence[str], *, prog: str, descr
             fix = "set the terminal to UTF-8, or rename the file"
             raise UserError(f"{os.fsencode(argument)!r}: an argument that is not UTF-8; {fix}")
     given = _Given(cls)
-    words, wants_help, wants_values = list[str](), False, False
+    words, wants_values = list[str](), False
     for flag, value in _flags(cls, argv):
         if flag in ("-h", "--help"):
-            wants_help = True
+            print(_help(cls, prog, description))
+            sys.exit(0)
         elif flag == "--print_config" and not value:
             wants_values = True
         elif flag == "--config":
@@ -93,9 +94,6 @@ def parse_config(cls: type[ConfigType], argv: Sequence[str], *, prog: str, descr
             given.add_flag(flag, value)
         else:
             words.append(str(value))
-        if wants_help:
-            print(_help(cls, prog, description))
-            sys.exit(0)
     given.add_words(words)
     try:
         if wants_values:
