@@ -1,7 +1,7 @@
 """Record what the repeated commands took in docs/history.csv, and plot it.
 
-``HISTORY=1 make test`` (``faults``, ``quickstart``, ``bench``) appends a row and redraws docs/history.svg if the command
-succeeds. Without ``HISTORY`` nothing is recorded. ``python -m tools.history plot`` redraws the plot alone.
+``HISTORY=1 make test`` (``faults``, ``quickstart``, ``bench``) appends a row and redraws docs/history.svg if the
+command succeeds. Without ``HISTORY`` nothing is recorded. ``python -m tools.history plot`` redraws the plot alone.
 """
 
 import csv

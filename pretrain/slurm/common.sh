@@ -17,7 +17,7 @@ set -euo pipefail
 
 # torchrun waits this long for the trainers before it kills them. Longer than health.stop_timeout, and shorter than the
 # lead in every launcher's --signal. Its own list of signals lacks USR1, which would kill it.
-torchrun_options=(--shutdown-timeout=540 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+torchrun_options=("--shutdown-timeout=540" "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 
 die() {
     echo "error: $*" >&2
