@@ -43,7 +43,7 @@ def test_a_spike_is_several_losses_in_a_row():
 
 def spiky(corpus: Path, folder: Path, **changes: Any) -> RunConfig:
     """Return a run of 14 steps with 4 samples each, which looks for spikes early."""
-    optim = {"train_steps": 14, "warmup_steps": 0, "decay_steps": 0, "schedule": "constant", "precision": "bf16"}
+    optim = {"train_steps": 14, "warmup_steps": 2, "decay_steps": 4, "precision": "bf16"}
     health = {"spike_factor": 2.0, "spike_window": 4, "spike_steps": 2, "max_rollbacks": 1}
     sections: dict[str, dict[str, Any]] = {
         "optim": optim,
