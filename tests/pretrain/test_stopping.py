@@ -14,7 +14,7 @@ import pytest
 
 from looplm.checkpoint import saving
 from looplm.config import HealthConfig
-from pretrain import stopping, train, watchdog
+from pretrain import run, stopping, watchdog
 from pretrain.stopping import ABANDONED, STOPPED
 from pretrain.trainer import Trainer
 from tests.faults import harness
@@ -104,7 +104,7 @@ def test_a_signal_on_one_rank_stops_all_and_the_run_continues_exactly(corpus, tm
 
 
 def _signal_while_building(rank: int) -> None:
-    at(train, "build", 1, signal.SIGTERM, rank)
+    at(run, "build", 1, signal.SIGTERM, rank)
 
 
 @pytest.mark.promise(
