@@ -1,5 +1,6 @@
 """Parallel layout: how the model is divided among the ranks, and which layouts are legal."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +8,9 @@ from typing import Literal
 from looplm.bounds import check_bounds, positive, require
 
 Recompute = Literal["none", "selective", "full", "loop"]
+
+
+MAX_RANKS = 1 << 16  # no layout with more is looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,8 @@ class ParallelConfig:
             fix = f"it must divide model.num_layers={num_layers}; the nearest legal value is {legal}"
             fix += ", or give parallel.first_stage_layers or last_stage_layers"
             require(num_layers % self.pipeline == 0, "parallel.pipeline", self.pipeline, fix)
+        fix = f"it must not exceed model.num_layers={num_layers}"
+        require(self.pipeline <= num_layers, "parallel.pipeline", self.pipeline, fix)
         layers = self.layers_per_rank(num_layers)
         fix = f"model.num_layers={num_layers} must leave the same number of layers, at least 1, for each other rank"
         key = "first_stage_layers" if self.first_stage_layers is not None else "last_stage_layers"
@@ -119,4 +125,5 @@ class ParallelConfig:
 
 def _largest_divisor(limit: int, values: Collection[int]) -> int:
     """Return the largest number up to ``limit`` that divides every value."""
-    return max(size for size in range(1, limit + 1) if all(value % size == 0 for value in values))
+    common = math.gcd(*values)
+    return max(size for size in range(1, min(limit, common, MAX_RANKS) + 1) if common % size == 0)
