@@ -86,8 +86,12 @@ class Trainer:
         """The parts whose state a checkpoint holds."""
         return TrainingState(self.model, self.optimizer, self.scheduler)
 
-    def train(self, batches: Iterator[Batch], num_microbatches: int) -> Step:
+    def train(
+        self, batches: Iterator[Batch], num_microbatches: int, before_update: Callable[[], object] = lambda: None
+    ) -> Step:
         """Run one step. Its update is skipped on all ranks if a loss or gradient is not finite on any of them.
+
+        ``before_update`` is called before the step changes weights and Adam's moments.
 
         The learning-rate schedule counts a skipped step, because its data are consumed. Adam's bias correction does
         not, because its moments have not changed.
@@ -96,6 +100,7 @@ class Trainer:
         self.scheduler.step(1)
         grad_norm = norms.grad_norm
         if healthy:
+            before_update()
             _, grad_norm, _ = self.optimizer.step()
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         return Step(stats, norms, healthy, float(grad_norm or 0.0), learning_rate)

@@ -1,7 +1,8 @@
 """Memory that a rank shares with the process that writes its checkpoints.
 
-Training copies its state there and goes on. A process that is forked for each checkpoint would need no copy, but then
-the kernel copies every page that training writes first: 1.2 ms per MB in the next step, against 0.1 ms for this copy.
+A thread copies the state there during the next step's forward and backward, which do not change it. A process that is
+forked for each checkpoint would need no copy, but then the kernel copies every page that training writes first: 1.2 ms
+per MB in the next step, against 0.1 ms for this copy.
 """
 
 import mmap
@@ -34,20 +35,25 @@ class SharedMemory:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     @torch.no_grad()
-    def store(self, tensors: Sequence[Tensor]) -> list[Slot]:
-        """Copy tensors of any device into the memory, over what was there."""
+    def store(self, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> list[Slot]:
+        """Copy tensors of any device into the memory, over what was there.
+
+        Args:
+            tensors: they must not change meanwhile.
+            stream: from :func:`looplm.megatron.device.stream_from_now`.
+        """
         slots, end = list[Slot](), 0
         for tensor in tensors:
             slots.append(Slot(end, tensor.shape, tensor.dtype))
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if end > len(self._buffer):
-            device.unpin(self._buffer)
-            self._file.truncate(end)
-            self._buffer = self._map(end)
-            device.pin(self._buffer)
-        for slot, tensor in zip(slots, tensors, strict=True):
-            _view(self._buffer, slot).copy_(tensor, non_blocking=True)
-        device.synchronize()
+        with device.on_stream(stream):
+            if end > len(self._buffer):
+                device.unpin(self._buffer)
+                self._file.truncate(end)
+                self._buffer = self._map(end)
+                device.pin(self._buffer)
+            for slot, tensor in zip(slots, tensors, strict=True):
+                _view(self._buffer, slot).copy_(tensor, non_blocking=True)
         return slots
 
     def load(self, slots: Sequence[Slot]) -> list[Tensor]:

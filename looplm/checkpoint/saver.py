@@ -62,7 +62,7 @@ class Saver:
         self._writer.end()
 
     def save(self, training: TrainingState, about: About, tokenizer: Path) -> None:
-        """Begin a checkpoint, after the one before is published. Return when the state is copied, or published.
+        """Begin a checkpoint, after the one before is published. The state must not change before :meth:`settle`.
 
         While steps are skipped or losses are above the limit of a spike, the newest checkpoint before them stays.
 
@@ -92,6 +92,11 @@ class Saver:
         process_groups.share_failure(failure)
         if self._saving is not None and self._saving.advance():
             self._published(self._saving.final)
+
+    def settle(self) -> None:
+        """Return once the state of the checkpoint in the making is copied; then training may change it."""
+        if self._saving is not None:
+            self._saving.settle()
 
     @property
     def is_busy(self) -> bool:

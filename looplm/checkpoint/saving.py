@@ -27,7 +27,8 @@ _PAUSE = 0.02  # seconds between two looks of a rank that waits
 class Saving:
     """A checkpoint in the making. Every method is collective, except :meth:`abort`.
 
-    The constructor returns as soon as the state is copied. Then :meth:`advance` must be called now and then.
+    The constructor returns at once. The state must not change before :meth:`settle`, and :meth:`advance` must be called
+    now and then.
 
     Args:
         final: the directory to be made.
@@ -75,6 +76,11 @@ class Saving:
         except OSError as error:  # no memory for another process, for example
             self._failure = f"{final}: {error}"
         self._writer = writer
+
+    def settle(self) -> None:
+        """Return once this rank's state is copied; then it may change."""
+        if self._writer is not None:
+            self._writer.settle()
 
     def advance(self) -> bool:
         """Do what can be done without waiting for the disk; return True once the checkpoint is published.

@@ -16,12 +16,14 @@ import signal
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import yaml
 
 import looplm.checkpoint.step_folder as step_folder
@@ -79,6 +81,8 @@ class Writer:
 
     def __init__(self, job: Job | None = None) -> None:
         self._memory = SharedMemory()
+        self._thread = ThreadPoolExecutor(1)
+        self._copied: Future[None] | None = None
         self._final = None if job is None else job.final
         self._job = job  # pinned memory of its tensors would be reused if nothing here referred to it
         self._channel, theirs = Pipe()
@@ -103,9 +107,17 @@ class Writer:
         return self._final is None
 
     def start(self, job: Job) -> None:
-        """Copy a job's tensors and begin it."""
+        """Begin a job. A thread copies its tensors, which must not change before :meth:`settle`."""
         self._final = job.final
-        slots = self._memory.store(job.plan.tensors())
+        self._copied = self._thread.submit(self._hand_over, job, device.stream_from_now())
+
+    def settle(self) -> None:
+        """Return once the job's tensors are copied, or could not be."""
+        if self._copied is not None:
+            wait([self._copied])
+
+    def _hand_over(self, job: Job, stream: torch.cuda.Stream | None) -> None:
+        slots = self._memory.store(job.plan.tensors(), stream)
         with suppress(ConnectionError):  # it was killed; the next receive() says so
             self._channel.send(job._replace(plan=job.plan.with_tensors(slots)))
 
@@ -113,8 +125,10 @@ class Writer:
         """Return this rank's result once it is there, True once the checkpoint is published, and False until then.
 
         Raises:
-            ChildProcessError: the process has failed or was killed; the message says why.
+            ChildProcessError: the process has failed or was killed, or had no memory; the message says why.
         """
+        if self._copied is not None and self._copied.done() and (error := self._copied.exception()) is not None:
+            raise ChildProcessError(_describe(error, self._final))
         try:
             message: Written | bool | str = self._channel.recv() if self._channel.poll() else False
         except (EOFError, ConnectionError):
@@ -138,10 +152,10 @@ class Writer:
 
 
 def _kill(pid: int, channel: Connection) -> None:
-    channel.close()
     with suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+    channel.close()
 
 
 def _run(channel: Connection, parent: int, memory: SharedMemory, job: Job | None) -> NoReturn:
@@ -176,12 +190,11 @@ def _run(channel: Connection, parent: int, memory: SharedMemory, job: Job | None
         os._exit(0)
     except BaseException as error:
         with suppress(BaseException):
-            channel.send(_describe(error, current))
+            channel.send(_describe(error, None if current is None else current.final))
         os._exit(1)
 
 
-def _describe(error: BaseException, job: Job | None) -> str:
-    final = None if job is None else job.final
+def _describe(error: BaseException, final: Path | None) -> str:
     failure = error if isinstance(error, Failure) else storage_failure(error, final)
     return str(
         failure or f"{final}: could not be written ({type(error).__name__}: {error}); repeat the command to resume"

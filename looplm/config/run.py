@@ -175,7 +175,7 @@ class CheckpointConfig:
         save_every: steps between checkpoints; 0 saves only at the end.
         keep: number of newest whole checkpoints that stay on disk.
         keep_every: checkpoints of steps divisible by this stay for good; 0 keeps none for good.
-        in_background: write checkpoints beside training, which waits only while the state is copied; false waits until
+        in_background: write checkpoints beside training, which waits only while they are planned; false waits until
             each is on the disk.
         resume: continue from the newest complete checkpoint in output_dir, if there is one.
         initial: directory of an earlier stage (or of one of its steps) whose weights this stage starts from.

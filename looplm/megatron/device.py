@@ -98,6 +98,26 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def stream_from_now() -> torch.cuda.Stream | None:
+    """Return a stream of the GPU that begins after all work asked for so far; None without a GPU."""
+    if not HAS_CUDA:
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run the calls inside on a stream of :func:`stream_from_now`, in any thread, and wait for them at the end."""
+    if stream is None:
+        yield
+        return
+    with torch.cuda.stream(stream):
+        yield
+        stream.synchronize()
+
+
 def pin(buffer: torch.Tensor) -> None:
     """Let the GPU copy into host memory that is not torch's at full speed. Without a GPU, or if refused, do nothing."""
     if HAS_CUDA and buffer.numel():

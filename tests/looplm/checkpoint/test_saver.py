@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from looplm import checkpoint
 from looplm.checkpoint import saving, step_folder, writer
+from looplm.checkpoint.memory import SharedMemory
 from looplm.cli import UserError
 from looplm.config import RunConfig
 from looplm.failures import StorageFailure
@@ -53,15 +54,15 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let every writer process wait before it reads the state, while training goes on."""
-    write = writer._write
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float, of: Any = writer, name: str = "_write") -> None:
+    """Let every writer process wait before it reads the state, or a thread before it copies it; training goes on."""
+    function = getattr(of, name)
 
-    def wait_and_write(*arguments: Any) -> Any:
+    def wait_before(*arguments: Any) -> Any:
         time.sleep(seconds)
-        return write(*arguments)
+        return function(*arguments)
 
-    monkeypatch.setattr(writer, "_write", wait_and_write)
+    monkeypatch.setattr(of, name, wait_before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -78,6 +79,7 @@ def test_training_does_not_change_what_is_written(
         with monkeypatch.context() as patch:
             if in_background:
                 slow(patch, 0.5)
+                slow(patch, 0.5, SharedMemory, "store")
             keys = {"save_every": 3, "keep": 3, "in_background": in_background}
             config = run_config(corpus, tmp_path / str(in_background), checkpoint=keys, optim={"precision": precision})
             run_to_end(config, single_process)
@@ -406,11 +408,11 @@ def test_weights_alone_fail_in_the_same_way(trained, corpus, tmp_path, single_pr
 
 @pytest.mark.hard
 @pytest.mark.promise(
-    text="Training waits for a checkpoint only while its state is copied",
-    expected="less than 15 % of the time of a synchronous save, on any disk",
+    text="Training waits for a checkpoint only while it is planned; its state is copied beside forward and backward",
+    expected="at most 5 % of the time of a synchronous save",
 )
 def test_the_stall_of_training(corpus, tmp_path, single_process, record_property) -> None:
-    """Measured on two cores and a virtual disk as fast as memory (450 MB/s with fsync and hashes): 6 to 8 %."""
+    """Measured on two cores and a virtual disk as fast as memory (350 MB/s with fsync and hashes): 3 to 4 %."""
     model = {"hidden_size": 1280, "ffn_hidden_size": 3840, "num_attention_heads": 20}
     stalls: dict[bool, list[float]] = {}
     for in_background in (False, True):
@@ -427,13 +429,20 @@ def test_the_stall_of_training(corpus, tmp_path, single_process, record_property
                 saver.save(trainer.state, about, data.tokenizer_file)
                 stall = time.perf_counter() - begin
                 while saver.is_busy:
-                    time.sleep(0.2)  # a step
+                    multiply_for(0.2)  # forward and backward
                     begin = time.perf_counter()
+                    saver.settle()
                     saver.poll()
                     stall += time.perf_counter() - begin
                 stalls.setdefault(in_background, []).append(stall)
     waited, beside = (sorted(stalls[key])[1] for key in (False, True))  # the machine may be busy with other things
     size = sum(path.stat().st_size for path in folder.rglob("*.distcp")) / 1e6
     print(f"state {size:.0f} MB: {1e3 * waited:.0f} ms synchronous, {1e3 * beside:.0f} ms in the background", stalls)
-    assert beside < 0.15 * waited
+    assert beside <= 0.05 * waited
     record_property("seen", "as expected")
+
+
+def multiply_for(seconds: float) -> None:
+    end, a = time.perf_counter() + seconds, torch.ones(256, 256)
+    while time.perf_counter() < end:
+        a = a @ a
