@@ -105,7 +105,7 @@ class Run:
         self._watchdog.enter(f"step {self._progress.step + 1}")
         num_microbatches, batch_size = self._schedule.at(self._progress.samples)
         self._samples = self._progress.position, self._progress.position + batch_size
-        done = self._trainer.train(self._batches, num_microbatches, before_update=self._saver.settle)
+        done = self._trainer.train(self._batches, num_microbatches, self._saver.settle)
         state = health.count(self._progress.health, done, self._config.health)
         self._progress = self._progress.advance(batch_size, self._config.data.seq_length, state)
         self._log.train(self._progress, done)

@@ -1,10 +1,13 @@
-"""Signals that ask a run to save and end: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's --signal).
+"""Signals that ask a run to save and end: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's --signal) and SIGHUP.
+
+SIGHUP says that the terminal was closed, or the connection to it lost. Under nohup it stays ignored.
 
 Python runs a signal's handler between two bytecodes of the main thread, never while that thread waits in a collective.
-So the handlers here do nothing: the C part of Python writes each signal's number to a pipe at once, and the watchdog's
+So no handler here does the work: the C part of Python writes each signal's number to a pipe at once, and the watchdog's
 thread reads it.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -17,7 +20,7 @@ import torch.distributed as dist
 
 from looplm.megatron.device import DEVICE
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended and whose state is saved
 ABANDONED = 128 + signal.SIGINT  # exit status after a second signal: nothing was saved
 ECHO = 3.0  # seconds in which another signal is part of the same request: Slurm and torchrun both send theirs
@@ -48,7 +51,9 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         global _active
         self.pipe, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+        self._before = {number: signal.signal(number, _leave_lost_terminal) for number in handled}
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         _active = self
         return self
@@ -103,11 +108,20 @@ def ignore_signals(_: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _do_nothing(number: int, frame: Any) -> None:
-    pass
+def _leave_lost_terminal(_: int = 0, frame: Any = None) -> None:
+    """Send what this process prints nowhere if its terminal is gone; each line would raise an error otherwise."""
+    for stream in (1, 2):
+        try:
+            os.tcgetpgrp(stream)
+        except OSError as error:  # ENOTTY for a file or a pipe
+            if error.errno == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def _say_on_rank_0(message: str) -> None:
+    _leave_lost_terminal()
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
 

@@ -12,6 +12,7 @@ from looplm.checkpoint.about import read_about as read_about
 from looplm.checkpoint.about import read_config as read_config
 from looplm.checkpoint.about import read_model as read_model
 from looplm.checkpoint.about import versions as versions
+from looplm.checkpoint.disk import number_at_once as number_at_once
 from looplm.checkpoint.disk import prepare as prepare
 from looplm.checkpoint.saver import Saver as Saver
 from looplm.checkpoint.saving import COMPANION_FOLDER as COMPANION_FOLDER

@@ -1,5 +1,6 @@
 """The disk of a run's checkpoints: examined before the run, so that a full one is found before days of training."""
 
+from math import lcm
 from pathlib import Path
 
 import looplm.checkpoint.step_folder as step_folder
@@ -35,16 +36,28 @@ def _prepare(config: RunConfig, folder: Path) -> None:
     except (StorageFailure, OSError) as error:
         raise UserError(f"output_dir: {error}") from error
     size = checkpoint_bytes(config.model, config.gate, config.optim.precision, config.loss.frozen_trunk)
-    every, steps, keep = config.checkpoint.save_every, config.optim.train_steps, config.checkpoint.keep
-    count = min(keep + 1, -(-steps // every) if every else 1)
+    count = number_at_once(config)
     held = sum(path.stat().st_size for step in step_folder.steps_in(folder) for path in step_folder.files_in(step))
     needed, free = max(size, count * size - held), free_bytes(folder)
+    keys = " and ".join(f"checkpoint.{name}={value}" for name, value in _retention(config).items() if value)
     if free < needed:
         raise UserError(
             f"output_dir: the disk of {folder} has {_size(free)} free, but this run needs {_size(needed)} more for "
-            f"{count} checkpoints of {_size(size)} (checkpoint.keep={keep} and one being written); free space, lower "
-            "checkpoint.keep or choose another disk"
+            f"{count} checkpoints of {_size(size)} ({keys}, and one being written); free space, keep fewer or choose "
+            "another disk"
         )
+
+
+def number_at_once(config: RunConfig) -> int:
+    """Return how many checkpoints a run needs room for: those that stay, and one that is written before one goes."""
+    keep, every = _retention(config).values()
+    save_every, steps = config.checkpoint.save_every or config.optim.train_steps, config.optim.train_steps
+    permanent = steps // lcm(save_every, every) if every else 0
+    return min(keep + permanent + 1, -(-steps // save_every))
+
+
+def _retention(config: RunConfig) -> dict[str, int]:
+    return {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
 
 
 def _size(count: int) -> str:

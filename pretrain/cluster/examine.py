@@ -109,7 +109,7 @@ def _start(config: RunConfig, corpus: Corpus) -> Finding:
 
 def _storage(config: RunConfig, groups: ProcessGroupCollection, ranks: list[RankInfo]) -> Iterator[Finding]:
     size = checkpoint_bytes(config.model, config.gate, config.optim.precision, config.loss.frozen_trunk)
-    output, keep = Path(config.output_dir), config.checkpoint.keep
+    output, keep = Path(config.output_dir), max(1, checkpoint.number_at_once(config) - 1)
     folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     kept = min(keep, len(step_folder.steps_in(output / "checkpoints")))
     free, kept = gather((disk_usage(folder).free, kept))[0]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -194,6 +196,36 @@ def test_torchrun_stops_on_a_signal(corpus, tmp_path, record_property, target):
     latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
     assert int(latest.removeprefix("step_")) == train_rows(config.output_dir)[-1]["step"]
     record_property("seen", f"{target}: status 143, last step saved")
+
+
+@pytest.mark.hard
+@pytest.mark.promise(
+    text="A run whose terminal is closed saves and ends; under nohup it goes on",
+    expected="status 143 and the last step saved; under nohup status 0",
+)
+@pytest.mark.parametrize("prefix", [[], ["nohup"]], ids=["plain", "nohup"])
+def test_a_closed_terminal(corpus, tmp_path, record_property, prefix):
+    config = long_run(corpus, tmp_path / "run")
+    words = [*prefix, *TRAIN, *written(config)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)  # for nohup.out
+        os.execvpe(words[0], words, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    begun, seen, end = has_step(config, 5), b"", time.monotonic() + harness.DEADLINE
+    while not begun():
+        assert time.monotonic() < end, seen.decode()
+        time.sleep(0.02)
+        if not prefix and select.select([terminal], [], [], 0)[0]:  # nohup has closed its end
+            seen += os.read(terminal, 4096)
+    os.close(terminal)
+    if prefix:
+        os.kill(pid, signal.SIGHUP)  # what a shell sends its jobs
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == (0 if prefix else 143)
+    latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
+    last = train_rows(config.output_dir)[-1]["step"]
+    assert int(latest.removeprefix("step_")) == last and (last == 200) == bool(prefix)
+    record_property("seen", f"{'nohup: ' if prefix else ''}status {status}, last step saved")
 
 
 @pytest.mark.hard

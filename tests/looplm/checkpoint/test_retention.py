@@ -2,13 +2,18 @@
 
 import os
 import shutil
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from looplm import checkpoint
 from looplm.checkpoint import step_folder
 from looplm.checkpoint.step_folder import step_name
 from looplm.checkpoint.verify import _REQUIRED as REQUIRED
+from looplm.config import CheckpointConfig
 
 
 def make_step(folder: Path, step: int) -> Path:
@@ -49,6 +54,20 @@ def test_the_newest_whole_ones_and_the_permanent_ones_stay(
     step_folder.delete_old(tmp_path, keep, keep_every, {step_name(step) for step in whole})
     assert steps(tmp_path) == left
     record_property("seen", f"keep {keep}, keep_every {keep_every}, whole {whole} of [10, 20, 30, 40]: {left} stay")
+
+
+@pytest.mark.parametrize("keys", list(product((1, 3), (0, 2, 3, 50), (0, 2, 5), (12, 13))))
+def test_the_disk_must_hold_what_a_run_holds_at_once(keys, tmp_path) -> None:
+    keep, keep_every, save_every, last = keys
+    most = 0
+    for step in range(1, last + 1):
+        if step == last or (save_every and step % save_every == 0):
+            make_step(tmp_path, step)
+            most = max(most, len(steps(tmp_path)))
+            step_folder.delete_old(tmp_path, keep, keep_every, {path.name for path in tmp_path.iterdir()})
+    retention = CheckpointConfig(save_every=save_every, keep=keep, keep_every=keep_every)
+    config: Any = SimpleNamespace(checkpoint=retention, optim=SimpleNamespace(train_steps=last))
+    assert most <= checkpoint.number_at_once(config) <= most + keep  # a permanent one can be among the newest
 
 
 @pytest.mark.parametrize("damage", ["missing file", "cut file", "missing manifest"])
