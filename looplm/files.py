@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from looplm.failures import StorageFailure
+from looplm.failures import StorageFailure, printable
 
 _BLOCK_BYTES = 1 << 24
+_LONGEST_NAME = 255  # bytes
 _DENIED = (errno.EACCES, errno.EPERM)
 _DISK_FAULTS = {  # errno → what is wrong, what to do
     errno.ENOSPC: ("the disk is full", "free space or choose another disk, then repeat the command"),
@@ -39,6 +40,12 @@ def write_whole(path: Path, text: str) -> None:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+def is_file_name(name: object) -> bool:
+    """Return True for the name of a file or folder: no path, no control characters, and not too long for a disk."""
+    is_text = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and printable(name) == name
+    return is_text and len(str(name).encode()) <= _LONGEST_NAME
 
 
 @contextmanager

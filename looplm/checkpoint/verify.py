@@ -7,13 +7,13 @@ list. A pickle may contain only the names that torch and Megatron-core write: it
 import json
 import pickle
 import stat
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from looplm.failures import printable
-from looplm.files import sha256_of
+from looplm.files import is_file_name, sha256_of
 
 MANIFEST = "manifest.json"
 Fingerprint = tuple[int, str]  # size and sha256
@@ -101,7 +101,7 @@ def _read_manifest(path: Path) -> dict[str, Fingerprint]:
     if not isinstance(manifest, dict) or not manifest:
         raise Damage(f"{MANIFEST} lists no files")
     for name, value in manifest.items():
-        if str(PurePosixPath(name)) != name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        if not all(map(is_file_name, name.split("/"))):
             raise Damage(f"{MANIFEST} names {name!r}, which is not inside this folder")
         if not isinstance(value, list) or [type(item) for item in value] != [int, str]:
             raise Damage(f"{MANIFEST} has no size and hash of {name!r}")
@@ -120,6 +120,8 @@ def _regular_file(step: Path, name: str) -> Any:
             found = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise Damage(f"{name} cannot be read ({error.strerror})") from error
         if stat.S_ISLNK(found.st_mode):
             raise Damage(f"{path.relative_to(step)} is a link; a checkpoint holds its own files")
     if not stat.S_ISREG(found.st_mode):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from looplm.cli import UserError
-from looplm.files import fsync
+from looplm.files import fsync, is_file_name
 from looplm.huggingface.names import Shape
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -126,7 +126,7 @@ def _find_in_shards(index: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{index}: not an index of safetensors ({error!r}); get it again") from error
     found: dict[str, StoredTensor] = {}
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not is_file_name(file) or not file.endswith(".safetensors"):
             raise UserError(f"{index}: names {file!r}, which is no safetensors file of this directory; get it again")
         if not (index.parent / file).is_file():
             raise UserError(f"{index.parent / file}: missing, although {index.name} names it; get this shard again")

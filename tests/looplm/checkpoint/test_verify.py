@@ -140,6 +140,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda step: edit_manifest(step, lambda manifest: manifest.update({"/etc/passwd": [1, "0"]})),
         "names '/etc/passwd', which is not inside this folder",
     ),
+    "manifest with a name that no disk can hold": (
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"state/" + "x" * 256: [1, "0"]})),
+        "which is not inside this folder",
+    ),
+    "manifest with half a character": (
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"\ud800": [1, "0"]})),
+        "names '\\ud800', which is not inside this folder",
+    ),
     "manifest without about.json": (
         lambda step: edit_manifest(step, lambda manifest: manifest.pop("about.json")),
         "about.json is not in manifest.json",

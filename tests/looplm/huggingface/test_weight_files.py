@@ -112,6 +112,8 @@ DAMAGE = {
     "cut": (cut, f"{shard(2)}: truncated, or not in safetensors format"),
     "missing": (lambda f: (f / shard(3)).unlink(), f"{shard(3)}: missing, although"),
     "garbage": (lambda f: (f / shard(1)).write_bytes(b"x" * 99), "truncated, or not in safetensors"),
+    "too long a name": (add_to_index("x" * 256 + ".safetensors"), "which is no safetensors file of this directory"),
+    "half a character": (add_to_index("\ud800.safetensors"), "names '\\ud800.safetensors', which is no safetensors"),
     "absent file named": (add_to_index("model-9.safetensors"), "model-9.safetensors: missing, although"),
     "path in index": (add_to_index("../x.safetensors"), "names '../x.safetensors', which is no"),
     "pickle in index": (add_to_index("pytorch_model.bin"), "names 'pytorch_model.bin', which is no"),
