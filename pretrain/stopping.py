@@ -3,13 +3,15 @@
 SIGHUP says that the terminal was closed, or the connection to it lost. Under nohup it stays ignored.
 
 Python runs a signal's handler between two bytecodes of the main thread, never while that thread waits in a collective.
-So no handler here does the work: the C part of Python writes each signal's number to a pipe at once, and the watchdog's
+So the handlers here do nothing: the C part of Python writes each signal's number to a pipe at once, and the watchdog's
 thread reads it.
 """
 
 import errno
+import io
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -53,14 +55,17 @@ class StopRequest:
         self.pipe, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         handled = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
-        self._before = {number: signal.signal(number, _leave_lost_terminal) for number in handled}
+        self._before = {number: signal.signal(number, _do_nothing) for number in handled}
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_outlive_reader(stream) for stream in self._streams)
         _active = self
         return self
 
     def __exit__(self, *_: object) -> None:
         global _active
         _active = None
+        sys.stdout, sys.stderr = self._streams
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -108,20 +113,42 @@ def ignore_signals(_: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _leave_lost_terminal(_: int = 0, frame: Any = None) -> None:
-    """Send what this process prints nowhere if its terminal is gone; each line would raise an error otherwise."""
-    for stream in (1, 2):
+class _Output(io.FileIO):
+    """A file descriptor that swallows what is written after its terminal or the reader of its pipe has gone."""
+
+    def write(self, content: Any, /) -> int:
         try:
-            os.tcgetpgrp(stream)
-        except OSError as error:  # ENOTTY for a file or a pipe
-            if error.errno == errno.EIO:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        return len(content)
+
+
+def _outlive_reader(stream: Any) -> Any:
+    """Return a stream to the same place whose writes do not fail when nobody reads there any more.
+
+    A closed terminal also sends SIGHUP, and Ctrl-C also ends the ``tee`` behind a pipe: the run must save nevertheless.
+    """
+    try:
+        kind = os.fstat(stream.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # a notebook's or a test's
+        return stream
+    if not (stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
+        return stream
+    stream.flush()
+    buffered = io.BufferedWriter(_Output(stream.fileno(), "wb", closefd=False))
+    return io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True)
+
+
+def _do_nothing(number: int, frame: Any) -> None:
+    pass
 
 
 def _say_on_rank_0(message: str) -> None:
-    _leave_lost_terminal()
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
 

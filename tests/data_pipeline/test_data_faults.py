@@ -96,6 +96,7 @@ def start(config: Any) -> int:
         os.dup2(null, 2)
         tokenize.build(config)
         os._exit(0)
+    os.setpgid(pid, pid)  # whoever comes first
     return pid
 
 
@@ -156,6 +157,7 @@ def test_killed_at_random_moments(
                 else:  # its workers must end by themselves
                     run.kill()
         if (tmp_path / "out").exists():
+            duration *= 0.8  # the machine has become faster, or had other work before
             outputs.append((tmp_path / "out").rename(tmp_path / f"finished{attempt}"))
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     expected = result(tmp_path / "whole")

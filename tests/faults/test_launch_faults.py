@@ -230,6 +230,27 @@ def test_a_closed_terminal(corpus, tmp_path, record_property, prefix):
 
 @pytest.mark.hard
 @pytest.mark.promise(
+    text="Ctrl-C, which also ends the `tee` behind a run, loses nothing",
+    expected="status 143 and the last step saved, although nobody reads what the run prints",
+)
+def test_a_reader_that_has_gone(corpus, tmp_path, record_property):
+    config = long_run(corpus, tmp_path / "run")
+    keys: Any = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    with subprocess.Popen([*TRAIN, *written(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keys) as run:
+        assert run.stdout is not None
+        while b"step 5/" not in (line := run.stdout.readline()):
+            assert line
+        run.stdout.close()
+        os.kill(run.pid, signal.SIGINT)
+        status = run.wait(harness.DEADLINE)
+    assert status == 143
+    latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
+    assert int(latest.removeprefix("step_")) == train_rows(config.output_dir)[-1]["step"] < 200
+    record_property("seen", "status 143, last step saved")
+
+
+@pytest.mark.hard
+@pytest.mark.promise(
     text="Of two runs in one output_dir, the second is refused and the first is not disturbed",
     expected="status 2 and one line that names the first; the first ends with 0, each step once in metrics.jsonl",
 )

@@ -423,7 +423,7 @@ def test_the_stall_of_training(corpus, tmp_path, single_process, record_property
         saver = checkpoint.Saver(config)
         trainer, _ = build(config, single_process)
         with saver.attached(None, lambda line: None):
-            for step in range(1, 6):
+            for step in range(1, 9):
                 about = describe(config, data, Progress(horizon_samples=1, step=step))
                 begin = time.perf_counter()
                 saver.save(trainer.state, about, data.tokenizer_file)
@@ -435,7 +435,7 @@ def test_the_stall_of_training(corpus, tmp_path, single_process, record_property
                     saver.poll()
                     stall += time.perf_counter() - begin
                 stalls.setdefault(in_background, []).append(stall)
-    waited, beside = (sorted(stalls[key])[1] for key in (False, True))  # the machine may be busy with other things
+    waited, beside = (min(stalls[key]) for key in (False, True))  # the machine may be busy with other things
     size = sum(path.stat().st_size for path in folder.rglob("*.distcp")) / 1e6
     print(f"state {size:.0f} MB: {1e3 * waited:.0f} ms synchronous, {1e3 * beside:.0f} ms in the background", stalls)
     assert beside <= 0.05 * waited
