@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
 from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
 from looplm.cli import UserError, parse_config, positional_paths, run_main, switch
-from looplm.files import sha256_of
+from looplm.files import is_file_name, sha256_of
 
 INDEX_BYTES = 1 << 28  # a larger .idx is hashed only by a deep check
 
@@ -57,7 +57,7 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
         UserError: the first difference.
     """
     manifest, folder = read_manifest(prefix), Path(prefix).parent
-    if Path(manifest.tokenizer.path).name != manifest.tokenizer.path:
+    if not is_file_name(manifest.tokenizer.path):
         fault = f"names the tokenizer {manifest.tokenizer.path!r}, which is not a file of its folder"
         raise _broken(manifest_path(prefix), fault)
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
