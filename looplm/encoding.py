@@ -26,10 +26,12 @@ def open_tokenizer(path: Path, fix: str) -> Tokenizer:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a regular file; {fix}")
-        return Tokenizer.from_file(str(path))
-    except UserError:
+        tokenizer = Tokenizer.from_file(str(path))
+        Tokenizer.from_str(tokenizer.to_str())  # copies with other settings are made of it later
+        return tokenizer
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the package raises plain Exception
+    except BaseException as error:  # the package raises plain Exception, and one for its panics
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as a tokenizer.json ({reason}); {fix}") from error
 

@@ -25,7 +25,7 @@ class TextStream:
     """The tokens of one text.
 
     Special tokens have no text. A stop string may name them all the same; a mark then stands for each of them while
-    stop strings are looked for.
+    stop strings are looked for, and bytes before it form no character with those after it.
 
     Args:
         tokenizer: any. Byte-level ones may split characters, others may drop a leading space; both are handled.
@@ -47,7 +47,7 @@ class TextStream:
         """Add a token, and return the tokens whose text has become final."""
         mark = self._marks.get(token_id)
         if mark is not None:
-            self._flush()  # bytes before a special token form no character with those after it
+            self._flush()
         self._pending.append(token_id)
         piece = self._decode_pending() if mark is None else ""
         if piece.endswith(_INCOMPLETE):
@@ -110,14 +110,14 @@ class TextStream:
 
 
 def _marks(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[dict[int, str], list[str]]:
-    """Return a mark for each special token, empty if no stop string names it, and the stop strings with marks too.
+    """Return a mark for each special token that a stop string names, and the stop strings with marks too.
 
     A mark is half of a surrogate pair, which no decoded text holds.
     """
     special = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    marks, marked = dict.fromkeys(special, ""), list(stop)
+    marks, marked = dict[int, str](), list(stop)
     for index, content in sorted(special.items(), key=lambda item: -len(item[1])):
         if any(content in one for one in marked):
-            marks[index] = chr(_FIRST_MARK + sum(map(bool, marks.values())))
+            marks[index] = chr(_FIRST_MARK + len(marks))
             marked = [one.replace(content, marks[index]) for one in marked]
     return marks, [*stop, *(one for one in marked if one not in stop)]

@@ -84,6 +84,9 @@ def test_existing_tokenizers_that_are_refused(tmp_path: Path, vocabulary: dict, 
         load_tokenizer(config)
 
 
+MERGING: dict[str, Any] = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+
+
 def test_existing_tokenizer(tmp_path: Path) -> None:
     config = save_tokenizer(tmp_path / "t.json", WORDS, bos_token=None)
     assert special_ids(load_tokenizer(config), config) == (None, 1, 2, None)
@@ -92,6 +95,10 @@ def test_existing_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(config)
     with pytest.raises(UserError, match="is not a file"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path / "none.json")))
+    prefix_longer_than_a_token = {"type": "BPE", "continuing_subword_prefix": "x" * 9} | MERGING
+    (tmp_path / "t.json").write_text(json.dumps({"version": "1.0", "model": prefix_longer_than_a_token}))
+    with pytest.raises(UserError, match=r"cannot be read as a tokenizer\.json \(range end index"):  # a panic in Rust
+        load_tokenizer(config)
 
 
 NAMED = "a <|eos|> b<|eos|><|pad|>c  <|eos|>  d <|bos|>"

@@ -1,6 +1,7 @@
 """Fuzz what a model is asked: files of prompts, settings, and strings that stop a text."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.fuzz.mutate import edited, edits
 from tests.fuzz.outcome import outcome
 from tests.support.tiny import TEXTS, write_tokenizer
 
+SPECIAL = ("<bos>", "<eos>", "<pad>")  # of ids 0, 1, 2
 PROMPTS = "Once upon a time\n---\ndef f():\r\n    é\n---\n🙂".encode()
 
 
@@ -52,6 +54,7 @@ def test_flags_of_generation(prompt: str, stop: list[str], seed: int) -> None:
 
 @given(ids=st.lists(st.integers(0, 319), max_size=40), stop=st.lists(texts.filter(bool), max_size=3))
 @example(ids=[*range(3, 40)], stop=["<eos>"])
+@example(ids=[129, 0, 97, 3], stop=["0"])
 def test_stop_strings(ids: list[int], stop: list[str], tokenizer: Any) -> None:
     def stream() -> str:
         stream, shown = TextStream(tokenizer, [], stop), []
@@ -61,6 +64,8 @@ def test_stop_strings(ids: list[int], stop: list[str], tokenizer: Any) -> None:
                 break
         return "".join(token.text for token in [*shown, *stream.close()])
 
-    text, whole = outcome(stream, []), tokenizer.decode(ids)
+    named = {token for token, name in enumerate(SPECIAL) if any(name in part for part in stop)}
+    parts = [list(part) for is_named, part in groupby(ids, named.__contains__) if not is_named]
+    text, whole = outcome(stream, []), "".join(tokenizer.decode(part) for part in parts)
     assert text is not None and whole.startswith(text.rstrip("\ufffd")), (text, whole)
     assert not [part for part in stop if part in text]

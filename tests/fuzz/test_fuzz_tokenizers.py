@@ -59,6 +59,9 @@ def test_tokenizers_of_changed_values(data: st.DataObject, folder: Path) -> None
 
 @given(changes=edits)
 @example(changes=[Edit("insert", 0.0, 1, b"[" * 2000)])
+@example(
+    changes=[Edit("flip", 0.6186032433353345, 1, b"\xec\xaa\x9f\xcb\xd4"), Edit("drop", 0.22600647125387857, 15, b"x")]
+)
 def test_tokenizers_of_changed_bytes(changes: list[Edit], folder: Path) -> None:
     path = folder / "changed" / "tokenizer.json"
     path.parent.mkdir(exist_ok=True)
