@@ -155,7 +155,8 @@ def measure(
     """Return the losses at ``depths`` and along :data:`THRESHOLDS`."""
     meter = DepthMeter(depths, model.model_config.num_loops, THRESHOLDS)
     for batch in tqdm(batches, unit="batch", disable=not (process_groups.is_rank_0() and sys.stderr.isatty())):
-        meter.add(*loop_losses(model, batch, loss, num_loops=meter.loops), batch.mask_SB)
+        losses = loop_losses(model, batch, loss, num_loops=meter.loops)
+        meter.add(losses.token_loss_RSB, losses.gate_logit_RSB, batch.mask_SB)
     return meter.evaluation(groups.dp)
 
 

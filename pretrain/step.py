@@ -3,9 +3,8 @@
 Shapes: S sequence, B micro-batch, R loops.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from looplm.config import LossConfig
 from looplm.model import LoopLM
-from looplm.model.exit_gate import exit_entropy, exit_log_probs
-from looplm.model.losses import adaptive_gate_loss, entropy_regularised_loss, geometric_prior, token_losses
-from looplm.model.pipeline import LoopView
+from looplm.model.exit_gate import exit_entropy, exit_log_probs, leave_log_prob
+from looplm.model.head import DirectGradient, HeadLosses, token_losses, weighted_losses
+from looplm.model.losses import LoopLosses, adaptive_gate_loss, exit_regularizer, geometric_prior
+from looplm.model.pipeline import Head, LoopView
 from pretrain.data import Batch
 from pretrain.norms import LoopNorms
 
@@ -40,90 +40,121 @@ class StepStats:
         return cls(int(sums[0]), loss, losses, exits, depth, entropy)
 
 
-def objective(loss: LossConfig, token_loss_RSB: Tensor, gate_logit_RSB: Tensor, mask_SB: Tensor) -> Tensor:
-    """Return the training stage's loss, a mean over the unmasked tokens."""
-    if loss.objective == "adaptive_gate":
-        return adaptive_gate_loss(
-            token_loss_RSB,
+def objective(loss: LossConfig, losses: LoopLosses, mask_SB: Tensor) -> Tensor:
+    """Return the training stage's loss, summed over the unmasked tokens.
+
+    It is a sum because the head has computed its gradients for the factor 1 (:func:`direct_gradient`). Megatron divides
+    the gradients by the number of tokens when those of all micro-batches and ranks are together.
+    """
+    gate_logit_RSB = losses.gate_logit_RSB
+    if losses.expected is None:
+        mean = adaptive_gate_loss(
+            losses.token_loss_RSB,
             gate_logit_RSB,
             slope=loss.slope,
             threshold=loss.threshold,
             target=loss.target,
             mask_SB=mask_SB,
         )
-    prior_R = geometric_prior(token_loss_RSB.size(0), loss.geometric_rate) if loss.prior == "geometric" else None
-    return entropy_regularised_loss(token_loss_RSB, gate_logit_RSB, loss.beta, mask_SB, prior_R)
+        return mean * mask_SB.sum()
+    prior_R = geometric_prior(len(gate_logit_RSB), loss.geometric_rate) if loss.prior == "geometric" else None
+    return losses.expected + loss.beta * (exit_regularizer(gate_logit_RSB, prior_R) * mask_SB).sum()
 
 
 def loop_losses(
     model: LoopLM | DistributedDataParallel,
     batch: Batch,
     loss: LossConfig,
-    frozen: bool = False,
     num_loops: int | None = None,
     norms: LoopNorms | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy and gate logit of each token after each loop, both [R, S, B].
+) -> LoopLosses:
+    """Return the losses and gate logits of each token after each loop.
 
-    ``norms`` takes the norms of the hidden states.
+    ``norms`` takes the norms of the hidden states. With autograd and Megatron's wrapper, the gradient of the head's
+    weight is in its buffer when this returns (:func:`head_of`).
     """
-    output = model(batch.ids_BS, num_loops, batch.document_start_SB, frozen)
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    head = head_losses(inner, batch, loss)
+    output = model(batch.ids_BS, num_loops, batch.document_start_SB, loss.frozen_trunk)
+    head = head_of(model, batch, loss, len(output.hidden))
     if norms is not None:
         for loop, h_SBD in enumerate(output.hidden):
             norms.watch(loop, h_SBD)
-    return torch.stack([head(h_SBD) for h_SBD in output.hidden]), output.gate_logit_RSB
+    logits = output.gate_logit_RSB.unbind()
+    losses = [head(h_SBD, logits[: loop + 1]) for loop, h_SBD in enumerate(output.hidden)]
+    return LoopLosses.of(losses, logits)
 
 
-def head_losses(model: LoopLM, batch: Batch, loss: LossConfig) -> Callable[[Tensor], Tensor]:
-    """Return the function from a hidden state to the cross-entropy [S, B] of the batch's labels."""
-    return partial(
-        token_losses,
-        weight_VD=model.head_weight(),
-        labels_SB=batch.labels_SB,
-        chunk_tokens=loss.head_chunk_tokens,
-        group=model.tp_group,
-        recompute=loss.head_recompute,
-        sequence_parallel=model.config.sequence_parallel,
+def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig, num_loops: int) -> Head:
+    """Return the head for a micro-batch of ``num_loops`` loops.
+
+    In stage 1 it computes the gradients together with the losses. In Megatron's wrapper, the weight's gradient then goes
+    into its buffer at once.
+    """
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    inner: LoopLM = model if ddp is None else ddp.module
+    group, sequence_parallel = inner.tp_group, inner.config.sequence_parallel
+
+    def head(h_SBD: Tensor, gate_logits: Sequence[Tensor]) -> HeadLosses:
+        inputs = h_SBD, inner.head_weight(), batch.labels_SB
+        if loss.frozen_trunk:
+            return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
+        last = len(gate_logits) == num_loops
+        share_SB = leave_log_prob(gate_logits, last).exp() * batch.mask_SB
+        direct = None if ddp is None else direct_gradient(ddp, last)
+        return weighted_losses(*inputs, share_SB, group, sequence_parallel, direct)
+
+    return head
+
+
+def direct_gradient(ddp: DistributedDataParallel, last: bool) -> DirectGradient:
+    """Return the buffer for the gradient of the head's weight, and how Megatron will scale the loss.
+
+    Megatron starts backward from ``grad_scale_func(loss)``, and divides nothing by the number of micro-batches or
+    tokens before (``calculate_per_token_loss``). The last loop's call signals that the gradient is complete: when its
+    backward runs, the forward passes of the micro-batch are done. A tied weight's hook is called by the embedding,
+    whose backward is the last of all; without overlap the hook has nothing to do.
+    """
+    inner: LoopLM = ddp.module
+    tied, scale = inner.model_config.tie_embeddings, inner.config.grad_scale_func
+    into_VD: Tensor = inner.head_weight().main_grad  # type: ignore[attr-defined]
+    return DirectGradient(
+        into_VD,
+        scale=None if scale is None else scale(torch.ones((), device=into_VD.device)),
+        signals=last and not tied and ddp.ddp_config.overlap_grad_reduce,
     )
 
 
 def forward_step(
-    loss: LossConfig, norms: LoopNorms, batches: Iterator[Batch], model: LoopLM | LoopView
+    loss: LossConfig, norms: LoopNorms, batches: Iterator[Batch], model: DistributedDataParallel | LoopView
 ) -> tuple[Tensor, Callable[..., object]]:
     """Run one micro-batch forward; return the output and the function that Megatron's schedules call for its loss."""
-    batch, frozen = next(batches), loss.frozen_trunk
+    batch = next(batches)
     norms.forget_recomputed()
     if isinstance(model, LoopView):
-        head = head_losses(model.inner, batch, loss) if model.inner.post_process else None
+        head = head_of(model.ddp, batch, loss, model.inner.model_config.num_loops)
 
-        def watched_head(h_SBD: Tensor) -> Tensor:
+        def watched_head(h_SBD: Tensor, gate_logits: Sequence[Tensor]) -> HeadLosses:
             norms.watch(model.loop, h_SBD)
-            assert head is not None
-            return head(h_SBD)
+            return head(h_SBD, gate_logits)
 
-        output_SBD, *losses = model(batch.ids_BS, batch.document_start_SB, watched_head, frozen)
+        output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, watched_head, loss.frozen_trunk)
     else:
-        losses = list(loop_losses(model, batch, loss, frozen, norms=norms))
-        output_SBD = losses[0]
+        losses = loop_losses(model, batch, loss, norms=norms)
+        output_SBD = losses.token_loss_RSB
 
     def loss_of(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        token_loss_RSB, gate_logit_RSB = losses
-        tokens = batch.mask_SB.sum()
-        total = objective(loss, token_loss_RSB, gate_logit_RSB, batch.mask_SB) * tokens
-        if frozen and isinstance(model, LoopView) and torch.is_grad_enabled():
+        tokens, total = batch.mask_SB.sum(), objective(loss, losses, batch.mask_SB)
+        if loss.frozen_trunk and isinstance(model, LoopView) and torch.is_grad_enabled():
             total.backward()  # only this rank has a graph, the gate's: the schedule runs forward passes only
-        return total, tokens.int(), statistics_sums(token_loss_RSB, gate_logit_RSB, batch.mask_SB, total)
+        return total, tokens.int(), statistics_sums(losses, batch.mask_SB, total)
 
     return output_SBD, loss_of
 
 
 @torch.no_grad()
-def statistics_sums(token_loss_RSB: Tensor, gate_logit_RSB: Tensor, mask_SB: Tensor, total: Tensor) -> Tensor:
+def statistics_sums(losses: LoopLosses, mask_SB: Tensor, total: Tensor) -> Tensor:
     """Return [tokens, loss, entropy, loss per loop (R), exit probability per loop (R)], each summed over tokens."""
-    log_p_RSB = exit_log_probs(gate_logit_RSB)
+    log_p_RSB = exit_log_probs(losses.gate_logit_RSB)
     entropy = (exit_entropy(log_p_RSB) * mask_SB).sum()
-    per_loop = (token_loss_RSB * mask_SB).flatten(1).sum(1)
+    per_loop = (losses.token_loss_RSB * mask_SB).flatten(1).sum(1)
     exits = (log_p_RSB.exp() * mask_SB).flatten(1).sum(1)
     return torch.cat((torch.stack((mask_SB.sum(), total.detach(), entropy)), per_loop, exits)).double()

@@ -227,22 +227,21 @@ def _compute(model: LoopLM, norms: LoopNorms, batch: Batch, config: RunConfig) -
     norms.restart()
     norms.forget_recomputed()
     model.zero_grad(set_to_none=True)
-    watch = _Watch(model, batch.ids_BS.size(1))
+    watch, tokens = _Watch(model, batch.ids_BS.size(1)), batch.mask_SB.sum().clamp(min=1)
     with watch:
-        loss_RSB, logit_RSB = loop_losses(model, batch, config.loss, config.loss.frozen_trunk, norms=norms)
-        watch.look("loss", "the head", loss_RSB)
-        total = objective(config.loss, loss_RSB, logit_RSB, batch.mask_SB)
-        total.backward()
+        losses = loop_losses(model, batch, config.loss, norms=norms)
+        watch.look("loss", "the head", losses.token_loss_RSB)
+        mean = objective(config.loss, losses, batch.mask_SB) / tokens
+        mean.backward()
     squares = dict.fromkeys(MODULES, 0.0)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             squares[module_of(name)] += parameter.grad.double().square().sum().item()
-    tokens = batch.mask_SB.sum().clamp(min=1)
     size = batch.ids_BS.numel() * config.model.hidden_size
     return Replayed(
         tokens=int(batch.mask_SB.sum()),
-        loss=total.item(),
-        loss_per_loop=((loss_RSB * batch.mask_SB).flatten(1).sum(1) / tokens).tolist(),
+        loss=mean.item(),
+        loss_per_loop=((losses.token_loss_RSB * batch.mask_SB).flatten(1).sum(1) / tokens).tolist(),
         hidden_rms=[(found[0].double().square() / size).sqrt().item() for found in norms.hidden],
         grad_norms={module: square**0.5 for module, square in squares.items() if square != 0},
         fault=watch.fault,

@@ -7,7 +7,7 @@ from 0 in code, depth from 1 in words.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -252,6 +252,20 @@ def exit_log_probs(logit_RSB: Tensor) -> Tensor:
     stay = F.logsigmoid(-logit_RSB[:-1]).cumsum(0)
     survival = torch.cat((torch.zeros_like(logit_RSB[:1]), stay))
     return torch.cat((F.logsigmoid(logit_RSB[:-1]), torch.zeros_like(logit_RSB[:1]))) + survival
+
+
+def leave_log_prob(logits: Sequence[Tensor], last: bool) -> Tensor:
+    """Return log p_r of loop r, one row of :func:`exit_log_probs`, from the logits of the loops up to it.
+
+    Args:
+        logits: the gate's after each loop so far; r is the last of them.
+        last: True if there is no later loop, so that this one takes the rest.
+    """
+    *before, own = logits
+    log_p = torch.zeros_like(own) if last else F.logsigmoid(own)
+    for logit in before:
+        log_p = log_p + F.logsigmoid(-logit)
+    return log_p
 
 
 def exit_entropy(log_p_RSB: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ With P pipeline ranks each rank holds L / P layers. Megatron's interleaved 1F1B 
 rank that are views of one module; chunk r is loop r. The schedule carries the hidden state from the last rank's chunk r
 to the first rank's chunk r + 1. The shared weights need no gradient exchange, and the bubble shrinks by R.
 
-The losses need every loop's cross-entropy and gate logit. All of them are computed on the last rank, in R different
+The objective needs every loop's losses and gate logits. All of them are computed on the last rank, in R different
 calls, and stay there. After loop r they are detached from the graph as leaves, and the hidden state passes through
 :class:`_Carry`, whose backward returns the leaves' gradients. Loop r + 1's backward always runs first, so the gradients
 exist by then.
@@ -12,7 +12,7 @@ exist by then.
 Shapes: S sequence, B micro-batch, D hidden, R loops.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,23 +22,31 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from torch import Tensor, nn
 
+from looplm.model.head import HeadLosses
 from looplm.model.loop_lm import LoopLM
+from looplm.model.losses import LoopLosses
+
+# From a loop's hidden state [S, B, D] and the gate's logits [S, B] after the loops up to it, to the loop's losses.
+Head = Callable[[Tensor, Sequence[Tensor]], HeadLosses]
 
 
 class ViewOutput(NamedTuple):
-    """Output of one call of a view, for the schedule and, on the last rank in the last loop, for the losses."""
+    """Output of one call of a view, for the schedule and, on the last rank in the last loop, for the objective."""
 
     hidden_SBD: Tensor  # sent to the next rank, except on the last rank in the last loop
-    token_loss_RSB: Tensor | None  # for all loops; only on the last rank in the last loop
-    gate_logit_RSB: Tensor | None
+    losses: LoopLosses | None  # of all loops; only on the last rank in the last loop
 
 
 class _Carried(NamedTuple):
     """Leaves kept on the last rank for the loops that a micro-batch has completed."""
 
-    token_loss: tuple[Tensor, ...]
-    gate_logit: tuple[Tensor, ...]
-    gate_state: Tensor | None
+    losses: tuple[HeadLosses, ...] = ()
+    gate_logit: tuple[Tensor, ...] = ()
+    gate_state: Tensor | None = None
+
+    def add(self, losses: HeadLosses, logit_SB: Tensor, state: Tensor | None) -> "_Carried":
+        """Return these leaves with those of one more loop."""
+        return _Carried((*self.losses, losses), (*self.gate_logit, logit_SB), state)
 
 
 class LoopView(nn.Module):
@@ -93,18 +101,14 @@ class LoopView(nn.Module):
         self._carried.clear()
 
     def forward(
-        self,
-        ids_BS: Tensor,
-        document_start_SB: Tensor | None,
-        token_losses: Callable[[Tensor], Tensor],
-        frozen_trunk: bool = False,
+        self, ids_BS: Tensor, document_start_SB: Tensor | None, head: Head, frozen_trunk: bool = False
     ) -> ViewOutput:
         """Run this rank's layers once.
 
         Args:
             ids_BS: token ids, read by the first rank.
             document_start_SB: as in :meth:`LoopLM.forward`.
-            token_losses: maps hidden states [S, B, D] to cross-entropy [S, B]; called on the last rank.
+            head: called on the last rank, after the gate.
             frozen_trunk: use autograd for the gate only.
         """
         micro_batch, self._calls = self._calls, self._calls + 1
@@ -112,27 +116,26 @@ class LoopView(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             mask = partial(inner.attention_mask, document_start_SB)
             hidden_SBD = inner.run_layers(ids_BS, self._input, mask)
-            loss_SB = token_losses(hidden_SBD) if inner.post_process else None
-        if loss_SB is None:
-            return ViewOutput(hidden_SBD, None, None)
+        if not inner.post_process:
+            return ViewOutput(hidden_SBD, None)
         if frozen_trunk:
-            hidden_SBD, loss_SB = hidden_SBD.detach(), loss_SB.detach()
+            hidden_SBD = hidden_SBD.detach()  # Megatron re-enables autograd around residual adds
 
-        before = self._carried.pop(micro_batch, _Carried((), (), None))
+        before = self._carried.pop(micro_batch, _Carried())
         logit_SB, state = inner.gate_logit(hidden_SBD, before.gate_state, self.loop, document_start_SB)
+        losses = head(hidden_SBD, (*before.gate_logit, logit_SB))
         if last_loop:
-            losses, logits = (*before.token_loss, loss_SB), (*before.gate_logit, logit_SB)
-            return ViewOutput(hidden_SBD, torch.stack(losses), torch.stack(logits))
+            return ViewOutput(hidden_SBD, LoopLosses.of((*before.losses, losses), (*before.gate_logit, logit_SB)))
         if frozen_trunk:  # no backward crosses the ranks, so the gate's graph can continue into the next loop
-            self._carried[micro_batch] = _Carried((*before.token_loss, loss_SB), (*before.gate_logit, logit_SB), state)
-            return ViewOutput(hidden_SBD, None, None)
-        kept = [loss_SB, logit_SB] + ([] if state is None else [state])
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in kept]
-        self._carried[micro_batch] = _Carried(
-            (*before.token_loss, leaves[0]), (*before.gate_logit, leaves[1]), leaves[2] if state is not None else None
-        )
+            self._carried[micro_batch] = before.add(losses, logit_SB, state)
+            return ViewOutput(hidden_SBD, None)
+        kept = (*losses, logit_SB, state)
+        leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in kept]
+        *loss_leaves, logit_leaf, state_leaf = leaves
+        assert logit_leaf is not None
+        self._carried[micro_batch] = before.add(HeadLosses(*loss_leaves), logit_leaf, state_leaf)
         carried_SBD = _Carry.apply(leaves, hidden_SBD, *kept)  # type: ignore[no-untyped-call]  # torch's
-        return ViewOutput(carried_SBD, None, None)
+        return ViewOutput(carried_SBD, None)
 
 
 class _Carry(torch.autograd.Function):
@@ -145,7 +148,7 @@ class _Carry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_SBD):  # type: ignore[no-untyped-def]
-        grads = [leaf.grad for leaf in ctx.leaves]
+        grads = [None if leaf is None else leaf.grad for leaf in ctx.leaves]
         ctx.leaves = None
         return None, grad_SBD, *grads
 

@@ -18,7 +18,7 @@ from looplm.checkpoint import optimizer_state
 from looplm.config import RunConfig
 from looplm.failures import Failure
 from looplm.megatron import process_groups
-from looplm.model import losses as model_losses
+from looplm.model import head as model_head
 from pretrain import data as training_data
 from pretrain import run as training_run
 from pretrain import step as training_step
@@ -50,7 +50,7 @@ def injected(fault: Fault) -> Iterator[None]:
     """Inject a fault into every training run of this process."""
     now = {"step": 0, "watched": 0, "micro_batch": -1}
     real = {"watch": LoopNorms.watch, "run": Trainer._run, "backward": Trainer._backward}
-    losses = model_losses.token_losses
+    losses = model_head.weighted_losses
 
     def active() -> bool:
         return now["step"] in fault.steps and dist.get_rank() == fault.rank
@@ -73,18 +73,20 @@ def injected(fault: Fault) -> Iterator[None]:
         real["watch"](self, loop, h_SBD)  # type: ignore[operator]
         now["loops"] = len(self.hidden)
 
-    def token_losses(*args: Any, **kwargs: Any) -> Tensor:
+    def weighted_losses(*args: Any) -> model_head.HeadLosses:
         micro_batch, loop = divmod(now["heads"], now["loops"])
         now["heads"] += 1
-        loss_SB = losses(*args, **kwargs)
-        spoiled = fault.kind == "loss" and active() and (loop + 1, micro_batch) == (fault.loop, fault.micro_batch)
-        return loss_SB + fault.value if spoiled else loss_SB
+        found = losses(*args)
+        if fault.kind != "loss" or not active() or (loop + 1, micro_batch) != (fault.loop, fault.micro_batch):
+            return found
+        assert found.expected is not None
+        return model_head.HeadLosses(found.token_loss_SB + fault.value, found.expected + fault.value)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(LoopNorms, "watch", watch))
         stack.enter_context(mock.patch.object(Trainer, "_run", run))
         stack.enter_context(mock.patch.object(Trainer, "_backward", backward))
-        stack.enter_context(mock.patch.object(training_step, "token_losses", token_losses))
+        stack.enter_context(mock.patch.object(training_step, "weighted_losses", weighted_losses))
         yield
 
 
@@ -101,9 +103,9 @@ def watched_updates(changed: list[int]) -> Iterator[None]:
     """Collect the numbers of the steps that changed anything on this rank; NaNs count as a change."""
     steps, real = {"step": 0}, Trainer.train
 
-    def observed(self: Trainer, *args: Any) -> Any:
+    def observed(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         before, steps["step"] = everything(self), steps["step"] + 1
-        done = real(self, *args)
+        done = real(self, *args, **kwargs)
         after = everything(self)
         if len(before) != len(after) or not all(map(torch.equal, before, after)):
             changed.append(steps["step"])

@@ -1,4 +1,4 @@
-"""Measure this machine: training against plain torch, memory of the chunked head, decoding, and a pipeline's bubble.
+"""Measure this machine: training against plain torch, the head, decoding, and a pipeline's bubble.
 
     python -m tools.bench --checkpoint runs/quickstart/gate
 
@@ -28,7 +28,8 @@ from pretrain.trainer import Trainer
 from tools.bench import pipeline
 from tools.bench.early_exit import bench_exit, random_workload, trained_workload
 from tools.bench.generation import bench_decode
-from tools.bench.memory import bench_head, bench_recompute, random_batch
+from tools.bench.head import bench_head
+from tools.bench.memory import bench_recompute, random_batch
 from tools.bench.timing import tokens_per_s
 
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     config = parse_config(BenchConfig, argv, prog="python -m tools.bench", description=str(__doc__))
     recipe = parse_config(RunConfig, ["--config", config.recipe], prog="", description="")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {_processor()}")
-    bench_head()
+    bench_head(config.repeats)
     groups = process_groups.start(recipe.seed)
     try:
         for precision in ("fp32", "bf16"):

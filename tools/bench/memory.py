@@ -1,34 +1,26 @@
-"""Memory of a head with and without chunks, and of each way of recomputing activations.
+"""Memory of each way of recomputing activations.
 
 The bytes that autograd saves are counted, not sampled, so they have no noise.
 """
 
-import multiprocessing
-import resource
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from looplm.config import Recompute, RunConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
-from looplm.model.losses import token_losses
 from pretrain.data import Batch
 from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
-
-# A head of Ouro's vocabulary over 1,024 tokens and 4 loops; narrow, so that the logits dominate what is measured.
-HEAD_TOKENS, HEAD_VOCAB, HEAD_LOOPS, HEAD_WIDTH = 1024, 49_152, 4, 256
 
 
 class SavedBytes:
@@ -106,37 +98,3 @@ def bench_recompute(recipe: RunConfig, batch_size: int, groups: ProcessGroupColl
     print(f"\nkept for backward, {recipe.optim.precision}: {sizes}")
     for mode, peak in peaks.items():
         print(f"  recompute: {mode:<13}{peak / 2**20:>10,.1f} MiB{peak / peaks['none']:>8.1%}")
-
-
-def bench_head(tokens: int = HEAD_TOKENS, vocabulary: int = HEAD_VOCAB) -> None:
-    """Print the peak memory of a head's forward and backward, with and without chunks, each in its own process."""
-    peaks = {}
-    for name, chunk in (("all logits at once", None), ("chunks of 256 tokens", 256)):
-        # Only functions of an importable module, which __main__.py is not, reach a new process. A server forks it,
-        # because a spawned process begins with its parent's peak in getrusage.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
-            peaks[name] = pool.submit(_head_peak_bytes, chunk, tokens, vocabulary).result()
-    unchunked = peaks["all logits at once"]
-    print(f"\nhead: {tokens:,} tokens, V = {vocabulary:,}, R = {HEAD_LOOPS}, forward and backward, fp32")
-    for name, peak in peaks.items():
-        print(f"  {name:<24}{peak / 2**20:>10,.0f} MiB above the start{peak / unchunked:>8.1%}")
-
-
-def _head_peak_bytes(chunk_tokens: int | None, tokens: int, vocabulary: int) -> int:
-    torch.manual_seed(0)
-    hidden = [torch.randn(tokens, 1, HEAD_WIDTH, requires_grad=True) for _ in range(HEAD_LOOPS)]
-    weight = torch.randn(vocabulary, HEAD_WIDTH).mul_(0.02).requires_grad_()
-    labels = torch.randint(vocabulary, (tokens, 1))
-    before = _resident_peak()
-    if chunk_tokens is None:
-        losses = [
-            F.cross_entropy(F.linear(h.flatten(0, 1), weight), labels.flatten(), reduction="none") for h in hidden
-        ]
-    else:
-        losses = [token_losses(h, weight, labels, chunk_tokens) for h in hidden]
-    torch.stack(losses).mean().backward()
-    return _resident_peak() - before
-
-
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

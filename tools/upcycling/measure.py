@@ -54,7 +54,8 @@ def measure(state: ModelState, batches: list[Batch], depths: int, groups: Proces
     model, loops = assemble(state, groups).eval(), state.config.num_loops
     meter = DepthMeter(list(range(1, max(depths, loops) + 1)), loops, [])
     for batch in batches:
-        meter.add(*loop_losses(model, batch, LossConfig(), num_loops=max(depths, loops)), batch.mask_SB)
+        losses = loop_losses(model, batch, LossConfig(), num_loops=max(depths, loops))
+        meter.add(losses.token_loss_RSB, losses.gate_logit_RSB, batch.mask_SB)
     measured = meter.evaluation(groups.dp)
     loss = [row.loss for row in measured.depths]
     return {"tokens": measured.tokens, "loss_per_depth": loss, "exit_distribution": list(measured.exit_distribution)}

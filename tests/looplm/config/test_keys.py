@@ -8,6 +8,8 @@ import torch
 
 from looplm import reference
 from looplm.config import LossConfig, ModelConfig
+from looplm.model.exit_gate import exit_log_probs
+from looplm.model.losses import LoopLosses
 from pretrain.data import build_train_set, check_corpus, micro_batches
 from pretrain.step import objective
 from pretrain.train import train
@@ -48,7 +50,9 @@ def test_the_geometric_prior_reaches_the_objective(rate):
     loss_RSB, logit_RSB, mask_SB = torch.rand(4, 5, 2), torch.randn(4, 5, 2), torch.ones(5, 2)
     config = LossConfig(prior="geometric", geometric_rate=rate, beta=0.3)
     expected = reference.entropy_regularised_loss(loss_RSB, logit_RSB, 0.3, mask_SB, reference.geometric_prior(4, rate))
-    torch.testing.assert_close(objective(config, loss_RSB, logit_RSB, mask_SB), expected)
+    expected_loss = (exit_log_probs(logit_RSB).exp() * loss_RSB).sum()
+    mean = objective(config, LoopLosses(loss_RSB, logit_RSB, expected_loss), mask_SB) / mask_SB.sum()
+    torch.testing.assert_close(mean, expected)
 
 
 @pytest.mark.parametrize("target", ["paper", "next"])
@@ -56,7 +60,8 @@ def test_the_gate_losss_keys_reach_the_objective(target):
     loss_RSB, logit_RSB, mask_SB = torch.rand(4, 5, 2), torch.randn(4, 5, 2), torch.ones(5, 2)
     config = LossConfig(objective="adaptive_gate", slope=7.0, threshold=0.1, target=target)
     expected = reference.adaptive_gate_loss(loss_RSB, logit_RSB, 7.0, 0.1, mask_SB, target)
-    torch.testing.assert_close(objective(config, loss_RSB, logit_RSB, mask_SB), expected)
+    mean = objective(config, LoopLosses(loss_RSB, logit_RSB, None), mask_SB) / mask_SB.sum()
+    torch.testing.assert_close(mean, expected)
 
 
 def test_the_gate_loss_has_one_default_target():

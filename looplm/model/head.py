@@ -1,0 +1,268 @@
+"""The head: each token's cross-entropy after a loop, and its gradients, in bounded memory.
+
+Stage 1 minimizes ``sum_r p_r ce_r``, and p_r is known when loop r ends: it depends on the gates of loops up to r alone.
+So the gradient of each cross-entropy is known before the logits are, and :func:`weighted_losses` computes loss and
+gradients in one pass over chunks of tokens. For a chunk with probabilities P, labels Y (one-hot) and weights w = p_r::
+
+    logits = h Wᵀ      P = softmax(logits)      grad_h = w (P - Y) W      grad_W += (P - Y)ᵀ (w h)
+
+These are three matrix products: no logits are kept and none are recomputed. What is kept until backward has the size of
+the hidden state. :func:`token_losses` is the same head where the weights are not known first.
+
+Shapes: S sequence, B batch, D hidden, V vocabulary (of this tensor-parallel rank), N = S * B tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+# Bytes of a chunk's logits in fp32. Small chunks stay in a CPU's cache. On a GPU, where each chunk reads and writes the
+# whole weight gradient, larger ones hide that traffic; the number for CUDA is computed, not measured.
+LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
+
+
+class HeadLosses(NamedTuple):
+    """Losses after one loop."""
+
+    token_loss_SB: Tensor  # cross-entropy in nats, fp32
+    expected: Tensor | None  # sum of p_r times the cross-entropy; None if the objective is not an expectation
+
+
+class DirectGradient(NamedTuple):
+    """A gradient buffer to which :func:`weighted_losses` adds the head's weight gradient during the forward pass."""
+
+    into_VD: Tensor  # the buffer
+    scale: Tensor | None  # derivative of what backward starts from with respect to the expected loss; None for 1
+    signals: bool  # in backward, call the hook on the weight that starts the reduction over the replicas
+
+
+def token_losses(
+    hidden_SBD: Tensor,
+    weight_VD: Tensor,
+    labels_SB: Tensor,
+    group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """Return the cross-entropy of each token in nats: [S, B] in fp32, equal on every rank of ``group``.
+
+    Backward recomputes the logits chunk by chunk.
+
+    Args:
+        hidden_SBD: the head's input; this rank's part of the sequence under sequence parallelism.
+        weight_VD: the head's matrix, or this rank's rows of it.
+        labels_SB: token ids over the whole vocabulary.
+        group: tensor-parallel group that splits the vocabulary; None or a group of one if it is whole.
+        sequence_parallel: True if the ranks of ``group`` hold consecutive parts of the sequence.
+    """
+    group = _splitting(group)
+    if group is not None:  # backward sums the hidden state's gradients over the ranks' parts of the vocabulary
+        gather = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
+        hidden_SBD = gather(hidden_SBD, group=group)
+    loss_N = _TokenLosses.apply(  # type: ignore[no-untyped-call]  # torch's
+        hidden_SBD.flatten(0, 1), weight_VD, labels_SB.flatten(), group
+    )
+    return loss_N.view(labels_SB.shape)
+
+
+def weighted_losses(
+    hidden_SBD: Tensor,
+    weight_VD: Tensor,
+    labels_SB: Tensor,
+    share_SB: Tensor,
+    group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    direct: DirectGradient | None = None,
+) -> HeadLosses:
+    """Return the cross-entropies and their sum weighted by ``share_SB``, whose gradients are computed at once.
+
+    Only the sum has gradients: those of the hidden state, of the weight, and of the share.
+
+    Args:
+        hidden_SBD: as for :func:`token_losses`, like the arguments that are not listed here.
+        share_SB: weight of each token's cross-entropy in fp32, such as its probability of leaving after this loop, and
+            0 where it does not count.
+        direct: where the weight's gradient goes; None returns it in backward like any other. With it, backward fails
+            unless the sum's gradient is ``direct.scale``.
+    """
+    if not torch.is_grad_enabled():
+        loss_SB = token_losses(hidden_SBD, weight_VD, labels_SB, group, sequence_parallel)
+        return HeadLosses(loss_SB, (share_SB * loss_SB).sum())
+    if direct is not None and direct.signals:
+        weight_VD.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's hook then adds nothing
+    elif direct is not None:  # autograd runs the weight's hook for every call in its graph, also without a gradient
+        weight_VD = weight_VD.detach()
+    expected, loss_N = _WeightedLosses.apply(  # type: ignore[no-untyped-call]  # torch's
+        hidden_SBD,
+        weight_VD,
+        labels_SB.flatten(),
+        share_SB.flatten(),
+        _splitting(group),
+        sequence_parallel,
+        direct,
+    )
+    return HeadLosses(loss_N.view(labels_SB.shape), expected)
+
+
+class _WeightedLosses(torch.autograd.Function):
+    """The weighted sum and its gradients as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx, hidden_SBD, weight_VD, labels_N, share_N, group, sequence_parallel, direct):  # type: ignore[no-untyped-def]
+        scale = None if direct is None or direct.scale is None else direct.scale.reshape(())
+        scattered = group is not None and sequence_parallel
+        gathered_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=group) if scattered else hidden_SBD
+        hidden_ND = gathered_SBD.flatten(0, 1)
+        factor_N1 = (share_N if scale is None else share_N * scale)[:, None]
+        local_N, owned_N = _local_labels(labels_N, weight_VD.size(0), group)
+        loss_N, grad_ND = torch.empty_like(share_N), torch.empty_like(hidden_ND)
+        grad_VD = _accumulator(weight_VD, direct) if direct is not None or ctx.needs_input_grad[1] else None
+        for part in _chunks(labels_N.numel(), weight_VD):
+            h = hidden_ND[part]
+            log_probs, loss_N[part] = _log_probs(h, weight_VD, local_N[part], owned_N[part], group)
+            grad_logits = _minus_label(log_probs, loss_N[part], local_N[part], owned_N[part], weight_VD.dtype)
+            torch.mm(grad_logits, weight_VD, out=grad_ND[part]).mul_(factor_N1[part])
+            if grad_VD is not None:
+                _add_product(grad_VD, grad_logits, (h * factor_N1[part]).to(h.dtype))
+        if direct is not None and grad_VD is not direct.into_VD:
+            direct.into_VD.add_(grad_VD)
+        if scattered:
+            grad_ND = reduce_scatter_to_sequence_parallel_region(grad_ND, group=group)
+        elif group is not None:
+            dist.all_reduce(grad_ND, group=group)
+        ctx.save_for_backward(grad_ND.view_as(hidden_SBD), loss_N, scale, weight_VD, None if direct else grad_VD)
+        ctx.is_direct = direct is not None
+        ctx.mark_non_differentiable(loss_N)
+        return (share_N * loss_N).sum(), loss_N
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        grad_SBD, loss_N, scale, weight_VD, grad_VD = ctx.saved_tensors
+        grad_share_N = grad * loss_N if ctx.needs_input_grad[3] else None
+        grad_weight = None
+        if ctx.is_direct:
+            wanted = torch.ones_like(grad) if scale is None else scale
+            torch._assert_async(grad == wanted, "the head's gradients were computed for another scale of the loss")
+            if ctx.needs_input_grad[1]:  # the hook wants a gradient, and does not read it
+                grad_weight = torch.empty_like(weight_VD)
+        else:
+            grad_SBD = grad_SBD * grad
+            grad_weight = None if grad_VD is None else (grad_VD * grad).to(weight_VD.dtype)
+        return grad_SBD, grad_weight, None, grad_share_N, None, None, None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Each token's loss as one node of the autograd graph, which keeps no logits."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, labels_N, group):  # type: ignore[no-untyped-def]
+        loss_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
+        local_N, owned_N = _local_labels(labels_N, weight_VD.size(0), group)
+        for part in _chunks(labels_N.numel(), weight_VD):
+            loss_N[part] = _log_probs(hidden_ND[part], weight_VD, local_N[part], owned_N[part], group)[1]
+        ctx.save_for_backward(hidden_ND, weight_VD, local_N, owned_N)
+        ctx.group = group
+        return loss_N
+
+    @staticmethod
+    def backward(ctx, grad_N):  # type: ignore[no-untyped-def]
+        hidden_ND, weight_VD, local_N, owned_N = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        grad_VD = _accumulator(weight_VD) if needs_weight else None
+        for part in _chunks(grad_N.numel(), weight_VD):
+            h, factor = hidden_ND[part], grad_N[part, None]
+            log_probs, loss_n = _log_probs(h, weight_VD, local_N[part], owned_N[part], ctx.group)
+            grad_logits = _minus_label(log_probs, loss_n, local_N[part], owned_N[part], weight_VD.dtype)
+            if grad_ND is not None:
+                torch.mm(grad_logits, weight_VD, out=grad_ND[part]).mul_(factor)
+            if grad_VD is not None:
+                _add_product(grad_VD, grad_logits, (h * factor).to(h.dtype))
+        return grad_ND, None if grad_VD is None else grad_VD.to(weight_VD.dtype), None, None
+
+
+def chunk_tokens(tokens: int, vocabulary: int, device: str) -> int:
+    """Return the number of tokens whose logits are computed at once; all chunks but the last have as many.
+
+    Args:
+        tokens: of the whole pass.
+        vocabulary: rows of the head on this rank.
+        device: ``cpu`` or ``cuda``.
+    """
+    largest = max(1, LOGIT_BYTES[device] // (4 * vocabulary))
+    count = max(1, -(-tokens // largest))
+    return max(1, -(-tokens // count))
+
+
+def _chunks(tokens: int, weight_VD: Tensor) -> list[slice]:
+    size = chunk_tokens(tokens, weight_VD.size(0), weight_VD.device.type)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def _splitting(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    return None if group is None or group.size() == 1 else group
+
+
+def _local_labels(labels_N: Tensor, rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return each label's row in this rank's part of the head, and True where this rank has the label."""
+    offset = 0 if group is None else dist.get_rank(group) * rows
+    local_N = labels_N - offset
+    return local_N.clamp(0, rows - 1), (local_N >= 0) & (local_N < rows)
+
+
+def _log_probs(
+    hidden_ND: Tensor, weight_VD: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's log-probabilities over the whole vocabulary [N, V], and its losses [N], both in fp32."""
+    logits = hidden_ND @ weight_VD.t()
+    log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
+    chosen_N = log_probs.gather(1, local_N[:, None]).squeeze(1)
+    if group is None:
+        return log_probs, -chosen_N
+    target_N = logits.gather(1, local_N[:, None]).squeeze(1).float()
+    own_N = target_N - chosen_N  # log-sum-exp over this rank's part of the vocabulary
+    all_N = _all_logsumexp(own_N, group)
+    log_probs += (own_N - all_N)[:, None]
+    target_N = target_N * owned_N
+    dist.all_reduce(target_N, group=group)
+    return log_probs, all_N - target_N
+
+
+def _all_logsumexp(lse_N: Tensor, group: dist.ProcessGroup) -> Tensor:
+    largest_N = lse_N.clone()
+    dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
+    total_N = (lse_N - largest_N).exp()
+    dist.all_reduce(total_N, group=group)
+    return largest_N + total_N.log()
+
+
+def _minus_label(log_probs: Tensor, loss_N: Tensor, local_N: Tensor, owned_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the losses' gradient with respect to the logits, probability minus one-hot label; uses up ``log_probs``.
+
+    The label's entry, p - 1, is computed in fp32 from the loss: in bf16 it would be 0 for a probability close to 1.
+    """
+    out = log_probs if dtype == torch.float32 else torch.empty_like(log_probs, dtype=dtype)
+    grad = torch.exp(log_probs, out=out)
+    label_N = torch.where(owned_N, torch.expm1(-loss_N).to(dtype), grad.gather(1, local_N[:, None]).squeeze(1))
+    return grad.scatter_(1, local_N[:, None], label_N[:, None])
+
+
+def _accumulator(weight_VD: Tensor, direct: DirectGradient | None = None) -> Tensor:
+    """Return where the chunks' weight gradients are summed, in fp32: a bf16 sum of hundreds would lose small ones."""
+    if direct is not None and direct.into_VD.dtype == torch.float32:
+        return direct.into_VD
+    return torch.zeros_like(weight_VD, dtype=torch.float32)
+
+
+def _add_product(into_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
+    if grad_NV.dtype == into_VD.dtype:
+        into_VD.addmm_(grad_NV.t(), hidden_ND)
+    else:
+        into_VD += grad_NV.t() @ hidden_ND
