@@ -86,8 +86,8 @@ def loop_losses(
 def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig, num_loops: int) -> Head:
     """Return the head for a micro-batch of ``num_loops`` loops.
 
-    In stage 1 it computes the gradients together with the losses. In Megatron's wrapper, the weight's gradient then goes
-    into its buffer at once.
+    In stage 1 it computes the gradients together with the losses. If the model is in Megatron's wrapper, the weight's
+    gradient goes into its buffer at once.
     """
     ddp = model if isinstance(model, DistributedDataParallel) else None
     inner: LoopLM = model if ddp is None else ddp.module

@@ -66,7 +66,7 @@ def token_losses(
     if group is not None:  # backward sums the hidden state's gradients over the ranks' parts of the vocabulary
         gather = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
         hidden_SBD = gather(hidden_SBD, group=group)
-    loss_N = _TokenLosses.apply(  # type: ignore[no-untyped-call]  # torch's
+    loss_N: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]  # torch's
         hidden_SBD.flatten(0, 1), weight_VD, labels_SB.flatten(), group
     )
     return loss_N.view(labels_SB.shape)
@@ -126,11 +126,11 @@ class _WeightedLosses(torch.autograd.Function):
         grad_VD = _accumulator(weight_VD, direct) if direct is not None or ctx.needs_input_grad[1] else None
         for part in _chunks(labels_N.numel(), weight_VD):
             h = hidden_ND[part]
-            log_probs, loss_N[part] = _log_probs(h, weight_VD, local_N[part], owned_N[part], group)
-            grad_logits = _minus_label(log_probs, loss_N[part], local_N[part], owned_N[part], weight_VD.dtype)
+            grad_logits, loss_N[part] = _logit_gradient(h, weight_VD, local_N[part], owned_N[part], group)
             torch.mm(grad_logits, weight_VD, out=grad_ND[part]).mul_(factor_N1[part])
             if grad_VD is not None:
                 _add_product(grad_VD, grad_logits, (h * factor_N1[part]).to(h.dtype))
+            del grad_logits  # before the next chunk's logits take as much memory
         if direct is not None and grad_VD is not direct.into_VD:
             direct.into_VD.add_(grad_VD)
         if scattered:
@@ -179,12 +179,12 @@ class _TokenLosses(torch.autograd.Function):
         grad_VD = _accumulator(weight_VD) if needs_weight else None
         for part in _chunks(grad_N.numel(), weight_VD):
             h, factor = hidden_ND[part], grad_N[part, None]
-            log_probs, loss_n = _log_probs(h, weight_VD, local_N[part], owned_N[part], ctx.group)
-            grad_logits = _minus_label(log_probs, loss_n, local_N[part], owned_N[part], weight_VD.dtype)
+            grad_logits, _ = _logit_gradient(h, weight_VD, local_N[part], owned_N[part], ctx.group)
             if grad_ND is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_ND[part]).mul_(factor)
             if grad_VD is not None:
                 _add_product(grad_VD, grad_logits, (h * factor).to(h.dtype))
+            del grad_logits
         return grad_ND, None if grad_VD is None else grad_VD.to(weight_VD.dtype), None, None
 
 
@@ -243,15 +243,19 @@ def _all_logsumexp(lse_N: Tensor, group: dist.ProcessGroup) -> Tensor:
     return largest_N + total_N.log()
 
 
-def _minus_label(log_probs: Tensor, loss_N: Tensor, local_N: Tensor, owned_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the losses' gradient with respect to the logits, probability minus one-hot label; uses up ``log_probs``.
+def _logit_gradient(
+    hidden_ND: Tensor, weight_VD: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of a chunk's losses with respect to its logits, P - Y, in the weight's dtype; and the losses.
 
     The label's entry, p - 1, is computed in fp32 from the loss: in bf16 it would be 0 for a probability close to 1.
     """
+    log_probs, loss_N = _log_probs(hidden_ND, weight_VD, local_N, owned_N, group)
+    dtype = weight_VD.dtype
     out = log_probs if dtype == torch.float32 else torch.empty_like(log_probs, dtype=dtype)
     grad = torch.exp(log_probs, out=out)
     label_N = torch.where(owned_N, torch.expm1(-loss_N).to(dtype), grad.gather(1, local_N[:, None]).squeeze(1))
-    return grad.scatter_(1, local_N[:, None], label_N[:, None])
+    return grad.scatter_(1, local_N[:, None], label_N[:, None]), loss_N
 
 
 def _accumulator(weight_VD: Tensor, direct: DirectGradient | None = None) -> Tensor:

@@ -129,11 +129,11 @@ class LoopView(nn.Module):
         if frozen_trunk:  # no backward crosses the ranks, so the gate's graph can continue into the next loop
             self._carried[micro_batch] = before.add(losses, logit_SB, state)
             return ViewOutput(hidden_SBD, None)
-        kept = (*losses, logit_SB, state)
+        kept = (losses.token_loss_SB, logit_SB, losses.expected, state)
         leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in kept]
-        *loss_leaves, logit_leaf, state_leaf = leaves
-        assert logit_leaf is not None
-        self._carried[micro_batch] = before.add(HeadLosses(*loss_leaves), logit_leaf, state_leaf)
+        loss_leaf, logit_leaf, expected_leaf, state_leaf = leaves
+        assert loss_leaf is not None and logit_leaf is not None
+        self._carried[micro_batch] = before.add(HeadLosses(loss_leaf, expected_leaf), logit_leaf, state_leaf)
         carried_SBD = _Carry.apply(leaves, hidden_SBD, *kept)  # type: ignore[no-untyped-call]  # torch's
         return ViewOutput(carried_SBD, None)
 

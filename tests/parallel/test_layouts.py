@@ -42,7 +42,12 @@ LINEAR = GateConfig(kind="linear")
 GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
 
-LATER = ("mha biases, normed heads", "mla mlp")  # initialized last: a new model must not move the others' seeds
+LATER = (
+    "mha biases, normed heads",
+    "mla mlp",
+    "mha tied head",
+    "mla geometric prior",
+)  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
     "mla linear": (MLA, LINEAR, {}),
@@ -50,6 +55,8 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mha linear": (MHA, LINEAR, {}),
     LATER[0]: (dataclasses.replace(MHA, qkv_bias=True, qk_norm=True), LINEAR, {}),
     LATER[1]: (MLA, GateConfig(kind="mlp", hidden_size=8), {}),
+    LATER[2]: (dataclasses.replace(MHA, tie_embeddings=True), LINEAR, {}),
+    LATER[3]: (MLA, LRU, {"loss": {"prior": "geometric", "geometric_rate": 0.3}}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -132,6 +139,9 @@ CASES = [
     *cases("mha lru", "TP2 without SP"),
     *cases(LATER[0], "TP2 + SP", "TP2 without SP", "PP2"),
     *cases(LATER[1], "TP2 + SP", "PP2", "CP2", "TP2 + SP x PP2"),
+    *cases(LATER[2], "TP2 + SP", "TP2 without SP", "CP2", "DP2, overlapped", "TP2 + SP x DP2, overlapped"),
+    *cases(LATER[2], "TP2 + SP, loop"),
+    *cases(LATER[3], "TP2 + SP", "PP2", "CP2", "PP2, loop"),
 ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),

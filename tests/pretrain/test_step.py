@@ -2,18 +2,18 @@
 
 import dataclasses
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from looplm import reference
-from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
-from looplm.model import LoopLM
+from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, Recompute
+from looplm.model import LoopLM, head
 from pretrain.data import Batch
 from pretrain.optim import freeze_trunk
 from pretrain.trainer import Trainer
-from tests.support.parity import assert_close_relative
+from tests.support.parity import assert_close_relative, grad_of, oracle_copy
 from tests.support.tiny import MODEL
 
 OPTIM = OptimConfig(train_steps=10, lr=3e-3, min_lr=1e-3, warmup_steps=2, decay_steps=4, precision="fp32")
@@ -38,7 +38,7 @@ def make_trainer(single_process, loss=LossConfig(), optim=OPTIM, model=MODEL) ->
 @pytest.mark.slow
 def test_steps_equal_plain_torch(single_process):
     """Three steps of two uneven micro-batches: loss, gradient norm and every weight after them."""
-    loss = LossConfig(beta=0.1, head_chunk_tokens=5)
+    loss = LossConfig(beta=0.1)
     # Large initial weights: Adam divides each gradient by its size, so rounding errors of tiny gradients would show.
     looped, trainer = make_trainer(single_process, loss, model=dataclasses.replace(MODEL, init_std=0.1))
     weights = {name: value.detach().clone().requires_grad_() for name, value in looped.named_parameters()}
@@ -74,11 +74,94 @@ def test_steps_equal_plain_torch(single_process):
     assert_close_relative(dict(looped.named_parameters()), weights, 5e-5)
 
 
-def _reference_loss(weights: dict, batch: Batch, beta: float) -> torch.Tensor:
-    output = reference.forward(weights, MODEL, GATE, batch.ids_BS)
-    head = reference.head_weight(weights, MODEL)
+def _reference_loss(weights: dict, batch: Batch, beta: float, model=MODEL, prior_R=None) -> torch.Tensor:
+    output = reference.forward(weights, model, GATE, batch.ids_BS)
+    head = reference.head_weight(weights, model)
     losses = torch.stack([reference.token_losses(h, head, batch.labels_SB) for h in output.hidden])
-    return reference.entropy_regularised_loss(losses, output.gate_logit_RSB, beta, batch.mask_SB)
+    return reference.entropy_regularised_loss(losses, output.gate_logit_RSB, beta, batch.mask_SB, prior_R)
+
+
+def _close_to_reference(
+    looped: LoopLM, trainer: Trainer, batches: list[Batch], loss: LossConfig, tolerance: float = 1e-5, scale: float = 1
+) -> None:
+    """Compare loss and every gradient of a step with the reference in double precision."""
+    model = looped.model_config
+    weights = oracle_copy(dict(looped.named_parameters()))
+    prior_R = reference.geometric_prior(model.num_loops, loss.geometric_rate) if loss.prior == "geometric" else None
+    losses = [_reference_loss(weights, batch, loss.beta, model, prior_R) * batch.mask_SB.sum() for batch in batches]
+    mean = torch.stack(losses).sum() / sum(batch.mask_SB.sum() for batch in batches)
+    mean.backward()
+    stats, _ = trainer.backward(iter(batches), len(batches))
+    assert stats.loss == pytest.approx(mean.item(), rel=max(tolerance, 1e-6))
+    found = {name: parameter.main_grad / scale for name, parameter in looped.named_parameters()}
+    expected = {name: grad_of(weight) for name, weight in weights.items()}
+    for gradients in (found, expected):  # one affine map: the bias alone may cancel over the tokens, up to rounding
+        readout = gradients.pop("gate.readout.weight").flatten(), gradients.pop("gate.readout.bias")
+        gradients["gate.readout"] = torch.cat(readout)
+    assert_close_relative(found, expected, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prior", ["uniform", "geometric"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_one_pass_heads_gradients_equal_plain_torch(single_process, monkeypatch, tied, prior):
+    """Two uneven micro-batches, a mask, chunks of five tokens, gates that differ from the prior; twice in a row."""
+    monkeypatch.setitem(head.LOGIT_BYTES, "cpu", 4 * MODEL.vocab_size * 5)
+    loss = LossConfig(beta=0.1, prior=prior, geometric_rate=0.3)
+    looped, trainer = make_opinionated(single_process, loss, tie_embeddings=tied)
+    for step in range(2):
+        batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
+        _close_to_reference(looped, trainer, batches, loss)
+
+
+def make_opinionated(single_process, loss: LossConfig, precision="fp32", layout=ParallelConfig(), **changes):  # noqa: B008
+    """Return a model and its trainer whose gate is not at its initial weights, which are the uniform prior."""
+    torch.manual_seed(4)  # with it no gradient of the gate cancels to nearly zero, where rounding would be compared
+    model = dataclasses.replace(MODEL, init_std=0.1, **changes)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    looped = LoopLM(model, GATE, single_process, dtype, layout)
+    with torch.no_grad():
+        for parameter in looped.gate.parameters():
+            parameter.normal_(std=0.5)
+    optim = dataclasses.replace(OPTIM, precision=precision)
+    return looped, Trainer(looped, loss, optim, layout, single_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("accumulate_fp32", [True, False])
+def test_the_one_pass_heads_gradients_in_bf16_are_within_its_rounding(single_process, tied, accumulate_fp32):
+    layout = ParallelConfig(accumulate_fp32=accumulate_fp32)
+    looped, trainer = make_opinionated(single_process, LossConfig(), "bf16", layout, tie_embeddings=tied)
+    head_weight: Any = looped.head_weight()
+    assert head_weight.main_grad.dtype == (torch.float32 if accumulate_fp32 else torch.bfloat16)
+    _close_to_reference(looped, trainer, [make_batch(0, masked=3), make_batch(1, masked=0)], LossConfig(), 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_scaled_loss_scales_every_gradient(single_process, tied):
+    """Megatron scales the loss with ``grad_scale_func`` before backward; the head must know, because it is earlier."""
+    looped, trainer = make_opinionated(single_process, LossConfig(), tie_embeddings=tied)
+    looped.config.grad_scale_func = lambda loss: 4096 * loss
+    _close_to_reference(looped, trainer, [make_batch(0, masked=3), make_batch(1, masked=0)], LossConfig(), scale=4096)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_recomputation_adds_the_heads_gradient_once(single_process, recompute):
+    loss = LossConfig()
+    looped, trainer = make_opinionated(single_process, loss, layout=ParallelConfig(recompute=recompute))
+    _close_to_reference(looped, trainer, [make_batch(0, masked=3)], loss)
+
+
+@pytest.mark.slow
+def test_evaluation_between_steps_changes_no_gradient(single_process):
+    looped, trainer = make_opinionated(single_process, LossConfig())
+    trainer.backward(repeat(make_batch(0, masked=3)), 2)
+    before = {name: parameter.main_grad.clone() for name, parameter in looped.named_parameters()}
+    trainer.evaluate(repeat(make_batch(1, masked=0)), 2)
+    assert all(torch.equal(parameter.main_grad, before[name]) for name, parameter in looped.named_parameters())
 
 
 def test_statistics_equal_the_reference(single_process):

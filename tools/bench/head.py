@@ -4,6 +4,7 @@ import multiprocessing
 import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.model.head import DirectGradient, token_losses, weighted_losses
-from tools.bench.timing import tokens_per_s
+from tools.bench.timing import PrepareRun, tokens_per_s
 
 LONGEST, LARGEST = 1.03, 0.2  # aims for the one pass: time and memory, as shares of those with all logits kept
 
@@ -72,7 +73,8 @@ WAYS: dict[str, Callable[[Head], None]] = {
 def bench_head(repeats: int, size: HeadSize = HeadSize()) -> None:  # noqa: B008  # a tuple of constants
     """Print speed and peak memory of each way, and whether the one pass meets its aims."""
     head, tokens = Head(size), size.tokens * size.loops
-    speeds = tokens_per_s({name: lambda way=way: lambda: way(head) for name, way in WAYS.items()}, tokens, repeats)
+    contenders: dict[str, PrepareRun] = {name: partial(partial, way, head) for name, way in WAYS.items()}
+    speeds = tokens_per_s(contenders, tokens, repeats)
     peaks = {name: _peak_in_new_process(name, size) for name in WAYS}
     kept = next(iter(WAYS))
     print(

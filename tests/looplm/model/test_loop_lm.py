@@ -14,7 +14,9 @@ from looplm.config import GateConfig, ModelConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM, LoopOutput
 from looplm.model.attention import document_mask
-from looplm.model.losses import adaptive_gate_loss, entropy_regularised_loss, token_losses
+from looplm.model.exit_gate import exit_log_probs
+from looplm.model.head import token_losses
+from looplm.model.losses import adaptive_gate_loss, exit_regularizer, masked_mean
 from tests.support.parity import assert_close_relative, gradients, oracle_copy, relative_error
 
 S, B, V = 19, 2, 61
@@ -99,7 +101,7 @@ def losses(output: LoopOutput | reference.Output, weight_VD: Tensor, labels_SB: 
     """Return each loop's cross-entropies [R, S, B], with our head for our output and the reference's for its own."""
     if isinstance(output, reference.Output):
         return torch.stack([reference.token_losses(h_SBD, weight_VD, labels_SB) for h_SBD in output.hidden])
-    return torch.stack([token_losses(h_SBD, weight_VD, labels_SB, chunk_tokens=8) for h_SBD in output.hidden])
+    return torch.stack([token_losses(h_SBD, weight_VD, labels_SB) for h_SBD in output.hidden])
 
 
 # ------------------------------------------------------------------------------------------------------------- parity
@@ -143,7 +145,8 @@ def test_outputs_loss_and_gradients_equal_the_oracle(case: str, packed: bool, si
 
     token_loss_RSB = losses(output, model.head_weight(), labels_SB)
     their_token_loss_RSB = losses(theirs, reference.head_weight(their_params, config), labels_SB)
-    loss = entropy_regularised_loss(token_loss_RSB, output.gate_logit_RSB, BETA, mask_SB)
+    expected_SB = (exit_log_probs(output.gate_logit_RSB).exp() * token_loss_RSB).sum(0)
+    loss = masked_mean(expected_SB + BETA * exit_regularizer(output.gate_logit_RSB), mask_SB)
     their_loss = reference.entropy_regularised_loss(their_token_loss_RSB, theirs.gate_logit_RSB, BETA, mask_SB)
     assert_close_relative({"loss": loss}, {"loss": their_loss})
     their_grads = gradients(their_loss, their_params)
