@@ -126,21 +126,44 @@ def section_of(hint: Any) -> type | None:
     return None
 
 
+def retired_of(cls: type) -> Mapping[str, str]:
+    """Return the keys that ``cls`` had in earlier releases, each with the reason why it has no effect any more.
+
+    They are accepted, so that old files can still be read.
+    """
+    retired: Mapping[str, str] = getattr(cls, "RETIRED", {})
+    return retired
+
+
+def retired_keys(cls: type, values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each key of ``values`` that is in :func:`retired_of` of its dataclass, with the reason."""
+    for section, key, before in _keys_without_field(cls, values, prefix):
+        if key in retired_of(section):
+            yield f"{before}{key}", retired_of(section)[key]
+
+
 def unknown_keys(cls: type, values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each key of ``values`` for which ``cls`` has no field, with a suggestion."""
+    """Yield each other key of ``values`` for which ``cls`` has no field, with a suggestion."""
+    for section, key, before in _keys_without_field(cls, values, prefix):
+        if key not in retired_of(section):
+            known, (start, _, rest) = hints_of(section), key.partition(".")
+            nested = f"write {before}{start}: {{{rest}: ...}}"
+            yield f"{before}{key}", nested if rest and start in known else suggest(key, list(known), before)
+
+
+def _keys_without_field(cls: type, values: Any, prefix: str) -> Iterator[tuple[type, str, str]]:
+    """Yield the dataclass, the key as text and its prefix, for ``values`` and the sections in it."""
     if isinstance(values, (list, tuple)):
         for index, value in enumerate(values):
-            yield from unknown_keys(cls, value, f"{prefix[:-1]}[{index}].")
+            yield from _keys_without_field(cls, value, f"{prefix[:-1]}[{index}].")
     if not isinstance(values, Mapping):
         return
     known = hints_of(cls)
     for key, value in values.items():
         if key not in known:
-            section, _, rest = str(key).partition(".")
-            nested = f"write {prefix}{section}: {{{rest}: ...}}"
-            yield f"{prefix}{key}", nested if rest and section in known else suggest(str(key), list(known), prefix)
+            yield cls, str(key), prefix
         elif inner := section_of(known[key]):
-            yield from unknown_keys(inner, value, f"{prefix}{key}.")
+            yield from _keys_without_field(inner, value, f"{prefix}{key}.")
 
 
 def suggest(key: str, known: list[str], prefix: str = "") -> str:

@@ -35,7 +35,7 @@ import docstring_parser
 import yaml
 
 from looplm import binding
-from looplm.binding import Flag, hints_of, section_of, suggest, unknown_keys
+from looplm.binding import Flag, hints_of, retired_keys, retired_of, section_of, suggest, unknown_keys
 from looplm.bounds import expand_path
 from looplm.bounds import require as require
 from looplm.failures import Failure
@@ -95,6 +95,9 @@ def parse_config(cls: type[ConfigType], argv: Sequence[str], *, prog: str, descr
         else:
             words.append(str(value))
     given.add_words(words)
+    if os.environ.get("RANK", "0") == "0":
+        for note in given.notes:
+            print(note, file=sys.stderr)
     try:
         if wants_values:
             print(yaml.safe_dump(_shown(cls, given.values, ""), sort_keys=False, allow_unicode=True), end="")
@@ -180,7 +183,10 @@ def to_plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> ConfigType:
-    """Invert :func:`to_dict`; ``where`` names the source in error messages."""
+    """Invert :func:`to_dict`; ``where`` names the source in error messages.
+
+    Keys of earlier releases that have no effect any more are left out.
+    """
     for key, fix in unknown_keys(cls, values):
         raise UserError(f"{where}: {key}: unknown key; {fix}")
     try:
@@ -190,11 +196,15 @@ def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> C
 
 
 class _Given:
-    """The values of files and flags for ``cls``, merged; ``origins`` has "FILE:LINE" for each key from a file."""
+    """The values of files and flags for ``cls``, merged.
+
+    ``origins`` has "FILE:LINE" for each key from a file, ``notes`` a line for each key without effect.
+    """
 
     def __init__(self, cls: type) -> None:
         self.values = dict[str, Any]()
         self.origins = dict[str, str]()
+        self.notes = list[str]()
         self._cls = cls
 
     def add_file(self, path: str) -> None:
@@ -203,6 +213,8 @@ class _Given:
         self.origins |= {key: f"{path}:{line}" for key, line in lines.items()}
         for key, fix in unknown_keys(self._cls, values):
             raise UserError(f"{self.origins.get(key, path)}: {key}: unknown key; {fix}")
+        for key, reason in retired_keys(self._cls, values):
+            self.notes.append(f"{self.origins.get(key, path)}: {key}: has no effect; {reason}; remove it")
         self.values = _merged(self.values, values)
 
     def add_flag(self, flag: str, text: str | None) -> None:
@@ -212,6 +224,9 @@ class _Given:
         for part in name.split("."):
             section = None if typing.get_origin(hint) is tuple else section_of(hint)
             hint = hints_of(section).get(part) if section else None
+            if section and part in retired_of(section):
+                self.notes.append(f"{flag}: has no effect; {retired_of(section)[part]}; remove it")
+                return
             if hint is None:
                 raise UserError(f"{flag}: unknown key; {suggest(name, [*_names(self._cls), 'config', 'help'])}")
         self.origins = {key: origin for key, origin in self.origins.items() if not f"{key}.".startswith(f"{name}.")}

@@ -52,13 +52,14 @@ def test_an_old_checkpoint_computes_the_same_values(kind, made, single_process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
-def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups):
+def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups, capsys):
     config = str(made / kind / "config.yaml")
     corpus = made / "corpus"
     arguments = ["--config", config, "--output_dir", str(made / kind), "--optim.train_steps", "5"]
     arguments += [f'--data.train=[{{prefix: "{corpus}/train"}}]', f'--data.valid=[{{prefix: "{corpus}/valid"}}]']
     train(arguments)
     assert [row["step"] for row in train_rows(made / kind)] == [1, 2, 3, 4, 5]
+    assert f"{config}:" in (shown := capsys.readouterr().err) and "loss.head_recompute: has no effect" in shown
 
 
 @pytest.mark.slow

@@ -100,7 +100,6 @@ def recipe_of(check: MemoryCheck, width: int = 256) -> RunConfig:
         "output_dir": "unused",
         "model": {**sizes, **heads, **attention},
         "gate": {"kind": {"mla": "lru", "mha": "linear"}[check.attention], "state_size": 32},
-        "loss": {"head_chunk_tokens": 64},
         "optim": {"train_steps": 2, "precision": "fp32"},
         "data": data,
         "parallel": asdict(layout),

@@ -5,7 +5,7 @@ values; data and devices are checked where they are opened, still before trainin
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from looplm.bounds import at_least, check_bounds, non_empty, path_field, positive, require
 from looplm.config.engine import EngineConfig
@@ -26,9 +26,12 @@ class LossConfig:
         slope: stage 2: k of w = sigmoid(k (I - gamma)), the steepness of "this loop helped".
         threshold: stage 2: gamma, the smallest gain in nats for which one more loop is worth it.
         target: stage 2: paper (as printed) or next (lambda_t learns whether loop t+1 helps).
-        head_chunk_tokens: tokens whose logits are computed at once.
-        head_recompute: recompute logits in backward; false is faster and keeps [R, tokens, V].
     """
+
+    RETIRED: ClassVar[dict[str, str]] = {
+        "head_chunk_tokens": "the head's chunks have a fixed number of bytes",
+        "head_recompute": "the head neither keeps nor recomputes logits",
+    }
 
     objective: Literal["entropy_regularised", "adaptive_gate"] = "entropy_regularised"
     beta: float = at_least(0, 0.1)
@@ -37,8 +40,6 @@ class LossConfig:
     slope: float = positive(50.0)
     threshold: float = 0.005
     target: Literal["paper", "next"] = "next"
-    head_chunk_tokens: int = positive(256)
-    head_recompute: bool = True
 
     def __post_init__(self) -> None:
         check_bounds(self, "loss")

@@ -21,6 +21,7 @@ from looplm.config import (
     RampUpConfig,
     RunConfig,
 )
+from looplm.parameters import gate_parameters
 from pretrain.data import BatchSchedule
 from tools.plan import PlanConfig, main
 from tools.planning import communication, schedule
@@ -40,6 +41,8 @@ COMMON: dict[str, Any] = {
 LATENT = {"q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
 MLA = ModelConfig(**COMMON | LATENT)
 MHA = ModelConfig(**COMMON, attention="mha", num_query_groups=2)
+# Forward, of a micro-batch of 2 x 1,024 tokens: accounting counts matrices, not biases.
+GATE_FLOPS = 2 * 2 * 1024 * sum(row.size for row in gate_parameters(MLA, GateConfig()) if row.role == "matrix")
 OURO = ["--config", str(ROOT / "configs/ouro-1.4b/mha.yaml"), "--config", str(ROOT / "configs/ouro-1.4b/stage1a.yaml")]
 # A handful of layouts: the command does the same work for any number.
 FEW = [*OURO, "--gpu", "h100", "--gpus", "2", "--model.num_loops", "2", "--data.seq_length", "1024"]
@@ -96,7 +99,7 @@ def test_in_flight_passes_match_the_schedule(sizes: tuple[int, int, int]) -> Non
 @pytest.mark.parametrize("model", [MLA, MHA])
 def test_flops_of_all_passes_match_accounting(model: ModelConfig) -> None:
     """Without recomputation and mask, all loops and ranks together compute the model's FLOPs."""
-    plain: dict[str, Any] = {"loss": {"head_recompute": False}, "data": {"document_masking": False}}
+    plain: dict[str, Any] = {"data": {"document_masking": False}}
     one = planned(2, model, **plain, parallel={"tensor": 2, "pipeline": 2, "context": 2})
     each = sum(way(one, rank).total for rank in range(2) for way in (forward_flops, backward_flops))
     asked = training_flops_per_token(model, GateConfig(), 1024, 4) * 2 * 1024
@@ -105,15 +108,22 @@ def test_flops_of_all_passes_match_accounting(model: ModelConfig) -> None:
 
 
 def test_recomputation_costs_a_forward() -> None:
-    def backward(mode: str, **loss: Any) -> float:
-        return backward_flops(planned(parallel={"recompute": mode}, loss={"head_recompute": False} | loss), 0).total
+    def backward(mode: str) -> float:
+        return backward_flops(planned(parallel={"recompute": mode}), 0).total
 
     forward = forward_flops(planned(), 0)
-    assert backward("none") == 2 * forward.total
+    assert backward("none") == 2 * (forward.layers + forward.attention + GATE_FLOPS)
     assert backward("selective") - backward("none") == pytest.approx(forward.attention)
     assert backward("loop") == backward("full")
     assert backward("loop") - backward("none") == pytest.approx(forward.layers + forward.attention)
-    assert backward("none", head_recompute=True) - backward("none") == pytest.approx(forward.head)
+
+
+def test_the_head_computes_its_gradients_in_the_forward_pass() -> None:
+    """Three products of the head's size in stage 1, one where only the gate is trained; none in backward."""
+    stages = planned(), planned(loss={"objective": "adaptive_gate"}, checkpoint={"initial": "unused"})
+    product = 2 * MLA.vocab_size * MLA.hidden_size * 2 * 1024
+    assert [forward_flops(stage, 0).head - GATE_FLOPS for stage in stages] == [3 * product, product]
+    assert backward_flops(stages[0], 0).head == 2 * GATE_FLOPS
 
 
 def test_with_a_mask_the_kernel_computes_both_halves() -> None:
@@ -137,7 +147,7 @@ def test_a_frozen_trunk_has_no_backward() -> None:
     gate = parameter_counts(MLA, GateConfig())["gate"]
     assert [frozen.trained(rank) for rank in range(2)] == [0, gate]
     assert backward_flops(frozen, 0).total == 0
-    assert backward_flops(frozen, 1).total == 2 * 2 * gate * 2 * 1024
+    assert backward_flops(frozen, 1).total == 2 * GATE_FLOPS
     assert estimate(frozen, cluster(2)).memory.activations < 2**26
 
 

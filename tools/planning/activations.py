@@ -13,7 +13,6 @@ from looplm.parameters import gate_rows
 from tools.planning.planned_run import PlannedRun
 
 FP32 = 4
-INDEX = 8
 
 
 def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
@@ -126,39 +125,26 @@ def mask_bytes(run: PlannedRun) -> float:
 
 
 def _loss_bytes(run: PlannedRun) -> float:
-    """Return the bytes kept after a loop by the chunked cross-entropy, its logits unless recomputed, and the gate."""
-    config = run.config
-    layout, loss = config.parallel, config.loss
-    labels = run.tokens * (INDEX + 2 * FP32)
-    logits = 0.0 if loss.head_recompute else run.tokens * config.model.vocab_size / layout.tensor * FP32
-    own = layout.sequence_parallel or not _head_shares_hidden(run)
-    # With sequence parallelism the hidden state is gathered over the tensor-parallel ranks.
-    hidden = run.tokens * config.model.hidden_size * run.number_bytes if own else 0.0
-    return labels + logits + hidden + _gate_bytes(run)
-
-
-def _head_shares_hidden(run: PlannedRun) -> bool:
-    """Return True if the head's input is the same tensor that the next loop keeps."""
-    layout = run.config.parallel
-    if layout.pipeline > 1:
-        return False
-    return run.fused_norms or run.number_bytes == FP32 or layout.recompute in ("full", "loop")
+    """Return the bytes kept after a loop by the head, which has computed the hidden state's gradient, and the gate."""
+    losses = run.tokens * 2 * FP32  # each token's loss and its weight
+    gradient = run.shard_tokens * run.config.model.hidden_size * run.number_bytes
+    return losses + gradient + _gate_bytes(run)
 
 
 def _deepest_bytes(run: PlannedRun) -> float:
-    """Return the bytes of the hidden state after the last loop, which no later loop keeps.
+    """Return the bytes of the hidden state after the last loop, which the gate reads and no later loop keeps.
 
-    The gate reads it, and without tensor parallelism the head reads it too.
+    In bf16 the gate keeps an fp32 copy instead, and under a pipeline every loop's hidden state is its own
+    (:func:`_gate_bytes`).
     """
-    config = run.config
-    if not _head_shares_hidden(run) or (config.parallel.sequence_parallel and run.number_bytes != FP32):
+    if run.config.parallel.pipeline > 1 or run.number_bytes != FP32:
         return 0.0
-    return run.shard_tokens * config.model.hidden_size * run.number_bytes
+    return run.shard_tokens * run.config.model.hidden_size * FP32
 
 
 def _gate_bytes(run: PlannedRun) -> float:
     """Return the bytes kept after a loop by the gate: an fp32 hidden state unless shared, and values of its own."""
     config, layout = run.config, run.config.parallel
-    kept_anyway = not run.frozen and not (layout.pipeline > 1 and layout.sequence_parallel)
+    kept_anyway = not run.frozen and layout.pipeline == 1
     copy = 0 if run.number_bytes == FP32 and kept_anyway else config.model.hidden_size
     return run.shard_tokens * (copy + gate_rows(config.model, config.gate).kept_values) * FP32

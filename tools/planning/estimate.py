@@ -15,7 +15,7 @@ from pretrain.data import BatchSchedule
 from tools.planning import communication
 from tools.planning.activations import layer_bytes
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
-from tools.planning.hardware import ADAM_BYTES, LOGIT_BYTES, Cluster
+from tools.planning.hardware import ADAM_BYTES, LOGIT_BYTES, LOGIT_GRADIENT_BYTES, Cluster
 from tools.planning.memory import FP32, Memory, fullest_rank_memory, optimizer_shards
 from tools.planning.planned_run import Amounts, PlannedRun
 
@@ -118,22 +118,23 @@ def pass_time(run: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> P
 
 
 def _memory_traffic_bytes(run: PlannedRun, rank: int, traffic: float, backward: bool) -> float:
-    """Return the memory traffic of one pass: a multiple of what layers save, the logits, and the head's gradient."""
-    config = run.config
-    forward = run.layers_per_rank()[rank] * layer_bytes(run) * traffic / 3
-    weight = config.model.vocab_size / config.parallel.tensor
-    logits = run.tokens * weight * LOGIT_BYTES if run.is_last(rank) else 0.0
+    """Return the memory traffic of one pass: a multiple of what layers save, and in forward that of the head."""
+    layers = run.layers_per_rank()[rank] * layer_bytes(run) * traffic / 3
     if not backward:
-        return forward + logits
+        return layers + (_head_traffic_bytes(run) if run.is_last(rank) else 0.0)
     if run.frozen:
         return 0.0
-    layers = forward * (3 if config.parallel.recompute in ("full", "loop") else 2)
-    if not run.is_last(rank):
-        return layers
+    return layers * (3 if run.config.parallel.recompute in ("full", "loop") else 2)
+
+
+def _head_traffic_bytes(run: PlannedRun) -> float:
+    """Return the memory traffic of the head's one pass: the logits, and in stage 1 their and the weight's gradients."""
+    if run.frozen:
+        return run.tokens * run.head_rows * LOGIT_BYTES
     # Each chunk's product is written, read, and added to a sum in fp32 that is read and written.
-    chunks = ceil(run.tokens / config.loss.head_chunk_tokens)
-    gradient = chunks * weight * config.model.hidden_size * 2 * (run.number_bytes + FP32)
-    return layers + 2 * logits + gradient
+    chunks = ceil(run.tokens / run.head_chunk)
+    weight = chunks * run.head_rows * run.config.model.hidden_size * 2 * (run.number_bytes + FP32)
+    return run.tokens * run.head_rows * (LOGIT_BYTES + LOGIT_GRADIENT_BYTES) + weight
 
 
 def step_time(run: PlannedRun, cluster: Cluster, batch: int) -> StepTime:

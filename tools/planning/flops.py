@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
-from looplm.accounting import forward_flops_per_token, parameter_counts, training_flops_per_token
+from looplm.accounting import forward_flops_per_token, training_flops_per_token
 from looplm.config import GateConfig, ModelConfig
 from tools.planning.planned_run import Amounts, PlannedRun
 
@@ -14,31 +15,41 @@ class Flops(Amounts):
 
     layers: float = 0.0  # matrix products
     attention: float = 0.0  # scores and weighted sums, including masked ones that the kernel computes
-    head: float = 0.0  # the logits and the gate
+    head: float = 0.0  # the logits with their gradients, and the gate
 
 
 def forward_flops(run: PlannedRun, rank: int) -> Flops:
-    """Return the FLOPs of one forward pass: those of :mod:`looplm.accounting`, split by part and over the ranks."""
+    """Return the FLOPs of one forward pass: those of :mod:`looplm.accounting`, split by part and over the ranks.
+
+    In stage 1 the head computes its gradients in the forward pass, which makes three products of one.
+    """
     config = run.config
-    layer, scores, head = _flops_per_token(config.model, config.gate, config.data.seq_length)
+    one = _flops_per_token(config.model, config.gate, config.data.seq_length)
     share = run.tokens / config.parallel.tensor
-    layers = run.layers_per_rank()[rank] * share
+    layers, products = run.layers_per_rank()[rank] * share, 1 if run.frozen else 3
     return Flops(
-        layers=layers * layer,
-        attention=layers * scores * _computed_scores(run),
-        head=head * share if run.is_last(rank) else 0.0,
+        layers=layers * one.layer,
+        attention=layers * one.scores * _computed_scores(run),
+        head=(products * one.logits + one.gate) * share if run.is_last(rank) else 0.0,
     )
 
 
-@cache
-def _flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: int) -> tuple[float, float, float]:
-    """Return a token's FLOPs in one loop: one layer's matrix products, its causal scores, and head with gate."""
+class _TokenFlops(NamedTuple):
+    """FLOPs of one token in one loop, forward."""
 
+    layer: float  # matrix products of one layer
+    scores: float  # its causal scores
+    logits: float
+    gate: float
+
+
+@cache
+def _flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: int) -> _TokenFlops:
     def forward(layers: int, length: int) -> float:
         return forward_flops_per_token(replace(model, num_layers=layers), gate, length, 1)
 
-    layer = forward(2, 0) - forward(1, 0)
-    return layer, forward(1, seq_length) - forward(1, 0), forward(1, 0) - layer
+    layer, logits = forward(2, 0) - forward(1, 0), 2.0 * model.vocab_size * model.hidden_size
+    return _TokenFlops(layer, forward(1, seq_length) - forward(1, 0), logits, forward(1, 0) - layer - logits)
 
 
 def _computed_scores(run: PlannedRun) -> float:
@@ -56,22 +67,22 @@ def _computed_scores(run: PlannedRun) -> float:
 
 
 def backward_flops(run: PlannedRun, rank: int) -> Flops:
-    """Return the FLOPs of one backward pass: twice the forward, plus recomputation.
+    """Return the FLOPs of one backward pass: twice the forward without the head, plus recomputation.
 
-    ``full`` and ``loop`` recompute the layers, ``selective`` the attention core, ``loss.head_recompute`` the logits.
+    ``full`` and ``loop`` recompute the layers, ``selective`` the attention core. The head's gradients exist already.
     """
+    config, share = run.config, run.tokens / run.config.parallel.tensor
+    one = _flops_per_token(config.model, config.gate, config.data.seq_length)
+    gate = Flops(head=2 * one.gate * share if run.is_last(rank) else 0.0)
     if run.frozen:
-        gate = parameter_counts(run.config.model, run.config.gate)["gate"] if run.is_last(rank) else 0
-        return Flops(head=2 * 2.0 * gate * run.tokens / run.config.parallel.tensor)
-    forward, mode = forward_flops(run, rank), run.config.parallel.recompute
+        return gate
+    layers, mode = replace(forward_flops(run, rank), head=0.0), config.parallel.recompute
     recomputed = Flops()
     if mode in ("full", "loop"):
-        recomputed = replace(forward, head=0.0)
+        recomputed = layers
     elif mode == "selective":
-        recomputed = Flops(attention=forward.attention)
-    if run.config.loss.head_recompute:
-        recomputed = replace(recomputed, head=forward.head)
-    return forward.times(2) + recomputed
+        recomputed = Flops(attention=layers.attention)
+    return layers.times(2) + gate + recomputed
 
 
 def model_flops_per_token(run: PlannedRun) -> float:

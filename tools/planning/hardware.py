@@ -37,7 +37,8 @@ GPUS: dict[GpuName, Gpu] = {
 NETWORKS: dict[NetworkName, float] = {"eth-100": 12.5 / 8, "ib-100": 12.5, "ib-200": 25, "ib-400": 50, "ib-800": 100}
 LATENCY_S = 20e-6  # of a collective operation or a message of any size
 ADAM_BYTES = 64  # memory traffic per main weight: torch's AdamW reads and writes its four fp32 arrays several times
-LOGIT_BYTES = 16  # memory traffic per logit in forward; twice that in backward
+LOGIT_BYTES = 16  # memory traffic per logit for the losses: bf16 product, fp32 copy, log-probabilities
+LOGIT_GRADIENT_BYTES = 10  # and for the gradients: log-probabilities read, bf16 gradient written and read twice
 
 
 @dataclass(frozen=True, kw_only=True)

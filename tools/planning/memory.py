@@ -15,7 +15,7 @@ class Memory(Amounts):
     gradients: float  # the buffers in which they are summed
     optimizer: float  # Adam's two moments, plus fp32 main weights if training is in bf16
     activations: float  # what autograd keeps for backward, at its peak
-    working: float  # short-lived tensors: a chunk of logits, the head's gradient, gradients on their way back
+    working: float  # short-lived tensors: a chunk of logits and the head's gradient, or gradients on their way back
 
 
 def rank_memory(run: PlannedRun, rank: int) -> Memory:
@@ -52,26 +52,40 @@ def optimizer_shards(run: PlannedRun) -> int:
 
 
 def _working_bytes(run: PlannedRun, rank: int) -> float:
-    """Return the bytes that autograd does not keep but that are in use while the activations are at their peak."""
+    """Return the bytes that autograd does not keep but that are in use while the activations are at their peak.
+
+    That is when the forward pass ends with the head, or backward runs through the layers.
+    """
     config, e = run.config, run.number_bytes
-    layout, loss, model = config.parallel, config.loss, config.model
+    layout, model = config.parallel, config.model
+    head = _head_bytes(run) if run.is_last(rank) else 0.0
+    if run.frozen:
+        return head
     hidden = run.shard_tokens * model.hidden_size * e
     # A layer's gradients on their way back: three of the feed-forward layer's inner width, its input's and output's.
-    layer = 3 * run.tokens * model.ffn_hidden_size * e / layout.tensor + 2 * hidden
-    working = 0.0 if run.frozen else layer
-    if run.is_last(rank):
-        rows = min(loss.head_chunk_tokens, run.tokens)
-        working += rows * model.vocab_size / layout.tensor * (FP32 + 2 * e)  # product, fp32 logits, their gradient
-        if not run.frozen:
-            # Summed over the chunks in fp32, cast, and added to the other loops'.
-            working += model.vocab_size / layout.tensor * model.hidden_size * (FP32 + (2 * e if e < FP32 else FP32))
-    if run.frozen:
-        return working
+    backward = 3 * run.tokens * model.ffn_hidden_size * e / layout.tensor + 2 * hidden
     if layout.pipeline > 1:
-        working += in_flight(run, rank) * hidden  # sent, and held by the schedule until their backward
-    else:
-        working += model.num_loops * hidden  # the losses' gradients of every loop's hidden state wait for its backward
-        if layout.recompute in ("none", "selective") and model.num_loops > 1:
-            # One graph: a weight's gradients of all loops are summed before they are added to the buffer.
-            working += run.parameters(rank)["layers"] * e
-    return working
+        # Hidden states that were sent are held by the schedule until their backward.
+        return max(head, backward) + in_flight(run, rank) * hidden
+    if layout.recompute in ("full", "loop"):
+        # The gradients from the head wait for their loop's backward. Otherwise they are at the peak among what is kept.
+        backward += model.num_loops * hidden
+    elif model.num_loops > 1:
+        # One graph: a weight's gradients of all loops are summed before they are added to the buffer.
+        backward += run.parameters(rank)["layers"] * e
+    return max(head, backward)
+
+
+def _head_bytes(run: PlannedRun) -> float:
+    """Return the bytes in use while the head computes a chunk: product, fp32 copy, log-probabilities; and gradients."""
+    layout, e = run.config.parallel, run.number_bytes
+    logits = run.head_chunk * run.head_rows * (2 * FP32 + (e if e < FP32 else 0))
+    if run.frozen:
+        return logits
+    # In bf16 a chunk's product exists before it is added to the buffer, whose own dtype may require a sum in fp32.
+    weight = run.head_rows * run.config.model.hidden_size
+    product = weight * (e if e < FP32 else 0)
+    total = weight * FP32 if gradient_bytes(run) < FP32 else 0.0
+    # Under sequence parallelism the hidden state is gathered, and its gradient is whole before it is scattered.
+    gathered = 2 * run.tokens * run.config.model.hidden_size * e if layout.sequence_parallel else 0.0
+    return logits + product + total + gathered

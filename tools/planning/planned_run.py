@@ -1,10 +1,12 @@
 """A recipe in one parallel layout: the configuration as it would run, and the number of its replicas."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import TypeVar
 
 from looplm.accounting import parameter_counts, weight_bytes
 from looplm.config import RunConfig
+from looplm.model.head import chunk_tokens
 from looplm.parameters import layer_parameters
 
 AmountsType = TypeVar("AmountsType", bound="Amounts")
@@ -66,6 +68,16 @@ class PlannedRun:
         """Tokens of a micro-batch between the matrices, where sequence parallelism splits the positions again."""
         layout = self.config.parallel
         return self.tokens / (layout.tensor if layout.sequence_parallel else 1)
+
+    @property
+    def head_rows(self) -> float:
+        """Rows of the head's matrix on one rank."""
+        return self.config.model.vocab_size / self.config.parallel.tensor
+
+    @property
+    def head_chunk(self) -> int:
+        """Tokens whose logits a GPU computes at once."""
+        return chunk_tokens(ceil(self.tokens), ceil(self.head_rows), "cuda")
 
     def layers_per_rank(self) -> list[int]:
         """Return the number of layers on each pipeline rank."""

@@ -95,6 +95,23 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_of_an_earlier_release_is_named_and_has_no_effect(tmp_path, capsys, monkeypatch):
+    old, text = ["--loss.head_chunk_tokens", "64"], "loss:\n  head_recompute: false\n" + yaml.safe_dump(BASE)
+    plain, found = parse(tmp_path), parse(tmp_path, *old, text=text)
+    assert found == plain
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 2 and str(tmp_path / "base.yaml:2: loss.head_recompute: has no effect; ") in shown[0]
+    assert shown[1].startswith("--loss.head_chunk_tokens: has no effect; ")
+    stored = to_dict(plain)
+    stored["loss"] |= {"head_recompute": False, "head_chunk_tokens": 64}
+    assert from_dict(RunConfig, stored, where="a checkpoint") == plain
+    monkeypatch.setenv("RANK", "1")
+    parse(tmp_path, *old)
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match=r"loss\.head_recompte: unknown key"):
+        parse(tmp_path, "--loss.head_recompte", "1")
+
+
 def test_a_missing_file_and_missing_keys(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read"):
         parse_config(RunConfig, ["--config", str(tmp_path / "nowhere.yaml")], prog="p", description="d")
