@@ -241,7 +241,7 @@ format: $(READY)  ## apply ruff's automatic fixes
 # The trained model whose gate decides when tokens leave: the first of these that exists.
 BENCHED = $(firstword $(wildcard runs/longer/gate runs/quickstart/gate))
 
-bench: $(READY)  ## speed against plain torch, memory of the chunked head, a pipeline's bubble, decoding
+bench: $(READY)  ## speed against plain torch, the head, a pipeline's bubble, decoding
 	@$(call recorded,bench) $(PY) -m tools.bench $(if $(BENCHED),--checkpoint $(BENCHED))
 
 plan-check: $(READY)  ## the planner's memory against training steps on this CPU, up to four processes

@@ -3,7 +3,7 @@
 Shapes: S sequence, B micro-batch, R loops.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from looplm.config import LossConfig
 from looplm.model import LoopLM
-from looplm.model.exit_gate import exit_entropy, exit_log_probs, leave_log_prob
+from looplm.model.exit_gate import exit_entropy, exit_log_probs
 from looplm.model.head import DirectGradient, HeadLosses, token_losses, weighted_losses
 from looplm.model.losses import LoopLosses, adaptive_gate_loss, exit_regularizer, geometric_prior
 from looplm.model.pipeline import Head, LoopView
@@ -74,17 +74,20 @@ def loop_losses(
     weight is in its buffer when this returns (:func:`head_of`).
     """
     output = model(batch.ids_BS, num_loops, batch.document_start_SB, loss.frozen_trunk)
-    head = head_of(model, batch, loss, len(output.hidden))
+    head = head_of(model, batch, loss)
     if norms is not None:
         for loop, h_SBD in enumerate(output.hidden):
             norms.watch(loop, h_SBD)
-    logits = output.gate_logit_RSB.unbind()
-    losses = [head(h_SBD, logits[: loop + 1]) for loop, h_SBD in enumerate(output.hidden)]
-    return LoopLosses.of(losses, logits)
+    leave_RSB, last_loop = exit_log_probs(output.gate_logit_RSB).exp(), len(output.hidden) - 1
+    losses = [
+        head(h_SBD, leave_SB, loop == last_loop)
+        for loop, (h_SBD, leave_SB) in enumerate(zip(output.hidden, leave_RSB, strict=True))
+    ]
+    return LoopLosses.of(losses, output.gate_logit_RSB)
 
 
-def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig, num_loops: int) -> Head:
-    """Return the head for a micro-batch of ``num_loops`` loops.
+def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig) -> Head:
+    """Return the head for the loops of a micro-batch.
 
     In stage 1 it computes the gradients together with the losses. If the model is in Megatron's wrapper, the weight's
     gradient goes into its buffer at once.
@@ -93,14 +96,12 @@ def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossCon
     inner: LoopLM = model if ddp is None else ddp.module
     group, sequence_parallel = inner.tp_group, inner.config.sequence_parallel
 
-    def head(h_SBD: Tensor, gate_logits: Sequence[Tensor]) -> HeadLosses:
+    def head(h_SBD: Tensor, leave_SB: Tensor, last: bool) -> HeadLosses:
         inputs = h_SBD, inner.head_weight(), batch.labels_SB
         if loss.frozen_trunk:
             return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
-        last = len(gate_logits) == num_loops
-        share_SB = leave_log_prob(gate_logits, last).exp() * batch.mask_SB
         direct = None if ddp is None else direct_gradient(ddp, last)
-        return weighted_losses(*inputs, share_SB, group, sequence_parallel, direct)
+        return weighted_losses(*inputs, leave_SB * batch.mask_SB, group, sequence_parallel, direct)
 
     return head
 
@@ -130,11 +131,11 @@ def forward_step(
     batch = next(batches)
     norms.forget_recomputed()
     if isinstance(model, LoopView):
-        head = head_of(model.ddp, batch, loss, model.inner.model_config.num_loops)
+        head = head_of(model.ddp, batch, loss)
 
-        def watched_head(h_SBD: Tensor, gate_logits: Sequence[Tensor]) -> HeadLosses:
+        def watched_head(h_SBD: Tensor, leave_SB: Tensor, last: bool) -> HeadLosses:
             norms.watch(model.loop, h_SBD)
-            return head(h_SBD, gate_logits)
+            return head(h_SBD, leave_SB, last)
 
         output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, watched_head, loss.frozen_trunk)
     else:

@@ -69,7 +69,7 @@ def result(name: str, output: str) -> str:
         return " ".join(f"{row['loss']:.3f}" for row in depths)
     if name == "bench":
         speeds = re.findall(r"engine / plain torch +([\d.]+) x", output)
-        head = re.findall(r"chunks of \d+ tokens .*?([\d.]+)%", output)
+        head = re.findall(r"one pass +[\d.]+ x time .*?([\d.]+)%", output)
         return ", ".join(
             [f"{kind} {x}x" for kind, x in zip(("fp32", "bf16"), speeds, strict=False)] + [f"head {x} %" for x in head]
         )

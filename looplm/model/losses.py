@@ -22,12 +22,12 @@ class LoopLosses(NamedTuple):
     expected: Tensor | None  # sum over loops and tokens of p_r times the cross-entropy; None if the gate alone trains
 
     @classmethod
-    def of(cls, losses: Sequence[HeadLosses], gate_logits: Sequence[Tensor]) -> "LoopLosses":
-        """Join the losses and gate logits of each loop."""
+    def of(cls, losses: Sequence[HeadLosses], gate_logit_RSB: Tensor) -> "LoopLosses":
+        """Join the losses of each loop."""
         token_loss_RSB = torch.stack([loss.token_loss_SB for loss in losses])
         expected = [loss.expected for loss in losses if loss.expected is not None]
         total = torch.stack(expected).sum() if expected else None
-        return cls(token_loss_RSB, torch.stack(list(gate_logits)), total)
+        return cls(token_loss_RSB, gate_logit_RSB, total)
 
 
 def masked_mean(value_SB: Tensor, mask_SB: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ exist by then.
 Shapes: S sequence, B micro-batch, D hidden, R loops.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,12 +22,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from torch import Tensor, nn
 
+from looplm.model.exit_gate import leave_log_prob
 from looplm.model.head import HeadLosses
 from looplm.model.loop_lm import LoopLM
 from looplm.model.losses import LoopLosses
 
-# From a loop's hidden state [S, B, D] and the gate's logits [S, B] after the loops up to it, to the loop's losses.
-Head = Callable[[Tensor, Sequence[Tensor]], HeadLosses]
+# Maps a loop's hidden state [S, B, D], the probability of leaving after it [S, B], and True for the last loop, to the
+# loop's losses.
+Head = Callable[[Tensor, Tensor, bool], HeadLosses]
 
 
 class ViewOutput(NamedTuple):
@@ -123,9 +125,11 @@ class LoopView(nn.Module):
 
         before = self._carried.pop(micro_batch, _Carried())
         logit_SB, state = inner.gate_logit(hidden_SBD, before.gate_state, self.loop, document_start_SB)
-        losses = head(hidden_SBD, (*before.gate_logit, logit_SB))
+        leave_SB = leave_log_prob((*before.gate_logit, logit_SB), last_loop).exp()
+        losses = head(hidden_SBD, leave_SB, last_loop)
         if last_loop:
-            return ViewOutput(hidden_SBD, LoopLosses.of((*before.losses, losses), (*before.gate_logit, logit_SB)))
+            logit_RSB = torch.stack((*before.gate_logit, logit_SB))
+            return ViewOutput(hidden_SBD, LoopLosses.of((*before.losses, losses), logit_RSB))
         if frozen_trunk:  # no backward crosses the ranks, so the gate's graph can continue into the next loop
             self._carried[micro_batch] = before.add(losses, logit_SB, state)
             return ViewOutput(hidden_SBD, None)

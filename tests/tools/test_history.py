@@ -55,7 +55,7 @@ def test_the_figures_of_the_quickstart_and_the_bench(tmp_path: Path, monkeypatch
     monkeypatch.setattr(history, "EVALUATION", evaluation)
     assert history.result("quickstart", "== quickstart 1/6: data\n") == "4.558 4.411"
     printed = (
-        "  chunks of 256 tokens           209 MiB above the start   18.0%\n"
+        "  one pass                    0.81 x time       128 MiB above the start   11.0%\n"
         "  engine / plain torch          0.98 x\n  engine / plain torch          1.00 x\n"
     )
-    assert history.result("bench", printed) == "fp32 0.98x, bf16 1.00x, head 18.0 %"
+    assert history.result("bench", printed) == "fp32 0.98x, bf16 1.00x, head 11.0 %"
