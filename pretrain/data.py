@@ -33,7 +33,7 @@ FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipe
 
 
 class Batch(NamedTuple):
-    """A micro-batch on this rank's device."""
+    """A micro-batch on this rank's device, except for the documents' starts, of which the host makes spans."""
 
     ids_BS: Tensor
     labels_SB: Tensor
@@ -267,7 +267,7 @@ def _to_batch(sample: dict[str, Tensor], document_masking: bool) -> Batch:
     document_start_SB = None
     if document_masking:  # position ids restart at each document
         position_BS = torch.arange(ids_BS.size(1)).expand_as(sample["position_ids"])
-        document_start_SB = (position_BS - sample["position_ids"]).t().contiguous().to(DEVICE)
+        document_start_SB = (position_BS - sample["position_ids"]).t().contiguous()
     return Batch(
         ids_BS,
         sample["labels"].t().contiguous().to(DEVICE),

@@ -54,18 +54,5 @@ def positions(length: int, group: Group, device: torch.device | None = None) -> 
     return shard(torch.arange(length, device=device), group)
 
 
-def spans(own: int, group: Group) -> list[tuple[slice, int]]:
-    """Return this rank's ``own`` positions as runs that are consecutive in the whole sequence, each with its end there.
-
-    Under a causal mask a run sees no key from its end on.
-    """
-    rank, size = rank_and_size(group)
-    if size == 1:
-        return [(slice(0, own), own)]
-    length = own // 2
-    early, late = _parts_of(rank, size)
-    return [(slice(0, length), (early + 1) * length), (slice(length, own), (late + 1) * length)]
-
-
 def _parts_of(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank

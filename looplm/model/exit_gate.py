@@ -243,6 +243,7 @@ def causal_document_mean(
     end_S = context_parallel.positions(len(whole_TB), group, x_SB.device) + 1
     total_SB, count_SB = before_TB[end_S], end_S.unsqueeze(-1)
     if document_start_SB is not None:
+        document_start_SB = document_start_SB.to(x_SB.device, non_blocking=True)
         total_SB, count_SB = total_SB - before_TB.gather(0, document_start_SB), count_SB - document_start_SB
     return (total_SB / count_SB).to(x_SB.dtype)
 

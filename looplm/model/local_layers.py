@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from looplm.config import ModelConfig
 from looplm.megatron.patches import accept_as_mla_down_projection
-from looplm.model.attention import AttentionModules, CoreAttention, attention_spec
+from looplm.model.attention import AttentionModules, attention_spec
+from looplm.model.core_attention import CoreAttention
 from looplm.model.norms import RMSNorm, residual_add
 
 

@@ -10,7 +10,7 @@ The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from looplm.config import EngineConfig, GateConfig, ModelConfig, ParallelConfig
+from looplm.megatron.device import DEVICE
 from looplm.megatron.process_groups import seeded
 from looplm.megatron.settings import transformer_config
-from looplm.model.attention import document_mask, document_offsets, outer_rotary_embedding
+from looplm.model.attention import outer_rotary_embedding
 from looplm.model.block import block_spec, recomputed
 from looplm.model.exit_gate import build_exit_gate
+from looplm.model.spans import document_offsets, document_spans
 
 EXTRA_STATE = "_extra_state"  # torch's suffix for the extra state of a module
 
@@ -157,7 +159,7 @@ class LoopLM(LanguageModule):
                 (:func:`looplm.megatron.context_parallel.shard`).
             num_loops: how often; None takes ``model.num_loops``. More than in training is allowed.
             document_start_SB: index, in the whole sample, of the first position of each token's document; None if a
-                sample is one document.
+                sample is one document. On a GPU the host waits for it: give a tensor on the host.
             frozen_trunk: run everything but the gate without autograd (stage 2).
 
         Returns:
@@ -165,10 +167,10 @@ class LoopLM(LanguageModule):
             any depth; its logits beyond them mean nothing.
         """
         num_loops = num_loops or self.model_config.num_loops
-        mask, hidden = self.attention_mask(document_start_SB), list[Tensor]()
+        spans, hidden = self.attention_spans(ids_BS, document_start_SB), list[Tensor]()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             for _ in range(num_loops):
-                hidden.append(self.run_layers(ids_BS, hidden[-1] if hidden else None, lambda: mask))
+                hidden.append(self.run_layers(ids_BS, hidden[-1] if hidden else None, spans))
         if frozen_trunk:
             hidden = [h_SBD.detach() for h_SBD in hidden]  # Megatron re-enables autograd around residual adds
         state, logits = None, []
@@ -177,22 +179,28 @@ class LoopLM(LanguageModule):
             logits.append(logit_SB)
         return LoopOutput(tuple(hidden), torch.stack(logits))
 
-    def attention_mask(self, document_start_SB: Tensor | None) -> Tensor | None:
-        """Return the mask that keeps attention inside documents, in the core's form; all loops share it."""
-        if document_start_SB is None:
-            return None
-        if self.attends_packed:
-            return document_offsets(document_start_SB)
-        return document_mask(document_start_SB, self.config.params_dtype, self.cp_group)
+    def attention_spans(self, ids_BS: Tensor, document_start_SB: Tensor | None) -> Tensor | None:
+        """Return which keys each query sees, in the core's form, for all layers and loops; None for all earlier ones.
 
-    def run_layers(self, ids_BS: Tensor, hidden_SBD: Tensor | None, mask: Callable[[], Tensor | None]) -> Tensor:
+        Args:
+            ids_BS: token ids of this rank's positions.
+            document_start_SB: as in :meth:`forward`.
+        """
+        if document_start_SB is None:
+            if self.cp_group.size() == 1:
+                return None
+            document_start_SB = torch.zeros(ids_BS.t().shape, dtype=torch.int64)
+        if self.attends_packed:
+            return document_offsets(document_start_SB).to(DEVICE)
+        return document_spans(document_start_SB, self.cp_group)
+
+    def run_layers(self, ids_BS: Tensor, hidden_SBD: Tensor | None, spans: Tensor | None) -> Tensor:
         """Run this rank's layers once: one loop of the stack, or its part of one under pipeline parallelism.
 
         Args:
             ids_BS: token ids, embedded where ``hidden_SBD`` is None.
             hidden_SBD: from the loop, or the pipeline rank, before.
-            mask: returns the mask of :meth:`attention_mask`. It is called again if the loop is recomputed, so that the
-                mask need not be kept until then.
+            spans: from :meth:`attention_spans`.
         """
         if hidden_SBD is None:
             hidden_SBD = self.embedding(ids_BS, position_ids=None)
@@ -201,7 +209,7 @@ class LoopLM(LanguageModule):
             # Asked for the whole sequence, Megatron's rotary embedding returns this context-parallel rank's part.
             rotary = None if self.rotary is None else self.rotary(ids_BS.size(1) * self.cp_group.size())
             self.decoder.set_input_tensor(h_SBD)  # the input of blocks after the pipeline's first
-            return self.decoder(h_SBD, attention_mask=mask(), rotary_pos_emb=rotary)
+            return self.decoder(h_SBD, attention_mask=spans, rotary_pos_emb=rotary)
 
         if self.recompute_loops and self.training and torch.is_grad_enabled():
             return recomputed(layers, hidden_SBD, self.config, self.tp_group)

@@ -14,7 +14,6 @@ Shapes: S sequence, B micro-batch, D hidden, R loops.
 
 from collections.abc import Callable
 from copy import copy
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,13 +56,21 @@ class LoopView(nn.Module):
     Args:
         ddp: the rank's model in Megatron's wrapper; all views share it.
         loop: 0-based.
-        carried: shared by the views of a rank: what is kept of each micro-batch, by its number.
+        carried: what is kept of each micro-batch, by its number; shared by the views of a rank.
+        spans: the spans of each micro-batch, by its number; shared by the views of a rank.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, loop: int, carried: dict[int, _Carried]) -> None:
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        loop: int,
+        carried: dict[int, _Carried],
+        spans: dict[int, Tensor | None],
+    ) -> None:
         super().__init__()
         self._shared = (ddp,)  # a tuple hides it from torch, which would count every parameter R times
-        self._carried, self.loop, self.vp_stage = carried, loop, loop
+        self._carried, self._spans = carried, spans
+        self.loop = self.vp_stage = loop
         self.model_type = ModelType.encoder_or_decoder
         self._calls = 0
         self._input: Tensor | None = None
@@ -101,6 +108,7 @@ class LoopView(nn.Module):
         """Number micro-batches from 0 again; call it before each step."""
         self._calls = 0
         self._carried.clear()
+        self._spans.clear()
 
     def forward(
         self, ids_BS: Tensor, document_start_SB: Tensor | None, head: Head, frozen_trunk: bool = False
@@ -116,8 +124,10 @@ class LoopView(nn.Module):
         micro_batch, self._calls = self._calls, self._calls + 1
         inner, last_loop = self.inner, self.loop == self.inner.model_config.num_loops - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
-            mask = partial(inner.attention_mask, document_start_SB)
-            hidden_SBD = inner.run_layers(ids_BS, self._input, mask)
+            if self.loop == 0:
+                self._spans[micro_batch] = inner.attention_spans(ids_BS, document_start_SB)
+            spans = self._spans.pop(micro_batch) if last_loop else self._spans[micro_batch]
+            hidden_SBD = inner.run_layers(ids_BS, self._input, spans)
         if not inner.post_process:
             return ViewOutput(hidden_SBD, None)
         if frozen_trunk:
@@ -159,5 +169,5 @@ class _Carry(torch.autograd.Function):
 
 def loop_views(ddp: DistributedDataParallel) -> list[LoopView]:
     """Return this rank's R views, in the order of the loops."""
-    carried: dict[int, _Carried] = {}
-    return [LoopView(ddp, loop, carried) for loop in range(ddp.module.model_config.num_loops)]
+    carried, spans = dict[int, _Carried](), dict[int, Tensor | None]()
+    return [LoopView(ddp, loop, carried, spans) for loop in range(ddp.module.model_config.num_loops)]

@@ -8,10 +8,10 @@ Checkpoints store all weights under the local block's names: Megatron renames th
 loads. Scales and histories of FP8 are not stored, because they are pickles.
 
 Packed documents go to the core as one row of tokens with the documents' offsets (Transformer Engine's ``thd`` layout).
-A dense mask, [samples, S, S], would rule out the flash kernels, and at S = 64K it takes 8 GB a sample. Rotary positions
-count through the whole sample, which is correct inside a document because only their differences matter. Under context
-parallelism the core is ours (:class:`looplm.model.attention.CoreAttention`): Transformer Engine's ring needs every
-document padded to a multiple of twice the ranks.
+Rotary positions count through the whole sample, which is correct inside a document because only their differences
+matter. Under context parallelism the core is ours (:class:`looplm.model.core_attention.CoreAttention`), which cuts a
+sample wherever its parts end. Transformer Engine cuts every document into twice as many parts as there are ranks, and
+needs each padded to a multiple of that.
 
 Shapes: S sequence, B batch, H heads, K query-key head width, W value head width.
 """
@@ -37,7 +37,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from looplm.config import ModelConfig
-from looplm.model.attention import AttentionModules, CoreAttention, attention_spec
+from looplm.model.attention import AttentionModules, attention_spec
+from looplm.model.core_attention import CoreAttention
 from looplm.model.norms import residual_add
 
 # A fused norm's name here, and its name in a local block.
@@ -95,7 +96,7 @@ class PackedAttention(MegatronModule):
             query: [S, B, H, K].
             key: [S, B, groups, K].
             value: [S, B, groups, W].
-            attention_mask: the documents' offsets (:func:`looplm.model.attention.document_offsets`); None means causal.
+            attention_mask: the documents' offsets (:func:`looplm.model.spans.document_offsets`); None means causal.
 
         Returns:
             [S, B, H * W].

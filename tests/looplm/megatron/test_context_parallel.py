@@ -2,23 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 
 from looplm.megatron import context_parallel
-from looplm.model.attention import document_mask
-
-
-def groups_of(ranks: int) -> list[dist.ProcessGroup]:
-    """Return a process group as each of its ranks sees it. It cannot communicate."""
-    return [dist.ProcessGroup(dist.HashStore(), rank, ranks) for rank in range(ranks)]
-
-
-def documents(length: int) -> torch.Tensor:
-    """Return start positions [S, 2]: a sample of three documents and a sample of one."""
-    starts = torch.zeros(length, 2, dtype=torch.int64)
-    starts[3:, 0], starts[length - 5 :, 0] = 3, length - 5
-    return starts
+from tests.support.documents import groups_of
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -39,29 +26,6 @@ def test_positions_are_those_of_megatrons_rotary_embedding(ranks, single_process
     for group in groups_of(ranks):
         mine = context_parallel.positions(12 * ranks, group)
         assert torch.equal(get_pos_emb_on_this_cp_rank(angles, 0, group).flatten(), mine.float())
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_spans_are_consecutive_and_see_no_later_key(ranks):
-    work = set()
-    for group in groups_of(ranks):
-        mine, found = context_parallel.positions(8 * ranks, group), []
-        for own, seen in context_parallel.spans(len(mine), group):
-            run = mine[own]
-            assert torch.equal(run, torch.arange(seen - len(run), seen))
-            found.append(run)
-        assert torch.equal(torch.cat(found), mine)
-        work.add(int((mine + 1).sum()))
-    assert len(work) == 1, f"causal work is uneven: {work}"
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_ranks_document_mask_is_its_rows_of_the_whole_mask(ranks):
-    starts = documents(8 * ranks)
-    whole = document_mask(starts, torch.float32)
-    for group in groups_of(ranks):
-        mine = document_mask(context_parallel.shard(starts, group), torch.float32, group)
-        assert torch.equal(mine, context_parallel.shard(whole, group, dim=2))
 
 
 def test_a_sequence_that_cannot_be_sharded_is_refused():

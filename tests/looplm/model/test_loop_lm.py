@@ -13,10 +13,10 @@ from looplm import reference
 from looplm.config import GateConfig, ModelConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM, LoopOutput
-from looplm.model.attention import document_mask
 from looplm.model.exit_gate import exit_log_probs
 from looplm.model.head import token_losses
 from looplm.model.losses import adaptive_gate_loss, exit_regularizer, masked_mean
+from looplm.model.spans import document_spans
 from tests.support.parity import assert_close_relative, gradients, oracle_copy, relative_error
 
 S, B, V = 19, 2, 61
@@ -116,10 +116,10 @@ def test_one_block_equals_the_oracle(case: str, packed: bool, single_process: Pr
     tensors = {"input": torch.randn(S, B, config.hidden_size, requires_grad=True), **dict(block.named_parameters())}
     theirs = oracle_copy(tensors)
     start_SB, mix_SBD = documents() if packed else None, torch.randn(S, B, config.hidden_size)
-    mask = None if start_SB is None else document_mask(start_SB, torch.float32)
+    spans = None if start_SB is None else document_spans(start_SB)
     rotary = None if model.rotary is None else model.rotary(S)
 
-    output_SBD, _ = block(tensors["input"], attention_mask=mask, rotary_pos_emb=rotary)
+    output_SBD, _ = block(tensors["input"], attention_mask=spans, rotary_pos_emb=rotary)
     view = reference.View.of(config, torch.zeros(B, S), start_SB, fused=False)
     their_output_SBD = reference.block(theirs, config, theirs["input"], view)
     assert_close_relative({"output": output_SBD}, {"output": their_output_SBD})

@@ -21,7 +21,6 @@ from looplm import checkpoint, reference
 from looplm.config import EngineConfig, GateConfig, ModelConfig, ParallelConfig, Recipe
 from looplm.megatron.device import HAS_TRANSFORMER_ENGINE
 from looplm.model import EXTRA_STATE, LoopLM
-from looplm.model.attention import document_offsets
 from looplm.model.pipeline import loop_views
 from looplm.model.transformer_engine_layers import LOCAL_NAMES
 from tests.support.parity import assert_close_relative, gradients, oracle_copy
@@ -74,12 +73,6 @@ def documents() -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------- without Transformer Engine
-
-
-def test_document_offsets_run_through_all_samples():
-    offsets = document_offsets(documents())
-    assert offsets.dtype is torch.int32 and offsets.tolist() == [0, 5, 11, 24, 47, 48]
-    assert document_offsets(torch.zeros(4, 3, dtype=torch.int64)).tolist() == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("name", MODELS)
