@@ -25,7 +25,7 @@ from looplm.parameters import gate_parameters
 from pretrain.data import BatchSchedule
 from tools.plan import PlanConfig, main
 from tools.planning import communication, schedule
-from tools.planning.activations import in_flight, peak_activation_bytes
+from tools.planning.activations import in_flight, layer_bytes, peak_activation_bytes
 from tools.planning.estimate import budget_of, days, estimate, pass_time, step_time
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
 from tools.planning.hardware import GIB, GPUS, LATENCY_S, Assumptions, Cluster
@@ -126,20 +126,29 @@ def test_the_head_computes_its_gradients_in_the_forward_pass() -> None:
     assert backward_flops(stages[0], 0).head == 2 * GATE_FLOPS
 
 
-def test_with_a_mask_the_kernel_computes_both_halves() -> None:
-    def attention(**sections: Any) -> float:
-        return forward_flops(planned(**sections), 0).attention
+def test_documents_cost_no_mask() -> None:
+    """They are counted as one document a sample, whose scores context parallelism divides evenly."""
+    engine = {"transformer_impl": "transformer_engine"}
+    for context in (1, 4):
+        layout: dict[str, Any] = {"parallel": {"context": context}}
+        one_document = planned(data={"document_masking": False}, **layout)
+        for packed in (planned(**layout), planned(engine=engine, **layout)):
+            assert forward_flops(packed, 0) == forward_flops(one_document, 0)
+            assert peak_activation_bytes(packed, 0) == peak_activation_bytes(one_document, 0)
+        assert forward_flops(one_document, 0).attention == pytest.approx(
+            forward_flops(planned(), 0).attention / context
+        )
 
-    causal = attention(data={"document_masking": False})
-    assert attention() == 2 * causal
-    assert attention(parallel={"context": 4}) == pytest.approx(causal / 4 * (1 + 1 / 8))
-    packed = {
-        "transformer_impl": "transformer_engine"
-    }  # it knows where documents begin, except under context parallelism
-    assert attention(engine=packed) == causal
-    assert attention(engine=packed, parallel={"context": 4}) == attention(parallel={"context": 4})
-    activations = [peak_activation_bytes(planned(engine=engine), 0) for engine in ({}, packed)]
-    assert activations[0] - activations[1] == 2 * 1024 * 1024 * 2
+
+def test_only_a_gpu_pads_values_to_the_width_of_queries() -> None:
+    def padding(**sections: Any) -> float:
+        run = planned(parallel={"recompute": "none"}, **sections)
+        return layer_bytes(run) - layer_bytes(replace(run, padded_heads=False))
+
+    assert padding(model=MHA) == 0
+    tokens, heads, widths = 2 * 1024, MLA.num_attention_heads, MLA.attention_widths
+    padded_value_and_output = 2 * widths.query_key - widths.value
+    assert padding(model=MLA) == tokens * heads * padded_value_and_output * 2
 
 
 def test_a_frozen_trunk_has_no_backward() -> None:

@@ -70,12 +70,14 @@ def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
 
 
 def random_batch(recipe: RunConfig, batch_size: int, documents: bool = False) -> Batch:
-    """Return random tokens; with ``documents``, each sample is one document if the recipe masks documents."""
+    """Return random tokens; with ``documents``, a sample is two documents if the recipe masks documents."""
     length, sizes_SB = recipe.data.seq_length, (recipe.data.seq_length, batch_size)
     ids_BS = torch.randint(recipe.model.vocab_size, (batch_size, length + 1), device=DEVICE)
-    start_SB = torch.zeros(sizes_SB, dtype=torch.int64, device=DEVICE)
-    spans = start_SB if documents and recipe.data.document_masking else None
-    return Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), torch.ones(sizes_SB, device=DEVICE), spans)
+    start_SB = None
+    if documents and recipe.data.document_masking:
+        start_SB = torch.zeros(sizes_SB, dtype=torch.int64)
+        start_SB[length // 2 :] = length // 2
+    return Batch(ids_BS[:, :-1], ids_BS[:, 1:].t().contiguous(), torch.ones(sizes_SB, device=DEVICE), start_SB)
 
 
 def peak_saved_bytes(config: RunConfig, batch: Batch, groups: ProcessGroupCollection) -> int:

@@ -35,8 +35,7 @@ def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
         kept, recomputed = hidden, recomputed + layers * whole_layer + norm
     else:
         kept, recomputed = layers * whole_layer + norm, 0.0
-    masks = mask_bytes(run) * (passes if config.parallel.pipeline > 1 and mode != "loop" else 1)
-    return passes * (kept + losses) + masks + deepest + max(0.0, recomputed - freed)
+    return passes * (kept + losses) + deepest + max(0.0, recomputed - freed)
 
 
 def in_flight(run: PlannedRun, rank: int) -> int:
@@ -61,6 +60,18 @@ def layer_bytes(run: PlannedRun) -> float:
     return norms + inputs + feed_forward + _attention_bytes(run) + _rotary_bytes(run)
 
 
+def written_bytes(run: PlannedRun) -> float:
+    """Return the bytes that a layer writes in forward, of what it could keep.
+
+    That is what it keeps, and MHA's one projection, from which attention copies its queries, keys and values.
+    """
+    layout, widths, heads = run.config.parallel, run.config.model.attention_widths, run.config.model.num_attention_heads
+    if widths.latents or layout.recompute == "selective" or run.config.model.qk_norm:
+        return layer_bytes(run)  # there is no such projection, or it is kept
+    width = widths.query_key * (heads + widths.key_heads) + widths.value * widths.key_heads
+    return layer_bytes(run) + run.tokens / layout.tensor * width * run.number_bytes
+
+
 def _norm_bytes(run: PlannedRun, width: int) -> float:
     """Return the bytes kept by an RMSNorm of ``width`` channels.
 
@@ -73,26 +84,34 @@ def _norm_bytes(run: PlannedRun, width: int) -> float:
 def _attention_bytes(run: PlannedRun) -> float:
     """Return the bytes kept between the input of the first projection and the output of the last."""
     layout, e = run.config.parallel, run.number_bytes
-    widths, heads = run.config.model.attention_widths, run.config.model.num_attention_heads
+    model = run.config.model
+    widths, heads = model.attention_widths, model.num_attention_heads
     tokens = run.tokens / layout.tensor
-    whole = tokens * layout.context  # keys and values of the whole sequence, gathered
-    wider = max(widths.value, widths.query_key)
-    latents, padded = _latent_bytes(run), wider * widths.key_heads
     value, query, key = widths.value * widths.key_heads, widths.query_key * heads, widths.query_key * widths.key_heads
-    out = heads * wider  # as wide as the padded values
-    one_projection = not widths.latents
-    row_sums = tokens * heads * FP32
+    out, latents, row_sums = widths.value * heads, _latent_bytes(run), tokens * heads * FP32
     if layout.recompute == "selective":
         # The core's inputs, and its result, which is the last projection's input. Plain attention's values are a view
         # of the output of the one projection that computes queries, keys and values.
-        inputs = query + key + (query + key + value if one_projection else value)
-        return latents + tokens * (inputs + heads * widths.value) * e
-    cut = 0 if out == heads * widths.value and layout.context == 1 else heads * widths.value
-    own = tokens * (query + out + cut) * e + row_sums
-    if layout.context == 1:
-        return latents + own + tokens * (key + (query + key + value if one_projection else padded)) * e
-    gathered = key + value + (padded if padded != value else 0)
-    return latents + own + whole * gathered * e
+        inputs = query + key + (value if widths.latents else query + key + value)
+        return latents + tokens * (inputs + out) * e
+    keys = tokens * layout.context * (key + value)  # of the whole sequence
+    projection = query + key + value if model.qk_norm else 0  # kept by the norms of its heads
+    padding = _padding_bytes(run) if run.padded_heads else 0.0
+    return latents + (tokens * (query + out + projection) + keys) * e + row_sums + padding
+
+
+def _padding_bytes(run: PlannedRun) -> float:
+    """Return the bytes kept because torch's kernels on a GPU take values as wide as queries and keys.
+
+    The output is then kept twice, padded and without its padding. Gathered values are kept with and without.
+    """
+    layout, widths, heads = run.config.parallel, run.config.model.attention_widths, run.config.model.num_attention_heads
+    wider = widths.query_key - widths.value
+    if wider <= 0:
+        return 0.0
+    tokens = run.tokens / layout.tensor
+    whole = widths.query_key if layout.context > 1 else wider  # values in the gathered tensor stay there
+    return tokens * (widths.query_key * heads + layout.context * whole * widths.key_heads) * run.number_bytes
 
 
 def _latent_bytes(run: PlannedRun) -> float:
@@ -110,18 +129,6 @@ def _rotary_bytes(run: PlannedRun) -> float:
     """Return the bytes of cosines and sines for queries and for keys; all sequences of a micro-batch share them."""
     length, width = run.config.data.seq_length, run.config.model.attention_widths.rotary
     return 4 * length / run.config.parallel.context * width * run.number_bytes
-
-
-def mask_bytes(run: PlannedRun) -> float:
-    """Return the bytes of the additive document mask, [B, 1, S, T].
-
-    All layers share it and, without a pipeline, all loops. Each pass of a pipeline has its own, which
-    ``recompute: loop`` recomputes instead of keeping it.
-    """
-    config, data = run.config, run.config.data
-    if not data.document_masking or config.engine.packs_documents(config.parallel):
-        return 0.0
-    return run.tokens * data.seq_length * run.number_bytes
 
 
 def _loss_bytes(run: PlannedRun) -> float:

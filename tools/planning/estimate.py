@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from looplm.config import RunConfig
 from pretrain.data import BatchSchedule
 from tools.planning import communication
-from tools.planning.activations import layer_bytes
+from tools.planning.activations import written_bytes
 from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
 from tools.planning.hardware import ADAM_BYTES, LOGIT_BYTES, LOGIT_GRADIENT_BYTES, Cluster
 from tools.planning.memory import FP32, Memory, fullest_rank_memory, optimizer_shards
@@ -118,8 +118,8 @@ def pass_time(run: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> P
 
 
 def _memory_traffic_bytes(run: PlannedRun, rank: int, traffic: float, backward: bool) -> float:
-    """Return the memory traffic of one pass: a multiple of what layers save, and in forward that of the head."""
-    layers = run.layers_per_rank()[rank] * layer_bytes(run) * traffic / 3
+    """Return the memory traffic of one pass: a multiple of what layers write, and in forward that of the head."""
+    layers = run.layers_per_rank()[rank] * written_bytes(run) * traffic / 3
     if not backward:
         return layers + (_head_traffic_bytes(run) if run.is_last(rank) else 0.0)
     if run.frozen:

@@ -14,7 +14,7 @@ class Flops(Amounts):
     """FLOPs of one tensor-parallel rank."""
 
     layers: float = 0.0  # matrix products
-    attention: float = 0.0  # scores and weighted sums, including masked ones that the kernel computes
+    attention: float = 0.0  # scores and weighted sums of samples that are one document; packed documents need fewer
     head: float = 0.0  # the logits with their gradients, and the gate
 
 
@@ -29,7 +29,7 @@ def forward_flops(run: PlannedRun, rank: int) -> Flops:
     layers, products = run.layers_per_rank()[rank] * share, 1 if run.frozen else 3
     return Flops(
         layers=layers * one.layer,
-        attention=layers * one.scores * _computed_scores(run),
+        attention=layers * one.scores,
         head=(products * one.logits + one.gate) * share if run.is_last(rank) else 0.0,
     )
 
@@ -50,20 +50,6 @@ def _flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: int) -> _
 
     layer, logits = forward(2, 0) - forward(1, 0), 2.0 * model.vocab_size * model.hidden_size
     return _TokenFlops(layer, forward(1, seq_length) - forward(1, 0), logits, forward(1, 0) - layer - logits)
-
-
-def _computed_scores(run: PlannedRun) -> float:
-    """Return the scores that the kernel computes, in units of the causal half.
-
-    With an additive document mask the kernel cannot tell that the other half is masked. The two chunks of a
-    context-parallel rank end at their last position, which skips most of that half. A kernel that is told where
-    documents begin computes even less than the causal half; how much depends on the data.
-    """
-    config = run.config
-    if not config.data.document_masking or config.engine.packs_documents(config.parallel):
-        return 1.0
-    context = config.parallel.context
-    return 2.0 if context == 1 else 1 + 1 / (2 * context)
 
 
 def backward_flops(run: PlannedRun, rank: int) -> Flops:

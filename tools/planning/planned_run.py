@@ -37,6 +37,7 @@ class PlannedRun:
     fused_norms: bool = (
         True  # RMSNorm is one kernel, as on a GPU; on a CPU torch composes it of several, which keep more
     )
+    padded_heads: bool = True  # attention keeps values as wide as queries, as on a GPU; on a CPU as wide as they are
 
     @property
     def micro_batches(self) -> int:
