@@ -28,6 +28,7 @@ from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_ba
 from pretrain.train import train
 from pretrain.trainer import Trainer
 from tests.support.gradients import whole_gradients
+from tests.support.observe import LargestTensor
 
 # With Megatron's default of 40 million parameters, a tiny model would have a single bucket and nothing to overlap.
 BUCKET_SIZE = 5000
@@ -83,6 +84,23 @@ def train_steps(
     dist.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(output / "state"))
     dist.barrier()
+
+
+def find_largest_tensor(config: RunConfig, output: Path) -> None:
+    """Train a step, and save the size of the largest tensor that any operation of a rank has returned."""
+    corpus = check_corpus(config.data, config.model.vocab_size)
+    groups = process_groups.start(config.seed, config.parallel)
+    model = LoopLM(config.model, config.gate, groups, layout=config.parallel)
+    trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
+    count, samples = BatchSchedule(config.data, groups.dp.size(), config.parallel.pipeline).at(0)
+    train_set = build_train_set(config, corpus, 2 * samples, 2 * samples)
+    first, second = (islice(micro_batches(train_set, config.data, step * samples, 0, 1), count) for step in range(2))
+    trainer.train(first, count)  # makes the optimizer's state
+    with LargestTensor() as largest:
+        trainer.train(second, count)
+        trainer.evaluate(micro_batches(train_set, config.data, 0, 0, 1), count)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"rank{dist.get_rank()}").write_text(str(largest.elements))
 
 
 def reshard(config: RunConfig, weights: Path, output: Path) -> None:

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from looplm.megatron import context_parallel
 from looplm.model import span_attention, span_attention_cuda
 from looplm.model.spans import document_spans
 from tests.support.documents import groups_of, starts, visible
+from tests.support.observe import LargestTensor
 from tests.support.parity import assert_close_relative, oracle_copy
 
 SCALE = 0.3
@@ -99,20 +99,6 @@ def test_a_view_of_a_wider_tensor_is_read_right() -> None:
     assert torch.equal(out, expected)
 
 
-class Sizes(TorchDispatchMode):
-    """The largest number of elements of any tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        found = result if isinstance(result, (tuple, list)) else [result]
-        self.largest = max([self.largest, *(x.numel() for x in found if isinstance(x, Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("packed", PACKED)
 def test_no_tensor_is_as_large_as_a_mask(packed: str, ranks: int) -> None:
@@ -121,11 +107,11 @@ def test_no_tensor_is_as_large_as_a_mask(packed: str, ranks: int) -> None:
     tensors, whole_TB = parts((heads, heads, width, width), length, 1), starts(*samples)
     for group in groups_of(ranks):
         query, start_SB = (context_parallel.shard(x, group) for x in (tensors["query"], whole_TB))
-        with Sizes() as sizes:
+        with LargestTensor() as largest:
             spans_N5 = document_spans(start_SB, group)
             out = span_attention.span_attention(query, tensors["key"], tensors["value"], spans_N5, SCALE)
             out.sum().backward()
-        assert 0 < sizes.largest <= length * heads * width < length * length // ranks
+        assert 0 < largest.elements <= length * heads * width < length * length // ranks
 
 
 def test_backward_keeps_nothing_padded() -> None:
