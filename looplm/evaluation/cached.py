@@ -25,7 +25,7 @@ from looplm.inference.kv_cache import CacheMode
 from looplm.inference.prefill import Prefill
 from looplm.inference.sampling import NextLogits
 from looplm.inference.stack import LoopedStack
-from looplm.megatron import device, process_groups
+from looplm.megatron import process_groups
 from looplm.model import LoopLM
 
 
@@ -68,23 +68,21 @@ class LockstepDecoder:
     ) -> None:
         stack = LoopedStack(model)
         self._batch = DepthBatch(stack, rule, mode, len(prompts))
-        with device.adapter_off():
-            prefill = Prefill(stack, rule, mode, prompts, piece)
-            while not prefill.done:
-                prefill.advance()
-            for row in range(len(prompts)):
-                self._batch.seat(row, prefill, row)
-            self.prompt_logits = prefill.next_logits()
+        prefill = Prefill(stack, rule, mode, prompts, piece)
+        while not prefill.done:
+            prefill.advance()
+        for row in range(len(prompts)):
+            self._batch.seat(row, prefill, row)
+        self.prompt_logits = prefill.next_logits()
 
     @torch.inference_mode()
     def decode(self, ids: Sequence[int]) -> NextLogits:
         """Decode one more token in each of the first ``len(ids)`` rows, and return the logits after it."""
-        with device.adapter_off():
-            self._batch.append(range(len(ids)), ids)
-            passes: list[ExitedTokens] = []
-            while sum(len(exited.rows) for exited in passes) < len(ids):
-                passes.append(self._batch.advance())
-            return self._batch.read(passes)
+        self._batch.append(range(len(ids)), ids)
+        passes: list[ExitedTokens] = []
+        while sum(len(exited.rows) for exited in passes) < len(ids):
+            passes.append(self._batch.advance())
+        return self._batch.read(passes)
 
 
 def texts_of(ids_BS: Tensor, labels_SB: Tensor, mask_SB: Tensor, document_start_SB: Tensor | None) -> list[Text]:

@@ -25,7 +25,6 @@ from looplm.inference.settings import GenerationConfig
 from looplm.inference.speculation import SpeculativeBatch
 from looplm.inference.stack import LoopedStack
 from looplm.inference.text_stream import Token
-from looplm.megatron import device
 from looplm.model import LoopLM
 
 OnToken = Callable[[int, Token], None]
@@ -67,11 +66,10 @@ class Scheduler:
     def step(self) -> list[ActiveRequest]:
         """Decode once in every row, read some prompts, and return the requests that finished."""
         finished: list[ActiveRequest] = []
-        with device.adapter_off():
-            if self._rows:
-                self._extend(self._batch.decode(self._sampler), finished)
-            self._read_prompts(finished)
-            self._close_holes()
+        if self._rows:
+            self._extend(self._batch.decode(self._sampler), finished)
+        self._read_prompts(finished)
+        self._close_holes()
         return finished
 
     def _extend(self, new: list[NewTokens], finished: list[ActiveRequest]) -> None:

@@ -26,16 +26,6 @@ BF16_TFLOPS = {
 }
 
 
-@contextmanager
-def adapter_off() -> Iterator[None]:
-    """Switch the CPU adapter off for code that makes many small calls to torch only, such as decoding.
-
-    The adapter intercepts every call, which costs time; see :mod:`looplm.megatron.patches`.
-    """
-    with torch._C.DisableTorchFunction():
-        yield
-
-
 def rng_state() -> dict[str, torch.Tensor]:
     """Return the state of this process's random number generators."""
     states = {"cpu": torch.get_rng_state()}

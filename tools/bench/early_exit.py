@@ -30,7 +30,6 @@ from looplm.inference.early_exit import ExitDecider, ExitDecision, ExitRule
 from looplm.inference.kv_cache import CacheMode
 from looplm.inference.prefill import Prefill
 from looplm.inference.stack import LoopedStack
-from looplm.megatron import device
 from looplm.model import LoopLM
 from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
 from tools.bench.timing import PrepareRun, print_speeds, tokens_per_s
@@ -128,21 +127,20 @@ def prepare_decoding(
     @torch.inference_mode()
     def decode(batch: DepthBatch) -> None:
         position, remaining = [PROMPT] * rows, rows * NEW
-        with device.adapter_off():
-            batch.append(range(rows), [text[PROMPT] for text in texts])
-            passes: list[ExitedTokens] = []
-            while remaining > 0:
-                passes.append(batch.advance())
-                exited = passes[-1].rows if strategy == "continuous depth batching" else not batch.in_flight
-                if not exited:
-                    continue
-                step, passes = batch.read(passes), []
-                step.logits_NV.argmax(-1).tolist()  # a greedy decoder would wait for this
-                for row in step.rows:
-                    position[row], remaining = position[row] + 1, remaining - 1
-                batch.append(step.rows, [texts[row][position[row] % len(texts[row])] for row in step.rows])
-                if depths is not None:
-                    depths.extend(step.depths)
+        batch.append(range(rows), [text[PROMPT] for text in texts])
+        passes: list[ExitedTokens] = []
+        while remaining > 0:
+            passes.append(batch.advance())
+            exited = passes[-1].rows if strategy == "continuous depth batching" else not batch.in_flight
+            if not exited:
+                continue
+            step, passes = batch.read(passes), []
+            step.logits_NV.argmax(-1).tolist()  # a greedy decoder would wait for this
+            for row in step.rows:
+                position[row], remaining = position[row] + 1, remaining - 1
+            batch.append(step.rows, [texts[row][position[row] % len(texts[row])] for row in step.rows])
+            if depths is not None:
+                depths.extend(step.depths)
 
     return prepare
 

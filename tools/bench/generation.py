@@ -83,8 +83,7 @@ def _generators(workload: Workload, exported: Any, prompts: list[list[int]]) -> 
 
     @torch.no_grad()
     def transformers_generate() -> None:
-        with device.adapter_off():
-            exported.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=NEW, do_sample=False)
+        exported.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=NEW, do_sample=False)
 
     return {
         "Hugging Face generate": lambda: transformers_generate,
