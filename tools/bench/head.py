@@ -1,9 +1,6 @@
 """Time and memory of the head's forward and backward: one pass against logits that are kept, or recomputed."""
 
-import multiprocessing
-import resource
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -12,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.model.head import DirectGradient, token_losses, weighted_losses
+from tools.bench.new_process import in_new_process, resident_peak
 from tools.bench.timing import PrepareRun, tokens_per_s
-
-LONGEST, LARGEST = 1.03, 0.2  # aims for the one pass: time and memory, as shares of those with all logits kept
+from tools.bench.verdicts import Figure
 
 
 class HeadSize(NamedTuple):
@@ -70,12 +67,12 @@ WAYS: dict[str, Callable[[Head], None]] = {
 }
 
 
-def bench_head(repeats: int, size: HeadSize = HeadSize()) -> None:  # noqa: B008  # a tuple of constants
-    """Print speed and peak memory of each way, and whether the one pass meets its aims."""
+def bench_head(repeats: int, size: HeadSize = HeadSize()) -> Iterator[Figure]:  # noqa: B008  # a tuple of constants
+    """Print speed and peak memory of each way, and yield the figures of the one pass."""
     head, tokens = Head(size), size.tokens * size.loops
     contenders: dict[str, PrepareRun] = {name: partial(partial, way, head) for name, way in WAYS.items()}
     speeds = tokens_per_s(contenders, tokens, repeats)
-    peaks = {name: _peak_in_new_process(name, size) for name in WAYS}
+    peaks = {name: in_new_process(peak_bytes, name, size) for name in WAYS}
     kept = next(iter(WAYS))
     print(
         f"\nhead: {size.tokens:,} tokens, V = {size.vocabulary:,}, D = {size.width}, R = {size.loops}, forward and "
@@ -84,24 +81,13 @@ def bench_head(repeats: int, size: HeadSize = HeadSize()) -> None:  # noqa: B008
     for name, peak in peaks.items():
         time, memory = speeds[kept] / speeds[name], peak / peaks[kept]
         print(f"  {name:<24}{time:>8.2f} x time{peak / 2**20:>10,.0f} MiB above the start{memory:>8.1%}")
-    met = speeds[kept] / speeds[name] <= LONGEST and peaks[name] / peaks[kept] <= LARGEST
-    print(f"  {'aim of the one pass':<24}{LONGEST:>8.2f} x time{'':>26}{LARGEST:>8.1%}   {'met' if met else 'MISSED'}")
-
-
-def _peak_in_new_process(name: str, size: HeadSize) -> int:
-    # Only functions of an importable module, which __main__.py is not, reach a new process. A server forks it, because
-    # a spawned process begins with its parent's peak in getrusage.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
-        return pool.submit(peak_bytes, name, size).result()
+    yield Figure("head: time of one pass / all logits kept", speeds[kept] / speeds[name], 1.03, at_least=False)
+    yield Figure("head: memory of one pass / all logits kept", peaks[name] / peaks[kept], 0.2, at_least=False)
 
 
 def peak_bytes(name: str, size: HeadSize) -> int:
     """Return by how much one of :data:`WAYS` raises this process's peak of resident memory."""
     head = Head(size)
-    before = _resident_peak()
+    before = resident_peak()
     WAYS[name](head)
-    return _resident_peak() - before
-
-
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_peak() - before

@@ -22,8 +22,8 @@ def test_all_ways_compute_the_same_gradients() -> None:
 
 @pytest.mark.slow  # starts processes
 def test_the_one_pass_needs_less_memory_than_all_logits(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_head(1, HeadSize(tokens=4096, vocabulary=4096, width=256))
+    time, memory = bench_head(1, HeadSize(tokens=4096, vocabulary=4096, width=256))
     shown = capsys.readouterr().out
     kept, recomputed, one_pass = map(float, re.findall(r"MiB above the start +([\d.]+)%", shown))
     assert kept == 100 and one_pass < min(40, recomputed), shown
-    assert re.search(r"aim of the one pass .* (met|MISSED)$", shown, re.MULTILINE), shown
+    assert 0 < time.value < 5 and memory.value == pytest.approx(one_pass / 100, abs=1e-3)

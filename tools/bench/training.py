@@ -1,0 +1,248 @@
+"""Speed and memory of training, against a looped trainer in plain torch and against the machine's matrix products.
+
+The plain trainer is ``looplm/reference.py`` with its own parameters, torch's fused attention, all logits and torch's
+AdamW. Contenders run in turns in one process; memory is the resident peak of a step in a process of its own.
+
+Shapes: B batch, S sequence, D hidden, F feed-forward, V vocabulary.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from looplm.config import LossConfig, Recompute, RunConfig
+from looplm.megatron import device, process_groups
+from looplm.model import LoopLM
+from looplm.reference import ReferenceLM
+from pretrain.data import Batch
+from pretrain.optim import DTYPES
+from pretrain.trainer import Trainer
+from tools.bench.memory import peak_saved_bytes, random_batch
+from tools.bench.new_process import in_new_process, resident_peak
+from tools.bench.timing import per_second, print_speeds
+from tools.bench.verdicts import Figure
+
+Step = Callable[[], object]
+
+
+def small_recipe(recipe: RunConfig) -> RunConfig:
+    """Return the shape of a small pretraining: 44 M parameters, half of them the tied head's, 2 x 512 tokens."""
+    return _resized(
+        recipe,
+        (2, 512),
+        vocab_size=49_152,
+        hidden_size=512,
+        ffn_hidden_size=1408,
+        num_layers=6,
+        num_attention_heads=8,
+        tie_embeddings=True,
+    )
+
+
+def tiny_recipe(recipe: RunConfig) -> RunConfig:
+    """Return the shape of an experiment on symbols: one layer of width 64, 128 x 16 tokens."""
+    return _resized(
+        recipe,
+        (128, 16),
+        vocab_size=16,
+        hidden_size=64,
+        ffn_hidden_size=192,
+        num_layers=1,
+        num_attention_heads=2,
+        tie_embeddings=False,
+    )
+
+
+def _resized(recipe: RunConfig, batch: tuple[int, int], **model: Any) -> RunConfig:
+    size, length = batch
+    data = replace(recipe.data, seq_length=length, micro_batch_size=size, global_batch_size=size)
+    model = {"attention": "mha", "num_loops": 4, "max_sequence_length": length, **model}
+    return replace(recipe, data=data, model=replace(recipe.model, **model))
+
+
+def bench_training(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
+    """Print and yield the figures of training."""
+    small, tiny, threads = small_recipe(recipe), tiny_recipe(recipe), torch.get_num_threads()
+    for number in sorted({1, threads}):
+        torch.set_num_threads(number)
+        yield from _against_plain(small, groups, repeats, number)
+    yield from _memory(small)
+    torch.set_num_threads(1)
+    speeds = _speeds({"plain": _plain_step(tiny), "ours": _our_step(tiny, groups)}, tiny, repeats)
+    print_speeds("one layer of 64, 4 loops, 128 x 16 tokens, one thread", speeds)
+    yield Figure("tiny model: time of ours / plain", speeds["plain"] / speeds["ours"], 1.3, at_least=False)
+    torch.set_num_threads(threads)
+    for precision, aim in (("fp32", 1.0), ("bf16", 1.05)):
+        same = in_precision(recipe, precision)
+        speeds = _speeds({"plain": _plain_step(same), "ours": _our_step(same, groups)}, same, repeats)
+        print_speeds(f"the recipe, {precision}", speeds)
+        yield Figure(f"recipe, {precision}: speed of ours / plain", speeds["ours"] / speeds["plain"], aim)
+    yield from _stages(recipe, groups, repeats)
+    yield from _loops(recipe, groups, repeats)
+    yield from _documents(recipe, groups, repeats)
+
+
+def in_precision(recipe: RunConfig, precision: Any) -> RunConfig:
+    """Return a recipe with another ``optim.precision``."""
+    return replace(recipe, optim=replace(recipe.optim, precision=precision))
+
+
+def recomputing(recipe: RunConfig, mode: Recompute) -> RunConfig:
+    """Return a recipe with another ``parallel.recompute``."""
+    return replace(recipe, parallel=replace(recipe.parallel, recompute=mode))
+
+
+def _against_plain(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int, threads: int) -> Iterator[Figure]:
+    steps = {"plain": _plain_step(recipe), "ours": _our_step(recipe, groups)}
+    steps["ours, recompute: loop"] = _our_step(recomputing(recipe, "loop"), groups)
+    if has_fast_bf16():
+        steps["ours, bf16"] = _our_step(in_precision(recipe, "bf16"), groups)
+    speeds = _speeds(steps, recipe, repeats)
+    print_speeds(f"6 layers of 512, V = 49,152, 4 loops, 2 x 512 tokens, {threads} threads", speeds)
+    plain, name = speeds["plain"], f"small model, {threads} threads"
+    yield Figure(f"{name}: speed of ours / plain, fp32", speeds["ours"] / plain, 1.05)
+    yield Figure(f"{name}: speed of ours with recompute: loop / plain", speeds["ours, recompute: loop"] / plain, 0.95)
+    if has_fast_bf16():
+        yield Figure(f"{name}: speed of ours in bf16 / plain in fp32", speeds["ours, bf16"] / plain, 2.0)
+    batch, length = recipe.data.micro_batch_size, recipe.data.seq_length
+    share = products_seconds(recipe, batch * length) * speeds["ours"] / (batch * length)
+    yield Figure(f"{name}: time of its matrix products alone / a step", share, 0.85)
+
+
+def _speeds(steps: Mapping[str, Step], recipe: RunConfig, repeats: int) -> dict[str, float]:
+    """Return tokens per second by name."""
+    tokens = recipe.data.micro_batch_size * recipe.data.seq_length
+    return per_second(steps, tokens, repeats)
+
+
+def _our_step(
+    recipe: RunConfig,
+    groups: ProcessGroupCollection,
+    batch: Batch | None = None,
+    loops: int | None = None,
+    loss: LossConfig | None = None,
+) -> Step:
+    model_config = replace(recipe.model, num_loops=loops or recipe.model.num_loops)
+    model = LoopLM(model_config, recipe.gate, groups, DTYPES[recipe.optim.precision], recipe.parallel)
+    trainer = Trainer(model, loss or recipe.loss, recipe.optim, recipe.parallel, groups)
+    batch = batch or random_batch(recipe, recipe.data.micro_batch_size)
+    return lambda: trainer.train(repeat(batch), 1)
+
+
+def _plain_step(recipe: RunConfig) -> Step:
+    optim, batch = recipe.optim, random_batch(recipe, recipe.data.micro_batch_size)
+    model = ReferenceLM(recipe.model, recipe.gate).to(device.DEVICE, DTYPES[optim.precision])
+    betas = (optim.beta1, optim.beta2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(batch.ids_BS, batch.labels_SB, recipe.loss.beta, batch.mask_SB).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+        optimizer.step()
+
+    return step
+
+
+def has_fast_bf16() -> bool:
+    """Return True if this device multiplies bf16 matrices at least half again as fast as fp32 ones."""
+    return device.matmul_flops(512, torch.bfloat16) > 1.5 * device.matmul_flops(512)
+
+
+def products_seconds(recipe: RunConfig, tokens: int, repeats: int = 3) -> float:
+    """Return the time that the matrix products of one step take alone, attention's own left out.
+
+    Each weight is multiplied three times: forward, for the input's gradient, and for its own.
+    """
+    model, dtype = recipe.model, DTYPES[recipe.optim.precision]
+    width, feed = model.hidden_size, model.ffn_hidden_size
+    block = [(3 * width, width), (width, width), (2 * feed, width), (width, feed)]
+    shapes = block * model.num_layers + [(model.vocab_size, width)]
+    one = {shape: _product_seconds(*shape, tokens, dtype, repeats) for shape in set(shapes)}
+    return model.num_loops * sum(one[shape] for shape in shapes)
+
+
+def _product_seconds(rows: int, columns: int, tokens: int, dtype: torch.dtype, repeats: int) -> float:
+    weight = torch.ones(rows, columns, dtype=dtype, device=device.DEVICE)
+    x = torch.ones(tokens, columns, dtype=dtype, device=device.DEVICE)
+    y, into = torch.empty(tokens, rows, dtype=dtype, device=device.DEVICE), torch.zeros_like(weight)
+    times = []
+    for _ in range(repeats + 1):
+        device.synchronize()
+        begin = time.perf_counter()
+        torch.mm(x, weight.t(), out=y)
+        torch.mm(y, weight)
+        into.addmm_(y.t(), x)
+        device.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+# ---- memory, stages, loops, documents
+
+
+def _memory(recipe: RunConfig) -> Iterator[Figure]:
+    peaks = {name: in_new_process(peak_bytes, name, recipe) for name in ("plain", "ours", "ours, recompute: loop")}
+    print("\nresident peak of two steps above the start, fp32")
+    for name, peak in peaks.items():
+        print(f"  {name:<28}{peak / 2**20:>10,.0f} MiB{peak / peaks['plain']:>8.1%}")
+    yield Figure("small model: peak memory of ours / plain", peaks["ours"] / peaks["plain"], 0.35, at_least=False)
+    share = peaks["ours, recompute: loop"] / peaks["plain"]
+    yield Figure("small model: peak memory of ours with recompute: loop / plain", share, 0.35, at_least=False)
+
+
+def peak_bytes(contender: str, recipe: RunConfig) -> int:
+    """Return the bytes by which two steps raise this process's resident peak."""
+    torch.set_num_threads(1)
+    groups = process_groups.start(recipe.seed)
+    try:
+        before = resident_peak()
+        if contender == "plain":
+            step = _plain_step(recipe)
+        else:
+            step = _our_step(recomputing(recipe, "loop") if "loop" in contender else recipe, groups)
+        for _ in range(2):
+            step()
+        return resident_peak() - before
+    finally:
+        process_groups.stop()
+
+
+def _stages(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
+    gate = _our_step(recipe, groups, loss=replace(recipe.loss, objective="adaptive_gate"))
+    speeds = _speeds({"stage 1": _our_step(recipe, groups), "gate stage": gate}, recipe, repeats)
+    print_speeds("stages", speeds)
+    ratio = speeds["stage 1"] / speeds["gate stage"]
+    yield Figure("time of a gate-stage step / a stage-1 step", ratio, 0.35, at_least=False)
+
+
+def _loops(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
+    loops, recipe = recipe.model.num_loops, recomputing(recipe, "loop")
+    speeds = _speeds({f"{n} loops": _our_step(recipe, groups, loops=n) for n in (1, loops)}, recipe, repeats)
+    print_speeds("recompute: loop", speeds)
+    one, all_loops = speeds.values()
+    yield Figure(f"time of {loops} loops / {loops} times that of one", one / all_loops / loops, 1.0, at_least=False)
+    batch = random_batch(recipe, recipe.data.micro_batch_size)
+    single = replace(recipe, model=replace(recipe.model, num_loops=1))
+    ratio = peak_saved_bytes(recipe, batch, groups) / peak_saved_bytes(single, batch, groups)
+    yield Figure(f"kept for backward with recompute: loop, {loops} loops / one", ratio, 1.25, at_least=False)
+
+
+def _documents(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
+    recipe = _resized(recipe, (1, 2048))
+    one = random_batch(recipe, 1)
+    start_SB = torch.arange(2048, device=device.DEVICE).div(512, rounding_mode="floor").mul(512)[:, None]
+    four = one._replace(document_start_SB=start_SB)
+    steps = {"one document": _our_step(recipe, groups, one), "four documents": _our_step(recipe, groups, four)}
+    speeds = _speeds(steps, recipe, repeats)
+    print_speeds("2,048 tokens", speeds)
+    ratio = speeds["one document"] / speeds["four documents"]
+    yield Figure("time of four packed documents / one, 2,048 tokens", ratio, 1.02, at_least=False)
