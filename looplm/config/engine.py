@@ -91,7 +91,7 @@ class EngineConfig:
         return self.fp8 is not None and not self.emulated
 
     def packs_documents(self, layout: ParallelConfig) -> bool:
-        """Return True if attention is given the documents' lengths, False if it needs a mask to keep them apart."""
+        """Return True if attention is Transformer Engine's, which takes the documents' offsets; ours takes spans."""
         return self.transformer_impl == "transformer_engine" and layout.context == 1
 
     def stays_in_bf16(self, layer: int, num_layers: int) -> bool:

@@ -29,7 +29,7 @@ _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 # backward is up to ten times slower than in fp32 there, so it runs in fp32.
 _SHORT = 128
 
-_Index = tuple[slice, slice] | Tensor  # positions and samples, or rows [C, L] of the tensor with both joined
+_Index = tuple[slice, slice] | Tensor  # positions and samples, or rows [C, L] of the S x B that both make
 _ALL = (slice(None), slice(None))
 
 
@@ -132,8 +132,9 @@ def _assemble(places: Sequence[_Index], parts: Sequence[Tensor], like: Tensor, s
     parts = [part[..., : like.size(3)].transpose(1, 2) for part in parts]
     if places[0] is _ALL:
         return parts[0].transpose(0, 1).to(like.dtype)
-    x_SBHK = torch.zeros_like(like) if shared else torch.empty_like(like)
-    rows_NHK = x_SBHK.flatten(0, 1)
+    make = torch.zeros_like if shared else torch.empty_like
+    x_SBHK = make(like, memory_format=torch.contiguous_format)
+    rows_NHK = x_SBHK.view(-1, *like.shape[2:])
     for index, rows_CLHK in zip(places, parts, strict=True):
         if isinstance(index, Tensor):
             write = rows_NHK.index_add_ if shared else rows_NHK.index_copy_

@@ -50,8 +50,8 @@ class Assumptions:
         attention: share of the dense bf16 peak that fused attention reaches, forward and backward together.
         links: share of a link's bandwidth that collective operations reach.
         traffic: memory traffic of all operations other than matrix products (norms, rotary embedding, activation
-            function, residual adds, casts), in units of the bytes that a layer writes and could save; a third of it is in
-            forward.
+            function, residual adds, casts), in units of the bytes that a layer writes and could save; a third of it
+            is in forward.
         margin: share of the memory left free for fragmentation, communication buffers and CUDA's context.
     """
 

@@ -99,6 +99,17 @@ def test_a_view_of_a_wider_tensor_is_read_right() -> None:
     assert torch.equal(out, expected)
 
 
+def test_tensors_with_samples_first_in_memory() -> None:
+    samples = [[300, 84], [8] * 48]
+    tensors = {
+        name: x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+        for name, x in parts(HEADS["grouped"], 384, 2).items()
+    }
+    assert not any(x.is_contiguous() for x in tensors.values())
+    compare(span_attention.span_attention, tensors, starts(*samples))
+    compare(span_attention.span_attention, tensors, starts(*samples), ranks=2)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("packed", PACKED)
 def test_no_tensor_is_as_large_as_a_mask(packed: str, ranks: int) -> None:
