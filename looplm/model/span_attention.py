@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.megatron.device import adapter_off
 from looplm.model.spans import Span
 
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -59,17 +58,16 @@ class _SpanAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans_N5: Tensor | None, scale: float) -> Tensor:
         width, fp32 = max(key.size(3), value.size(3)), torch.promote_types(query.dtype, torch.float32)
-        with adapter_off():
-            calls = [_Call(_ALL, _ALL)] if spans_N5 is None else _calls(spans_N5, query.size(1))
-            outs, sums = list[Tensor](), list[Tensor]()
-            for queries, keys in calls:
-                q, k, v = _take(query, queries, width), _take(key, keys, width), _take(value, keys, width)
-                out, lse = _forward(q, k, v, scale)
-                outs.append(out)
-                sums.append(lse.unsqueeze(3))
-            places, sizes = [call.queries for call in calls], query.shape[:3]
-            out_SBHW = _assemble(places, outs, query.new_empty(*sizes, value.size(3))).contiguous()
-            lse_SBH1 = _assemble(places, sums, query.new_empty(*sizes, 1, dtype=fp32))
+        calls = [_Call(_ALL, _ALL)] if spans_N5 is None else _calls(spans_N5, query.size(1))
+        outs, sums = list[Tensor](), list[Tensor]()
+        for queries, keys in calls:
+            q, k, v = _take(query, queries, width), _take(key, keys, width), _take(value, keys, width)
+            out, lse = _forward(q, k, v, scale)
+            outs.append(out)
+            sums.append(lse.unsqueeze(3))
+        places, sizes = [call.queries for call in calls], query.shape[:3]
+        out_SBHW = _assemble(places, outs, query.new_empty(*sizes, value.size(3))).contiguous()
+        lse_SBH1 = _assemble(places, sums, query.new_empty(*sizes, 1, dtype=fp32))
         ctx.save_for_backward(query, key, value, out_SBHW, lse_SBH1)
         ctx.calls, ctx.scale = calls, scale
         return out_SBHW
@@ -78,23 +76,22 @@ class _SpanAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_SBHW: Tensor) -> Any:
         query, key, value, out_SBHW, lse_SBH1 = ctx.saved_tensors
         width, fp32, calls = max(key.size(3), value.size(3)), lse_SBH1.dtype, ctx.calls
-        with adapter_off():
-            found = list[tuple[Tensor, Tensor, Tensor]]()
-            for queries, keys in calls:
-                q, out, grad = (_take(x, queries, width) for x in (query, out_SBHW, grad_SBHW))
-                k, v, lse = _take(key, keys, width), _take(value, keys, width), _take(lse_SBH1, queries, 1).squeeze(3)
-                if q.size(2) <= _SHORT:
-                    q, out, grad, k, v = (x.to(fp32) for x in (q, out, grad, k, v))
-                found.append(_backward(grad, q, k, v, out, lse, ctx.scale))
-            grad_q, grad_k, grad_v = zip(*found, strict=True)
-            places, shared = [call.keys for call in calls], key.size(0) != query.size(0)  # by context parallelism
-            return (
-                _assemble([call.queries for call in calls], grad_q, query),
-                _assemble(places, grad_k, key, shared),
-                _assemble(places, grad_v, value, shared),
-                None,
-                None,
-            )
+        found = list[tuple[Tensor, Tensor, Tensor]]()
+        for queries, keys in calls:
+            q, out, grad = (_take(x, queries, width) for x in (query, out_SBHW, grad_SBHW))
+            k, v, lse = _take(key, keys, width), _take(value, keys, width), _take(lse_SBH1, queries, 1).squeeze(3)
+            if q.size(2) <= _SHORT:
+                q, out, grad, k, v = (x.to(fp32) for x in (q, out, grad, k, v))
+            found.append(_backward(grad, q, k, v, out, lse, ctx.scale))
+        grad_q, grad_k, grad_v = zip(*found, strict=True)
+        places, shared = [call.keys for call in calls], key.size(0) != query.size(0)  # by context parallelism
+        return (
+            _assemble([call.queries for call in calls], grad_q, query),
+            _assemble(places, grad_k, key, shared),
+            _assemble(places, grad_v, value, shared),
+            None,
+            None,
+        )
 
 
 def _calls(spans_N5: Tensor, samples: int) -> list[_Call]:
