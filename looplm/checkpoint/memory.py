@@ -35,7 +35,7 @@ class SharedMemory:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     @torch.no_grad()
-    def store(self, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> list[Slot]:
+    def store(self, tensors: Sequence[Tensor], stream: device.Stream | None) -> list[Slot]:
         """Copy tensors of any device into the memory, over what was there.
 
         Args:

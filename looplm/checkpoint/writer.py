@@ -23,7 +23,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 import yaml
 
 import looplm.checkpoint.step_folder as step_folder
@@ -116,7 +115,7 @@ class Writer:
         if self._copied is not None:
             wait([self._copied])
 
-    def _hand_over(self, job: Job, stream: torch.cuda.Stream | None) -> None:
+    def _hand_over(self, job: Job, stream: device.Stream | None) -> None:
         slots = self._memory.store(job.plan.tensors(), stream)
         with suppress(ConnectionError):  # it was killed; the next receive() says so
             self._channel.send(job._replace(plan=job.plan.with_tensors(slots)))

@@ -88,7 +88,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def stream_from_now() -> torch.cuda.Stream | None:
+Stream = torch.cuda.Stream
+
+
+def stream_from_now() -> Stream | None:
     """Return a stream of the GPU that begins after all work asked for so far; None without a GPU."""
     if not HAS_CUDA:
         return None
@@ -98,7 +101,7 @@ def stream_from_now() -> torch.cuda.Stream | None:
 
 
 @contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(stream: Stream | None) -> Iterator[None]:
     """Run the calls inside on a stream of :func:`stream_from_now`, in any thread, and wait for them at the end."""
     if stream is None:
         yield

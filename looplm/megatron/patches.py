@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.utils._device import _device_constructors
 
 from looplm.megatron.device import DEVICE, HAS_CUDA, HAS_TRANSFORMER_ENGINE
 
@@ -73,6 +74,7 @@ def install() -> None:
     if not HAS_TRANSFORMER_ENGINE:
         multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
     _keep_sends_alive()
+    _device_constructors()  # torch's own list of them, which it makes once: ``with torch.device(...)`` must find them
     for name in _FACTORIES.split():
         setattr(torch, name, _on_the_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor
