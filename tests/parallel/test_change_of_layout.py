@@ -146,7 +146,11 @@ def test_resuming_in_the_same_layout_changes_no_bit(name, runs):
 
 @pytest.mark.parametrize("name", ["DP2 bf16 to DP2 dist bf16", "DP2 dist overlap bf16 to DP2 bf16"])
 def test_bf16_main_weights_pass_between_the_optimizers(name, runs):
-    """Resuming from the rounded bf16 weights would lose the precision of the fp32 main weights."""
+    """Resuming from the rounded bf16 weights would move the second loss, the first that depends on them, by 1e-4.
+
+    From the third one on, rounding another way may move a weight by one in its last place.
+    """
     before = name.split(" to ")[0]
     assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
-    assert [row["loss"] for row in runs[name]] == pytest.approx([row["loss"] for row in runs[before]], rel=1e-4)
+    found, expected = ([row["loss"] for row in runs[run]] for run in (name, before))
+    assert found[:5] == pytest.approx(expected[:5], rel=1e-6) and found == pytest.approx(expected, rel=1e-3)
