@@ -209,6 +209,7 @@ def test_a_closed_terminal(corpus, tmp_path, record_property, prefix):
     words = [*prefix, *TRAIN, *written(config)]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         os.chdir(tmp_path)  # for nohup.out
         os.execvpe(words[0], words, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     begun, seen, end = has_step(config, 5), b"", time.monotonic() + harness.DEADLINE
