@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from looplm import checkpoint
 from looplm.checkpoint import OpenedModel
 from pretrain.train import main as train
+from tests.support.hf_models import code_cache as code_cache
 from tests.support.tiny import train_rows
 from tools.convert_hf import main as convert
 
@@ -65,7 +66,7 @@ def test_an_old_run_is_resumed(kind, made, tmp_path, keep_process_groups, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_an_old_export_can_be_imported_and_loads_with_its_own_code(
-    kind, made, tmp_path, single_process, keep_process_groups
+    kind, made, tmp_path, single_process, keep_process_groups, code_cache
 ):
     export, imported = made / f"export_{kind}", tmp_path / "imported"
     convert(["import", "--input", str(export), "--output", str(imported)])

@@ -69,7 +69,8 @@ def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
             del sys.modules[name]
 
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds the cache to it
+    others = [folder for folder in sys.path if not (Path(folder) / "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", others)  # transformers adds the cache to its end
     forget()
     yield
     forget()
