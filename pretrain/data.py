@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -18,15 +19,17 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, Subset
 
 from data_pipeline.manifest import TokenizerRecord
+from data_pipeline.synthetic.registry import fingerprint_of, open_task, tokenizer_of
 from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError, require
-from looplm.config import DataConfig, DataSource, RunConfig
+from looplm.config import DataConfig, DataSource, RunConfig, TaskConfig
 from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE
 from pretrain.index_cache import checked_cache
 from pretrain.mixed_data import MixConfig, MixedDataset
 from pretrain.stopping import ignore_signals
+from pretrain.task_data import TaskDataset
 
 _NO_ID = -1
 FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipeline.verify --deep
@@ -49,9 +52,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Checked data sources, with the tokenizer that they share."""
+    """Checked data sources, with the tokenizer that they share; or a synthetic task with its own."""
 
-    tokenizer_file: Path
+    tokenizer_json: bytes
     tokenizer: TokenizerRecord
     vocab_size: int
     fingerprint: str  # hash of all sources
@@ -71,6 +74,8 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
     Raises:
         UserError: a file is missing or truncated, or does not fit the others, the sequence length or the vocabulary.
     """
+    if data.task is not None:
+        return _check_task(data, data.task, vocab_size)
     prefixes = [source.prefix for source in (*data.train, *data.valid)]
     checked = [(prefix, check_prefix(prefix, deep=_size(prefix) <= FULL_CHECK_BYTES)) for prefix in prefixes]
     first_prefix, first = checked[0]
@@ -91,7 +96,7 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
     require(first.vocab_size <= vocab_size, "model.vocab_size", vocab_size, fix)
     trained = [manifest.chat for _, manifest in checked[: len(data.train)] if manifest.chat is not None]
     return Corpus(
-        tokenizer_file=Path(first_prefix).parent / first.tokenizer.path,
+        tokenizer_json=(Path(first_prefix).parent / first.tokenizer.path).read_bytes(),
         tokenizer=first.tokenizer,
         vocab_size=first.vocab_size,
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest(),
@@ -99,6 +104,17 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
         end_id=trained[0].end_id if trained else None,
         left_out=tuple(left_out),
     )
+
+
+def _check_task(data: DataConfig, config: TaskConfig, vocab_size: int) -> Corpus:
+    task = open_task(config)
+    symbols, json_text = len(task.symbols), tokenizer_of(task).encode()
+    fix = f"data.task.{config.name} has {symbols} symbols; give at least as many"
+    require(symbols <= vocab_size, "model.vocab_size", vocab_size, fix)
+    task.generate(np.random.default_rng(0), 1, data.seq_length, "train")  # refuses a length that is too short
+    digest = hashlib.sha256(json_text).hexdigest()
+    record = TokenizerRecord(path="tokenizer.json", sha256=digest, bos_id=None, eos_id=0, pad_id=0)
+    return Corpus(json_text, record, symbols, fingerprint_of(config))
 
 
 def _size(prefix: str) -> int:
@@ -187,17 +203,22 @@ def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horiz
     start. The pass length is therefore fixed when a run starts: an extended run appends a pass and leaves the earlier
     ones as they were.
     """
-    data, cache, passes = config.data, index_cache(config), range(-(-train_samples // horizon))
+    data = config.data
+    if data.task is not None:  # every sample is new: there are no passes
+        return TaskDataset(open_task(data.task), data.seq_length, "train", config.seed, train_samples)
+    cache, passes = index_cache(config), range(-(-train_samples // horizon))
     with checked_cache(_cache_of(cache, corpus)):
         built = [_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in passes]
     return ConcatDataset([Subset(dataset, range(horizon)) for dataset in built])
 
 
 def build_valid_set(data: DataConfig, corpus: Corpus, samples: int, seed: int, cache: Path) -> Dataset[Any] | None:
-    """Return ``samples`` samples of ``data.valid``, always the same for one seed; None without data.valid.
+    """Return ``samples`` samples of ``data.valid`` or of a task, always the same for one seed; None without data.valid.
 
     ``cache`` is the folder of Megatron's sample indices; see :func:`index_cache`.
     """
+    if data.task is not None:
+        return TaskDataset(open_task(data.task), data.seq_length, "valid", seed, samples)
     if not data.valid:
         return None
     with checked_cache(_cache_of(cache, corpus)):
@@ -251,8 +272,13 @@ def micro_batches(
         # A server of forks, the default since Python 3.14, would be ended by a signal to the process group.
         multiprocessing_context="fork" if data.num_workers else None,
         worker_init_fn=ignore_signals,
+        collate_fn=_as_it_is if data.task is not None else None,
     )
-    return (_to_batch(sample, data.document_masking) for sample in _samples(loader))
+    return (_to_batch(sample, data.document_masking and data.task is None) for sample in _samples(loader))
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
 
 
 def _samples(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:

@@ -153,7 +153,7 @@ class Run:
         self._watchdog.enter(f"save of step {self._progress.step}")
         state, about = self._trainer.state, describe(self._config, self._corpus, self._progress)
         health.require_finite(state, self._progress.step)
-        self._saver.save(state, about, self._corpus.tokenizer_file)
+        self._saver.save(state, about, self._corpus.tokenizer_json)
         self._stop.agree()
         self._log.restart_clock()
 
@@ -161,7 +161,7 @@ class Run:
         """Write the weights alone to ``folder``, outside the run's checkpoints."""
         about = describe(self._config, self._corpus, self._progress)
         about = dataclasses.replace(about, objective=checkpoint.WEIGHTS_ONLY)
-        companions, tokenizer = self._folder / COMPANION_FOLDER, self._corpus.tokenizer_file
+        companions, tokenizer = self._folder / COMPANION_FOLDER, self._corpus.tokenizer_json
         checkpoint.save_weights(folder, self._trainer.model, self._config.gate, about, tokenizer, companions)
 
     # ---- parts of the start

@@ -188,7 +188,7 @@ def replay(
     print(f"{target.run}, step {target.step}: samples {target.samples[0]}-{target.samples[-1]}\nweights: {origin}")
     print(f"in the run: {target.what}\n" if target.what else "")
 
-    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    tokenizer = Tokenizer.from_buffer(corpus.tokenizer_json)
     horizon = _horizon(config, target.about)
     train_set = build_train_set(config, corpus, max(horizon, target.samples.stop), horizon)
     batches = micro_batches(train_set, config.data, target.samples.start, 0, 1)

@@ -10,7 +10,6 @@ stopped.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,7 +148,7 @@ def train_sources(config: StudyConfig, run: RunConfig, folder: Path) -> None:
         sizes |= {"num_key_value_heads": heads // 2}
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
         LlamaForCausalLM(LlamaConfig(**sizes, **ids)).save_pretrained(partial)
-        shutil.copyfile(corpus.tokenizer_file, partial / TOKENIZER)
+        (partial / TOKENIZER).write_bytes(corpus.tokenizer_json)
         step_folder.move_into_place(partial, folder / "llama")
 
 

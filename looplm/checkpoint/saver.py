@@ -61,8 +61,10 @@ class Saver:
             self._saving.abort()
         self._writer.end()
 
-    def save(self, training: TrainingState, about: About, tokenizer: Path) -> None:
+    def save(self, training: TrainingState, about: About, tokenizer: bytes) -> None:
         """Begin a checkpoint, after the one before is published. The state must not change before :meth:`settle`.
+
+        ``tokenizer`` is the content of tokenizer.json.
 
         While steps are skipped or losses are above the limit of a spike, the newest checkpoint before them stays.
 

@@ -35,7 +35,7 @@ class Saving:
         state: a sharded state.
         config: the content of config.yaml.
         about: the content of about.json.
-        tokenizer: a tokenizer.json to copy.
+        tokenizer: a tokenizer.json to copy, or its content.
         companions: a folder to copy, if it exists.
         after: called in the process that has published the checkpoint.
         writer: takes the job, and others later; None starts one that needs no copy of the state in host memory.
@@ -47,7 +47,7 @@ class Saving:
         state: dict[str, Any],
         config: dict[str, Any],
         about: About,
-        tokenizer: Path,
+        tokenizer: Path | bytes,
         companions: Path | None = None,
         after: Callable[[], None] | None = None,
         writer: Writer | None = None,

@@ -64,7 +64,12 @@ class OpenedModel(NamedTuple):
 
 
 def save_weights(
-    final: Path, model: LoopLM, gate: GateConfig, about: About, tokenizer: Path, companions: Path | None = None
+    final: Path,
+    model: LoopLM,
+    gate: GateConfig,
+    about: About,
+    tokenizer: Path | bytes,
+    companions: Path | None = None,
 ) -> None:
     """Write weights alone to the directory ``final``, for ``checkpoint.initial``, evaluation or export.
 

@@ -3,6 +3,7 @@
 model.py     the looped transformer and its exit gate
 parallel.py  the parallel layout
 engine.py    backend and matmul precision of the linear layers
+tasks.py     synthetic tasks in place of text
 run.py       loss, optimizer, data, checkpoints, health, logging, and the run that holds them all
 """
 
@@ -22,3 +23,5 @@ from looplm.config.run import LossConfig as LossConfig
 from looplm.config.run import OptimConfig as OptimConfig
 from looplm.config.run import RampUpConfig as RampUpConfig
 from looplm.config.run import RunConfig as RunConfig
+from looplm.config.tasks import TaskConfig as TaskConfig
+from looplm.config.tasks import WordProblemConfig as WordProblemConfig

@@ -7,10 +7,11 @@ values; data and devices are checked where they are opened, still before trainin
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from looplm.bounds import at_least, check_bounds, non_empty, path_field, positive, require
+from looplm.bounds import at_least, check_bounds, path_field, positive, require
 from looplm.config.engine import EngineConfig
 from looplm.config.model import GateConfig, ModelConfig
 from looplm.config.parallel import ParallelConfig
+from looplm.config.tasks import TaskConfig
 from looplm.parameters import linear_widths, replicates_matrices, tensor_parallel_units
 
 
@@ -133,6 +134,7 @@ class DataConfig:
     Args:
         train: training sources with weights.
         valid: validation sources with weights; empty means no validation.
+        task: a synthetic task in place of train and valid, made while training; each sample is new.
         seq_length: tokens of a sample.
         micro_batch_size: sequences in one forward pass of a rank.
         global_batch_size: sequences in one optimizer step, over all ranks.
@@ -143,8 +145,9 @@ class DataConfig:
         num_workers: processes that prefetch batches.
     """
 
-    train: tuple[DataSource, ...] = non_empty((), fix="name at least one source: [{prefix: PATH, weight: 1}]")
+    train: tuple[DataSource, ...] = ()
     valid: tuple[DataSource, ...] = ()
+    task: TaskConfig | None = None
     seq_length: int = positive(1024)
     micro_batch_size: int = positive(1)
     global_batch_size: int = positive(1)
@@ -156,6 +159,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
+        sources = bool(self.train) or self.task is not None
+        fix = "name at least one source: [{prefix: PATH, weight: 1}], or a task in data.task"
+        require(sources, "data.train", list(self.train), fix)
+        text = [source.prefix for source in (*self.train, *self.valid)]
+        require(not text or self.task is None, "data.task", self.task and self.task.name, f"it replaces the text {text}")
         batch, micro, ramp = self.global_batch_size, self.micro_batch_size, self.rampup
         multiple = f"give a multiple of data.micro_batch_size={micro}"
         require(batch % micro == 0, "data.global_batch_size", batch, multiple)

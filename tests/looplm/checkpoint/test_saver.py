@@ -426,7 +426,7 @@ def test_the_stall_of_training(corpus, tmp_path, single_process, record_property
             for step in range(1, 9):
                 about = describe(config, data, Progress(horizon_samples=1, step=step))
                 begin = time.perf_counter()
-                saver.save(trainer.state, about, data.tokenizer_file)
+                saver.save(trainer.state, about, data.tokenizer_json)
                 stall = time.perf_counter() - begin
                 while saver.is_busy:
                     multiply_for(0.2)  # forward and backward
