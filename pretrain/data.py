@@ -47,8 +47,12 @@ class Batch(NamedTuple):
 
     def shard(self, group: context_parallel.Group) -> "Batch":
         """Return this context-parallel rank's positions; document starts still count from the start of the sample."""
-        ids_BS, by_position = context_parallel.shard(self.ids_BS, group, dim=1), self[1:]
-        return Batch(ids_BS, *(None if x_SB is None else context_parallel.shard(x_SB, group) for x_SB in by_position))
+        return Batch(
+            context_parallel.shard(self.ids_BS, group, dim=1),
+            context_parallel.shard(self.labels_SB, group),
+            context_parallel.shard(self.mask_SB, group),
+            *(None if x_SB is None else context_parallel.shard(x_SB, group) for x_SB in self[3:]),
+        )
 
 
 @dataclass(frozen=True)
@@ -286,7 +290,7 @@ def micro_batches(
     return (_to_batch(sample, data.document_masking and data.task is None) for sample in _samples(loader))
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -128,8 +128,8 @@ def main(argv: list[str]) -> None:
         measured = measure(opened.model, batches, config.depth_list, groups, run.loss)
         decoding = _measure_decoding(opened.model, batches, config, groups) if config.cache_list else None
         answers = _measure_answers(opened.model, batches, config, run, groups) if run.data.task else None
-        parts = {"step": opened.about.step, "decoding": decoding, "answers": answers}
-        evaluation = replace(measured, checkpoint=str(step), **parts)
+        step_number = opened.about.step
+        evaluation = replace(measured, checkpoint=str(step), step=step_number, decoding=decoding, answers=answers)
     finally:
         process_groups.stop()
     if process_groups.is_rank_0():
@@ -195,7 +195,7 @@ def _measure_decoding(
     model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection
 ) -> tuple[CacheLoss, ...]:
     """Return the losses of the same samples, decoded token by token through each cache at each threshold."""
-    texts = [text for batch in batches for text in texts_of(*batch)]
+    texts = [text for batch in batches for text in texts_of(*batch[:4])]
     rules = [
         ExitRule(max_depth=model.model_config.num_loops, threshold=threshold, signal=config.exit_signal)
         for threshold in config.threshold_list

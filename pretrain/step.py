@@ -105,9 +105,10 @@ def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossCon
         if loss.weights == "last" and not last:
             with torch.no_grad():
                 return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
-        weight = {"gate": leave_SB, "last": 1.0, "uniform": 1 / inner.model_config.num_loops}[loss.weights]
+        fixed = 1.0 if loss.weights == "last" else 1 / inner.model_config.num_loops
+        weight_SB = (leave_SB if loss.weights == "gate" else fixed) * batch.mask_SB
         direct = None if ddp is None else direct_gradient(ddp, last)
-        return weighted_losses(*inputs, weight * batch.mask_SB, group, sequence_parallel, direct)
+        return weighted_losses(*inputs, weight_SB, group, sequence_parallel, direct)
 
     return head
 
