@@ -8,13 +8,31 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from data_pipeline.synthetic.capo import Capo
+from data_pipeline.synthetic.causal_loops import CausalLoops
+from data_pipeline.synthetic.depo import Depo
+from data_pipeline.synthetic.mano import Mano
+from data_pipeline.synthetic.multi_hop import MultiHop
+from data_pipeline.synthetic.p_hop import PHop
+from data_pipeline.synthetic.reachability import Reachability
+from data_pipeline.synthetic.sums import Sums
 from data_pipeline.synthetic.task import Task
 from data_pipeline.synthetic.word_problem import WordProblem
 from looplm.config import TaskConfig
 
 VERSION = 1  # raise it when a generator changes what it returns: a run then does not resume in other data
 
-TASKS = {"word_problem": WordProblem}
+TASKS = {
+    "word_problem": WordProblem,
+    "p_hop": PHop,
+    "depo": Depo,
+    "mano": Mano,
+    "capo": Capo,
+    "multi_hop": MultiHop,
+    "causal_loops": CausalLoops,
+    "reachability": Reachability,
+    "sums": Sums,
+}
 
 
 def open_task(config: TaskConfig) -> Task:

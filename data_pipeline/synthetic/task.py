@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from looplm.bounds import UserError, require
+
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Ints = NDArray[np.int64]
@@ -18,6 +20,7 @@ END = "<end>"  # symbol 0 of every task: ends an item, fills what is left of a s
 NO_LEVEL = -1  # level of a position that has no label
 
 _SHARES = 16  # of these shares of all items, one is for validation, one for the test
+_PATIENCE = 1000  # items that should have been found in a split before it is called empty
 _MULTIPLIER, _MIXER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 
 
@@ -54,28 +57,55 @@ def split_of(item_NI: Ints) -> NDArray[np.uint8]:
 
     So no item of one split occurs in another, however many are drawn.
     """
-    with np.errstate(over="ignore"):
-        hash_N = np.full(len(item_NI), item_NI.shape[1], np.uint64)
-        for column_N in item_NI.astype(np.uint64).T:
-            hash_N = (hash_N ^ column_N) * _MULTIPLIER
-            hash_N ^= hash_N >> np.uint64(29)
-        hash_N = hash_N * _MIXER
-        share_N = (hash_N >> np.uint64(32)) % np.uint64(_SHARES)
+    share_N = (_hash(item_NI) >> np.uint64(32)) % np.uint64(_SHARES)
     return np.where(share_N < 2, share_N + np.uint64(1), np.uint64(0)).astype(np.uint8)
 
 
-def draw(make: Callable[[int], Ints], count: int, split: Split) -> Ints:
+def draw(make: Callable[[int], Ints], count: int, split: Split, *, seen: float = 1) -> Ints:
     """Return ``count`` items of ``split``: [count, I].
 
     Args:
         make: returns that many random items, each a row of numbers.
         count: number of items.
         split: items of other splits are dropped.
+        seen: share of the training items that occur; the others never do. Other splits are not affected.
+
+    Raises:
+        UserError: no item belongs to the split, because the task has only a few.
     """
-    wanted, kept, have = SPLITS.index(split), list[Ints](), 0
-    rate = 1 / _SHARES if wanted else 1 - 2 / _SHARES
+    wanted, kept, have, tried = SPLITS.index(split), list[Ints](), 0, 0
+    rate = 1 / _SHARES if wanted else (1 - 2 / _SHARES) * seen
     while have < count:
-        item_NI = make(int((count - have) / rate * 1.1) + 16)
-        kept.append(item_NI[split_of(item_NI) == wanted])
-        have += len(kept[-1])
+        item_NI = make(int((count - have) / rate * 1.1) + 64)
+        belongs_N = split_of(item_NI) == wanted
+        if not wanted and seen < 1:
+            belongs_N &= _is_seen(item_NI, seen)
+        kept.append(item_NI[belongs_N])
+        have, tried = have + len(kept[-1]), tried + len(item_NI)
+        fix = (
+            "the task has too few different items; give its keys larger values, or data.seq_length where items fill it"
+        )
+        require(have > 0 or tried * rate < _PATIENCE, "data.task: items of the split", split, fix)
     return np.concatenate(kept)[:count]
+
+
+def require_length(task: str, length: int, needed: int) -> None:
+    """Raise a :class:`UserError` if a sample of ``length`` tokens does not hold an item of ``needed`` tokens."""
+    if length < needed:
+        fix = f"an item of data.task.{task} has up to {needed} tokens; give at least as many, or make its items smaller"
+        raise UserError(f"data.seq_length: {length} is not allowed; {fix}")
+
+
+def _is_seen(item_NI: Ints, seen: float) -> NDArray[np.bool_]:
+    """Return True for a share of all items; other bits of the hash decide it than those of the split."""
+    fraction_N = (_hash(item_NI) >> np.uint64(40)).astype(np.float64) / (1 << 24)
+    return np.asarray(fraction_N < seen)
+
+
+def _hash(item_NI: Ints) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        hash_N = np.full(len(item_NI), item_NI.shape[1], np.uint64)
+        for column_N in np.ascontiguousarray(item_NI.T).view(np.uint64):
+            hash_N = (hash_N ^ column_N) * _MULTIPLIER
+            hash_N ^= hash_N >> np.uint64(29)
+        return hash_N * _MIXER

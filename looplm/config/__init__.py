@@ -23,5 +23,13 @@ from looplm.config.run import LossConfig as LossConfig
 from looplm.config.run import OptimConfig as OptimConfig
 from looplm.config.run import RampUpConfig as RampUpConfig
 from looplm.config.run import RunConfig as RunConfig
+from looplm.config.tasks import CapoConfig as CapoConfig
+from looplm.config.tasks import CausalLoopsConfig as CausalLoopsConfig
+from looplm.config.tasks import DepoConfig as DepoConfig
+from looplm.config.tasks import ManoConfig as ManoConfig
+from looplm.config.tasks import MultiHopConfig as MultiHopConfig
+from looplm.config.tasks import PHopConfig as PHopConfig
+from looplm.config.tasks import ReachabilityConfig as ReachabilityConfig
+from looplm.config.tasks import SumsConfig as SumsConfig
 from looplm.config.tasks import TaskConfig as TaskConfig
 from looplm.config.tasks import WordProblemConfig as WordProblemConfig
