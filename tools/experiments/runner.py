@@ -57,6 +57,7 @@ class Runner:
         Raises:
             UserError: a run failed; the others are stopped, and continue when the command is repeated.
         """
+        signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
         running, elsewhere = dict[Unit, subprocess.Popen[bytes]](), dict[Unit, float]()
         rows = self.rows()
         with tqdm(total=self.total, initial=len(rows), unit="run", disable=None) as bar:
@@ -95,6 +96,10 @@ class Runner:
         command = [sys.executable, "-m", "tools.experiments.unit", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _interrupted(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _ended(running: dict[Unit, subprocess.Popen[bytes]]) -> Iterator[tuple[Unit, int]]:
