@@ -33,13 +33,25 @@ class Runner:
 
     def __init__(self, config: ExperimentConfig, folder: Path, record: Path) -> None:
         self.config, self.folder, self.record = config, folder, record
+        self._read = dict[Path, Row]()
 
     def rows(self) -> tuple[Row, ...]:
-        """Return the records of all finished runs of the experiment, those of the folder added to the file's."""
-        found = [read_row(path) for path in sorted(self.folder.glob(f"*/{ROW}"))]
-        if found:
-            return merge_rows(self.record, found)
-        return read_rows(self.record) if self.record.exists() else ()
+        """Return the records of the experiment's runs: those of the file, and those of the folder that it lacks.
+
+        A run that was made at another rate than the best, because the sweep has more rates now, does not count.
+        """
+        for path in sorted(self.folder.glob(f"*/{ROW}")):
+            if path not in self._read:
+                self._read[path] = read_row(path)
+        found = [*(read_rows(self.record) if self.record.exists() else ()), *self._read.values()]
+        trials = [next((row for row in found if unit.is_of(row)), None) for unit in sweep_units(self.config)]
+        known = [row for row in trials if row is not None]
+        runs = [next((row for row in found if unit.is_of(row)), None) for unit in final_units(self.config, known)]
+        return (*known, *(row for row in runs if row is not None))
+
+    def merge(self) -> tuple[Row, ...]:
+        """Add the folder's records to the file, and return all."""
+        return merge_rows(self.record, self.rows())
 
     def missing(self, rows: Sequence[Row]) -> list[Unit]:
         """Return the runs that can be started: without a record, and final ones only of arms whose rate is known."""
@@ -68,8 +80,8 @@ class Runner:
                         if status == BUSY:
                             elsewhere[unit] = time.monotonic()
                         elif status != 0:
-                            log = self.folder / unit.name() / "log.txt"
-                            raise UserError(f"{unit.name()} ended with status {status}; see {log}")
+                            log = self.folder / unit.name / "log.txt"
+                            raise UserError(f"{unit.name} ended with status {status}; see {log}")
                         else:
                             rows = self.rows()
                             bar.update(len(rows) - bar.n)
@@ -88,7 +100,7 @@ class Runner:
                 _stop(list(running.values()))
 
     def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
-        folder = self.folder / unit.name()
+        folder = self.folder / unit.name
         folder.mkdir(parents=True, exist_ok=True)
         run = config_of(self.config, unit, folder)
         Order(trial=unit.trial, arm=unit.arm, measure=self.config.measure, run=run).write(folder)
@@ -121,4 +133,4 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _say(bar: "tqdm[Any]", unit: Unit, rows: Sequence[Row]) -> None:
     row = next(row for row in rows if unit.is_of(row))
     shown = [f"{name} {row.figures[name]:.4f}" for name in ("valid.loss", "test.accuracy") if name in row.figures]
-    bar.write(f"{unit.name():<40} {', '.join(shown)}  {row.seconds / 60:.1f} min")
+    bar.write(f"{unit.name:<40} {', '.join(shown)}  {row.seconds / 60:.1f} min")

@@ -144,15 +144,14 @@ class Unit:
     seed: int
     lr: float
 
+    @property
     def name(self) -> str:
-        """Return the name of its folder; an arm has one final run per seed, whatever its rate."""
-        rate = f"_lr{self.lr:g}" if self.trial == "sweep" else ""
-        return f"{self.trial}_{self.arm}{rate}_seed{self.seed}"
+        """The name of its folder."""
+        return f"{self.trial}_{self.arm}_lr{self.lr:g}_seed{self.seed}"
 
     def is_of(self, row: Row) -> bool:
         """Return True if a record is that of this run."""
-        same = (row.trial, row.arm, row.seed) == (self.trial, self.arm, self.seed)
-        return same and (self.trial == "final" or row.lr == self.lr)
+        return (row.trial, row.arm, row.seed, row.lr) == (self.trial, self.arm, self.seed, self.lr)
 
 
 def sweep_units(config: ExperimentConfig) -> list[Unit]:
