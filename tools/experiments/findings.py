@@ -78,15 +78,11 @@ def decide(experiment: Experiment, findings: Sequence[Finding]) -> Verdict:
         shown = formats.number(comparison.difference.mean)
         reason = "so nothing is known about other seeds; both arms may be at the ceiling or at chance"
         return Verdict("undecided", f"All {len(deciding.seeds)} differences are {shown}, {reason}.")
-    shown, seeds = formats.difference(comparison), len(deciding.seeds)
-    seen = f"{decides.better} − {decides.than} in {decides.figure} is {shown} ({seeds} seeds, 95 % interval)"
-    answer = answer_of(decides, comparison.difference.interval)
-    small = (
-        f" With {seeds} seeds the interval rests on the assumption that the differences are normal."
-        if seeds < FEWEST_FOR_T
-        else ""
-    )
-    return Verdict(answer, f"{seen}; the claim was {claim_of(decides)}.{small}")
+    seeds = len(deciding.seeds)
+    reason = f"The difference is {formats.difference(comparison)} ({seeds} seeds, 95 % interval)."
+    if seeds < FEWEST_FOR_T:
+        reason += f" With {seeds} seeds the interval rests on the assumption that differences are normal."
+    return Verdict(answer_of(decides, comparison.difference.interval), reason)
 
 
 def answer_of(decides: Decides, interval: Interval) -> Answer:
@@ -104,14 +100,9 @@ def answer_of(decides: Decides, interval: Interval) -> Answer:
 
 def claim_of(decides: Decides) -> str:
     """Return the claim in words."""
-    margin = formats.number(decides.margin, 6).rstrip("0").rstrip(".")
-    if decides.claim == "same":
-        return f"a difference between −{margin} and {margin}"
-    return f"a difference above {margin}" if decides.claim == "higher" else f"a difference below {_negative(margin)}"
-
-
-def _negative(text: str) -> str:
-    return text if text == "0" else f"−{text}"
+    low, high = f"−{decides.margin:g}" if decides.margin else "0", f"{decides.margin:g}"
+    place = {"higher": f"above {high}", "lower": f"below {low}", "same": f"between {low} and {high}"}[decides.claim]
+    return f"{decides.better} − {decides.than} in {decides.figure} is {place}"
 
 
 def _compared(pair: Pair, figure: str, arms: Mapping[str, Arm]) -> Finding:

@@ -3,7 +3,7 @@
 The same experiment and rows give the same bytes, in whatever order the rows come.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from looplm.bounds import require
@@ -82,14 +82,13 @@ def page(
     command: str,
 ) -> str:
     """Return the page in Markdown; ``plots`` are the names of the files beside it, see :func:`write_page`."""
-    arms, decides = arms_of(rows), experiment.decides
+    arms = arms_of(rows)
     compared = sum(finding.comparison is not None for finding in findings)
-    deciding = f"{decides.better} − {decides.than} in {decides.figure}; yes if it is {claim_of(decides)}"
     parts = [
         f"# {markdown(name)}",
         markdown(experiment.question),
+        f"Claim, fixed before the runs: {markdown(claim_of(experiment.decides))}.",
         f"**{verdict.answer.capitalize()}.** {markdown(verdict.reason)}",
-        f"Decided by: {markdown(deciding)}.",
         "## Arms",
         arms_table(experiment, arms).markdown(),
         "## Comparisons",
@@ -104,7 +103,7 @@ def page(
         *(f"![{markdown(file.removeprefix(f'{name}-').removesuffix('.svg'))}]({file})" for file in plots),
         "Bands around curves are 95 % t intervals over seeds." if any("-by-" in file for file in plots) else "",
         "## Runs",
-        _list(_runs(rows, command)),
+        f"- command: `{command}`\n{_list(_runs(rows))}",
         "## As written before it ran",
         "\n".join(f"    {line}".rstrip() for line in source.strip().splitlines()),
     ]
@@ -117,20 +116,24 @@ def _reasons(findings: Sequence[Finding]) -> list[str]:
     return [f"{finding.title}: {comparison.test}, because {comparison.reason}" for finding, comparison in made]
 
 
-def _runs(rows: Sequence[Row], command: str) -> list[str]:
+def _runs(rows: Sequence[Row]) -> list[str]:
     """Return where the rows come from, as items of plain text."""
     final = [row for row in rows if row.trial == "final"]
-    seeds, machines, commits = (sorted({getattr(row, key) for row in rows}) for key in ("seed", "machine", "commit"))
+    machines, commits = sorted({row.machine for row in rows}), sorted({row.commit for row in rows})
+    seeds, swept = ({row.seed for row in rows if row.trial == trial} for trial in ("final", "sweep"))
     return [
-        f"command: {command}",
         f"runs: {len(final)} final, {len(rows) - len(final)} in the sweep",
-        f"seeds: {', '.join(map(str, seeds))}",
+        f"seeds: {_numbers(seeds)} final, {_numbers(swept) or 'none'} in the sweep",
         f"machine: {'; '.join(machines)}",
         f"commit: {', '.join(commits)}",
         f"time: {formats.duration(sum(row.seconds for row in rows))} in all, "
         f"{formats.duration(max(row.seconds for row in rows))} for the longest run",
         f"tokens: {formats.count(sum(row.tokens for row in rows))} trained in all",
     ]
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
 
 
 def _list(items: Sequence[str]) -> str:

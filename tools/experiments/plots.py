@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tools.experiments.rows import Arm, Row, positions_name
 from tools.experiments.statistics import estimate, t_half_width
@@ -67,8 +68,9 @@ def curve_by_arm(curve: str, arms: Mapping[str, Arm]) -> str:
         _band(axes, np.array(positions.pop()), np.array([row.curves[curve] for row in rows]), style, arm.name)
     key = positions_name(curve).rpartition(".")[2].removesuffix("s")
     axes.set_xlabel(key)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylabel(curve.rpartition(" by ")[0])
-    plot.legend(loc="outside upper left", ncols=4, handlelength=1.5)
+    plot.legend(loc="outside upper left", ncols=4, handlelength=1.5, frameon=False)
     return _svg(plot, curve)
 
 
