@@ -14,6 +14,7 @@ from pathlib import Path
 
 from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import UserError, parse_command, parse_config, positional_paths, run_main
+from tools.experiments.page import write_page
 from tools.experiments.runner import Runner
 from tools.experiments.runs import ExperimentConfig, sweep_units
 
@@ -73,11 +74,15 @@ def main(argv: list[str]) -> None:
     if word == "plan":
         print(plan(config, runner))
     elif word == "report":
-        raise UserError("report: not written yet")
+        command_line = f"{PROG} run {path}"
+        rows = runner.merge()
+        verdict = write_page(evidence, path.stem, config, rows, source=path.read_text(), command=command_line)
+        print(f"{evidence / path.stem}.md: {verdict.answer}. {verdict.reason}")
     else:
         if word == "resume" and not folder.is_dir():
             raise UserError(f"output_dir: {folder} does not exist; begin it with: {PROG} run {path}")
         runner.run(command.jobs)
+        runner.merge()
 
 
 def plan(config: ExperimentConfig, runner: Runner) -> str:

@@ -49,8 +49,11 @@ def test_two_runners_share_an_experiment_and_a_killed_one_is_continued(tmp_path,
     curves = final["curves"]
     assert len(curves["test.accuracy by depth"]) == 4 and curves["longer.levels"] == [float(n) for n in range(1, 13)]
     assert len(curves["test.refitted accuracy by depth"]) == 4
-    logs = [json.loads(line) for line in (tmp_path / "runs/mini/final_1x2_lr0.002_seed1/run/metrics.jsonl").open()] \
-        if (tmp_path / "runs/mini/final_1x2_lr0.002_seed1").exists() else []
+    logs = (
+        [json.loads(line) for line in (tmp_path / "runs/mini/final_1x2_lr0.002_seed1/run/metrics.jsonl").open()]
+        if (tmp_path / "runs/mini/final_1x2_lr0.002_seed1").exists()
+        else []
+    )
     assert len({row["step"] for row in logs if row["kind"] == "train"}) == len(
         [row for row in logs if row["kind"] == "train"]
     ), "a step was trained twice"

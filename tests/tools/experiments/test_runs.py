@@ -60,7 +60,12 @@ def test_every_arm_gets_the_same_trials_and_then_its_best_rate():
         (arm, lr, seed) for arm in ("1x1", "1x2") for lr in (0.001, 0.002) for seed in (1000, 1001)
     }
     assert list(final_units(config, [])) == []
-    losses = {("1x1", 0.001): (1.0, 1.2), ("1x1", 0.002): (0.5, 1.9), ("1x2", 0.001): (2.0, 2.0), ("1x2", 0.002): (1, 1)}
+    losses = {
+        ("1x1", 0.001): (1.0, 1.2),
+        ("1x1", 0.002): (0.5, 1.9),
+        ("1x2", 0.001): (2.0, 2.0),
+        ("1x2", 0.002): (1, 1),
+    }
     rows = [row(unit, losses[unit.arm, unit.lr][unit.seed - 1000]) for unit in trials]
     assert best_rate(config, "1x1", rows) == 0.001, "the mean over the sweep's seeds, not the best seed"
     assert best_rate(config, "1x2", rows) == 0.002
