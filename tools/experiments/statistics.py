@@ -4,7 +4,7 @@ Everything is deterministic and does not depend on the order of the seeds.
 
 **Intervals.** An interval is the hull of Student's t interval and the BCa bootstrap's (Efron 1987): the lower of the
 low ends and the higher of the high ends. BCa alone is too narrow for few seeds. Measured coverage of nominal 95 %,
-2,000 simulated experiments each:
+2,000 simulated experiments each (the tests repeat a part of it):
 
 | differences | interval | 3 seeds | 5 | 8 | 10 | 20 |
 |---|---|---|---|---|---|---|
@@ -26,6 +26,9 @@ No interval of a few seeds is right for strongly skewed differences; the hull co
   only gross outliers, so this is a guard, no proof of normality.
 - If it rejects: exact sign flips up to 9 seeds, the Wilcoxon signed-rank test from 10 on, where ranks have enough
   resolution and lose less power to an outlier than the mean does.
+
+Measured share of p < 0.05 where nothing differs, 2,000 simulated experiments of 5, 7, 10, 12 and 20 seeds: normal
+differences 4 to 5 %, Laplace 3 to 5 %, exponential 9 to 14 %. Every test here needs differences that are symmetric.
 
 Shapes: N seeds, M comparisons, P positions of a curve or sign patterns.
 """
@@ -84,7 +87,7 @@ class Comparison(NamedTuple):
         effect: Hedges' g_z, see :func:`hedges_g`; None if it cannot be estimated.
         power: chance that a t test with as many seeds sees an effect as large as this one at 5 %. It restates p and
             justifies nothing after the fact; it helps to plan the next experiment.
-        seeds_needed: see the function of this name; None if unknown, too.
+        seeds_needed: see :func:`seeds_needed`; None, too, if the effect is unknown.
     """
 
     mean_a: float

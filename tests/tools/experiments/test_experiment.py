@@ -34,7 +34,7 @@ def test_an_experiment_that_cannot_be_decided_is_refused(values, message):
 
 
 def test_bad_parts_are_refused():
-    with pytest.raises(UserError, match="pairs.than: 'a' is not allowed; name another arm than pairs.better"):
+    with pytest.raises(UserError, match=r"pairs.than: 'a' is not allowed; name another arm than pairs.better"):
         Pair(better="a", than="a", matched="flops")
     with pytest.raises(UserError, match=r"decides.margin: 0.0 is not allowed; give one above 0"):
         Decides(figure="f", better="a", than="b", claim="same")

@@ -90,7 +90,7 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path, text, message):
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(UserError, match="x.jsonl: cannot be read .No such file or directory.; restore it from git"):
+    with pytest.raises(UserError, match=r"x.jsonl: cannot be read .No such file or directory.; restore it from git"):
         read_rows(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"x.jsonl: cannot be read \(not UTF-8\)"):
@@ -103,9 +103,9 @@ def test_a_curve_has_positions():
     row = a_row(curves={"accuracy by depth": (0.2, 0.3), "test.depths": (2.0,), "test.loss by depth": (1.0,)})
     assert row.positions("accuracy by depth") == (1.0, 2.0), "depths count from 1 if they are not given"
     assert row.positions("test.loss by depth") == (2.0,)
-    with pytest.raises(UserError, match="without 'test.levels'.*record its positions as 'test.levels'"):
+    with pytest.raises(UserError, match=r"without 'test.levels'.*record its positions as 'test.levels'"):
         a_row(curves={"test.accuracy by level": (0.2,)})
-    with pytest.raises(UserError, match="curves.levels: '1 values' is not allowed; give as many positions .* .2."):
+    with pytest.raises(UserError, match=r"curves.levels: '1 values' is not allowed; give as many positions .* .2."):
         a_row(curves={"exit depth by level": (2.0, 3.0), "levels": (4.0,)})
 
 
