@@ -52,7 +52,7 @@ help:  ## this list
 install: $(READY)  ## build .venv with the pinned packages
 
 comma  := ,
-EXTRAS := data,dev,eval,hf
+EXTRAS := data,dev,eval,hf,stats
 # $(call need,variable,versions): end with one line if no such Python was found
 need = @test -n "$($(1))" \
 	|| { echo "error: no Python $(2) with the venv module found; install one or name it: make $(1)=PATH" >&2; exit 2; }

@@ -28,6 +28,8 @@ EXTRAS = {
     "hf": ["transformers>=4.54"],
     # Downstream benchmarks; the harness's own Hugging Face model needs accelerate.
     "eval": ["accelerate>=1.0", "lm-eval>=0.4.9"],
+    # Statistics of experiments (tools/experiments). scipy 1.15 is the first whose bootstrap takes `rng`.
+    "stats": ["scipy>=1.15", "statsmodels>=0.15,<1"],
     # The documentation. `make docs` installs these alone, into an environment of their own.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"],
     "dev": [

@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, S
 
 from data_pipeline.manifest import TokenizerRecord
 from data_pipeline.synthetic.registry import fingerprint_of, open_task, tokenizer_of
+from data_pipeline.synthetic.task import Split
 from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError, require
@@ -42,12 +43,16 @@ class Batch(NamedTuple):
     labels_SB: Tensor
     mask_SB: Tensor  # 1.0 for labels with a loss, 0.0 for the others
     document_start_SB: Tensor | None  # position at which each token's document starts; None: a sample is one document
+    level_SB: Tensor | None = None  # how hard a synthetic task's label is; -1 without a label
 
     def shard(self, group: context_parallel.Group) -> "Batch":
         """Return this context-parallel rank's positions; document starts still count from the start of the sample."""
-        ids_BS, start_SB = context_parallel.shard(self.ids_BS, group, dim=1), self.document_start_SB
-        labels_SB, mask_SB = (context_parallel.shard(x_SB, group) for x_SB in (self.labels_SB, self.mask_SB))
-        return Batch(ids_BS, labels_SB, mask_SB, None if start_SB is None else context_parallel.shard(start_SB, group))
+        return Batch(
+            context_parallel.shard(self.ids_BS, group, dim=1),
+            context_parallel.shard(self.labels_SB, group),
+            context_parallel.shard(self.mask_SB, group),
+            *(None if x_SB is None else context_parallel.shard(x_SB, group) for x_SB in self[3:]),
+        )
 
 
 @dataclass(frozen=True)
@@ -212,13 +217,21 @@ def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horiz
     return ConcatDataset([Subset(dataset, range(horizon)) for dataset in built])
 
 
-def build_valid_set(data: DataConfig, corpus: Corpus, samples: int, seed: int, cache: Path) -> Dataset[Any] | None:
+def build_valid_set(
+    data: DataConfig, corpus: Corpus, samples: int, seed: int, cache: Path, split: Split = "valid"
+) -> Dataset[Any] | None:
     """Return ``samples`` samples of ``data.valid`` or of a task, always the same for one seed; None without data.valid.
 
-    ``cache`` is the folder of Megatron's sample indices; see :func:`index_cache`.
+    Args:
+        data: its sequence length and sources count.
+        corpus: the checked sources.
+        samples: how many.
+        seed: of their order, or of a task's samples.
+        cache: folder of Megatron's sample indices; see :func:`index_cache`.
+        split: of a task.
     """
     if data.task is not None:
-        return TaskDataset(open_task(data.task), data.seq_length, "valid", seed, samples)
+        return TaskDataset(open_task(data.task), data.seq_length, split, seed, samples)
     if not data.valid:
         return None
     with checked_cache(_cache_of(cache, corpus)):
@@ -277,7 +290,7 @@ def micro_batches(
     return (_to_batch(sample, data.document_masking and data.task is None) for sample in _samples(loader))
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -291,6 +304,7 @@ def _samples(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
 def _to_batch(sample: dict[str, Tensor], document_masking: bool) -> Batch:
     ids_BS = sample["tokens"].to(DEVICE)
     document_start_SB = None
+    level_SB = sample["level"].t().contiguous().to(DEVICE) if "level" in sample else None
     if document_masking:  # position ids restart at each document
         position_BS = torch.arange(ids_BS.size(1)).expand_as(sample["position_ids"])
         document_start_SB = (position_BS - sample["position_ids"]).t().contiguous()
@@ -299,4 +313,5 @@ def _to_batch(sample: dict[str, Tensor], document_masking: bool) -> Batch:
         sample["labels"].t().contiguous().to(DEVICE),
         sample["loss_mask"].t().contiguous().to(DEVICE),
         document_start_SB,
+        level_SB,
     )

@@ -3,34 +3,40 @@
     python -m pretrain.evaluate --checkpoint runs/quickstart/gate --depths 1,2,3,4,6,8
     python -m pretrain.evaluate --checkpoint runs/quickstart/gate --kv_caches per_loop,last --exit_thresholds 0.5,1
 
-With --kv_caches also measure it as it generates, token by token through each cache. The results are printed as a table
-and written as JSON. The validation data is the checkpoint's own (data.valid) unless --valid names another.
+A synthetic task's answers are measured too, by depth and level. With --kv_caches also measure the checkpoint as it
+generates, token by token through each cache. The results are printed as a table and written as JSON. The validation
+data is the checkpoint's own (data.valid or data.task) unless --valid or --task names another.
 """
 
 import sys
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.synthetic.registry import open_task
 from looplm import checkpoint
-from looplm.bounds import check_bounds, path_field, positive
+from looplm.bounds import at_least, check_bounds, path_field, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.config import DataConfig, DataSource, LossConfig, OptimConfig, RunConfig
+from looplm.config import DataConfig, DataSource, LoggingConfig, LossConfig, OptimConfig, RunConfig, TaskConfig
+from looplm.evaluation.answers import AnswerMeter
 from looplm.evaluation.cached import cache_losses, texts_of
 from looplm.evaluation.depth import DepthMeter
-from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation
+from looplm.evaluation.readout import accuracies, fit_heads
+from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation, TaskAnswers
 from looplm.inference.early_exit import ExitRule, ExitSignal
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain.data import Batch, build_valid_set, check_corpus, index_cache, micro_batches
 from pretrain.step import loop_losses
+from pretrain.task_data import TaskDataset
 
 THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)] + [0.975, 0.99, 1.0]
 
@@ -45,6 +51,9 @@ class EvaluateConfig:
         samples: validation sequences.
         batch_size: sequences in one forward pass.
         valid: prefix of validation data; null for the checkpoint's own.
+        task: a synthetic task in place of the checkpoint's own, such as a harder one with the same symbols.
+        split: of a task: valid, or test, which nothing else reads.
+        refit_steps: of a task: also fit a head to the states of each depth, by that many steps; 0 fits none.
         seq_length: tokens of a sequence; null for the training run's, or for imported weights at most 1024.
         output: JSON file to write; null for CHECKPOINT/evaluation.json.
         kv_caches: caches to decode the same samples through, separated by commas: per_loop, last, mean, first; empty to
@@ -59,6 +68,9 @@ class EvaluateConfig:
     samples: int = positive(64)
     batch_size: int = positive(4)
     valid: str | None = path_field(None)
+    task: TaskConfig | None = None
+    split: Literal["valid", "test"] = "valid"
+    refit_steps: int = at_least(0, 0)
     seq_length: int | None = positive(None)
     output: str | None = path_field(None)
     kv_caches: str = ""
@@ -108,13 +120,16 @@ def main(argv: list[str]) -> None:
     groups = process_groups.start(run.seed)
     try:
         opened = checkpoint.open_model(str(step), groups)
-        valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, index_cache(run))
+        samples, cache = run.logging.eval_samples, index_cache(run)
+        valid_set = build_valid_set(run.data, corpus, samples, run.seed, cache, config.split)
         assert valid_set is not None  # _validation_run names data.valid
         count = -(-config.samples // (config.batch_size * groups.dp.size()))
         batches = list(islice(micro_batches(valid_set, run.data, 0, groups.dp.rank(), groups.dp.size()), count))
         measured = measure(opened.model, batches, config.depth_list, groups, run.loss)
         decoding = _measure_decoding(opened.model, batches, config, groups) if config.cache_list else None
-        evaluation = replace(measured, checkpoint=str(step), step=opened.about.step, decoding=decoding)
+        answers = _measure_answers(opened.model, batches, config, run, groups) if run.data.task else None
+        step_number = opened.about.step
+        evaluation = replace(measured, checkpoint=str(step), step=step_number, decoding=decoding, answers=answers)
     finally:
         process_groups.stop()
     if process_groups.is_rank_0():
@@ -125,6 +140,11 @@ def main(argv: list[str]) -> None:
 def _validation_run(config: EvaluateConfig, step: Path) -> RunConfig:
     """Return the run that made the checkpoint, or a plain one for imported weights, reading ``samples`` sequences."""
     trained, stored = checkpoint.read_config(step), checkpoint.read_model(step)
+    task = config.task or (trained.data.task if trained and not config.valid else None)
+    if task is not None:
+        return _task_run(config, task, step)
+    for key, value in (("split", config.split == "test"), ("refit_steps", config.refit_steps)):
+        require(not value, key, getattr(config, key), "the checkpoint was trained on text; leave it out")
     valid = (DataSource(prefix=config.valid),) if config.valid else trained.data.valid if trained else ()
     if not valid:
         raise UserError("valid: the checkpoint was made without data.valid; name a prefix with --valid")
@@ -135,6 +155,17 @@ def _validation_run(config: EvaluateConfig, step: Path) -> RunConfig:
     data = replace(trained.data, train=valid, valid=valid, seq_length=seq_length)
     data = replace(data, micro_batch_size=rows, global_batch_size=rows, rampup=None)
     return replace(trained, data=data, logging=replace(trained.logging, eval_samples=max(config.samples, rows)))
+
+
+def _task_run(config: EvaluateConfig, task: TaskConfig, step: Path) -> RunConfig:
+    """Return a run that reads ``samples`` samples of a task."""
+    trained, stored = checkpoint.read_config(step), checkpoint.read_model(step)
+    rows, own = config.batch_size, trained.data.seq_length if trained else stored.model.max_sequence_length
+    length = config.seq_length or own
+    data = DataConfig(task=task, seq_length=length, micro_batch_size=rows, global_batch_size=rows)
+    logging = LoggingConfig(eval_samples=max(config.samples, rows))
+    optim, seed = OptimConfig(train_steps=1), trained.seed if trained else 0
+    return RunConfig(output_dir=str(step), data=data, optim=optim, logging=logging, seed=seed, **stored._asdict())
 
 
 def _check_decoding(config: EvaluateConfig, seq_length: int, gate_trained: bool) -> None:
@@ -164,13 +195,41 @@ def _measure_decoding(
     model: LoopLM, batches: list[Batch], config: EvaluateConfig, groups: ProcessGroupCollection
 ) -> tuple[CacheLoss, ...]:
     """Return the losses of the same samples, decoded token by token through each cache at each threshold."""
-    texts = [text for batch in batches for text in texts_of(*batch)]
+    texts = [text for batch in batches for text in texts_of(*batch[:4])]
     rules = [
         ExitRule(max_depth=model.model_config.num_loops, threshold=threshold, signal=config.exit_signal)
         for threshold in config.threshold_list
     ]
     modes = cast(list[CacheMode], config.cache_list)
     return cache_losses(model, texts, config.prompt_tokens, config.batch_size, modes, rules, groups.dp)
+
+
+@torch.no_grad()
+def _measure_answers(
+    model: LoopLM, batches: list[Batch], config: EvaluateConfig, run: RunConfig, groups: ProcessGroupCollection
+) -> TaskAnswers:
+    """Return the answers at every depth up to the largest, and with ``refit_steps`` those of heads fitted to each."""
+    assert run.data.task is not None
+    loops, trained = max(config.depth_list), model.model_config.num_loops
+    highest = max(int(batch.level_SB.max()) for batch in batches if batch.level_SB is not None)
+    meter = AnswerMeter(max(loops, trained), trained, highest + 1, THRESHOLDS)
+    for batch in batches:
+        output = model(batch.ids_BS, meter.loops)
+        assert batch.level_SB is not None
+        meter.add(output.hidden, model.head_weight(), output.gate_logit_RSB, batch.labels_SB, batch.level_SB)
+    answers = meter.answers(open_task(run.data.task).level_name, groups.dp)
+    if not config.refit_steps:
+        return answers
+    train_set = TaskDataset(open_task(run.data.task), run.data.seq_length, "train", run.seed, 1 << 30)
+    with torch.enable_grad():
+        heads_RVD = fit_heads(
+            model, map(_states_read, micro_batches(train_set, run.data, 0, 0, 1)), config.refit_steps, meter.loops
+        )
+    return replace(answers, refitted=accuracies(model, heads_RVD, map(_states_read, batches)))
+
+
+def _states_read(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.ids_BS, batch.labels_SB, batch.mask_SB.bool()
 
 
 def _show(evaluation: Evaluation) -> None:
@@ -183,11 +242,23 @@ def _show(evaluation: Evaluation) -> None:
     print(f"{'threshold':>10} {'loss':>9} {'mean depth':>11}")
     for point in evaluation.exit_curve:
         print(f"{point.threshold:>10} {point.loss:>9.4f} {point.mean_depth:>11.2f}")
+    if evaluation.answers is not None:
+        _show_answers(evaluation.answers)
     if evaluation.decoding is not None:
         print(f"{'cache':>10} {'loss':>9} {'perplexity':>11} {'threshold':>10} {'mean depth':>11}")
     for row in evaluation.decoding or ():
         figures = f"{row.loss:>9.4f} {row.perplexity:>11.2f} {row.exit_threshold:>10} {row.mean_depth:>11.2f}"
         print(f"{row.kv_cache:>10} {figures}")
+
+
+def _show_answers(answers: TaskAnswers) -> None:
+    levels, shown = answers.levels, len(answers.levels.levels)
+    print(f"{'depth':>10} {'right':>9} {'changed':>9}  right by {levels.name} {' '.join(map(str, levels.levels))}")
+    for at in answers.depths:
+        by_level = " ".join(f"{share:.2f}" for share in at.accuracy_by_level[:shown])
+        print(f"{at.depth:>10} {at.accuracy:>9.4f} {at.answers_changed:>9.4f}  {by_level}")
+    if answers.refitted:
+        print(f"right with a head fitted to each depth: {' '.join(f'{share:.4f}' for share in answers.refitted)}")
 
 
 if __name__ == "__main__":

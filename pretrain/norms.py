@@ -166,7 +166,8 @@ def trained_modules(loss: LossConfig, tied: bool) -> tuple[Module, ...]:
     """Return the modules that have gradients; a tied head is part of the embedding."""
     if loss.frozen_trunk:
         return ("gate",)
-    return tuple(module for module in MODULES if not (tied and module == "head"))
+    absent = {"head"} if tied else set[Module]()
+    return tuple(module for module in MODULES if module not in absent | ({"gate"} if not loss.trains_gate else set()))
 
 
 def module_of(name: str) -> Module:

@@ -29,6 +29,8 @@ def wrap_data_parallel(model: LoopLM, loss: LossConfig, layout: ParallelConfig) 
     frozen = loss.frozen_trunk
     if frozen:
         freeze_trunk(model)
+    elif not loss.trains_gate and model.post_process:
+        model.gate.requires_grad_(False)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=layout.accumulate_fp32,
         # Stage 2 has next to nothing to reduce, and under a pipeline no schedule that marks the last backward.

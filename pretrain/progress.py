@@ -64,7 +64,7 @@ def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
         tokens=progress.tokens,
         horizon_samples=progress.horizon_samples,
         objective=config.loss.objective,
-        gate_trained=config.model.num_loops > 1,
+        gate_trained=config.model.num_loops > 1 and config.loss.trains_gate,
         tokenizer_sha256=corpus.tokenizer.sha256,
         eos_ids=(corpus.stop_id,),
         data_order=data_order(config, corpus),

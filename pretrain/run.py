@@ -54,7 +54,7 @@ class Run:
         self._total_samples = self._schedule.samples_of(config.optim.train_steps)
         self._progress = Progress.start(config, self._total_samples, self._resumed, initial)
         self._batches = self._training_batches()
-        samples = config.logging.eval_samples
+        samples = max(config.logging.eval_samples, config.data.micro_batch_size * groups.dp.size())
         self._valid_set = build_valid_set(config.data, corpus, samples, config.seed, index_cache(config))
 
     def begin(self) -> bool:

@@ -57,6 +57,8 @@ def objective(loss: LossConfig, losses: LoopLosses, mask_SB: Tensor) -> Tensor:
             mask_SB=mask_SB,
         )
         return mean * mask_SB.sum()
+    if loss.weights != "gate":
+        return losses.expected
     prior_R = geometric_prior(len(gate_logit_RSB), loss.geometric_rate) if loss.prior == "geometric" else None
     return losses.expected + loss.beta * (exit_regularizer(gate_logit_RSB, prior_R) * mask_SB).sum()
 
@@ -89,8 +91,8 @@ def loop_losses(
 def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig) -> Head:
     """Return the head for the loops of a micro-batch.
 
-    In stage 1 it computes the gradients together with the losses. If the model is in Megatron's wrapper, the weight's
-    gradient goes into its buffer at once.
+    In stage 1 it weighs each loop's cross-entropies as ``loss.weights`` says, and computes the gradients together with
+    the losses. If the model is in Megatron's wrapper, the weight's gradient goes into its buffer at once.
     """
     ddp = model if isinstance(model, DistributedDataParallel) else None
     inner: LoopLM = model if ddp is None else ddp.module
@@ -100,8 +102,13 @@ def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossCon
         inputs = h_SBD, inner.head_weight(), batch.labels_SB
         if loss.frozen_trunk:
             return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
+        if loss.weights == "last" and not last:
+            with torch.no_grad():
+                return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
+        fixed = 1.0 if loss.weights == "last" else 1 / inner.model_config.num_loops
+        weight_SB = (leave_SB if loss.weights == "gate" else fixed) * batch.mask_SB
         direct = None if ddp is None else direct_gradient(ddp, last)
-        return weighted_losses(*inputs, leave_SB * batch.mask_SB, group, sequence_parallel, direct)
+        return weighted_losses(*inputs, weight_SB, group, sequence_parallel, direct)
 
     return head
 

@@ -21,7 +21,9 @@ class LossConfig:
 
     Args:
         objective: entropy_regularised (stage 1, all parameters) or adaptive_gate (stage 2, the gate on a frozen trunk).
-        beta: stage 1: weight of the entropy (uniform prior) or of the divergence from the prior.
+        weights: stage 1: what weighs the losses of the loops: gate (the exit distribution, as in Ouro), last (1 for the
+            last loop, 0 for the others) or uniform (1/R each). With last or uniform the gate is not trained.
+        beta: stage 1, weights=gate: weight of the entropy (uniform prior) or of the divergence from the prior.
         prior: stage 1: uniform (Ouro) or geometric (for the ablation).
         geometric_rate: stage 1, prior=geometric: probability of leaving at each loop.
         slope: stage 2: k of w = sigmoid(k (I - gamma)), the steepness of "this loop helped".
@@ -35,6 +37,7 @@ class LossConfig:
     }
 
     objective: Literal["entropy_regularised", "adaptive_gate"] = "entropy_regularised"
+    weights: Literal["gate", "last", "uniform"] = "gate"
     beta: float = at_least(0, 0.1)
     prior: Literal["uniform", "geometric"] = "uniform"
     geometric_rate: float = positive(0.5, below=1)
@@ -44,6 +47,13 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "loss")
+        stage1 = self.objective == "entropy_regularised" or self.weights == "gate"
+        require(stage1, "loss.weights", self.weights, "the gate stage trains the gate; leave it out")
+
+    @property
+    def trains_gate(self) -> bool:
+        """True if the gate is among the trained parameters."""
+        return self.frozen_trunk or self.weights == "gate"
 
     @property
     def frozen_trunk(self) -> bool:
@@ -162,8 +172,9 @@ class DataConfig:
         sources = bool(self.train) or self.task is not None
         fix = "name at least one source: [{prefix: PATH, weight: 1}], or a task in data.task"
         require(sources, "data.train", list(self.train), fix)
-        text = [source.prefix for source in (*self.train, *self.valid)]
-        require(not text or self.task is None, "data.task", self.task and self.task.name, f"it replaces the text {text}")
+        if self.task is not None:
+            text = [source.prefix for source in (*self.train, *self.valid)]
+            require(not text, "data.task", self.task.name, f"it replaces text; leave out {', '.join(text)}")
         batch, micro, ramp = self.global_batch_size, self.micro_batch_size, self.rampup
         multiple = f"give a multiple of data.micro_batch_size={micro}"
         require(batch % micro == 0, "data.global_batch_size", batch, multiple)

@@ -43,6 +43,7 @@ class LossSums(NamedTuple):
     tokens: float
     loss: float
     depth: float
+    right: float
 
 
 class LockstepDecoder:
@@ -113,22 +114,23 @@ def decode_texts(
     longer = sorted((text for text in texts if len(text.ids) > prompt), key=lambda text: -len(text.ids))
     groups = [longer[start : start + rows] for start in range(0, len(longer), rows)]
     sums = [_decode_group(model, group, prompt, mode, rule) for group in groups]
-    return LossSums(*(sum(part) for part in zip(*sums, strict=True))) if sums else LossSums(0.0, 0.0, 0.0)
+    return LossSums(*(sum(part) for part in zip(*sums, strict=True))) if sums else LossSums(0.0, 0.0, 0.0, 0.0)
 
 
 def _decode_group(model: LoopLM, group: Sequence[Text], prompt: int, mode: CacheMode, rule: ExitRule) -> LossSums:
     """Decode texts side by side, the longest in the first row, so that those that end are in the last rows."""
     decoder = LockstepDecoder(model, rule, mode, [text.ids[:prompt] for text in group])
-    tokens = loss = depth = 0.0
+    tokens = loss = depth = right = 0.0
     for place in range(prompt, len(group[0].ids)):
         longer = [text for text in group if place < len(text.ids)]
         _, logits_NV, depths = decoder.decode([text.ids[place] for text in longer])
         labels_N = torch.tensor([text.labels[place] for text in longer], device=logits_NV.device)
         counts_N = torch.tensor([text.counts[place] for text in longer], device=logits_NV.device)
         loss += float(F.cross_entropy(logits_NV[counts_N], labels_N[counts_N], reduction="sum"))
+        right += int((logits_NV.argmax(-1) == labels_N)[counts_N].sum())
         tokens += int(counts_N.sum())
         depth += sum(d for d, text in zip(depths, longer, strict=True) if text.counts[place])
-    return LossSums(tokens, loss, depth)
+    return LossSums(tokens, loss, depth, right)
 
 
 def cache_losses(
@@ -145,7 +147,7 @@ def cache_losses(
     for mode, rule in tqdm(list(product(modes, rules)), desc="decoding", unit="setting", disable=hidden):
         sums = torch.tensor(decode_texts(model, texts, prompt, rows, mode, rule), dtype=torch.float64)
         dist.all_reduce(sums, group=group)
-        tokens, loss, depth = sums.tolist()
+        tokens, loss, depth, right = sums.tolist()
         loss, depth = loss / max(1, tokens), depth / max(1, tokens)
         losses.append(
             CacheLoss(
@@ -156,6 +158,7 @@ def cache_losses(
                 loss=loss,
                 perplexity=perplexity(loss),
                 mean_depth=depth,
+                accuracy=right / max(1, tokens),
             )
         )
     return tuple(losses)

@@ -41,6 +41,81 @@ class CacheLoss:
     loss: float
     perplexity: float
     mean_depth: float
+    accuracy: float | None = None  # share of tokens whose likeliest label is right; null in older files
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelAnswers:
+    """The levels of a task's labels, and how deep the gate thinks about each.
+
+    Args:
+        name: what a level counts.
+        levels: in ascending order.
+        labels: number of labels of each.
+        expected_depth: mean of ``sum_r r p_r`` over the labels of each.
+    """
+
+    name: str
+    levels: tuple[int, ...]
+    labels: tuple[int, ...]
+    expected_depth: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersAtDepth:
+    """Answers if every token runs ``depth`` loops, and what the last of them changed (0 after the first loop).
+
+    Args:
+        depth: 1-based.
+        loss: mean cross-entropy in nats.
+        accuracy: share of labels whose token is the likeliest.
+        whole_samples: share of samples with every label right.
+        accuracy_by_level: of each level.
+        state_change: mean of ``|h_r - h_{r-1}| / |h_{r-1}|``.
+        state_cosine: mean cosine between h_r and h_{r-1}.
+        divergence: mean of KL(prediction after this loop || before it), in nats.
+        answers_changed: share of labels whose likeliest token this loop changed.
+    """
+
+    depth: int
+    loss: float
+    accuracy: float
+    whole_samples: float
+    accuracy_by_level: tuple[float, ...]
+    state_change: float
+    state_cosine: float
+    divergence: float
+    answers_changed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersAtThreshold:
+    """Answers if every token exits once its exit probability reaches ``threshold``."""
+
+    threshold: float
+    mean_depth: float
+    accuracy: float
+    depth_by_level: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAnswers:
+    """Answers to a synthetic task.
+
+    Args:
+        trained_loops: loops of the exit distribution.
+        levels: the labels.
+        depths: answers at each depth from 1 on.
+        exits: answers along the exit gate's thresholds.
+        refitted: accuracy at each depth of a head that was fitted to the states of that depth, all else frozen; empty
+            if none was fitted.
+    """
+
+    trained_loops: int
+    levels: LevelAnswers
+    depths: tuple[AnswersAtDepth, ...]
+    exits: tuple[AnswersAtThreshold, ...]
+    refitted: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +131,7 @@ class Evaluation:
         exit_curve: losses along the exit gate's thresholds.
         exit_distribution: mean probability of exiting after each trained loop.
         decoding: losses through caches; null (and absent from the file) if they were not measured.
+        answers: to a synthetic task; null (and absent from the file) for text.
     """
 
     checkpoint: str = ""
@@ -66,12 +142,14 @@ class Evaluation:
     exit_curve: tuple[ThresholdLoss, ...]
     exit_distribution: tuple[float, ...]
     decoding: tuple[CacheLoss, ...] | None = None
+    answers: TaskAnswers | None = None
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         values = to_dict(self)
-        if self.decoding is None:
-            del values["decoding"]
+        for optional in ("decoding", "answers"):
+            if values[optional] is None:
+                del values[optional]
         write_whole(path, json.dumps(values, indent=1) + "\n")
 
     @classmethod

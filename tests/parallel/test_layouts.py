@@ -47,6 +47,8 @@ LATER = (
     "mla mlp",
     "mha tied head",
     "mla geometric prior",
+    "mha last loop",
+    "mla uniform weights",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -57,6 +59,8 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[1]: (MLA, GateConfig(kind="mlp", hidden_size=8), {}),
     LATER[2]: (dataclasses.replace(MHA, tie_embeddings=True), LINEAR, {}),
     LATER[3]: (MLA, LRU, {"loss": {"prior": "geometric", "geometric_rate": 0.3}}),
+    LATER[4]: (MHA, LRU, {"loss": {"weights": "last"}}),
+    LATER[5]: (MLA, LINEAR, {"loss": {"weights": "uniform"}}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -142,6 +146,8 @@ CASES = [
     *cases(LATER[2], "TP2 + SP", "TP2 without SP", "CP2", "DP2, overlapped", "TP2 + SP x DP2, overlapped"),
     *cases(LATER[2], "TP2 + SP, loop"),
     *cases(LATER[3], "TP2 + SP", "PP2", "CP2", "PP2, loop"),
+    *cases(LATER[4], "TP2 + SP", "PP2", "CP2", "DP2, overlapped", "PP2 x DP2, overlapped"),
+    *cases(LATER[5], "TP2 + SP", "PP2", "CP2", "TP2 + SP x PP2"),
 ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),
@@ -230,6 +236,8 @@ def as_affine_maps(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     tokens happened to cancel.
     """
     readouts = sorted(key for key in gradients if "readout" in key)
+    if not readouts:  # the gate is not trained
+        return gradients
     others = {key: value for key, value in gradients.items() if key not in readouts}
     return others | {"gate read-outs": torch.cat([gradients[key].flatten() for key in readouts])}
 

@@ -114,6 +114,31 @@ def test_the_one_pass_heads_gradients_equal_plain_torch(single_process, monkeypa
         _close_to_reference(looped, trainer, batches, loss)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["last", "uniform"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_fixed_weights_of_the_loops_equal_plain_torch(single_process, tied, weights):
+    """Loss and gradients of two uneven micro-batches; the gate has none, and keeps its weights over a step."""
+    looped, trainer = make_opinionated(single_process, LossConfig(weights=weights), tie_embeddings=tied)
+    batches, model = [make_batch(0, masked=7), make_batch(1, masked=0)], looped.model_config
+    plain = oracle_copy(dict(looped.named_parameters()))
+    share_R = torch.tensor([0, 0, 1.0] if weights == "last" else [1 / 3] * 3, dtype=torch.float64)
+    total, tokens = torch.zeros((), dtype=torch.float64), sum(batch.mask_SB.sum() for batch in batches)
+    for batch in batches:
+        output = reference.forward(plain, model, GATE, batch.ids_BS)
+        head_VD = reference.head_weight(plain, model)
+        losses = torch.stack([reference.token_losses(h, head_VD, batch.labels_SB) for h in output.hidden])
+        total = total + (torch.einsum("r,rsb->sb", share_R, losses) * batch.mask_SB).sum()
+    (total / tokens).backward()
+    stats, _ = trainer.backward(iter(batches), 2)
+    assert stats.loss == pytest.approx((total / tokens).item(), rel=1e-6)
+    found = {n: p.main_grad for n, p in looped.named_parameters() if not n.startswith("gate.")}
+    assert_close_relative(found, {name: grad_of(plain[name]) for name in found}, 1e-5)
+    before = {name: value.clone() for name, value in looped.gate.state_dict().items()}
+    trainer.train(iter(batches), 2)
+    assert all(torch.equal(value, before[name]) for name, value in looped.gate.state_dict().items())
+
+
 def make_opinionated(single_process, loss: LossConfig, precision="fp32", layout=ParallelConfig(), **changes):  # noqa: B008
     """Return a model and its trainer whose gate is not at its initial weights, which are the uniform prior."""
     torch.manual_seed(4)  # with it no gradient of the gate cancels to nearly zero, where rounding would be compared

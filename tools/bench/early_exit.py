@@ -176,4 +176,4 @@ def _validation_texts(folder: Path) -> list[Text]:
     assert valid_set is not None, "the recipe has data.valid"
     count = max(1, run.logging.eval_samples // run.data.micro_batch_size)
     batches = islice(micro_batches(valid_set, run.data, 0, 0, 1), count)
-    return [text for batch in batches for text in texts_of(*batch)]
+    return [text for batch in batches for text in texts_of(*batch[:4])]

@@ -1,0 +1,131 @@
+"""Synthetic tasks as training data: samples depend on their index alone, and a run on them resumes bit for bit."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.synthetic.registry import open_task
+from data_pipeline.synthetic.task import SPLITS
+from looplm import checkpoint
+from looplm.cli import UserError, from_dict
+from looplm.config import DataConfig, RunConfig, TaskConfig, WordProblemConfig
+from looplm.megatron import process_groups
+from pretrain import evaluate
+from pretrain.data import build_train_set, check_corpus, micro_batches
+from pretrain.task_data import TaskDataset
+from pretrain.train import train
+
+TASK = TaskConfig(word_problem=WordProblemConfig(group="S3"))
+
+
+def config(folder: Path, **changes: Any) -> RunConfig:
+    model = {"vocab_size": 7, "hidden_size": 16, "ffn_hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": model | {"num_loops": 3, "attention": "mha"},
+        "gate": {"kind": "linear"},
+        "optim": {"train_steps": 6, "lr": 1e-3, "precision": "fp32"},
+        "data": {"task": {"word_problem": {}}, "seq_length": 8, "micro_batch_size": 8, "global_batch_size": 16},
+        "logging": {"eval_samples": 4, "tensorboard": False},
+    }
+    for section, keys in changes.items():
+        values[section] = values.get(section, {}) | keys
+    return from_dict(RunConfig, values, where="test")
+
+
+def batches_of(run: RunConfig, start: int, count: int, rank: int = 0, ranks: int = 1) -> list[Any]:
+    train_set = build_train_set(run, check_corpus(run.data, run.model.vocab_size), 4096, 4096)
+    batches = micro_batches(train_set, run.data, start, rank, ranks)
+    return [next(batches) for _ in range(count)]
+
+
+@pytest.mark.slow
+def test_a_sample_depends_on_its_index_alone(tmp_path):
+    whole = torch.cat([batch.ids_BS for batch in batches_of(config(tmp_path), 0, 160)])
+    assert len({tuple(row) for row in whole.tolist()}) > 1270, "samples repeat"
+    for start in (8, 1016, 1024):  # within a block of 1024, across two, at the start of one
+        [batch] = batches_of(config(tmp_path), start, 1)
+        assert torch.equal(batch.ids_BS, whole[start : start + 8])
+    workers = batches_of(config(tmp_path, data={"num_workers": 2}), 1000, 4)
+    assert torch.equal(torch.cat([batch.ids_BS for batch in workers]), whole[1000:1032])
+    second = batches_of(config(tmp_path), 0, 2, rank=1, ranks=2)
+    assert torch.equal(torch.cat([batch.ids_BS for batch in second]), torch.cat((whole[8:16], whole[24:32])))
+
+
+def test_a_batch_is_the_tasks_own_labels_and_levels(tmp_path):
+    [batch] = batches_of(config(tmp_path), 0, 1)
+    product_EE = open_task(TASK).product_EE  # type: ignore[attr-defined]
+    assert batch.document_start_SB is None and bool((batch.mask_SB == 1).all())
+    for sample in range(8):
+        so_far = int(batch.ids_BS[sample, 0]) - 1
+        for position in range(8):
+            if position:
+                so_far = int(product_EE[so_far, int(batch.ids_BS[sample, position]) - 1])
+            assert int(batch.labels_SB[position, sample]) == so_far + 1
+            assert int(batch.level_SB[position, sample]) == position + 1
+
+
+def test_splits_and_seeds_differ(tmp_path):
+    sets = [TaskDataset(open_task(TASK), 12, split, seed, 2000) for split in SPLITS for seed in (1, 2)]
+    rows = [{tuple(row) for row in np.asarray(found.__getitems__(list(range(2000)))["tokens"])} for found in sets]
+    for index, first in enumerate(rows):
+        assert all(len(first & other) < 3 for other in rows[index + 1 :])
+    for index in range(0, 6, 2):
+        others = set().union(*(row for other, row in enumerate(rows) if other // 2 != index // 2))
+        assert not (rows[index] | rows[index + 1]) & others, "an item is in two splits"
+
+
+def test_what_cannot_be_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"model.vocab_size: 6 is not allowed; data.task.word_problem has 7 symbols"):
+        check_corpus(config(tmp_path).data, 6)
+    with pytest.raises(UserError, match="exactly one of word_problem"):
+        TaskConfig()
+    with pytest.raises(UserError, match=r"data.task: 'word_problem' is not allowed; it replaces text; leave out /x"):
+        from_dict(DataConfig, {"task": {"word_problem": {}}, "train": [{"prefix": "/x"}]}, where="data")
+    with pytest.raises(UserError, match=r"data.train: \[\] is not allowed; name at least one source.* or a task"):
+        DataConfig()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_process, monkeypatch, capsys):
+    whole = config(tmp_path / "whole", loss={"weights": "last"}, checkpoint={"save_every": 3, "keep": 9})
+    assert train(whole, check_corpus(whole.data, 7), single_process)
+    parted = dataclasses.replace(whole, output_dir=str(tmp_path / "parted"))
+    first = dataclasses.replace(parted, optim=dataclasses.replace(parted.optim, train_steps=3))
+    train(first, check_corpus(first.data, 7), single_process)
+    train(parted, check_corpus(parted.data, 7), single_process)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parted")
+    ]
+    trained = [[row for row in found if row is not None][:3] for found in losses]
+    assert trained[0] == trained[1]
+    opened = [checkpoint.open_model(str(tmp_path / name), single_process) for name in ("whole", "parted")]
+    first_weights, second_weights = (dict(found.model.named_parameters()) for found in opened)
+    assert all(torch.equal(value, second_weights[name]) for name, value in first_weights.items())
+    assert not opened[0].about.gate_trained and opened[0].tokenizer.encode("123 213").ids == [1, 3]
+
+    other = dataclasses.replace(
+        parted, data=dataclasses.replace(parted.data, task=TaskConfig(word_problem=WordProblemConfig(group="Z6")))
+    )
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        train(other, check_corpus(other.data, 7), single_process)
+
+    monkeypatch.setattr(process_groups, "stop", lambda: None)  # the test session still needs its process groups
+    arguments = ["--checkpoint", whole.output_dir, "--depths", "1,3,6", "--samples", "32", "--batch_size", "16"]
+    evaluate.main([*arguments, "--split", "test", "--refit_steps", "2", "--kv_caches", "per_loop", "--prompt_tokens=1"])
+    report = json.loads((tmp_path / "whole/evaluation.json").read_text())
+    answers = report["answers"]
+    assert [row["depth"] for row in answers["depths"]] == [1, 2, 3, 4, 5, 6] and len(answers["refitted"]) == 6
+    assert answers["levels"]["levels"] == list(range(1, 9)) and answers["levels"]["labels"] == [32] * 8
+    assert report["depths"][1]["loss"] == pytest.approx(answers["depths"][2]["loss"], rel=1e-5)
+    decoded = sum(answers["depths"][2]["accuracy_by_level"][1:]) / 7
+    assert report["decoding"][0]["accuracy"] == pytest.approx(decoded, abs=0.02), "the same labels, through the cache"
+    assert "right by position 1 2 3" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data.seq_length|max_sequence_length"):
+        evaluate.main([*arguments, "--seq_length", "5000"])

@@ -1,0 +1,106 @@
+"""The runs of an experiment: which there are, at which rates, and that unfair comparisons are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from looplm.cli import UserError, from_dict
+from tools.experiments.rows import Row
+from tools.experiments.runs import ExperimentConfig, Unit, best_rate, config_of, final_units, merged, sweep_units
+
+MINI = """
+question: Does it run?
+decides: {figure: test.accuracy, better: 1x2, than: 1x1}
+pairs: [{better: 1x2, than: 1x1, matched: parameters}]
+figures: [test.accuracy]
+tuned_by: valid.loss
+seeds: [1, 2]
+sweep: {rates: [0.001, 0.002], seeds: [1000, 1001], steps: 4}
+base:
+  model: {vocab_size: 7, hidden_size: 16, ffn_hidden_size: 32, num_attention_heads: 2, attention: mha}
+  gate: {kind: linear}
+  loss: {weights: last}
+  optim: {train_steps: 6, lr: 0.001, min_lr: 0.0001, schedule: cosine, warmup_steps: 2, precision: fp32}
+  data: {task: {word_problem: {group: S3}}, seq_length: 8, micro_batch_size: 8, global_batch_size: 8}
+  logging: {tensorboard: false}
+arms:
+  1x1: {model: {num_layers: 1, num_loops: 1}}
+  1x2: {model: {num_layers: 1, num_loops: 2}}
+measure: {samples: 16, batch_size: 16, refit_steps: 1, tests: {longer: {seq_length: 12}}}
+"""
+
+
+def mini(**changes: Any) -> ExperimentConfig:
+    return from_dict(ExperimentConfig, merged(yaml.safe_load(MINI), changes), where="mini")
+
+
+def row(unit: Unit, loss: float) -> Row:
+    return Row(
+        arm=unit.arm,
+        seed=unit.seed,
+        trial=unit.trial,
+        lr=unit.lr,
+        parameters=1,
+        flops_per_token=1.0,
+        steps=1,
+        tokens=1,
+        seconds=1.0,
+        machine="m",
+        commit="c",
+        figures={"valid.loss": loss},
+    )
+
+
+def test_every_arm_gets_the_same_trials_and_then_its_best_rate():
+    config = mini()
+    trials = sweep_units(config)
+    assert len(trials) == 8 and {(unit.arm, unit.lr, unit.seed) for unit in trials} == {
+        (arm, lr, seed) for arm in ("1x1", "1x2") for lr in (0.001, 0.002) for seed in (1000, 1001)
+    }
+    assert list(final_units(config, [])) == []
+    losses = {("1x1", 0.001): (1.0, 1.2), ("1x1", 0.002): (0.5, 1.9), ("1x2", 0.001): (2.0, 2.0), ("1x2", 0.002): (1, 1)}
+    rows = [row(unit, losses[unit.arm, unit.lr][unit.seed - 1000]) for unit in trials]
+    assert best_rate(config, "1x1", rows) == 0.001, "the mean over the sweep's seeds, not the best seed"
+    assert best_rate(config, "1x2", rows) == 0.002
+    assert best_rate(config, "1x2", rows[:-1]) is None, "a trial is missing"
+    finals = list(final_units(config, rows))
+    assert [(unit.arm, unit.seed, unit.lr) for unit in finals] == [
+        ("1x1", 1, 0.001),
+        ("1x2", 1, 0.002),
+        ("1x1", 2, 0.001),
+        ("1x2", 2, 0.002),
+    ]
+    assert not finals[0].is_of(row(Unit("final", "1x1", 1, 0.002), 1.0)), "another rate than the best"
+
+
+def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
+    run = config_of(mini(), Unit("sweep", "1x2", 1000, 0.002), Path("f"))
+    assert (run.model.num_loops, run.seed, run.optim.lr, run.optim.train_steps) == (2, 1000, 0.002, 4)
+    assert run.optim.min_lr == pytest.approx(0.0002) and run.output_dir == "f/run"
+    assert config_of(mini(), Unit("final", "1x2", 2, 0.002), Path("f")).optim.train_steps == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"1x1": {"model": {"num_layers": 2}}}}, "1x2 and 1x1 are not matched in parameters: 2,"),
+        ({"pairs": [{"better": "1x2", "than": "1x1", "matched": "flops"}]}, "not matched in flops"),
+        ({"pairs": [{"better": "1x2", "than": "2x2", "matched": "flops"}]}, "decides|pairs.than: '2x2' is not allowed"),
+        ({"seeds": [1, 1000]}, r"sweep.seeds: 1000 is not allowed; rates tuned on a seed would favour it"),
+        ({"measure": {"tests": {"valid": {}}}}, r"measure.tests: 'valid' is not allowed"),
+        ({"arms": {"1x1": {"model": {"num_loop": 1}}}}, "arms.1x1: model.num_loop: unknown key; did you mean"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(changes, message):
+    with pytest.raises(UserError, match=message):
+        mini(**changes)
+
+
+def test_every_experiment_of_the_repository_can_be_planned():
+    files = sorted(Path("configs/experiments").glob("*.yaml"))
+    assert files
+    for path in files:
+        config = from_dict(ExperimentConfig, yaml.safe_load(path.read_text()), where=str(path))
+        assert len(config.sizes) == len(config.arms) and config.question.endswith("?"), path

@@ -1,0 +1,81 @@
+"""The question of an experiment and how it is decided, written before the experiment runs."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from looplm.bounds import at_least, check_bounds, non_empty, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two arms that are compared seed by seed, as ``better`` minus ``than``.
+
+    Args:
+        better: arm that is expected to win.
+        than: arm that it is compared with.
+        matched: quantity that both arms have equal; a comparison that is not matched says nothing about loops.
+    """
+
+    better: str = non_empty()
+    than: str = non_empty()
+    matched: Literal["parameters", "flops", "trained tokens"]
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "pairs")
+        require(self.better != self.than, "pairs.than", self.than, "name another arm than pairs.better")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decides:
+    """The one comparison that answers the question. It is also one of the experiment's pairs.
+
+    Args:
+        figure: name of the figure that is compared.
+        better: arm that the question is about.
+        than: arm that it is compared with.
+        claim: ``better`` is higher or lower than ``than`` by more than the margin, or the same within the margin.
+        margin: smallest difference that matters, in the figure's unit.
+    """
+
+    figure: str = non_empty()
+    better: str = non_empty()
+    than: str = non_empty()
+    claim: Literal["higher", "lower", "same"] = "higher"
+    margin: float = at_least(0, 0.0, below=float("inf"))
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "decides")
+        if self.claim == "same":
+            require(self.margin > 0, "decides.margin", self.margin, "give one above 0: no two arms are equal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What an experiment asks.
+
+    Args:
+        question: a sentence that yes, no or undecided answers.
+        decides: the comparison that answers it.
+        pairs: all comparisons that are made.
+        figures: figures that each pair is compared in; the first is drawn largest.
+        tuned_by: figure by which the learning rate of an arm was chosen; never one of held-out data.
+    """
+
+    question: str = non_empty()
+    decides: Decides
+    pairs: tuple[Pair, ...] = non_empty()
+    figures: tuple[str, ...] = non_empty()
+    tuned_by: str = non_empty("valid.loss")
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "")
+        require(self.decides.figure in self.figures, "decides.figure", self.decides.figure, "name it in figures too")
+        arms = [(pair.better, pair.than) for pair in self.pairs]
+        deciding = (self.decides.better, self.decides.than)
+        require(deciding in arms, "decides", " − ".join(deciding), "list this pair in pairs too")
+        names: tuple[tuple[str, list[object]], ...] = (("pairs", [*arms]), ("figures", [*self.figures]))
+        for key, values in names:
+            for value in values:
+                require(values.count(value) == 1, key, value, "list it once")
+        fix = "tune by a figure of validation data; what is compared must not have been tuned"
+        require(self.tuned_by not in self.figures, "tuned_by", self.tuned_by, fix)

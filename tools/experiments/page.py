@@ -1,0 +1,140 @@
+"""The page of an experiment in docs/evidence: question, verdict, tables, plots, and what it was made from.
+
+The same experiment and rows give the same bytes, in whatever order the rows come.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from looplm.bounds import require
+from looplm.failures import UserError
+from looplm.files import is_file_name, write_whole
+from tools.experiments import formats
+from tools.experiments.experiment import Experiment
+from tools.experiments.findings import Finding, Verdict, claim_of, decide, find
+from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name
+from tools.experiments.rows import Arm, Row, arms_of
+from tools.experiments.tables import arms_table, comparisons_table, markdown, sweep_problems, sweep_table
+
+_METHOD = """\
+Only final runs count, paired by seed. An interval is the wider of Student's t and the BCa bootstrap at either end. The
+verdict is that of the deciding comparison, which was fixed before the runs; p (Holm) and p (BH) are adjusted over all
+{count} comparisons of the table. Effect g is Hedges' g of the paired differences; power and seeds needed are those of a
+t test for an effect of this size, for planning only. The ratios are those of the first arm to the second.
+"""
+
+
+def write_page(
+    folder: Path, name: str, experiment: Experiment, rows: Sequence[Row], *, source: str, command: str
+) -> Verdict:
+    """Write NAME.md, NAME.tex and the plots into a folder, and return the verdict.
+
+    Args:
+        folder: for the files, each of which is written whole or not at all.
+        name: of the experiment, also the first part of each file's name.
+        experiment: what was asked.
+        rows: records of all runs.
+        source: the text of the experiment's YAML file.
+        command: the command that repeats the experiment.
+
+    Raises:
+        UserError: no final run, runs of an arm that differ in more than the seed, or names that make no file names.
+    """
+    require(is_file_name(f"{name}.md"), "name", name, "give the name of a file")
+    rows = sorted(rows, key=lambda row: (row.trial, row.arm, row.lr, row.seed))
+    arms = arms_of(rows)
+    if not arms:
+        raise UserError(f"{name}: no final run is recorded; run the experiment before its report")
+    findings = find(experiment, arms)
+    verdict = decide(experiment, findings)
+    plots = draw(name, experiment, rows, arms)
+    for file, svg in plots.items():
+        write_whole(folder / file, svg)
+    tables = (arms_table(experiment, arms), comparisons_table(findings, arms), sweep_table(experiment, rows, arms))
+    write_whole(folder / f"{name}.tex", "\n".join(table.latex() for table in tables if table.rows))
+    text = page(name, experiment, rows, findings, verdict, list(plots), source=source, command=command)
+    write_whole(folder / f"{name}.md", text)
+    return verdict
+
+
+def draw(name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, Arm]) -> dict[str, str]:
+    """Return all plots as SVG by file name: a plot per figure, then one per curve."""
+    final = [row for row in rows if row.trial == "final"]
+    plots = dict[str, str]()
+    figures = [figure for figure in experiment.figures if any(arm.values(figure) for arm in arms.values())]
+    for title in (*figures, *curves_of(final)):
+        file = file_name(name, title)
+        fix = f"its plot would be {file}, a name that is taken or no file can have; rename it"
+        require(is_file_name(file) and file not in plots, "figures and curves", title, fix)
+        plots[file] = figure_by_arm(title, arms) if title in figures else curve_by_arm(title, arms)
+    return plots
+
+
+def page(
+    name: str,
+    experiment: Experiment,
+    rows: Sequence[Row],
+    findings: Sequence[Finding],
+    verdict: Verdict,
+    plots: Sequence[str],
+    *,
+    source: str,
+    command: str,
+) -> str:
+    """Return the page in Markdown; ``plots`` are the names of the files beside it, see :func:`write_page`."""
+    arms = arms_of(rows)
+    compared = sum(finding.comparison is not None for finding in findings)
+    parts = [
+        f"# {markdown(name)}",
+        markdown(experiment.question),
+        f"Claim, fixed before the runs: {markdown(claim_of(experiment.decides))}.",
+        f"**{verdict.answer.capitalize()}.** {markdown(verdict.reason)}",
+        "## Arms",
+        arms_table(experiment, arms).markdown(),
+        "## Comparisons",
+        comparisons_table(findings, arms).markdown(),
+        _METHOD.format(count=compared),
+        _list([f"{finding.title}: {finding.problem}" for finding in findings if finding.problem]),
+        _list(_reasons(findings)),
+        "## Learning rates",
+        sweep_table(experiment, rows, arms).markdown() if any(row.trial == "sweep" for row in rows) else "",
+        _list(sweep_problems(rows, arms)),
+        "## Plots",
+        *(f"![{markdown(file.removeprefix(f'{name}-').removesuffix('.svg'))}]({file})" for file in plots),
+        "Bands around curves are 95 % t intervals over seeds." if any("-by-" in file for file in plots) else "",
+        "## Runs",
+        f"- command: `{command}`\n{_list(_runs(rows))}",
+        "## As written before it ran",
+        "\n".join(f"    {line}".rstrip() for line in source.strip().splitlines()),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _reasons(findings: Sequence[Finding]) -> list[str]:
+    """Return why each test was chosen, a line per reason."""
+    made = [(finding, finding.comparison) for finding in findings if finding.comparison]
+    return [f"{finding.title}: {comparison.test}, because {comparison.reason}" for finding, comparison in made]
+
+
+def _runs(rows: Sequence[Row]) -> list[str]:
+    """Return where the rows come from, as items of plain text."""
+    final = [row for row in rows if row.trial == "final"]
+    machines, commits = sorted({row.machine for row in rows}), sorted({row.commit for row in rows})
+    seeds, swept = ({row.seed for row in rows if row.trial == trial} for trial in ("final", "sweep"))
+    return [
+        f"runs: {len(final)} final, {len(rows) - len(final)} in the sweep",
+        f"seeds: {_numbers(seeds)} final, {_numbers(swept) or 'none'} in the sweep",
+        f"machine: {'; '.join(machines)}",
+        f"commit: {', '.join(commits)}",
+        f"time: {formats.duration(sum(row.seconds for row in rows))} in all, "
+        f"{formats.duration(max(row.seconds for row in rows))} for the longest run",
+        f"tokens: {formats.count(sum(row.tokens for row in rows))} trained in all",
+    ]
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def _list(items: Sequence[str]) -> str:
+    return "\n".join(f"- {markdown(item)}" for item in items)

@@ -1,0 +1,113 @@
+"""Plots of an experiment as SVG files of their own: the same rows give the same bytes.
+
+Arms differ in color and marker; the colors are those of Okabe and Ito, which color-blind readers can tell apart.
+
+Shapes: N seeds, P positions of a curve.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tools.experiments.rows import Arm, Row, positions_name
+from tools.experiments.statistics import estimate, t_half_width
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX*"
+_STYLE = Path(__file__).with_suffix(".mplstyle")
+_MAX_MARKED = 20  # positions up to which a curve has a marker at each
+
+
+def figure_by_arm(figure: str, arms: Mapping[str, Arm]) -> str:
+    """Draw a figure for each arm: a dot per seed, and beside the dots the mean with its 95 % interval."""
+    plot, axes = _new(height=1.2 + 0.42 * len(arms))
+    names = list[str]()
+    for place, (arm, style) in enumerate(zip(arms.values(), _styles(), strict=False)):
+        values = list(arm.values(figure).values())
+        value_N = np.array([value for value in values if np.isfinite(value)])
+        lost = len(values) - len(value_N)
+        names.append(f"{arm.name}\n({lost} not finite)" if lost else arm.name)
+        offset_N = np.linspace(-0.12, 0.12, len(value_N)) if len(value_N) > 1 else np.zeros(len(value_N))
+        axes.plot(value_N, place + offset_N, **style, linestyle="", markersize=4, alpha=0.6)
+        if len(value_N) > 1 and not lost:
+            found = estimate(value_N)
+            axes.plot(found.interval, [place + 0.27] * 2, color=style["color"], linewidth=1.6)
+            axes.plot(found.mean, place + 0.27, "|", color=style["color"], markersize=9, markeredgewidth=2)
+    axes.set_yticks(range(len(arms)), names)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{figure}: seeds, mean, 95 % interval")
+    return _svg(plot, figure)
+
+
+def curve_by_arm(curve: str, arms: Mapping[str, Arm]) -> str:
+    """Draw a curve of each arm that has it: the mean over seeds, and a band for the 95 % interval at each position.
+
+    An arm whose seeds have different positions gets a thin line per seed.
+    """
+    plot, axes = _new(height=3.2)
+    for arm, style in zip(arms.values(), _styles(), strict=False):
+        rows = [row for row in arm.rows.values() if curve in row.curves]
+        if not rows:
+            continue
+        positions = {row.positions(curve) for row in rows}
+        if len(positions) > 1:
+            for row in rows:
+                axes.plot(row.positions(curve), row.curves[curve], color=style["color"], linewidth=0.7)
+            axes.plot([], [], color=style["color"], label=f"{arm.name} (each seed)")
+            continue
+        _band(axes, np.array(positions.pop()), np.array([row.curves[curve] for row in rows]), style, arm.name)
+    key = positions_name(curve).rpartition(".")[2].removesuffix("s")
+    axes.set_xlabel(key)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylabel(curve.rpartition(" by ")[0])
+    plot.legend(loc="outside upper left", ncols=4, handlelength=1.5, frameon=False)
+    return _svg(plot, curve)
+
+
+def curves_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all curves, without their positions, in alphabetical order."""
+    return sorted({name for row in rows for name in row.curves if " by " in name})
+
+
+def file_name(experiment: str, plot: str) -> str:
+    """Return the name of a plot's file: "EXPERIMENT-test.accuracy-by-level.svg"."""
+    return f"{experiment}-{re.sub(r'[^A-Za-z0-9._=@]+', '-', plot).strip('-')}.svg"
+
+
+def _band(axes: Axes, position_P: np.ndarray, value_NP: np.ndarray, style: Mapping[str, Any], name: str) -> None:
+    """Draw a mean over seeds and its interval; positions where a seed is not finite are a gap."""
+    whole_P = np.isfinite(value_NP).all(axis=0)
+    mean_P = np.where(whole_P, np.nan_to_num(value_NP).mean(axis=0), np.nan)
+    marked = {**style} if len(position_P) <= _MAX_MARKED else {"color": style["color"]}
+    axes.plot(position_P, mean_P, **marked, markersize=4, linewidth=1.5, label=name)
+    if len(value_NP) > 1:
+        half_P = t_half_width(np.nan_to_num(value_NP))  # Student's alone: a bootstrap at every position takes minutes
+        axes.fill_between(position_P, mean_P - half_P, mean_P + half_P, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _new(height: float) -> tuple[Figure, Axes]:
+    with rc_context(fname=_STYLE):
+        plot = Figure(figsize=(6.4, height), layout="constrained")
+        return plot, plot.add_subplot()
+
+
+def _styles() -> "cycle[dict[str, Any]]":
+    pairs = zip(_COLORS * len(_MARKERS), _MARKERS * len(_COLORS), strict=True)  # 7 colors and 8 markers: 56 styles
+    return cycle([{"color": color, "marker": marker} for color, marker in pairs])
+
+
+def _svg(plot: Figure, title: str) -> str:
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": title}, fname=_STYLE):
+        plot.savefig(text, format="svg", metadata={"Date": None, "Title": title})
+    return text.getvalue()

@@ -1,0 +1,136 @@
+"""Runs what is left of an experiment, several processes side by side; each run can be killed and continues later.
+
+Runners may share a folder, as the tasks of a Slurm array do: a run that another process holds is passed over.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from looplm.bounds import UserError
+from tools.experiments.rows import Row, merge_rows, read_row, read_rows
+from tools.experiments.runs import ExperimentConfig, Unit, config_of, final_units, sweep_units
+from tools.experiments.unit import BUSY, ROW, Order
+
+_LOOK_AGAIN = 0.5  # seconds between two looks at the processes
+
+
+class Runner:
+    """An experiment in a folder.
+
+    Args:
+        config: the experiment.
+        folder: of its runs.
+        record: the file of its records, docs/evidence/NAME.jsonl; runs that it has are not repeated.
+    """
+
+    def __init__(self, config: ExperimentConfig, folder: Path, record: Path) -> None:
+        self.config, self.folder, self.record = config, folder, record
+        self._read = dict[Path, Row]()
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return the records of the experiment's runs: those of the file, and those of the folder that it lacks.
+
+        A run that was made at another rate than the best, because the sweep has more rates now, does not count.
+        """
+        for path in sorted(self.folder.glob(f"*/{ROW}")):
+            if path not in self._read:
+                self._read[path] = read_row(path)
+        found = [*(read_rows(self.record) if self.record.exists() else ()), *self._read.values()]
+        trials = [next((row for row in found if unit.is_of(row)), None) for unit in sweep_units(self.config)]
+        known = [row for row in trials if row is not None]
+        runs = [next((row for row in found if unit.is_of(row)), None) for unit in final_units(self.config, known)]
+        return (*known, *(row for row in runs if row is not None))
+
+    def merge(self) -> tuple[Row, ...]:
+        """Add the folder's records to the file, and return all."""
+        return merge_rows(self.record, self.rows())
+
+    def missing(self, rows: Sequence[Row]) -> list[Unit]:
+        """Return the runs that can be started: without a record, and final ones only of arms whose rate is known."""
+        units = [*sweep_units(self.config), *final_units(self.config, rows)]
+        return [unit for unit in units if not any(unit.is_of(row) for row in rows)]
+
+    @property
+    def total(self) -> int:
+        """Number of runs."""
+        return len(sweep_units(self.config)) + len(self.config.seeds) * len(self.config.arms)
+
+    def run(self, jobs: int) -> None:
+        """Run everything that is missing, ``jobs`` processes at a time.
+
+        Raises:
+            UserError: a run failed; the others are stopped, and continue when the command is repeated.
+        """
+        signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
+        running, elsewhere = dict[Unit, subprocess.Popen[bytes]](), dict[Unit, float]()
+        rows = self.rows()
+        with tqdm(total=self.total, initial=len(rows), unit="run", disable=None) as bar:
+            try:
+                while True:
+                    for unit, status in _ended(running):
+                        del running[unit]
+                        if status == BUSY:
+                            elsewhere[unit] = time.monotonic()
+                        elif status != 0:
+                            log = self.folder / unit.name / "log.txt"
+                            raise UserError(f"{unit.name} ended with status {status}; see {log}")
+                        else:
+                            rows = self.rows()
+                            bar.update(len(rows) - bar.n)
+                            _say(bar, unit, rows)
+                    missing = self.missing(rows)
+                    if not missing and not running:
+                        return
+                    for unit in missing:
+                        waits = time.monotonic() - elsewhere.get(unit, -1e9) < 30
+                        if len(running) < jobs and unit not in running and not waits:
+                            running[unit] = self._start(unit)
+                    time.sleep(_LOOK_AGAIN)
+                    if elsewhere:
+                        rows = self.rows()
+            finally:
+                _stop(list(running.values()))
+
+    def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
+        folder = self.folder / unit.name
+        folder.mkdir(parents=True, exist_ok=True)
+        run = config_of(self.config, unit, folder)
+        Order(trial=unit.trial, arm=unit.arm, measure=self.config.measure, run=run).write(folder)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        command = [sys.executable, "-m", "tools.experiments.unit", str(folder)]
+        with (folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _interrupted(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
+def _ended(running: dict[Unit, subprocess.Popen[bytes]]) -> Iterator[tuple[Unit, int]]:
+    for unit, process in list(running.items()):
+        status = process.poll()
+        if status is not None:
+            yield unit, status
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask all to save and end, and wait for them."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait()
+
+
+def _say(bar: "tqdm[Any]", unit: Unit, rows: Sequence[Row]) -> None:
+    row = next(row for row in rows if unit.is_of(row))
+    shown = [f"{name} {row.figures[name]:.4f}" for name in ("valid.loss", "test.accuracy") if name in row.figures]
+    bar.write(f"{unit.name:<40} {', '.join(shown)}  {row.seconds / 60:.1f} min")

@@ -1,0 +1,204 @@
+"""The runs of an experiment: every arm at every learning rate of the sweep, then every arm at its best rate and seed.
+
+Each arm gets the same number of trials, on a seed of its own and judged by validation data, because the best rate
+depends on the number of loops. Two arms may only be compared if one of parameters, training FLOPs and trained tokens is
+equal, as their pair says.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from looplm.accounting import parameter_counts, training_flops_per_token
+from looplm.bounds import at_least, check_bounds, non_empty, positive, require
+from looplm.cli import UserError, from_dict, to_plain
+from looplm.config import RunConfig
+from tools.experiments.experiment import Experiment, Pair
+from tools.experiments.rows import Row
+
+TOLERANCE = 0.03  # by which quantities that count as equal may differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """The search for each arm's learning rate.
+
+    Args:
+        rates: learning rates; with one there is nothing to search.
+        seeds: seeds of the trials, none of them one of the experiment's.
+        steps: optimizer steps of a trial; null for those of a whole run.
+    """
+
+    rates: tuple[float, ...] = non_empty()
+    seeds: tuple[int, ...] = non_empty((1000,))
+    steps: int | None = positive(None)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "sweep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured after a run, besides validation and test data at the trained depth.
+
+    Args:
+        depth_factor: depths up to so many times the trained loops are measured.
+        samples: of each split.
+        batch_size: samples in one forward pass.
+        refit_steps: steps of the heads that are fitted to the states of each depth; 0 fits none.
+        tests: further splits by name, each with the keys of ``data`` that differ: ``{longer: {seq_length: 32}}``.
+        kv_caches: caches to decode the test through, token by token.
+        prompt_tokens: with kv_caches: tokens that are read as a prompt.
+    """
+
+    depth_factor: int = positive(2)
+    samples: int = positive(1024)
+    batch_size: int = positive(128)
+    refit_steps: int = at_least(0, 0)
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kv_caches: tuple[str, ...] = ()
+    prompt_tokens: int = positive(1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "measure")
+        for name in self.tests:
+            require(name not in ("valid", "test"), "measure.tests", name, "it is measured anyway; give another name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(Experiment):
+    """An experiment: what it asks, written before it runs, and its runs.
+
+    Args:
+        seeds: of the runs whose figures count.
+        sweep: the search for each arm's learning rate.
+        base: keys of pretrain.train that all arms share.
+        arms: by name, the keys that differ.
+        measure: what is measured after each run.
+    """
+
+    seeds: tuple[int, ...] = non_empty()
+    sweep: SweepConfig
+    base: dict[str, Any]
+    arms: dict[str, dict[str, Any]] = non_empty()
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for seed in self.sweep.seeds:
+            require(seed not in self.seeds, "sweep.seeds", seed, "rates tuned on a seed would favour it; give another")
+        for pair in self.pairs:
+            for key, arm in (("better", pair.better), ("than", pair.than)):
+                require(arm in self.arms, f"pairs.{key}", arm, f"give one of {', '.join(self.arms)}")
+            self._refuse_unfair(pair)
+
+    def run_config(self, arm: str, **changes: Any) -> RunConfig:
+        """Return what pretrain.train gets for an arm; ``changes`` are nested keys."""
+        values = merged(merged(self.base, self.arms[arm]), {"output_dir": "run"}, changes)
+        return from_dict(RunConfig, values, where=f"arms.{arm}")
+
+    @cached_property
+    def sizes(self) -> Mapping[str, "Size"]:
+        """The size of each arm."""
+        return {arm: Size.of(self.run_config(arm)) for arm in self.arms}
+
+    def _refuse_unfair(self, pair: Pair) -> None:
+        """Raise unless the two arms have equal what the pair says."""
+        sizes = [self.sizes[arm] for arm in (pair.better, pair.than)]
+        attribute = pair.matched.replace(" ", "_")
+        first, second = (float(getattr(size, attribute)) for size in sizes)
+        if abs(first - second) > TOLERANCE * max(first, second):
+            raise UserError(
+                f"pairs: {pair.better} and {pair.than} are not matched in {pair.matched}: {first:,.0f} and "
+                f"{second:,.0f}; change an arm (tools.count_params --partners designs one), or say what is matched"
+            )
+
+
+@dataclass(frozen=True)
+class Size:
+    """An arm in numbers: parameters without the gate, training FLOPs and tokens of a whole run."""
+
+    parameters: int
+    flops: float
+    trained_tokens: int
+    flops_per_token: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Size":
+        """Return the size of a run."""
+        counts = parameter_counts(config.model, config.gate)
+        length, steps, rows = config.data.seq_length, config.optim.train_steps, config.data.global_batch_size
+        per_token = training_flops_per_token(config.model, config.gate, length, config.model.num_loops)
+        tokens = length * steps * rows
+        return cls(sum(counts.values()) - counts.get("gate", 0), per_token * tokens, tokens, per_token)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of an experiment."""
+
+    trial: Literal["sweep", "final"]
+    arm: str
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.trial}_{self.arm}_lr{self.lr:g}_seed{self.seed}"
+
+    def is_of(self, row: Row) -> bool:
+        """Return True if a record is that of this run."""
+        return (row.trial, row.arm, row.seed, row.lr) == (self.trial, self.arm, self.seed, self.lr)
+
+
+def sweep_units(config: ExperimentConfig) -> list[Unit]:
+    """Return the trials of the learning rates; none if there is only one rate."""
+    rates = config.sweep.rates if len(config.sweep.rates) > 1 else ()
+    return [Unit("sweep", arm, seed, lr) for seed in config.sweep.seeds for arm in config.arms for lr in rates]
+
+
+def final_units(config: ExperimentConfig, rows: Sequence[Row]) -> Iterator[Unit]:
+    """Yield the runs whose figures count, seed by seed, for the arms whose rate is known."""
+    for seed in config.seeds:
+        for arm in config.arms:
+            rate = best_rate(config, arm, rows)
+            if rate is not None:
+                yield Unit("final", arm, seed, rate)
+
+
+def best_rate(config: ExperimentConfig, arm: str, rows: Sequence[Row]) -> float | None:
+    """Return the rate with the lowest mean of ``tuned_by`` over the sweep's seeds; None while trials are missing."""
+    if len(config.sweep.rates) == 1:
+        return config.sweep.rates[0]
+    means = dict[float, float]()
+    for lr in config.sweep.rates:
+        found = [
+            row.figures[config.tuned_by] for row in rows if row.trial == "sweep" and (row.arm, row.lr) == (arm, lr)
+        ]
+        if len(found) < len(config.sweep.seeds):
+            return None
+        means[lr] = sum(found) / len(found)
+    return min(means, key=lambda lr: means[lr])
+
+
+def config_of(config: ExperimentConfig, unit: Unit, folder: Path) -> RunConfig:
+    """Return what pretrain.train gets for a run in ``folder``."""
+    optim: dict[str, Any] = {"lr": unit.lr}
+    whole = config.run_config(unit.arm).optim
+    if unit.trial == "sweep" and config.sweep.steps is not None:
+        optim["train_steps"] = config.sweep.steps
+    optim["min_lr"] = whole.min_lr / whole.lr * unit.lr  # the same share of the rate for every rate
+    return config.run_config(unit.arm, output_dir=str(folder / "run"), seed=unit.seed, optim=optim)
+
+
+def merged(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested keys, later ones over earlier ones; a task replaces a task."""
+    result = dict(first)
+    for other in others:
+        for key, value in other.items():
+            deep = key != "task" and isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merged(result[key], value) if deep else to_plain(value)
+    return result
