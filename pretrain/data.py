@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, S
 
 from data_pipeline.manifest import TokenizerRecord
 from data_pipeline.synthetic.registry import fingerprint_of, open_task, tokenizer_of
-from data_pipeline.synthetic.task import Split
+from data_pipeline.synthetic.task import SPLITS, Split
 from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
 from looplm.cli import UserError, require
@@ -116,7 +116,8 @@ def _check_task(data: DataConfig, config: TaskConfig, vocab_size: int) -> Corpus
     symbols, json_text = len(task.symbols), tokenizer_of(task).encode()
     fix = f"data.task.{config.name} has {symbols} symbols; give at least as many"
     require(symbols <= vocab_size, "model.vocab_size", vocab_size, fix)
-    task.generate(np.random.default_rng(0), 1, data.seq_length, "train")  # refuses a length that is too short
+    for split in SPLITS:  # refuses a length that is too short, and a task with too few items
+        task.generate(np.random.default_rng(0), 1, data.seq_length, split)
     digest = hashlib.sha256(json_text).hexdigest()
     record = TokenizerRecord(path="tokenizer.json", sha256=digest, bos_id=None, eos_id=0, pad_id=0)
     return Corpus(json_text, record, symbols, fingerprint_of(config))

@@ -100,8 +100,8 @@ class Capo(Task):
 def bits_learned(config: CapoConfig, name_loss: float, value_loss: float) -> float:
     """Return the bits about the people that a model with these losses must hold, at least.
 
-    N log2(N0 / e^p1) + N log2(S0 / e^p2), with N people, N0 possible names and S0 possible combinations of values: arXiv
-    2404.05405, for its bioS data. (Definition 1 in appendix B.1 of arXiv 2510.25741 prints p2 with a wrong sign.)
+    N log2(N0 / e^p1) + N log2(S0 / e^p2), with N people, N0 possible names and S0 possible combinations of values, from
+    arXiv 2404.05405, for its bioS data. (Definition 1 in appendix B.1 of arXiv 2510.25741 prints p2 with a wrong sign.)
     Negative if the model is worse than one that knows only the ranges. Divide by the parameters for bits per parameter.
 
     Args:

@@ -43,7 +43,7 @@ def open_task(config: TaskConfig) -> Task:
 
 def fingerprint_of(config: TaskConfig) -> str:
     """Return a hash of everything that decides a task's samples, but for seed and length."""
-    parts = VERSION, dataclasses.asdict(config)
+    parts = VERSION, config.name, dataclasses.asdict(getattr(config, config.name))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
