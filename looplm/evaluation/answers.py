@@ -28,7 +28,7 @@ class AnswerMeter:
         self.loops, self.trained_loops, self.thresholds = loops, trained_loops, tuple(thresholds)
         self._count_L = torch.zeros(levels, dtype=torch.float64)
         self._right_RL = torch.zeros(loops, levels, dtype=torch.float64)
-        self._loss_R = torch.zeros(loops, dtype=torch.float64)
+        self._loss_RL = torch.zeros(loops, levels, dtype=torch.float64)
         self._whole_R = torch.zeros(loops, dtype=torch.float64)  # samples with every answer right
         self._motion_R4 = torch.zeros(loops, 4, dtype=torch.float64)  # sums of _motion
         self._samples = torch.zeros(1, dtype=torch.float64)
@@ -57,7 +57,8 @@ class AnswerMeter:
             state_ND = h_SBD[counts_SB]
             log_p_NV = F.log_softmax(state_ND.float() @ weight_VD.float().t(), dim=-1)
             right_RN[loop] = (log_p_NV.argmax(-1) == label_N).float()
-            self._loss_R[loop] += F.nll_loss(log_p_NV, label_N, reduction="sum").item()
+            loss_N = F.nll_loss(log_p_NV, label_N, reduction="none")
+            self._loss_RL[loop].index_add_(0, level_N.cpu(), loss_N.double().cpu())
             wrong_B = torch.zeros(labels_SB.size(1), device=label_N.device).index_add_(0, sample_N, 1 - right_RN[loop])
             self._whole_R[loop] += (wrong_B == 0).sum().item()
             if before is not None:
@@ -77,22 +78,23 @@ class AnswerMeter:
 
     def answers(self, level_name: str, group: dist.ProcessGroup) -> TaskAnswers:
         """Return shares over the labels of every rank of ``group``; levels without a label are left out."""
-        sums = (self._count_L, self._right_RL, self._loss_R, self._whole_R, self._motion_R4, self._samples)
+        sums = (self._count_L, self._right_RL, self._loss_RL, self._whole_R, self._motion_R4, self._samples)
         for total in (*sums, self._depth_L, self._exits_QL2):
             dist.all_reduce(total, group=group)
         kept = self._count_L.nonzero().flatten()
         count_L, labels = self._count_L[kept], self._count_L.sum().clamp(min=1)
-        right_RL, samples = self._right_RL[:, kept], self._samples.clamp(min=1)
+        right_RL, loss_RL, samples = self._right_RL[:, kept], self._loss_RL[:, kept], self._samples.clamp(min=1)
         depths = []
         for loop in range(self.loops):
             change, cosine, divergence, changed = (self._motion_R4[loop] / labels).tolist()
             depths.append(
                 AnswersAtDepth(
                     depth=loop + 1,
-                    loss=float(self._loss_R[loop] / labels),
+                    loss=float(loss_RL[loop].sum() / labels),
                     accuracy=float(right_RL[loop].sum() / labels),
                     whole_samples=float(self._whole_R[loop] / samples),
                     accuracy_by_level=tuple((right_RL[loop] / count_L).tolist()),
+                    loss_by_level=tuple((loss_RL[loop] / count_L).tolist()),
                     state_change=change,
                     state_cosine=cosine,
                     divergence=divergence,

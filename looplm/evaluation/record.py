@@ -71,6 +71,7 @@ class AnswersAtDepth:
         accuracy: share of labels whose token is the likeliest.
         whole_samples: share of samples with every label right.
         accuracy_by_level: of each level.
+        loss_by_level: of each level.
         state_change: mean of ``|h_r - h_{r-1}| / |h_{r-1}|``.
         state_cosine: mean cosine between h_r and h_{r-1}.
         divergence: mean of KL(prediction after this loop || before it), in nats.
@@ -82,6 +83,7 @@ class AnswersAtDepth:
     accuracy: float
     whole_samples: float
     accuracy_by_level: tuple[float, ...]
+    loss_by_level: tuple[float, ...]
     state_change: float
     state_cosine: float
     divergence: float

@@ -58,6 +58,7 @@ class Experiment:
         decides: the comparison that answers it.
         pairs: all comparisons that are made.
         figures: figures that each pair is compared in; the first is drawn largest.
+        curves: series of results that are drawn.
         tuned_by: figure by which the learning rate of an arm was chosen; never one of held-out data.
     """
 
@@ -65,6 +66,7 @@ class Experiment:
     decides: Decides
     pairs: tuple[Pair, ...] = non_empty()
     figures: tuple[str, ...] = non_empty()
+    curves: tuple[str, ...] = ("test.accuracy by level", "test.accuracy by depth")
     tuned_by: str = non_empty("valid.loss")
 
     def __post_init__(self) -> None:

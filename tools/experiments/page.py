@@ -58,11 +58,12 @@ def write_page(
 
 
 def draw(name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, Arm]) -> dict[str, str]:
-    """Return all plots as SVG by file name: a plot per figure, then one per curve."""
+    """Return the plots as SVG by file name: one per figure, then one per curve, of those that were measured."""
     final = [row for row in rows if row.trial == "final"]
     plots = dict[str, str]()
     figures = [figure for figure in experiment.figures if any(arm.values(figure) for arm in arms.values())]
-    for title in (*figures, *curves_of(final)):
+    curves = [curve for curve in experiment.curves if curve in curves_of(final)]
+    for title in (*figures, *curves):
         file = file_name(name, title)
         fix = f"its plot would be {file}, a name that is taken or no file can have; rename it"
         require(is_file_name(file) and file not in plots, "figures and curves", title, fix)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from data_pipeline.synthetic.capo import FIRST_VALUE, NAME, NAME_TOKENS, bits_learned
 from looplm.checkpoint import git_revision
 from looplm.cli import UserError, from_dict, parse_config, positional_paths, run_main, to_dict
 from looplm.config import DataConfig, RunConfig
@@ -101,6 +102,7 @@ def _complete(folder: Path, order: Order) -> None:
     figures, curves = _train_figures(Path(run.output_dir) / "metrics.jsonl")
     for split, evaluation in _evaluations(order, folder):
         own_figures, own_curves = _figures(split, evaluation, run.model.num_loops)
+        own_figures |= _capo_figures(split, own_figures, run)
         figures, curves = figures | own_figures, curves | own_curves
     size = Size.of(run)
     row = Row(
@@ -185,13 +187,26 @@ def _figures(split: str, found: Evaluation, loops: int) -> tuple[dict[str, float
     levels = tuple(map(float, answers.levels.levels))
     curves |= {f"{split}.levels": levels, f"{split}.accuracy by level": trained.accuracy_by_level}
     curves[f"{split}.exit depth by level"] = answers.levels.expected_depth
-    for level, accuracy in zip(answers.levels.levels, trained.accuracy_by_level, strict=True):
-        figures[f"{split}.accuracy@level={level}"] = accuracy
+    for level, accuracy, loss in zip(
+        answers.levels.levels, trained.accuracy_by_level, trained.loss_by_level, strict=True
+    ):
+        figures |= {f"{split}.accuracy@level={level}": accuracy, f"{split}.loss@level={level}": loss}
     if answers.refitted:
         curves[f"{split}.refitted accuracy by depth"] = answers.refitted
     curves[f"{split}.mean depths"] = tuple(at.mean_depth for at in answers.exits)
     curves[f"{split}.accuracy by mean depth"] = tuple(at.accuracy for at in answers.exits)
     return figures, curves
+
+
+def _capo_figures(split: str, figures: dict[str, float], run: RunConfig) -> dict[str, float]:
+    """Return the bits that the model knows about the people of capo, also per parameter; nothing for other tasks."""
+    capo = run.data.task and run.data.task.capo
+    if not capo:
+        return {}
+    name_loss = NAME_TOKENS * figures[f"{split}.loss@level={NAME}"]
+    value_loss = sum(figures[f"{split}.loss@level={FIRST_VALUE + index}"] for index in range(capo.attributes))
+    bits = bits_learned(capo, name_loss, value_loss)
+    return {f"{split}.bits": bits, f"{split}.bits_per_parameter": bits / Size.of(run).parameters}
 
 
 def _train_figures(metrics: Path) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:

@@ -27,6 +27,7 @@ def test_every_figure_equals_a_loop_over_the_labels(single_process):
     weight_VD = torch.randn(V, D, generator=torch.Generator().manual_seed(9))
     meter, batches = AnswerMeter(LOOPS, TRAINED, 8, [0.4, 1.0]), [make_batch(seed) for seed in (1, 2)]
     right: dict[tuple[int, int], list[bool]] = {}
+    lost: dict[tuple[int, int], float] = {}
     sums = {name: [0.0] * LOOPS for name in ("loss", "whole", "change", "cosine", "divergence", "changed")}
     depth_of: dict[int, list[float]] = {}
     exits: dict[float, list[tuple[int, bool]]] = {0.4: [], 1.0: []}
@@ -47,6 +48,7 @@ def test_every_figure_equals_a_loop_over_the_labels(single_process):
                     right.setdefault((r, level), []).append(answers[r] == label)
                     whole[r] &= answers[r] == label
                     sums["loss"][r] -= math.log(p_V[label])
+                    lost[r, level] = lost.get((r, level), 0.0) - math.log(p_V[label])
                     if before is not None:
                         old, old_p = before
                         sums["change"][r] += float((state - old).norm() / old.norm())
@@ -70,6 +72,8 @@ def test_every_figure_equals_a_loop_over_the_labels(single_process):
     assert found.levels.expected_depth == pytest.approx(mean, rel=1e-5)
     for r, at in enumerate(found.depths):
         by_level = [sum(right[r, level]) / len(right[r, level]) for level in found.levels.levels]
+        losses = [lost[r, level] / len(right[r, level]) for level in found.levels.levels]
+        assert at.loss_by_level == pytest.approx(losses, rel=1e-5)
         assert at.depth == r + 1 and at.accuracy_by_level == pytest.approx(by_level)
         assert at.accuracy == pytest.approx(sum(sum(right[r, level]) for level in depth_of) / labels)
         assert at.whole_samples == pytest.approx(sums["whole"][r] / (2 * B))
