@@ -1,5 +1,7 @@
 """Megatron's data-parallel wrapper, optimizer and learning-rate schedule, set up from our configuration."""
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -38,8 +40,15 @@ def wrap_data_parallel(model: LoopLM, loss: LossConfig, layout: ParallelConfig) 
     )
     ddp = DistributedDataParallel(model.config, config, model)
     model.config.no_sync_func = ddp.no_sync
-    # A pipeline's schedule passes its views of the model, one per loop; all of them share this one wrapper.
-    model.config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads([ddp], *args, **kwargs)
+
+    def finalize(views: object, tokens: object, **keys: Any) -> None:
+        """Sum the gradients over the ranks; the trainer divides them by the tokens, which then need no collective.
+
+        A pipeline's schedule passes its views of the model, one per loop; all of them share this one wrapper.
+        """
+        finalize_model_grads([ddp], None, **keys)
+
+    model.config.finalize_model_grads_func = finalize
     return ddp
 
 
@@ -57,7 +66,7 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: Pa
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
-        clip_grad=optim.clip_grad,
+        clip_grad=0.0,  # the trainer clips, with the norm that it has anyway
         bf16=optim.precision == "bf16",
         params_dtype=DTYPES[optim.precision],
         use_distributed_optimizer=layout.distributed_optimizer,

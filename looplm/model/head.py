@@ -24,9 +24,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-# Bytes of a chunk's logits in fp32. Small chunks stay in a CPU's cache. On a GPU, where each chunk reads and writes the
-# whole weight gradient, larger ones hide that traffic; the number for CUDA is computed, not measured.
-LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
+# Bytes of a chunk's logits, counted in fp32. Small chunks stay in a CPU's cache. Each chunk in bf16 also adds its product
+# to the weight's gradient in fp32, and larger chunks hide that traffic. So they do on a GPU, where the number is computed,
+# not measured.
+LOGIT_BYTES = {"cpu": 2**25, "cpu, bf16": 2**27, "cuda": 2**29}
 
 
 class HeadLosses(NamedTuple):
@@ -188,21 +189,22 @@ class _TokenLosses(torch.autograd.Function):
         return grad_ND, None if grad_VD is None else grad_VD.to(weight_VD.dtype), None, None
 
 
-def chunk_tokens(tokens: int, vocabulary: int, device: str) -> int:
+def chunk_tokens(tokens: int, vocabulary: int, kind: str) -> int:
     """Return the number of tokens whose logits are computed at once; all chunks but the last have as many.
 
     Args:
         tokens: of the whole pass.
         vocabulary: rows of the head on this rank.
-        device: ``cpu`` or ``cuda``.
+        kind: device and precision, a key of :data:`LOGIT_BYTES`.
     """
-    largest = max(1, LOGIT_BYTES[device] // (4 * vocabulary))
+    largest = max(1, LOGIT_BYTES[kind] // (4 * vocabulary))
     count = max(1, -(-tokens // largest))
     return max(1, -(-tokens // count))
 
 
 def _chunks(tokens: int, weight_VD: Tensor) -> list[slice]:
-    size = chunk_tokens(tokens, weight_VD.size(0), weight_VD.device.type)
+    kind = "cpu, bf16" if weight_VD.dtype == torch.bfloat16 and not weight_VD.is_cuda else weight_VD.device.type
+    size = chunk_tokens(tokens, weight_VD.size(0), kind)
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 

@@ -55,7 +55,7 @@ def test_steps_equal_plain_torch(single_process):
     )
     for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):
         batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
-        stats, _, healthy, grad_norm, learning_rate = trainer.train(iter(batches), 2)
+        stats, _, healthy, grad_norm, learning_rate, _ = trainer.train(iter(batches), 2)
         assert healthy
         assert learning_rate == pytest.approx(lr)
 

@@ -28,7 +28,8 @@ def seed() -> None:
 @pytest.fixture
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Let a chunk have at most ``request.param`` tokens."""
-    monkeypatch.setitem(head.LOGIT_BYTES, "cpu", 4 * V * request.param)
+    for kind in ("cpu", "cpu, bf16"):
+        monkeypatch.setitem(head.LOGIT_BYTES, kind, 4 * V * request.param)
     return int(request.param)
 
 
@@ -159,7 +160,7 @@ def test_without_autograd_nothing_is_added_to_the_buffer():
 
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
 def test_one_pass_in_bf16_is_within_its_rounding(buffer: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(head.LOGIT_BYTES, "cpu", 4 * V * 7)
+    monkeypatch.setitem(head.LOGIT_BYTES, "cpu, bf16", 4 * V * 7)
     exact = weighted_inputs()
     ours = {name: (t if name == "share_SB" else t.bfloat16()).detach().requires_grad_() for name, t in exact.items()}
     theirs, labels_SB, into_VD = oracle_copy(ours), random_labels(), torch.zeros(V, D, dtype=buffer)
@@ -312,9 +313,10 @@ def test_the_watch_sees_the_logits_of_an_unchunked_head():
 
 
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1024, 49_152), (1025, 49_152), (10, 97), (1, 1), (7, 2**40)])
-def test_chunks_are_as_large_as_allowed_and_even(tokens: int, vocabulary: int):
-    size = chunk_tokens(tokens, vocabulary, "cpu")
-    largest = max(1, head.LOGIT_BYTES["cpu"] // (4 * vocabulary))
+@pytest.mark.parametrize("kind", head.LOGIT_BYTES)
+def test_chunks_are_as_large_as_allowed_and_even(tokens: int, vocabulary: int, kind: str):
+    size = chunk_tokens(tokens, vocabulary, kind)
+    largest = max(1, head.LOGIT_BYTES[kind] // (4 * vocabulary))
     count = -(-tokens // size)
     assert 1 <= size <= min(largest, tokens)
     assert count == -(-tokens // largest)  # no more chunks than necessary
