@@ -175,7 +175,7 @@ class Run:
         about = describe(self._config, self._corpus, self._progress)
         about = dataclasses.replace(about, objective=checkpoint.WEIGHTS_ONLY)
         companions, tokenizer = self._folder / COMPANION_FOLDER, self._corpus.tokenizer_file
-        checkpoint.save_weights(folder, self._trainer.model, self._config.gate, about, tokenizer, companions)
+        checkpoint.save_weights(folder, self._trainer.state.model, self._config.gate, about, tokenizer, companions)
 
     # ---- parts of the start
 

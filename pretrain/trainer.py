@@ -94,7 +94,9 @@ class Trainer:
 
     @property
     def state(self) -> TrainingState:
-        """The parts whose state a checkpoint holds."""
+        """The parts whose state a checkpoint holds. Collective: it completes weights that are not gathered yet."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
         return TrainingState(self.model, self.optimizer, self.scheduler)
 
     def train(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
+import torch
 from tqdm import tqdm
 
 from looplm.megatron import device, process_groups
