@@ -292,7 +292,11 @@ def test_the_ranks_exchange_numbers_once_in_a_step(single_process, monkeypatch, 
     messages = list[int]()
 
     def counted(function):
-        return lambda tensor, *args, **keys: (messages.append(tensor.numel()), function(tensor, *args, **keys))[1]
+        def call(tensor, *args, **keys):
+            messages.append(tensor.numel())
+            return function(tensor, *args, **keys)
+
+        return call
 
     for name in ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce"):
         monkeypatch.setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))

@@ -297,7 +297,7 @@ def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
                 subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
         save(self, *arguments)
 
-    checkpoint.Saver.save = spoiled  # type: ignore[method-assign,assignment]
+    checkpoint.Saver.save = spoiled  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ def test_value_and_gradient_equal_the_definition(dtype: torch.dtype, tolerance: 
 def test_backward_keeps_the_input_alone() -> None:
     kept = list[Tensor]()
     x = torch.randn(3, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         swiglu(x)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
