@@ -297,7 +297,7 @@ def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
                 subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
         save(self, *arguments)
 
-    checkpoint.Saver.save = spoiled  # type: ignore[method-assign]
+    checkpoint.Saver.save = spoiled  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def spoil_log(folder: Path, rank: int) -> None:
             fill(folder, 0)
         poll(self, *arguments)
 
-    checkpoint.Saver.poll = spoiled  # type: ignore[method-assign,assignment]
+    checkpoint.Saver.poll = spoiled  # type: ignore[method-assign]
 
 
 @pytest.mark.promise(
