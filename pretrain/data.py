@@ -3,10 +3,13 @@
 Shapes: B micro-batch, S sequence (model inputs; a sample holds S + 1 tokens).
 """
 
+import atexit
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +29,7 @@ from data_pipeline.verify import check_prefix
 from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig, TaskConfig
 from looplm.megatron import context_parallel
-from looplm.megatron.device import DEVICE
+from looplm.megatron.device import DEVICE, HAS_CUDA
 from pretrain.index_cache import checked_cache
 from pretrain.mixed_data import MixConfig, MixedDataset
 from pretrain.stopping import ignore_signals
@@ -37,13 +40,19 @@ FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipe
 
 
 class Batch(NamedTuple):
-    """A micro-batch on this rank's device, except for the documents' starts, of which the host makes spans."""
+    """A micro-batch. The documents' starts stay on the host, which makes spans of them."""
 
     ids_BS: Tensor
     labels_SB: Tensor
     mask_SB: Tensor  # 1.0 for labels with a loss, 0.0 for the others
     document_start_SB: Tensor | None  # position at which each token's document starts; None: a sample is one document
     level_SB: Tensor | None = None  # how hard a synthetic task's label is; -1 without a label
+
+    def to_device(self) -> "Batch":
+        """Return the batch on this rank's device; from pinned memory, the host does not wait for the copy."""
+        ids_BS, labels_SB, mask_SB = (x.to(DEVICE, non_blocking=True) for x in self[:3])
+        level_SB = None if self.level_SB is None else self.level_SB.to(DEVICE, non_blocking=True)
+        return Batch(ids_BS, labels_SB, mask_SB, self.document_start_SB, level_SB)
 
     def shard(self, group: context_parallel.Group) -> "Batch":
         """Return this context-parallel rank's positions; document starts still count from the start of the sample."""
@@ -275,44 +284,54 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """Return this data-parallel rank's micro-batches, on its device.
 
-    Consecutive micro-batches from ``consumed_samples`` on go to the ranks in turn.
+    Consecutive micro-batches from ``consumed_samples`` on go to the ranks in turn. With ``data.num_workers``, processes
+    prepare whole micro-batches ahead, documents' starts included. A thread then copies them to pinned memory, from
+    which a GPU fetches them while the host goes on.
     """
     samples = range(consumed_samples, len(dataset))  # type: ignore[arg-type]  # Dataset declares no length
     consecutive = BatchSampler(samples, data.micro_batch_size, drop_last=True)
     loader = DataLoader(
         dataset,
         batch_sampler=islice(consecutive, rank, None, ranks),
+        collate_fn=_collate_task if data.task else partial(_collate, document_masking=data.document_masking),
         num_workers=data.num_workers,
+        pin_memory=HAS_CUDA,
         # A server of forks, the default since Python 3.14, would be ended by a signal to the process group.
         multiprocessing_context="fork" if data.num_workers else None,
         worker_init_fn=ignore_signals,
-        collate_fn=_as_it_is if data.task is not None else None,
     )
-    return (_to_batch(sample, data.document_masking and data.task is None) for sample in _samples(loader))
+    return (batch.to_device() for batch in _host_batches(loader))
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _samples(loader: DataLoader[Any]) -> Iterator[dict[str, Tensor]]:
+def _host_batches(loader: DataLoader[Any]) -> Iterator[Batch]:
     try:
         yield from loader
     except UserError as error:  # from a worker, the loader puts its traceback before the message
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
 
-def _to_batch(sample: dict[str, Tensor], document_masking: bool) -> Batch:
-    ids_BS = sample["tokens"].to(DEVICE)
+def _collate(samples: list[dict[str, Tensor]], document_masking: bool) -> Batch:
+    """Return samples as a micro-batch on the host; it runs in the workers."""
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    ids_BS, labels_BS, mask_BS, position_BS = (torch.stack([sample[name] for sample in samples]) for name in names)
     document_start_SB = None
-    level_SB = sample["level"].t().contiguous().to(DEVICE) if "level" in sample else None
     if document_masking:  # position ids restart at each document
-        position_BS = torch.arange(ids_BS.size(1)).expand_as(sample["position_ids"])
-        document_start_SB = (position_BS - sample["position_ids"]).t().contiguous()
-    return Batch(
-        ids_BS,
-        sample["labels"].t().contiguous().to(DEVICE),
-        sample["loss_mask"].t().contiguous().to(DEVICE),
-        document_start_SB,
-        level_SB,
-    )
+        document_start_SB = (torch.arange(ids_BS.size(1)) - position_BS).t().contiguous()
+    return Batch(ids_BS, labels_BS.t().contiguous(), mask_BS.t().contiguous(), document_start_SB)
+
+
+def _collate_task(batch: dict[str, Tensor]) -> Batch:
+    """Return a batch of :class:`TaskDataset` as a micro-batch on the host."""
+    labels_SB, mask_SB, level_SB = (batch[name].t().contiguous() for name in ("labels", "loss_mask", "level"))
+    return Batch(batch["tokens"], labels_SB, mask_SB, None, level_SB)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill workers that still prepare batches when the process ends.
+
+    multiprocessing would ask them with SIGTERM, which they ignore (:func:`ignore_signals`), and wait for ever.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

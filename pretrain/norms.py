@@ -26,7 +26,7 @@ from pretrain.optim import updated_part
 
 Module = Literal["embedding", "attention", "mlp", "norms", "gate", "head"]
 MODULES: tuple[Module, ...] = get_args(Module)
-# Megatron's clipping squares the gradient norm in fp32, whose largest number is 3.4e38.
+# Norms are summed in fp32, whose largest number is 3.4e38, of gradients that are summed over the tokens.
 LARGEST_SQUARE = 1e38
 
 
@@ -47,7 +47,7 @@ class Norms:
     def of_sums(cls, hidden: Tensor, gradient: Tensor, tokens: int, modules: Sequence[Module]) -> "Norms":
         """Return the norms of :meth:`LoopNorms.sums` and :meth:`GradientNorms.sums`, added up over the ranks."""
         values, hidden_2R = hidden[0].clamp(min=1), hidden[1:].view(2, -1)
-        by_module = dict(zip(MODULES, gradient.sqrt().tolist(), strict=True))
+        by_module = dict(zip(MODULES, (gradient.sqrt() / max(tokens, 1)).tolist(), strict=True))
         return cls(
             hidden_rms=(hidden_2R[0] / values).sqrt().tolist(),
             hidden_grad_norm=(hidden_2R[1].sqrt() / max(tokens, 1)).tolist(),

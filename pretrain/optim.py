@@ -1,5 +1,7 @@
 """Megatron's data-parallel wrapper, optimizer and learning-rate schedule, set up from our configuration."""
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -36,13 +38,40 @@ def wrap_data_parallel(model: LoopLM, loss: LossConfig, layout: ParallelConfig) 
         # Stage 2 has next to nothing to reduce, and under a pipeline no schedule that marks the last backward.
         overlap_grad_reduce=layout.overlap_grad_reduce and not frozen,
         use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_param_gather=layout.overlap_param_gather,
         fp8_param_gather=model.config.fp8_param,
     )
     ddp = DistributedDataParallel(model.config, config, model)
     model.config.no_sync_func = ddp.no_sync
-    # A pipeline's schedule passes its views of the model, one per loop; all of them share this one wrapper.
-    model.config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads([ddp], *args, **kwargs)
+
+    def finalize(views: object, tokens: object, **keys: Any) -> None:
+        """Sum the gradients over the ranks; the trainer divides them by the tokens, which then need no collective.
+
+        A pipeline's schedule passes its views of the model, one per loop; all of them share this one wrapper.
+        """
+        finalize_model_grads([ddp], None, **keys)
+
+    model.config.finalize_model_grads_func = finalize
+    if layout.overlap_param_gather and model.post_process:
+        _gather_before_gate(ddp)
     return ddp
+
+
+def _gather_before_gate(ddp: DistributedDataParallel) -> None:
+    """Have the weights of the gate and the head gathered before the gate runs, which is before the head.
+
+    Megatron waits for a weight's gathering when the forward of the module that owns it begins. The gate reads its
+    layers' weights without that, and so does the head.
+    """
+    model: LoopLM = ddp.module
+    weights = [*model.gate.parameters(), model.head_weight()]
+    groups = [ddp.param_to_bucket_group[weight] for weight in weights if weight.requires_grad]
+
+    def finish(*_: object) -> None:
+        for group in groups:
+            group.finish_param_sync()
+
+    model.gate.register_forward_pre_hook(finish)
 
 
 def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: ParallelConfig) -> MegatronOptimizer:
@@ -59,10 +88,11 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: Pa
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
-        clip_grad=optim.clip_grad,
+        clip_grad=0.0,  # the trainer clips, with the norm that it has anyway
         bf16=optim.precision == "bf16",
         params_dtype=DTYPES[optim.precision],
         use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_param_gather=layout.overlap_param_gather,
         fp8_recipe=model_config.fp8_recipe if model_config.fp8 else None,
     )
     decayed = decayed_names(ddp.module.model_config, ddp.module.gate_config)

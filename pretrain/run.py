@@ -82,9 +82,12 @@ class Run:
                     self._report_skipped(done)
                 if self._rolled_back(done):
                     continue
-                if not self._stop.agree() and self._is_due(every[0]):
+                validates, saves = map(self._is_due, every)
+                if done.has_news or validates or saves:
+                    self._hear_news()
+                if validates and not self._stop.asked:
                     self._validate()
-                if self._stop.asked or self._is_due(every[1]):
+                if saves or self._stop.asked:
                     self._save()
         if self._stop.asked:
             self._log.say(f"stopped after step {self._progress.step} by {self._stop.asked}; the same command continues")
@@ -105,12 +108,22 @@ class Run:
         self._watchdog.enter(f"step {self._progress.step + 1}")
         num_microbatches, batch_size = self._schedule.at(self._progress.samples)
         self._samples = self._progress.position, self._progress.position + batch_size
-        done = self._trainer.train(self._batches, num_microbatches, self._saver.settle)
+        done = self._trainer.train(self._batches, num_microbatches, self._saver.settle, self._has_news)
         state = health.count(self._progress.health, done, self._config.health)
         self._progress = self._progress.advance(batch_size, self._config.data.seq_length, state)
         self._log.train(self._progress, done)
-        self._saver.poll(self._log.failure)
+        self._saver.poll()
         return done
+
+    def _has_news(self) -> bool:
+        """Return True if this rank has a signal or a failure to tell the others; not collective."""
+        self._stop.poll()
+        return self._stop.since is not None or self._log.failure is not None
+
+    def _hear_news(self) -> None:
+        """Agree on a signal, and raise a failure to write the log, on every rank."""
+        process_groups.share_failure(self._log.failure)
+        self._stop.agree()
 
     def _report_skipped(self, done: Step) -> None:
         """Write down a step without an update, and raise if there were too many."""
@@ -162,7 +175,7 @@ class Run:
         about = describe(self._config, self._corpus, self._progress)
         about = dataclasses.replace(about, objective=checkpoint.WEIGHTS_ONLY)
         companions, tokenizer = self._folder / COMPANION_FOLDER, self._corpus.tokenizer_json
-        checkpoint.save_weights(folder, self._trainer.model, self._config.gate, about, tokenizer, companions)
+        checkpoint.save_weights(folder, self._trainer.state.model, self._config.gate, about, tokenizer, companions)
 
     # ---- parts of the start
 

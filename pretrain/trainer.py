@@ -31,7 +31,7 @@ class Step(NamedTuple):
     """Result of one training step; the same on every rank.
 
     ``grad_norm`` is the gradient's before clipping. A step is ``healthy`` if its losses and gradients are finite on all
-    ranks; otherwise it has changed neither weights nor Adam's moments.
+    ranks; otherwise it has changed neither weights nor Adam's moments. ``has_news`` is True if any rank had some.
     """
 
     stats: StepStats
@@ -39,6 +39,16 @@ class Step(NamedTuple):
     healthy: bool
     grad_norm: float
     learning_rate: float
+    has_news: bool
+
+
+class Reduced(NamedTuple):
+    """Everything that the ranks tell each other in a step, in one collective; see :class:`Step`."""
+
+    stats: StepStats
+    norms: Norms
+    healthy: bool
+    has_news: bool
 
 
 class Trainer:
@@ -74,6 +84,7 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, optim)
         self.loop_norms, self.gradient_norms = LoopNorms(model), GradientNorms(self.ddp, self.optimizer, groups)
         self.micro_batch_sums = list[Tensor]()
+        self._clip_grad = optim.clip_grad
         self._modules = trained_modules(loss, model.model_config.tie_embeddings)
         self._forward_step = partial(forward_step, loss, self.loop_norms)
         pipeline = groups.pp.size()
@@ -83,31 +94,42 @@ class Trainer:
 
     @property
     def state(self) -> TrainingState:
-        """The parts whose state a checkpoint holds."""
+        """The parts whose state a checkpoint holds. Collective: it completes weights that are not gathered yet."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
         return TrainingState(self.model, self.optimizer, self.scheduler)
 
     def train(
-        self, batches: Iterator[Batch], num_microbatches: int, before_update: Callable[[], object] = lambda: None
+        self,
+        batches: Iterator[Batch],
+        num_microbatches: int,
+        before_update: Callable[[], object] = lambda: None,
+        has_news: Callable[[], bool] = lambda: False,
     ) -> Step:
         """Run one step. Its update is skipped on all ranks if a loss or gradient is not finite on any of them.
 
-        ``before_update`` is called before the step changes weights and Adam's moments.
-
         The learning-rate schedule counts a skipped step, because its data are consumed. Adam's bias correction does
         not, because its moments have not changed.
+
+        Args:
+            batches: this rank's micro-batches.
+            num_microbatches: how many of them to take.
+            before_update: called before the step changes weights and Adam's moments.
+            has_news: asked after the backward pass; True if this rank wants to talk to the others after the step.
         """
-        stats, norms, healthy = self._backward(batches, num_microbatches)
+        found = self._backward(batches, num_microbatches, self._clip_grad, has_news)
         self.scheduler.step(1)
-        grad_norm = norms.grad_norm
-        if healthy:
+        if found.healthy:
             before_update()
-            _, grad_norm, _ = self.optimizer.step()
+            self.optimizer.prepare_grads()  # instead of step(), which would compute and read the norm a second time
+            self.optimizer.step_with_ready_grads()
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        return Step(stats, norms, healthy, float(grad_norm or 0.0), learning_rate)
+        return Step(found.stats, found.norms, found.healthy, found.norms.grad_norm, learning_rate, found.has_news)
 
     def backward(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[StepStats, Norms]:
         """Run one step's forward and backward; each ``main_grad`` then holds the mean gradient over its tokens."""
-        return self._backward(batches, num_microbatches)[:2]
+        found = self._backward(batches, num_microbatches, 0.0)
+        return found.stats, found.norms
 
     def evaluate(self, batches: Iterator[Batch], num_microbatches: int) -> StepStats:
         """Return the statistics of ``num_microbatches`` micro-batches per rank, without gradients."""
@@ -130,25 +152,40 @@ class Trainer:
             with torch.no_grad():
                 self._run(batches, min(at_once, num_microbatches - begin), forward_only=True)
             sums += self.micro_batch_sums
-        return StepStats.of_sums(self._add_up(self._once(self._sum(sums))))
+        return StepStats.of_sums(self._add_up(self._once(self._sum(sums)).to(DEVICE)).cpu())
 
-    def _backward(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[StepStats, Norms, bool]:
+    def _backward(
+        self,
+        batches: Iterator[Batch],
+        num_microbatches: int,
+        clip_grad: float,
+        has_news: Callable[[], bool] = lambda: False,
+    ) -> Reduced:
+        """Run forward and backward; leave the mean gradient over the tokens, clipped, in the buffers.
+
+        The ranks' numbers travel together, and the host reads them once, after all work up to the update is queued.
+        """
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         # With a frozen trunk, the last pipeline rank runs the gate's backward in its loss function (forward_step).
         sums = self._run(batches, num_microbatches, forward_only=self._frozen_pipeline)
         if self._frozen_pipeline:
-            self.model.config.finalize_model_grads_func(None, sums[0].int(), pg_collection=self.groups)
+            self.model.config.finalize_model_grads_func(None, None, pg_collection=self.groups)
 
         hidden, gradient = self.loop_norms.sums(), self.gradient_norms.sums()
         gradient[-1] += (~sums.isfinite()).sum()
-        parts = (self._once(sums), hidden if self.model.config.sequence_parallel else self._once(hidden), gradient)
+        hidden = hidden if self.model.config.sequence_parallel else self._once(hidden)
+        parts = self._once(sums), hidden, gradient, sums.new_tensor([float(has_news())])
         total = self._add_up(torch.cat([part.to(DEVICE) for part in parts]))
-        stats_sums, hidden, gradient = total.split([len(part) for part in parts])
-        stats, faults = StepStats.of_sums(stats_sums), int(gradient[-1])
+        stats_sums, hidden, gradient, news = total.split([len(part) for part in parts])
+        self.ddp.scale_gradients(_gradient_factor(stats_sums[0], gradient[:-1].sum(), clip_grad))
+
+        stats_sums, hidden, gradient, news = total.cpu().split([len(part) for part in parts])
+        stats = StepStats.of_sums(stats_sums)
         norms = Norms.of_sums(hidden, gradient[:-1], stats.tokens, self._modules)
-        return stats, norms, faults == 0 and float(gradient.sum()) < LARGEST_SQUARE
+        healthy = float(gradient[-1]) == 0 and float(gradient.sum()) < LARGEST_SQUARE
+        return Reduced(stats, norms, healthy, bool(news))
 
     def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
         """Return statistics summed over this rank's micro-batches; zeros except on the last pipeline rank."""
@@ -179,8 +216,24 @@ class Trainer:
         return sums if self.groups.tp.rank() == 0 else torch.zeros_like(sums)
 
     def _add_up(self, sums: Tensor) -> Tensor:
-        """Return the sum over all ranks, on the CPU; collective."""
-        sums = sums.to(DEVICE)
-        dist.all_reduce(sums, group=self.groups.dp_cp)
-        dist.all_reduce(sums, group=self.groups.mp)
-        return sums.cpu()
+        """Return the sum over all ranks; collective."""
+        dist.all_reduce(sums)
+        return sums
+
+
+def _gradient_factor(tokens: Tensor, square: Tensor, clip_grad: float) -> Tensor:
+    """Return the factor that makes a gradient summed over tokens their mean, of at most the norm ``clip_grad``.
+
+    Nothing is clipped for 0, or if the norm is not finite: the step will be skipped, and its gradients examined.
+
+    Args:
+        tokens: unmasked tokens of the step.
+        square: of the norm of the summed gradient.
+        clip_grad: largest norm of the mean; 0 for any.
+    """
+    mean = 1 / tokens.clamp(min=1)
+    if not clip_grad:
+        return mean
+    norm = square.sqrt() * mean
+    clipped = (clip_grad / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch and Megatron
+    return mean * torch.where(norm.isfinite(), clipped, 1.0)

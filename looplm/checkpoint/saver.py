@@ -82,16 +82,14 @@ class Saver:
         if not self._config.checkpoint.in_background:
             self.close()
 
-    def poll(self, failure: StorageFailure | None = None) -> None:
+    def poll(self) -> None:
         """Look after the checkpoint in the making. Call it after each step; it does not wait for the disk.
 
-        Args:
-            failure: of this rank, at another file.
+        Without one it returns at once, and the ranks exchange nothing.
 
         Raises:
-            StorageFailure: this, or the checkpoint could not be written; on every rank.
+            StorageFailure: the checkpoint could not be written; on every rank.
         """
-        process_groups.share_failure(failure)
         if self._saving is not None and self._saving.advance():
             self._published(self._saving.final)
 

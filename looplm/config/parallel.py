@@ -26,6 +26,8 @@ class ParallelConfig:
         context: ranks that share each sample's positions (CP), for long sequences.
         distributed_optimizer: shard the optimizer's state over the replicas instead of repeating it.
         overlap_grad_reduce: reduce gradients over the replicas while the backward pass still runs.
+        overlap_param_gather: gather the weights from their shards while the next forward pass runs; it needs
+            distributed_optimizer.
         accumulate_fp32: accumulate and reduce gradients in fp32 even if the weights are bf16.
         recompute: activations that backward recomputes: none; selective (the attention core); full (every layer);
             loop (every loop of the stack: only the hidden states between loops are kept).
@@ -39,6 +41,7 @@ class ParallelConfig:
     context: int = positive(1)
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
     accumulate_fp32: bool = True
     recompute: Recompute = "none"
 
@@ -47,6 +50,9 @@ class ParallelConfig:
         for key in ("first_stage_layers", "last_stage_layers"):
             layers, fix = getattr(self, key), "it needs parallel.pipeline > 1; leave it null"
             require(layers is None or self.pipeline > 1, f"parallel.{key}", layers, fix)
+        gathers = self.distributed_optimizer or not self.overlap_param_gather
+        fix = "without parallel.distributed_optimizer every rank has all weights; leave it false"
+        require(gathers, "parallel.overlap_param_gather", True, fix)
         split_by_none = bool(self.sequence) and self.tensor == 1
         require(not split_by_none, "parallel.sequence", True, "it needs parallel.tensor > 1; leave it null")
 

@@ -12,6 +12,8 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
+# Apex's extension, which adds a weight's gradient to its buffer in the matrix product itself.
+HAS_FUSED_WEIGHT_GRADIENTS = find_spec("fused_weight_gradient_mlp_cuda") is not None
 BACKEND = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
 
 # Dense bf16 peak in TFLOP/s from NVIDIA's data sheets, by a part of the device's name.

@@ -4,12 +4,13 @@
 |---|---|---|
 | ``device="cuda"``, ``.cuda()`` and ``torch.cuda`` calls mean the CPU | Megatron-core needs a GPU | none known |
 | ``multi_latent_attention.HAVE_TE`` is False | MLA without Transformer Engine fails | NVIDIA/Megatron-LM#3764 |
+| ``mlp.bias_swiglu_impl`` is our function | fused SwiGLU compiles C++ when training starts | none known |
 | handles of ``isend`` are kept for a while | pipelines on gloo hang | pytorch/gloo#308 |
 | ``multi_latent_attention.Linear`` is our class | MLA refuses our down projections | NVIDIA/Megatron-LM#1699 |
 | results of checkpoint writers go through a plain queue | the first save spawns a process, in seconds | none known |
 | objects in checkpoints are loaded with ``weights_only`` | a shard's pickle may run code | none known |
 
-The first three apply only without a GPU (:func:`install`), the fourth only without Transformer Engine.
+The first four apply only without a GPU (:func:`install`), the fifth only without Transformer Engine.
 """
 
 import functools
@@ -23,12 +24,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer import mlp, multi_latent_attention
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.utils._device import _device_constructors
 
 from looplm.megatron.device import DEVICE, HAS_CUDA, HAS_TRANSFORMER_ENGINE
+from looplm.megatron.swiglu import swiglu
 
 # Functions that take ``device``. A TorchFunctionMode would catch all of torch's, but it looks at every call: 6 % of a
 # small model's step.
@@ -73,6 +75,7 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     if not HAS_TRANSFORMER_ENGINE:
         multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
+    mlp.bias_swiglu_impl = swiglu
     _keep_sends_alive()
     _device_constructors()  # torch's own list of them, which it makes once: ``with torch.device(...)`` must find them
     for name in _FACTORIES.split():

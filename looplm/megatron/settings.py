@@ -8,7 +8,12 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from looplm.cli import require
 from looplm.config import EngineConfig, ModelConfig, ParallelConfig, Recompute
-from looplm.megatron.device import HAS_CUDA, HAS_TRANSFORMER_ENGINE, compute_capability
+from looplm.megatron.device import (
+    HAS_CUDA,
+    HAS_FUSED_WEIGHT_GRADIENTS,
+    HAS_TRANSFORMER_ENGINE,
+    compute_capability,
+)
 
 # `loop` is LoopLM's own. Megatron can also distribute the kept activations over tensor-parallel ranks, which is not
 # used here: under sequence parallelism they are already this rank's part of the sequence.
@@ -71,7 +76,8 @@ def transformer_config(
         "deallocate_pipeline_outputs": HAS_CUDA and layout.pipeline > 1,
         "microbatch_group_size_per_vp_stage": layout.pipeline,
         **_RECOMPUTE[layout.recompute],
-        "gradient_accumulation_fusion": False,  # embedding and head would need an extension of Apex
+        "gradient_accumulation_fusion": HAS_CUDA and HAS_FUSED_WEIGHT_GRADIENTS,
+        "bias_activation_fusion": True,  # on a CPU it is looplm.megatron.swiglu
         "bias_dropout_fusion": HAS_CUDA,
         "masked_softmax_fusion": HAS_CUDA,
         "use_cpu_initialization": not HAS_CUDA,

@@ -24,9 +24,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-# Bytes of a chunk's logits in fp32. Small chunks stay in a CPU's cache. On a GPU, where each chunk reads and writes the
-# whole weight gradient, larger ones hide that traffic; the number for CUDA is computed, not measured.
-LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
+# Bytes of a chunk's logits, counted in fp32. Each chunk reads and writes the whole weight gradient, so small ones are
+# slow: with 16 MiB the head takes 1.2x its time with 64 MiB on a CPU. The number for CUDA is computed, not measured.
+LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**29}
+BLOCK_BYTES = 2**21  # what a CPU's core keeps in its cache, counted in fp32
 
 
 class HeadLosses(NamedTuple):
@@ -166,7 +167,9 @@ class _TokenLosses(torch.autograd.Function):
         loss_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
         local_N, owned_N = _local_labels(labels_N, weight_VD.size(0), group)
         for part in _chunks(labels_N.numel(), weight_VD):
-            loss_N[part] = _log_probs(hidden_ND[part], weight_VD, local_N[part], owned_N[part], group)[1]
+            logits_NV = hidden_ND[part] @ weight_VD.t()
+            loss_N[part] = _token_losses(logits_NV, local_N[part], owned_N[part], group, overwrite=False)
+            del logits_NV  # before the next chunk's take as much memory
         ctx.save_for_backward(hidden_ND, weight_VD, local_N, owned_N)
         ctx.group = group
         return loss_N
@@ -217,22 +220,34 @@ def _local_labels(labels_N: Tensor, rows: int, group: dist.ProcessGroup | None) 
     return local_N.clamp(0, rows - 1), (local_N >= 0) & (local_N < rows)
 
 
-def _log_probs(
-    hidden_ND: Tensor, weight_VD: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Return a chunk's log-probabilities over the whole vocabulary [N, V], and its losses [N], both in fp32."""
-    logits = hidden_ND @ weight_VD.t()
-    log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
-    chosen_N = log_probs.gather(1, local_N[:, None]).squeeze(1)
+def _token_losses(
+    logits_NV: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None, overwrite: bool
+) -> Tensor:
+    """Return a chunk's losses in fp32 [N]; with ``overwrite``, the logits become the tokens' probabilities.
+
+    It runs over blocks of tokens: a CPU's cache holds a block in fp32, and main memory sees each logit once or twice.
+    """
+    target_N = logits_NV.gather(1, local_N[:, None]).squeeze(1).float()
+    log_p_N, blocks = torch.empty_like(target_N), _blocks(logits_NV, 4 * logits_NV.size(1))
+    for part in blocks:
+        log_probs = F.log_softmax(logits_NV[part], dim=1, dtype=torch.float32)
+        log_p_N[part] = log_probs.gather(1, local_N[part, None]).squeeze(1)
+        if overwrite and group is None:
+            logits_NV[part] = log_probs.exp_()
     if group is None:
-        return log_probs, -chosen_N
-    target_N = logits.gather(1, local_N[:, None]).squeeze(1).float()
-    own_N = target_N - chosen_N  # log-sum-exp over this rank's part of the vocabulary
-    all_N = _all_logsumexp(own_N, group)
-    log_probs += (own_N - all_N)[:, None]
-    target_N = target_N * owned_N
+        return -log_p_N
+    all_N = _all_logsumexp(target_N - log_p_N, group)
+    for part in blocks if overwrite else []:
+        logits_NV[part] = (logits_NV[part].float() - all_N[part, None]).exp_()
+    target_N *= owned_N
     dist.all_reduce(target_N, group=group)
-    return log_probs, all_N - target_N
+    return all_N - target_N
+
+
+def _blocks(x: Tensor, row_bytes: int) -> list[slice]:
+    """Return the rows of ``x`` in parts of up to :data:`BLOCK_BYTES` if it is on a CPU, else in one part."""
+    size = x.size(0) if x.is_cuda else max(1, BLOCK_BYTES // row_bytes)
+    return [slice(start, start + size) for start in range(0, x.size(0), size)]
 
 
 def _all_logsumexp(lse_N: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -250,12 +265,12 @@ def _logit_gradient(
 
     The label's entry, p - 1, is computed in fp32 from the loss: in bf16 it would be 0 for a probability close to 1.
     """
-    log_probs, loss_N = _log_probs(hidden_ND, weight_VD, local_N, owned_N, group)
-    dtype = weight_VD.dtype
-    out = log_probs if dtype == torch.float32 else torch.empty_like(log_probs, dtype=dtype)
-    grad = torch.exp(log_probs, out=out)
-    label_N = torch.where(owned_N, torch.expm1(-loss_N).to(dtype), grad.gather(1, local_N[:, None]).squeeze(1))
-    return grad.scatter_(1, local_N[:, None], label_N[:, None]), loss_N
+    grad = hidden_ND @ weight_VD.t()  # the logits, for now
+    loss_N = _token_losses(grad, local_N, owned_N, group, overwrite=True)
+    row_N = torch.arange(len(loss_N), device=grad.device)
+    # By index: scatter_ copies the whole tensor in bf16 on a CPU.
+    grad[row_N, local_N] = torch.where(owned_N, torch.expm1(-loss_N).to(grad.dtype), grad[row_N, local_N])
+    return grad, loss_N
 
 
 def _accumulator(weight_VD: Tensor, direct: DirectGradient | None = None) -> Tensor:
@@ -268,5 +283,6 @@ def _accumulator(weight_VD: Tensor, direct: DirectGradient | None = None) -> Ten
 def _add_product(into_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
     if grad_NV.dtype == into_VD.dtype:
         into_VD.addmm_(grad_NV.t(), hidden_ND)
-    else:
-        into_VD += grad_NV.t() @ hidden_ND
+        return
+    for part in _blocks(into_VD, 4 * into_VD.size(1)):  # the product in another dtype stays in a CPU's cache
+        into_VD[part] += grad_NV[:, part].t() @ hidden_ND

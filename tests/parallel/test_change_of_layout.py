@@ -25,7 +25,8 @@ DATA = {"micro_batch_size": 2, "global_batch_size": 8}
 PLAIN = ParallelConfig()
 CP2, PP2 = ParallelConfig(context=2), ParallelConfig(pipeline=2)
 DIST = ParallelConfig(distributed_optimizer=True)
-DIST_OVERLAP = ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True)
+# Its weights are complete only when they are saved, or the next forward pass has begun.
+DIST_OVERLAP = ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
 LAST = "step_00000006"
 

@@ -81,6 +81,7 @@ class Layout(NamedTuple):
 
 DISTRIBUTED = ParallelConfig(distributed_optimizer=True)
 OVERLAPPED = dataclasses.replace(DISTRIBUTED, overlap_grad_reduce=True)
+GATHERED_LATE = dataclasses.replace(OVERLAPPED, overlap_param_gather=True)
 MAIN_LAYOUTS = {
     "TP2 + SP": Layout(2, ParallelConfig(tensor=2), 4),
     "PP2": Layout(2, ParallelConfig(pipeline=2), 1),
@@ -104,6 +105,8 @@ LAYOUTS = MAIN_LAYOUTS | {
     "PP2 x DP2, overlapped": Layout(4, dataclasses.replace(OVERLAPPED, pipeline=2), 1),
     "DP2, overlapped": Layout(2, ParallelConfig(overlap_grad_reduce=True), 1),
     "DP2 + distributed optimizer, overlapped": Layout(2, OVERLAPPED, 1),
+    "DP2 + distributed optimizer, gathered late": Layout(2, GATHERED_LATE, 1),
+    "PP2 x DP2, gathered late": Layout(4, dataclasses.replace(GATHERED_LATE, pipeline=2), 1),
     "TP2 + SP, selective": Layout(2, ParallelConfig(tensor=2, recompute="selective"), 4),
     "TP2 + SP, full": Layout(2, ParallelConfig(tensor=2, recompute="full"), 4),
     "TP2 + SP, loop": Layout(2, ParallelConfig(tensor=2, recompute="loop"), 4),
@@ -138,6 +141,8 @@ CASES = [
     *cases("mla lru one document", "PP2, 3 + 1 layers", "CP2 x DP2", "CP2 x PP2", "TP2 + SP x DP2, overlapped"),
     *cases("mla lru one document", "PP2 x DP2", "PP2 x DP2, overlapped"),
     *cases("mla lru", "DP2, overlapped", "DP2 + distributed optimizer, overlapped"),
+    *cases("mla lru", "DP2 + distributed optimizer, gathered late", "PP2 x DP2, gathered late"),
+    *cases("mha linear gate stage", "DP2 + distributed optimizer, gathered late"),
     *cases("mla lru in brief", "TP2 + SP, selective", "TP2 + SP, full", "PP2, loop", "CP2, full"),
     *cases("mha linear in brief", "TP2 + SP, loop", "PP2, full"),
     *cases("mha lru", "TP2 without SP"),
@@ -277,6 +282,15 @@ def test_gradients_and_losses_equal_those_of_a_single_process(case, results, cor
 def test_all_ways_to_reduce_gradients_give_the_same_bits(one, other, results, corpus, single_process):
     (_, expected), (_, found) = (read(case, results, corpus, single_process) for case in (one, other))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.slow
+def test_weights_that_are_gathered_late_give_the_same_bits(results):
+    """A module that read its weights before they have arrived would compute with those of the step before."""
+    late = ModelInLayout("DP2 + distributed optimizer, gathered late", "mla lru")
+    early = late._replace(layout="DP2 + distributed optimizer, overlapped")
+    found, expected = (json.loads((results / folder_of(case) / "stats.json").read_text()) for case in (late, early))
+    assert found == expected
 
 
 @pytest.mark.slow

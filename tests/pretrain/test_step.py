@@ -1,6 +1,7 @@
 """The trainer's steps against plain torch: the reference's loss, torch's AdamW, gradients summed by hand."""
 
 import dataclasses
+import math
 from itertools import chain, repeat
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, Para
 from looplm.model import LoopLM, head
 from pretrain.data import Batch
 from pretrain.optim import freeze_trunk
-from pretrain.trainer import Trainer
+from pretrain.trainer import Trainer, _gradient_factor
 from tests.support.parity import assert_close_relative, grad_of, oracle_copy
 from tests.support.tiny import MODEL
 
@@ -55,7 +56,7 @@ def test_steps_equal_plain_torch(single_process):
     )
     for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):
         batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
-        stats, _, healthy, grad_norm, learning_rate = trainer.train(iter(batches), 2)
+        stats, _, healthy, grad_norm, learning_rate, _ = trainer.train(iter(batches), 2)
         assert healthy
         assert learning_rate == pytest.approx(lr)
 
@@ -286,3 +287,44 @@ def test_weights_stay_shared_in_the_trainer(single_process):
         assert len(owned) == len(set(owned)) == len(list(looped.parameters()))
         other = LoopLM(MODEL, GATE, single_process)
         assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in other.parameters())
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 0.5, 100.0])
+def test_the_gradients_factor_equals_torchs_clipping_of_the_mean(clip_grad):
+    tokens, weight = 7.0, torch.nn.Parameter(torch.zeros(3))
+    summed = torch.tensor([3.0, -20.0, 9.0])
+    weight.grad = summed / tokens
+    if clip_grad:
+        torch.nn.utils.clip_grad_norm_([weight], clip_grad)
+    square = summed.double().square().sum()
+    factor = _gradient_factor(torch.tensor(tokens, dtype=torch.float64), square, clip_grad)
+    assert_close_relative({"gradient": summed * factor}, {"gradient": weight.grad}, 1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_not_clipped():
+    """The parameters with NaNs are looked for after the step; a factor of NaN would make all of them suspects."""
+    for square in (math.nan, math.inf):
+        factor = _gradient_factor(torch.tensor(4.0), torch.tensor(square), clip_grad=1.0)
+        assert factor == 0.25
+    assert _gradient_factor(torch.tensor(0.0), torch.tensor(0.0), clip_grad=1.0) == 1.0, "no token has a loss"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("news", [False, True])
+def test_the_ranks_exchange_numbers_once_in_a_step(single_process, monkeypatch, news):
+    """Megatron sums the gradients, in tensors as large as its buffers; everything else is one small message."""
+    _, trainer = make_trainer(single_process)
+    messages = list[int]()
+
+    def counted(function):
+        def call(tensor, *args, **keys):
+            messages.append(tensor.numel())
+            return function(tensor, *args, **keys)
+
+        return call
+
+    for name in ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce"):
+        monkeypatch.setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+    done = trainer.train(repeat(make_batch(1, masked=2)), 2, has_news=lambda: news)
+    assert done.healthy and done.has_news == news
+    assert len([size for size in messages if size < 100]) == 1, messages

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from looplm.model.head import DirectGradient, token_losses, weighted_losses
 from tools.bench.new_process import in_new_process, resident_peak
-from tools.bench.timing import PrepareRun, tokens_per_s
+from tools.bench.timing import PrepareRun, has_fast_bf16, tokens_per_s
 from tools.bench.verdicts import Figure
 
 
@@ -21,6 +21,7 @@ class HeadSize(NamedTuple):
     vocabulary: int = 49_152
     width: int = 512
     loops: int = 4
+    dtype: torch.dtype = torch.float32
 
 
 class Head:
@@ -29,11 +30,13 @@ class Head:
     def __init__(self, size: HeadSize) -> None:
         generator = torch.Generator().manual_seed(0)
         sizes = size.tokens, 1, size.width
-        self.hidden = [torch.randn(sizes, generator=generator).requires_grad_() for _ in range(size.loops)]
-        self.weight = torch.randn(size.vocabulary, size.width, generator=generator).mul_(0.02).requires_grad_()
+        hidden = [torch.randn(sizes, generator=generator).to(size.dtype) for _ in range(size.loops)]
+        weight_VD = torch.randn(size.vocabulary, size.width, generator=generator).mul_(0.02).to(size.dtype)
+        self.hidden, self.weight = [h_SBD.requires_grad_() for h_SBD in hidden], weight_VD.requires_grad_()
         self.labels = torch.randint(size.vocabulary, (size.tokens, 1), generator=generator)
         self.share = torch.full((size.tokens, 1), 1 / size.loops)
         self.weight.grad = torch.zeros_like(self.weight)
+        self.buffer_VD = torch.zeros(weight_VD.shape) if size.dtype is torch.bfloat16 else self.weight.grad
 
     def keep(self) -> None:
         """Keep the logits of all loops for backward, in plain torch."""
@@ -45,8 +48,7 @@ class Head:
 
     def one_pass(self) -> None:
         """Compute losses and gradients in one pass, the weight's into its buffer."""
-        assert self.weight.grad is not None
-        direct = DirectGradient(self.weight.grad, None, signals=False)
+        direct = DirectGradient(self.buffer_VD, None, signals=False)
         losses = [weighted_losses(h, self.weight, self.labels, self.share, direct=direct) for h in self.hidden]
         self._backward([loss.expected for loss in losses if loss.expected is not None])
 
@@ -68,21 +70,29 @@ WAYS: dict[str, Callable[[Head], None]] = {
 
 
 def bench_head(repeats: int, size: HeadSize = HeadSize()) -> Iterator[Figure]:  # noqa: B008  # a tuple of constants
-    """Print speed and peak memory of each way, and yield the figures of the one pass."""
+    """Print speed and peak memory of each way, and yield the figures of the one pass, also in bf16 if it is fast."""
+    sizes = [size, size._replace(dtype=torch.bfloat16)] if has_fast_bf16() else [size]
+    for one in sizes:
+        yield from _bench_size(repeats, one)
+
+
+def _bench_size(repeats: int, size: HeadSize) -> Iterator[Figure]:
     head, tokens = Head(size), size.tokens * size.loops
     contenders: dict[str, PrepareRun] = {name: partial(partial, way, head) for name, way in WAYS.items()}
     speeds = tokens_per_s(contenders, tokens, repeats)
     peaks = {name: in_new_process(peak_bytes, name, size) for name in WAYS}
     kept = next(iter(WAYS))
+    precision = "bf16" if size.dtype is torch.bfloat16 else "fp32"
     print(
         f"\nhead: {size.tokens:,} tokens, V = {size.vocabulary:,}, D = {size.width}, R = {size.loops}, forward and "
-        "backward, fp32"
+        f"backward, {precision}"
     )
     for name, peak in peaks.items():
         time, memory = speeds[kept] / speeds[name], peak / peaks[kept]
         print(f"  {name:<24}{time:>8.2f} x time{peak / 2**20:>10,.0f} MiB above the start{memory:>8.1%}")
-    yield Figure("head: time of one pass / all logits kept", speeds[kept] / speeds[name], 1.03, at_least=False)
-    yield Figure("head: memory of one pass / all logits kept", peaks[name] / peaks[kept], 0.2, at_least=False)
+    title = f"head, {precision}"
+    yield Figure(f"{title}: time of one pass / all logits kept", speeds[kept] / speeds[name], 1.03, at_least=False)
+    yield Figure(f"{title}: memory of one pass / all logits kept", peaks[name] / peaks[kept], 0.2, at_least=False)
 
 
 def peak_bytes(name: str, size: HeadSize) -> int:

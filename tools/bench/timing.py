@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
+import torch
 from tqdm import tqdm
 
 from looplm.megatron import device, process_groups
@@ -56,3 +57,8 @@ def print_speeds(title: str, speeds: Mapping[str, float]) -> None:
     print(f"  {title}")
     for name, speed in speeds.items():
         print(f"    {name:<28}{speed:>10,.0f} tokens/s{speed / first:>8.2f} x")
+
+
+def has_fast_bf16() -> bool:
+    """Return True if this device multiplies bf16 matrices at least half again as fast as fp32 ones."""
+    return device.matmul_flops(512, torch.bfloat16) > 1.5 * device.matmul_flops(512)

@@ -25,7 +25,7 @@ from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 from tools.bench.memory import peak_saved_bytes, random_batch
 from tools.bench.new_process import in_new_process, resident_peak
-from tools.bench.timing import per_second, print_speeds
+from tools.bench.timing import has_fast_bf16, per_second, print_speeds
 from tools.bench.verdicts import Figure
 
 Step = Callable[[], object]
@@ -150,11 +150,6 @@ def _plain_step(recipe: RunConfig) -> Step:
         optimizer.step()
 
     return step
-
-
-def has_fast_bf16() -> bool:
-    """Return True if this device multiplies bf16 matrices at least half again as fast as fp32 ones."""
-    return device.matmul_flops(512, torch.bfloat16) > 1.5 * device.matmul_flops(512)
 
 
 def products_seconds(recipe: RunConfig, tokens: int, repeats: int = 3) -> float:

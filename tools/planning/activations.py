@@ -55,8 +55,8 @@ def layer_bytes(run: PlannedRun) -> float:
     d = model.hidden_size
     norms = (4 if model.sandwich_norm else 2) * _norm_bytes(run, d)
     inputs = 2 * run.shard_tokens * d * e  # of the first projections of attention and feed-forward layer
-    # Both halves of the first product, silu of one, the other plus Megatron's offset of 0, and their product.
-    feed_forward = 5 * run.tokens * model.ffn_hidden_size * e / tensor
+    # Both halves of the first product, from which backward computes silu again, and the second product's input.
+    feed_forward = 3 * run.tokens * model.ffn_hidden_size * e / tensor
     return norms + inputs + feed_forward + _attention_bytes(run) + _rotary_bytes(run)
 
 
@@ -75,9 +75,10 @@ def written_bytes(run: PlannedRun) -> float:
 def _norm_bytes(run: PlannedRun, width: int) -> float:
     """Return the bytes kept by an RMSNorm of ``width`` channels.
 
-    It keeps its input and 1 / rms. Composed of several kernels, it keeps the input and the result in fp32.
+    It keeps its input and 1 / rms. In bf16 on a CPU it is composed, and keeps the input and the result in fp32.
     """
-    kept = width * run.number_bytes if run.fused_norms else 2 * width * FP32
+    one_kernel = run.fused_norms or run.number_bytes == FP32
+    kept = width * run.number_bytes if one_kernel else 2 * width * FP32
     return run.shard_tokens * (kept + FP32)
 
 

@@ -37,7 +37,8 @@ def find_layouts(recipe: RunConfig, gpus: int, node: int) -> LayoutSearch:
     these limits are legal but never fast, so they are not tried.
     """
     search, given = LayoutSearch(), recipe.parallel
-    base = replace(given, sequence=None, first_stage_layers=None, last_stage_layers=None, overlap_grad_reduce=True)
+    base = replace(given, sequence=None, first_stage_layers=None, last_stage_layers=None)
+    base = replace(base, overlap_grad_reduce=True, overlap_param_gather=False)  # some layouts have nothing to gather
     # A frozen trunk runs without autograd, so there is nothing to recompute.
     modes: tuple[Recompute, ...] = ("none",) if recipe.loss.frozen_trunk else get_args(Recompute)
     micro_batches = sorted({*MICRO_BATCHES, recipe.data.micro_batch_size})

@@ -343,7 +343,7 @@ def spoil_log(folder: Path, rank: int) -> None:
             fill(folder, 0)
         poll(self, *arguments)
 
-    checkpoint.Saver.poll = spoiled  # type: ignore[method-assign,assignment]
+    checkpoint.Saver.poll = spoiled  # type: ignore[method-assign]
 
 
 @pytest.mark.promise(

@@ -66,7 +66,7 @@ def test_an_optimizer_step_of_stage_1(imported, single_process, tmp_path):
     optim = OptimConfig(train_steps=10, lr=3e-3, schedule="constant", precision="fp32")
     trainer = Trainer(opened.model, LossConfig(beta=BETA), optim, ParallelConfig(), single_process)
     batch = batch_of(config)
-    stats, _, _, grad_norm, _ = trainer.train(iter([batch]), 1)
+    stats, _, _, grad_norm, _, _ = trainer.train(iter([batch]), 1)
 
     spared = [tensor for name, tensor in tensors.items() if tensor.dim() == 1 or "early_exit_gate" in name]
     decayed = [tensor for name, tensor in tensors.items() if not (tensor.dim() == 1 or "early_exit_gate" in name)]
