@@ -1,1 +1,1 @@
-"""Training text that is generated from a seed, without a network."""
+"""Training text and tasks that are generated from a seed, without a network."""

@@ -120,7 +120,7 @@ def _without_gaps(wide_MW: Ints, label_MW: Ints, level_MW: Ints, longest: int) -
     is_token_MW = wide_MW > 0
     length_M = is_token_MW.sum(axis=1)
     is_place_MT = np.arange(longest) < length_M[:, None]
-    texts = [np.zeros(is_place_MT.shape, np.int64) for _ in range(3)]
-    for text_MT, x_MW in zip(texts, (wide_MW, label_MW, level_MW), strict=True):
+    ids_MT, label_MT, level_MT = (np.zeros(is_place_MT.shape, np.int64) for _ in range(3))
+    for text_MT, x_MW in ((ids_MT, wide_MW), (label_MT, label_MW), (level_MT, level_MW)):
         text_MT[is_place_MT] = x_MW[is_token_MW]
-    return Items(*texts, length_M)
+    return Items(ids_MT, label_MT, level_MT, length_M)

@@ -71,7 +71,8 @@ def test_a_label_follows_from_what_was_read(name: str) -> None:
 def random_config(name: str, rng: random.Random) -> Any:
     """Return a configuration of small random numbers, or raise as it does."""
     values: dict[str, Any] = {}
-    for spec in dataclasses.fields(config_class(name)):
+    specs: tuple[Any, ...] = dataclasses.fields(config_class(name))
+    for spec in specs:
         if spec.name == "group":
             values[spec.name] = rng.choice(("S3", "A4", "S4", "Z2", "Z7", "A5"))
         elif isinstance(spec.default, tuple):
