@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from data_pipeline.synthetic.capo import FIRST_VALUE, NAME, NAME_TOKENS, bits_learned
+from data_pipeline.synthetic.capo import bits_learned, losses_of
 from looplm.checkpoint import git_revision
 from looplm.cli import UserError, from_dict, parse_config, positional_paths, run_main, to_dict
 from looplm.config import DataConfig, RunConfig
@@ -203,9 +203,9 @@ def _capo_figures(split: str, figures: dict[str, float], run: RunConfig) -> dict
     capo = run.data.task and run.data.task.capo
     if not capo:
         return {}
-    name_loss = NAME_TOKENS * figures[f"{split}.loss@level={NAME}"]
-    value_loss = sum(figures[f"{split}.loss@level={FIRST_VALUE + index}"] for index in range(capo.attributes))
-    bits = bits_learned(capo, name_loss, value_loss)
+    start = f"{split}.loss@level="
+    by_level = {int(name.removeprefix(start)): loss for name, loss in figures.items() if name.startswith(start)}
+    bits = bits_learned(capo, *losses_of(capo, by_level))
     return {f"{split}.bits": bits, f"{split}.bits_per_parameter": bits / Size.of(run).parameters}
 
 
