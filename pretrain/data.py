@@ -288,13 +288,14 @@ def micro_batches(
     prepare whole micro-batches ahead, documents' starts included. A thread then copies them to pinned memory, from
     which a GPU fetches them while the host goes on.
     """
-    collate: Callable[[Any], Batch] = partial(_collate, document_masking=data.document_masking)
+    of_text = partial(_collate, document_masking=data.document_masking)
+    collate: Callable[[Any], Batch] = of_text if data.task is None else _collate_task
     samples = range(consumed_samples, len(dataset))  # type: ignore[arg-type]  # Dataset declares no length
     consecutive = BatchSampler(samples, data.micro_batch_size, drop_last=True)
     loader = DataLoader(
         dataset,
         batch_sampler=islice(consecutive, rank, None, ranks),
-        collate_fn=collate if data.task is None else _collate_task,
+        collate_fn=collate,
         num_workers=data.num_workers,
         pin_memory=HAS_CUDA,
         # A server of forks, the default since Python 3.14, would be ended by a signal to the process group.

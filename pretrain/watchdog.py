@@ -68,6 +68,7 @@ class Watchdog:
         self._startup: list[tuple[str, float]] | None = []  # names and times of the phases so far; None once it is over
         self._phase = Phase("start-up", self._begin, math.inf, "")
         self._store: Any = None
+        self._leaves = False  # the block that the ranks share has ended; the store stays for a look that is under way
         self._rank, self._groups = int(os.environ.get("RANK", "0")), dict[str, Any]()
         self._status = Hang.status  # if closing hangs
         self._ended, self._warned = threading.Event(), False
@@ -130,7 +131,7 @@ class Watchdog:
         except Exception as error:
             raise self._judge(error) from error
         finally:
-            self._store = None
+            self._leaves = True
             for child in multiprocessing.active_children():
                 if child.daemon:  # a reader of data; Python would wait for it, but it ignores SIGTERM
                     child.kill()
@@ -169,7 +170,7 @@ class Watchdog:
                 _end(self._status)
             self._call(f"{phase.name}: not finished after {now - phase.since:.0f} s ({phase.key})")
         try:
-            if self._store is not None and self._store.check(["call"]):
+            if self._store is not None and not self._leaves and self._store.check(["call"]):
                 self._answer(json.loads(self._store.get("call")))
         except dist.DistError:  # whoever holds the store has ended; the deadlines remain
             self._store = None

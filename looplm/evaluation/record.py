@@ -152,6 +152,9 @@ class Evaluation:
         for optional in ("decoding", "answers"):
             if values[optional] is None:
                 del values[optional]
+        for row in values.get("decoding", ()):
+            if row["accuracy"] is None:
+                del row["accuracy"]
         write_whole(path, json.dumps(values, indent=1) + "\n")
 
     @classmethod
