@@ -201,7 +201,7 @@ evidence: $(READY)  ## repeat the recorded experiments, JOBS=2 runs at a time; c
 		$(PY) -m tools.experiment $$word configs/experiments/$$name.yaml \
 			--output_dir $(EVIDENCE)/runs --evidence $(EVIDENCE); done; done
 
-evidence-smoke: $(READY)  ## every experiment with two steps of training, up to its page; keeps nothing (4 minutes)
+evidence-smoke: $(READY)  ## an experiment of each task in small, up to its page; keeps nothing (4 minutes)
 	@$(PY) -m tools.experiments.smoke --jobs $(JOBS)
 
 # ---- checks

@@ -1,13 +1,13 @@
 """Print a recipe's parameters, training FLOPs and cache bytes, by arithmetic alone: no model is built.
 
 python -m tools.count_params --config configs/quickstart/pretrain.yaml
-python -m tools.count_params --config configs/quickstart/pretrain.yaml --partners true
+python -m tools.count_params --config configs/quickstart/pretrain.yaml --partners
 """
 
 from dataclasses import dataclass
 
 from looplm.accounting import cache_values_per_token, parameter_counts, training_flops_per_token
-from looplm.cli import parse_config, run_main
+from looplm.cli import parse_config, run_main, switch
 from looplm.config import RunConfig
 from tools.experiments.partners import partners, table
 
@@ -20,7 +20,7 @@ class CountConfig(RunConfig):
         partners: print the models that a fair comparison needs: equal in parameters, or in training FLOPs.
     """
 
-    partners: bool = False
+    partners: bool = switch()
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Run every experiment of a folder with a tiny budget, up to its page: shows that tasks, runner and reports work.
+"""Run an experiment of each task with a tiny budget, up to its page: shows that tasks, runner and reports work.
 
     python -m tools.experiments.smoke --jobs 2
 
@@ -45,38 +45,51 @@ class SmokeConfig:
 def main(argv: list[str]) -> None:
     """``python -m tools.experiments.smoke --jobs 2``"""
     config = parse_config(SmokeConfig, argv, prog=PROG, description=str(__doc__))
-    files = sorted(Path(config.experiments).glob("*.yaml"))
-    if not files:
-        raise UserError(f"experiments: {config.experiments} has no YAML file; name the folder of the experiments")
+    files = one_per_task(Path(config.experiments))
     with ExitStack() as stack:
         folder = Path(config.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         begin = time.monotonic()
         for number, path in enumerate(files):
             print(f"== {path.stem} ({number + 1} of {len(files)})")
             file = folder / path.name
-            tiny = shrunk(yaml.safe_load(path.read_text(encoding="utf-8")), whole=number == 0)
-            write_whole(file, yaml.safe_dump(tiny, sort_keys=False))
+            write_whole(file, yaml.safe_dump(shrunk(_read(path), whole=number == 0), sort_keys=False))
             places = ["--output_dir", str(folder / "runs"), "--evidence", str(folder / "evidence")]
             experiment.main(["run", str(file), *places, "--jobs", str(config.jobs)])
             experiment.main(["report", str(file), *places])
         print(f"{len(files)} experiments in {time.monotonic() - begin:.0f} s")
 
 
+def one_per_task(folder: Path) -> list[Path]:
+    """Return the first file of each task: a process takes seconds to start, and the others differ in settings only.
+
+    Raises:
+        UserError: the folder has no experiment.
+    """
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise UserError(f"experiments: {folder} has no YAML file; name the folder of the experiments")
+    first = dict[str, Path]()
+    for path in files:
+        config = _experiment(_read(path))
+        for arm in config.arms:
+            if (task := config.run_config(arm).data.task) is not None:
+                first.setdefault(task.name, path)
+    return sorted(set(first.values()))
+
+
 def shrunk(values: dict[str, Any], *, whole: bool) -> dict[str, Any]:
-    """Return an experiment that runs in seconds: few steps, samples and, unless ``whole``, runs.
+    """Return an experiment that runs in seconds: the arms of the deciding comparison, with few steps and samples.
 
     Args:
         values: of the experiment's YAML file.
-        whole: sweep two learning rates and run two seeds, of all arms; else only the arms of the deciding comparison
-            run, with one rate and one seed.
+        whole: sweep two learning rates and run two seeds, so that every part of the runner and the page is used; else
+            one rate and one seed.
 
     Raises:
         UserError: ``values`` are no experiment.
     """
-    config = from_dict(ExperimentConfig, values, where="experiment")
-    arms = values["arms"]
-    if not whole:
-        arms = {name: arms[name] for name in (config.decides.better, config.decides.than)}
+    config = _experiment(values)
+    arms = {name: values["arms"][name] for name in (config.decides.better, config.decides.than)}
     share = _STEPS / min(config.run_config(name).optim.train_steps for name in arms)
 
     def steps_of(name: str) -> dict[str, Any]:
@@ -94,6 +107,17 @@ def shrunk(values: dict[str, Any], *, whole: bool) -> dict[str, Any]:
         "arms": {name: merged(arm, {"optim": steps_of(name)}) for name, arm in arms.items()},
         "measure": values.get("measure", {}) | measure,
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the values of a file that is an experiment."""
+    parse_config(ExperimentConfig, ["--config", str(path)], prog=PROG, description=str(__doc__))
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _experiment(values: dict[str, Any]) -> ExperimentConfig:
+    return from_dict(ExperimentConfig, values, where="experiment")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_the_table_prints_arms_that_an_experiment_accepts():
 
 
 def test_the_command_prints_them_on_request(capsys):
-    count_params.main(["--config", "configs/quickstart/pretrain.yaml", "--partners", "true"])
+    count_params.main(["--config", "configs/quickstart/pretrain.yaml", "--partners"])
     assert "12 x 1, as many layers as run" in capsys.readouterr().out
 
 
