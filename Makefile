@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study plan-check
+.PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check
 .PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
 .PHONY: clean clean-quickstart clean-ouro-tiny
 
@@ -188,6 +188,21 @@ fp8-study: $(DONE)/data  ## the loss under emulated FP8: the quickstart's stage 
 
 upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, and trained on (half an hour)
 	@$(PY) -m tools.upcycle_study
+
+# Repeated runs and pages go to runs/evidence; docs/evidence keeps the records that the documentation quotes.
+JOBS ?= 2
+EXPERIMENTS ?= $(sort $(notdir $(basename $(wildcard docs/evidence/*.jsonl))))
+EVIDENCE := runs/evidence
+
+evidence: $(READY)  ## repeat the recorded experiments, JOBS=2 runs at a time; continues if stopped (hours to days)
+	@test -n "$(EXPERIMENTS)" || { echo "error: docs/evidence has no records yet; name files of configs/experiments:" \
+		"make evidence EXPERIMENTS='p_hop mano'" >&2; exit 2; }
+	@set -e; for name in $(EXPERIMENTS); do echo "== $$name"; for word in "run --jobs $(JOBS)" report; do \
+		$(PY) -m tools.experiment $$word configs/experiments/$$name.yaml \
+			--output_dir $(EVIDENCE)/runs --evidence $(EVIDENCE); done; done
+
+evidence-smoke: $(READY)  ## every experiment with two steps of training, up to its page; keeps nothing (4 minutes)
+	@$(PY) -m tools.experiments.smoke --jobs $(JOBS)
 
 # ---- checks
 

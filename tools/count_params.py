@@ -1,17 +1,32 @@
 """Print a recipe's parameters, training FLOPs and cache bytes, by arithmetic alone: no model is built.
 
 python -m tools.count_params --config configs/quickstart/pretrain.yaml
+python -m tools.count_params --config configs/quickstart/pretrain.yaml --partners true
 """
+
+from dataclasses import dataclass
 
 from looplm.accounting import cache_values_per_token, parameter_counts, training_flops_per_token
 from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
+from tools.experiments.partners import partners, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountConfig(RunConfig):
+    """A recipe, and what to print of it.
+
+    Args:
+        partners: print the models that a fair comparison needs: equal in parameters, or in training FLOPs.
+    """
+
+    partners: bool = False
 
 
 def main(argv: list[str]) -> None:
     """``python -m tools.count_params --config configs/quickstart/pretrain.yaml``"""
-    config = parse_config(RunConfig, argv, prog="python -m tools.count_params", description=str(__doc__))
-    print(describe(config))
+    config = parse_config(CountConfig, argv, prog="python -m tools.count_params", description=str(__doc__))
+    print(table(partners(config)) if config.partners else describe(config))
 
 
 def describe(config: RunConfig) -> str:

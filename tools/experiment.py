@@ -14,6 +14,7 @@ from pathlib import Path
 
 from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import UserError, parse_command, parse_config, positional_paths, run_main
+from tools.experiments.findings import claim_of
 from tools.experiments.page import write_page
 from tools.experiments.runner import Runner
 from tools.experiments.runs import ExperimentConfig, sweep_units
@@ -94,8 +95,7 @@ def plan(config: ExperimentConfig, runner: Runner) -> str:
         per_token, whole = size.flops_per_token / 1e6, size.flops / 1e15
         lines.append(f"{arm:<{width}} {size.parameters:>12,} {per_token:>14.3f} {whole:>12.4f}")
     lines += ["", *(f"{pair.better} against {pair.than}: equal {pair.matched}" for pair in config.pairs), ""]
-    decides = config.decides
-    lines.append(f"decided by {decides.figure}: {decides.better} {decides.claim} than {decides.than}")
+    lines.append(f"decides: {claim_of(config.decides)}")
     rows, sweep = runner.rows(), len(sweep_units(config))
     lines.append(f"{sweep} trials of learning rates and {runner.total - sweep} runs, {len(rows)} of them done")
     if rows:

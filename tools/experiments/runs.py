@@ -112,7 +112,7 @@ class ExperimentConfig(Experiment):
         if abs(first - second) > TOLERANCE * max(first, second):
             raise UserError(
                 f"pairs: {pair.better} and {pair.than} are not matched in {pair.matched}: {first:,.0f} and "
-                f"{second:,.0f}; change an arm (tools.count_params --partners designs one), or say what is matched"
+                f"{second:,.0f}; change an arm (tools.count_params --partners true designs one), or say what is matched"
             )
 
 

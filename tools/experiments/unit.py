@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from data_pipeline.synthetic.capo import bits_learned, losses_of
 from looplm.checkpoint import git_revision
 from looplm.cli import UserError, from_dict, parse_config, positional_paths, run_main, to_dict
 from looplm.config import DataConfig, RunConfig
@@ -26,12 +25,12 @@ from looplm.files import write_whole
 from looplm.json_file import read_object
 from looplm.lock import FolderLock
 from pretrain import evaluate, train
+from tools.experiments.figures import figures_of, train_figures
 from tools.experiments.rows import Row, write_row
 from tools.experiments.runs import MeasureConfig, Size, merged
 
 ORDER, ROW, TIMES = "unit.json", "row.json", "seconds.txt"
 BUSY = 75  # exit status if another process has the folder
-_POINTS = 50  # of a training curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +89,19 @@ def main(argv: list[str]) -> None:
 
 def _complete(folder: Path, order: Order) -> None:
     """Train, measure, and write the record."""
-    own, run = folder / "run.yaml", order.run
-    write_whole(own, yaml.safe_dump(to_dict(run), sort_keys=False))
+    config_file, run = folder / "run.yaml", order.run
+    write_whole(config_file, yaml.safe_dump(to_dict(run), sort_keys=False))
     begin = time.monotonic()
     try:
-        train.main(["--config", str(own)])
+        train.main(["--config", str(config_file)])
     finally:  # a stopped training leaves its time for the one that continues it
         with (folder / TIMES).open("a") as times:
             times.write(f"{time.monotonic() - begin:.1f}\n")
     seconds = sum(map(float, (folder / TIMES).read_text().split()))
-    figures, curves = _train_figures(Path(run.output_dir) / "metrics.jsonl")
+    figures, curves = train_figures(Path(run.output_dir) / "metrics.jsonl")
     for split, evaluation in _evaluations(order, folder):
-        own_figures, own_curves = _figures(split, evaluation, run.model.num_loops)
-        own_figures |= _capo_figures(split, own_figures, run)
-        figures, curves = figures | own_figures, curves | own_curves
+        own = figures_of(split, evaluation, run)
+        figures, curves = figures | own.figures, curves | own.curves
     size = Size.of(run)
     row = Row(
         arm=order.arm,
@@ -152,71 +150,6 @@ def _evaluations(order: Order, folder: Path) -> Iterator[tuple[str, Evaluation]]
         write_whole(path, yaml.safe_dump(config, sort_keys=False))
         evaluate.main(["--config", str(path)])
         yield split, Evaluation.read(output)
-
-
-def _figures(split: str, found: Evaluation, loops: int) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
-    """Return an evaluation as figures at the trained depth, and as curves."""
-    losses = {at.depth: at.loss for at in found.depths}
-    figures = {f"{split}.loss": losses[loops]}
-    curves: dict[str, tuple[float, ...]] = {
-        f"{split}.loss by depth": tuple(losses.values()),
-        f"{split}.exit probability by depth": found.exit_distribution,
-    }
-    for row in found.decoding or ():
-        name = f"{row.kv_cache}" if row.exit_threshold == 1 else f"{row.kv_cache},threshold={row.exit_threshold:g}"
-        figures[f"{split}.loss@cache={name}"] = row.loss
-        if row.accuracy is not None:
-            figures[f"{split}.accuracy@cache={name}"] = row.accuracy
-    answers = found.answers
-    if answers is None:
-        return figures, curves
-    for at in answers.depths:
-        figures[f"{split}.accuracy@depth={at.depth}"] = at.accuracy
-        curves[f"{split}.accuracy@depth={at.depth} by level"] = at.accuracy_by_level
-    trained = answers.depths[loops - 1]
-    figures |= {f"{split}.accuracy": trained.accuracy, f"{split}.whole_samples": trained.whole_samples}
-    for name, attribute in (
-        ("accuracy", "accuracy"),
-        ("whole samples", "whole_samples"),
-        ("state change", "state_change"),
-        ("state cosine", "state_cosine"),
-        ("divergence", "divergence"),
-        ("answers changed", "answers_changed"),
-    ):
-        curves[f"{split}.{name} by depth"] = tuple(getattr(at, attribute) for at in answers.depths)
-    levels = tuple(map(float, answers.levels.levels))
-    curves |= {f"{split}.levels": levels, f"{split}.accuracy by level": trained.accuracy_by_level}
-    curves[f"{split}.exit depth by level"] = answers.levels.expected_depth
-    for level, accuracy, loss in zip(
-        answers.levels.levels, trained.accuracy_by_level, trained.loss_by_level, strict=True
-    ):
-        figures |= {f"{split}.accuracy@level={level}": accuracy, f"{split}.loss@level={level}": loss}
-    if answers.refitted:
-        curves[f"{split}.refitted accuracy by depth"] = answers.refitted
-    curves[f"{split}.mean depths"] = tuple(at.mean_depth for at in answers.exits)
-    curves[f"{split}.accuracy by mean depth"] = tuple(at.accuracy for at in answers.exits)
-    return figures, curves
-
-
-def _capo_figures(split: str, figures: dict[str, float], run: RunConfig) -> dict[str, float]:
-    """Return the bits that the model knows about the people of capo, also per parameter; nothing for other tasks."""
-    capo = run.data.task and run.data.task.capo
-    if not capo:
-        return {}
-    start = f"{split}.loss@level="
-    by_level = {int(name.removeprefix(start)): loss for name, loss in figures.items() if name.startswith(start)}
-    bits = bits_learned(capo, *losses_of(capo, by_level))
-    return {f"{split}.bits": bits, f"{split}.bits_per_parameter": bits / Size.of(run).parameters}
-
-
-def _train_figures(metrics: Path) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
-    """Return the last training loss, and the curve of the losses."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [row for row in rows if row.get("kind") == "train"]
-    kept = steps[:: -(-len(steps) // _POINTS)]
-    curves = {"train.loss by step": tuple(row["loss"] for row in kept)}
-    curves["train.steps"] = tuple(float(row["step"]) for row in kept)
-    return {"train.loss": steps[-1]["loss"]}, curves
 
 
 def _processor() -> str:

@@ -1,0 +1,100 @@
+"""Run every experiment of a folder with a tiny budget, up to its page: shows that tasks, runner and reports work.
+
+    python -m tools.experiments.smoke --jobs 2
+
+Nothing of it is kept unless --output_dir names a folder; the figures mean nothing.
+"""
+
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from looplm.bounds import check_bounds, path_field, positive
+from looplm.cli import UserError, from_dict, parse_config, run_main
+from looplm.files import write_whole
+from tools import experiment
+from tools.experiments.runs import ExperimentConfig, merged
+
+PROG = "python -m tools.experiments.smoke"
+_STEPS, _ROWS = 2, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmokeConfig:
+    """What to run.
+
+    Args:
+        experiments: folder of the experiments' YAML files.
+        output_dir: folder for the tiny experiments, their runs and pages; null for one that is deleted at the end.
+        jobs: runs side by side, each with one thread.
+    """
+
+    experiments: str = path_field("configs/experiments")
+    output_dir: str | None = path_field(None)
+    jobs: int = positive(2)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "")
+
+
+def main(argv: list[str]) -> None:
+    """``python -m tools.experiments.smoke --jobs 2``"""
+    config = parse_config(SmokeConfig, argv, prog=PROG, description=str(__doc__))
+    files = sorted(Path(config.experiments).glob("*.yaml"))
+    if not files:
+        raise UserError(f"experiments: {config.experiments} has no YAML file; name the folder of the experiments")
+    with ExitStack() as stack:
+        folder = Path(config.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        begin = time.monotonic()
+        for number, path in enumerate(files):
+            print(f"== {path.stem} ({number + 1} of {len(files)})")
+            file = folder / path.name
+            tiny = shrunk(yaml.safe_load(path.read_text(encoding="utf-8")), whole=number == 0)
+            write_whole(file, yaml.safe_dump(tiny, sort_keys=False))
+            places = ["--output_dir", str(folder / "runs"), "--evidence", str(folder / "evidence")]
+            experiment.main(["run", str(file), *places, "--jobs", str(config.jobs)])
+            experiment.main(["report", str(file), *places])
+        print(f"{len(files)} experiments in {time.monotonic() - begin:.0f} s")
+
+
+def shrunk(values: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    """Return an experiment that runs in seconds: few steps, samples and, unless ``whole``, runs.
+
+    Args:
+        values: of the experiment's YAML file.
+        whole: sweep two learning rates and run two seeds, of all arms; else only the arms of the deciding comparison
+            run, with one rate and one seed.
+
+    Raises:
+        UserError: ``values`` are no experiment.
+    """
+    config = from_dict(ExperimentConfig, values, where="experiment")
+    arms = values["arms"]
+    if not whole:
+        arms = {name: arms[name] for name in (config.decides.better, config.decides.than)}
+    share = _STEPS / min(config.run_config(name).optim.train_steps for name in arms)
+
+    def steps_of(name: str) -> dict[str, Any]:
+        """Keep the ratio of the arms' steps, which may be what makes their FLOPs equal."""
+        return {"train_steps": round(share * config.run_config(name).optim.train_steps), "warmup_steps": 1}
+
+    many = 2 if whole else 1
+    rows = {"micro_batch_size": _ROWS, "global_batch_size": _ROWS}
+    measure = {"samples": _ROWS, "batch_size": _ROWS, "refit_steps": min(1, config.measure.refit_steps)}
+    return values | {
+        "seeds": list(config.seeds[:many]),
+        "sweep": {"rates": list(config.sweep.rates[:many]), "seeds": list(config.sweep.seeds[:1]), "steps": _STEPS},
+        "pairs": [pair for pair in values["pairs"] if {pair["better"], pair["than"]} <= set(arms)],
+        "base": merged(values["base"], {"data": rows, "checkpoint": {"save_every": _STEPS}}),
+        "arms": {name: merged(arm, {"optim": steps_of(name)}) for name, arm in arms.items()},
+        "measure": values.get("measure", {}) | measure,
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)
