@@ -1,15 +1,16 @@
 """The word problem of a finite group: the label at every position is the product of the word so far.
 
 One layer without loops cannot solve it for long words: for groups such as A5 it is complete for NC1 (Merrill, Petty and
-Sabharwal, arXiv 2404.08819). Two words that differ share their first letters, so that short products are seen in every
-split; an item is a whole word.
+Sabharwal, arXiv 2404.08819). END begins every word: attention averages over what it sees, so that without it the words
+b, bb and bbb would look the same to a model with relative positions. Two words that differ share their first letters,
+so that short products are seen in every split; an item is a whole word.
 """
 
 from itertools import permutations
 
 import numpy as np
 
-from data_pipeline.synthetic.task import END, Examples, Ints, Split, Task, draw
+from data_pipeline.synthetic.task import END, NO_LEVEL, Examples, Ints, Split, Task, draw, require_length
 from looplm.config import WordProblemConfig
 
 
@@ -27,7 +28,9 @@ class WordProblem(Task):
         self.symbols = (END, *names)
 
     def generate(self, random: np.random.Generator, count: int, length: int, split: Split) -> Examples:
-        """Return words of ``length`` letters."""
+        """Return words of ``length - 1`` letters after END."""
+        require_length("word_problem", length, 2)
+        length -= 1
         elements = len(self.product_EE)
         letter_NS = draw(lambda number: random.integers(elements, size=(number, length)), count, split)
         product_NS = np.empty_like(letter_NS)
@@ -35,7 +38,8 @@ class WordProblem(Task):
         for position in range(1, length):
             product_NS[:, position] = self.product_EE[product_NS[:, position - 1], letter_NS[:, position]]
         level_NS = np.broadcast_to(np.arange(1, length + 1), letter_NS.shape)
-        return Examples(letter_NS + 1, product_NS + 1, level_NS)
+        begun = ((letter_NS + 1, 0), (product_NS + 1, 0), (level_NS, NO_LEVEL))
+        return Examples(*(np.pad(x_NS, ((0, 0), (1, 0)), constant_values=first) for x_NS, first in begun))
 
 
 def table(group: str) -> tuple[Ints, tuple[str, ...]]:

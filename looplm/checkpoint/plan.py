@@ -92,7 +92,7 @@ def make_plan(state: dict[str, Any], folder: Path, validate: bool) -> Plan:
 
 
 def write_file(folder: Path, file: PlannedFile) -> list[Any]:
-    """Write a planned file to ``folder/state`` and fsync it; return Megatron's results."""
+    """Write a planned file to ``folder/state``, without fsync; return Megatron's results."""
     outcomes, running = queue.SimpleQueue[Any](), queue.Queue[int]()
     running.put(0)
     content = (file.objects, list(zip(file.items, file.tensors, strict=True)))
@@ -100,7 +100,7 @@ def write_file(folder: Path, file: PlannedFile) -> list[Any]:
     writer = _writer(folder)
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     torch.serialization.set_crc32_options(False)  # the manifest's sha256 covers every byte; this sum costs a third more
-    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, outcomes, running, use_fsync=True)
+    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, outcomes, running, use_fsync=False)
     _, outcome = outcomes.get()
     if isinstance(outcome, Exception):
         raise outcome

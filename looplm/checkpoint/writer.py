@@ -201,35 +201,45 @@ def _describe(error: BaseException, final: Path | None) -> str:
 
 
 def _write(job: Job) -> Written:
-    results = [write_file(job.folder, file) for file in job.plan.files]
-    names = [f"{STATE}/{file.name}" for file in job.plan.files]
+    results, written = list[list[object]](), dict[str, Future[Fingerprint]]()
+    with ThreadPoolExecutor(1) as behind:  # a file settles while the next one is written
+        for file in job.plan.files:
+            results.append(write_file(job.folder, file))
+            name = f"{STATE}/{file.name}"
+            written[name] = behind.submit(_settled, job.folder / name)
+        files = {name: found.result() for name, found in written.items()}
     for name, content in {**job.plan.common, **job.files}.items():
-        names += _write_content(job.folder, name, content)
-    return Written(results, {name: fingerprint(job.folder / name) for name in names})
+        files |= _write_content(job.folder, name, content)
+    return Written(results, files)
 
 
-def _write_content(folder: Path, name: str, content: Content) -> list[str]:
-    """Write one file, or copy a folder; return the names of the files."""
+def _settled(path: Path) -> Fingerprint:
+    """Wait until a file is on the disk, and return its fingerprint, for which a thread reads it meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        found = reader.submit(fingerprint, path)
+        fsync(path)
+        return found.result()
+
+
+def _write_content(folder: Path, name: str, content: Content) -> dict[str, Fingerprint]:
+    """Write one file, or copy a folder; return the fingerprints of the files by name."""
     path = folder / name
     if isinstance(content, Path) and content.is_dir():
         path.mkdir()
         inner = [_write_content(folder, f"{name}/{found.name}", found) for found in sorted(content.iterdir())]
-        return [made for names in inner for made in names]
+        return {name: found for files in inner for name, found in files.items()}
     if isinstance(content, Path):
         shutil.copyfile(content, path)
     else:
         path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content, sort_keys=False).encode())
-    fsync(path)
-    return [name]
+    return {name: _settled(path)}
 
 
 def _publish(job: Job, everything: list[Written]) -> None:
     results = [result for written in everything for result in written.results]
     names = write_description(job.folder, job.plan.metadata, results)
     files = {name: found for written in everything for name, found in written.files.items()}
-    for name in names:
-        fsync(job.folder / name)
-        files[name] = fingerprint(job.folder / name)
+    files |= {name: _settled(job.folder / name) for name in names}
     step_folder.publish(job.folder, job.final, files)
     if job.after is not None:
         job.after()

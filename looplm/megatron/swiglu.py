@@ -16,8 +16,15 @@ def swiglu(x: Tensor, bias: None = None, *_: Any) -> Tensor:
     It has the arguments of Megatron's ``bias_swiglu_impl``; the others are for FP8 and offloading.
     """
     assert bias is None, "the feed-forward layers have no bias"
+    if torch.is_inference_mode_enabled():  # its tensors cannot be saved, even if Megatron re-enables autograd
+        return _gated(x)
     out: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]  # torch's
     return out
+
+
+def _gated(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -26,8 +33,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return _gated(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

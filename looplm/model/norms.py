@@ -29,8 +29,16 @@ class RMSNorm(MegatronModule):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or x.dtype != torch.float32 or self.weight.dtype != x.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if torch.is_inference_mode_enabled():  # its tensors cannot be saved, even if Megatron re-enables autograd
+            return _normed(x, self.weight, self.eps)[0]
         out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]  # torch's
         return out
+
+
+def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm, and 1 / rms(x)."""
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight_D), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -41,9 +49,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        out, scale = _normed(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -60,14 +60,15 @@ def test_a_sample_depends_on_its_index_alone(tmp_path):
 def test_a_batch_is_the_tasks_own_labels_and_levels(tmp_path):
     [batch] = batches_of(config(tmp_path), 0, 1)
     product_EE = open_task(TASK).product_EE  # type: ignore[attr-defined]
-    assert batch.document_start_SB is None and bool((batch.mask_SB == 1).all())
+    assert batch.document_start_SB is None and not batch.mask_SB[0].any() and bool((batch.mask_SB[1:] == 1).all())
+    assert not batch.ids_BS[:, 0].any() and bool((batch.level_SB[0] == -1).all()), "END begins every word"
     for sample in range(8):
-        so_far = int(batch.ids_BS[sample, 0]) - 1
-        for position in range(8):
-            if position:
+        so_far = int(batch.ids_BS[sample, 1]) - 1
+        for position in range(1, 8):
+            if position > 1:
                 so_far = int(product_EE[so_far, int(batch.ids_BS[sample, position]) - 1])
             assert int(batch.labels_SB[position, sample]) == so_far + 1
-            assert int(batch.level_SB[position, sample]) == position + 1
+            assert int(batch.level_SB[position, sample]) == position
 
 
 def test_splits_and_seeds_differ(tmp_path):
@@ -122,9 +123,9 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     report = json.loads((tmp_path / "whole/evaluation.json").read_text())
     answers = report["answers"]
     assert [row["depth"] for row in answers["depths"]] == [1, 2, 3, 4, 5, 6] and len(answers["refitted"]) == 6
-    assert answers["levels"]["levels"] == list(range(1, 9)) and answers["levels"]["labels"] == [32] * 8
+    assert answers["levels"]["levels"] == list(range(1, 8)) and answers["levels"]["labels"] == [32] * 7
     assert report["depths"][1]["loss"] == pytest.approx(answers["depths"][2]["loss"], rel=1e-5)
-    decoded = sum(answers["depths"][2]["accuracy_by_level"][1:]) / 7
+    decoded = answers["depths"][2]["accuracy"]
     assert report["decoding"][0]["accuracy"] == pytest.approx(decoded, abs=0.02), "the same labels, through the cache"
     assert "right by position 1 2 3" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data.seq_length|max_sequence_length"):

@@ -69,7 +69,7 @@ class Runner:
         Raises:
             UserError: a run failed; the others are stopped, and continue when the command is repeated.
         """
-        signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
+        before = signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
         running, elsewhere = dict[Unit, subprocess.Popen[bytes]](), dict[Unit, float]()
         rows = self.rows()
         with tqdm(total=self.total, initial=len(rows), unit="run", disable=None) as bar:
@@ -98,6 +98,7 @@ class Runner:
                         rows = self.rows()
             finally:
                 _stop(list(running.values()))
+                signal.signal(signal.SIGTERM, before)
 
     def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
         folder = self.folder / unit.name

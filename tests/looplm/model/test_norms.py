@@ -6,6 +6,7 @@ from torch import Tensor
 
 from looplm.config import ModelConfig
 from looplm.megatron.settings import transformer_config
+from looplm.megatron.swiglu import swiglu
 from looplm.model.norms import RMSNorm
 from tests.support.parity import assert_close_relative, gradients
 from tests.support.tiny import MODEL
@@ -55,3 +56,11 @@ def test_rows_of_zeros_have_finite_gradients(single_process: object) -> None:
     module, x = norm(torch.float32), torch.zeros(3, 12, requires_grad=True)
     found = gradients(module(x).sum(), {"x": x})
     assert found["x"].isfinite().all() and found["x"].any()
+
+
+def test_fused_functions_run_in_inference_mode_even_if_autograd_is_on_again() -> None:
+    """Megatron enables autograd around residual adds, and inference mode's tensors cannot be saved for backward."""
+    module, x = norm(torch.float32), torch.randn(3, 12)
+    with torch.inference_mode(), torch.enable_grad():
+        found = module(x.clone()), swiglu(x.clone())
+    assert torch.equal(found[0], module(x)) and torch.equal(found[1], swiglu(x))

@@ -22,8 +22,10 @@ def test_all_ways_compute_the_same_gradients() -> None:
 
 @pytest.mark.slow  # starts processes
 def test_the_one_pass_needs_less_memory_than_all_logits(capsys: pytest.CaptureFixture[str]) -> None:
-    time, memory = bench_head(1, HeadSize(tokens=4096, vocabulary=4096, width=256))
+    figures = list(bench_head(1, HeadSize(tokens=4096, vocabulary=4096, width=256)))
     shown = capsys.readouterr().out
-    kept, recomputed, one_pass = map(float, re.findall(r"MiB above the start +([\d.]+)%", shown))
+    shares = list(map(float, re.findall(r"MiB above the start +([\d.]+)%", shown)))
+    assert len(figures) // 2 == len(shares) // 3 >= 1, "bf16 too where it is fast"
+    kept, recomputed, one_pass = shares[:3]
     assert kept == 100 and one_pass < min(40, recomputed), shown
-    assert 0 < time.value < 5 and memory.value == pytest.approx(one_pass / 100, abs=1e-3)
+    assert 0 < figures[0].value < 5 and figures[1].value == pytest.approx(one_pass / 100, abs=1e-3)

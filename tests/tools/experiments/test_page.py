@@ -52,8 +52,8 @@ def test_every_plot_is_on_the_page_and_beside_it(folder, text):
     assert linked == [
         "words-test.accuracy.svg",
         "words-longer.accuracy.svg",
-        "words-test.accuracy-by-depth.svg",
         "words-test.accuracy-by-level.svg",
+        "words-test.accuracy-by-depth.svg",
     ]
     assert {file.name for file in folder.iterdir()} == {*linked, "words.md", "words.tex"}
 
@@ -107,5 +107,5 @@ def test_bad_input_gives_a_one_line_error(tmp_path):
         write_page(tmp_path, "a/b", an_experiment(), some_rows(), source=SOURCE, command=COMMAND)
     rows = [a_row(arm=arm, curves={"a by depth": (1.0,), "a: by depth": (1.0,)}) for arm in ("looped", "once")]
     with pytest.raises(UserError, match=r"its plot would be words-a-by-depth.svg, a name that is taken"):
-        written(tmp_path, rows, figures=("test.accuracy",))
+        written(tmp_path, rows, figures=("test.accuracy",), curves=("a by depth", "a: by depth"))
     assert not list(tmp_path.iterdir()), "nothing is written then"
