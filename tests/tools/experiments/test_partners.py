@@ -1,5 +1,7 @@
 """Partners of a looped model: equal in what they claim, and accepted as arms of an experiment."""
 
+from typing import Any
+
 import pytest
 import yaml
 
@@ -14,7 +16,7 @@ MODEL = {"vocab_size": 4096, "hidden_size": 192, "ffn_hidden_size": 512, "num_la
 
 
 def recipe(**model: object) -> RunConfig:
-    data = {"task": {"word_problem": {}}}
+    data: dict[str, Any] = {"task": {"word_problem": {}}}
     values = {"output_dir": "run", "model": MODEL | model, "optim": {"train_steps": 1}, "data": data}
     return from_dict(RunConfig, values, where="test")
 
