@@ -50,7 +50,8 @@ def figures_of(split: str, found: Evaluation, run: RunConfig) -> Results:
         figures |= _capo_figures(answers.figures, run)
     if run.loss.trains_gate and loops > 1:
         figures |= _exit_figures(found, curves, run)
-    return Results(*({f"{split}.{name}": value for name, value in part.items()} for part in (figures, curves)))
+    named = {f"{split}.{name}": value for name, value in figures.items()}
+    return Results(named, {f"{split}.{name}": values for name, values in curves.items()})
 
 
 def train_figures(metrics: Path) -> Results:

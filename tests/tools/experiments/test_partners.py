@@ -14,8 +14,8 @@ MODEL = {"vocab_size": 4096, "hidden_size": 192, "ffn_hidden_size": 512, "num_la
 
 
 def recipe(**model: object) -> RunConfig:
-    data = {"task": {"word_problem": {}}}
-    values = {"output_dir": "run", "model": MODEL | model, "optim": {"train_steps": 1}, "data": data}
+    values = {"output_dir": "run", "model": MODEL | model, "optim": {"train_steps": 1}}
+    values["data"] = {"task": {"word_problem": dict[str, object]()}}
     return from_dict(RunConfig, values, where="test")
 
 
