@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,20 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     assert "right by position 1 2 3" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data.seq_length|max_sequence_length"):
         evaluate.main([*arguments, "--seq_length", "5000"])
+
+
+HOLDS_A_LOADER = """
+import builtins
+from pretrain.data import build_train_set, check_corpus, micro_batches
+from tests.pretrain.test_task_data import config
+run = config("unused", data={"num_workers": 1})
+builtins.batches = micro_batches(build_train_set(run, check_corpus(run.data, 7), 4096, 4096), run.data, 0, 0, 1)
+next(builtins.batches)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_still_holds_a_loader_ends():
+    """Its workers ignore the SIGTERM with which multiprocessing would end them, and wait for."""
+    ended = subprocess.run([sys.executable, "-c", HOLDS_A_LOADER], timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
