@@ -6,7 +6,6 @@ Shapes: B micro-batch, S sequence (model inputs; a sample holds S + 1 tokens).
 import atexit
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +31,11 @@ from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE, HAS_CUDA
 from pretrain.index_cache import checked_cache
 from pretrain.mixed_data import MixConfig, MixedDataset
-from pretrain.stopping import ignore_signals
+from pretrain.stopping import end_workers, ignore_signals
 from pretrain.task_data import TaskDataset
 
 _NO_ID = -1
+atexit.register(end_workers)  # of a loader that is still in use then
 FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipeline.verify --deep
 
 
@@ -326,14 +326,3 @@ def _collate_task(batch: dict[str, Tensor]) -> Batch:
     """Return a batch of :class:`TaskDataset` as a micro-batch on the host."""
     labels_SB, mask_SB, level_SB = (batch[name].t().contiguous() for name in ("labels", "loss_mask", "level"))
     return Batch(batch["tokens"], labels_SB, mask_SB, None, level_SB)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Kill workers that still prepare batches when the process ends.
-
-    multiprocessing would ask them with SIGTERM, which they ignore (:func:`ignore_signals`), and wait for ever.
-    """
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()

@@ -9,6 +9,7 @@ thread reads it.
 
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import stat
@@ -111,6 +112,16 @@ def ignore_signals(_: int = 0) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill the processes that prepare batches for this one.
+
+    multiprocessing would end them at exit with SIGTERM, which they ignore (:func:`ignore_signals`), and wait for ever.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class _Output(io.FileIO):

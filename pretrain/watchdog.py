@@ -10,7 +10,6 @@ import faulthandler
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import select
 import sys
@@ -30,7 +29,7 @@ from looplm.failures import Failure, Hang, NumericalFailure, StorageFailure, Use
 from looplm.files import storage_failure
 from looplm.megatron import process_groups
 from pretrain import launcher
-from pretrain.stopping import STOPPED, StopRequest
+from pretrain.stopping import STOPPED, StopRequest, end_workers
 
 INTERVAL = 1.0  # seconds between two looks at the store and at the deadlines
 GRACE = 3.0  # seconds in which other ranks answer a call, or end by themselves after a failure
@@ -132,9 +131,7 @@ class Watchdog:
             raise self._judge(error) from error
         finally:
             self._leaves = True
-            for child in multiprocessing.active_children():
-                if child.daemon:  # a reader of data; Python would wait for it, but it ignores SIGTERM
-                    child.kill()
+            end_workers()
             self._phase = Phase("closing", time.monotonic(), time.monotonic() + ENDING, "")
 
     def _judge(self, error: Exception) -> Exception:

@@ -1,4 +1,4 @@
-"""What every synthetic task is: a vocabulary, and samples that depend only on a seed, a split and their index.
+"""The form of every synthetic task: a vocabulary, and samples that depend only on a seed, a split and their index.
 
 Shapes: N samples or items, S tokens of a sample, I numbers that identify an item.
 """
@@ -28,7 +28,7 @@ class Examples(NamedTuple):
     """Samples of a task."""
 
     ids_NS: Ints
-    label_NS: Ints  # 0 where there is none
+    label_NS: Ints  # 0 where there is no label
     level_NS: Ints  # how hard the label is, in the task's own measure; NO_LEVEL where there is no label
 
 

@@ -45,7 +45,7 @@ class AnswerMeter:
             weight_VD: the head's matrix.
             gate_logit_RSB: the gate's logits.
             labels_SB: the right answers.
-            level_SB: level of each label, -1 where there is none.
+            level_SB: level of each label, -1 where there is no label.
         """
         counts_SB = level_SB >= 0
         level_N, label_N = level_SB[counts_SB], labels_SB[counts_SB]

@@ -9,7 +9,6 @@ aim ends in a verdict.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,6 +26,7 @@ from tools.bench.memory import bench_recompute
 from tools.bench.storage import bench_storage
 from tools.bench.training import bench_training, small_recipe
 from tools.bench.verdicts import Figure, print_verdicts
+from tools.machine import processor
 
 Part = Literal["training", "memory", "storage", "decoding", "pipeline"]
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     """``python -m tools.bench``"""
     config = parse_config(BenchConfig, argv, prog="python -m tools.bench", description=str(__doc__))
     recipe = parse_config(RunConfig, ["--config", config.recipe], prog="", description="")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {_processor()}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {processor()}")
     groups = process_groups.start(recipe.seed)
     try:
         figures = list(_measured(config, recipe, groups))
@@ -82,12 +82,6 @@ def _measured(config: BenchConfig, recipe: RunConfig, groups: ProcessGroupCollec
             workload = trained_workload(config.checkpoint, groups)
         bench_exit(workload, config.repeats)
         bench_decode(workload, config.repeats)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown processor")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Decides:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What an experiment asks.
+    """A question, and how it is decided.
 
     Args:
         question: a sentence that yes, no or undecided answers.

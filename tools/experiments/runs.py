@@ -41,7 +41,7 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
-    """What is measured after a run, besides validation and test data at the trained depth.
+    """Measurements after a run, besides validation and test data at the trained depth.
 
     Args:
         depth_factor: depths up to so many times the trained loops are measured.

@@ -26,7 +26,7 @@ _STEPS, _ROWS = 2, 8
 
 @dataclass(frozen=True, kw_only=True)
 class SmokeConfig:
-    """What to run.
+    """The experiments to run, and where.
 
     Args:
         experiments: folder of the experiments' YAML files.

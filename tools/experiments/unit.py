@@ -28,6 +28,7 @@ from pretrain import evaluate, train
 from tools.experiments.figures import figures_of, train_figures
 from tools.experiments.rows import Row, write_row
 from tools.experiments.runs import MeasureConfig, Size, merged
+from tools.machine import processor
 
 ORDER, ROW, TIMES = "unit.json", "row.json", "seconds.txt"
 BUSY = 75  # exit status if another process has the folder
@@ -46,7 +47,7 @@ class UnitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What to run, train and measure.
+    """The work of one process: a training, and what is measured after it.
 
     Args:
         trial: a run of the sweep, or one whose figures count.
@@ -113,7 +114,7 @@ def _complete(folder: Path, order: Order) -> None:
         steps=run.optim.train_steps,
         tokens=size.trained_tokens,
         seconds=round(seconds, 1),
-        machine=f"{_processor()}, {torch.get_num_threads()} threads",
+        machine=f"{processor()}, {torch.get_num_threads()} threads",
         commit=git_revision() or "unknown",
         figures=figures,
         curves=curves,
@@ -150,13 +151,6 @@ def _evaluations(order: Order, folder: Path) -> Iterator[tuple[str, Evaluation]]
         write_whole(path, yaml.safe_dump(config, sort_keys=False))
         evaluate.main(["--config", str(path)])
         yield split, Evaluation.read(output)
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown processor")
 
 
 if __name__ == "__main__":
