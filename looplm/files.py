@@ -4,13 +4,15 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from looplm.failures import StorageFailure, printable
 
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 18  # stays in the cache between the disk and the hash
+_PAUSE = 0.001  # seconds between two looks at a file that grows
 _LONGEST_NAME = 255  # bytes
 _DENIED = (errno.EACCES, errno.EPERM)
 _DISK_FAULTS = {  # errno → what is wrong, what to do
@@ -94,10 +96,19 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+def sha256_of(path: Path, is_whole: Callable[[], bool] = lambda: True) -> str:
+    """Return the hex digest of a file's content.
+
+    Args:
+        path: the file.
+        is_whole: False while another thread still appends to the file; it is read as it grows.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while True:
+            was_whole = is_whole()
+            while size := stream.readinto(buffer):
+                digest.update(buffer[:size])
+            if was_whole:
+                return digest.hexdigest()
+            time.sleep(_PAUSE)

@@ -21,7 +21,7 @@ from looplm.megatron import process_groups
 from looplm.megatron.device import DEVICE
 
 COMPANION_FOLDER = "companions"
-_PAUSE = 0.02  # seconds between two looks of a rank that waits
+_PAUSE = 0.005  # seconds between two looks of a rank that waits
 
 
 class Saving:

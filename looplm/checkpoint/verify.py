@@ -7,6 +7,7 @@ list. A pickle may contain only the names that torch and Megatron-core write: it
 import json
 import pickle
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,10 @@ def find_fault(step: Path, deep: bool = True) -> str | None:
     return None
 
 
-def fingerprint(path: Path) -> Fingerprint:
-    """Return size and sha256 of a file, as in manifest.json."""
-    return path.stat().st_size, sha256_of(path)
+def fingerprint(path: Path, is_whole: Callable[[], bool] = lambda: True) -> Fingerprint:
+    """Return size and sha256 of a file, as in manifest.json; wait for its end until ``is_whole``."""
+    digest = sha256_of(path, is_whole)
+    return path.stat().st_size, digest
 
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:

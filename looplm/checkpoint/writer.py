@@ -21,13 +21,14 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
 import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.memory import SharedMemory
-from looplm.checkpoint.plan import STATE, Plan, write_description, write_file
+from looplm.checkpoint.plan import STATE, Plan, PlannedFile, write_description, write_file
 from looplm.checkpoint.verify import Fingerprint, fingerprint
 from looplm.failures import Failure
 from looplm.files import fsync, storage_failure
@@ -201,24 +202,35 @@ def _describe(error: BaseException, final: Path | None) -> str:
 
 
 def _write(job: Job) -> Written:
-    results, written = list[list[object]](), dict[str, Future[Fingerprint]]()
-    with ThreadPoolExecutor(1) as behind:  # a file settles while the next one is written
-        for file in job.plan.files:
-            results.append(write_file(job.folder, file))
-            name = f"{STATE}/{file.name}"
-            written[name] = behind.submit(_settled, job.folder / name)
-        files = {name: found.result() for name, found in written.items()}
+    files: dict[str, Fingerprint] = {}
+    with ThreadPoolExecutor(max(1, len(job.plan.files))) as threads:  # memory, hashes and the disk work side by side
+        planned = list(threads.map(lambda file: _write_planned(job.folder, file), job.plan.files))
+    for file, (_, found) in zip(job.plan.files, planned, strict=True):
+        files[f"{STATE}/{file.name}"] = found
     for name, content in {**job.plan.common, **job.files}.items():
         files |= _write_content(job.folder, name, content)
-    return Written(results, files)
+    return Written([results for results, _ in planned], files)
+
+
+def _write_planned(folder: Path, file: PlannedFile) -> tuple[list[object], Fingerprint]:
+    """Write one of Megatron's files; return its results and the file's fingerprint."""
+    path = folder / STATE / file.name
+    path.touch()
+    with ThreadPoolExecutor(1) as reader:
+        written = Event()
+        found = reader.submit(fingerprint, path, written.is_set)
+        try:
+            results = write_file(folder, file)
+        finally:
+            written.set()
+        fsync(path)
+        return results, found.result()
 
 
 def _settled(path: Path) -> Fingerprint:
-    """Wait until a file is on the disk, and return its fingerprint, for which a thread reads it meanwhile."""
-    with ThreadPoolExecutor(1) as reader:
-        found = reader.submit(fingerprint, path)
-        fsync(path)
-        return found.result()
+    """Wait until a file is on the disk, and return its fingerprint."""
+    fsync(path)
+    return fingerprint(path)
 
 
 def _write_content(folder: Path, name: str, content: Content) -> dict[str, Fingerprint]:

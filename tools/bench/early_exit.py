@@ -32,7 +32,7 @@ from looplm.inference.prefill import Prefill
 from looplm.inference.stack import LoopedStack
 from looplm.model import LoopLM
 from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
-from tools.bench.timing import PrepareRun, print_speeds, tokens_per_s
+from tools.bench.timing import PrepareRun, print_speeds, rates
 
 Strategy = Literal["full depth", "select-after", "compaction", "continuous depth batching"]
 PROMPT, NEW = 64, 64
@@ -92,7 +92,7 @@ def bench_exit(workload: Workload, repeats: int) -> None:
         depths: list[float] = []
         contenders = {name: prepare_decoding(workload, rows, name) for name in get_args(Strategy)}
         contenders["compaction"] = prepare_decoding(workload, rows, "compaction", depths)
-        speeds = tokens_per_s(contenders, rows * NEW, repeats)
+        speeds = rates(contenders, rows * NEW, repeats)
         print_speeds(f"batch {rows}, mean depth {statistics.mean(depths):.2f} of {workload.rule.max_depth}", speeds)
 
 

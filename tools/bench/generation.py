@@ -23,7 +23,7 @@ from looplm.inference.attention import LatentAttention
 from looplm.megatron import device
 from looplm.model import LoopLM
 from tools.bench.early_exit import BATCHES, CACHE, NEW, PROMPT, Workload
-from tools.bench.timing import PrepareRun, print_speeds, tokens_per_s
+from tools.bench.timing import PrepareRun, print_speeds, rates
 
 LANES, ENTRIES = 16, 512
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=NEW)
@@ -34,20 +34,20 @@ def bench_decode(workload: Workload, repeats: int) -> None:
     """Print the speed of every way of decoding."""
     model, prompts = workload.model, [list(text[:PROMPT]) for text in workload.texts]
     print(f"\ndecoding, fp32, {model.model_config.num_layers} layers: prompts of {PROMPT} tokens, {NEW} new ones")
-    print_speeds("batch 1, a cache for each loop", tokens_per_s(_caches(model, prompts[:1]), NEW, repeats))
+    print_speeds("batch 1, a cache for each loop", rates(_caches(model, prompts[:1]), NEW, repeats))
     if workload.opened is not None:
         with tempfile.TemporaryDirectory() as folder:
             exported = _export(workload.opened, Path(folder) / "export")
         for rows in BATCHES:
             contenders = _generators(workload, exported, [prompts[row % len(prompts)] for row in range(rows)])
-            print_speeds(f"batch {rows}, against Hugging Face", tokens_per_s(contenders, rows * NEW, repeats))
+            print_speeds(f"batch {rows}, against Hugging Face", rates(contenders, rows * NEW, repeats))
         generations = _endless_generator(model).generate(prompts[: max(BATCHES)], DRAFTED)
         drafted, accepted = (sum(getattr(one, key) for one in generations) for key in ("drafted", "accepted"))
         kept = f"{accepted} of {drafted} drafted tokens are accepted, {accepted / drafted:.0%}"
         print(f"  {kept} ({DRAFTED.speculate} at a time, by {DRAFTED.draft_depth} loops)")
     if model.model_config.attention == "mla":
         title = f"one layer's attention, {LANES} tokens over {ENTRIES} entries"
-        print_speeds(title, tokens_per_s(_attentions(model), LANES, repeats))
+        print_speeds(title, rates(_attentions(model), LANES, repeats))
 
 
 def _caches(model: LoopLM, prompts: list[list[int]]) -> dict[str, PrepareRun]:

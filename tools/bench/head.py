@@ -10,7 +10,7 @@ from torch import Tensor
 
 from looplm.model.head import DirectGradient, token_losses, weighted_losses
 from tools.bench.new_process import in_new_process, resident_peak
-from tools.bench.timing import PrepareRun, has_fast_bf16, tokens_per_s
+from tools.bench.timing import PrepareRun, has_fast_bf16, rates
 from tools.bench.verdicts import Figure
 
 
@@ -79,7 +79,7 @@ def bench_head(repeats: int, size: HeadSize = HeadSize()) -> Iterator[Figure]:  
 def _bench_size(repeats: int, size: HeadSize) -> Iterator[Figure]:
     head, tokens = Head(size), size.tokens * size.loops
     contenders: dict[str, PrepareRun] = {name: partial(partial, way, head) for name, way in WAYS.items()}
-    speeds = tokens_per_s(contenders, tokens, repeats)
+    speeds = rates(contenders, tokens, repeats)
     peaks = {name: in_new_process(peak_bytes, name, size) for name in WAYS}
     kept = next(iter(WAYS))
     precision = "bf16" if size.dtype is torch.bfloat16 else "fp32"

@@ -1,8 +1,9 @@
 """Rates of tokenization, saving and verification, against those of the library and the disk that they use."""
 
 import os
+import shutil
 import sysconfig
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,7 @@ from looplm.checkpoint import step_folder
 from looplm.config import RunConfig
 from looplm.files import fsync, sha256_of
 from looplm.model import LoopLM
-from tools.bench.timing import per_second
+from tools.bench.timing import per_second, rates
 from tools.bench.verdicts import Figure
 
 CHARACTERS, VOCABULARY, BATCH = 4_000_000, 4096, 1000
@@ -66,26 +67,31 @@ def _texts(characters: int) -> Iterator[str]:
 def _checkpoints(
     recipe: RunConfig, groups: ProcessGroupCollection, tokenizer: Path, folder: Path, repeats: int
 ) -> Iterator[Figure]:
-    model = LoopLM(recipe.model, recipe.gate, groups, initialize=False)
+    model = LoopLM(recipe.model, recipe.gate, groups)
     about = checkpoint.About.for_weights(tokenizer, (1,), None, None, False, next(model.parameters()).dtype)
     final, raw = folder / step_folder.step_name(0), folder / "raw"
     content = os.urandom(sum(parameter.nbytes for parameter in model.parameters()))
 
-    def write() -> None:
+    def write() -> Callable[[], None]:
+        raw.unlink(missing_ok=True)  # each contender makes new files: to write over old ones costs time
+        return write_new
+
+    def write_new() -> None:
         raw.write_bytes(content)
         fsync(raw)
 
-    def save() -> None:
-        checkpoint.save_weights(final, model, recipe.gate, about, tokenizer)
+    def save() -> Callable[[], None]:
+        shutil.rmtree(final, ignore_errors=True)
+        return lambda: checkpoint.save_weights(final, model, recipe.gate, about, tokenizer)
 
     def verify() -> None:
         fault = step_folder.find_fault(final)
         assert fault is None, fault
 
-    runs = {"write and fsync": write, "save": save, "sha256": lambda: sha256_of(raw), "verify": verify}
-    rates = per_second(runs, len(content), repeats)
+    runs = {"write and fsync": write, "save": save, "sha256": lambda: lambda: sha256_of(raw), "verify": lambda: verify}
+    found = rates(runs, len(content), repeats)
     print(f"\ncheckpoint of {len(content) / 1e6:,.0f} MB of weights")
-    for name, rate in rates.items():
+    for name, rate in found.items():
         print(f"  {name:<28}{rate / 1e6:>10,.0f} MB/s")
-    yield Figure("speed of a save / of the disk", rates["save"] / rates["write and fsync"], 0.8)
-    yield Figure("speed of verification / of sha256", rates["verify"] / rates["sha256"], 0.8)
+    yield Figure("speed of a save / of the disk", found["save"] / found["write and fsync"], 0.8)
+    yield Figure("speed of verification / of sha256", found["verify"] / found["sha256"], 0.8)

@@ -27,8 +27,8 @@ def in_turns(contenders: Mapping[str, Callable[[], Measurement]], repeats: int) 
     return results
 
 
-def tokens_per_s(contenders: Mapping[str, PrepareRun], tokens: int, repeats: int) -> dict[str, float]:
-    """Return each contender's tokens per second, from its median time for ``tokens`` tokens."""
+def rates(contenders: Mapping[str, PrepareRun], amount: int, repeats: int) -> dict[str, float]:
+    """Return how much of ``amount`` (tokens, bytes) each contender does per second, from its median time."""
 
     def seconds(prepare: PrepareRun) -> float:
         run = prepare()
@@ -39,12 +39,12 @@ def tokens_per_s(contenders: Mapping[str, PrepareRun], tokens: int, repeats: int
         return time.perf_counter() - start
 
     timers = {name: lambda prepare=prepare: seconds(prepare) for name, prepare in contenders.items()}
-    return {name: tokens / statistics.median(times) for name, times in in_turns(timers, repeats).items()}
+    return {name: amount / statistics.median(times) for name, times in in_turns(timers, repeats).items()}
 
 
 def per_second(runs: Mapping[str, Callable[[], object]], amount: int, repeats: int) -> dict[str, float]:
-    """Return how much of ``amount`` each run does per second, from its median time; a run needs no preparation."""
-    return tokens_per_s({name: partial(_identity, run) for name, run in runs.items()}, amount, repeats)
+    """Return the same as :func:`rates` for runs that need no preparation."""
+    return rates({name: partial(_identity, run) for name, run in runs.items()}, amount, repeats)
 
 
 def _identity(run: Callable[[], object]) -> Callable[[], object]:

@@ -78,7 +78,7 @@ def test_training_does_not_change_what_is_written(
     for in_background in (True, False):
         with monkeypatch.context() as patch:
             if in_background:
-                slow(patch, 0.5)
+                slow(patch, 2.0)
                 slow(patch, 0.5, SharedMemory, "store")
             keys = {"save_every": 3, "keep": 3, "in_background": in_background}
             config = run_config(corpus, tmp_path / str(in_background), checkpoint=keys, optim={"precision": precision})
