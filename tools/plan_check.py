@@ -109,8 +109,8 @@ def recipe_of(check: MemoryCheck, width: int = 256) -> RunConfig:
 
 
 def planned_run(config: RunConfig, ranks: int) -> PlannedRun:
-    """Return the run for the planner, with a CPU's composed norms and unpadded heads."""
-    return PlannedRun(config, ranks // config.parallel.model_ranks, fused_norms=False, padded_heads=False)
+    """Return the run for the planner, with a CPU's unpadded heads."""
+    return PlannedRun(config, ranks // config.parallel.model_ranks, padded_heads=False)
 
 
 def measure(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, int]:

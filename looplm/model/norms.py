@@ -27,7 +27,7 @@ class RMSNorm(MegatronModule):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or x.dtype != torch.float32 or self.weight.dtype != x.dtype:
+        if x.is_cuda:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         if torch.is_inference_mode_enabled():  # its tensors cannot be saved, even if Megatron re-enables autograd
             return _normed(x, self.weight, self.eps)[0]
@@ -36,15 +36,17 @@ class RMSNorm(MegatronModule):
 
 
 def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm, and 1 / rms(x)."""
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight_D), scale
+    """Return the norm in x's dtype, and 1 / rms(x) in fp32."""
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight_D.float()).to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The norm in fp32 on a CPU, where torch composes it, forward and backward, of twice as many passes over memory.
+    """The norm on a CPU, where torch composes it, forward and backward, of twice as many passes over memory.
 
-    With s = 1 / rms(x), the gradients are ``s (g w) - x s^3 (g w . x) / D`` and, summed over the rows, ``g x s``.
+    All of it is computed in fp32, and only ``x`` is kept. With s = 1 / rms(x), the gradients are
+    ``s (g w) - x s^3 (g w . x) / D`` and, summed over the rows, ``g x s``.
     """
 
     @staticmethod
@@ -56,10 +58,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
-        product_ND = (grad * x).view(-1, x.size(-1))
+        grad, wide, wide_D = grad.float(), x.float(), weight_D.float()
+        product_ND = (grad * wide).view(-1, x.size(-1))
         grad_D = product_ND.t().mv(scale.flatten())
-        along = product_ND.mv(weight_D).view(scale.shape).mul_(scale.pow(3)).div_(x.size(-1))
-        return (grad * weight_D).mul_(scale).addcmul_(x, along, value=-1), grad_D, None
+        along = product_ND.mv(wide_D).view(scale.shape).mul_(scale.pow(3)).div_(x.size(-1))
+        grad = (grad * wide_D).mul_(scale).addcmul_(wide, along, value=-1)
+        return grad.to(x.dtype), grad_D.to(weight_D.dtype), None
 
 
 class SandwichNormAdd(MegatronModule):

@@ -119,7 +119,7 @@ def test_memory_falls_as_predicted(single_process, tmp_path):
         )
         config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_loops=num_loops, num_layers=4))
         plain = batch()._replace(document_start_SB=None)
-        predicted = peak_activation_bytes(PlannedRun(config, 1, fused_norms=False, padded_heads=False), 0)
+        predicted = peak_activation_bytes(PlannedRun(config, 1, padded_heads=False), 0)
         return peak_saved_bytes(config, plain, single_process), predicted
 
     found = {mode: [peaks(mode, loops) for loops in (3, 4)] for mode in get_args(Recompute)}

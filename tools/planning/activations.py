@@ -27,8 +27,7 @@ def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
     losses, deepest = (_loss_bytes(run), _deepest_bytes(run)) if last else (0.0, 0.0)
     # Backward starts with the losses. Without a pipeline those of all loops are freed before anything is recomputed.
     freed = losses * (passes if config.parallel.pipeline == 1 else 1) + deepest
-    # Recomputation starts with a norm, whose input is already kept; but an fp32 copy of that input is not.
-    recomputed = -hidden if run.fused_norms or run.number_bytes == FP32 else 0.0
+    recomputed = -hidden  # recomputation starts with a norm, whose input is already kept
     if mode == "full":  # keeps every layer's input; recomputes one layer at a time, after the loop-end norm's backward
         kept, recomputed, freed = layers * hidden + norm, recomputed + whole_layer, freed + norm
     elif mode == "loop":  # keeps the pass's input; recomputes all of the pass
@@ -73,13 +72,8 @@ def written_bytes(run: PlannedRun) -> float:
 
 
 def _norm_bytes(run: PlannedRun, width: int) -> float:
-    """Return the bytes kept by an RMSNorm of ``width`` channels.
-
-    It keeps its input and 1 / rms. In bf16 on a CPU it is composed, and keeps the input and the result in fp32.
-    """
-    one_kernel = run.fused_norms or run.number_bytes == FP32
-    kept = width * run.number_bytes if one_kernel else 2 * width * FP32
-    return run.shard_tokens * (kept + FP32)
+    """Return the bytes kept by an RMSNorm of ``width`` channels: its input and 1 / rms."""
+    return run.shard_tokens * (width * run.number_bytes + FP32)
 
 
 def _attention_bytes(run: PlannedRun) -> float:
@@ -121,9 +115,7 @@ def _latent_bytes(run: PlannedRun) -> float:
     if not widths.latents:
         return 0.0
     kept = sum(_norm_bytes(run, width) + run.shard_tokens * width * e for width in widths.latents)
-    # The rotary key is part of the same product, so it lives as long as the latent; an fp32 copy does not contain it.
-    shared = run.fused_norms or e == FP32
-    return kept + (run.shard_tokens * widths.rotary * e if shared else 0.0)
+    return kept + run.shard_tokens * widths.rotary * e  # the rotary key is part of the same product as the latent
 
 
 def _rotary_bytes(run: PlannedRun) -> float:

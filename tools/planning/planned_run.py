@@ -34,9 +34,6 @@ class PlannedRun:
 
     config: RunConfig  # with the layout's ``parallel`` and ``data.micro_batch_size``
     replicas: int  # data-parallel ranks (DP)
-    fused_norms: bool = (
-        True  # RMSNorm is one kernel, as on a GPU; on a CPU torch composes it of several, which keep more
-    )
     padded_heads: bool = True  # attention keeps values as wide as queries, as on a GPU; on a CPU as wide as they are
 
     @property
