@@ -10,6 +10,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from looplm.config import LossConfig, OptimConfig, ParallelConfig
+from looplm.megatron.device import HAS_CUDA
 from looplm.model import LoopLM
 from looplm.parameters import decayed_names
 
@@ -100,7 +101,23 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: Pa
     spared = ParamKey(with_name_predicate=spares)
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})
     model_config.grad_scale_func = optimizer.scale_loss
+    if not HAS_CUDA:
+        _fuse(optimizer)
     return optimizer
+
+
+def _fuse(optimizer: MegatronOptimizer) -> None:
+    """Have torch update a parameter in one pass, without temporary tensors of its size; Megatron does not ask for it.
+
+    On a GPU, Transformer Engine or Apex bring a fused AdamW of their own.
+    """
+    for core in _cores(optimizer):
+        for group in core.optimizer.param_groups:
+            group["fused"] = True
+
+
+def _cores(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def updated_part(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> slice | None:
@@ -108,7 +125,7 @@ def updated_part(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) ->
 
     It is empty if other data-parallel ranks update the whole parameter.
     """
-    for core in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for core in _cores(optimizer):
         if isinstance(core, DistributedOptimizer):
             if parameter not in core.model_param_group_index_map:
                 return slice(0, 0)
