@@ -69,12 +69,12 @@ def main(argv: list[str]) -> None:
 
 def _measured(config: BenchConfig, recipe: RunConfig, groups: ProcessGroupCollection) -> Iterator[Figure]:
     if "training" in config.parts:
-        yield from bench_training(recipe, groups, config.repeats)
+        yield from bench_training(recipe, config.repeats)
     if "memory" in config.parts:
         yield from bench_head(config.repeats)
         bench_recompute(recipe, recipe.data.micro_batch_size, groups)
     if "storage" in config.parts:
-        yield from bench_storage(small_recipe(recipe), groups, config.repeats)
+        yield from bench_storage(small_recipe(recipe), config.repeats)
     if "decoding" in config.parts:
         if config.checkpoint is None:
             workload = random_workload(recipe.model, recipe.gate, groups)

@@ -1,7 +1,8 @@
-"""Resident memory, measured in a process of its own."""
+"""Measurements in a process of their own, and its resident memory."""
 
 import multiprocessing
 import resource
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -17,6 +18,7 @@ def in_new_process(
 
     A server forks it, because a spawned process begins with its parent's peak in getrusage.
     """
+    sys.stdout.flush()
     with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
         return pool.submit(function, *arguments, **keys).result()
 

@@ -3,9 +3,10 @@
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from datatrove.data import Document
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,40 +20,67 @@ from looplm import checkpoint
 from looplm.checkpoint import step_folder
 from looplm.config import RunConfig
 from looplm.files import fsync, sha256_of
+from looplm.megatron import process_groups
 from looplm.model import LoopLM
+from tools.bench.new_process import in_new_process
 from tools.bench.timing import per_second, rates
 from tools.bench.verdicts import Figure
 
 CHARACTERS, VOCABULARY, BATCH = 4_000_000, 4096, 1000
 
 
-def bench_storage(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
-    """Print and yield the rates; the checkpoint is of the recipe's weights, in one process."""
-    with TemporaryDirectory() as folder:
-        tokenizer = yield from _tokenization(Path(folder), repeats)
-        yield from _checkpoints(recipe, groups, tokenizer, Path(folder), repeats)
+class StorageRates(NamedTuple):
+    """Characters and bytes a second by name, and the bytes of the checkpoint."""
+
+    characters: dict[str, float]
+    bytes: dict[str, float]
+    checkpoint: int
 
 
-def _tokenization(folder: Path, repeats: int) -> Generator[Figure, None, Path]:
-    texts, config = list(_texts(CHARACTERS)), TokenizerConfig(vocab_size=VOCABULARY)
-    path = folder / "tokenizer.json"
+def bench_storage(recipe: RunConfig, repeats: int, text: int = CHARACTERS) -> Iterator[Figure]:
+    """Print and yield the rates, of so many characters of text and of a checkpoint of the recipe's weights.
+
+    They are measured in a process that holds nothing else: a save forks it, which takes time for all of its memory.
+    """
+    characters, in_bytes, size = in_new_process(measured_rates, recipe, repeats, text)
+    print(f"\ntokenization, {text / 1e6:.0f} million characters")
+    for name, rate in characters.items():
+        print(f"  {name:<28}{rate / 1e6:>10.2f} million characters/s")
+    print(f"\ncheckpoint of {size / 1e6:,.0f} MB of weights")
+    for name, rate in in_bytes.items():
+        print(f"  {name:<28}{rate / 1e6:>10,.0f} MB/s")
+    tokenization = characters["pipeline"] / characters["encode_batch"]
+    yield Figure("speed of tokenization / encode_batch alone", tokenization, 0.9)
+    yield Figure("speed of a save / of the disk", in_bytes["save"] / in_bytes["write and fsync"], 0.8)
+    yield Figure("speed of verification / of sha256", in_bytes["verify"] / in_bytes["sha256"], 0.8)
+
+
+def measured_rates(recipe: RunConfig, repeats: int, text: int) -> StorageRates:
+    """Measure, with files in a temporary folder."""
+    groups = process_groups.start(recipe.seed)
+    try:
+        with TemporaryDirectory() as folder:
+            tokenizer = Path(folder) / "tokenizer.json"
+            characters = _tokenization(tokenizer, text, repeats)
+            return StorageRates(characters, *_checkpoints(recipe, groups, tokenizer, repeats))
+    finally:
+        process_groups.stop()
+
+
+def _tokenization(path: Path, characters: int, repeats: int) -> dict[str, float]:
+    """Train a tokenizer at ``path``, and return the rates with it."""
+    texts, config = list(_texts(characters)), TokenizerConfig(vocab_size=VOCABULARY)
     train_tokenizer(texts, config).save(str(path))
     raw, documents = Tokenizer.from_file(str(path)), [Document(text, str(n)) for n, text in enumerate(texts)]
-    characters = sum(map(len, texts))
 
     def raw_encoding() -> None:
         for begin in range(0, len(texts), BATCH):
             raw.encode_batch(texts[begin : begin + BATCH], add_special_tokens=False)
 
     def pipeline() -> None:
-        MegatronTokenizer(Folder(str(folder / "shards")), str(path), config).run(iter(documents))
+        MegatronTokenizer(Folder(str(path.parent / "shards")), str(path), config).run(iter(documents))
 
-    rates = per_second({"encode_batch": raw_encoding, "pipeline": pipeline}, characters, repeats)
-    print(f"\ntokenization, {characters / 1e6:.0f} million characters")
-    for name, rate in rates.items():
-        print(f"  {name:<28}{rate / 1e6:>10.2f} million characters/s")
-    yield Figure("speed of tokenization / encode_batch alone", rates["pipeline"] / rates["encode_batch"], 0.9)
-    return path
+    return per_second({"encode_batch": raw_encoding, "pipeline": pipeline}, sum(map(len, texts)), repeats)
 
 
 def _texts(characters: int) -> Iterator[str]:
@@ -65,11 +93,12 @@ def _texts(characters: int) -> Iterator[str]:
 
 
 def _checkpoints(
-    recipe: RunConfig, groups: ProcessGroupCollection, tokenizer: Path, folder: Path, repeats: int
-) -> Iterator[Figure]:
+    recipe: RunConfig, groups: ProcessGroupCollection, tokenizer: Path, repeats: int
+) -> tuple[dict[str, float], int]:
+    """Return the rates, and the bytes of the weights."""
     model = LoopLM(recipe.model, recipe.gate, groups)
     about = checkpoint.About.for_weights(tokenizer, (1,), None, None, False, next(model.parameters()).dtype)
-    final, raw = folder / step_folder.step_name(0), folder / "raw"
+    final, raw = tokenizer.parent / step_folder.step_name(0), tokenizer.parent / "raw"
     content = os.urandom(sum(parameter.nbytes for parameter in model.parameters()))
 
     def write() -> Callable[[], None]:
@@ -89,9 +118,4 @@ def _checkpoints(
         assert fault is None, fault
 
     runs = {"write and fsync": write, "save": save, "sha256": lambda: lambda: sha256_of(raw), "verify": lambda: verify}
-    found = rates(runs, len(content), repeats)
-    print(f"\ncheckpoint of {len(content) / 1e6:,.0f} MB of weights")
-    for name, rate in found.items():
-        print(f"  {name:<28}{rate / 1e6:>10,.0f} MB/s")
-    yield Figure("speed of a save / of the disk", found["save"] / found["write and fsync"], 0.8)
-    yield Figure("speed of verification / of sha256", found["verify"] / found["sha256"], 0.8)
+    return rates(runs, len(content), repeats), len(content)

@@ -66,26 +66,20 @@ def _resized(recipe: RunConfig, batch: tuple[int, int], **model: Any) -> RunConf
     return replace(recipe, data=data, model=replace(recipe.model, **model))
 
 
-def bench_training(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
-    """Print and yield the figures of training."""
-    small, tiny, threads = small_recipe(recipe), tiny_recipe(recipe), torch.get_num_threads()
-    for number in sorted({1, threads}):
-        torch.set_num_threads(number)
-        yield from _against_plain(small, groups, repeats, number)
-    yield from _memory(small)
-    torch.set_num_threads(1)
-    speeds = _speeds({"plain": _plain_step(tiny), "ours": _our_step(tiny, groups)}, tiny, repeats)
-    print_speeds("one layer of 64, 4 loops, 128 x 16 tokens, one thread", speeds)
-    yield Figure("tiny model: time of ours / plain", speeds["plain"] / speeds["ours"], 1.3, at_least=False)
-    torch.set_num_threads(threads)
-    for precision, aim in (("fp32", 1.0), ("bf16", 1.05)):
-        same = in_precision(recipe, precision)
-        speeds = _speeds({"plain": _plain_step(same), "ours": _our_step(same, groups)}, same, repeats)
-        print_speeds(f"the recipe, {precision}", speeds)
-        yield Figure(f"recipe, {precision}: speed of ours / plain", speeds["ours"] / speeds["plain"], aim)
-    yield from _stages(recipe, groups, repeats)
-    yield from _loops(recipe, groups, repeats)
-    yield from _documents(recipe, groups, repeats)
+def bench_training(recipe: RunConfig, repeats: int) -> Iterator[Figure]:
+    """Print and yield the figures of training; each section has a process of its own, which finds memory as new."""
+    for section in SECTIONS:
+        yield from in_new_process(measured, section, recipe, repeats)
+    yield from _memory(small_recipe(recipe))
+
+
+def measured(section: str, recipe: RunConfig, repeats: int) -> list[Figure]:
+    """Measure one of :data:`SECTIONS`, and print what was found."""
+    groups = process_groups.start(recipe.seed)
+    try:
+        return list(SECTIONS[section](recipe, groups, repeats))
+    finally:
+        process_groups.stop()
 
 
 def in_precision(recipe: RunConfig, precision: Any) -> RunConfig:
@@ -98,16 +92,41 @@ def recomputing(recipe: RunConfig, mode: Recompute) -> RunConfig:
     return replace(recipe, parallel=replace(recipe.parallel, recompute=mode))
 
 
+def _small(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        yield from _against_plain(small_recipe(recipe), groups, repeats, threads)
+
+
+def _tiny(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
+    torch.set_num_threads(1)
+    tiny = tiny_recipe(recipe)
+    speeds = _speeds({"plain": _plain_step(tiny), "ours": _our_step(tiny, groups)}, tiny, repeats)
+    print_speeds("one layer of 64, 4 loops, 128 x 16 tokens, one thread", speeds)
+    yield Figure("tiny model: time of ours / plain", speeds["plain"] / speeds["ours"], 1.3, at_least=False)
+
+
+def _recipe(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
+    for precision, aim in (("fp32", 1.0), ("bf16", 1.05)):
+        same = in_precision(recipe, precision)
+        speeds = _speeds({"plain": _plain_step(same), "ours": _our_step(same, groups)}, same, repeats)
+        print_speeds(f"the recipe, {precision}", speeds)
+        yield Figure(f"recipe, {precision}: speed of ours / plain", speeds["ours"] / speeds["plain"], aim)
+
+
 def _against_plain(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int, threads: int) -> Iterator[Figure]:
     steps = {"plain": _plain_step(recipe), "ours": _our_step(recipe, groups)}
-    steps["ours, recompute: loop"] = _our_step(recomputing(recipe, "loop"), groups)
+    modes: tuple[Recompute, ...] = ("loop", "full")
+    steps |= {f"ours, recompute: {mode}": _our_step(recomputing(recipe, mode), groups) for mode in modes}
     if has_fast_bf16():
         steps["ours, bf16"] = _our_step(in_precision(recipe, "bf16"), groups)
     speeds = _speeds(steps, recipe, repeats)
     print_speeds(f"6 layers of 512, V = 49,152, 4 loops, 2 x 512 tokens, {threads} threads", speeds)
     plain, name = speeds["plain"], f"small model, {threads} threads"
     yield Figure(f"{name}: speed of ours / plain, fp32", speeds["ours"] / plain, 1.05)
-    yield Figure(f"{name}: speed of ours with recompute: loop / plain", speeds["ours, recompute: loop"] / plain, 0.95)
+    for mode in modes:
+        speed = speeds[f"ours, recompute: {mode}"]
+        yield Figure(f"{name}: speed of ours with recompute: {mode} / plain", speed / plain, 0.95)
     if has_fast_bf16():
         yield Figure(f"{name}: speed of ours in bf16 / plain in fp32", speeds["ours, bf16"] / plain, 2.0)
     batch, length = recipe.data.micro_batch_size, recipe.data.seq_length
@@ -185,25 +204,24 @@ def _product_seconds(rows: int, columns: int, tokens: int, dtype: torch.dtype, r
 
 
 def _memory(recipe: RunConfig) -> Iterator[Figure]:
-    peaks = {name: in_new_process(peak_bytes, name, recipe) for name in ("plain", "ours", "ours, recompute: loop")}
+    modes: tuple[Recompute | None, ...] = (None, "none", "loop", "full")
+    peaks = {mode: in_new_process(peak_bytes, mode, recipe) for mode in modes}
     print("\nresident peak of two steps above the start, fp32")
-    for name, peak in peaks.items():
-        print(f"  {name:<28}{peak / 2**20:>10,.0f} MiB{peak / peaks['plain']:>8.1%}")
-    yield Figure("small model: peak memory of ours / plain", peaks["ours"] / peaks["plain"], 0.35, at_least=False)
-    share = peaks["ours, recompute: loop"] / peaks["plain"]
-    yield Figure("small model: peak memory of ours with recompute: loop / plain", share, 0.35, at_least=False)
+    for mode, peak in peaks.items():
+        name = "plain" if mode is None else f"ours, recompute: {mode}"
+        print(f"  {name:<28}{peak / 2**20:>10,.0f} MiB{peak / peaks[None]:>8.1%}")
+        if mode in ("loop", "full"):
+            title = f"small model: peak memory of ours with recompute: {mode} / plain"
+            yield Figure(title, peak / peaks[None], 0.35, at_least=False)
 
 
-def peak_bytes(contender: str, recipe: RunConfig) -> int:
-    """Return the bytes by which two steps raise this process's resident peak."""
+def peak_bytes(mode: Recompute | None, recipe: RunConfig) -> int:
+    """Return the bytes by which two steps raise this process's resident peak; without a mode, the plain trainer's."""
     torch.set_num_threads(1)
     groups = process_groups.start(recipe.seed)
     try:
         before = resident_peak()
-        if contender == "plain":
-            step = _plain_step(recipe)
-        else:
-            step = _our_step(recomputing(recipe, "loop") if "loop" in contender else recipe, groups)
+        step = _plain_step(recipe) if mode is None else _our_step(recomputing(recipe, mode), groups)
         for _ in range(2):
             step()
         return resident_peak() - before
@@ -241,3 +259,13 @@ def _documents(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) 
     print_speeds("2,048 tokens", speeds)
     ratio = speeds["one document"] / speeds["four documents"]
     yield Figure("time of four packed documents / one, 2,048 tokens", ratio, 1.02, at_least=False)
+
+
+SECTIONS: dict[str, Callable[[RunConfig, ProcessGroupCollection, int], Iterator[Figure]]] = {
+    "small": _small,
+    "tiny": _tiny,
+    "recipe": _recipe,
+    "stages": _stages,
+    "loops": _loops,
+    "documents": _documents,
+}

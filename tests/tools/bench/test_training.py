@@ -43,10 +43,15 @@ def test_the_shapes_are_those_that_the_figures_name(corpus, tmp_path, single_pro
 
 
 def test_every_figure_of_training_is_yielded(recipe, single_process, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(training, "in_new_process", lambda _, contender, __: 1 << (20 + ("loop" not in contender)))
-    threads = torch.get_num_threads()
-    figures = list(training.bench_training(recipe, single_process, 1))
-    assert torch.get_num_threads() == threads
+    def here(function, *arguments):
+        if function is peak_bytes:
+            return 2 << 20 if arguments[0] in (None, "none") else 1 << 20
+        section, config, repeats = arguments
+        return list(training.SECTIONS[section](config, single_process, repeats))
+
+    monkeypatch.setattr(training, "in_new_process", here)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    figures = list(training.bench_training(recipe, 1))
     assert all(figure.value > 0 for figure in figures)
     names = [figure.name for figure in figures]
     assert len(names) == len(set(names)) >= 11
@@ -58,14 +63,12 @@ def test_every_figure_of_training_is_yielded(recipe, single_process, monkeypatch
 
 def test_memory_is_measured_in_a_process_of_its_own(recipe, corpus, tmp_path) -> None:
     recipe = resized(run_config(corpus, tmp_path), (2, 256), vocab_size=16_384)
-    plain, ours = (in_new_process(peak_bytes, name, recipe) for name in ("plain", "ours"))
+    plain, ours = (in_new_process(peak_bytes, mode, recipe) for mode in (None, "none"))
     assert plain > 3 * 512 * 16_384 * 4 > 0, "three loops' logits at least"
     assert 0 < ours < plain
 
 
-def test_rates_of_data_and_checkpoints(recipe, single_process, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(storage, "CHARACTERS", 50_000)
-    monkeypatch.setattr(storage, "VOCABULARY", 300)
-    figures = list(storage.bench_storage(recipe, single_process, 1))
+def test_rates_of_data_and_checkpoints(recipe, capsys) -> None:
+    figures = list(storage.bench_storage(recipe, 1, text=50_000))
     assert [figure.aim for figure in figures] == [0.9, 0.8, 0.8] and all(figure.value > 0 for figure in figures)
     assert "MB of weights" in capsys.readouterr().out
