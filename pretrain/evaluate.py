@@ -26,7 +26,9 @@ from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import DataConfig, DataSource, LoggingConfig, LossConfig, OptimConfig, RunConfig, TaskConfig
 from looplm.evaluation.answers import AnswerMeter
+from looplm.evaluation.attention_sink import attention_sink
 from looplm.evaluation.cached import cache_losses, texts_of
+from looplm.evaluation.chains import voted_answers
 from looplm.evaluation.depth import DepthMeter
 from looplm.evaluation.readout import accuracies, fit_heads
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation, TaskAnswers
@@ -54,6 +56,8 @@ class EvaluateConfig:
         task: a synthetic task in place of the checkpoint's own, such as a harder one with the same symbols.
         split: of a task: valid, or test, which nothing else reads.
         refit_steps: of a task: also fit a head to the states of each depth, by that many steps; 0 fits none.
+        votes: of a task: numbers of chains that the model writes for each last answer, separated by commas; the most
+            frequent answer counts. 1 is the likeliest chain. Empty to write none.
         seq_length: tokens of a sequence; null for the training run's, or for imported weights at most 1024.
         output: JSON file to write; null for CHECKPOINT/evaluation.json.
         kv_caches: caches to decode the same samples through, separated by commas: per_loop, last, mean, first; empty to
@@ -71,6 +75,7 @@ class EvaluateConfig:
     task: TaskConfig | None = None
     split: Literal["valid", "test"] = "valid"
     refit_steps: int = at_least(0, 0)
+    votes: str = ""
     seq_length: int | None = positive(None)
     output: str | None = path_field(None)
     kv_caches: str = ""
@@ -83,14 +88,19 @@ class EvaluateConfig:
         require(bool(self.depth_list), "depths", self.depths, "give whole numbers above 0, such as 1,2,4,8")
         modes = get_args(CacheMode)
         require(set(self.cache_list) <= set(modes), "kv_caches", self.kv_caches, f"give some of {','.join(modes)}")
+        require(not self.votes or bool(self.vote_list), "votes", self.votes, "give whole numbers above 0, such as 1,8")
         fix = "give numbers from 0 to 1, such as 0.5,0.9,1"
         require(bool(self.threshold_list), "exit_thresholds", self.exit_thresholds, fix)
 
     @property
     def depth_list(self) -> list[int]:
         """Depths in ascending order; empty if they cannot be parsed."""
-        parts = [part.strip() for part in self.depths.split(",")]
-        return sorted({int(part) for part in parts}) if all(part.isdigit() and int(part) > 0 for part in parts) else []
+        return _counts(self.depths)
+
+    @property
+    def vote_list(self) -> list[int]:
+        """Numbers of votes in ascending order; empty if none is asked for, or they cannot be parsed."""
+        return _counts(self.votes)
 
     @property
     def cache_list(self) -> list[str]:
@@ -105,6 +115,12 @@ class EvaluateConfig:
         except ValueError:
             return []
         return values if all(0 <= value <= 1 for value in values) else []
+
+
+def _counts(text: str) -> list[int]:
+    """Return numbers above 0 in ascending order; nothing if they cannot be parsed."""
+    parts = [part.strip() for part in text.split(",")]
+    return sorted({int(part) for part in parts}) if all(part.isdigit() and int(part) > 0 for part in parts) else []
 
 
 def main(argv: list[str]) -> None:
@@ -143,7 +159,7 @@ def _validation_run(config: EvaluateConfig, step: Path) -> RunConfig:
     task = config.task or (trained.data.task if trained and not config.valid else None)
     if task is not None:
         return _task_run(config, task, step)
-    for key, value in (("split", config.split == "test"), ("refit_steps", config.refit_steps)):
+    for key, value in (("split", config.split == "test"), ("refit_steps", config.refit_steps), ("votes", config.votes)):
         require(not value, key, getattr(config, key), "the checkpoint was trained on text; leave it out")
     valid = (DataSource(prefix=config.valid),) if config.valid else trained.data.valid if trained else ()
     if not valid:
@@ -208,8 +224,9 @@ def _measure_decoding(
 def _measure_answers(
     model: LoopLM, batches: list[Batch], config: EvaluateConfig, run: RunConfig, groups: ProcessGroupCollection
 ) -> TaskAnswers:
-    """Return the answers at every depth up to the largest, and with ``refit_steps`` those of heads fitted to each."""
+    """Return the answers at every depth up to the largest, those of heads fitted to each, and those of votes."""
     assert run.data.task is not None
+    task = open_task(run.data.task)
     loops, trained = max(config.depth_list), model.model_config.num_loops
     highest = max(int(batch.level_SB.max()) for batch in batches if batch.level_SB is not None)
     meter = AnswerMeter(max(loops, trained), trained, highest + 1, THRESHOLDS)
@@ -217,10 +234,15 @@ def _measure_answers(
         output = model(batch.ids_BS, meter.loops)
         assert batch.level_SB is not None
         meter.add(output.hidden, model.head_weight(), output.gate_logit_RSB, batch.labels_SB, batch.level_SB)
-    answers = meter.answers(open_task(run.data.task).level_name, groups.dp)
+    sink = attention_sink(model, batches[0].ids_BS, meter.loops)
+    answers = replace(meter.answers(task.level_name, groups.dp), attention_sink=sink)
+    if config.vote_list:
+        read = map(_states_read, batches)
+        voted = voted_answers(model, read, config.vote_list, task.writes_chain, run.seed, groups.dp)
+        answers = replace(answers, voted=voted)
     if not config.refit_steps:
         return answers
-    train_set = TaskDataset(open_task(run.data.task), run.data.seq_length, "train", run.seed, 1 << 30)
+    train_set = TaskDataset(task, run.data.seq_length, "train", run.seed, 1 << 30)
     with torch.enable_grad():
         heads_RVD = fit_heads(
             model, map(_states_read, micro_batches(train_set, run.data, 0, 0, 1)), config.refit_steps, meter.loops
@@ -259,6 +281,8 @@ def _show_answers(answers: TaskAnswers) -> None:
         print(f"{at.depth:>10} {at.accuracy:>9.4f} {at.answers_changed:>9.4f}  {by_level}")
     if answers.refitted:
         print(f"right with a head fitted to each depth: {' '.join(f'{share:.4f}' for share in answers.refitted)}")
+    for voted in answers.voted:
+        print(f"last answer right, {voted.votes} of its own chains: {voted.solved:.4f}")
 
 
 if __name__ == "__main__":

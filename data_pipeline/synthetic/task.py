@@ -38,10 +38,12 @@ class Task(ABC):
     Attributes:
         symbols: names of the token ids, from 0 on; the first is :data:`END`.
         level_name: what a level counts, such as "position" or "hops".
+        writes_chain: True if each label is the next token, so that a model can write its answer step by step.
     """
 
     symbols: tuple[str, ...]
     level_name: str
+    writes_chain = False
 
     @abstractmethod
     def generate(self, random: np.random.Generator, count: int, length: int, split: Split) -> Examples:

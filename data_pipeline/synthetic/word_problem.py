@@ -25,12 +25,16 @@ class WordProblem(Task):
 
     def __init__(self, config: WordProblemConfig) -> None:
         self.product_EE, names = table(config.group)
+        self.writes_chain = config.chain
         self.symbols = (END, *names)
 
     def generate(self, random: np.random.Generator, count: int, length: int, split: Split) -> Examples:
-        """Return words of ``length - 1`` letters after END."""
-        require_length("word_problem", length, 2)
-        length -= 1
+        """Return words of ``length - 1`` letters after END; with a chain, half as long, and END before the chain."""
+        require_length("word_problem", length, 3 if self.writes_chain else 2)
+        word = self._words(random, count, (length - 1) // 2 if self.writes_chain else length - 1, split)
+        return _chained(word, length) if self.writes_chain else word
+
+    def _words(self, random: np.random.Generator, count: int, length: int, split: Split) -> Examples:
         elements = len(self.product_EE)
         letter_NS = draw(lambda number: random.integers(elements, size=(number, length)), count, split)
         product_NS = np.empty_like(letter_NS)
@@ -40,6 +44,18 @@ class WordProblem(Task):
         level_NS = np.broadcast_to(np.arange(1, length + 1), letter_NS.shape)
         begun = ((letter_NS + 1, 0), (product_NS + 1, 0), (level_NS, NO_LEVEL))
         return Examples(*(np.pad(x_NS, ((0, 0), (1, 0)), constant_values=first) for x_NS, first in begun))
+
+
+def _chained(word: Examples, length: int) -> Examples:
+    """Return words without labels, each followed by END and by its products as tokens that are to be predicted."""
+    rows, letters = word.label_NS.shape[0], word.label_NS.shape[1] - 1
+    ids_NS, label_NS = (np.zeros((rows, length), np.int64) for _ in range(2))
+    level_NS, begin = np.full((rows, length), NO_LEVEL), letters + 1
+    ids_NS[:, :begin] = word.ids_NS
+    ids_NS[:, begin + 1 : begin + letters] = word.label_NS[:, 1:-1]
+    label_NS[:, begin : begin + letters] = word.label_NS[:, 1:]
+    level_NS[:, begin : begin + letters] = word.level_NS[:, 1:]
+    return Examples(ids_NS, label_NS, level_NS)
 
 
 def table(group: str) -> tuple[Ints, tuple[str, ...]]:

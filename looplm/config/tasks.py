@@ -19,9 +19,12 @@ class WordProblemConfig:
 
     Args:
         group: S3 to S5 (permutations), A3 to A5 (even ones), or Z2 to Z999 (sums modulo n).
+        chain: a chain of thought: the products are written one by one after the whole word, each as the next token. The
+            word has half of data.seq_length then.
     """
 
     group: str = "S3"
+    chain: bool = False
 
     def __post_init__(self) -> None:
         fix = "give S3 to S5, A3 to A5, or Z2 to Z999"

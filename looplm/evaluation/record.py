@@ -101,6 +101,14 @@ class AnswersAtThreshold:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VotedAnswers:
+    """Share of samples whose last answer is right if the model writes ``votes`` chains and the most frequent wins."""
+
+    votes: int
+    solved: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskAnswers:
     """Answers to a synthetic task.
 
@@ -111,6 +119,9 @@ class TaskAnswers:
         exits: answers along the exit gate's thresholds.
         refitted: accuracy at each depth of a head that was fitted to the states of that depth, all else frozen; empty
             if none was fitted.
+        attention_sink: weight of attention on a sample's first token in each loop, a mean over layers, heads and
+            positions of the first batch; empty in older files.
+        voted: last answers after the model's own chain of tokens; empty if they were not asked for.
     """
 
     trained_loops: int
@@ -118,6 +129,8 @@ class TaskAnswers:
     depths: tuple[AnswersAtDepth, ...]
     exits: tuple[AnswersAtThreshold, ...]
     refitted: tuple[float, ...] = ()
+    attention_sink: tuple[float, ...] = ()
+    voted: tuple[VotedAnswers, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

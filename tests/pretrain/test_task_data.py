@@ -121,12 +121,27 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
 
     monkeypatch.setattr(process_groups, "stop", lambda: None)  # the test session still needs its process groups
     arguments = ["--checkpoint", whole.output_dir, "--depths", "1,3,6", "--samples", "32", "--batch_size", "16"]
-    evaluate.main([*arguments, "--split", "test", "--refit_steps", "2", "--kv_caches", "per_loop", "--prompt_tokens=1"])
+    evaluate.main(
+        [
+            *arguments,
+            "--split",
+            "test",
+            "--refit_steps",
+            "2",
+            "--votes",
+            "3,1",
+            "--kv_caches",
+            "per_loop",
+            "--prompt_tokens=1",
+        ]
+    )
     report = json.loads((tmp_path / "whole/evaluation.json").read_text())
     answers = report["answers"]
     assert [row["depth"] for row in answers["depths"]] == [1, 2, 3, 4, 5, 6] and len(answers["refitted"]) == 6
     assert answers["levels"]["levels"] == list(range(1, 8)) and answers["levels"]["labels"] == [32] * 7
     assert report["depths"][1]["loss"] == pytest.approx(answers["depths"][2]["loss"], rel=1e-5)
+    last = answers["depths"][2]["accuracy_by_level"][-1]
+    assert answers["voted"] == [{"votes": votes, "solved": last} for votes in (1, 3)], "without a chain: the argmax"
     decoded = answers["depths"][2]["accuracy"]
     assert report["decoding"][0]["accuracy"] == pytest.approx(decoded, abs=0.02), "the same labels, through the cache"
     assert "right by position 1 2 3" in capsys.readouterr().out

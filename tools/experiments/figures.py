@@ -104,6 +104,10 @@ def _answers(answers: TaskAnswers, loops: int) -> Results:
     by_level = zip(answers.levels.levels, trained.accuracy_by_level, trained.loss_by_level, strict=True)
     for level, accuracy, loss in by_level:
         figures |= {f"accuracy@level={level}": accuracy, f"loss@level={level}": loss}
+    if answers.attention_sink:
+        curves["attention sink by depth"] = answers.attention_sink
+        figures["attention_sink"] = sum(answers.attention_sink[:loops]) / loops
+    figures |= {f"solved@votes={voted.votes}": voted.solved for voted in answers.voted}
     if answers.refitted:
         curves["refitted accuracy by depth"] = answers.refitted
     curves["accuracy by mean depth"] = tuple(at.accuracy for at in answers.exits)

@@ -48,6 +48,7 @@ class MeasureConfig:
         samples: of each split.
         batch_size: samples in one forward pass.
         refit_steps: steps of the heads that are fitted to the states of each depth; 0 fits none.
+        votes: numbers of chains that the model writes for each last answer of the test; the most frequent counts.
         tests: further splits by name, each with the keys of ``data`` that differ: ``{longer: {seq_length: 32}}``.
         kv_caches: caches to decode the test through, token by token.
         prompt_tokens: with kv_caches: tokens that are read as a prompt.
@@ -57,6 +58,7 @@ class MeasureConfig:
     samples: int = positive(1024)
     batch_size: int = positive(128)
     refit_steps: int = at_least(0, 0)
+    votes: tuple[int, ...] = positive(())
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     kv_caches: tuple[str, ...] = ()
     prompt_tokens: int = positive(1)

@@ -143,6 +143,7 @@ def _evaluations(order: Order, folder: Path) -> Iterator[tuple[str, Evaluation]]
             "valid": data.valid[0].prefix if data.valid else None,
             "split": "valid" if split == "valid" or data.task is None else "test",
             "refit_steps": measure.refit_steps if split == "test" else 0,
+            "votes": ",".join(map(str, measure.votes)) if split == "test" else "",
             "output": str(output),
         }
         if split == "test" and measure.kv_caches:
