@@ -101,14 +101,16 @@ def sha256_of(path: Path, is_whole: Callable[[], bool] = lambda: True) -> str:
 
     Args:
         path: the file.
-        is_whole: False while another thread still appends to the file; it is read as it grows.
+        is_whole: False while another thread still appends to the file; it is read as it grows. An error that this
+            raises ends the reading.
     """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as stream:
         while True:
             was_whole = is_whole()
-            while size := stream.readinto(buffer):
+            if size := stream.readinto(buffer):
                 digest.update(buffer[:size])
-            if was_whole:
+            elif was_whole:
                 return digest.hexdigest()
-            time.sleep(_PAUSE)
+            else:
+                time.sleep(_PAUSE)

@@ -21,7 +21,6 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Event
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
@@ -214,17 +213,17 @@ def _write(job: Job) -> Written:
 
 def _write_planned(folder: Path, file: PlannedFile) -> tuple[list[object], Fingerprint]:
     """Write one of Megatron's files; return its results and the file's fingerprint."""
-    path = folder / STATE / file.name
+    path, written = folder / STATE / file.name, Future[list[object]]()
     path.touch()
     with ThreadPoolExecutor(1) as reader:
-        written = Event()
-        found = reader.submit(fingerprint, path, written.is_set)
+        found = reader.submit(fingerprint, path, lambda: written.done() and written.result() is not None)
         try:
-            results = write_file(folder, file)
-        finally:
-            written.set()
+            written.set_result(write_file(folder, file))
+        except BaseException as error:
+            written.set_exception(error)  # the reader meets it and ends
+            raise
         fsync(path)
-        return results, found.result()
+        return written.result(), found.result()
 
 
 def _settled(path: Path) -> Fingerprint:

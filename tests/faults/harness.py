@@ -266,9 +266,10 @@ class _Trace:
 
     def is_last(self, event: str) -> str | None:
         """Note an event; return its label if the process has to die here."""
-        if threading.current_thread() is not threading.main_thread():
+        is_writer = os.getpid() != self._pid  # its threads write files at the same time, but each only its own
+        if not is_writer and threading.current_thread() is not threading.main_thread():
             return None
-        label = f"{self._doing}: {'' if os.getpid() == self._pid else 'writer: '}{event}"
+        label = f"{self._doing}: {'writer: ' if is_writer else ''}{event}"
         self._found[label] += 1
         os.write(self._file, f"{label}\n".encode())
         return label if self._moment == (label, self._found[label]) else None

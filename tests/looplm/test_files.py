@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 from threading import Event, Thread
 
+import pytest
+
 from looplm.files import sha256_of
 
 
@@ -20,3 +22,13 @@ def test_the_checksum_of_a_file_that_still_grows_covers_its_end(tmp_path: Path) 
     is_whole.set()
     reader.join()
     assert found == [hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def test_a_writer_that_fails_ends_the_reading(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"a")
+
+    def failed() -> bool:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        sha256_of(tmp_path / "file", failed)
