@@ -257,6 +257,7 @@ class _Trace:
         self._folder, self._moment, self._spares_the_rank = folder, moment, spares_the_rank
         self._pid, self._counts, self._found = os.getpid(), Counter[str](), Counter[str]()
         self._doing = "start"
+        self._lock, self._dying = threading.Lock(), False
         self._file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
 
     def enter(self, name: str) -> None:
@@ -270,9 +271,13 @@ class _Trace:
         if not is_writer and threading.current_thread() is not threading.main_thread():
             return None
         label = f"{self._doing}: {'writer: ' if is_writer else ''}{event}"
-        self._found[label] += 1
-        os.write(self._file, f"{label}\n".encode())
-        return label if self._moment == (label, self._found[label]) else None
+        with self._lock:
+            if self._dying:  # nothing is noted between the last event and the death
+                return None
+            self._found[label] += 1
+            os.write(self._file, f"{label}\n".encode())
+            self._dying = self._moment == (label, self._found[label])
+            return label if self._dying else None
 
     def die(self, label: str) -> None:
         """Kill the rank, and this process if it is the rank's writer."""
@@ -292,7 +297,6 @@ class _Trace:
             label = self.is_last(f"{event} {name}")
             if label is not None:
                 if flags & os.O_TRUNC:  # die after the truncation, before the content
-                    self._moment = None
                     os.close(os.open(path, flags))
                 self.die(label)
 

@@ -33,7 +33,7 @@ def survive(config: RunConfig, ranks: int, whole: Reference, victim: int, at: ha
             job.wait_for_a_death()
             job.kill_all()
         ends = job.ends()
-    killed = f"killed at {at.label}" in harness.events(config, victim)[-2:]  # another thread may note one more event
+    killed = harness.events(config, victim)[-1] == f"killed at {at.label}"
     for rank, end in enumerate(ends if killed and not all_ranks else []):
         report = f"{label}: rank {rank} ended with {end.status}\n{end.output[-3000:]}"
         if rank == victim:
