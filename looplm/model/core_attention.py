@@ -14,8 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+import looplm.model.span_attention as span_attention
+import looplm.model.span_attention_cuda as span_attention_cuda
 from looplm.megatron import context_parallel
-from looplm.model import span_attention, span_attention_cuda
 
 
 class CoreAttention(MegatronModule):
