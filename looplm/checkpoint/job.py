@@ -1,10 +1,11 @@
 """One rank's part of a checkpoint, and the work of writing it: files, their flush to the disk, and their hashes.
 
-Large files are written one after the other, while other threads hash them as they grow and flush them. Memory, disk and
+Large files are written one after the other while other threads hash them as they grow, and flushed together. Memory and
 hash are then busy side by side.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from looplm.checkpoint.verify import Fingerprint, fingerprint
 from looplm.failures import Failure
 from looplm.files import fsync, storage_failure
 from looplm.megatron import device
+
+_PAUSE = 0.001  # seconds between two looks for a file that is about to be written
 
 Content = bytes | dict[str, Any] | Path  # bytes, values for YAML, or a file or folder to copy
 
@@ -56,11 +59,10 @@ class Written(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """A file of Megatron's that is written, and what other threads still do with it."""
+    """A file of Megatron's that is written, and its hash, which another thread may still compute."""
 
     name: str
     results: list[object]
-    synced: Future[Any]
     found: Future[Fingerprint]
 
 
@@ -70,9 +72,10 @@ def write(job: Job) -> Written:
     names = [written for name, content in small.items() for written in _write_content(job.folder, name, content)]
     with _without_checksums(), ThreadPoolExecutor() as others:
         begun = [_write_planned(job.folder / STATE, file, others) for file in job.plan.files]
-        files = {f"{STATE}/{name}": (synced.result(), found.result())[1] for name, _, synced, found in begun}
+        list(others.map(lambda file: fsync(job.folder / STATE / file.name), begun))
+        files = {f"{STATE}/{name}": found.result() for name, _, found in begun}
     files |= {name: _settled(job.folder / name) for name in names}
-    return Written([results for _, results, _, _ in begun], files)
+    return Written([results for _, results, _ in begun], files)
 
 
 def publish(job: Job, everything: list[Written]) -> None:
@@ -106,17 +109,22 @@ def _without_checksums() -> Iterator[None]:
 
 
 def _write_planned(folder: Path, file: PlannedFile, others: Executor) -> _Begun:
-    """Write one of Megatron's files, while other threads hash it and then flush it."""
+    """Write one of Megatron's files, while another thread hashes it."""
     path, written = folder / file.name, Future[list[object]]()
-    path.touch()
-    found = others.submit(fingerprint, path, lambda: written.done() and written.result() is not None)
-    synced = others.submit(lambda: written.result() and fsync(path))
+    found = others.submit(_fingerprint_growing, path, written)
     try:
         written.set_result(write_file(folder.parent, file))
     except BaseException as error:
         written.set_exception(error)  # the others meet it and end
         raise
-    return _Begun(file.name, written.result(), synced, found)
+    return _Begun(file.name, written.result(), found)
+
+
+def _fingerprint_growing(path: Path, written: Future[list[object]]) -> Fingerprint:
+    """Return the fingerprint of a file that is being written."""
+    while not path.exists() and not written.done():
+        time.sleep(_PAUSE)
+    return fingerprint(path, lambda: written.done() and written.result() is not None)
 
 
 def _settled(path: Path) -> Fingerprint:
