@@ -152,7 +152,7 @@ def fail(how: str) -> None:
 
 def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
     """Fault: let the writer of one rank fail in ``function``, in its ``save``-th checkpoint."""
-    original, write, calls = getattr(job, function), writer.write, [0]
+    original, write, calls = getattr(job, function), job.write, [0]
 
     def counted(*arguments: Any) -> Any:
         calls[0] += 1
@@ -173,7 +173,7 @@ def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
     [
         ("killed", 1, "write", 2),
         pytest.param("an exception", 0, "write_description", 2, marks=pytest.mark.hard),
-        pytest.param("no answer", 0, "_write", 1, marks=pytest.mark.hard),
+        pytest.param("no answer", 0, "write", 1, marks=pytest.mark.hard),
         ("input/output error", 0, "_write_content", 1),
     ],
 )
@@ -204,7 +204,7 @@ def without_size(message: str, folder: Path) -> str:
 
 def hang(pids: Path, rank: int) -> None:
     """Fault: let the writer note its number, and hang in the second checkpoint."""
-    write, calls = writer.write, [0]
+    write, calls = job.write, [0]
 
     def wait(*arguments: Any) -> Any:
         calls[0] += 1
