@@ -267,14 +267,20 @@ def entropy_regularised_loss(
     beta: float,
     mask_SB: Tensor | None = None,
     prior_R: Tensor | None = None,
+    of_batch: bool = False,
+    ponder_cost: float = 0.0,
 ) -> Tensor:
-    """Return stage 1's loss: the expected loss under the exit distribution - beta H(p), or + beta KL(p || prior)."""
+    """Return stage 1's loss: the expected loss under the exit distribution - beta H(p), or + beta KL(p || prior).
+
+    `of_batch` takes the entropy or the divergence of the mean of all tokens' p. Each loop costs `ponder_cost`.
+    """
     p_RSB = exit_distribution(gate_logit_RSB)
-    if prior_R is None:
-        penalty_SB = -entropy(p_RSB)
-    else:
-        penalty_SB = (p_RSB * (p_RSB / prior_R.to(p_RSB)[:, None, None]).log()).sum(0)
-    return masked_mean((p_RSB * token_loss_RSB).sum(0) + beta * penalty_SB, mask_SB)
+    depth_SB = sum((loop + 1) * p_SB for loop, p_SB in enumerate(p_RSB))
+    expected_SB = (p_RSB * token_loss_RSB).sum(0) + ponder_cost * depth_SB
+    held_RSB = torch.stack([masked_mean(p_SB, mask_SB) for p_SB in p_RSB])[:, None, None] if of_batch else p_RSB
+    prior_R11 = torch.ones_like(held_RSB) if prior_R is None else prior_R.to(p_RSB)[:, None, None]
+    penalty_SB = (held_RSB * (held_RSB / prior_R11).log()).sum(0)
+    return masked_mean(expected_SB, mask_SB) + beta * masked_mean(penalty_SB.expand_as(expected_SB), mask_SB)
 
 
 def adaptive_gate_loss(

@@ -181,7 +181,12 @@ def _task_run(config: EvaluateConfig, task: TaskConfig, step: Path) -> RunConfig
     data = DataConfig(task=task, seq_length=length, micro_batch_size=rows, global_batch_size=rows)
     logging = LoggingConfig(eval_samples=max(config.samples, rows))
     optim, seed = OptimConfig(train_steps=1), trained.seed if trained else 0
-    return RunConfig(output_dir=str(step), data=data, optim=optim, logging=logging, seed=seed, **stored._asdict())
+    run = RunConfig(output_dir=str(step), data=data, optim=optim, logging=logging, seed=seed, **stored._asdict())
+    if config.votes:
+        some = TaskDataset(open_task(task), length, config.split, seed, rows).__getitems__(list(range(rows)))
+        fix = "samples of this task have their labels at different positions, and so no last answer; leave it out"
+        require(bool((some["loss_mask"] == some["loss_mask"][0]).all()), "votes", config.votes, fix)
+    return run
 
 
 def _check_decoding(config: EvaluateConfig, seq_length: int, gate_trained: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -14,7 +15,14 @@ from looplm.config import LossConfig
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_entropy, exit_log_probs
 from looplm.model.head import DirectGradient, HeadLosses, token_losses, weighted_losses
-from looplm.model.losses import LoopLosses, adaptive_gate_loss, exit_regularizer, geometric_prior
+from looplm.model.losses import (
+    LoopLosses,
+    adaptive_gate_loss,
+    exit_regularizer,
+    geometric_prior,
+    mean_depth,
+    mean_exit_distribution,
+)
 from looplm.model.pipeline import Head, LoopView
 from pretrain.data import Batch
 from pretrain.norms import LoopNorms
@@ -40,11 +48,17 @@ class StepStats:
         return cls(int(sums[0]), loss, losses, exits, depth, entropy)
 
 
-def objective(loss: LossConfig, losses: LoopLosses, mask_SB: Tensor) -> Tensor:
+def objective(loss: LossConfig, losses: LoopLosses, mask_SB: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the training stage's loss, summed over the unmasked tokens.
 
     It is a sum because the head has computed its gradients for the factor 1 (:func:`direct_gradient`). Megatron divides
     the gradients by the number of tokens when those of all micro-batches and ranks are together.
+
+    Args:
+        loss: which stage, and its weights.
+        losses: of a micro-batch, or of this context-parallel rank's tokens of it.
+        mask_SB: 1 for tokens that count.
+        group: the ranks that hold the micro-batch's other tokens.
     """
     gate_logit_RSB = losses.gate_logit_RSB
     if losses.expected is None:
@@ -59,8 +73,21 @@ def objective(loss: LossConfig, losses: LoopLosses, mask_SB: Tensor) -> Tensor:
         return mean * mask_SB.sum()
     if loss.weights != "gate":
         return losses.expected
-    prior_R = geometric_prior(len(gate_logit_RSB), loss.geometric_rate) if loss.prior == "geometric" else None
-    return losses.expected + loss.beta * (exit_regularizer(gate_logit_RSB, prior_R) * mask_SB).sum()
+    mean_p_R = mean_exit_distribution(gate_logit_RSB, mask_SB, group) if loss.regularizer == "batch" else None
+    added_SB = loss.beta * exit_regularizer(gate_logit_RSB, prior_of(loss, len(gate_logit_RSB)), mean_p_R)
+    if loss.ponder_cost:
+        added_SB = added_SB + loss.ponder_cost * mean_depth(gate_logit_RSB)
+    return losses.expected + (added_SB * mask_SB).sum()
+
+
+def prior_of(loss: LossConfig, num_loops: int) -> Tensor | None:
+    """Return the prior over ``num_loops`` loops; None for the uniform one."""
+    if loss.prior == "geometric":
+        return geometric_prior(num_loops, loss.geometric_rate)
+    if loss.prior == "given":
+        shares_R = torch.tensor(loss.prior_shares)
+        return shares_R / shares_R.sum()
+    return None
 
 
 def loop_losses(
@@ -150,7 +177,8 @@ def forward_step(
         output_SBD = losses.token_loss_RSB
 
     def loss_of(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, total = batch.mask_SB.sum(), objective(loss, losses, batch.mask_SB)
+        inner: LoopLM = model.inner if isinstance(model, LoopView) else model.module
+        tokens, total = batch.mask_SB.sum(), objective(loss, losses, batch.mask_SB, inner.cp_group)
         if loss.frozen_trunk and isinstance(model, LoopView) and torch.is_grad_enabled():
             total.backward()  # only this rank has a graph, the gate's: the schedule runs forward passes only
         return total, tokens.int(), statistics_sums(losses, batch.mask_SB, total)

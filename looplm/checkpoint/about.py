@@ -22,7 +22,8 @@ FORMAT_VERSION = 3  # of the checkpoints that this release writes; _upgrade read
 WEIGHTS_ONLY = "weights"  # takes the place of the objective if no run of ours made the checkpoint
 
 # Keys that may differ between a checkpoint and the run that starts from it. All others shape the weights.
-CHANGEABLE = {"num_loops", "rope_base", "max_sequence_length", "norm_eps", "init_std", "embedding_init_std"}
+CHANGEABLE = {"num_loops", "rope_base", "max_sequence_length", "norm_eps"}
+CHANGEABLE |= {"init_std", "embedding_init_std", "residual_gain"}  # of weights that are drawn, not loaded
 
 
 @dataclass(frozen=True, kw_only=True)

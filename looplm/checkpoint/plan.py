@@ -99,7 +99,6 @@ def write_file(folder: Path, file: PlannedFile) -> list[Any]:
     bucket = (str(folder / STATE / file.name), file.name, content)
     writer = _writer(folder)
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-    torch.serialization.set_crc32_options(False)  # the manifest's sha256 covers every byte; this sum costs a third more
     FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, outcomes, running, use_fsync=False)
     _, outcome = outcomes.get()
     if isinstance(outcome, Exception):

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 import looplm.checkpoint.step_folder as step_folder
 from looplm.checkpoint.about import About
+from looplm.checkpoint.job import Content, Job, Written, describe, publish, write
 from looplm.checkpoint.plan import STATE, make_plan
-from looplm.checkpoint.writer import Content, Job, Writer, Written
+from looplm.checkpoint.writer import Writer
 from looplm.failures import StorageFailure
 from looplm.files import writing
 from looplm.megatron import process_groups
@@ -38,7 +39,7 @@ class Saving:
         tokenizer: a tokenizer.json to copy, or its content.
         companions: a folder to copy, if it exists.
         after: called in the process that has published the checkpoint.
-        writer: takes the job, and others later; None starts one that needs no copy of the state in host memory.
+        writer: takes the job, and others later; None writes in this process, in :meth:`advance`.
     """
 
     def __init__(
@@ -65,17 +66,14 @@ class Saving:
         self._is_publishing = False  # all ranks have written
         self._is_published = False  # on rank 0
         self._failure = ""
-        self._is_shared = writer is not None
         plan = make_plan(state, folder, validate=writer is None or writer.is_new)  # a run's state keeps its form
         job = Job(final, folder, plan, files, after)
-        try:
-            if writer is None:
-                writer = Writer(job.in_host_memory())
-            else:
-                writer.start(job)
-        except OSError as error:  # no memory for another process, for example
-            self._failure = f"{final}: {error}"
-        self._writer = writer
+        self._writer: Writer | _WriterHere | None
+        if writer is None:
+            self._writer = _WriterHere(job.in_host_memory())
+        else:
+            writer.start(job)
+            self._writer = writer
 
     def settle(self) -> None:
         """Return once this rank's state is copied; then it may change."""
@@ -97,8 +95,6 @@ class Saving:
         if is_busy:
             return False
         if self._is_publishing:
-            if not self._is_shared:
-                self._end_writer()
             return True
         everything: list[Any] | None = [None] * dist.get_world_size() if process_groups.is_rank_0() else None
         dist.gather_object(self._written, everything, dst=0)
@@ -153,3 +149,34 @@ def _create(final: Path) -> Path:
     with writing(final):
         (folder / STATE).mkdir()
     return folder
+
+
+class _WriterHere:
+    """One job, done in this process; the methods are those of :class:`looplm.checkpoint.writer.Writer`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._is_written = job, False
+        self._everything: list[Written] | None = None
+
+    def settle(self) -> None:
+        """Do nothing: the state must not change before the end."""
+
+    def receive(self) -> Written | bool:
+        """Write this rank's part, or publish the checkpoint if :meth:`publish` has been called."""
+        try:
+            if self._everything is not None:
+                publish(self._job, self._everything)
+                return True
+            if self._is_written:
+                return False
+            self._is_written = True
+            return write(self._job)
+        except Exception as error:
+            raise ChildProcessError(describe(error, self._job.final)) from error
+
+    def publish(self, written: list[Written]) -> None:
+        """Have the next :meth:`receive` publish the checkpoint with the results of all ranks."""
+        self._everything = written
+
+    def end(self) -> None:
+        """Do nothing: no process is left."""

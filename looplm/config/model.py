@@ -68,6 +68,9 @@ class ModelConfig:
         max_sequence_length: longest context for training or generation, in tokens.
         norm_eps: epsilon of every RMSNorm.
         sandwich_norm: normalize each sublayer's output too, before the residual add (Ouro section 3.1).
+        residual_gain: sandwich_norm only: what the initial gain of those norms keeps constant: depth, 1/√(2 L R), the
+            variance that independent sublayers add, or loops, 1/(R √(2 L)), the sum of the loops' updates, which are
+            alike (arXiv 2606.18524).
         tie_embeddings: use one matrix for the embedding and the head.
         init_std: standard deviation of the initial weights.
         embedding_init_std: standard deviation of the initial embedding; null means 1, the scale of the loop-end norm's
@@ -95,12 +98,15 @@ class ModelConfig:
     max_sequence_length: int = positive(4096)
     norm_eps: float = positive(1e-6)
     sandwich_norm: bool = True
+    residual_gain: Literal["depth", "loops"] = "depth"
     tie_embeddings: bool = False
     init_std: float = positive(0.02)
     embedding_init_std: float | None = positive(None)
 
     def __post_init__(self) -> None:
         check_bounds(self, "model")
+        fix = "only model.sandwich_norm=true has a gain; leave it out"
+        require(self.sandwich_norm or self.residual_gain == "depth", "model.residual_gain", self.residual_gain, fix)
         heads, rope = self.num_attention_heads, self.qk_rope_head_dim
         if self.attention == "mla":
             require(rope % 2 == 0, "model.qk_rope_head_dim", rope, "give an even number")
@@ -122,6 +128,12 @@ class ModelConfig:
     def embedding_std(self) -> float:
         """Standard deviation of the initial embedding."""
         return self.embedding_init_std or (self.init_std if self.tie_embeddings else 1.0)
+
+    @property
+    def initial_gain(self) -> float:
+        """Initial gain of the norms behind the sublayers."""
+        loops = self.num_loops if self.residual_gain == "depth" else self.num_loops**2
+        return float((2 * self.num_layers * loops) ** -0.5)
 
     @property
     def attention_head_dim(self) -> int:

@@ -24,8 +24,13 @@ class LossConfig:
         weights: stage 1: what weighs the losses of the loops: gate (the exit distribution, as in Ouro), last (1 for the
             last loop, 0 for the others) or uniform (1/R each). With last or uniform the gate is not trained.
         beta: stage 1, weights=gate: weight of the entropy (uniform prior) or of the divergence from the prior.
-        prior: stage 1: uniform (Ouro) or geometric (for the ablation).
+        regularizer: stage 1, weights=gate: what is held to the prior: token (the exit distribution of each, as in Ouro)
+            or batch (its mean over the tokens of a micro-batch, so that single tokens may differ; arXiv 2610.09013).
+        prior: stage 1: uniform (Ouro), geometric (for the ablation) or given.
         geometric_rate: stage 1, prior=geometric: probability of leaving at each loop.
+        prior_shares: stage 1, prior=given: share of each loop, in any unit; one number for each of model.num_loops.
+        ponder_cost: stage 1, weights=gate: nats that each loop costs a token: the loss gets this times the token's mean
+            depth (Adaptive Computation Time, arXiv 1603.08983).
         slope: stage 2: k of w = sigmoid(k (I - gamma)), the steepness of "this loop helped".
         threshold: stage 2: gamma, the smallest gain in nats for which one more loop is worth it.
         target: stage 2: paper (as printed) or next (lambda_t learns whether loop t+1 helps).
@@ -39,8 +44,11 @@ class LossConfig:
     objective: Literal["entropy_regularised", "adaptive_gate"] = "entropy_regularised"
     weights: Literal["gate", "last", "uniform"] = "gate"
     beta: float = at_least(0, 0.1)
-    prior: Literal["uniform", "geometric"] = "uniform"
+    regularizer: Literal["token", "batch"] = "token"
+    prior: Literal["uniform", "geometric", "given"] = "uniform"
     geometric_rate: float = positive(0.5, below=1)
+    prior_shares: tuple[float, ...] = positive(())
+    ponder_cost: float = at_least(0, 0.0)
     slope: float = positive(50.0)
     threshold: float = 0.005
     target: Literal["paper", "next"] = "next"
@@ -49,6 +57,16 @@ class LossConfig:
         check_bounds(self, "loss")
         stage1 = self.objective == "entropy_regularised" or self.weights == "gate"
         require(stage1, "loss.weights", self.weights, "the gate stage trains the gate; leave it out")
+        for key, plain in (("regularizer", "token"), ("ponder_cost", 0.0)):
+            value, fix = getattr(self, key), "it needs stage 1 with loss.weights=gate; leave it out"
+            require(self.regularizes or value == plain, f"loss.{key}", value, fix)
+        fix = "give it with loss.prior=given, and only then"
+        require(bool(self.prior_shares) == (self.prior == "given"), "loss.prior_shares", self.prior_shares, fix)
+
+    @property
+    def regularizes(self) -> bool:
+        """True if the exit distribution weighs the losses and is held to a prior."""
+        return self.weights == "gate" and not self.frozen_trunk
 
     @property
     def trains_gate(self) -> bool:
@@ -320,6 +338,8 @@ class RunConfig:
         require(bf16 or not engine.real_fp8, "engine.fp8", engine.fp8, "it needs optim.precision=bf16")
         fix = "the optimizer's fp32 weights would start from rounded ones; leave it false with checkpoint.initial"
         require(initial is None or not engine.fp8_params, "engine.fp8_params", True, fix)
+        shares, fix = self.loss.prior_shares, f"give one number for each of model.num_loops={model.num_loops}"
+        require(len(shares) in (0, model.num_loops), "loss.prior_shares", shares, fix)
         fix = "the gate stage needs at least 2 loops to choose from"
         require(not frozen or model.num_loops > 1, "model.num_loops", model.num_loops, fix)
         fix = "the gate stage needs a trained trunk: name the stage-1 directory"

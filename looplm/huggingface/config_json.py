@@ -44,7 +44,8 @@ _MODEL_KEYS = {
 _LOOPLM_KEYS = {
     key: key
     for key in (
-        *("attention", "qkv_bias", "qk_norm", "sandwich_norm", "q_lora_rank", "kv_lora_rank"),
+        *("attention", "qkv_bias", "qk_norm", "sandwich_norm", "residual_gain"),
+        *("q_lora_rank", "kv_lora_rank"),
         *("qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
     )
 }

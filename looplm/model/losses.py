@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,22 +39,47 @@ def masked_mean(value_SB: Tensor, mask_SB: Tensor | None) -> Tensor:
     return (value_SB * mask_SB).sum() / mask_SB.sum().clamp(min=1.0)
 
 
-def exit_regularizer(gate_logit_RSB: Tensor, prior_R: Tensor | None = None) -> Tensor:
+def exit_regularizer(gate_logit_RSB: Tensor, prior_R: Tensor | None = None, mean_p_R: Tensor | None = None) -> Tensor:
     """Return what stage 1 adds to a token's expected loss, before the weight beta (Ouro eq. 4): [S, B].
 
     It is ``-H(p)``, or ``KL(p || prior)``. A uniform prior differs from the entropy form only by the constant log R.
     The expected loss itself, ``sum_r p_r L_r``, comes from :func:`looplm.model.head.weighted_losses`. It is the
     expectation of the losses, not the loss of the mixed predictions.
 
+    With the mean distribution m of N tokens, it is each token's share of ``N KL(m || prior)``, which is
+    ``sum_r p_r log(m_r / prior_r)``. The derivative of ``m_r log m_r`` is ``log m_r + 1``, and the 1 adds nothing,
+    because the p_r of a token sum to 1. So m is a constant here, and the gradients are still those of the divergence.
+
     Args:
         gate_logit_RSB: the gate's logit after each loop.
         prior_R: prior of the exit distribution; None means uniform.
+        mean_p_R: from :func:`mean_exit_distribution`; None compares each token's own distribution with the prior.
     """
     log_p_RSB = exit_log_probs(gate_logit_RSB)
-    regularizer_SB = -exit_entropy(log_p_RSB)
+    if mean_p_R is None:
+        regularizer_SB = -exit_entropy(log_p_RSB)
+    else:
+        regularizer_SB = torch.einsum("rsb,r->sb", log_p_RSB.exp(), mean_p_R.log())
     if prior_R is not None:
         regularizer_SB = regularizer_SB - torch.einsum("rsb,r->sb", log_p_RSB.exp(), prior_R.to(log_p_RSB).log())
     return regularizer_SB
+
+
+@torch.no_grad()
+def mean_exit_distribution(gate_logit_RSB: Tensor, mask_SB: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the mean exit distribution [R] of the tokens with mask 1, on all ranks of ``group`` together."""
+    p_RSB = exit_log_probs(gate_logit_RSB).exp() * mask_SB
+    sums = torch.cat((p_RSB.flatten(1).sum(1), mask_SB.sum().to(p_RSB)[None]))
+    if group is not None and group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    smallest = torch.finfo(sums.dtype).tiny  # a loop that no token leaves after has a finite logarithm
+    return (sums[:-1] / sums[-1].clamp(min=1)).clamp(min=smallest)
+
+
+def mean_depth(gate_logit_RSB: Tensor) -> Tensor:
+    """Return the expected number of loops of each token under its exit distribution: [S, B]."""
+    p_RSB = exit_log_probs(gate_logit_RSB).exp()
+    return torch.einsum("rsb,r->sb", p_RSB, torch.arange(1, len(p_RSB) + 1).to(p_RSB))
 
 
 def adaptive_gate_loss(

@@ -71,12 +71,16 @@ class SandwichNormAdd(MegatronModule):
 
     The norm cancels the usual small initial weights of residual outputs, so its gain starts small instead. At a gain of
     1 the 2 L R sublayers that a token passes would dominate the embedding, and deeper loops would start out worse.
+
+    Args:
+        config: Megatron's.
+        gain: initial gain (``model.residual_gain``).
     """
 
-    def __init__(self, config: TransformerConfig, depth: int) -> None:
+    def __init__(self, config: TransformerConfig, gain: float) -> None:
         super().__init__(config)
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        nn.init.constant_(self.norm.weight, (2 * depth) ** -0.5)
+        nn.init.constant_(self.norm.weight, gain)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """Return the function that Megatron calls with (output, bias), residual and dropout."""
@@ -90,4 +94,4 @@ def residual_add(model: ModelConfig, config: TransformerConfig) -> ModuleSpec | 
     """Return the module for Megatron's bias-dropout-add slot: a plain residual add, or one that normalizes first."""
     if not model.sandwich_norm:
         return get_bias_dropout_add
-    return ModuleSpec(module=SandwichNormAdd, params={"config": config, "depth": model.num_layers * model.num_loops})
+    return ModuleSpec(module=SandwichNormAdd, params={"config": config, "gain": model.initial_gain})

@@ -49,6 +49,7 @@ LATER = (
     "mla geometric prior",
     "mha last loop",
     "mla uniform weights",
+    "mha batch regularizer",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -61,6 +62,7 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[3]: (MLA, LRU, {"loss": {"prior": "geometric", "geometric_rate": 0.3}}),
     LATER[4]: (MHA, LRU, {"loss": {"weights": "last"}}),
     LATER[5]: (MLA, LINEAR, {"loss": {"weights": "uniform"}}),
+    LATER[6]: (MHA, LRU, {"loss": {"regularizer": "batch", "beta": 0.3, "ponder_cost": 0.05}}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -95,6 +97,7 @@ MAIN_LAYOUTS = {
 }
 LAYOUTS = MAIN_LAYOUTS | {
     "alone": Layout(1, ParallelConfig(), 4),
+    "alone, one by one": Layout(1, ParallelConfig(), 1),
     "alone, 4 layers": Layout(1, ParallelConfig(), 4, num_layers=4),
     "TP2 without SP": Layout(2, ParallelConfig(tensor=2, sequence=False), 4),
     "PP2, 3 + 1 layers": Layout(2, ParallelConfig(pipeline=2, first_stage_layers=3), 1, num_layers=4),
@@ -126,7 +129,9 @@ class ModelInLayout(NamedTuple):
 
     @property
     def alone(self) -> "ModelInLayout":
-        """The same model on one process."""
+        """The same model on one process, in micro-batches of the same size if that matters."""
+        if self.model == LATER[6] and LAYOUTS[self.layout].micro_batch == 1:
+            return ModelInLayout("alone, one by one", self.model)
         return ModelInLayout("alone" if LAYOUTS[self.layout].num_layers == 2 else "alone, 4 layers", self.model)
 
 
@@ -153,6 +158,7 @@ CASES = [
     *cases(LATER[3], "TP2 + SP", "PP2", "CP2", "PP2, loop"),
     *cases(LATER[4], "TP2 + SP", "PP2", "CP2", "DP2, overlapped", "PP2 x DP2, overlapped"),
     *cases(LATER[5], "TP2 + SP", "PP2", "CP2", "TP2 + SP x PP2"),
+    *cases(LATER[6], "TP2 + SP", "PP2", "CP2", "TP2 + SP x CP2", "CP2 x PP2"),
 ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),

@@ -145,6 +145,8 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     decoded = answers["depths"][2]["accuracy"]
     assert report["decoding"][0]["accuracy"] == pytest.approx(decoded, abs=0.02), "the same labels, through the cache"
     assert "right by position 1 2 3" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"votes: '1' is not allowed; samples of this task have their labels at diff"):
+        evaluate.main([*arguments, "--votes", "1", "--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=4"])
     with pytest.raises(UserError, match=r"data.seq_length|max_sequence_length"):
         evaluate.main([*arguments, "--seq_length", "5000"])
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -18,10 +19,15 @@ from data_pipeline.shards import MegatronTokenizer
 from data_pipeline.train_tokenizer import train_tokenizer
 from looplm import checkpoint
 from looplm.checkpoint import step_folder
+from looplm.checkpoint.saving import Saving
+from looplm.checkpoint.state import sharded_state
+from looplm.cli import to_dict
 from looplm.config import RunConfig
 from looplm.files import fsync, sha256_of
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
+from pretrain.trainer import Trainer
+from tools.bench.memory import random_batch
 from tools.bench.new_process import in_new_process
 from tools.bench.timing import per_second, rates
 from tools.bench.verdicts import Figure
@@ -30,7 +36,7 @@ CHARACTERS, VOCABULARY, BATCH = 4_000_000, 4096, 1000
 
 
 class StorageRates(NamedTuple):
-    """Characters and bytes a second by name, and the bytes of the checkpoint."""
+    """Characters and bytes a second by name, and the bytes of a checkpoint's large files."""
 
     characters: dict[str, float]
     bytes: dict[str, float]
@@ -38,15 +44,15 @@ class StorageRates(NamedTuple):
 
 
 def bench_storage(recipe: RunConfig, repeats: int, text: int = CHARACTERS) -> Iterator[Figure]:
-    """Print and yield the rates, of so many characters of text and of a checkpoint of the recipe's weights.
+    """Print and yield the rates, of so many characters of text and of a checkpoint of the recipe's training.
 
-    They are measured in a process that holds nothing else: a save forks it, which takes time for all of its memory.
+    They are measured in a process that holds nothing else.
     """
     characters, in_bytes, size = in_new_process(measured_rates, recipe, repeats, text)
     print(f"\ntokenization, {text / 1e6:.0f} million characters")
     for name, rate in characters.items():
         print(f"  {name:<28}{rate / 1e6:>10.2f} million characters/s")
-    print(f"\ncheckpoint of {size / 1e6:,.0f} MB of weights")
+    print(f"\ncheckpoint of {size / 1e6:,.0f} MB of weights and AdamW's moments")
     for name, rate in in_bytes.items():
         print(f"  {name:<28}{rate / 1e6:>10,.0f} MB/s")
     tokenization = characters["pipeline"] / characters["encode_batch"]
@@ -95,11 +101,13 @@ def _texts(characters: int) -> Iterator[str]:
 def _checkpoints(
     recipe: RunConfig, groups: ProcessGroupCollection, tokenizer: Path, repeats: int
 ) -> tuple[dict[str, float], int]:
-    """Return the rates, and the bytes of the weights."""
+    """Return the rates, and the bytes of the weights and the optimizer's state."""
     model = LoopLM(recipe.model, recipe.gate, groups)
+    trainer = Trainer(model, recipe.loss, recipe.optim, recipe.parallel, groups)
+    trainer.train(repeat(random_batch(recipe, recipe.data.micro_batch_size)), 1)
     about = checkpoint.About.for_weights(tokenizer, (1,), None, None, False, next(model.parameters()).dtype)
     final, raw = tokenizer.parent / step_folder.step_name(0), tokenizer.parent / "raw"
-    content = os.urandom(sum(parameter.nbytes for parameter in model.parameters()))
+    content = os.urandom(3 * sum(parameter.nbytes for parameter in model.parameters()))
 
     def write() -> Callable[[], None]:
         raw.unlink(missing_ok=True)  # each contender makes new files: to write over old ones costs time
@@ -111,7 +119,10 @@ def _checkpoints(
 
     def save() -> Callable[[], None]:
         shutil.rmtree(final, ignore_errors=True)
-        return lambda: checkpoint.save_weights(final, model, recipe.gate, about, tokenizer)
+        return save_new
+
+    def save_new() -> None:
+        Saving(final, sharded_state(trainer.state, is_loading=False), to_dict(recipe), about, tokenizer).wait()
 
     def verify() -> None:
         fault = step_folder.find_fault(final)

@@ -39,6 +39,7 @@ class LoopLMConfig(PretrainedConfig):
         gate_sequence_level: lru only: the gate also reads the running mean of its state over the text so far.
         gate_trained: True if the gate's own training stage was run; otherwise a threshold below 1 is refused.
         sandwich_norm: also normalize the output of each sublayer, before the residual add.
+        residual_gain: initial gain of those norms: depth (1/sqrt(2 L R)) or loops (1/(R sqrt(2 L))).
         kv_cache: per_loop (a cache for each loop: exact) or last (one cache for all loops, from the first generated
             token on: a past token is seen as of the last loop it ran).
         rope_theta: base of the rotary frequencies.
@@ -86,6 +87,7 @@ class LoopLMConfig(PretrainedConfig):
         gate_sequence_level: bool = False,
         gate_trained: bool = False,
         sandwich_norm: bool = True,
+        residual_gain: str = "depth",
         kv_cache: str = "per_loop",
         rope_theta: float = 10_000.0,
         max_position_embeddings: int = 4096,

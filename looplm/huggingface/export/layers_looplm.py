@@ -144,7 +144,8 @@ class LoopLMBlock(GradientCheckpointingLayer):
         self.input_layernorm, self.post_attention_layernorm = LoopLMRMSNorm(width, eps), LoopLMRMSNorm(width, eps)
         self.sandwich_norm = config.sandwich_norm
         if self.sandwich_norm:  # a small initial sublayer output would be normalized away; the gain is small instead
-            start = (2 * config.num_hidden_layers * config.total_ut_steps) ** -0.5
+            loops = config.total_ut_steps if config.residual_gain == "depth" else config.total_ut_steps**2
+            start = (2 * config.num_hidden_layers * loops) ** -0.5
             self.input_layernorm_2 = LoopLMRMSNorm(width, eps, start)
             self.post_attention_layernorm_2 = LoopLMRMSNorm(width, eps, start)
 

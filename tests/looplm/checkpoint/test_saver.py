@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from looplm import checkpoint
-from looplm.checkpoint import saving, step_folder, writer
+from looplm.checkpoint import job, saving, step_folder, writer
 from looplm.checkpoint.memory import SharedMemory
 from looplm.cli import UserError
 from looplm.config import RunConfig
@@ -54,7 +54,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def slow(monkeypatch: pytest.MonkeyPatch, seconds: float, of: Any = writer, name: str = "_write") -> None:
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float, of: Any = writer, name: str = "write") -> None:
     """Let every writer process wait before it reads the state, or a thread before it copies it; training goes on."""
     function = getattr(of, name)
 
@@ -152,11 +152,11 @@ def fail(how: str) -> None:
 
 def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
     """Fault: let the writer of one rank fail in ``function``, in its ``save``-th checkpoint."""
-    original, write, calls = getattr(writer, function), writer._write, [0]
+    original, write, calls = getattr(job, function), job.write, [0]
 
     def counted(*arguments: Any) -> Any:
         calls[0] += 1
-        return failing(*arguments) if function == "_write" else write(*arguments)
+        return failing(*arguments) if function == "write" else write(*arguments)
 
     def failing(*arguments: Any) -> Any:
         if calls[0] == save:
@@ -164,16 +164,16 @@ def spoil(how: str, victim: int, function: str, save: int, rank: int) -> None:
         return original(*arguments)
 
     if rank == victim:
-        setattr(writer, function, failing)
-        vars(writer)["_write"] = counted
+        setattr(job, function, failing)
+        vars(writer)["write"] = counted
 
 
 @pytest.mark.parametrize(
     ("how", "victim", "function", "ranks"),
     [
-        ("killed", 1, "_write", 2),
+        ("killed", 1, "write", 2),
         pytest.param("an exception", 0, "write_description", 2, marks=pytest.mark.hard),
-        pytest.param("no answer", 0, "_write", 1, marks=pytest.mark.hard),
+        pytest.param("no answer", 0, "write", 1, marks=pytest.mark.hard),
         ("input/output error", 0, "_write_content", 1),
     ],
 )
@@ -204,7 +204,7 @@ def without_size(message: str, folder: Path) -> str:
 
 def hang(pids: Path, rank: int) -> None:
     """Fault: let the writer note its number, and hang in the second checkpoint."""
-    write, calls = writer._write, [0]
+    write, calls = job.write, [0]
 
     def wait(*arguments: Any) -> Any:
         calls[0] += 1
@@ -213,7 +213,7 @@ def hang(pids: Path, rank: int) -> None:
             time.sleep(600)
         return write(*arguments)
 
-    vars(writer)["_write"] = wait
+    vars(writer)["write"] = wait
 
 
 @pytest.mark.promise(
@@ -398,7 +398,7 @@ def test_a_state_that_no_process_can_be_forked_for(corpus, tmp_path, single_proc
 
 def test_weights_alone_fail_in_the_same_way(trained, corpus, tmp_path, single_process, monkeypatch) -> None:
     opened = checkpoint.open_model(str(trained), single_process)
-    monkeypatch.setattr(writer, "_write", lambda *_: fail("input/output error"))
+    monkeypatch.setattr(saving, "write", lambda *_: fail("input/output error"))
     with pytest.raises(StorageFailure, match=r"weights: the disk reports an error"):
         checkpoint.save_weights(
             tmp_path / "weights", opened.model, opened.gate, opened.about, corpus / "tokenizer.json"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from looplm import reference
-from looplm.config import LossConfig, ModelConfig
+from looplm.config import GateConfig, LossConfig, ModelConfig
+from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs
 from looplm.model.losses import LoopLosses
 from pretrain.data import build_train_set, check_corpus, micro_batches
@@ -53,6 +54,37 @@ def test_the_geometric_prior_reaches_the_objective(rate):
     expected_loss = (exit_log_probs(logit_RSB).exp() * loss_RSB).sum()
     mean = objective(config, LoopLosses(loss_RSB, logit_RSB, expected_loss), mask_SB) / mask_SB.sum()
     torch.testing.assert_close(mean, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "theirs"),
+    [
+        (
+            {"prior": "given", "prior_shares": (1.0, 2.0, 0.5, 0.5)},
+            {"prior_R": torch.tensor([0.25, 0.5, 0.125, 0.125])},
+        ),
+        ({"regularizer": "batch"}, {"of_batch": True}),
+        ({"ponder_cost": 0.2}, {"ponder_cost": 0.2}),
+    ],
+    ids=["given prior", "batch", "ponder cost"],
+)
+def test_the_regularizers_keys_reach_the_objective(keys, theirs):
+    loss_RSB, logit_RSB, mask_SB = torch.rand(4, 5, 2), torch.randn(4, 5, 2), (torch.rand(5, 2) < 0.7).float()
+    expected = reference.entropy_regularised_loss(loss_RSB, logit_RSB, 0.3, mask_SB, **theirs)
+    expected_loss = (exit_log_probs(logit_RSB).exp() * loss_RSB * mask_SB).sum()
+    config = LossConfig(beta=0.3, **keys)
+    mean = objective(config, LoopLosses(loss_RSB, logit_RSB, expected_loss), mask_SB) / mask_SB.sum()
+    torch.testing.assert_close(mean, expected)
+
+
+@pytest.mark.parametrize(("kind", "gain"), [("depth", (2 * 3 * 4) ** -0.5), ("loops", (2 * 3) ** -0.5 / 4)])
+def test_the_initial_gain_of_the_sandwich_norms(kind, gain, single_process):
+    config: ModelConfig = dataclasses.replace(MODEL, num_layers=3, num_loops=4, residual_gain=kind)
+    model = LoopLM(config, GateConfig(), single_process)
+    norms = {name: weight for name, weight in model.named_parameters() if name.endswith("_bda.norm.weight")}
+    assert len(norms) == 6
+    for weight in norms.values():
+        torch.testing.assert_close(weight, torch.full_like(weight, gain))
 
 
 @pytest.mark.parametrize("target", ["paper", "next"])

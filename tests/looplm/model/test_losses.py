@@ -10,7 +10,14 @@ from torch import Tensor
 
 from looplm import reference
 from looplm.model.exit_gate import leave_log_prob
-from looplm.model.losses import adaptive_gate_loss, exit_regularizer, geometric_prior, masked_mean
+from looplm.model.losses import (
+    adaptive_gate_loss,
+    exit_regularizer,
+    geometric_prior,
+    masked_mean,
+    mean_depth,
+    mean_exit_distribution,
+)
 from tests.support.parity import assert_close_relative, gradients, oracle_copy
 
 S, B = 13, 3
@@ -44,24 +51,32 @@ def stage_1_loss(
     beta: float,
     mask_SB: Tensor | None = None,
     prior_R: Tensor | None = None,
+    of_batch: bool = False,
+    ponder_cost: float = 0.0,
 ) -> Tensor:
     """Return stage 1's loss from its parts, each loop's exit probability computed when that loop ends."""
     loops, logits = len(gate_logit_RSB), gate_logit_RSB.unbind()
     shares = [leave_log_prob(logits[: loop + 1], last=loop == loops - 1).exp() for loop in range(loops)]
     expected_SB = (torch.stack(shares) * token_loss_RSB).sum(0)
-    return masked_mean(expected_SB + beta * exit_regularizer(gate_logit_RSB, prior_R), mask_SB)
+    counted_SB = torch.ones(S, B) if mask_SB is None else mask_SB
+    mean_p_R = mean_exit_distribution(gate_logit_RSB, counted_SB) if of_batch else None
+    expected_SB = expected_SB + ponder_cost * mean_depth(gate_logit_RSB)
+    return masked_mean(expected_SB + beta * exit_regularizer(gate_logit_RSB, prior_R, mean_p_R), mask_SB)
 
 
+@pytest.mark.parametrize(("of_batch", "ponder_cost"), [(False, 0.0), (True, 0.0), (False, 0.2), (True, 0.2)])
 @pytest.mark.parametrize("mask_kind", MASKS)
 @pytest.mark.parametrize("prior", ["entropy", "uniform", "geometric"])
 @pytest.mark.parametrize("loops", [1, 2, 4])
-def test_stage_1_equals_the_oracle(loops: int, prior: str, mask_kind: str):
+def test_stage_1_equals_the_oracle(loops: int, prior: str, mask_kind: str, of_batch: bool, ponder_cost: float):
     ours, mask_SB = loop_inputs(loops), mask_of(mask_kind)
     theirs = oracle_copy(ours)
     priors = {"entropy": None, "uniform": torch.full((loops,), 1 / loops), "geometric": geometric_prior(loops, 0.4)}
     prior_R = priors[prior]
-    loss = stage_1_loss(**rsb(ours), beta=BETA, mask_SB=mask_SB, prior_R=prior_R)
-    their_loss = reference.entropy_regularised_loss(**rsb(theirs), beta=BETA, mask_SB=mask_SB, prior_R=prior_R)
+    settings: dict[str, Any] = {"beta": BETA, "mask_SB": mask_SB, "prior_R": prior_R}
+    settings |= {"of_batch": of_batch, "ponder_cost": ponder_cost}
+    loss = stage_1_loss(**rsb(ours), **settings)
+    their_loss = reference.entropy_regularised_loss(**rsb(theirs), **settings)
     assert_close_relative({"loss": loss}, {"loss": their_loss})
     assert_close_relative(gradients(loss, ours), gradients(their_loss, theirs))
 
@@ -71,6 +86,14 @@ def test_a_uniform_prior_differs_from_the_entropy_by_a_constant():
     entropy = stage_1_loss(**inputs, beta=BETA)
     uniform = stage_1_loss(**inputs, beta=BETA, prior_R=torch.full((4,), 0.25))
     torch.testing.assert_close(uniform - entropy, torch.tensor(BETA * math.log(4)), rtol=0, atol=1e-5)
+
+
+def test_a_loop_that_no_token_leaves_after_has_a_finite_loss_and_gradient():
+    gate_logit_RSB = torch.full((3, S, B), -200.0).requires_grad_()
+    mean_p_R = mean_exit_distribution(gate_logit_RSB, torch.ones(S, B))
+    loss = exit_regularizer(gate_logit_RSB, None, mean_p_R).sum()
+    loss.backward()
+    assert loss.isfinite() and gate_logit_RSB.grad is not None and gate_logit_RSB.grad.isfinite().all()
 
 
 def test_the_geometric_prior_equals_the_oracle():
