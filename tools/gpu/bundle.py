@@ -28,6 +28,7 @@ PYTHON = "3.12"
 GLIBC = range(5, 36)  # minor versions of glibc 2 that a wheel may ask for; pip matches each name exactly
 LIMIT_MIB = 60
 TORCH = "torch"
+PLOTS = "matplotlib"  # a quarter of the bundle, for reports that no part of the check writes
 INSTALL = "install.sh"
 # Transformer Engine's torch part is a source package: the machine compiles it, with these and CUDA's headers.
 ENGINE = ("transformer-engine", "transformer-engine-cu13")
@@ -50,7 +51,7 @@ def build(folder: Path, constraints: Path, engine: bool) -> Path:
     """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "wheels").mkdir(parents=True)
-    own = requirements()
+    own = [line for line in requirements() if Requirement(line).name != PLOTS]
     report = resolve([*own, *(ENGINE_NEEDS if engine else ())], constraints)
     download(to_bundle(report), folder / "wheels")
     if engine:
@@ -79,8 +80,19 @@ def resolve(wanted: Iterable[str], constraints: Path) -> Report:
     """Return pip's report of what it would install for Python 3.12 on Linux; only metadata is downloaded."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "report.json"
-        arguments = ["install", "--dry-run", "--ignore-installed", "--report", str(output), "--target", scratch]
-        _pip([*arguments, *_platform(), "-c", str(constraints), *wanted])
+        pins = Path(scratch) / "pins.txt"
+        pins.write_text("".join(f"{pin}\n" for pin in pins_of(constraints)))
+        arguments = [
+            "install",
+            "--dry-run",
+            "--ignore-requires-python",
+            "--ignore-installed",
+            "--report",
+            str(output),
+            "--target",
+            scratch,
+        ]
+        _pip([*arguments, *_platform(), "-c", str(pins), *wanted])
         found: Report = json.loads(output.read_text())["install"]
     return found
 
@@ -95,32 +107,38 @@ def to_bundle(report: Report) -> list[str]:
 def closure(report: Report, package: str) -> set[str]:
     """Return a package and all that it needs, by the metadata of a report."""
     needs = {canonicalize_name(one["metadata"]["name"]): one["metadata"].get("requires_dist") or [] for one in report}
-    found, waiting = set[str](), [canonicalize_name(package)]
+    seen, waiting = set[tuple[str, str]](), [Requirement(package)]
     while waiting:
-        name = waiting.pop()
-        if name in found or name not in needs:
-            continue
-        found.add(name)
-        waiting += [canonicalize_name(one.name) for one in map(Requirement, needs[name]) if _applies(one)]
-    return found
+        one = waiting.pop()
+        for part in ((canonicalize_name(one.name), extra) for extra in ("", *one.extras)):
+            if part not in seen and part[0] in needs:
+                seen.add(part)
+                waiting += [need for need in map(Requirement, needs[part[0]]) if _applies(need, part[1])]
+    return {name for name, _ in seen}
 
 
-def _applies(requirement: Requirement) -> bool:
-    """Return True if a requirement without extras holds on the machine that the bundle is for."""
-    environment = {**default_environment(), "python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
-    environment |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
+def _applies(requirement: Requirement, extra: str = "") -> bool:
+    """Return True if a requirement holds on the machine that the bundle is for, with one of its owner's extras."""
+    environment = {**default_environment(), "python_version": PYTHON, "python_full_version": f"{PYTHON}.0"}
+    environment |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "extra": extra}
     return requirement.marker is None or requirement.marker.evaluate(environment)  # type: ignore[arg-type]
 
 
 def pinned(names: Iterable[str], constraints: Path) -> list[str]:
     """Return the pins of the named packages."""
-    pins = dict(line.split("==") for line in constraints.read_text().splitlines() if "==" in line and line[0] != "#")
+    pins = {pin.partition("==")[0]: pin for pin in pins_of(constraints)}
     missing = [name for name in names if name not in pins]
     if missing:
         raise UserError(
-            f"{constraints}: has no pin of {', '.join(missing)}; give --constraints with constraints-te.txt"
+            f"{constraints}: has no pin of {', '.join(missing)}; give --constraints with those of constraints-te.txt"
         )
-    return [f"{name}=={pins[name]}" for name in names]
+    return [pins[name] for name in names]
+
+
+def pins_of(constraints: Path) -> list[str]:
+    """Return the pins that hold for Python 3.12; pip itself would choose those of the Python that it runs on."""
+    lines = [line for line in constraints.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    return [str(line).partition(";")[0].strip() for line in map(Requirement, lines) if _applies(line)]
 
 
 def download(pins: Sequence[str], folder: Path, source: bool = False) -> None:

@@ -20,10 +20,14 @@ def package(name: str, *needs: str, version: str = "1.0") -> dict[str, dict[str,
 
 
 REPORT = [
-    package("torch", "jinja2", "nvidia-cublas; sys_platform == 'linux'", "opt-einsum>=3; extra == 'opt-einsum'"),
+    package(
+        "torch", "jinja2", "cuda-toolkit[cublas]==13; sys_platform == 'linux'", "opt-einsum>=3; extra == 'opt-einsum'"
+    ),
     package("Jinja2", "markupsafe>=2"),
     package("MarkupSafe"),
+    package("cuda_toolkit", "nvidia-cublas; extra == 'cublas'", "nvidia-nvtx; extra == 'nvtx'"),
     package("nvidia_cublas"),
+    package("nvidia_nvtx"),
     package("megatron-core", "torch", "numpy<3", version="0.19.2"),
     package("numpy", version="2.5.5"),
     package("opt_einsum"),
@@ -31,8 +35,8 @@ REPORT = [
 
 
 def test_torch_and_what_it_brings_stay_out() -> None:
-    assert bundle.closure(REPORT, "torch") == {"torch", "jinja2", "markupsafe", "nvidia-cublas"}
-    assert bundle.to_bundle(REPORT) == ["megatron-core==0.19.2", "numpy==2.5.5", "opt-einsum==1.0"]
+    assert bundle.closure(REPORT, "torch") == {"torch", "jinja2", "markupsafe", "cuda-toolkit", "nvidia-cublas"}
+    assert bundle.to_bundle(REPORT) == ["megatron-core==0.19.2", "numpy==2.5.5", "nvidia-nvtx==1.0", "opt-einsum==1.0"]
 
 
 def test_the_requirements_are_those_of_setup_py_without_extras() -> None:
@@ -42,7 +46,7 @@ def test_the_requirements_are_those_of_setup_py_without_extras() -> None:
 
 def test_a_package_without_a_pin_is_named(tmp_path: Path) -> None:
     path = tmp_path / "constraints.txt"
-    path.write_text("# pins\nnumpy==2.5.5\n")
+    path.write_text("# pins\nnumpy==2.4.6 ; python_version < '3.12'\nnumpy==2.5.5 ; python_version >= '3.12'\n")
     assert bundle.pinned(["numpy"], path) == ["numpy==2.5.5"]
     with pytest.raises(UserError, match=r"constraints.txt: has no pin of transformer-engine; give"):
         bundle.pinned(["numpy", "transformer-engine"], path)
