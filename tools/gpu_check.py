@@ -19,7 +19,7 @@ from pathlib import Path
 from looplm.bounds import check_bounds, non_empty, path_field
 from looplm.cli import parse_config, require, run_main
 from tools.gpu import report
-from tools.gpu.parts import PARTS, DeviceName
+from tools.gpu.parts import PARTS, DeviceName, stretched
 from tools.gpu.process import run_part
 from tools.gpu.record import PartRecord
 
@@ -78,9 +78,9 @@ def main(argv: list[str]) -> None:
 def run_parts(config: GpuCheckConfig, logs: Path) -> list[PartRecord]:
     """Run the parts one after the other, and say how each ended; if the device is not there, none after the first."""
     found = list[PartRecord]()
-    for name, part in PARTS.items():
-        if name != FIRST and name not in config.parts:
-            continue
+    chosen = [part for name, part in PARTS.items() if name == FIRST or name in config.parts]
+    for part in stretched(chosen):
+        name = part.name
         print(f"{name} (at most {part.limit_s:g} s): {part.title}", flush=True)
         if found and not found[0].rows:
             note = f"{FIRST} failed: {found[0].note}"

@@ -46,6 +46,8 @@ def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
         precision: [r.values["worst"] for r in rows["parity"] if precision in r.name] for precision in ("fp32", "bf16")
     }
     assert max(errors["fp32"]) < 2e-5 and 1e-3 < max(errors["bf16"]) < 0.3  # type: ignore[type-var,operator]
+    log = (Path(check.logs) / "resume.log").read_text()
+    assert log.count("resuming after step 2 of 4") == 2, "once in each case"
     assert [row.values["resumed"] for row in rows["resume"]] == ["equal", "equal"]
     assert {"packed documents", "one document"} == {row.name.split(", ")[1] for row in rows["speed"]}
     assert all(row.values["tokens/s"] and row.values["planned GiB"] for row in rows["speed"])

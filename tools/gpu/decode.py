@@ -30,7 +30,7 @@ def run(job: Job) -> None:
     """Measure every combination, the smallest batch first."""
     config = recipe(job.device, "mla")
     with started(job) as groups:
-        rows = Rows(job.rows)
+        rows = Rows(job.rows, job.deadline)
         model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision]).eval()
         generator = endless_generator(model)
         for batch, cache, threshold in product(BATCHES, get_args(CacheMode), THRESHOLDS):

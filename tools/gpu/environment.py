@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ GIB = 2**30
 def run(job: Job) -> None:
     """Describe device, software and host, and measure matrix products and copies."""
     check_device(job.device)
-    rows, size = Rows(job.rows), 8192 if device.HAS_CUDA else 256
+    rows, size = Rows(job.rows, job.deadline), 8192 if device.HAS_CUDA else 256
     rows.measure("device", describe_device)
     rows.measure("software", describe_software)
     rows.measure("host", describe_host)
@@ -84,6 +85,7 @@ def describe_host() -> dict[str, Value]:
         "cores": os.cpu_count(),
         "memory GiB": round(memory.total / GIB, 1),
         "threads": torch.get_num_threads(),
+        "C compiler": shutil.which("cc") or shutil.which("gcc") or "none",  # torch.compile needs one on a GPU
     }
 
 

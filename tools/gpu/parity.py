@@ -77,7 +77,7 @@ class Found(NamedTuple):
 def run(job: Job) -> None:
     """Compare every case."""
     with started(job) as groups:
-        rows = Rows(job.rows)
+        rows = Rows(job.rows, job.deadline)
         for attention, gate, precision in product(MODELS, GATES, PRECISIONS[job.variant]):
             check_case(Case(attention, gate, precision, job.variant), groups, rows)
 

@@ -1,7 +1,12 @@
-"""The parts of the check, in order of worth, each with its own time limit. Together they may take eight minutes."""
+"""The parts of the check, in order of worth, each with its own time limit. Together they may take eight minutes.
 
-from dataclasses import dataclass, field
+The limits are for a machine that runs every part; :func:`stretched` shares the time of those that cannot run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +52,7 @@ class Job:
         device: where it must run.
         rows: file that its rows are appended to.
         folder: empty folder for files of its own.
+        deadline: time.monotonic() after which no further measurement begins.
     """
 
     part: str
@@ -54,6 +60,7 @@ class Job:
     device: DeviceName
     rows: Path
     folder: Path
+    deadline: float = inf
 
 
 _CUDNN = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0"}
@@ -63,13 +70,13 @@ _NVIDIA = ("transformer_engine",)
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        Part(name="environment", title="the machine and its software", module="tools.gpu.environment", limit_s=50),
+        Part(name="environment", title="the machine and its software", module="tools.gpu.environment", limit_s=45),
         Part(
             name="parity",
             title="loss and every gradient against looplm/reference.py",
             module="tools.gpu.parity",
             variant="local",
-            limit_s=90,
+            limit_s=115,
         ),
         Part(
             name="parity-te",
@@ -91,7 +98,7 @@ PARTS: dict[str, Part] = {
             title="training step of 0.3 B parameters: local",
             module="tools.gpu.speed",
             variant="local",
-            limit_s=50,
+            limit_s=55,
         ),
         Part(
             name="speed-te",
@@ -124,13 +131,19 @@ PARTS: dict[str, Part] = {
             name="decode",
             title="decoding by cache, exit threshold and batch",
             module="tools.gpu.decode",
-            limit_s=75,
+            limit_s=60,
         ),
         Part(
             name="profile",
             title="kernels and gaps of a training step and of decoding",
             module="tools.gpu.profile",
-            limit_s=40,
+            limit_s=35,
         ),
     )
 }
+
+
+def stretched(parts: Sequence[Part]) -> list[Part]:
+    """Return the parts with the eight minutes divided among those that can run here, in proportion to their limits."""
+    factor = TOTAL_S / sum(part.limit_s for part in parts if not part.missing)
+    return [replace(part, limit_s=int(part.limit_s * factor)) for part in parts]

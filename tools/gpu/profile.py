@@ -40,7 +40,7 @@ def run(job: Job) -> None:
     """Profile a training step and decoding."""
     config = recipe(job.device, "mla", micro_batch_size=2)
     with started(job) as groups:
-        rows = Rows(job.rows)
+        rows = Rows(job.rows, job.deadline)
         steps, tokens = (STEPS, TOKENS) if device.HAS_CUDA else (STEPS // 2, TOKENS // 2)
         trainer, _ = build(config, groups)
         batch = batch_of(config, documents=True)

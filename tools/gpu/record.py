@@ -5,9 +5,11 @@ how the part ended.
 """
 
 import json
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,10 +71,11 @@ class Rows:
 
     Args:
         path: file of JSON lines that the rows are appended to.
+        deadline: time.monotonic() after which no further measurement begins.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, deadline: float = inf) -> None:
+        self._path, self._deadline = path, deadline
 
     def add(self, row: Row) -> None:
         """Append a row, and print it to the part's log."""
@@ -87,6 +90,9 @@ class Rows:
         A :class:`NotRun` or a user error (a machine without FP8, say) is a measurement that cannot be made here. A
         failed one leaves its traceback in the log, and the part goes on.
         """
+        if time.monotonic() > self._deadline:
+            self.add(Row(name=name, status="not run", note="the time of the part is over"))
+            return
         try:
             self.add(Row(name=name, values=dict(measurement())))
         except (NotRun, UserError) as reason:

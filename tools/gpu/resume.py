@@ -29,7 +29,7 @@ from tools.gpu.parts import Job
 from tools.gpu.recipes import started
 from tools.gpu.record import Mismatch, Row, Rows, Value, short
 
-STEPS, STOP = 6, 3
+STEPS, STOP = 4, 2
 CASES = {"mla, lru, bf16": ("mla", "lru", "bf16"), "mha, linear, fp32": ("mha", "linear", "fp32")}
 NO_KERNEL = "deterministic"  # in torch's message about an operation that has no such kernel
 
@@ -37,7 +37,7 @@ NO_KERNEL = "deterministic"  # in torch's message about an operation that has no
 def run(job: Job) -> None:
     """Measure every case."""
     with started(job) as groups:
-        rows = Rows(job.rows)
+        rows = Rows(job.rows, job.deadline)
         for name, (attention, gate, precision) in CASES.items():
             folder = job.folder / name.replace(", ", "-")
             config = run_config(folder / "whole", attention, gate, precision)
@@ -76,14 +76,15 @@ def compare(config: RunConfig, groups: ProcessGroupCollection, deterministic: bo
     """Run the recipe whole, again, and with a stop in the middle; raise if the resumed run is not what it must be."""
     torch.use_deterministic_algorithms(deterministic)
     try:
-        root = Path(config.output_dir).parent
-        whole, again, halves = (replace(config, output_dir=str(root / name)) for name in ("first", "again", "halves"))
-        for one in (whole, again, halves):
-            train(one, check_corpus(one.data, one.model.vocab_size), groups)
-        break_last_checkpoint(Path(halves.output_dir))
-        train(halves, check_corpus(halves.data, halves.model.vocab_size), groups)
-        states = [final_state(one, groups) for one in (whole, again, halves)]
-        losses = [losses_of(Path(one.output_dir)) for one in (whole, again, halves)]
+        halves = replace(config, output_dir=str(Path(config.output_dir).with_name("halves")))
+        corpus = check_corpus(config.data, config.model.vocab_size)
+        states, losses = list[dict[str, Tensor]](), list[list[float]]()
+        for one in (config, halves, halves):  # the second is the same run again, until it loses its last checkpoint
+            train(one, corpus, groups)
+            states.append(final_state(one, groups))
+            losses.append(losses_of(Path(one.output_dir)))
+            if len(states) == 2:
+                break_last_checkpoint(Path(halves.output_dir))
     finally:
         torch.use_deterministic_algorithms(False)
     different = differing(states[2], states[0])

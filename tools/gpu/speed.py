@@ -65,7 +65,7 @@ CASES = (
 def run(job: Job) -> None:
     """Measure every case with one engine."""
     with started(job) as groups:
-        rows = Rows(job.rows)
+        rows = Rows(job.rows, job.deadline)
         for case in CASES:
             rows.measure(case.name, partial(measure, job, case, groups))
             gc.collect()  # the trainer and its buffers are in reference cycles

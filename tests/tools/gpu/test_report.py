@@ -1,13 +1,15 @@
 """Records and tables of the GPU check."""
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from looplm.cli import UserError
 from tools.gpu import report
-from tools.gpu.parts import PARTS, TOTAL_S
+from tools.gpu.parts import PARTS, TOTAL_S, stretched
 from tools.gpu.record import LONGEST, Mismatch, NotRun, PartRecord, Row, Rows, read_rows, short, status_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,6 +49,20 @@ CHECK = report.Check(
 def test_the_parts_fit_into_eight_minutes() -> None:
     assert sum(part.limit_s for part in PARTS.values()) <= TOTAL_S == 8 * 60
     assert next(iter(PARTS)) == "environment"
+
+
+def test_parts_that_cannot_run_leave_their_time_to_the_others() -> None:
+    parts = [dataclasses.replace(PARTS[name], needs=()) for name in ("parity", "decode")]
+    absent = dataclasses.replace(PARTS["speed-te"], needs=("no_such_package",))
+    found = stretched([*parts, absent])
+    assert TOTAL_S - 2 <= found[0].limit_s + found[1].limit_s <= TOTAL_S
+    assert found[0].limit_s / found[1].limit_s == pytest.approx(parts[0].limit_s / parts[1].limit_s, rel=0.01)
+
+
+def test_no_measurement_begins_after_the_deadline(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows", deadline=time.monotonic() - 1)
+    rows.measure("late", lambda: {"a": 1})
+    assert read_rows(tmp_path / "rows") == (Row(name="late", status="not run", note="the time of the part is over"),)
 
 
 def test_the_page_shows_every_row_with_its_reason() -> None:
