@@ -271,8 +271,11 @@ gpu-check: $(READY)  ## what a machine with one GPU can do, in 8 minutes: docs/g
 # With TE=1 also Transformer Engine, whose pins have a file of their own.
 BUNDLED := $(if $(TE),$(TE_VENV),$(NEWEST))/constraints.txt
 
-gpu-bundle: $(READY) $(BUNDLED)  ## wheels and code for gpu-check on a machine that has torch and no network (TE=1: larger)
-	@$(PY) -m tools.gpu_bundle --constraints $(BUNDLED) $(if $(TE),--engine true)
+# pip looks into a source package with its own build tools: those of Transformer Engine want torch's CUDA build.
+BUNDLER := $(if $(TE),$(TE_VENV),$(VENV))
+
+gpu-bundle: $(BUNDLER)/.installed $(BUNDLED)  ## wheels and code for gpu-check on a machine that has torch and no network (TE=1: larger)
+	@$(BUNDLER)/bin/python -m tools.gpu_bundle --constraints $(BUNDLED) $(if $(TE),--engine true)
 
 docs: $(DOCS)/.installed  ## the documentation as a site: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict

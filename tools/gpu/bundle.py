@@ -173,7 +173,7 @@ def _platform() -> list[str]:
 
 def _pip(arguments: Sequence[str]) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"NVTE_FRAMEWORK": "pytorch"}, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"pip {arguments[0]}: {lines[-1] if lines else f'ended with status {done.returncode}'}")
