@@ -63,7 +63,8 @@ def build(folder: Path, constraints: Path, engine: bool) -> Path:
     copy_source(folder / "source")
     shutil.copy(Path(__file__).with_name(INSTALL), folder / INSTALL)
     archive = folder.with_name(f"{folder.name}.tar.gz")
-    with tarfile.open(archive, "w:gz", compresslevel=6) as file:
+    # Wheels are compressed already.
+    with tarfile.open(archive, "w:gz", compresslevel=1) as file:
         file.add(folder, arcname=folder.name)
     return archive
 
