@@ -3,6 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check
+.PHONY: gpu-check gpu-bundle
 .PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
 .PHONY: clean clean-quickstart clean-ouro-tiny
 
@@ -22,7 +23,7 @@ NEWEST  := .venv-newest
 # The oldest transformers that an export is promised to run with; the packages of [eval] want newer ones beside it.
 HF_OLDEST := .venv-hf-oldest
 # Transformer Engine with the newest Megatron-core: built against CUDA's headers, it shows its parameters without a GPU.
-TE      := .venv-te
+TE_VENV := .venv-te
 CUDA_HOME ?= /usr/local/cuda
 # The documentation's packages, and none of the product's: the pages read the code, they do not import it.
 DOCS    := .venv-docs
@@ -75,7 +76,7 @@ $(READY): setup.py $(PINS)
 # $(call overlay,file): the pins of constraints.txt, replaced by those of the file
 overlay = @mkdir -p $(@D); awk -F= 'NR == FNR {print; newer[$$1]; next} !($$1 in newer)' $(1) constraints.txt > $@
 
-OTHERS := $(NEWEST) $(HF_OLDEST) $(TE)
+OTHERS := $(NEWEST) $(HF_OLDEST) $(TE_VENV)
 $(OTHERS:=/constraints.txt): .venv-%/constraints.txt: constraints.txt constraints-%.txt
 	$(call overlay,constraints-$*.txt)
 
@@ -91,21 +92,21 @@ $(HF_OLDEST)/.installed: setup.py $(HF_OLDEST)/constraints.txt
 	$(call build,$(PYTHON),$(HF_OLDEST),$(HF_OLDEST)/constraints.txt,dev$(comma)hf)
 
 # Its build needs the folders of cuDNN and NCCL in torch's CUDA build, and the toolkit's headers before theirs.
-nvidia = $(CURDIR)/$(TE)/lib/python3.12/site-packages/nvidia
-$(TE)/.installed: setup.py $(TE)/constraints.txt
+nvidia = $(CURDIR)/$(TE_VENV)/lib/python3.12/site-packages/nvidia
+$(TE_VENV)/.installed: setup.py $(TE_VENV)/constraints.txt
 	$(need_python312)
 	@test -e $(CUDA_HOME)/include/cuda_runtime_api.h \
 		|| { echo "error: no CUDA headers in $(CUDA_HOME); name the toolkit: make test-te CUDA_HOME=PATH" >&2; exit 2; }
-	$(call build,$(PYTHON312),$(TE),$(TE)/constraints.txt,dev)
+	$(call build,$(PYTHON312),$(TE_VENV),$(TE_VENV)/constraints.txt,dev)
 	@rm $@
 	@echo "== building Transformer Engine: 15 to 30 minutes on two cores"
-	@$(TE)/bin/python -m pip install --quiet -c $(TE)/constraints.txt \
+	@$(TE_VENV)/bin/python -m pip install --quiet -c $(TE_VENV)/constraints.txt \
 		ninja pybind11 pydantic einops onnx onnxscript importlib-metadata nvdlfw-inspect
-	@$(TE)/bin/python -m pip install --quiet --no-deps -c $(TE)/constraints.txt \
+	@$(TE_VENV)/bin/python -m pip install --quiet --no-deps -c $(TE_VENV)/constraints.txt \
 		transformer-engine transformer-engine-cu13
 	@NVTE_FRAMEWORK=pytorch MAX_JOBS=2 CUDA_HOME=$(CUDA_HOME) CUDNN_PATH=$(nvidia)/cudnn NCCL_HOME=$(nvidia)/nccl \
 		CPATH=$(CUDA_HOME)/include:$(nvidia)/cu13/include:$(nvidia)/cudnn/include:$(nvidia)/nccl/include \
-		$(TE)/bin/python -m pip install --quiet --no-deps --no-build-isolation -c $(TE)/constraints.txt \
+		$(TE_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -c $(TE_VENV)/constraints.txt \
 		transformer-engine-torch
 	@touch $@
 
@@ -239,15 +240,15 @@ test-hf-oldest: $(HF_OLDEST)/.installed  ## the exported model with the oldest t
 
 BACKENDS := $(addprefix tests/looplm/,model/test_transformer_engine.py config/test_engine.py model/test_loop_lm.py)
 
-test-te: $(TE)/.installed  ## the blocks of Transformer Engine, without a GPU (6 GB; compiles for 15 to 30 minutes)
+test-te: $(TE_VENV)/.installed  ## the blocks of Transformer Engine, without a GPU (6 GB; compiles for 15 to 30 minutes)
 	@LD_LIBRARY_PATH=$$(echo $(nvidia)/*/lib | tr ' ' ':') OMP_NUM_THREADS=1 \
-		$(TE)/bin/python -m pytest $(or $(TESTS),$(BACKENDS))
+		$(TE_VENV)/bin/python -m pytest $(or $(TESTS),$(BACKENDS))
 
 check: $(READY)  ## lint, formatting, types, shell scripts
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
-	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/* pretrain/container/*.sh
+	@$(VENV)/bin/shellcheck --external-sources .ci/run pretrain/slurm/* pretrain/container/*.sh tools/gpu/*.sh
 
 format: $(READY)  ## apply ruff's automatic fixes
 	@$(PY) -m ruff check --fix
@@ -262,6 +263,20 @@ bench: $(READY)  ## speed against plain torch, the head, a pipeline's bubble, de
 plan-check: $(READY)  ## the planner's memory against training steps on this CPU, up to four processes
 	@OMP_NUM_THREADS=1 $(PY) -m tools.plan_check
 
+DEVICE ?= cuda
+
+gpu-check: $(READY)  ## what a machine with one GPU can do, in 8 minutes: docs/gpu (rehearse it: make gpu-check DEVICE=cpu)
+	@$(PY) -m tools.gpu_check --device $(DEVICE)
+
+# With TE=1 also Transformer Engine, whose pins have a file of their own.
+BUNDLED := $(if $(TE),$(TE_VENV),$(NEWEST))/constraints.txt
+
+# pip looks into a source package with its own build tools: those of Transformer Engine want torch's CUDA build.
+BUNDLER := $(if $(TE),$(TE_VENV),$(VENV))
+
+gpu-bundle: $(BUNDLER)/.installed $(BUNDLED)  ## wheels and code for gpu-check on a machine that has torch and no network (TE=1: larger)
+	@$(BUNDLER)/bin/python -m tools.gpu_bundle --constraints $(BUNDLED) $(if $(TE),--engine true)
+
 docs: $(DOCS)/.installed  ## the documentation as a site: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "open site/index.html"
@@ -272,6 +287,6 @@ clean-quickstart:  ## delete the quickstart's results
 	rm -rf $(RUN)
 
 clean: clean-quickstart clean-ouro-tiny  ## also delete the environments and every cache
-	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE) $(DOCS) site build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE_VENV) $(DOCS) site build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

@@ -78,6 +78,7 @@ setup(
         "matplotlib>=3.10",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
+        "packaging>=23",
         "psutil>=6",
         "pyyaml>=6",
         "safetensors>=0.4.5",

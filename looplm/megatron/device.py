@@ -90,6 +90,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def reset_peak_memory() -> None:
+    """Start to measure :func:`peak_memory` anew, after giving back memory that is cached but not in use."""
+    if HAS_CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had in tensors on the GPU since the reset; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if HAS_CUDA else 0
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the GPU libraries that torch uses; nothing without a GPU."""
+    if not HAS_CUDA:
+        return {}
+    return {"cuDNN": str(torch.backends.cudnn.version()), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
 Stream = torch.cuda.Stream
 
 

@@ -1,13 +1,14 @@
 """Attention over spans on a GPU: torch's kernels, with torch's autograd. It has never run on a GPU.
 
 Packed documents go to flash-attn's kernel for variable lengths, which is part of torch: all spans in one launch. The
-kernel aligns a span's queries with the end of its keys. It takes 16-bit numbers, heads of up to 256 channels, and GPUs
-since Ampere; otherwise there is one call per span.
+kernel aligns a span's queries with the end of its keys. It takes 16-bit numbers, heads of up to 256 channels, GPUs
+since Ampere, and torch since 2.11; otherwise there is one call per span.
 
 Shapes: S queries, T keys, B batch, H heads, G key heads, K query-key width, W value width, N spans.
 """
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from looplm.model.spans import Span
 _AMPERE = (8, 0)
 _WIDEST = 256
 _MULTIPLE = 8  # of a head's channels
+# torch 2.10 cannot be told the scale. torch 2.11 hands grouped heads to the kernel unasked, and has no argument for it.
+_TAKES_SCALE = "scale" in signature(varlen_attn).parameters
+_ASKS_FOR_GROUPS = "enable_gqa" in signature(varlen_attn).parameters
 
 
 def span_attention(query: Tensor, key: Tensor, value: Tensor, spans_N5: Tensor | None, scale: float) -> Tensor:
@@ -31,7 +35,7 @@ def span_attention(query: Tensor, key: Tensor, value: Tensor, spans_N5: Tensor |
     q, k, v = (F.pad(x, (0, width - x.size(3))) if x.size(3) < width else x for x in (query, key, value))
     if spans_N5 is None:
         out = _whole_samples(q, k, v, scale)
-    elif q.dtype.itemsize == 2 and width <= _WIDEST and compute_capability() >= _AMPERE:
+    elif _TAKES_SCALE and q.dtype.itemsize == 2 and width <= _WIDEST and compute_capability() >= _AMPERE:
         out = _variable_lengths(q, k, v, spans_N5, scale)
     else:
         out = _span_by_span(q, k, v, spans_N5, scale)
@@ -55,6 +59,7 @@ def _variable_lengths(query: Tensor, key: Tensor, value: Tensor, spans_N5: Tenso
     keys, values = (
         torch.cat([x[start:end, sample] for sample, start, end in _key_runs(spans_N5)]) for x in (key, value)
     )
+    grouped: dict[str, Any] = {"enable_gqa": key.size(2) != heads} if _ASKS_FOR_GROUPS else {}
     out_NHK: Any = varlen_attn(
         query.transpose(0, 1).flatten(0, 1),
         keys,
@@ -65,7 +70,7 @@ def _variable_lengths(query: Tensor, key: Tensor, value: Tensor, spans_N5: Tenso
         int(lengths[1].max()),
         scale=scale,
         window_size=(-1, 0),  # causal
-        enable_gqa=key.size(2) != heads,
+        **grouped,
     )
     out_BSHK: Tensor = out_NHK.unflatten(0, (samples, length))
     return out_BSHK.transpose(0, 1)

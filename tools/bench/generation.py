@@ -4,7 +4,6 @@ Hugging Face's ``generate`` runs the same weights on the same prompts, with the 
 """
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from transformers.utils import logging
 from looplm.checkpoint import OpenedModel
 from looplm.huggingface.config_json import LOOPLM
 from looplm.huggingface.convert import export_model
-from looplm.inference import GenerationConfig, Generator
+from looplm.inference import GenerationConfig
 from looplm.inference.attention import LatentAttention
 from looplm.megatron import device
 from looplm.model import LoopLM
 from tools.bench.early_exit import BATCHES, CACHE, NEW, PROMPT, Workload
+from tools.bench.endless import endless_generator
 from tools.bench.timing import PrepareRun, print_speeds, rates
 
 LANES, ENTRIES = 16, 512
@@ -41,7 +41,7 @@ def bench_decode(workload: Workload, repeats: int) -> None:
         for rows in BATCHES:
             contenders = _generators(workload, exported, [prompts[row % len(prompts)] for row in range(rows)])
             print_speeds(f"batch {rows}, against Hugging Face", rates(contenders, rows * NEW, repeats))
-        generations = _endless_generator(model).generate(prompts[: max(BATCHES)], DRAFTED)
+        generations = endless_generator(model).generate(prompts[: max(BATCHES)], DRAFTED)
         drafted, accepted = (sum(getattr(one, key) for one in generations) for key in ("drafted", "accepted"))
         kept = f"{accepted} of {drafted} drafted tokens are accepted, {accepted / drafted:.0%}"
         print(f"  {kept} ({DRAFTED.speculate} at a time, by {DRAFTED.draft_depth} loops)")
@@ -93,19 +93,7 @@ def _generators(workload: Workload, exported: Any, prompts: list[list[int]]) -> 
 
 
 def _generation(model: LoopLM, prompts: list[list[int]], config: GenerationConfig) -> PrepareRun:
-    return lambda: lambda: _endless_generator(model).generate(prompts, config)
-
-
-def _endless_generator(model: LoopLM) -> Generator:
-    """Return a generator whose texts do not end early."""
-    return Generator(model, _NoTokenizer(), eos_ids=-1)  # type: ignore[arg-type]
-
-
-class _NoTokenizer:
-    """Tokenizer for ids whose text is not read."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return ""
+    return lambda: lambda: endless_generator(model).generate(prompts, config)
 
 
 def _attentions(model: LoopLM) -> dict[str, PrepareRun]:

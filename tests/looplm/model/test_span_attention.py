@@ -148,7 +148,10 @@ def plain_varlen(
 ) -> Tensor:
     """Do what torch documents of its kernel for variable lengths, in plain torch."""
     assert keys["window_size"] == (-1, 0) and keys["scale"] == SCALE
-    assert keys["enable_gqa"] == (query.size(1) != key.size(1))
+    if span_attention_cuda._ASKS_FOR_GROUPS:
+        assert keys["enable_gqa"] == (query.size(1) != key.size(1))
+    else:
+        assert "enable_gqa" not in keys
     assert len({x.size(2) for x in (query, key, value)}) == 1 and query.size(2) % 8 == 0
     assert offset_q.dtype == offset_k.dtype == torch.int32 and offset_k[-1] == len(key)
     lengths = [offset.diff().tolist() for offset in (offset_q, offset_k)]
@@ -178,6 +181,19 @@ def test_the_kernel_for_variable_lengths_gets_the_spans(
     compare(attend, parts(HEADS[heads], 384, len(samples)), starts(*samples), ranks)
 
 
+@pytest.mark.parametrize("asks", [False, True], ids=["torch 2.11", "later"])
+def test_grouped_heads_are_announced_only_where_torch_knows_the_word(
+    asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(span_attention_cuda, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(span_attention_cuda, "_ASKS_FOR_GROUPS", asks)
+    spans_N5 = document_spans(starts([5, 3]))
+    assert spans_N5 is not None
+    query, key = torch.randn(8, 1, 4, 16), torch.randn(8, 1, 2, 16)
+    out = span_attention_cuda._variable_lengths(query, key, key, spans_N5, SCALE)
+    assert out.shape == query.shape
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("whole", [False, True], ids=["packed", "whole samples"])
 @pytest.mark.parametrize("heads", HEADS)
@@ -200,3 +216,5 @@ def test_two_byte_numbers_on_a_recent_gpu_take_the_kernel(monkeypatch: pytest.Mo
     assert takes_kernel(torch.bfloat16, (9, 0)) and takes_kernel(torch.float16, (8, 0))
     assert not takes_kernel(torch.float32, (9, 0)) and not takes_kernel(torch.bfloat16, (7, 5))
     assert not takes_kernel(torch.bfloat16, (9, 0), width=264)
+    monkeypatch.setattr(span_attention_cuda, "_TAKES_SCALE", False)
+    assert not takes_kernel(torch.bfloat16, (9, 0)), "torch 2.10"
