@@ -84,7 +84,7 @@ setup(
         "safetensors>=0.4.5",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
-        "torch>=2.6",
+        "torch>=2.10",
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
