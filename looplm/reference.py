@@ -270,17 +270,13 @@ def entropy_regularised_loss(
     of_batch: bool = False,
     ponder_cost: float = 0.0,
 ) -> Tensor:
-    """Return stage 1's loss: the expected loss under the exit distribution - beta H(p), or + beta KL(p || prior).
-
-    `of_batch` takes the entropy or the divergence of the mean of all tokens' p. Each loop costs `ponder_cost`.
-    """
+    """Return stage 1's loss, sum_r p_r (ce_r + r cost) - beta H(p) or + beta KL(p || prior), or the mean p's."""
     p_RSB = exit_distribution(gate_logit_RSB)
-    depth_SB = sum((loop + 1) * p_SB for loop, p_SB in enumerate(p_RSB))
-    expected_SB = (p_RSB * token_loss_RSB).sum(0) + ponder_cost * depth_SB
-    held_RSB = torch.stack([masked_mean(p_SB, mask_SB) for p_SB in p_RSB])[:, None, None] if of_batch else p_RSB
-    prior_R11 = torch.ones_like(held_RSB) if prior_R is None else prior_R.to(p_RSB)[:, None, None]
+    cost_RSB = token_loss_RSB + ponder_cost * torch.arange(1, len(p_RSB) + 1)[:, None, None]
+    held_RSB = torch.stack([masked_mean(p_SB, mask_SB).expand_as(p_SB) for p_SB in p_RSB]) if of_batch else p_RSB
+    prior_R11 = 1 if prior_R is None else prior_R.to(p_RSB)[:, None, None]
     penalty_SB = (held_RSB * (held_RSB / prior_R11).log()).sum(0)
-    return masked_mean(expected_SB, mask_SB) + beta * masked_mean(penalty_SB.expand_as(expected_SB), mask_SB)
+    return masked_mean((p_RSB * cost_RSB).sum(0) + beta * penalty_SB, mask_SB)
 
 
 def adaptive_gate_loss(
@@ -314,9 +310,7 @@ def geometric_prior(num_loops: int, rate: float) -> Tensor:
 
 def masked_mean(x_SB: Tensor, mask_SB: Tensor | None) -> Tensor:
     """Return the mean over the tokens with mask 1; zero if there are no such tokens."""
-    if mask_SB is None:
-        return x_SB.mean()
-    mask_SB = mask_SB.to(x_SB.dtype)
+    mask_SB = torch.ones_like(x_SB) if mask_SB is None else mask_SB.to(x_SB.dtype)
     return (x_SB * mask_SB).sum() / mask_SB.sum().clamp(min=1)
 
 
