@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check
+.PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check rehearse
 .PHONY: gpu-check gpu-bundle
 .PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
 .PHONY: clean clean-quickstart clean-ouro-tiny
@@ -262,6 +262,17 @@ bench: $(READY)  ## speed against plain torch, the head, a pipeline's bubble, de
 
 plan-check: $(READY)  ## the planner's memory against training steps on this CPU, up to four processes
 	@OMP_NUM_THREADS=1 $(PY) -m tools.plan_check
+
+# $(call rehearsed,model,attention)
+define rehearsed
+	@echo "== ouro-$(1), $(2)"
+	@OMP_NUM_THREADS=1 $(PY) -m tools.rehearse --chain --config configs/ouro-$(1)/chain.yaml --attention $(2) --gpus $(GPUS)
+
+endef
+GPUS ?= 512
+
+rehearse: $(READY)  ## a step of every rank that differs, of all Ouro recipes on GPUS=512, on this CPU (20 minutes)
+	$(foreach model,1.4b 2.6b,$(foreach attention,mha mla,$(call rehearsed,$(model),$(attention))))
 
 DEVICE ?= cuda
 

@@ -5,12 +5,14 @@
 
 All stages are checked first: configurations, layouts, data, and the checkpoints that they start from. With --dry_run
 true, nothing is submitted. Instead, the submission is printed as a shell script, with each job's command in a comment.
+With --rehearse true, every training stage is rehearsed first on this machine's CPU (python -m tools.rehearse --chain).
 sbatch's own environment variables (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT) apply.
 """
 
 from dataclasses import replace
 
 from looplm.cli import UserError, parse_config, run_main
+from pretrain.cluster.rehearsal import rehearse
 from pretrain.cluster.submit import SubmitConfig, find_faults, find_missing_data, plan, script, submit
 
 
@@ -26,6 +28,8 @@ def main(argv: list[str]) -> None:
         jobs.insert(0, replace(jobs[0], name="preflight", launcher="preflight.sbatch"))
     if config.dry_run:
         print("\n".join(script(config, jobs)), flush=True)
+    if config.rehearse and not rehearse(["--chain", *argv]):
+        faults.append("rehearse: a stage failed in its rehearsal, see above; nothing was submitted")
     if faults:
         raise UserError(*faults)
     if not config.dry_run:

@@ -5,7 +5,8 @@
 
 The configuration and the ranks are those of pretrain.train. Each check prints one line with ok, warn or FAIL and the
 figure. The last line is "go", with exit status 0; or the failed checks are listed, with exit status 2. Nothing is
-trained, and no file is left behind.
+trained, and no file is left behind. With --rehearse, the first rank also executes a step of every rank that differs on
+its CPU (python -m tools.rehearse), before the ranks join.
 """
 
 import os
@@ -16,10 +17,12 @@ from looplm.megatron import device, process_groups
 from pretrain.cluster import findings
 from pretrain.cluster.examine import examine
 from pretrain.cluster.findings import Finding
+from pretrain.cluster.rehearsal import rehearse_stage
 
 
 def main(argv: list[str]) -> None:
-    """``torchrun --nproc-per-node 8 -m pretrain.preflight --config A.yaml [--parallel.tensor 8 ...]``"""
+    """``torchrun --nproc-per-node 8 -m pretrain.preflight --config A.yaml [--rehearse] [--parallel.tensor 8 ...]``"""
+    rehearses, argv = "--rehearse" in argv, [word for word in argv if word != "--rehearse"]
     config = parse_config(RunConfig, argv, prog="python -m pretrain.preflight", description=str(__doc__))
     ranks, ranks_on_node = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     _say(findings.layout(config, ranks, ranks_on_node))
@@ -27,11 +30,14 @@ def main(argv: list[str]) -> None:
         gpus = findings.enough_gpus(ranks_on_node, device.visible_gpus())
         if gpus.level == "FAIL":
             raise UserError(f"{gpus.subject}: {gpus.text}")
+    found = []
+    if rehearses and os.environ.get("RANK", "0") == "0":
+        found.append(rehearse_stage(argv, ranks))
+        _say(found[0])
     address = os.environ.get("MASTER_ADDR", "this machine")
     text = f"{ranks} are joining; nothing after this line means that some cannot reach MASTER_ADDR={address}"
     _say(Finding("ok", "ranks", text))
     groups = process_groups.start(config.seed, config.parallel)
-    found = []
     try:
         for finding in examine(config, groups):
             _say(finding)

@@ -219,12 +219,17 @@ class Run:
 
 def build(config: RunConfig, groups: ProcessGroupCollection) -> tuple[Trainer, Path | None]:
     """Return the trainer, and the checkpoint from which weights (optionally also Adam's moments) were loaded."""
+    initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
+    return build_trainer(config, groups, initial), initial
+
+
+def build_trainer(config: RunConfig, groups: ProcessGroupCollection, initial: Path | None) -> Trainer:
+    """Return the trainer with the weights of the checkpoint ``initial``, or with random ones for None."""
     dtype = DTYPES[config.optim.precision]
     model = LoopLM(config.model, config.gate, groups, dtype, config.parallel, engine=config.engine)
-    initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
     if initial is not None:
         checkpoint.load_weights(initial, model, config.gate)
     trainer = Trainer(model, config.loss, config.optim, config.parallel, groups)
     if initial is not None and config.checkpoint.initial_optimizer:
         checkpoint.load_optimizer(initial, trainer.state, config)
-    return trainer, initial
+    return trainer

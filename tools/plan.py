@@ -1,4 +1,4 @@
-r"""Plan a run on a cluster by arithmetic alone: no model is built and no process is started.
+r"""Plan a run on a cluster by arithmetic alone: no model is built and no process is started, but by --rehearse true.
 
     python -m tools.plan --config configs/ouro-1.4b/mha.yaml --config configs/ouro-1.4b/stage1a.yaml \
         --gpu h100 --gpus 64
@@ -15,6 +15,7 @@ draws a pipeline's schedule instead.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from tools import timeline
 from tools.planning.estimate import budget_of
 from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, GpuName, NetworkName
 from tools.planning.report import describe_search, detail, explain_refusals, table
-from tools.planning.search import rank_layouts
+from tools.planning.search import Ranking, rank_layouts
+from tools.rehearsal.rehearsal import plan_rehearsal, rehearse
+from tools.rehearsal.report import describe
 
 PROG = "python -m tools.plan"
 
@@ -45,6 +48,8 @@ class PlanOptions:
         top: number of rows, each the fastest layout of one division of the ranks.
         explain: also print why other layouts are not legal.
         json: file to write the printed layouts to.
+        rehearse: execute a step of the fastest layout, and of the recipe's own, on this CPU (tools.rehearse), and print
+            its memory, FLOPs and bytes beside the planned ones; it takes minutes.
     """
 
     gpu: GpuName
@@ -56,6 +61,7 @@ class PlanOptions:
     top: int = positive(10)
     explain: bool = False
     json: str | None = path_field(None)
+    rehearse: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
@@ -123,7 +129,18 @@ def plan(config: PlanConfig) -> list[str]:
         layouts = [one.as_dict(cluster) for one in ranking.fastest_per_division()[: config.top]]
         report = {"gpu": config.gpu, "gpus": config.gpus, "network": config.network, "tokens": budget.tokens}
         write_whole(Path(config.json), json.dumps(report | {"layouts": layouts}, indent=1) + "\n")
-    return lines + detail(ranking.fitting[0], cluster, budget)
+    lines += detail(ranking.fitting[0], cluster, budget)
+    return [*lines, *_rehearsed(config, ranking)] if config.rehearse else lines
+
+
+def _rehearsed(config: PlanConfig, ranking: Ranking) -> Iterator[str]:
+    """Yield the planned figures beside those of a rehearsal, for the fastest layout and the recipe's own."""
+    layouts = {"fastest": ranking.fitting[0].run.config, "own": config.recipe}
+    plans = [plan_rehearsal(name, layout, config.gpus, "all", None) for name, layout in layouts.items()]
+    for rehearsal in rehearse(plans, jobs=2):
+        yield ""
+        yield from describe(rehearsal)
+        yield from rehearsal.faults
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ class _Stream:
 
 
 _installed: list[str] = []
-_sends: deque[Any] = deque(maxlen=8)  # Megatron's schedules leave at most one in flight in each direction
+SENDS_KEPT = 8  # Megatron's schedules leave at most one in flight in each direction
+_sends: deque[Any] = deque(maxlen=SENDS_KEPT)
 
 
 def install() -> None:

@@ -234,6 +234,7 @@ def _token_losses(
         log_p_N[part] = log_probs.gather(1, local_N[part, None]).squeeze(1)
         if overwrite and group is None:
             logits_NV[part] = log_probs.exp_()
+        del log_probs  # before the loop below makes two tensors of its size
     if group is None:
         return -log_p_N
     all_N = _all_logsumexp(target_N - log_p_N, group)

@@ -62,6 +62,7 @@ class SubmitConfig:
         after: number of a job that the first one waits for.
         arguments: for pretrain.train in every stage, on top of its files: "--parallel.tensor 2 --optim.lr 1e-4".
         preflight: submit a pretrain.preflight of the first stage before it; the rest starts only if it passes.
+        rehearse: first rehearse every training stage on this machine (tools.rehearse); if one fails, submit nothing.
         dry_run: print what would be submitted.
     """
 
@@ -74,6 +75,7 @@ class SubmitConfig:
     after: int | None = None
     arguments: str = ""
     preflight: bool = True
+    rehearse: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:

@@ -18,23 +18,37 @@ FP32 = 4
 def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
     """Return the most bytes that pipeline rank ``rank`` keeps at any time, including what backward recomputes."""
     config, mode = run.config, run.config.parallel.recompute
+    if run.frozen or mode not in ("full", "loop"):
+        return forward_activation_bytes(run, rank)
     passes, last = in_flight(run, rank), run.is_last(rank)
-    if run.frozen:
-        return passes * _gate_bytes(run) if last else 0.0
     layers, whole_layer = run.layers_per_rank()[rank], layer_bytes(run)
-    hidden = run.shard_tokens * config.model.hidden_size * run.number_bytes
     norm = _norm_bytes(run, config.model.hidden_size) * last
     losses, deepest = (_loss_bytes(run), _deepest_bytes(run)) if last else (0.0, 0.0)
     # Backward starts with the losses. Without a pipeline those of all loops are freed before anything is recomputed.
     freed = losses * (passes if config.parallel.pipeline == 1 else 1) + deepest
-    recomputed = -hidden  # recomputation starts with a norm, whose input is already kept
-    if mode == "full":  # keeps every layer's input; recomputes one layer at a time, after the loop-end norm's backward
-        kept, recomputed, freed = layers * hidden + norm, recomputed + whole_layer, freed + norm
-    elif mode == "loop":  # keeps the pass's input; recomputes all of the pass
-        kept, recomputed = hidden, recomputed + layers * whole_layer + norm
+    # Recomputation starts with a norm, whose input is already kept. After the loop-end norm's backward, ``full``
+    # recomputes one layer at a time, and ``loop`` all of the pass.
+    recomputed = whole_layer - norm if mode == "full" else layers * whole_layer + norm
+    hidden = run.shard_tokens * config.model.hidden_size * run.number_bytes
+    return forward_activation_bytes(run, rank) + max(0.0, recomputed - hidden - freed)
+
+
+def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
+    """Return the bytes that pipeline rank ``rank`` keeps when the last of the passes in flight has ended."""
+    config, mode = run.config, run.config.parallel.recompute
+    passes, last = in_flight(run, rank), run.is_last(rank)
+    if run.frozen:
+        return passes * _gate_bytes(run) if last else 0.0
+    layers, hidden = run.layers_per_rank()[rank], run.shard_tokens * config.model.hidden_size * run.number_bytes
+    norm = _norm_bytes(run, config.model.hidden_size) * last
+    losses, deepest = (_loss_bytes(run), _deepest_bytes(run)) if last else (0.0, 0.0)
+    if mode == "full":  # keeps every layer's input
+        kept = layers * hidden + norm
+    elif mode == "loop":  # keeps the pass's input
+        kept = hidden
     else:
-        kept, recomputed = layers * whole_layer + norm, 0.0
-    return passes * (kept + losses) + deepest + max(0.0, recomputed - freed)
+        kept = layers * layer_bytes(run) + norm
+    return passes * (kept + losses) + deepest
 
 
 def in_flight(run: PlannedRun, rank: int) -> int:

@@ -47,10 +47,25 @@ def tensor_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool)
     layers, operations = run.layers_per_rank()[rank] * layer, run.layers_per_rank()[rank] * 4
     head = run.tokens * model.hidden_size * run.number_bytes if run.is_last(rank) else 0.0
     traffic = _ring(cluster, layout.tensor, 1, layers + head, operations)
-    if not backward or layout.recompute not in ("full", "loop"):
+    if not backward:
         return traffic
-    recomputed = _ring(cluster, layout.tensor, 1, layers, operations)
-    return Traffic(bytes=traffic.bytes + recomputed.bytes, seconds=traffic.seconds + recomputed.seconds)
+    hidden_again = _ring(cluster, layout.tensor, 1, run.layers_per_rank()[rank] * _gathered_again(run), operations)
+    again = layout.recompute in ("full", "loop")
+    recomputed = _ring(cluster, layout.tensor, 1, layers, operations) if again else Traffic()
+    moved = traffic.bytes + recomputed.bytes + hidden_again.bytes
+    return Traffic(bytes=moved, seconds=traffic.seconds + recomputed.seconds)
+
+
+def _gathered_again(run: PlannedRun) -> float:
+    """Return the bytes of a layer's inputs that backward gathers again, for the gradients of the first projections.
+
+    Under sequence parallelism forward keeps a rank's own positions only. These messages overlap a matrix product.
+    """
+    model, widths = run.config.model, run.config.model.attention_widths
+    if not run.config.parallel.sequence_parallel:
+        return 0.0
+    attention = widths.projected - (widths.rotary if widths.latents else 0)  # no product follows the rotary key
+    return run.tokens * (attention + model.hidden_size) * run.number_bytes
 
 
 def context_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> Traffic:
@@ -76,6 +91,20 @@ def pipeline_message(run: PlannedRun, cluster: Cluster) -> Traffic:
     if stride * layout.pipeline > cluster.node:
         stride = cluster.node  # the slowest hop: from node to node, through one adapter
     return Traffic(bytes=size, seconds=size / cluster.link_bytes_per_s(layout.pipeline, stride) + LATENCY_S)
+
+
+def messages_sent(run: PlannedRun, rank: int) -> int:
+    """Return the hidden states and gradients that a pipeline rank sends in a step.
+
+    Each pass has one of either, except at the ends of the line of all loops: nothing follows the last rank's last loop,
+    and nothing comes before the first rank's first. With a frozen trunk nothing is sent back.
+    """
+    layout, passes = run.config.parallel, run.config.model.num_loops * run.micro_batches
+    if layout.pipeline == 1:
+        return 0
+    forward = passes - (run.micro_batches if run.is_last(rank) else 0)
+    backward = passes - (run.micro_batches if rank == 0 else 0)
+    return forward if run.frozen else forward + backward
 
 
 def gradient_traffic(run: PlannedRun, rank: int, cluster: Cluster) -> Traffic:

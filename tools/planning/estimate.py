@@ -177,7 +177,7 @@ def sent_bytes(run: PlannedRun, cluster: Cluster) -> dict[str, float]:
     return {
         "tensor": passes * sum(communication.tensor_traffic(run, rank, cluster, way).bytes for way in both),
         "context": passes * sum(communication.context_traffic(run, rank, cluster, way).bytes for way in both),
-        "pipeline": passes * 2 * communication.pipeline_message(run, cluster).bytes,
+        "pipeline": communication.messages_sent(run, rank) * communication.pipeline_message(run, cluster).bytes,
         "gradients": communication.gradient_traffic(run, rank, cluster).bytes,
         "weights": communication.weight_traffic(run, rank, cluster).bytes,
     }

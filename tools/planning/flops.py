@@ -14,22 +14,24 @@ class Flops(Amounts):
     """FLOPs of one tensor-parallel rank."""
 
     layers: float = 0.0  # matrix products
-    attention: float = 0.0  # scores and weighted sums of samples that are one document; packed documents need fewer
+    attention: float = 0.0  # as its kernels compute it, for samples that are one document; packed documents need fewer
     head: float = 0.0  # the logits with their gradients, and the gate
 
 
 def forward_flops(run: PlannedRun, rank: int) -> Flops:
     """Return the FLOPs of one forward pass: those of :mod:`looplm.accounting`, split by part and over the ranks.
 
-    In stage 1 the head computes its gradients in the forward pass, which makes three products of one.
+    In stage 1 the head computes its gradients in the forward pass, which makes three products of one. Attention's
+    kernels take a single width, so MLA's values are padded to the width of its queries.
     """
-    config = run.config
+    config, widths = run.config, run.config.model.attention_widths
+    padded = 2 * max(widths.query_key, widths.value) / (widths.query_key + widths.value)
     one = _flops_per_token(config.model, config.gate, config.data.seq_length)
     share = run.tokens / config.parallel.tensor
     layers, products = run.layers_per_rank()[rank] * share, 1 if run.frozen else 3
     return Flops(
         layers=layers * one.layer,
-        attention=layers * one.scores,
+        attention=layers * one.scores * padded,
         head=(products * one.logits + one.gate) * share if run.is_last(rank) else 0.0,
     )
 
@@ -55,7 +57,9 @@ def _flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: int) -> _
 def backward_flops(run: PlannedRun, rank: int) -> Flops:
     """Return the FLOPs of one backward pass: twice the forward without the head, plus recomputation.
 
-    ``full`` and ``loop`` recompute the layers, ``selective`` the attention core. The head's gradients exist already.
+    Attention's backward is two and a half times its forward: the kernels compute the scores once more, because they
+    keep none (Dao 2023, arXiv 2307.08691, section 4.1). ``full`` and ``loop`` recompute the layers, ``selective`` the
+    attention core. The head's gradients exist already.
     """
     config, share = run.config, run.tokens / run.config.parallel.tensor
     one = _flops_per_token(config.model, config.gate, config.data.seq_length)
@@ -68,7 +72,7 @@ def backward_flops(run: PlannedRun, rank: int) -> Flops:
         recomputed = layers
     elif mode == "selective":
         recomputed = Flops(attention=layers.attention)
-    return layers.times(2) + gate + recomputed
+    return replace(layers.times(2), attention=2.5 * layers.attention) + gate + recomputed
 
 
 def model_flops_per_token(run: PlannedRun) -> float:

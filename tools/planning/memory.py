@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from looplm.accounting import optimizer_bytes
-from tools.planning.activations import FP32, in_flight, peak_activation_bytes
+from tools.planning.activations import FP32, forward_activation_bytes, in_flight, peak_activation_bytes
 from tools.planning.planned_run import Amounts, PlannedRun
 
 
@@ -52,28 +52,32 @@ def optimizer_shards(run: PlannedRun) -> int:
 
 
 def _working_bytes(run: PlannedRun, rank: int) -> float:
-    """Return the bytes that autograd does not keep but that are in use while the activations are at their peak.
+    """Return the bytes that autograd does not keep, beside the activations at their peak.
 
-    That is when the forward pass ends with the head, or backward runs through the layers.
+    Memory is fullest when the forward pass ends with the head, or when backward runs through the layers. With
+    recomputation the activations are at their peak in the latter only.
     """
-    config, e = run.config, run.number_bytes
-    layout, model = config.parallel, config.model
     head = _head_bytes(run) if run.is_last(rank) else 0.0
     if run.frozen:
         return head
+    config, e = run.config, run.number_bytes
+    layout, model = config.parallel, config.model
     hidden = run.shard_tokens * model.hidden_size * e
     # A layer's gradients on their way back: three of the feed-forward layer's inner width, its input's and output's.
     backward = 3 * run.tokens * model.ffn_hidden_size * e / layout.tensor + 2 * hidden
-    if layout.pipeline > 1:
-        # Hidden states that were sent are held by the schedule until their backward.
-        return max(head, backward) + in_flight(run, rank) * hidden
-    if layout.recompute in ("full", "loop"):
+    if layout.sequence_parallel:
+        # Whole in front of and behind the matrices: a product's input, its gradient, and the gradient of its output.
+        backward += 3 * run.tokens * model.hidden_size * e
+    if layout.pipeline == 1 and layout.recompute in ("full", "loop"):
         # The gradients from the head wait for their loop's backward. Otherwise they are at the peak among what is kept.
         backward += model.num_loops * hidden
-    elif model.num_loops > 1:
+    elif layout.pipeline == 1 and model.num_loops > 1:
         # One graph: a weight's gradients of all loops are summed before they are added to the buffer.
         backward += run.parameters(rank)["layers"] * e
-    return max(head, backward)
+    at_peak = peak_activation_bytes(run, rank)
+    working = max(forward_activation_bytes(run, rank) + head, at_peak + backward) - at_peak
+    # The schedule frees what was sent; in rehearsals the last rank keeps each pass's hidden state all the same.
+    return working + (in_flight(run, rank) * hidden if layout.pipeline > 1 and run.is_last(rank) else 0.0)
 
 
 def _head_bytes(run: PlannedRun) -> float:

@@ -18,6 +18,7 @@ from pretrain import preflight
 from pretrain.cluster import examine, findings, probes
 from pretrain.cluster.findings import GB, Finding
 from pretrain.cluster.probes import RankInfo, WriteSpeed
+from pretrain.cluster.rehearsal import rehearse_stage
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support import preflight_worker
@@ -322,3 +323,19 @@ def test_the_predicted_size_of_a_checkpoint_is_the_real_one(corpus: Path, tmp_pa
     total = sum(parameter_counts(stage.model, stage.gate).values())
     assert checkpoint_bytes(stage.model, stage.gate, "bf16") == 14 * total
     assert checkpoint_bytes(stage.model, stage.gate, "fp32") == 12 * total
+
+
+def test_a_preflight_rehearses_on_request(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts the command without torchrun's variables, and a fault is a failed check."""
+    commands = list[list[str]]()
+
+    def start(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        assert "RANK" not in env and env["CUDA_VISIBLE_DEVICES"] == ""
+        commands.append(command)
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("pretrain.cluster.rehearsal.subprocess.run", start)
+    levels = [rehearse_stage(["--config", "a.yaml"], 16).level for _ in range(2)]
+    assert levels == ["ok", "FAIL"]
+    assert commands[0][1:] == ["-m", "tools.rehearse", "--config", "a.yaml", "--gpus", "16"]

@@ -255,3 +255,15 @@ def test_shipped_recipes_use_options_that_their_commands_have() -> None:
             keys = [word.removeprefix("--") for word in words if word.startswith("--")]
             source = (ROOT / (words[0].replace(".", "/") + ".py")).read_text() if words else ""
             assert not [key for key in keys if not re.search(rf"\b{key}\b", source)]
+
+
+def test_a_chain_is_rehearsed_before_it_is_submitted(
+    slurm: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[list[str]]()
+    monkeypatch.setattr(chain, "rehearse", lambda words: asked.append(words))  # returns None: it found a fault
+    words = ["--config", str(recipe), "--rehearse", "true"]
+    with pytest.raises(UserError, match="a stage failed in its rehearsal, see above; nothing was submitted"):
+        chain.main(words)
+    assert asked == [["--chain", *words]]
+    assert submitted(slurm) == []
