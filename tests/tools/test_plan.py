@@ -410,3 +410,12 @@ def test_every_module_named_in_the_docs_exists() -> None:
     page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
     named = re.findall(r"tools/planning/\w+\.py", page)
     assert named and all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.slow
+def test_rehearsed_figures_stand_beside_the_planned_ones(capsys):
+    main([*FEW, "--model.num_layers", "2", "--top", "1", "--rehearse", "true"])
+    printed = capsys.readouterr().out
+    assert "\nfastest, 2 GPUs: " in printed and "\nown, 2 GPUs: " in printed
+    off = [float(line.split()[-1].rstrip("%")) for line in printed.splitlines() if line.startswith("  memory, GiB")]
+    assert len(off) == 2 and all(abs(percent) <= 3 for percent in off)

@@ -17,6 +17,20 @@ from tools.rehearsal.traffic import RECEIVE, SEND, Message
 HUGE = 1 << 20  # rows: a matrix of 4 TiB
 
 
+@pytest.mark.parametrize("cast", ["to", "copy_"])
+def test_an_offset_beyond_32_bits_is_refused(cast):
+    def convert(offset: int) -> torch.Tensor:
+        offsets_N = torch.tensor([0, offset])
+        return offsets_N.to(torch.int32) if cast == "to" else torch.empty(2, dtype=torch.int32).copy_(offsets_N)
+
+    with Recorder(HollowExecutor()).recording():
+        assert convert(2**31 - 1).tolist() == [0, 2**31 - 1]
+        with pytest.raises(
+            RuntimeError, match=r"2,147,483,648 does not fit into torch.int32; offsets of this size need"
+        ):
+            convert(2**31)
+
+
 def test_a_tensor_that_no_memory_could_hold_has_shapes_and_gradients() -> None:
     recorder = Recorder(HollowExecutor())
     with recorder.recording():

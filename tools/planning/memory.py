@@ -58,11 +58,11 @@ def _working_bytes(run: PlannedRun, rank: int) -> float:
     recomputation the activations are at their peak in the latter only.
     """
     head = _head_bytes(run) if run.is_last(rank) else 0.0
-    if run.frozen:
-        return head
     config, e = run.config, run.number_bytes
     layout, model = config.parallel, config.model
     hidden = run.shard_tokens * model.hidden_size * e
+    if run.frozen:  # no graph keeps the loops' hidden states, but all of them wait for the head
+        return head + (model.num_loops * hidden if layout.pipeline == 1 else 0.0)
     # A layer's gradients on their way back: three of the feed-forward layer's inner width, its input's and output's.
     backward = 3 * run.tokens * model.ffn_hidden_size * e / layout.tensor + 2 * hidden
     if layout.sequence_parallel:

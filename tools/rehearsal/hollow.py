@@ -4,7 +4,8 @@ A *hollow* tensor is an ordinary CPU tensor that nobody writes to. The operating
 is first written, so a hollow tensor of a hundred GiB takes none. An operation with a hollow argument is not executed:
 its outputs are allocated and left alone, with the shapes that torch's own meta kernels give. All other operations
 are executed, so spans, masks, token counts and whatever else a host reads are right. Views are always executed, because
-they only share a storage.
+they only share a storage. A whole number that does not fit into its new type, such as an offset beyond 2^31 in 32 bits,
+is an error: on a GPU it would wrap around.
 
 Torch's ``FakeTensorMode`` does the same with tensors of a class of its own. They fail where Megatron-core reads a
 number, swaps a parameter's data or hands a tensor to a collective, and each operation takes several times as long.
@@ -33,6 +34,7 @@ _FACTORIES = _UNINITIALIZED | {
     *("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "arange", "linspace", "eye", "scalar_tensor"),
     *("rand", "randn", "randint", "randperm", "repeat", "cat", "stack", "one_hot"),
 }
+_CASTS = {"_to_copy": 0, "copy_": 1}  # conversions to another type, and which argument is converted
 _empty = torch._C._VariableFunctions.empty_strided  # the original: torch's own name may be patched (looplm.megatron)
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -77,7 +79,10 @@ class HollowExecutor:
         if kwargs:
             is_large |= self._describe(tuple(kwargs.items()), parts)
         if not is_large and not operation.is_factory:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if operation.name in _CASTS:
+                _refuse_overflow(func, args[_CASTS[operation.name]], out)
+            return out
         if operation.aliases is not None:
             return self._return_arguments(func, operation, args, kwargs)
         key = tuple(parts)
@@ -170,6 +175,17 @@ def _argument_of(schema: Any, value: Any) -> int | str | None:
         if argument.alias_info is not None and argument.alias_info.before_set == value.alias_info.before_set:
             return str(argument.name) if argument.kwarg_only else place
     return None
+
+
+def _refuse_overflow(func: OpOverload, source: Any, out: Tensor) -> None:
+    """Raise if whole numbers have changed in a conversion to fewer bits."""
+    dtypes = (source.dtype, out.dtype) if isinstance(source, Tensor) else (torch.bool,)
+    if torch.bool in dtypes or not _INTEGERS.issuperset(dtypes) or out.dtype.itemsize >= source.dtype.itemsize:
+        return
+    changed = source != out.to(source.dtype)
+    if changed.any():
+        value = int(source.expand_as(out)[changed.expand_as(out)].flatten()[0])
+        raise RuntimeError(f"{func}: {value:,} does not fit into {out.dtype}; offsets of this size need torch.int64")
 
 
 def _to_meta(value: Any) -> Any:
