@@ -64,7 +64,10 @@ def _working_bytes(run: PlannedRun, rank: int) -> float:
     if run.frozen:  # no graph keeps the loops' hidden states, but all of them wait for the head
         return head + (model.num_loops * hidden if layout.pipeline == 1 else 0.0)
     # A layer's gradients on their way back: three of the feed-forward layer's inner width, its input's and output's.
-    backward = 3 * run.tokens * model.ffn_hidden_size * e / layout.tensor + 2 * hidden
+    feed_forward = 3 * run.tokens * model.ffn_hidden_size * e / layout.tensor
+    # Attention's come later, when what the feed-forward layer had kept, of about that size, and its norms are free.
+    attention = _attention_backward_bytes(run) - feed_forward - 3 * hidden
+    backward = max(feed_forward + 2 * hidden, attention)
     if layout.sequence_parallel:
         # Whole in front of and behind the matrices: a product's input, its gradient, and the gradient of its output.
         backward += 3 * run.tokens * model.hidden_size * e
@@ -78,6 +81,22 @@ def _working_bytes(run: PlannedRun, rank: int) -> float:
     working = max(forward_activation_bytes(run, rank) + head, at_peak + backward) - at_peak
     # The schedule frees what was sent; in rehearsals the last rank keeps each pass's hidden state all the same.
     return working + (in_flight(run, rank) * hidden if layout.pipeline > 1 and run.is_last(rank) else 0.0)
+
+
+def _attention_backward_bytes(run: PlannedRun) -> float:
+    """Return the bytes in use while the core's backward runs over keys and values that were gathered from other ranks.
+
+    Those are the gradients of the whole sequence's keys and values; of the longest span, which sees nearly all of them,
+    the gradients at the width of the kernels, and its values if they are padded to it; and four times the queries.
+    """
+    layout, widths, e = run.config.parallel, run.config.model.attention_widths, run.number_bytes
+    if layout.context == 1:
+        return 0.0
+    local = run.tokens / layout.tensor
+    whole, width = local * layout.context * widths.key_heads, max(widths.query_key, widths.value)
+    gathered = whole * (widths.query_key + widths.value) * e
+    of_span = whole * width * (3 if widths.value < width else 2) * e
+    return gathered + of_span + 4 * local * run.config.model.num_attention_heads * width * e
 
 
 def _head_bytes(run: PlannedRun) -> float:
