@@ -73,6 +73,8 @@ def _flops(run: PlannedRun, report: RoleReport) -> Iterator[Row]:
 def _bytes(run: PlannedRun, report: RoleReport) -> Iterator[Row]:
     moved = moved_bytes(report)
     planned = planned_bytes(run, report.role.pipeline)
+    if run.replicas == 1:  # the same ranks share the context and the data, so their messages are told apart by nothing
+        planned["data"] += planned.pop("context")
     total = sum(moved.values())
     for kind in planned:
         if planned[kind] or moved.get(kind, 0):
