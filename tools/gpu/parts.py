@@ -98,7 +98,7 @@ PARTS: dict[str, Part] = {
             title="training step of 0.3 B parameters: local",
             module="tools.gpu.speed",
             variant="local",
-            limit_s=55,
+            limit_s=65,
         ),
         Part(
             name="speed-te",
@@ -131,7 +131,7 @@ PARTS: dict[str, Part] = {
             name="decode",
             title="decoding by cache, exit threshold and batch",
             module="tools.gpu.decode",
-            limit_s=60,
+            limit_s=50,
         ),
         Part(
             name="profile",

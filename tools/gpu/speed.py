@@ -1,7 +1,8 @@
-"""Speed and memory of a stage-1 training step: tokens per second, model FLOPs utilization, peak against the planner.
+"""Speed and memory of a stage-1 training step: tokens per second, model FLOPs utilization, peak against predictions.
 
 A measurement that runs out of memory or fails leaves the others as they are. The micro-batch is the largest that the
-planner fits into three quarters of the device's memory.
+planner fits into three quarters of the device's memory. The rehearsal (:mod:`tools.rehearsal`) knows Megatron's local
+layers only.
 
 Shapes: B batch, S sequence.
 """
@@ -9,7 +10,7 @@ Shapes: B batch, S sequence.
 import gc
 import statistics
 import time
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ from tools.planning.flops import model_flops_per_token
 from tools.planning.hardware import GPUS, Assumptions, Cluster, Gpu
 from tools.planning.memory import fullest_rank_memory
 from tools.planning.planned_run import PlannedRun
+from tools.rehearsal.one_role import RoleReport, rehearsed_config
+from tools.rehearsal.processes import Assignment, rehearse_all
+from tools.rehearsal.roles import role_of
 
 GIB = 2**30
 WARM_UP, TIMED = 2, 5
@@ -86,7 +90,9 @@ def measure(job: Job, case: Case, groups: ProcessGroupCollection) -> dict[str, V
         times.append(time.perf_counter() - start)
     if not step.healthy:
         raise ArithmeticError(f"the loss or a gradient is not finite; loss {step.stats.loss}")
-    return figures(config, statistics.median(times[WARM_UP:]), device.peak_memory(), step.stats.loss)
+    peak = device.peak_memory()
+    rehearsed = rehearsed_bytes(config) if job.variant == "local" else None
+    return figures(config, statistics.median(times[WARM_UP:]), peak, step.stats.loss, rehearsed)
 
 
 def fitting(job: Job, case: Case) -> RunConfig:
@@ -106,12 +112,28 @@ def planned_bytes(config: RunConfig) -> float:
     return fullest_rank_memory(planned(config)).total
 
 
+@cache
+def rehearsed_bytes(config: RunConfig) -> int:
+    """Return the memory of a step of one document a sample, executed on the CPU without numbers.
+
+    Raises:
+        RuntimeError: the step fails there.
+    """
+    step = rehearsed_config(config, 1, 1)
+    ((_, report),) = rehearse_all([Assignment(step, 1, role_of(0, step.parallel, 1), 1)], jobs=1)
+    if not isinstance(report, RoleReport):
+        raise RuntimeError(f"the rehearsal fails at {report.where}: {report.error}")
+    return report.memory.peak
+
+
 def planned(config: RunConfig) -> PlannedRun:
     """Return the run for the planner."""
     return PlannedRun(config, 1, padded_heads=device.HAS_CUDA)
 
 
-def figures(config: RunConfig, seconds: float, peak: int, loss: float) -> dict[str, Value]:
+def figures(
+    config: RunConfig, seconds: float, peak: int, loss: float, rehearsed: int | None = None
+) -> dict[str, Value]:
     """Return the row of a step that took ``seconds`` and whose memory peaked at ``peak`` bytes (0: not measured)."""
     data, run = config.data, planned(config)
     tokens = data.global_batch_size * data.seq_length / seconds
@@ -122,12 +144,17 @@ def figures(config: RunConfig, seconds: float, peak: int, loss: float) -> dict[s
         "MFU %": round(100 * tokens * model_flops_per_token(run) / rate, 1) if rate else None,
         "planned tokens/s": None if gpu is None else round(estimate(run, one_gpu(gpu, config)).tokens_per_s),
         "peak GiB": round(peak / GIB, 2) if peak else None,
-        "planned GiB": round(memory / GIB, 2 if memory > GIB else 5),
+        "planned GiB": _gib(memory),
         "peak/planned": round(peak / memory, 3) if peak else None,
+        "rehearsed GiB": None if rehearsed is None else _gib(rehearsed),
         "sequences": data.micro_batch_size,
         "ms": round(1000 * seconds, 1),
         "loss": round(loss, 3),
     }
+
+
+def _gib(size: float) -> float:
+    return round(size / GIB, 2 if size > GIB else 5)
 
 
 def known_gpu(name: str) -> Gpu | None:

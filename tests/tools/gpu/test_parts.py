@@ -63,6 +63,15 @@ def test_utilization_and_memory_are_compared_with_the_planner(monkeypatch: pytes
     assert [unknown[key] for key in missing] == [None] * 4 and list(unknown) == list(values)
 
 
+def test_a_rehearsal_of_the_speed_parts_step_stands_beside_the_plan() -> None:
+    config = recipe("cpu", "mla")
+    rehearsed = speed.rehearsed_bytes(config)
+    values = speed.figures(config, 0.5, 0, 10.0, rehearsed)
+    assert values["rehearsed GiB"] == round(rehearsed / 2**30, 5) > 0 and speed.rehearsed_bytes(config) == rehearsed
+    weights = sum(speed.planned(config).parameters(0).values())
+    assert rehearsed > 16 * weights, "weights, gradients and the optimizer's state alone are 18 bytes a parameter"
+
+
 def test_gpus_are_found_by_the_names_that_torch_gives() -> None:
     assert speed.known_gpu("NVIDIA H100 80GB HBM3") == GPUS["h100"]
     assert speed.known_gpu("NVIDIA A100-SXM4-80GB") == GPUS["a100-80"]
