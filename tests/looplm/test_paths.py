@@ -25,8 +25,8 @@ TEXTS = {
     "bos_token", "eos_token", "pad_token", "special_tokens",
     "answer_key", "ignore", "messages_key", "prompt_key", "text_key", "language", "name", "partition", "qos", "time",
     "prompt", "stop", "depths", "votes", "kv_caches", "exit_thresholds", "tasks",
-    "parts", "rank", "group", "question", "figure", "figures", "curves", "better", "than", "tuned_by", "base", "arms", "tests",
-    "roles", "variants", "arguments", "run", "start", "only", "layers",
+    "group", "question", "figure", "figures", "curves", "better", "than", "tuned_by", "base", "arms", "tests",
+    "parts", "rank", "roles", "variants", "arguments", "run", "start", "only", "layers",
 }  # fmt: skip
 
 

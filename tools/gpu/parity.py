@@ -42,7 +42,7 @@ from tools.gpu.record import Mismatch, Rows, Value
 S, B, V = 64, 2, 128
 BETA = 1.0  # as large as the losses, so that the gate's gradient is more than their small differences
 FP32_TOLERANCE = 1e-4  # on a CPU the errors are near 3e-6
-BF16_TOLERANCE = 0.05  # at least allowed in bf16
+BF16_TOLERANCE = 0.1  # at least allowed in bf16; a mistake is off by about 1
 BF16_FACTOR = 3.0  # and as many times the reference's own error in bf16
 
 _SIZES: dict[str, Any] = {
