@@ -29,7 +29,7 @@ RECORDS: dict[DeviceName, str] = {"cuda": "docs/gpu", "cpu": "runs/gpu-check"}
 
 @dataclass(frozen=True, kw_only=True)
 class GpuCheckConfig:
-    """What is checked.
+    """Device and parts of a check.
 
     Args:
         device: cuda, or cpu for a rehearsal with tiny sizes.

@@ -41,12 +41,12 @@ def voted_answers(
     for ids_BS, labels_SB, counts_SB in batches:
         first, last = _span(counts_SB)
         samples += len(ids_BS)
-        answer_KB = None if writes_chain else _logits(model, ids_BS)[last].argmax(-1)[None]
+        if not writes_chain:  # the same answer for every number of votes
+            right_N[:-1] += (_logits(model, ids_BS)[last].argmax(-1) == labels_SB[last]).sum().cpu()
+            continue
         for index, number in enumerate(votes):
-            if writes_chain:
-                generator = None if number == 1 else torch.Generator(ids_BS.device).manual_seed(seed + samples)
-                answer_KB = torch.stack([_write(model, ids_BS, first, last, generator) for _ in range(number)])
-            assert answer_KB is not None
+            generator = None if number == 1 else torch.Generator(ids_BS.device).manual_seed(seed + samples)
+            answer_KB = torch.stack([_write(model, ids_BS, first, last, generator) for _ in range(number)])
             right_N[index] += (answer_KB.mode(dim=0).values == labels_SB[last]).sum().cpu()
     right_N[-1] = samples
     dist.all_reduce(right_N, group=group)

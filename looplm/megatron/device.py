@@ -91,7 +91,7 @@ def synchronize() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Start to measure :func:`peak_memory` anew, after giving back memory that is cached but not in use."""
+    """Restart :func:`peak_memory`, after giving back memory that is cached but not in use."""
     if HAS_CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -42,7 +42,7 @@ Report = Sequence[Mapping[str, Any]]  # of pip: each package's metadata
 
 
 def build(folder: Path, constraints: Path, engine: bool) -> Path:
-    """Fill ``folder`` anew and return the archive beside it.
+    """Rebuild ``folder`` and return the archive beside it.
 
     Args:
         folder: of the bundle; what it holds is deleted.

@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a part's process is told.
+    """Instructions for a part's process.
 
     Args:
         part: name of the part.

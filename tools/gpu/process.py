@@ -68,7 +68,7 @@ def run_part(part: Part, device: DeviceName, folder: Path) -> PartRecord:
 
 
 def _context(device: DeviceName) -> SpawnContext | ForkServerContext:
-    """Return how processes start: on a GPU each anew; on a CPU from a server that has imported everything once.
+    """Return how processes start: on a GPU each from nothing; on a CPU from a server that has imported everything once.
 
     A process that was forked after CUDA was asked for cannot use it.
     """

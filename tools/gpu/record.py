@@ -1,4 +1,4 @@
-"""What a part of the check found: rows that are written as they are measured, so that a crash keeps the earlier ones.
+"""Findings of a part of the check: rows that are written as they are measured, so that a crash keeps the earlier ones.
 
 A part's process appends each row to a file of JSON lines. The process that started it reads them afterwards, and adds
 how the part ended.

@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the row is called."""
+        """Name of the row."""
         documents = "packed documents" if self.documents else "one document"
         return f"{self.attention}, {documents}, recompute {self.recompute}"
 

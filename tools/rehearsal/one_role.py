@@ -29,7 +29,7 @@ from tools.rehearsal.world import fake_job
 
 @dataclass(frozen=True, kw_only=True)
 class RoleReport:
-    """What a role did in a step.
+    """Record of a role's step.
 
     Args:
         role: the rank and its places.

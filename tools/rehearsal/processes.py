@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -37,7 +38,6 @@ class Failed(NamedTuple):
 def rehearse_all(work: Sequence[Assignment], jobs: int) -> Iterator[tuple[int, RoleReport | Failed]]:
     """Rehearse roles in up to ``jobs`` processes; yield each one's number and report as it ends."""
     _SERVER.set_forkserver_preload([__name__])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the server: on a machine with a GPU, tensors would take its memory
     waiting, running = list(enumerate(work)), dict[Connection, tuple[int, Any]]()
     try:
         while waiting or running:
@@ -45,7 +45,8 @@ def rehearse_all(work: Sequence[Assignment], jobs: int) -> Iterator[tuple[int, R
                 number, assignment = waiting.pop(0)
                 here, there = _SERVER.Pipe(duplex=False)
                 process = _SERVER.Process(target=_play, args=(assignment, there), daemon=True)
-                process.start()
+                with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # of the server: a GPU would give real memory
+                    process.start()
                 there.close()
                 running[here] = number, process
             for connection in wait(list(running)):

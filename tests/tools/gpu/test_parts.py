@@ -1,4 +1,4 @@
-"""What the parts compute from their measurements, without a GPU: memory, utilization, gaps, versions."""
+"""Figures that the parts compute from their measurements, without a GPU: memory, utilization, gaps, versions."""
 
 import dataclasses
 from pathlib import Path
