@@ -1,7 +1,7 @@
 """Train a tiny looped model in plain torch, in seconds on a CPU: python examples/train_tiny.py
 
-The text is the source of looplm/reference.py, one token per byte. Stage 1 trains everything on the loss that the gate's
-exit probabilities average over the loops. Stage 2 freezes the trunk and teaches the gate which loops still help.
+The text is the source of looplm/reference/model.py, one token per byte. Stage 1 trains everything on the loss that the
+gate's exit probabilities average over the loops. Stage 2 freezes the trunk and teaches the gate which loops still help.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BATCH, LENGTH, BETA = 8, 64, 0.05
 
 def read_bytes() -> torch.Tensor:
     """Return the text as a vector of byte values."""
-    return torch.tensor(list(Path(reference.__file__).read_bytes()))
+    return torch.tensor(list(Path(reference.model.__file__).read_bytes()))
 
 
 def sample(text: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,15 +6,16 @@ Tests compare every figure with real modules and real allocations.
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
+from typing import get_args
 
 from looplm.config import GateConfig, ModelConfig
-from looplm.parameters import gate_parameters, parameters
+from looplm.parameters import Section, gate_parameters, parameters
 
 
 @cache
 def parameter_counts(model: ModelConfig, gate: GateConfig) -> Mapping[str, int]:
     """Return the number of parameters by section. The number of loops changes none: the stack is one set of weights."""
-    counts = dict.fromkeys(("embedding", "layers", "loop_end_norm", "head", "gate"), 0)
+    counts = dict.fromkeys(get_args(Section), 0)
     for row in parameters(model, gate):
         counts[row.section] += row.size
     return MappingProxyType(counts)  # read-only, because the planner asks for it again for every layout
@@ -52,14 +53,19 @@ def forward_flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: in
         model: the looped transformer.
         gate: its exit gate.
         seq_length: tokens in a sample; a token sees half of them on average.
-        num_loops: how often the stack, the head and the gate run.
+        num_loops: how often the stack, the gate, the coda and the head run.
     """
-    weights = sum(row.size for row in parameters(model, gate) if row.role == "matrix")
+    matrices = [row for row in parameters(model, gate) if row.role == "matrix"]
+    injection = sum(row.size for row in matrices if row.section == "injection")  # in every loop but the first
+    once = float(sum(row.size for row in matrices if row.section == "prelude") - injection)
+    looped = float(sum(row.size for row in matrices if row.section != "prelude"))
     if model.tie_embeddings:
-        weights += model.vocab_size * model.hidden_size  # the head multiplies with the embedding's table
+        looped += model.vocab_size * model.hidden_size  # the head multiplies with the embedding's table
     widths = model.attention_widths
-    scores = model.num_layers * model.num_attention_heads * (widths.query_key + widths.value) * seq_length / 2
-    return 2.0 * num_loops * (weights + scores)
+    layer_scores = model.num_attention_heads * (widths.query_key + widths.value) * seq_length / 2
+    once += model.prelude_layers * layer_scores
+    looped += (model.num_layers + model.coda_layers) * layer_scores
+    return 2.0 * (once + num_loops * looped)
 
 
 def training_flops_per_token(
@@ -77,4 +83,4 @@ def training_flops_per_token(
 
 def cache_values_per_token(model: ModelConfig, num_caches: int) -> int:
     """Return the values that a cache holds of one token; ``num_caches`` is R with a cache per loop, else 1."""
-    return num_caches * model.num_layers * model.attention_widths.cached
+    return (num_caches * model.num_layers + model.unlooped_layers) * model.attention_widths.cached

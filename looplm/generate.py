@@ -173,7 +173,7 @@ def converse(generator: Generator, config: GenerateConfig, printer: "Printer", t
 
     The oldest part of the text is dropped, with a note, when it would leave no room for an answer.
     """
-    config.exit_rule(printer.trained_loops, generator.gate_trained)  # raise before the first line is read
+    config.exit_rule(generator.model.model_config, generator.gate_trained)  # raise before the first line is read
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused below, not a traceback
     text, turn = list[int](), 0

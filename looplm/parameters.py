@@ -13,13 +13,13 @@ ModelConfig and GateConfig.
 Shapes: D hidden, F feed-forward, V vocabulary, H heads, G key-value heads, K head width, C latent, Z gate state.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 Variant = TypeVar("Variant")
 Shape = tuple[int, ...]
-Section = Literal["embedding", "layers", "loop_end_norm", "head", "gate"]
+Section = Literal["embedding", "prelude", "injection", "layers", "loop_end_norm", "coda", "head", "gate"]
 
 
 class TensorSplit(NamedTuple):
@@ -75,9 +75,14 @@ def parameters(model: Any, gate: Any) -> list[Parameter]:
     shape, vocabulary = (model.vocab_size, model.hidden_size), _vocabulary(model)
     table = _row("embedding", "embedding.word_embeddings.weight", "model.embed_tokens.weight", shape)
     rows = [table._replace(role="table", tensor_split=vocabulary)]
-    rows += [_in_layer(row, layer) for layer in range(model.num_layers) for row in layer_parameters(model)]
+    rows += _in_layers(model, "prelude", "prelude", model.prelude_layers)
+    rows += injection_parameters(model)
+    rows += _in_layers(model, "layers", "decoder", model.num_layers)
     rows.append(_row("loop_end_norm", "decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)))
     rows += gate_parameters(model, gate)
+    rows += _in_layers(model, "coda", "coda", model.coda_layers)
+    if model.coda_layers:
+        rows.append(_row("coda", "coda.final_layernorm.weight", "model.coda_norm.weight", (model.hidden_size,)))
     if not model.tie_embeddings:
         head = _row("head", "output_layer.weight", "lm_head.weight", shape)
         rows.append(head._replace(tensor_split=vocabulary))
@@ -101,6 +106,12 @@ def layer_parameters(model: Any) -> tuple[Parameter, ...]:
         ),
         _linear("mlp.linear_fc2", "mlp.down_proj", (d, f), (sides[1], by_column), TensorSplit(1, f, by_column)),
     )
+
+
+def injection_parameters(model: Any) -> list[Parameter]:
+    """Return what ``model.injection`` adds, which every tensor-parallel rank holds whole."""
+    shapes = chosen(INJECTIONS, "model.injection", model.injection)(model.hidden_size)
+    return [_row("injection", f"injection.{name}", f"model.injection.{name}", shape) for name, shape in shapes.items()]
 
 
 def gate_parameters(model: Any, gate: Any) -> list[Parameter]:
@@ -207,6 +218,12 @@ def _mlp_gate(model: Any, gate: Any) -> GateRows:
     return GateRows(shapes, model.hidden_size + 2 * z)  # the change of the hidden state, both sides of silu
 
 
+INJECTIONS: dict[str, Callable[[int], dict[str, Shape]]] = {
+    "none": lambda width: {},
+    "additive": lambda width: {},
+    "diagonal": lambda width: {"state_gain": (width,), "input_gain": (width,)},
+    "linear": lambda width: {"weight": (width, 2 * width)},
+}
 ATTENTIONS: dict[str, Callable[[Any], list[Parameter]]] = {"mla": _latent_attention, "mha": _head_attention}
 GATES: dict[str, Callable[[Any, Any], GateRows]] = {
     "lru": _lru_gate,
@@ -242,9 +259,11 @@ def linear_widths(model: Any, tensor: int) -> dict[str, int]:
 def decayed_names(model: Any, gate: Any) -> set[str]:
     """Return the names that weight decay applies to.
 
-    Norms and biases are spared; so is the gate, which is meant to move freely away from its prior.
+    Norms and biases are spared. So are the gate, which is meant to move freely away from its prior, and the injection,
+    which starts as the identity.
     """
-    return {row.name for row in parameters(model, gate) if row.role != "vector" and row.section != "gate"}
+    spared = ("gate", "injection")
+    return {row.name for row in parameters(model, gate) if row.role != "vector" and row.section not in spared}
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -277,6 +296,9 @@ def _attention_norm(ours: str, theirs: str, width: int) -> Parameter:
     return _row("layers", f"self_attention.{ours}.weight", f"self_attn.{theirs}.weight", (width,))
 
 
-def _in_layer(row: Parameter, layer: int) -> Parameter:
-    parts = {f"model.layers.{layer}.{name}": shape for name, shape in row.hugging_face_parts.items()}
-    return row._replace(name=f"decoder.layers.{layer}.{row.name}", hugging_face_parts=parts)
+def _in_layers(model: Any, section: Section, block: str, number: int) -> Iterator[Parameter]:
+    """Yield the parameters of ``number`` layers of the module ``block``."""
+    for layer in range(number):
+        for row in layer_parameters(model):
+            parts = {f"model.{section}.{layer}.{name}": shape for name, shape in row.hugging_face_parts.items()}
+            yield row._replace(name=f"{block}.layers.{layer}.{row.name}", section=section, hugging_face_parts=parts)

@@ -24,7 +24,16 @@ from looplm import checkpoint
 from looplm.bounds import at_least, check_bounds, path_field, positive
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
-from looplm.config import DataConfig, DataSource, LoggingConfig, LossConfig, OptimConfig, RunConfig, TaskConfig
+from looplm.config import (
+    DataConfig,
+    DataSource,
+    LoggingConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TaskConfig,
+)
 from looplm.evaluation.answers import AnswerMeter
 from looplm.evaluation.attention_sink import attention_sink
 from looplm.evaluation.cached import cache_losses, texts_of
@@ -32,7 +41,7 @@ from looplm.evaluation.chains import voted_answers
 from looplm.evaluation.depth import DepthMeter
 from looplm.evaluation.readout import accuracies, fit_heads
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation, TaskAnswers
-from looplm.inference.early_exit import ExitRule, ExitSignal
+from looplm.inference.early_exit import ExitRule, ExitSignal, check_signal
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
@@ -129,7 +138,7 @@ def main(argv: list[str]) -> None:
     step = step_folder.locate(config.checkpoint)
     run = _validation_run(config, step)
     corpus, about = check_corpus(run.data, run.model.vocab_size), checkpoint.read_about(step)
-    _check_decoding(config, run.data.seq_length, about.gate_trained)
+    _check_decoding(config, run.model, run.data.seq_length, about.gate_trained)
     if corpus.tokenizer.sha256 != about.tokenizer_sha256:
         prefix = run.data.valid[0].prefix
         raise UserError(f"{prefix}: made with another tokenizer than {step}; use {step}/tokenizer.json")
@@ -189,10 +198,11 @@ def _task_run(config: EvaluateConfig, task: TaskConfig, step: Path) -> RunConfig
     return run
 
 
-def _check_decoding(config: EvaluateConfig, seq_length: int, gate_trained: bool) -> None:
+def _check_decoding(config: EvaluateConfig, model: ModelConfig, seq_length: int, gate_trained: bool) -> None:
     """Raise if the checkpoint or its samples do not allow the decoding that is asked for."""
     if not config.cache_list:
         return
+    check_signal(config.exit_signal, model)
     by_gate = config.exit_signal == "gate" and min(config.threshold_list) < 1
     fix = "this checkpoint's gate was never trained; run the gate stage, give 1, or another exit_signal"
     require(gate_trained or not by_gate, "exit_thresholds", config.exit_thresholds, fix)

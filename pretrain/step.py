@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from looplm.config import LossConfig
-from looplm.model import LoopLM
+from looplm.config import PENALTIES, LossConfig
+from looplm.model import LoopLM, LoopOutput
 from looplm.model.exit_gate import exit_entropy, exit_log_probs
 from looplm.model.head import DirectGradient, HeadLosses, token_losses, weighted_losses
 from looplm.model.losses import (
@@ -22,6 +23,7 @@ from looplm.model.losses import (
     geometric_prior,
     mean_depth,
     mean_exit_distribution,
+    state_penalty,
 )
 from looplm.model.pipeline import Head, LoopView
 from pretrain.data import Batch
@@ -71,13 +73,14 @@ def objective(loss: LossConfig, losses: LoopLosses, mask_SB: Tensor, group: dist
             mask_SB=mask_SB,
         )
         return mean * mask_SB.sum()
+    total = losses.expected if losses.penalty_SB is None else losses.expected + (losses.penalty_SB * mask_SB).sum()
     if loss.weights != "gate":
-        return losses.expected
+        return total
     mean_p_R = mean_exit_distribution(gate_logit_RSB, mask_SB, group) if loss.regularizer == "batch" else None
     added_SB = loss.beta * exit_regularizer(gate_logit_RSB, prior_of(loss, len(gate_logit_RSB)), mean_p_R)
     if loss.ponder_cost:
         added_SB = added_SB + loss.ponder_cost * mean_depth(gate_logit_RSB)
-    return losses.expected + (added_SB * mask_SB).sum()
+    return total + (added_SB * mask_SB).sum()
 
 
 def prior_of(loss: LossConfig, num_loops: int) -> Tensor | None:
@@ -102,7 +105,7 @@ def loop_losses(
     ``norms`` takes the norms of the hidden states. With autograd and Megatron's wrapper, the gradient of the head's
     weight is in its buffer when this returns (:func:`head_of`).
     """
-    output = model(batch.ids_BS, num_loops, batch.document_start_SB, loss.frozen_trunk)
+    output = model(batch.ids_BS, num_loops, batch.document_start_SB, loss.frozen_trunk, loss.backward_loops)
     head = head_of(model, batch, loss)
     if norms is not None:
         for loop, h_SBD in enumerate(output.hidden):
@@ -112,7 +115,21 @@ def loop_losses(
         head(h_SBD, leave_SB, loop == last_loop)
         for loop, (h_SBD, leave_SB) in enumerate(zip(output.hidden, leave_RSB, strict=True))
     ]
-    return LoopLosses.of(losses, output.gate_logit_RSB)
+    return LoopLosses.of(losses, output.gate_logit_RSB, _penalty(model, output, loss))
+
+
+def _penalty(model: LoopLM | DistributedDataParallel, output: LoopOutput, loss: LossConfig) -> Tensor | None:
+    """Return the penalty of the states of the whole sequence, if the loss has one."""
+    weights = {key: getattr(loss, key) for key in PENALTIES}
+    if not any(weights.values()):
+        return None
+    inner: LoopLM = model.module if isinstance(model, DistributedDataParallel) else model
+    penalty_SB = state_penalty(output.hidden, **weights)
+    if inner.config.sequence_parallel:  # equal on every rank, as the gate's logits are
+        penalty_SB = gather_from_sequence_parallel_region(
+            penalty_SB, tensor_parallel_output_grad=False, group=inner.tp_group
+        )
+    return penalty_SB
 
 
 def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig) -> Head:
@@ -171,7 +188,8 @@ def forward_step(
             norms.watch(model.loop, h_SBD)
             return head(h_SBD, leave_SB, last)
 
-        output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, watched_head, loss.frozen_trunk)
+        options = loss.frozen_trunk, loss.backward_loops
+        output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, watched_head, *options)
     else:
         losses = loop_losses(model, batch, loss, norms=norms)
         output_SBD = losses.token_loss_RSB

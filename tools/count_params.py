@@ -11,6 +11,8 @@ from looplm.cli import parse_config, run_main, switch
 from looplm.config import RunConfig
 from tools.experiments.partners import partners, table
 
+_OPTIONAL = ("prelude", "coda")  # parts that most models lack
+
 
 @dataclass(frozen=True, kw_only=True)
 class CountConfig(RunConfig):
@@ -35,9 +37,13 @@ def describe(config: RunConfig) -> str:
     frozen = config.loss.frozen_trunk
     counts = parameter_counts(model, gate)
     total = sum(counts.values())
-    rows = [f"{part:<16}{count:>16,}{count / total:>9.1%}" for part, count in counts.items()]
+    rows = [
+        f"{part:<16}{count:>16,}{count / total:>9.1%}"
+        for part, count in counts.items()
+        if count or part not in _OPTIONAL
+    ]
     rows += [f"{'total':<16}{total:>16,}", ""]
-    rows.append(f"{model.num_layers} layers x {model.num_loops} loops, the same weights in every loop; per token:")
+    rows.append(f"{model.depth_summary}, the same weights in every loop; per token:")
     for loops in sorted({1, 2, 4, 8, model.num_loops}):
         flops = training_flops_per_token(model, gate, length, loops, frozen_trunk=frozen)
         mark = "  <- this recipe" if loops == model.num_loops else ""

@@ -115,7 +115,7 @@ class HarnessModel(TemplateLM):
         self._model, self._about, self._config = opened.model, opened.about, config
         self._tokenizer, self._context = opened.tokenizer, opened.model.model_config.max_sequence_length
         self._generator = Generator.of(opened, config.add_bos)
-        self._rule = config.generation().exit_rule(opened.model.model_config.num_loops, opened.about.gate_trained)
+        self._rule = config.generation().exit_rule(opened.model.model_config, opened.about.gate_trained)
 
     @property
     def eot_token_id(self) -> int:
@@ -260,7 +260,7 @@ def main(argv: list[str]) -> None:
     config = parse_config(HarnessConfig, argv, prog="python -m tools.eval_harness", description=str(__doc__))
     found = step_folder.locate(config.checkpoint)
     about, shape = checkpoint.read_about(found), checkpoint.read_model(found)
-    config.generation().exit_rule(shape.model.num_loops, about.gate_trained)  # raises before the slow search for tasks
+    config.generation().exit_rule(shape.model, about.gate_trained)  # raises before the slow search for tasks
     tasks = find_tasks(config)
     groups = process_groups.start(seed=0)
     try:

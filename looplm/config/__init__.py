@@ -4,12 +4,15 @@ model.py     the looped transformer and its exit gate
 parallel.py  the parallel layout
 engine.py    backend and matmul precision of the linear layers
 tasks.py     synthetic tasks in place of text
-run.py       loss, optimizer, data, checkpoints, health, logging, and the run that holds them all
+loss.py      the training objective
+run.py       optimizer, data, checkpoints, health, logging, and the run that holds them all
 """
 
 from looplm.config.engine import EMULATED as EMULATED
 from looplm.config.engine import EngineConfig as EngineConfig
 from looplm.config.engine import Recipe as Recipe
+from looplm.config.loss import PENALTIES as PENALTIES
+from looplm.config.loss import LossConfig as LossConfig
 from looplm.config.model import GateConfig as GateConfig
 from looplm.config.model import ModelConfig as ModelConfig
 from looplm.config.parallel import ParallelConfig as ParallelConfig
@@ -19,7 +22,6 @@ from looplm.config.run import DataConfig as DataConfig
 from looplm.config.run import DataSource as DataSource
 from looplm.config.run import HealthConfig as HealthConfig
 from looplm.config.run import LoggingConfig as LoggingConfig
-from looplm.config.run import LossConfig as LossConfig
 from looplm.config.run import OptimConfig as OptimConfig
 from looplm.config.run import RampUpConfig as RampUpConfig
 from looplm.config.run import RunConfig as RunConfig

@@ -50,6 +50,8 @@ class ModelConfig:
         hidden_size: width of the residual stream (D).
         ffn_hidden_size: inner width of the SwiGLU feed-forward layer (F).
         num_layers: layers in the shared stack (L).
+        prelude_layers: layers of their own before the loops, run once.
+        coda_layers: layers of their own, and a norm, between the end of a loop and the head; run for every read-out.
         num_attention_heads: attention heads (H).
         num_loops: how often the stack runs in training, with the same weights (R).
         attention: mla (multi-head latent attention, DeepSeek-V3) or mha (multi-head or grouped-query, as in Ouro).
@@ -70,7 +72,11 @@ class ModelConfig:
         sandwich_norm: normalize each sublayer's output too, before the residual add (Ouro section 3.1).
         residual_gain: sandwich_norm only: what the initial gain of those norms keeps constant: depth, 1/√(2 L R), the
             variance that independent sublayers add, or loops, 1/(R √(2 L)), the sum of the loops' updates, which are
-            alike (arXiv 2606.18524).
+            alike (arXiv 2606.18524). Layers of the prelude and the coda count once.
+        loop_norm: what the norm at the end of a loop is for: state (the next loop reads its output, as in Ouro) or
+            readout (only the gate, the coda and the head do; the next loop reads the residual stream itself).
+        injection: what each loop after the first reads: none, the state h; additive, h + e; diagonal, a h + b e with
+            vectors a and b; or linear, W [h; e]. e is what entered the first loop. The last two start as h alone.
         tie_embeddings: use one matrix for the embedding and the head.
         init_std: standard deviation of the initial weights.
         embedding_init_std: standard deviation of the initial embedding; null means 1, the scale of the loop-end norm's
@@ -81,6 +87,8 @@ class ModelConfig:
     hidden_size: int = positive()
     ffn_hidden_size: int = positive()
     num_layers: int = positive(at_most=MAX_DEPTH)
+    prelude_layers: int = at_least(0, 0, at_most=MAX_DEPTH)
+    coda_layers: int = at_least(0, 0, at_most=MAX_DEPTH)
     num_attention_heads: int = positive()
     num_loops: int = positive(4, at_most=MAX_DEPTH)
     attention: Literal["mla", "mha"] = "mla"
@@ -99,6 +107,8 @@ class ModelConfig:
     norm_eps: float = positive(1e-6)
     sandwich_norm: bool = True
     residual_gain: Literal["depth", "loops"] = "depth"
+    loop_norm: Literal["state", "readout"] = "state"
+    injection: Literal["none", "additive", "diagonal", "linear"] = "none"
     tie_embeddings: bool = False
     init_std: float = positive(0.02)
     embedding_init_std: float | None = positive(None)
@@ -133,7 +143,21 @@ class ModelConfig:
     def initial_gain(self) -> float:
         """Initial gain of the norms behind the sublayers."""
         loops = self.num_loops if self.residual_gain == "depth" else self.num_loops**2
-        return float((2 * self.num_layers * loops) ** -0.5)
+        return float((2 * (self.num_layers * loops + self.unlooped_layers)) ** -0.5)
+
+    @property
+    def unlooped_layers(self) -> int:
+        """Layers outside the loops."""
+        return self.prelude_layers + self.coda_layers
+
+    @property
+    def depth_summary(self) -> str:
+        """The layers and loops in words."""
+        outside = {"before": self.prelude_layers, "after": self.coda_layers}
+        parts = [f"{layers} {where}" for where, layers in outside.items() if layers]
+        return f"{self.num_layers} layers x {self.num_loops} loops" + (
+            f" ({' and '.join(parts)} them)" if parts else ""
+        )
 
     @property
     def attention_head_dim(self) -> int:

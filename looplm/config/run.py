@@ -5,78 +5,15 @@ values; data and devices are checked where they are opened, still before trainin
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from looplm.bounds import at_least, check_bounds, path_field, positive, require
 from looplm.config.engine import EngineConfig
+from looplm.config.loss import LossConfig
 from looplm.config.model import GateConfig, ModelConfig
 from looplm.config.parallel import ParallelConfig
 from looplm.config.tasks import TaskConfig
 from looplm.parameters import linear_widths, replicates_matrices, tensor_parallel_units
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The training objective.
-
-    Args:
-        objective: entropy_regularised (stage 1, all parameters) or adaptive_gate (stage 2, the gate on a frozen trunk).
-        weights: stage 1: what weighs the losses of the loops: gate (the exit distribution, as in Ouro), last (1 for the
-            last loop, 0 for the others) or uniform (1/R each). With last or uniform the gate is not trained.
-        beta: stage 1, weights=gate: weight of the entropy (uniform prior) or of the divergence from the prior.
-        regularizer: stage 1, weights=gate: what is held to the prior: token (the exit distribution of each, as in Ouro)
-            or batch (its mean over the tokens of a micro-batch, so that single tokens may differ; arXiv 2610.09013).
-        prior: stage 1: uniform (Ouro), geometric (for the ablation) or given.
-        geometric_rate: stage 1, prior=geometric: probability of leaving at each loop.
-        prior_shares: stage 1, prior=given: share of each loop, in any unit; one number for each of model.num_loops.
-        ponder_cost: stage 1, weights=gate: nats that each loop costs a token: the loss gets this times the token's mean
-            depth (Adaptive Computation Time, arXiv 1603.08983).
-        slope: stage 2: k of w = sigmoid(k (I - gamma)), the steepness of "this loop helped".
-        threshold: stage 2: gamma, the smallest gain in nats for which one more loop is worth it.
-        target: stage 2: paper (as printed) or next (lambda_t learns whether loop t+1 helps).
-    """
-
-    RETIRED: ClassVar[dict[str, str]] = {
-        "head_chunk_tokens": "the head's chunks have a fixed number of bytes",
-        "head_recompute": "the head neither keeps nor recomputes logits",
-    }
-
-    objective: Literal["entropy_regularised", "adaptive_gate"] = "entropy_regularised"
-    weights: Literal["gate", "last", "uniform"] = "gate"
-    beta: float = at_least(0, 0.1)
-    regularizer: Literal["token", "batch"] = "token"
-    prior: Literal["uniform", "geometric", "given"] = "uniform"
-    geometric_rate: float = positive(0.5, below=1)
-    prior_shares: tuple[float, ...] = positive(())
-    ponder_cost: float = at_least(0, 0.0)
-    slope: float = positive(50.0)
-    threshold: float = 0.005
-    target: Literal["paper", "next"] = "next"
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "loss")
-        stage1 = self.objective == "entropy_regularised" or self.weights == "gate"
-        require(stage1, "loss.weights", self.weights, "the gate stage trains the gate; leave it out")
-        for key, plain in (("regularizer", "token"), ("ponder_cost", 0.0)):
-            value, fix = getattr(self, key), "it needs stage 1 with loss.weights=gate; leave it out"
-            require(self.regularizes or value == plain, f"loss.{key}", value, fix)
-        fix = "give it with loss.prior=given, and only then"
-        require(bool(self.prior_shares) == (self.prior == "given"), "loss.prior_shares", self.prior_shares, fix)
-
-    @property
-    def regularizes(self) -> bool:
-        """True if the exit distribution weighs the losses and is held to a prior."""
-        return self.weights == "gate" and not self.frozen_trunk
-
-    @property
-    def trains_gate(self) -> bool:
-        """True if the gate is among the trained parameters."""
-        return self.frozen_trunk or self.weights == "gate"
-
-    @property
-    def frozen_trunk(self) -> bool:
-        """True if only the gate is trained (stage 2)."""
-        return self.objective == "adaptive_gate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +268,9 @@ class RunConfig:
         require(length <= model.max_sequence_length, "data.seq_length", length, fix)
         units, replicated = tensor_parallel_units(model), replicates_matrices(model)
         self.parallel.check(units, length, model.num_layers, replicated, model.tie_embeddings)
+        fix = "later loops would need the prelude's output on the first rank again; take parallel.pipeline=1 or none"
+        at_hand = model.injection == "none" or not model.prelude_layers or self.parallel.pipeline == 1
+        require(at_hand, "model.injection", model.injection, fix)
         engine, initial, frozen = self.engine, self.checkpoint.initial, self.loss.frozen_trunk
         widths = linear_widths(model, self.parallel.tensor)
         engine.check(model.num_layers, widths, self.parallel, length * self.data.micro_batch_size, frozen)
@@ -338,9 +278,6 @@ class RunConfig:
         require(bf16 or not engine.real_fp8, "engine.fp8", engine.fp8, "it needs optim.precision=bf16")
         fix = "the optimizer's fp32 weights would start from rounded ones; leave it false with checkpoint.initial"
         require(initial is None or not engine.fp8_params, "engine.fp8_params", True, fix)
-        shares, fix = self.loss.prior_shares, f"give one number for each of model.num_loops={model.num_loops}"
-        require(len(shares) in (0, model.num_loops), "loss.prior_shares", shares, fix)
-        fix = "the gate stage needs at least 2 loops to choose from"
-        require(not frozen or model.num_loops > 1, "model.num_loops", model.num_loops, fix)
+        self.loss.check(model, self.parallel)
         fix = "the gate stage needs a trained trunk: name the stage-1 directory"
         require(not frozen or initial is not None, "checkpoint.initial", None, fix)

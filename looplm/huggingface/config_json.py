@@ -1,8 +1,8 @@
 """``config.json`` of a Hugging Face directory, to and from our configuration.
 
 There are two Hugging Face layouts. ``ouro`` is that of the released Ouro models with all its keys: multi-head or
-grouped attention, sandwich norms, the linear gate, an untied head. ``looplm`` is ours and holds any model; its code
-travels with it.
+grouped attention, sandwich norms, the linear gate, an untied head. ``looplm`` is ours, and its code travels with it; it
+holds any model without layers outside the loops.
 
 A key that changes what the model computes, in a way that ours cannot, is refused. An unknown key is kept:
 :func:`merge_changes` changes only those entries of a ``config.json`` that have changed since it was read.
@@ -181,11 +181,19 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
         "model.tie_embeddings is true": model.tie_embeddings,
         "model.qkv_bias is true": model.qkv_bias,
         "model.qk_norm is true": model.qk_norm,
+        f"{looplm_fault(model)} is not in it": looplm_fault(model) is not None,
         # vLLM's Ouro does not read head_dim.
         f"model.head_dim times num_attention_heads={model.num_attention_heads} is {width}, "
         f"not model.hidden_size={model.hidden_size}": width != model.hidden_size,
     }
     return next((fault for fault, holds in faults.items() if holds), None)
+
+
+def looplm_fault(model: ModelConfig) -> str | None:
+    """Say why a model does not fit our layout; None if it does."""
+    absent = {"prelude_layers": 0, "coda_layers": 0, "loop_norm": "state", "injection": "none"}
+    faults = (f"model.{key}={getattr(model, key)}" for key, value in absent.items() if getattr(model, key) != value)
+    return next(faults, None)
 
 
 def to_config_json(description: HFDescription, dtype: torch.dtype) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _model(model: ModelConfig, gate: GateConfig, gate_trained: bool) -> list[Row
     norms = "sandwich norms" if model.sandwich_norm else "no sandwich norms"
     head = "tied to the embedding" if model.tie_embeddings else "of its own"
     gate_keys = "".join(f", {key} {getattr(gate, key)}" for key in GATE_KEYS[gate.kind])
-    size = f"{model.num_layers} layers x {model.num_loops} loops, hidden {model.hidden_size:,}"
+    size = f"{model.depth_summary}, hidden {model.hidden_size:,}"
     positions = f"RoPE base {model.rope_base:,.0f}, {model.max_sequence_length:,} positions"
     return [
         ("model", f"{size}, feed-forward {model.ffn_hidden_size:,}, {norms}"),

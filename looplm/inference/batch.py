@@ -7,17 +7,17 @@ Shapes: S tokens of a lane, at consecutive positions, N lanes, D hidden, W entry
 lane.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from looplm.inference.attention import Attention, Query
 from looplm.inference.early_exit import ExitDecider, ExitRule
-from looplm.inference.kv_cache import CacheMode, KVCache
+from looplm.inference.kv_cache import CacheIndex, CacheMode, KVCache
 from looplm.inference.prefill import Prefill
 from looplm.inference.sampling import NewTokens, Sampler
-from looplm.inference.stack import LoopedStack
+from looplm.inference.stack import Attend, LoopedStack
 
 
 class TextBatch:
@@ -65,16 +65,41 @@ class TextBatch:
         """Run the rows' pending tokens, and return the tokens that were sampled after them."""
         raise NotImplementedError
 
-    def run_pass(self, h_SND: Tensor, rows: Sequence[int], loops: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def run_pass(
+        self, h_SND: Tensor, entered_SND: Tensor, rows: Sequence[int], loops: Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
         """Run one loop of each lane's tokens over the cache, and return their hidden states.
 
         Args:
             h_SND: hidden states before the loop.
+            entered_SND: those before the first loop.
             rows: the row of each lane.
             loops: the 0-based loop of each lane's tokens.
             positions: the position of each lane's first token.
         """
-        index = self._cache.index(rows, loops, positions, len(h_SND))
+        h_SND = self._stack.inject(h_SND, entered_SND, loops)
+        return self._run(self._stack.run, h_SND, self._cache.index(rows, loops, positions, len(h_SND)))
+
+    def enter(self, ids_SN: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Return the hidden states [S, N, D] with which each lane's tokens enter the first loop."""
+        h_SND = self._stack.embed(ids_SN)
+        return self._run_once(self._stack.prelude, h_SND, rows, positions) if self._stack.has_prelude else h_SND
+
+    def logits(self, h_SND: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Return the logits [S, N, V] of each lane's tokens, which leave the loops with these hidden states."""
+        h_SND = self._stack.readable(h_SND)
+        if self._stack.has_coda:
+            h_SND = self._run_once(self._stack.coda, h_SND, rows, positions)
+        return self._stack.head(h_SND)
+
+    def _run_once(
+        self, layers: Callable[..., Tensor], h_SND: Tensor, rows: Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
+        """Run layers outside the loops."""
+        return self._run(layers, h_SND, self._cache.index(rows, [0] * len(rows), positions, len(h_SND)))
+
+    def _run(self, layers: Callable[[Tensor, Tensor, Attend], Tensor], h_SND: Tensor, index: CacheIndex) -> Tensor:
+        """Run layers over the cache."""
         visible_SNT = torch.arange(index.length, device=h_SND.device) <= index.position_SN[..., None]
         mask_N1QT: Tensor | None = None
         if not visible_SNT.all():
@@ -90,4 +115,4 @@ class TextBatch:
                 self._cache.replace(layer, index, blended)
             return context
 
-        return self._stack.run(h_SND, self._stack.turns(index.position_SN, index.length), attend)
+        return layers(h_SND, self._stack.turns(index.position_SN, index.length), attend)

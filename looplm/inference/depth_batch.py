@@ -43,9 +43,10 @@ class _LoopingToken:
 
 
 class ExitedTokens(NamedTuple):
-    """Tokens that exited in a pass: rows, depths, hidden states, and logits if the exit rule needed them."""
+    """Tokens that exited in a pass: where, depths, hidden states, and logits if the exit rule needed them."""
 
     rows: list[int]
+    positions: list[int]
     depths: list[int]
     h_ND: Tensor
     logits_NV: Tensor | None
@@ -63,6 +64,7 @@ class DepthBatch(TextBatch):
         self.runs_on = mode == "per_loop"
         self._tokens: list[_LoopingToken] = []
         self._h_1ND = torch.empty(1, 0, stack.model_config.hidden_size, dtype=stack.dtype, device=stack.device)
+        self._entered_1ND = self._h_1ND  # what they entered the first loop with; unused without an injection
 
     @property
     def in_flight(self) -> bool:
@@ -92,30 +94,31 @@ class DepthBatch(TextBatch):
         self._regroup()
         tokens, before_1ND = self._tokens, self._h_1ND
         rows, loops = [token.row for token in tokens], [token.loop for token in tokens]
-        self._h_1ND = self.run_pass(before_1ND, rows, loops, [token.position for token in tokens])
+        positions = [token.position for token in tokens]
+        self._h_1ND = self.run_pass(before_1ND, self._entered_1ND, rows, loops, positions)
         decision = self.decider.decide(before_1ND[0], self._h_1ND, rows, loops)
         exiting = [index for index, token in enumerate(tokens) if decision.exits[index] and not token.exited]
         for token, exits in zip(tokens, decision.exits, strict=True):
             token.loop += 1
             token.exited |= exits
             token.finished = token.exited and not (self.runs_on and token.loop < self._rule.max_depth)
-        depths = [tokens[index].loop for index in exiting]
+        positions, depths = ([(t.position, t.loop)[part] for t in (tokens[i] for i in exiting)] for part in (0, 1))
         logits_NV = None if decision.logits_NV is None else decision.logits_NV[exiting]
-        return ExitedTokens([rows[index] for index in exiting], depths, self._h_1ND[0, exiting], logits_NV)
+        return ExitedTokens([rows[i] for i in exiting], positions, depths, self._h_1ND[0, exiting], logits_NV)
 
     def read(self, passes: Sequence[ExitedTokens]) -> NextLogits:
         """Return the logits of the tokens that exited in some passes, in the order of their rows."""
         passes = [exited for exited in passes if exited.rows]
+        found = chain.from_iterable(zip(exited.rows, exited.positions, exited.depths, strict=True) for exited in passes)
+        unordered = list(found)
+        order = sorted(range(len(unordered)), key=unordered.__getitem__)
+        rows, positions, depths = (list(part) for part in zip(*(unordered[i] for i in order), strict=True))
         known = [exited.logits_NV for exited in passes if exited.logits_NV is not None]
         # If the exit rule needs logits, they are missing only for passes in which all tokens had reached the last loop.
         if len(known) == len(passes):
-            logits_NV = torch.cat(known)
-        else:
-            logits_NV = self._stack.head(torch.cat([exited.h_ND for exited in passes]))
-        rows = list(chain.from_iterable(exited.rows for exited in passes))
-        depths = list(chain.from_iterable(exited.depths for exited in passes))
-        order = sorted(range(len(rows)), key=rows.__getitem__)
-        return NextLogits([rows[i] for i in order], logits_NV[order], [depths[i] for i in order])
+            return NextLogits(rows, torch.cat(known)[order], depths)
+        h_1ND = torch.cat([exited.h_ND for exited in passes])[order].unsqueeze(0)
+        return NextLogits(rows, self.logits(h_1ND, rows, positions)[0], depths)
 
     def _regroup(self) -> None:
         """Drop finished tokens, admit pending ones, and order all by row, so that the cache is read without a copy."""
@@ -128,10 +131,15 @@ class DepthBatch(TextBatch):
         order_N = torch.tensor(order, device=self._stack.device)
         if joining:
             ids_1N = torch.tensor([list(self._pending.values())], device=self._stack.device)
-            self._h_1ND = torch.cat((self._h_1ND, self._stack.embed(ids_1N)), dim=1)
+            entered_1ND = self.enter(ids_1N, list(self._pending), [token.position for token in joining])
+            self._h_1ND = torch.cat((self._h_1ND, entered_1ND), dim=1)
+            if self._stack.injects:
+                self._entered_1ND = torch.cat((self._entered_1ND, entered_1ND), dim=1)
             for token in joining:
                 self._length[token.row] += 1
             self._pending.clear()
         self._h_1ND = self._h_1ND[:, order_N]
+        if self._stack.injects:
+            self._entered_1ND = self._entered_1ND[:, order_N]
         self.decider.regroup(order_N, len(joining))
         self._tokens = [candidates[index] for index in order]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looplm.bounds import require
+from looplm.config import ModelConfig
 from looplm.inference.stack import LoopedStack
 
 ExitSignal = Literal["gate", "confidence", "entropy", "change"]
@@ -47,6 +49,12 @@ class ExitRule:
         return self.threshold < 1.0 and self.min_depth < self.max_depth
 
 
+def check_signal(signal: ExitSignal, model: ModelConfig) -> None:
+    """Raise a :class:`UserError` if the model's tokens cannot be scored so after each loop."""
+    fix = f"each loop would need the model's {model.coda_layers} coda layers for its logits; give gate or change"
+    require(not model.coda_layers or signal in ("gate", "change"), "exit_signal", signal, fix)
+
+
 class ExitDecision(NamedTuple):
     """Which of N tokens exit after the loop they are in, and the logits of all N if the score needed them."""
 
@@ -68,7 +76,7 @@ class ExitDecider:
     """
 
     def __init__(self, stack: LoopedStack, rule: ExitRule, rows: int) -> None:
-        self._rule, self._head, self._gate = rule, stack.head, stack.gate
+        self._rule, self._stack, self._gate = rule, stack, stack.gate
         self._sum_RB = torch.zeros(stack.model_config.num_loops, rows, device=stack.device)
         self._count_RB = torch.zeros_like(self._sum_RB)
         self.begin(0)
@@ -112,13 +120,14 @@ class ExitDecider:
             return ExitDecision([loop == last for loop in loops])
         after_ND, logits_NV = h_SND[0] if length_N is None else last_token(h_SND, length_N), None
         if rule.signal == "gate":
+            h_SND, after_ND = self._stack.readable(h_SND), self._stack.readable(after_ND)
             if length_N is not None and not self._gate.reads_sequence:
                 h_SND, length_N = after_ND.unsqueeze(0), None
             score_N = self._exit_probability(h_SND, rows, loops, length_N)
         elif rule.signal == "change":
             score_N = steadiness(before_ND, after_ND, loops)
         else:
-            logits_NV = self._head(after_ND)
+            logits_NV = self._stack.head(self._stack.readable(after_ND))
             score_N = confidence(logits_NV) if rule.signal == "confidence" else certainty(logits_NV)
         settled = zip(loops, (score_N >= rule.threshold).tolist(), strict=True)
         exits = [loop == last or (done and loop + 1 >= rule.min_depth) for loop, done in settled]

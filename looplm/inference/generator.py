@@ -115,7 +115,7 @@ class Generator:
         ``prompts`` is read only as there is room for the next one, so it may be endless.
         """
         settings, model_config = config or GenerationConfig(), self.model.model_config
-        rule = settings.exit_rule(model_config.num_loops, self.gate_trained)
+        rule = settings.exit_rule(model_config, self.gate_trained)
         finished = list[ActiveRequest]()
 
         def valid_requests() -> Iterator[ActiveRequest]:

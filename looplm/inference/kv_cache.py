@@ -12,6 +12,9 @@ nearly everything (Ouro, arXiv 2510.25741).
 In every mode a token attends to *its own* entry of the loop it is in. The mode decides which entry it sees of others. A
 token that exits early leaves no hole: a shared cache holds the entry that it computed last.
 
+The layers outside the loops have entries of their own, one of each token in every mode. A coda's entry is of the loop
+in which the token exited.
+
 Tokens that share a pass may be in different loops. Each attends to one *lane*: the cache of its row, or with
 ``per_loop`` the cache of its row and loop.
 
@@ -25,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.accounting import cache_values_per_token
 from looplm.config import ModelConfig
 
 CacheMode = Literal["per_loop", "last", "mean", "first"]
@@ -54,7 +56,8 @@ class KVCache:
         block: positions that are allocated at a time.
 
     Attributes:
-        layers_XTW: the entries of each layer.
+        layers_XTW: the entries of each layer: the stack's, which have a lane for each loop with ``per_loop``, then the
+            prelude's and the coda's. These are written and read as if their tokens were in the first loop.
     """
 
     def __init__(
@@ -69,9 +72,9 @@ class KVCache:
     ) -> None:
         self.mode, self.rows, self._block = mode, rows, block
         lanes = rows * (num_loops if mode == "per_loop" else 1)
-        width = cache_values_per_token(config, num_caches=1) // config.num_layers
         # Zeros, not empty: masked entries are multiplied by 0, and 0 * NaN is NaN.
-        self.layers_XTW = [torch.zeros(lanes, 0, width, dtype=dtype, device=device)] * config.num_layers
+        empty_XTW = torch.zeros(lanes, 0, config.attention_widths.cached, dtype=dtype, device=device)
+        self.layers_XTW = [empty_XTW] * config.num_layers + [empty_XTW[:rows]] * config.unlooped_layers
 
     def reserve(self, length: int) -> None:
         """Allocate room for ``length`` positions."""

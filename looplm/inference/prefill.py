@@ -2,8 +2,8 @@
 
 ::
 
-    ids_SN --embed--> h_SND --+-- stack, piece after piece, causal within the prompt, entries -> cache --+--> h_SND
-                              +------------------------------- max_depth times --------------------------+
+    ids_SN --embed, prelude--> h_SND --+-- stack, piece after piece, causal, entries -> cache --+--> coda --> h_SND
+                                       +-------------------- max_depth times -------------------+
 
 Each loop runs over the whole prompt before the next begins, so a piece can attend to its own loop's entries of all
 earlier pieces, whatever the cache keeps of a prompt afterwards. Prompts are padded on the right: under a causal mask no
@@ -45,6 +45,7 @@ class Prefill:
         for row, prompt in enumerate(prompts):
             ids_NS[row, : len(prompt)] = torch.tensor(prompt)
         self._h_SND = stack.embed(ids_NS.to(device).t())
+        self._entered_SND = torch.empty_like(self._h_SND) if stack.injects else self._h_SND
         self._turn_SN1K = stack.turns(torch.arange(longest, device=device), longest).unsqueeze(1)
         self._length_N = torch.tensor(self.lengths, device=device)
 
@@ -65,15 +66,15 @@ class Prefill:
 
     @property
     def done(self) -> bool:
-        """True once all prompts have run all loops."""
-        return self._loop == self._max_depth
+        """True once all prompts have run all loops, and the coda."""
+        return self._loop == self._max_depth + self._stack.has_coda
 
     def next_logits(self) -> NextLogits:
         """Return the logits for each prompt's first new token. All loops must be done."""
-        return NextLogits(list(range(len(self.lengths))), self._stack.head(self._exit_h_ND), self._depths)
+        return NextLogits(list(range(len(self.lengths))), self._stack.head(self._read_ND), self._depths)
 
     def advance(self) -> int:
-        """Run one piece through one loop, and return its number of tokens."""
+        """Run one piece through one loop or the coda, and return its number of tokens."""
         h_SND, start = self._h_SND, self._start
         end = min(start + self._width, len(h_SND))
         whole = end - start == len(h_SND)
@@ -84,22 +85,35 @@ class Prefill:
             mask_11ST = h_SND.new_full((1, 1, end - start, end), float("-inf")).triu(start + 1)
 
         def attend(layer: int, attention: Attention, query: Query, entry_SNW: Tensor) -> Tensor:
-            self.cache.write_prompt(layer, self._loop, start, entry_SNW)
+            loop = self._loop if layer < self._stack.model_config.num_layers else 0
+            self.cache.write_prompt(layer, loop, start, entry_SNW)
             if whole:
                 return attention.attend_prompt(query, entry_SNW, None)
             if self._loop_cache is not self.cache:
                 self._loop_cache.write_prompt(layer, 0, start, entry_SNW)
-            return attention.attend_prompt(query, self._loop_cache.read_prompt(layer, self._loop, end), mask_11ST)
+            return attention.attend_prompt(query, self._loop_cache.read_prompt(layer, loop, end), mask_11ST)
 
-        h_SND[start:end] = self._stack.run(h_SND[start:end], self._turn_SN1K[start:end], attend)
+        piece_SND, turn_SN1K = h_SND[start:end], self._turn_SN1K[start:end]
+        if self._loop == 0 and self._stack.has_prelude:
+            piece_SND = self._stack.prelude(piece_SND, turn_SN1K, attend)
+        if self._loop == 0 and self._stack.injects:
+            self._entered_SND[start:end] = piece_SND
+        if self._loop < self._max_depth:
+            piece_SND = self._stack.inject(piece_SND, self._entered_SND[start:end], [self._loop] * len(self.lengths))
+            h_SND[start:end] = self._stack.run(piece_SND, turn_SN1K, attend)
+        else:
+            h_SND[start:end] = self._stack.coda(self._stack.readable(piece_SND), turn_SN1K, attend)
         self._start = end
         if end == len(h_SND):
             self._end_loop()
         return (end - start) * len(self.lengths)
 
     def _end_loop(self) -> None:
-        """Keep the hidden states of the last tokens that exit after this loop."""
+        """Keep the hidden states of the last tokens that exit after this loop; after the last one, read them."""
         rows = range(len(self.lengths))
+        if self._loop == self._max_depth:
+            self._loop, self._read_ND = self._loop + 1, last_token(self._h_SND, self._length_N)
+            return
         decision = self.decider.decide(self._before_ND, self._h_SND, rows, [self._loop] * len(rows), self._length_N)
         self._loop, self._start = self._loop + 1, 0
         exiting = [row for row in rows if decision.exits[row] and not self._depths[row]]
@@ -107,3 +121,6 @@ class Prefill:
             self._exit_h_ND[exiting] = last_token(self._h_SND, self._length_N)[exiting]
         for row in exiting:
             self._depths[row] = self._loop
+        if self._loop == self._max_depth:
+            self._read_ND = self._stack.readable(self._exit_h_ND)
+            self._h_SND[self._length_N - 1, torch.arange(len(rows), device=self._stack.device)] = self._exit_h_ND

@@ -5,7 +5,8 @@ from typing import get_args
 
 from looplm.bounds import at_least, check_bounds, positive
 from looplm.cli import require
-from looplm.inference.early_exit import ExitRule, ExitSignal
+from looplm.config import ModelConfig
+from looplm.inference.early_exit import ExitRule, ExitSignal, check_signal
 from looplm.inference.kv_cache import CacheMode
 
 
@@ -76,13 +77,14 @@ class GenerationConfig:
             value = getattr(self, key)
             require(given or value == default, key, value, f"it has no effect without {owner}; give that too")
 
-    def exit_rule(self, trained_loops: int, gate_trained: bool) -> ExitRule:
+    def exit_rule(self, model: ModelConfig, gate_trained: bool) -> ExitRule:
         """Return the exit rule for a model.
 
         Raises:
             UserError: the model cannot follow the settings.
         """
-        threshold, by_gate = self.exit_threshold, self.exit_signal == "gate"
+        threshold, by_gate, trained_loops = self.exit_threshold, self.exit_signal == "gate", model.num_loops
+        check_signal(self.exit_signal, model)
         if threshold is None:
             depth = self.depth or trained_loops
             fix = f"give less than the {depth} loops that check it"

@@ -44,10 +44,10 @@ class SpeculativeBatch(TextBatch):
         """Draft and check tokens in every row."""
         rows, depth, k = sorted(self._pending), self._rule.max_depth, self._draft_length
         start = [self._length[row] for row in rows]
-        drafted_kN, q_kNV, h_kND = self._draft(sampler, rows, start)
+        drafted_kN, q_kNV, h_kND, entered_kND = self._draft(sampler, rows, start)
         for loop in range(self._draft_depth, depth):
-            h_kND = self.run_pass(h_kND, rows, [loop] * len(rows), start)
-        logits_kNV = self._stack.head(h_kND)
+            h_kND = self.run_pass(h_kND, entered_kND, rows, [loop] * len(rows), start)
+        logits_kNV = self.logits(h_kND, rows, start)
         finite_N = logits_kNV.amax(-1).isfinite().all(0)
         logits_kNV = logits_kNV.masked_fill(~finite_N[:, None], 0.0)
         p_kNV = torch.stack([sampler.distribution(rows, logits_kNV[i], drafted_kN[:i]) for i in range(k)])
@@ -60,22 +60,29 @@ class SpeculativeBatch(TextBatch):
             self._length[tokens.row] += len(tokens.ids)
         return new
 
-    def _draft(self, sampler: Sampler, rows: list[int], start: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
-        """Return the drafted ids [k, N], the distributions q [k, N, V] they were sampled from, and hidden states."""
+    def _draft(
+        self, sampler: Sampler, rows: list[int], start: list[int]
+    ) -> tuple[list[list[int]], Tensor, Tensor, Tensor]:
+        """Return the drafted ids [k, N], the distributions q [k, N, V] they were sampled from, and hidden states.
+
+        The hidden states are those after the draft's loops, and those before the first loop.
+        """
         ids = [self._pending[row] for row in rows]
-        drafted_kN, distributions, hidden = list[list[int]](), list[Tensor](), list[Tensor]()
+        drafted_kN, distributions, hidden, entered = list[list[int]](), list[Tensor](), list[Tensor](), list[Tensor]()
         for place in range(self._draft_length):
-            h_1ND = self._stack.embed(torch.tensor([ids], device=self._stack.device))
+            positions = [first + place for first in start]
+            h_1ND = entered_1ND = self.enter(torch.tensor([ids], device=self._stack.device), rows, positions)
             for loop in range(self._draft_depth):
-                h_1ND = self.run_pass(h_1ND, rows, [loop] * len(rows), [first + place for first in start])
-            logits_NV = self._stack.head(h_1ND[0])
+                h_1ND = self.run_pass(h_1ND, entered_1ND, rows, [loop] * len(rows), positions)
+            logits_NV = self.logits(h_1ND, rows, positions)[0]
             # The check reports rows that are not finite.
             logits_NV = logits_NV.masked_fill(~logits_NV.amax(-1, keepdim=True).isfinite(), 0.0)
             distributions.append(sampler.distribution(rows, logits_NV, drafted_kN))
             ids = sample(distributions[-1], sampler.uniform(rows)).tolist()
             drafted_kN.append(ids)
             hidden.append(h_1ND)
-        return drafted_kN, torch.stack(distributions), torch.cat(hidden)
+            entered.append(entered_1ND)
+        return drafted_kN, torch.stack(distributions), torch.cat(hidden), torch.cat(entered)
 
 
 def check_drafts(

@@ -1,4 +1,4 @@
-"""The shared stack for generation: run once over whatever tokens share a pass, attending over a cache.
+"""The shared stack for generation, and the layers around it: run over whatever tokens share a pass, with a cache.
 
 Megatron's inference context keys its cache by layer only and holds no latents, so the blocks run here from their own
 weights, in the same order as ``TransformerLayer.forward``. All loops have the same weights, so the stack does not know
@@ -7,7 +7,7 @@ which loop a token is in. Only the cache does, through ``attend``.
 Shapes: S tokens of a lane, at consecutive positions, N lanes, D hidden, V vocabulary, T positions, K rotary width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,15 @@ _TABLE_BLOCK = 1024
 
 
 class LoopedStack:
-    """A model's embedding, blocks, loop-end norm, exit gate and head.
+    """A model's embedding, blocks, norms, exit gate and head.
 
     Args:
         model: not split over processes. Its weights are shared, not copied.
+
+    Attributes:
+        has_prelude: there are layers before the loops.
+        has_coda: there are layers between the loops and the head.
+        injects: later loops read what entered the first one.
     """
 
     def __init__(self, model: LoopLM) -> None:
@@ -37,6 +42,14 @@ class LoopedStack:
         self.dtype, self.device = self._head_VD.dtype, self._head_VD.device
         self._blocks = [_Block(layer, model.model_config) for layer in model.decoder.layers]
         self._end_norm = model.decoder.final_layernorm.weight.detach()
+        prelude, coda = ([] if block is None else block.layers for block in (model.prelude, model.coda))
+        self._prelude = [_Block(layer, model.model_config) for layer in prelude]
+        self._coda = [_Block(layer, model.model_config) for layer in coda]
+        self._coda_norm = None if model.coda is None else model.coda.final_layernorm.weight.detach()
+        self.has_prelude, self.has_coda = model.prelude is not None, model.coda is not None
+        self.injects = model.injection is not None
+        self._norms_state = model.model_config.loop_norm == "state"
+        self._injection = model.injection
         first = model.decoder.layers[0].self_attention
         rotary = model.rotary or first.rotary_pos_emb  # MLA has its own in each layer
         assert rotary is not None
@@ -64,18 +77,48 @@ class LoopedStack:
             self._turn_TK = torch.complex(cos_TK, sin_TK)
         return self._turn_TK[position].unsqueeze(-2)
 
+    def inject(self, h_SND: Tensor, entered_SND: Tensor, loops: Sequence[int]) -> Tensor:
+        """Return the input of each lane's loop, 0-based, from the state and what entered the first loop."""
+        if self._injection is None or not any(loops):
+            return h_SND
+        injected_SND: Tensor = self._injection(h_SND, entered_SND)
+        is_later_N1 = torch.tensor([[loop > 0] for loop in loops], device=self.device)
+        return torch.where(is_later_N1, injected_SND, h_SND)
+
     def run(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
-        """Run one loop: every layer once, then the loop-end norm."""
-        for layer, block in enumerate(self._blocks):
+        """Run one loop: every layer of the stack once, then the loop-end norm if the next loop reads its output."""
+        h_SND = self._run(self._blocks, 0, h_SND, turn_SN1K, attend)
+        return self._normed(h_SND, self._end_norm) if self._norms_state else h_SND
+
+    def prelude(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
+        """Run the layers before the loops."""
+        return self._run(self._prelude, len(self._blocks), h_SND, turn_SN1K, attend)
+
+    def coda(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
+        """Run the layers between the loops and the head, and their norm, on what :meth:`readable` returns."""
+        h_SND = self._run(self._coda, len(self._blocks) + len(self._prelude), h_SND, turn_SN1K, attend)
+        return self._normed(h_SND, self._coda_norm)
+
+    def readable(self, h: Tensor) -> Tensor:
+        """Return what the gate, the coda and the head read of the hidden state after a loop."""
+        return h if self._norms_state else self._normed(h, self._end_norm)
+
+    def _run(self, blocks: list["_Block"], first: int, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
+        """Run blocks whose cache entries are those of the layers from ``first`` on."""
+        for layer, block in enumerate(blocks, first):
             query, entry_SNW = block.attention.project(block.norm(h_SND, block.before_attention), turn_SN1K)
             context = attend(layer, block.attention, query, entry_SNW)
             h_SND = h_SND + block.norm(F.linear(context, block.out), block.after_attention)
             gate, up = F.linear(block.norm(h_SND, block.before_mlp), block.fc1).chunk(2, dim=-1)
             h_SND = h_SND + block.norm(F.linear(F.silu(gate) * up, block.fc2), block.after_mlp)
-        return torch.rms_norm(h_SND, self._end_norm.shape, self._end_norm, self.model_config.norm_eps)
+        return h_SND
+
+    def _normed(self, h: Tensor, weight_D: Tensor | None) -> Tensor:
+        assert weight_D is not None
+        return torch.rms_norm(h, weight_D.shape, weight_D, self.model_config.norm_eps)
 
     def head(self, h: Tensor) -> Tensor:
-        """Return logits [..., V] in fp32."""
+        """Return logits [..., V] in fp32 for what :meth:`coda` returns, or without one :meth:`readable`."""
         return F.linear(h, self._head_VD).float()
 
 

@@ -2,11 +2,14 @@
 
 ::
 
-    ids_BS --embed--> h_SBD --+--> shared stack --> norm --> h_SBD --+--> head (looplm.model.losses)      loop r
-                              |                                      +--> gate --> logit_SB          loop r
-                              +--------- R times, same weights <-----+
+    ids_BS --embed, prelude--> h_SBD --+--> shared stack --> norm --> h_SBD --+--> coda --> head (looplm.model.losses)
+                                       |                                      +--> gate --> logit_SB           loop r
+                                       +--------- R times, same weights <-----+
 
-The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop.
+The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop. With
+``model.loop_norm: readout`` the next loop reads its input instead. The prelude (run once) and the coda (run for each
+loop's read-out) are layers with weights of their own; by default there are none. Nor is the prelude's output injected
+into later loops (:mod:`looplm.model.injection`).
 """
 
 import warnings
@@ -20,6 +23,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
@@ -28,15 +32,18 @@ from looplm.megatron.device import DEVICE
 from looplm.megatron.process_groups import seeded
 from looplm.megatron.settings import transformer_config
 from looplm.model.attention import outer_rotary_embedding
-from looplm.model.block import block_spec, recomputed
+from looplm.model.block import block_spec, recomputed, unlooped_block
 from looplm.model.exit_gate import build_exit_gate
+from looplm.model.injection import INJECTIONS
+from looplm.model.norms import ReadoutNorm
 from looplm.model.spans import document_offsets, document_spans
+from looplm.parameters import chosen
 
 EXTRA_STATE = "_extra_state"  # torch's suffix for the extra state of a module
 
 
 class LoopOutput(NamedTuple):
-    """For every loop the normalized hidden state [S, B, D], and the gate's logits [R, S, B].
+    """For every loop the hidden state that the head reads [S, B, D], and the gate's logits [R, S, B].
 
     S counts the positions of the given ids. Under sequence parallelism the hidden states are this rank's part of them;
     the logits are whole.
@@ -44,6 +51,17 @@ class LoopOutput(NamedTuple):
 
     hidden: tuple[Tensor, ...]
     gate_logit_RSB: Tensor
+
+
+class Readout(NamedTuple):
+    """What the gate reads after a loop, and what the head reads; the same tensor [S, B, D] without a coda."""
+
+    gate_SBD: Tensor
+    head_SBD: Tensor
+
+    def detached(self) -> "Readout":
+        """Return it without autograd's graph."""
+        return Readout(self.gate_SBD.detach(), self.head_SBD.detach())
 
 
 class LoopLM(LanguageModule):
@@ -92,6 +110,12 @@ class LoopLM(LanguageModule):
                     tp_group=groups.tp,
                 )
         self.rotary = outer_rotary_embedding(model, config, groups)
+        self.prelude: TransformerBlock | None = None
+        if self.pre_process and model.prelude_layers:
+            self.prelude = unlooped_block("prelude", model.prelude_layers, False, model, config, engine, groups)
+        self.injection: MegatronModule | None = None
+        if self.pre_process and model.injection != "none":
+            self.injection = chosen(INJECTIONS, "model.injection", model.injection)(config)
         self.decoder = TransformerBlock(
             config,
             block_spec(model, config, layout, groups.pp.rank(), engine),
@@ -99,6 +123,9 @@ class LoopLM(LanguageModule):
             post_process=self.post_process,
             pg_collection=groups,
         )
+        self.coda: TransformerBlock | None = None
+        if self.post_process and model.coda_layers:
+            self.coda = unlooped_block("coda", model.coda_layers, True, model, config, engine, groups)
         if self.post_process:
             with seeded("gate"):
                 self.gate = build_exit_gate(config, gate, groups)
@@ -151,6 +178,7 @@ class LoopLM(LanguageModule):
         num_loops: int | None = None,
         document_start_SB: Tensor | None = None,
         frozen_trunk: bool = False,
+        backward_loops: int | None = None,
     ) -> LoopOutput:
         """Run the stack ``num_loops`` times.
 
@@ -161,23 +189,30 @@ class LoopLM(LanguageModule):
             document_start_SB: index, in the whole sample, of the first position of each token's document; None if a
                 sample is one document. On a GPU the host waits for it: give a tensor on the host.
             frozen_trunk: run everything but the gate without autograd (stage 2).
+            backward_loops: how many of the last loops gradients flow through (``loss.backward_loops``); None for all.
 
         Returns:
             hidden states after each loop and the gate's logits. The gate's prior is over ``model.num_loops`` loops at
             any depth; its logits beyond them mean nothing.
         """
         num_loops = num_loops or self.model_config.num_loops
-        spans, hidden = self.attention_spans(ids_BS, document_start_SB), list[Tensor]()
+        spans, read = self.attention_spans(ids_BS, document_start_SB), list[Readout]()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
-            for _ in range(num_loops):
-                hidden.append(self.run_layers(ids_BS, hidden[-1] if hidden else None, spans))
+            h_SBD = entered_SBD = self.enter(ids_BS, spans)
+            for loop in range(num_loops):
+                if loop > 0 and loop + (backward_loops or num_loops) == num_loops:
+                    h_SBD = h_SBD.detach()
+                if self.injection is not None and loop > 0:
+                    h_SBD = self.injection(h_SBD, entered_SBD)
+                h_SBD = self._run(self.decoder, h_SBD, spans)
+                read.append(self.read_out(h_SBD, spans))
         if frozen_trunk:
-            hidden = [h_SBD.detach() for h_SBD in hidden]  # Megatron re-enables autograd around residual adds
+            read = [readout.detached() for readout in read]  # Megatron re-enables autograd around residual adds
         state, logits = None, []
-        for loop, h_SBD in enumerate(hidden):
-            logit_SB, state = self.gate_logit(h_SBD, state, loop, document_start_SB)
+        for loop, readout in enumerate(read):
+            logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB)
             logits.append(logit_SB)
-        return LoopOutput(tuple(hidden), torch.stack(logits))
+        return LoopOutput(tuple(readout.head_SBD for readout in read), torch.stack(logits))
 
     def attention_spans(self, ids_BS: Tensor, document_start_SB: Tensor | None) -> Tensor | None:
         """Return which keys each query sees, in the core's form, for all layers and loops; None for all earlier ones.
@@ -195,25 +230,53 @@ class LoopLM(LanguageModule):
         return document_spans(document_start_SB, self.cp_group)
 
     def run_layers(self, ids_BS: Tensor, hidden_SBD: Tensor | None, spans: Tensor | None) -> Tensor:
-        """Run this rank's layers once: one loop of the stack, or its part of one under pipeline parallelism.
+        """Run this pipeline rank's layers once: its part of one loop.
 
         Args:
-            ids_BS: token ids, embedded where ``hidden_SBD`` is None.
+            ids_BS: token ids, embedded where ``hidden_SBD`` is None, and again where a later loop injects them.
             hidden_SBD: from the loop, or the pipeline rank, before.
             spans: from :meth:`attention_spans`.
         """
         if hidden_SBD is None:
-            hidden_SBD = self.embedding(ids_BS, position_ids=None)
+            hidden_SBD = self.enter(ids_BS, spans)
+        elif self.injection is not None:
+            hidden_SBD = self.injection(hidden_SBD, self.enter(ids_BS, spans))
+        return self._run(self.decoder, hidden_SBD, spans)
+
+    def enter(self, ids_BS: Tensor, spans: Tensor | None) -> Tensor:
+        """Return the input of the first loop; only the pipeline's first rank can.
+
+        Args:
+            ids_BS: token ids.
+            spans: from :meth:`attention_spans`.
+        """
+        h_SBD = self.embedding(ids_BS, position_ids=None)
+        return h_SBD if self.prelude is None else self._run(self.prelude, h_SBD, spans)
+
+    def read_out(self, h_SBD: Tensor, spans: Tensor | None) -> "Readout":
+        """Return what the gate and the head read of a loop's output; only the pipeline's last rank can.
+
+        Args:
+            h_SBD: the state after the loop.
+            spans: from :meth:`attention_spans`.
+        """
+        norm = self.decoder.final_layernorm
+        gate_SBD = norm.read(h_SBD) if isinstance(norm, ReadoutNorm) else h_SBD
+        return Readout(gate_SBD, gate_SBD if self.coda is None else self._run(self.coda, gate_SBD, spans))
+
+    def _run(self, block: TransformerBlock, h_SBD: Tensor, spans: Tensor | None) -> Tensor:
+        """Run a block; with ``parallel.recompute: loop`` backward keeps only its input."""
 
         def layers(h_SBD: Tensor) -> Tensor:
             # Asked for the whole sequence, Megatron's rotary embedding returns this context-parallel rank's part.
-            rotary = None if self.rotary is None else self.rotary(ids_BS.size(1) * self.cp_group.size())
-            self.decoder.set_input_tensor(h_SBD)  # the input of blocks after the pipeline's first
-            return self.decoder(h_SBD, attention_mask=spans, rotary_pos_emb=rotary)
+            split = self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
+            rotary = None if self.rotary is None else self.rotary(len(h_SBD) * split)
+            block.set_input_tensor(h_SBD)  # the input of blocks after the pipeline's first
+            return block(h_SBD, attention_mask=spans, rotary_pos_emb=rotary)
 
         if self.recompute_loops and self.training and torch.is_grad_enabled():
-            return recomputed(layers, hidden_SBD, self.config, self.tp_group)
-        return layers(hidden_SBD)
+            return recomputed(layers, h_SBD, block.config, self.tp_group)
+        return layers(h_SBD)
 
     def gate_logit(
         self, h_SBD: Tensor, state_SBZ: Tensor | None, loop: int, document_start_SB: Tensor | None

@@ -4,6 +4,7 @@ Shapes: S sequence, B batch, R loops.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,14 +22,15 @@ class LoopLosses(NamedTuple):
     token_loss_RSB: Tensor  # cross-entropy in nats
     gate_logit_RSB: Tensor
     expected: Tensor | None  # sum over loops and tokens of p_r times the cross-entropy; None if the gate alone trains
+    penalty_SB: Tensor | None = None  # from :func:`state_penalty`, if the objective has one
 
     @classmethod
-    def of(cls, losses: Sequence[HeadLosses], gate_logit_RSB: Tensor) -> "LoopLosses":
+    def of(cls, losses: Sequence[HeadLosses], gate_logit_RSB: Tensor, penalty_SB: Tensor | None = None) -> "LoopLosses":
         """Join the losses of each loop."""
         token_loss_RSB = torch.stack([loss.token_loss_SB for loss in losses])
         expected = [loss.expected for loss in losses if loss.expected is not None]
         total = torch.stack(expected).sum() if expected else None
-        return cls(token_loss_RSB, gate_logit_RSB, total)
+        return cls(token_loss_RSB, gate_logit_RSB, total, penalty_SB)
 
 
 def masked_mean(value_SB: Tensor, mask_SB: Tensor | None) -> Tensor:
@@ -80,6 +82,29 @@ def mean_depth(gate_logit_RSB: Tensor) -> Tensor:
     """Return the expected number of loops of each token under its exit distribution: [S, B]."""
     p_RSB = exit_log_probs(gate_logit_RSB).exp()
     return torch.einsum("rsb,r->sb", p_RSB, torch.arange(1, len(p_RSB) + 1).to(p_RSB))
+
+
+def state_penalty(hidden: Sequence[Tensor], *, stability: float, fixed_point: float, sparsity: float) -> Tensor:
+    """Return what the states of all loops add to each token's loss: [S, B].
+
+    With c_r = |h_r - h_{r-1}|² / D, it is ``stability sum_{r>1} c_r + fixed_point c_R`` and, weighed by ``sparsity``,
+    the mean over the loops of Hoyer-square, (|h_r|_1 / |h_r|_2)² / D (arXiv 1908.09979).
+
+    Args:
+        hidden: after each loop [S, B, D], in fp32 or lower; computed in fp32.
+        stability: weight.
+        fixed_point: weight.
+        sparsity: weight.
+    """
+    states = [h_SBD.float() for h_SBD in hidden]
+    total_SB = torch.zeros_like(states[0][..., 0])
+    changes = [(after - before).square().mean(-1) for before, after in pairwise(states)]
+    if changes:
+        total_SB = total_SB + stability * torch.stack(changes).sum(0) + fixed_point * changes[-1]
+    if sparsity:
+        hoyer = [h.abs().sum(-1).square() / h.square().sum(-1) / h.size(-1) for h in states]
+        total_SB = total_SB + sparsity * torch.stack(hoyer).mean(0)
+    return total_SB
 
 
 def adaptive_gate_loss(

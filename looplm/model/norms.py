@@ -35,6 +35,20 @@ class RMSNorm(MegatronModule):
         return out
 
 
+class ReadoutNorm(RMSNorm):
+    """The norm at the end of a loop where only the read-out is normalized (``model.loop_norm: readout``).
+
+    The stack passes it without a change; :meth:`read` normalizes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def read(self, h_SBD: Tensor) -> Tensor:
+        """Return the normalized hidden state."""
+        return super().forward(h_SBD)
+
+
 def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the norm in x's dtype, and 1 / rms(x) in fp32."""
     wide = x.float()

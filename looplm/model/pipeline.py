@@ -111,7 +111,12 @@ class LoopView(nn.Module):
         self._spans.clear()
 
     def forward(
-        self, ids_BS: Tensor, document_start_SB: Tensor | None, head: Head, frozen_trunk: bool = False
+        self,
+        ids_BS: Tensor,
+        document_start_SB: Tensor | None,
+        head: Head,
+        frozen_trunk: bool = False,
+        backward_loops: int | None = None,
     ) -> ViewOutput:
         """Run this rank's layers once.
 
@@ -120,23 +125,28 @@ class LoopView(nn.Module):
             document_start_SB: as in :meth:`LoopLM.forward`.
             head: called on the last rank, after the gate.
             frozen_trunk: use autograd for the gate only.
+            backward_loops: as in :meth:`LoopLM.forward`.
         """
         micro_batch, self._calls = self._calls, self._calls + 1
-        inner, last_loop = self.inner, self.loop == self.inner.model_config.num_loops - 1
+        inner, loops = self.inner, self.inner.model_config.num_loops
+        last_loop, first_trained = self.loop == loops - 1, loops - (backward_loops or loops)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             if self.loop == 0:
                 self._spans[micro_batch] = inner.attention_spans(ids_BS, document_start_SB)
             spans = self._spans.pop(micro_batch) if last_loop else self._spans[micro_batch]
+            if inner.pre_process and self.loop == first_trained > 0:
+                self._input = _Cut.apply(self._input)  # type: ignore[no-untyped-call]  # torch's
             hidden_SBD = inner.run_layers(ids_BS, self._input, spans)
-        if not inner.post_process:
-            return ViewOutput(hidden_SBD, None)
-        if frozen_trunk:
-            hidden_SBD = hidden_SBD.detach()  # Megatron re-enables autograd around residual adds
+            if not inner.post_process:
+                return ViewOutput(hidden_SBD, None)
+            readout = inner.read_out(hidden_SBD, spans)
+        if frozen_trunk:  # Megatron re-enables autograd around residual adds
+            hidden_SBD, readout = hidden_SBD.detach(), readout.detached()
 
         before = self._carried.pop(micro_batch, _Carried())
-        logit_SB, state = inner.gate_logit(hidden_SBD, before.gate_state, self.loop, document_start_SB)
+        logit_SB, state = inner.gate_logit(readout.gate_SBD, before.gate_state, self.loop, document_start_SB)
         leave_SB = leave_log_prob((*before.gate_logit, logit_SB), last_loop).exp()
-        losses = head(hidden_SBD, leave_SB, last_loop)
+        losses = head(readout.head_SBD, leave_SB, last_loop)
         if last_loop:
             logit_RSB = torch.stack((*before.gate_logit, logit_SB))
             return ViewOutput(hidden_SBD, LoopLosses.of((*before.losses, losses), logit_RSB))
@@ -150,6 +160,18 @@ class LoopView(nn.Module):
         self._carried[micro_batch] = before.add(HeadLosses(loss_leaf, expected_leaf), logit_leaf, state_leaf)
         carried_SBD = _Carry.apply(leaves, hidden_SBD, *kept)  # type: ignore[no-untyped-call]  # torch's
         return ViewOutput(carried_SBD, None)
+
+
+class _Cut(torch.autograd.Function):
+    """Identity whose gradient is zero: the schedule sends a gradient to the rank before in every case."""
+
+    @staticmethod
+    def forward(ctx, hidden_SBD):  # type: ignore[no-untyped-def]
+        return hidden_SBD.clone()
+
+    @staticmethod
+    def backward(ctx, grad_SBD):  # type: ignore[no-untyped-def]
+        return torch.zeros_like(grad_SBD)
 
 
 class _Carry(torch.autograd.Function):

@@ -22,6 +22,9 @@ MLA: dict[str, Any] = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_
 MODELS = {
     "mla": ModelConfig(**SIZES, **MLA),
     "query latent, tied": ModelConfig(**SIZES, **MLA, q_lora_rank=20, tie_embeddings=True),
+    "prelude and coda": ModelConfig(**SIZES, **MLA, prelude_layers=1, coda_layers=2),
+    "linear injection": ModelConfig(**SIZES, **MLA, injection="linear"),
+    "diagonal injection": ModelConfig(**SIZES, **MLA, injection="diagonal"),
     "mha": ModelConfig(**SIZES, attention="mha", sandwich_norm=False),
     "gqa, biases, norms": ModelConfig(
         **SIZES, attention="mha", num_query_groups=2, head_dim=10, qkv_bias=True, qk_norm=True
@@ -99,7 +102,8 @@ def test_the_tensor_parallel_size_must_divide_heads_groups_widths_and_vocabulary
 @pytest.mark.parametrize(("model", "gate"), CASES)
 def test_weight_decay_excludes_vectors_and_the_gate(model: str, gate: str, single_process) -> None:
     built = LoopLM(MODELS[model], EXIT_GATES[gate], single_process)
-    matrices = {name for name, tensor in built.named_parameters() if tensor.dim() > 1 and not name.startswith("gate.")}
+    spared = ("gate.", "injection.")
+    matrices = {name for name, tensor in built.named_parameters() if tensor.dim() > 1 and not name.startswith(spared)}
     assert decayed_names(MODELS[model], EXIT_GATES[gate]) == matrices
 
 

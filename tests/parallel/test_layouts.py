@@ -50,6 +50,14 @@ LATER = (
     "mha last loop",
     "mla uniform weights",
     "mha batch regularizer",
+    "mla prelude and coda",
+    "mha prelude, coda, readout norm",
+    "mla coda gate stage",
+    "mla linear injection",
+    "mha diagonal injection",
+    "mha prelude, additive injection",
+    "mha truncated gradients",
+    "mla state penalties",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -63,6 +71,14 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[4]: (MHA, LRU, {"loss": {"weights": "last"}}),
     LATER[5]: (MLA, LINEAR, {"loss": {"weights": "uniform"}}),
     LATER[6]: (MHA, LRU, {"loss": {"regularizer": "batch", "beta": 0.3, "ponder_cost": 0.05}}),
+    LATER[7]: (dataclasses.replace(MLA, prelude_layers=1, coda_layers=2), LRU, {}),
+    LATER[8]: (dataclasses.replace(MHA, prelude_layers=2, coda_layers=1, loop_norm="readout"), LINEAR, {}),
+    LATER[9]: (dataclasses.replace(MLA, coda_layers=1, loop_norm="readout"), LRU, GATE_STAGE),
+    LATER[10]: (dataclasses.replace(MLA, injection="linear"), LRU, {}),
+    LATER[11]: (dataclasses.replace(MHA, injection="diagonal"), LINEAR, {}),
+    LATER[12]: (dataclasses.replace(MHA, injection="additive", prelude_layers=1, tie_embeddings=True), LRU, {}),
+    LATER[13]: (MHA, LRU, {"loss": {"backward_loops": 1}}),
+    LATER[14]: (MLA, LRU, {"loss": {"stability": 0.3, "fixed_point": 0.2, "sparsity": 0.1}}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -159,7 +175,27 @@ CASES = [
     *cases(LATER[4], "TP2 + SP", "PP2", "CP2", "DP2, overlapped", "PP2 x DP2, overlapped"),
     *cases(LATER[5], "TP2 + SP", "PP2", "CP2", "TP2 + SP x PP2"),
     *cases(LATER[6], "TP2 + SP", "PP2", "CP2", "TP2 + SP x CP2", "CP2 x PP2"),
+    *cases(LATER[7], "TP2 + SP", "PP2, loop", "CP2, full"),
+    *cases(LATER[8], "TP2 + SP, loop", "PP2, full"),
+    *cases(LATER[9], "PP2"),
+    *cases(LATER[10], "TP2 + SP", "PP2"),
+    *cases(LATER[11], "TP2 without SP", "PP2, loop"),
+    *cases(LATER[12], "CP2"),
+    *cases(LATER[13], "TP2 + SP", "PP2"),
+    *cases(LATER[14], "TP2 + SP", "CP2"),
 ]
+if EVERYTHING:
+    CASES += [
+        *cases(LATER[7], "PP2", "CP2", "TP2 + SP x PP2", "PP4", "TP2 + SP x CP2", "CP2 x PP2"),
+        *cases(LATER[7], "DP2 + distributed optimizer, gathered late"),
+        *cases(LATER[8], "TP2 + SP", "PP2", "CP2", "TP2 without SP", "PP2 x DP2"),
+        *cases(LATER[9], "TP2 + SP", "PP2 x DP2, overlapped"),
+        *cases(LATER[10], "CP2", "TP2 + SP x PP2", "PP2 x DP2, gathered late"),
+        *cases(LATER[11], "TP2 + SP", "PP2", "PP2 x DP2, overlapped"),
+        *cases(LATER[12], "TP2 + SP", "DP2, overlapped"),
+        *cases(LATER[13], "CP2", "CP2 x PP2", "PP2 x DP2, overlapped"),
+        *cases(LATER[14], "DP2, overlapped"),
+    ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),
     ModelInLayout("TP2 + SP x CP2", "mla linear"),
@@ -274,7 +310,7 @@ def test_gradients_and_losses_equal_those_of_a_single_process(case, results, cor
     assert found_stats["tokens"] == stats["tokens"]
     for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution", "losses", "valid"):
         assert found_stats[key] == pytest.approx(stats[key], rel=1e-5), key
-    for key in ("hidden_rms", "hidden_grad_norm", "grad_norms"):
+    for key in ("hidden_rms", "hidden_grad_norm", "hidden_cosine", "grad_norms"):
         assert found_stats[key] == pytest.approx(stats[key], rel=1e-4), key
     assert len(set(found_stats["losses"])) == len(found_stats["losses"]), "training did not change the loss"
     trained = {key for key, value in expected.items() if value.abs().max() > 0}

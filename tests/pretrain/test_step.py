@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from looplm import reference
-from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, Recompute
+from looplm.config import PENALTIES, GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, Recompute
 from looplm.model import LoopLM, head
 from pretrain.data import Batch
 from pretrain.optim import freeze_trunk
@@ -138,6 +138,35 @@ def test_fixed_weights_of_the_loops_equal_plain_torch(single_process, tied, weig
     before = {name: value.clone() for name, value in looped.gate.state_dict().items()}
     trainer.train(iter(batches), 2)
     assert all(torch.equal(value, before[name]) for name, value in looped.gate.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["gate", "last"])
+@pytest.mark.parametrize(
+    "keys", [{"backward_loops": 1}, {"backward_loops": 2}, {"stability": 0.3, "fixed_point": 0.2, "sparsity": 0.1}]
+)
+def test_truncated_gradients_and_penalties_of_the_states_equal_plain_torch(single_process, weights, keys):
+    """Loss and gradients of two uneven micro-batches, of three loops."""
+    loss = LossConfig(weights=weights, beta=0.1, **keys)
+    looped, trainer = make_opinionated(single_process, loss, prelude_layers=1, injection="diagonal")
+    batches, model = [make_batch(0, masked=7), make_batch(1, masked=0)], looped.model_config
+    plain, penalties = oracle_copy(dict(looped.named_parameters())), [getattr(loss, key) for key in PENALTIES]
+    total, tokens = torch.zeros((), dtype=torch.float64), sum(batch.mask_SB.sum() for batch in batches)
+    for batch in batches:
+        output = reference.forward(plain, model, GATE, batch.ids_BS, backward_loops=loss.backward_loops)
+        head_VD = reference.head_weight(plain, model)
+        losses = torch.stack([reference.token_losses(h, head_VD, batch.labels_SB) for h in output.hidden])
+        mean = reference.masked_mean(losses[-1] + reference.state_penalty(output.hidden, *penalties), batch.mask_SB)
+        if weights == "gate":
+            by_gate = reference.entropy_regularised_loss(losses, output.gate_logit_RSB, loss.beta, batch.mask_SB)
+            mean = mean - reference.masked_mean(losses[-1], batch.mask_SB) + by_gate
+        total = total + mean * batch.mask_SB.sum()
+    (total / tokens).backward()
+    stats, _ = trainer.backward(iter(batches), 2)
+    assert stats.loss == pytest.approx((total / tokens).item(), rel=1e-6)
+    trained = [name for name in plain if weights == "gate" or not name.startswith("gate.")]
+    found = {name: parameter.main_grad for name, parameter in looped.named_parameters() if name in trained}
+    assert_close_relative(found, {name: grad_of(plain[name]) for name in trained}, 1e-5)
 
 
 def make_opinionated(single_process, loss: LossConfig, precision="fp32", layout=ParallelConfig(), **changes):  # noqa: B008

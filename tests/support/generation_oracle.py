@@ -42,6 +42,14 @@ VARIANTS = {
     "gqa-biases-normed-heads": replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True),
     "gqa": replace(MHA, num_query_groups=2, tie_embeddings=True),
 }
+# With layers outside the loops, a norm for the read-out only, or an injection; SlowGenerator knows none of them.
+READ_OUTS = {
+    "mla-prelude-coda": replace(MLA, prelude_layers=1, coda_layers=2),
+    "gqa-coda-readout-norm": replace(VARIANTS["gqa"], coda_layers=1, loop_norm="readout"),
+    "mha-diagonal-injection": replace(MHA, injection="diagonal"),
+    "mla-prelude-linear-injection": replace(MLA, prelude_layers=1, injection="linear"),
+    "mha-prelude-readout-norm": replace(MHA, prelude_layers=2, loop_norm="readout"),
+}
 GATES = {
     "lru": GateConfig(state_size=6),
     "sequence": GateConfig(state_size=6, sequence_level=True),
@@ -59,7 +67,7 @@ def build(
     for name, parameter in model.named_parameters():
         if name.startswith("gate."):
             nn.init.normal_(parameter, std=0.4)
-        elif "norm" in name:
+        elif "norm" in name or name.endswith("_gain"):
             nn.init.uniform_(parameter, 0.5, 1.5)
         else:
             nn.init.normal_(parameter, std=0.1 if name.startswith("embedding") else 0.2)
@@ -219,7 +227,7 @@ class SlowGenerator:
         """Return a layer's queries, keys and values [S, 1, H, K]: the arguments of the reference's ``attend``."""
         attention = reference.latent_attention if self.model_config.attention == "mla" else reference.grouped_attention
         normed_SBD = reference.rms_norm(x_SBD, p["input_layernorm.weight"], self.model_config.norm_eps)
-        with mock.patch.object(reference, "attend", side_effect=lambda q, k, v, view: v) as attend:
+        with mock.patch.object(reference.model, "attend", side_effect=lambda q, k, v, view: v) as attend:
             attention(reference.scope(p, "self_attention."), self.model_config, normed_SBD, view)
         query, key, value, _ = attend.call_args.args
         return query, key, value

@@ -1,7 +1,7 @@
 """Ouro in plain torch, with the names and keys of a released directory: the reference for conversion.
 
 Written from the paper (arXiv 2510.25741) and the documented block, independently of the product and of
-looplm/reference.py: batch first, separate projections, one head at a time. `tensors` is a flat dict as in safetensors,
+looplm/reference: batch first, separate projections, one head at a time. `tensors` is a flat dict as in safetensors,
 `config` is the content of config.json.
 
     x = x + norm_b(attention(norm_a(x)));  x = x + norm_d(mlp(norm_c(x)));  model.norm ends every loop

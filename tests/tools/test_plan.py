@@ -48,6 +48,8 @@ OURO = ["--config", str(ROOT / "configs/ouro-1.4b/mha.yaml"), "--config", str(RO
 FEW = [*OURO, "--gpu", "h100", "--gpus", "2", "--model.num_loops", "2", "--data.seq_length", "1024"]
 FP8 = ["--engine.transformer_impl", "transformer_engine", "--engine.fp8", "hybrid"]
 
+AROUND = replace(MLA, prelude_layers=1, coda_layers=2)
+
 
 def recipe(model: ModelConfig = MLA, **sections: Any) -> RunConfig:
     config = RunConfig(
@@ -70,7 +72,7 @@ def cluster(gpus: int = 8, **changes: Any) -> Cluster:
     return replace(plain, **changes)
 
 
-@pytest.mark.parametrize("model", [MLA, MHA, replace(MLA, q_lora_rank=None, sandwich_norm=False)])
+@pytest.mark.parametrize("model", [MLA, MHA, replace(MLA, q_lora_rank=None, sandwich_norm=False), AROUND])
 def test_ranks_together_hold_the_whole_model(model: ModelConfig) -> None:
     gate = GateConfig()
     whole = sum(parameter_counts(model, gate).values())
@@ -79,11 +81,12 @@ def test_ranks_together_hold_the_whole_model(model: ModelConfig) -> None:
     assert sum(split.trained(rank) for rank in range(4)) == whole
     halves = planned(model=model, parallel={"tensor": 2})
     replicated = 2 * halves.trained(0) - whole
-    norms = 8 * (4 if model.sandwich_norm else 2) * 512 + 512
+    layers = 8 + model.prelude_layers + model.coda_layers
+    norms = layers * (4 if model.sandwich_norm else 2) * 512 + (1024 if model.coda_layers else 512)
     latent = 0
     if model.attention == "mla":
         widths = (model.q_lora_rank or 0) + 64
-        latent = 8 * (512 * (widths + 32) + widths)
+        latent = layers * (512 * (widths + 32) + widths)
     assert replicated == norms + latent + parameter_counts(model, gate)["gate"]
 
 
@@ -96,7 +99,7 @@ def test_in_flight_passes_match_the_schedule(sizes: tuple[int, int, int]) -> Non
     assert [in_flight(one, rank) for rank in range(ranks)] == [schedule.in_flight([row]) for row in slots]
 
 
-@pytest.mark.parametrize("model", [MLA, MHA])
+@pytest.mark.parametrize("model", [MLA, MHA, AROUND])
 def test_flops_of_all_passes_match_accounting(model: ModelConfig) -> None:
     """Without recomputation and mask, all loops and ranks together compute the model's FLOPs.
 

@@ -1,6 +1,6 @@
 """Speed and memory of training, against a looped trainer in plain torch and against the machine's matrix products.
 
-The plain trainer is ``looplm/reference.py`` with its own parameters, torch's fused attention, all logits and torch's
+The plain trainer is ``looplm/reference`` with its own parameters, torch's fused attention, all logits and torch's
 AdamW. Contenders run in turns in one process; memory is the resident peak of a step in a process of its own.
 
 Shapes: B batch, S sequence, D hidden, F feed-forward, V vocabulary.

@@ -1,4 +1,4 @@
-"""Loss and every gradient on this device, against looplm/reference.py in double precision with the same weights.
+"""Loss and every gradient on this device, against looplm/reference in double precision with the same weights.
 
 The product computes them as in training: through the trainer, Megatron's schedule and wrapper, and the head that writes
 its gradient into the buffer. The reference is plain torch with autograd. Every case runs plain and with packed

@@ -73,7 +73,7 @@ PARTS: dict[str, Part] = {
         Part(name="environment", title="the machine and its software", module="tools.gpu.environment", limit_s=45),
         Part(
             name="parity",
-            title="loss and every gradient against looplm/reference.py",
+            title="loss and every gradient against looplm/reference",
             module="tools.gpu.parity",
             variant="local",
             limit_s=115,

@@ -9,6 +9,8 @@ One *pass* is one micro-batch through one loop of a rank's layers. All R passes 
 backward. Under a pipeline these are the passes that its schedule has in flight.
 """
 
+from math import ceil
+
 from looplm.parameters import gate_rows
 from tools.planning.planned_run import PlannedRun
 
@@ -33,6 +35,20 @@ def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
     return forward_activation_bytes(run, rank) + max(0.0, recomputed - hidden - freed)
 
 
+def _unlooped_bytes(run: PlannedRun, rank: int) -> float:
+    """Return the bytes kept of the prelude, once for each micro-batch in flight, and of the coda, in every pass."""
+    model, passes = run.config.model, in_flight(run, rank)
+    prelude = model.prelude_layers if rank == 0 else 0
+    coda = model.coda_layers if run.is_last(rank) else 0
+    hidden = run.shard_tokens * model.hidden_size * run.number_bytes
+    layer, ends = layer_bytes(run), _norm_bytes(run, model.hidden_size)
+    if run.config.parallel.recompute == "full":
+        layer = hidden
+    elif run.config.parallel.recompute == "loop":
+        layer, ends, prelude, coda = hidden, 0.0, min(1, prelude), min(1, coda)
+    return ceil(passes / model.num_loops) * prelude * layer + passes * (coda * layer + (ends if coda else 0.0))
+
+
 def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
     """Return the bytes that pipeline rank ``rank`` keeps when the last of the passes in flight has ended."""
     config, mode = run.config, run.config.parallel.recompute
@@ -48,7 +64,7 @@ def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
         kept = hidden
     else:
         kept = layers * layer_bytes(run) + norm
-    return passes * (kept + losses) + deepest
+    return passes * (kept + losses) + deepest + _unlooped_bytes(run, rank)
 
 
 def in_flight(run: PlannedRun, rank: int) -> int:

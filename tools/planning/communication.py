@@ -44,12 +44,12 @@ def tensor_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool)
     attention = model.attention_widths.projected
     # Gathered and scattered once each around both sublayers; without sequence parallelism all-reduced, the same bytes.
     layer = run.tokens * (attention + 3 * model.hidden_size) * run.number_bytes
-    layers, operations = run.layers_per_rank()[rank] * layer, run.layers_per_rank()[rank] * 4
+    layers, operations = run.layers_in_a_pass(rank) * layer, run.layers_in_a_pass(rank) * 4
     head = run.tokens * model.hidden_size * run.number_bytes if run.is_last(rank) else 0.0
     traffic = _ring(cluster, layout.tensor, 1, layers + head, operations)
     if not backward:
         return traffic
-    hidden_again = _ring(cluster, layout.tensor, 1, run.layers_per_rank()[rank] * _gathered_again(run), operations)
+    hidden_again = _ring(cluster, layout.tensor, 1, run.layers_in_a_pass(rank) * _gathered_again(run), operations)
     again = layout.recompute in ("full", "loop")
     recomputed = _ring(cluster, layout.tensor, 1, layers, operations) if again else Traffic()
     moved = traffic.bytes + recomputed.bytes + hidden_again.bytes
@@ -75,7 +75,7 @@ def context_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool
         return Traffic()
     widths = model.attention_widths
     width = widths.key_heads * (widths.query_key + widths.value)
-    layers = run.layers_per_rank()[rank]
+    layers = run.layers_in_a_pass(rank)
     size = layers * run.tokens * layout.context * width / layout.tensor * run.number_bytes
     times = 2 if backward and layout.recompute != "none" else 1
     return _ring(cluster, layout.context, layout.tensor, size * times, layers * times)

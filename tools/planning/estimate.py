@@ -119,7 +119,7 @@ def pass_time(run: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> P
 
 def _memory_traffic_bytes(run: PlannedRun, rank: int, traffic: float, backward: bool) -> float:
     """Return the memory traffic of one pass: a multiple of what layers write, and in forward that of the head."""
-    layers = run.layers_per_rank()[rank] * written_bytes(run) * traffic / 3
+    layers = run.layers_in_a_pass(rank) * written_bytes(run) * traffic / 3
     if not backward:
         return layers + (_head_traffic_bytes(run) if run.is_last(rank) else 0.0)
     if run.frozen:

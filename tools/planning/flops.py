@@ -28,7 +28,7 @@ def forward_flops(run: PlannedRun, rank: int) -> Flops:
     padded = 2 * max(widths.query_key, widths.value) / (widths.query_key + widths.value)
     one = _flops_per_token(config.model, config.gate, config.data.seq_length)
     share = run.tokens / config.parallel.tensor
-    layers, products = run.layers_per_rank()[rank] * share, 1 if run.frozen else 3
+    layers, products = run.layers_in_a_pass(rank) * share, 1 if run.frozen else 3
     return Flops(
         layers=layers * one.layer,
         attention=layers * one.scores * padded,
@@ -48,7 +48,8 @@ class _TokenFlops(NamedTuple):
 @cache
 def _flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: int) -> _TokenFlops:
     def forward(layers: int, length: int) -> float:
-        return forward_flops_per_token(replace(model, num_layers=layers), gate, length, 1)
+        only_stack = replace(model, num_layers=layers, prelude_layers=0, coda_layers=0)
+        return forward_flops_per_token(only_stack, gate, length, 1)
 
     layer, logits = forward(2, 0) - forward(1, 0), 2.0 * model.vocab_size * model.hidden_size
     return _TokenFlops(layer, forward(1, seq_length) - forward(1, 0), logits, forward(1, 0) - layer - logits)

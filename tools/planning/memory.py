@@ -76,7 +76,7 @@ def _working_bytes(run: PlannedRun, rank: int) -> float:
         backward += model.num_loops * hidden
     elif layout.pipeline == 1 and model.num_loops > 1:
         # One graph: a weight's gradients of all loops are summed before they are added to the buffer.
-        backward += run.parameters(rank)["layers"] * e
+        backward += sum(run.parameters(rank).get(part, 0.0) for part in ("layers", "coda")) * e
     at_peak = peak_activation_bytes(run, rank)
     working = max(forward_activation_bytes(run, rank) + head, at_peak + backward) - at_peak
     # The schedule frees what was sent; in rehearsals the last rank keeps each pass's hidden state all the same.

@@ -81,6 +81,12 @@ class PlannedRun:
         """Return the number of layers on each pipeline rank."""
         return self.config.parallel.layers_per_rank(self.config.model.num_layers)
 
+    def layers_in_a_pass(self, rank: int) -> float:
+        """Return the layers that pipeline rank ``rank`` runs in a pass, of all R loops on average."""
+        model, layers = self.config.model, float(self.layers_per_rank()[rank])
+        layers += model.prelude_layers / model.num_loops if rank == 0 else 0
+        return layers + (model.coda_layers if self.is_last(rank) else 0)
+
     def is_last(self, rank: int) -> bool:
         """Return True if pipeline rank ``rank`` holds the head and the gate."""
         return rank == self.config.parallel.pipeline - 1
@@ -91,13 +97,15 @@ class PlannedRun:
         Norms, the gate and MLA's down projections are replicated on every tensor-parallel rank; all else is split.
         """
         tensor, counts = self.config.parallel.tensor, parameter_counts(self.config.model, self.config.gate)
-        rows = layer_parameters(self.config.model)
+        model = self.config.model
+        rows = layer_parameters(model)
         layer = sum(row.size / (1 if row.tensor_split is None else tensor) for row in rows)
         parts = {"layers": self.layers_per_rank()[rank] * layer}
         if rank == 0:
-            parts["embedding"] = counts["embedding"] / tensor
+            parts |= {"embedding": counts["embedding"] / tensor, "prelude": model.prelude_layers * layer}
         if self.is_last(rank):
             parts |= {"head": counts["head"] / tensor, "gate": counts["gate"], "loop_end_norm": counts["loop_end_norm"]}
+            parts["coda"] = model.coda_layers * layer + (model.hidden_size if model.coda_layers else 0)
         return parts
 
     def trained(self, rank: int) -> float:

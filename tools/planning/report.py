@@ -37,7 +37,7 @@ def describe_search(recipe: RunConfig, cluster: Cluster, gpu_name: str, budget: 
     tried = len(search.legal) + search.refused.total()
     peak = cluster.gpu.fp8_tflops if cluster.fp8 else cluster.gpu.bf16_tflops
     return [
-        f"recipe: {total:,} parameters, {model.num_layers} layers x {model.num_loops} loops, "
+        f"recipe: {total:,} parameters, {model.depth_summary}, "
         f"{recipe.data.seq_length:,} positions, {budget.tokens:.3g} tokens in {recipe.optim.train_steps:,} steps",
         f"cluster: {cluster.gpus} {gpu_name}, {cluster.node} a node, {cluster.network_gbs:g} GB/s each between nodes; "
         f"{cluster.usable_bytes / GIB:.1f} of {cluster.gpu.memory_gib:g} GiB usable",

@@ -70,6 +70,10 @@ def to_latent(
     for key in ("qkv_bias", "qk_norm"):
         fix = "latent attention has no place for it; give a model without"
         require(not getattr(plain, key), "checkpoint", f"model.{key}=true", fix)
+    outside = f"model.prelude_layers={plain.prelude_layers}, model.coda_layers={plain.coda_layers}"
+    require(
+        not plain.unlooped_layers, "checkpoint", outside, "only layers in the loops are converted; give a model without"
+    )
     width, groups = plain.attention_head_dim, plain.query_groups
     rope = groups * width if qk_rope_head_dim is None else qk_rope_head_dim
     legal = rope % width == 0 and 0 < rope <= groups * width

@@ -66,10 +66,11 @@ def copy_layers(values: Mapping[str, Value], origins: list[int]) -> dict[str, Va
 
 
 def scale_residual(weights: Mapping[str, Tensor], sandwich_norm: bool, factor: float) -> dict[str, Tensor]:
-    """Scale what every sublayer adds, through its output's norm or, without sandwich norms, its output matrix."""
+    """Scale what every sublayer of the stack adds, through its output's norm or, without sandwich norms, its matrix."""
     norms, matrices = ("attn_bda.norm.weight", "mlp_bda.norm.weight"), ("linear_proj.weight", "linear_fc2.weight")
     scaled = norms if sandwich_norm else matrices
-    return {name: weight * factor if name.endswith(scaled) else weight for name, weight in weights.items()}
+    in_stack = {name for name in weights if name.startswith(_LAYERS) and name.endswith(scaled)}
+    return {name: weight * factor if name in in_stack else weight for name, weight in weights.items()}
 
 
 def change_loops(source: ModelState, loops: int) -> Upcycled:

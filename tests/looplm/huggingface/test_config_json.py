@@ -1,5 +1,6 @@
 """config.json to our configuration and back: nothing is lost or misread, and unsupported models are refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from looplm.huggingface.config_json import (
     HFDescription,
     TokenIds,
     from_config_json,
+    looplm_fault,
     merge_changes,
     ouro_fault,
     read_json,
@@ -220,4 +222,7 @@ def test_which_models_fit_ouros_layout():
     assert ouro_fault(MHA, LINEAR) is None
     assert ouro_fault(MODELS["mla"], LINEAR) == "model.attention=mla is not mha"
     assert ouro_fault(MHA, GateConfig()) == "gate.kind=lru is not linear"
+    outside = dataclasses.replace(MHA, coda_layers=1)
+    assert ouro_fault(outside, LINEAR) == "model.coda_layers=1 is not in it"
+    assert looplm_fault(outside) == "model.coda_layers=1" and looplm_fault(MODELS["mla"]) is None
     assert "head_dim" in str(ouro_fault(MODELS["gqa with wide heads"], LINEAR))

@@ -8,15 +8,19 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.accounting import cache_values_per_token
+from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.evaluation.cached import LockstepDecoder
-from looplm.inference.early_exit import ExitRule
+from looplm.inference import GenerationConfig
+from looplm.inference.early_exit import ExitRule, ExitSignal
 from looplm.inference.kv_cache import CacheMode, KVCache
 from looplm.inference.sampling import NextLogits
+from looplm.inference.stack import LoopedStack
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs, q_exit
-from tests.support.generation_oracle import GATES, MLA, VARIANTS, VOCAB, build
+from tests.support.generation_oracle import GATES, MLA, READ_OUTS, VARIANTS, VOCAB, build
+from tests.support.observe import observed
 
 LENGTHS = (21, 1, 9)  # of the prompts, in one batch
 NEW = 10
@@ -53,10 +57,10 @@ def splitting_threshold(model: LoopLM) -> float:
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "mha-prelude-readout-norm", "mha-diagonal-injection"])
 def test_per_loop_equals_the_cacheless_model(variant: str, gate: str, single_process: ProcessGroupCollection) -> None:
     """Logits and exit depth of every token, with rows of different lengths side by side."""
-    model = build(VARIANTS[variant], GATES[gate], single_process)
+    model = build((VARIANTS | READ_OUTS)[variant], GATES[gate], single_process)
     threshold = splitting_threshold(model)
     ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4, threshold=threshold))
     with torch.no_grad():
@@ -87,9 +91,12 @@ def test_depth_bounds_clamp_the_gates_depths(
     assert torch.equal(given[3], given[4].clamp(2, 3)) and outside in given[4]
 
 
+@pytest.mark.parametrize("variant", ["mla", *READ_OUTS])
 @pytest.mark.parametrize("depth", [1, 3, 6])
-def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: ProcessGroupCollection) -> None:
-    model = build(MLA, GATES["lru"], single_process)
+def test_fixed_depth_also_beyond_the_trained_one(
+    depth: int, variant: str, single_process: ProcessGroupCollection
+) -> None:
+    model = build((VARIANTS | READ_OUTS)[variant], GATES["lru"], single_process)
     ids_BS, steps = teacher_forced(model, ExitRule(max_depth=depth))
     with torch.no_grad():
         logits_SBV = F.linear(model(ids_BS, num_loops=depth).hidden[-1], model.head_weight())
@@ -100,12 +107,41 @@ def test_fixed_depth_also_beyond_the_trained_one(depth: int, single_process: Pro
 
 
 @pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
-@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "lru")])
+def test_a_coda_reads_each_token_as_of_the_loop_in_which_it_exited(
+    mode: CacheMode, single_process: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle is the model's own coda, without a cache, over the states that the tokens left the loops with."""
+    model, read = build(READ_OUTS["mla-prelude-coda"], GATES["lru"], single_process), list[torch.Tensor]()
+    monkeypatch.setattr(
+        LoopedStack, "coda", observed(LoopedStack.coda, lambda _, h_SND, *__: read.append(h_SND.clone()))
+    )
+    ids = torch.randint(0, VOCAB, (30,)).tolist()
+    rule = ExitRule(max_depth=4, threshold=splitting_threshold(model))
+    decoder = LockstepDecoder(model, rule, mode, [ids[:12]])
+    steps = [decoder.prompt_logits, *(decoder.decode([token]) for token in ids[12:])]
+    assert model.coda is not None and len({step.depths[0] for step in steps}) > 1
+    with torch.no_grad():
+        read_S1D = model.coda(torch.cat(read), attention_mask=None)
+        logits_SV = F.linear(read_S1D[:, 0], model.head_weight())
+    decoded = torch.cat([step.logits_NV for step in steps])
+    torch.testing.assert_close(decoded, logits_SV[11:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("signal", ["confidence", "entropy"])
+def test_a_coda_refuses_exits_that_need_every_loops_logits(signal: ExitSignal) -> None:
+    config = GenerationConfig(exit_threshold=0.5, exit_signal=signal)
+    with pytest.raises(UserError, match=r"exit_signal: .* 2 coda layers .* give gate or change"):
+        config.exit_rule(READ_OUTS["mla-prelude-coda"], gate_trained=True)
+    assert config.exit_rule(MLA, gate_trained=True).signal == signal
+
+
+@pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
+@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "lru"), ("gqa-coda-readout-norm", "linear")])
 def test_a_prompt_in_pieces_equals_the_prompt_at_once(
     variant: str, gate: str, mode: CacheMode, single_process: ProcessGroupCollection
 ) -> None:
     """Both the logits after it and the logits of later tokens, which attend to it."""
-    model = build(VARIANTS[variant], GATES[gate], single_process)
+    model = build((VARIANTS | READ_OUTS)[variant], GATES[gate], single_process)
     rule, steps = ExitRule(max_depth=4, threshold=splitting_threshold(model)), {}
     for piece in (1000, 3, 12):  # 3 and 12 tokens of 3 prompts: 1 and 4 positions at a time
         torch.manual_seed(5)
@@ -191,6 +227,14 @@ def measured_bytes_per_token(config: ModelConfig, mode: CacheMode, dtype: torch.
     caches, allocated = config.num_loops if mode == "per_loop" else 1, sum(layer.nbytes for layer in cache.layers_XTW)
     assert allocated == cache_values_per_token(config, caches) * dtype.itemsize * cache.layers_XTW[0].size(1)
     return allocated // cache.layers_XTW[0].size(1)
+
+
+@pytest.mark.parametrize("mode", ["per_loop", "last", "mean", "first"])
+def test_layers_outside_the_loops_keep_one_entry_of_a_token(mode: CacheMode) -> None:
+    config = READ_OUTS["mla-prelude-coda"]
+    caches = config.num_loops if mode == "per_loop" else 1
+    layers = caches * config.num_layers + config.prelude_layers + config.coda_layers
+    assert measured_bytes_per_token(config, mode, torch.float32) == 4 * layers * (12 + 6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,7 +12,7 @@ from looplm.cli import UserError
 from looplm.inference import GenerationConfig, Generator, Request, speculation
 from looplm.inference.batch import TextBatch
 from looplm.inference.sampling import probabilities
-from tests.support.generation_oracle import GATES, VARIANTS, build, byte_tokenizer
+from tests.support.generation_oracle import GATES, READ_OUTS, VARIANTS, build, byte_tokenizer
 from tests.support.observe import observed
 
 TOKENIZER = byte_tokenizer()
@@ -32,7 +32,7 @@ def generator(single_process: ProcessGroupCollection) -> Generator:
 
 def generator_of(variant: str, groups: ProcessGroupCollection) -> Generator:
     """Return a generator whose drafts are often, but not always, accepted."""
-    model = build(VARIANTS[variant], GATES["lru"], groups)
+    model = build((VARIANTS | READ_OUTS)[variant], GATES["lru"], groups)
     return Generator(model, TOKENIZER, eos_ids=-1)
 
 
@@ -43,6 +43,8 @@ def generator_of(variant: str, groups: ProcessGroupCollection) -> Generator:
         ("mla", {"speculate": 3, "draft_depth": 3, "repetition_penalty": 1.5}),
         ("mla", {"speculate": 1, "depth": 2}),
         ("gqa", {"speculate": 5, "draft_depth": 2}),
+        ("mla-prelude-coda", {"speculate": 4, "draft_depth": 2}),
+        ("mla-prelude-linear-injection", {"speculate": 3, "draft_depth": 2}),
         ("mla-query-latent", {"speculate": 2, "draft_depth": 5, "depth": 6}),
     ],
 )

@@ -52,10 +52,16 @@ CASES = {
     "mla-two-rotary-keys": (replace(MLA, qk_rope_head_dim=8, qk_rope_period=4), LRU),
     "mla-mlp-gate": (MLA, GateConfig(kind="mlp", hidden_size=6)),
     "mla-nothing-but-rotary": (replace(MLA, qk_rope_head_dim=12, qk_rope_period=4, qk_nope_head_dim=0), LINEAR),
+    "mla-prelude-coda": (replace(MLA, prelude_layers=1, coda_layers=2), SEQUENCE),
+    "mla-readout-norm": (replace(MLA, loop_norm="readout"), LRU),
+    "mla-linear-injection": (replace(MLA, injection="linear", prelude_layers=1), LRU),
+    "mla-additive-injection": (replace(MLA, injection="additive"), LINEAR),
+    "mha-diagonal-injection": (replace(MHA, injection="diagonal", loop_norm="readout"), LRU),
     "mha": (MHA, LINEAR),
     "mha-grouped": (replace(MHA, num_query_groups=2), SEQUENCE),
     "mha-one-group-wide-heads": (replace(MHA, num_query_groups=1, head_dim=12), LRU),
     "mha-biases-normed-heads": (replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True), LRU),
+    "mha-coda-readout-norm": (replace(MHA, prelude_layers=2, coda_layers=1, loop_norm="readout"), LINEAR),
     "mha-tied-no-sandwich": (replace(MHA, tie_embeddings=True, sandwich_norm=False, num_loops=2), LRU),
 }
 
@@ -77,7 +83,7 @@ def build(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, 
     built = LoopLM(model, gate, groups, dtype)
     torch.manual_seed(SEED)
     for name, parameter in sorted(built.named_parameters()):
-        if "norm" in name:
+        if "norm" in name or name.endswith("_gain"):
             nn.init.uniform_(parameter, 0.5, 1.5)
         else:
             nn.init.normal_(parameter, std=0.3 if name.startswith("gate.") else 0.1)

@@ -57,7 +57,7 @@ def test_a_package_without_a_pin_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_code_travels_as_it_is_with_its_revision(tmp_path: Path) -> None:
     bundle.copy_source(tmp_path)
-    for name in ("Makefile", "setup.py", "constraints.txt", "tools/gpu_check.py", "looplm/reference.py"):
+    for name in ("Makefile", "setup.py", "constraints.txt", "tools/gpu_check.py", "looplm/reference/model.py"):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     assert (tmp_path / "REVISION").read_text().strip() and not (tmp_path / ".venv").exists()
 

@@ -1,36 +1,38 @@
 """The looped language model in one file of plain torch: the shortest way to learn it, and the oracle of the tests.
 
-It is written from the papers' formulas and independent of the product: nothing here imports looplm or Megatron, and
-autograd alone computes the gradients. Parameters come as one flat dict under the names of the product's state dict, so
-the same tensors drive both sides and the gradient of each parameter is compared by name. Configs are duck typed:
+It is written from the papers' formulas. Parameters come as one flat dict under the names of the product's state dict,
+so the same tensors drive both sides and the gradient of each parameter is compared by name. Configs are duck typed:
 anything with the attributes of `ModelConfig` and `GateConfig` will do.
 
     ids_BS ─embed─▶ h_SBD ─┬─▶ L layers ─▶ norm ─▶ h_SBD ─┬─ head ─▶ cross-entropy_SB ─┐  loop r
                            └──── R times, same weights ◀──┴─ gate ─▶ exit logit_SB ────┴─▶ sum_r p_r ce_r - beta H(p)
 
+A model may have layers of its own before the loops (prelude, run once) and in front of the head (coda, run after each
+loop), and its norm at the end of a loop may be for the gate, the coda and the head alone.
+
 Shapes: B batch, S sequence, D hidden, F feed-forward, H heads, G query groups, K head width, C latent, V vocabulary,
 R loops, L layers, Z gate state. Sequence first.
 
-Sources: loops, sandwich norm, linear gate, both losses, Q-exit: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2
-(2405.04434). Rotary positions: RoFormer (2104.09864). Grouped queries: 2305.13245. SwiGLU: 2002.05202. RMSNorm:
-1910.07467. GRU: 1406.1078, as `torch.nn.GRUCell` arranges it.
+Each later loop may read what entered the first one again (injection).
+
+Sources: loops, sandwich norm, linear gate: Ouro (arXiv 2510.25741). Prelude and coda: 2502.05171. Latent attention:
+DeepSeek-V2 (2405.04434). Rotary positions: RoFormer (2104.09864). Grouped queries: 2305.13245. SwiGLU: 2002.05202.
+RMSNorm: 1910.07467. GRU: 1406.1078, as `torch.nn.GRUCell` arranges it.
 """
 
 import math
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Params = Mapping[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Output(NamedTuple):
-    hidden: tuple[Tensor, ...]  # R tensors [S, B, D]: the hidden state after each loop's norm
+    hidden: tuple[Tensor, ...]  # R tensors [S, B, D]: what the head reads after each loop
     gate_logit_RSB: Tensor
 
 
@@ -42,25 +44,53 @@ def forward(
     num_loops: int | None = None,
     document_start_SB: Tensor | None = None,
     fused_attention: bool = False,
+    backward_loops: int | None = None,
 ) -> Output:
     """Embed, run the shared stack R times, ask the gate after each loop.
 
     `num_loops` runs fewer or more loops than the config's R; the gate still computes for R, as it was trained.
     """
-    layers = [scope(params, f"decoder.layers.{i}.") for i in range(cfg.num_layers)]
     gate = scope(params, "gate.")
     view = View.of(cfg, ids_BS, document_start_SB, fused_attention)
 
+    def layers(name: str, number: int, x_SBD: Tensor) -> Tensor:
+        for i in range(number):
+            x_SBD = block(scope(params, f"{name}.layers.{i}."), cfg, x_SBD, view)
+        return x_SBD
+
     h_SBD = F.embedding(ids_BS.T, params["embedding.word_embeddings.weight"])
-    state_SBZ, hidden, logits = None, [], []
-    for loop in range(num_loops or cfg.num_loops):
-        for layer in layers:
-            h_SBD = block(layer, cfg, h_SBD, view)
-        h_SBD = rms_norm(h_SBD, params["decoder.final_layernorm.weight"], cfg.norm_eps)
-        logit_SB, state_SBZ = exit_gate(gate, gate_cfg, h_SBD, state_SBZ, loop, cfg.num_loops, view.visible_BSS)
-        hidden.append(h_SBD)
+    h_SBD = layers("prelude", cfg.prelude_layers, h_SBD)
+    entered_SBD, state_SBZ, hidden, logits = h_SBD, None, [], []
+    num_loops = num_loops or cfg.num_loops
+    for loop in range(num_loops):
+        if backward_loops is not None and loop == num_loops - backward_loops:
+            h_SBD = h_SBD.detach()  # gradients flow through the last loops alone
+        if loop > 0:
+            h_SBD = inject(scope(params, "injection."), cfg.injection, h_SBD, entered_SBD)
+        h_SBD = layers("decoder", cfg.num_layers, h_SBD)
+        read_SBD = rms_norm(h_SBD, params["decoder.final_layernorm.weight"], cfg.norm_eps)
+        if cfg.loop_norm == "state":
+            h_SBD = read_SBD
+        logit_SB, state_SBZ = exit_gate(gate, gate_cfg, read_SBD, state_SBZ, loop, cfg.num_loops, view.visible_BSS)
+        if cfg.coda_layers:
+            read_SBD = layers("coda", cfg.coda_layers, read_SBD)
+            read_SBD = rms_norm(read_SBD, params["coda.final_layernorm.weight"], cfg.norm_eps)
+        hidden.append(read_SBD)
         logits.append(logit_SB)
     return Output(tuple(hidden), torch.stack(logits))
+
+
+def inject(p: Params, kind: str, h_SBD: Tensor, entered_SBD: Tensor) -> Tensor:
+    """Return what a later loop reads: the state, and what entered the first loop (arXiv 1909.01377, 2502.05171)."""
+    match kind:
+        case "additive":
+            return h_SBD + entered_SBD
+        case "diagonal":
+            return p["state_gain"] * h_SBD + p["input_gain"] * entered_SBD
+        case "linear":
+            of_state_DD, of_input_DD = p["weight"].chunk(2, dim=1)
+            return h_SBD @ of_state_DD.T + entered_SBD @ of_input_DD.T
+    return h_SBD
 
 
 def head_weight(params: Params, cfg: Any) -> Tensor:
@@ -230,161 +260,6 @@ def gru_cell(p: Params, u: Tensor, z: Tensor) -> Tensor:
     z_reset, z_update, z_new = F.linear(z, p["weight_hh"], p["bias_hh"]).chunk(3, dim=-1)
     reset, update = torch.sigmoid(u_reset + z_reset), torch.sigmoid(u_update + z_update)
     return (1 - update) * torch.tanh(u_new + reset * z_new) + update * z
-
-
-def exit_distribution(gate_logit_RSB: Tensor) -> Tensor:
-    """Return p_r = lambda_r * prod_{j<r} (1 - lambda_j), lambda = sigmoid(logit); the last loop takes the rest."""
-    survival_SB, p = torch.ones_like(gate_logit_RSB[0]), []
-    for logit_SB in gate_logit_RSB[:-1]:
-        p.append(survival_SB * torch.sigmoid(logit_SB))
-        survival_SB = survival_SB * torch.sigmoid(-logit_SB)
-    return torch.stack([*p, survival_SB])
-
-
-def entropy(p_RSB: Tensor) -> Tensor:
-    return -(p_RSB * p_RSB.log()).sum(0)
-
-
-def q_exit(p_RSB: Tensor, threshold: float) -> Tensor:
-    """Return the depth [S, B] from 1: the first loop by which the exit mass reaches the threshold, R at 1. Slow."""
-    depths = []
-    for p_R in p_RSB.flatten(1).T.tolist():
-        reached = [depth for depth, mass in enumerate(accumulate(p_R), start=1) if mass >= threshold]
-        depths.append(reached[0] if reached and threshold < 1 else len(p_R))
-    return torch.tensor(depths).view(p_RSB.shape[1:])
-
-
-def token_losses(hidden_SBD: Tensor, weight_VD: Tensor, labels_SB: Tensor) -> Tensor:
-    """Return the cross-entropy [S, B] of each token, from the whole matrix of logits [S, B, V]."""
-    logits_SBV = F.linear(hidden_SBD, weight_VD)
-    logits_SBV = logits_SBV.to(at_least_fp32(logits_SBV))
-    return F.cross_entropy(logits_SBV.flatten(0, 1), labels_SB.flatten(), reduction="none").view_as(labels_SB)
-
-
-def entropy_regularised_loss(
-    token_loss_RSB: Tensor,
-    gate_logit_RSB: Tensor,
-    beta: float,
-    mask_SB: Tensor | None = None,
-    prior_R: Tensor | None = None,
-    of_batch: bool = False,
-    ponder_cost: float = 0.0,
-) -> Tensor:
-    """Return stage 1's loss, sum_r p_r (ce_r + r cost) - beta H(p) or + beta KL(p || prior), or the mean p's."""
-    p_RSB = exit_distribution(gate_logit_RSB)
-    cost_RSB = token_loss_RSB + ponder_cost * torch.arange(1, len(p_RSB) + 1)[:, None, None]
-    held_RSB = torch.stack([masked_mean(p_SB, mask_SB).expand_as(p_SB) for p_SB in p_RSB]) if of_batch else p_RSB
-    prior_R11 = 1 if prior_R is None else prior_R.to(p_RSB)[:, None, None]
-    penalty_SB = (held_RSB * (held_RSB / prior_R11).log()).sum(0)
-    return masked_mean((p_RSB * cost_RSB).sum(0) + beta * penalty_SB, mask_SB)
-
-
-def adaptive_gate_loss(
-    token_loss_RSB: Tensor,
-    gate_logit_RSB: Tensor,
-    slope: float = 50.0,
-    threshold: float = 0.005,
-    mask_SB: Tensor | None = None,
-    target: str = "paper",
-) -> Tensor:
-    """Return stage 2's loss: continue where one more loop still helps.
-
-    w_t, t = 2..R, says how much loop t improved on loop t - 1. "paper" trains lambda_t on it, as printed; "next" trains
-    lambda_{t-1}, which decides whether loop t is run at all.
-    """
-    loops = token_loss_RSB.shape[0]
-    total_SB = torch.zeros_like(token_loss_RSB[0])
-    for t in range(1, loops):
-        improvement_SB = (token_loss_RSB[t - 1] - token_loss_RSB[t]).clamp(min=0).detach()
-        w_SB = torch.sigmoid(slope * (improvement_SB - threshold))
-        logit_SB = gate_logit_RSB[t if target == "paper" else t - 1]
-        # Binary cross-entropy between the continue probability, 1 - lambda = sigmoid(-logit), and w.
-        total_SB = total_SB - w_SB * F.logsigmoid(-logit_SB) - (1 - w_SB) * F.logsigmoid(logit_SB)
-    return masked_mean(total_SB / loops, mask_SB)
-
-
-def geometric_prior(num_loops: int, rate: float) -> Tensor:
-    p_R = torch.tensor([rate * (1 - rate) ** loop for loop in range(num_loops)], dtype=torch.float64)
-    return p_R / p_R.sum()
-
-
-def masked_mean(x_SB: Tensor, mask_SB: Tensor | None) -> Tensor:
-    """Return the mean over the tokens with mask 1; zero if there are no such tokens."""
-    mask_SB = torch.ones_like(x_SB) if mask_SB is None else mask_SB.to(x_SB.dtype)
-    return (x_SB * mask_SB).sum() / mask_SB.sum().clamp(min=1)
-
-
-class ReferenceLM(nn.Module):
-    """A module that owns the parameters, under the product's names, and computes stage 1's loss."""
-
-    def __init__(self, cfg: Any, gate_cfg: Any, fused_attention: bool = True) -> None:
-        super().__init__()
-        self.cfg, self.gate_cfg, self.fused_attention = cfg, gate_cfg, fused_attention
-        for name, shape in parameter_shapes(cfg, gate_cfg).items():
-            *path, leaf = name.split(".")
-            owner: nn.Module = self
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            value = torch.ones(shape) if "norm" in path[-1] else torch.randn(shape) * cfg.init_std
-            zero = "bias" in leaf or path[-1] in ("readout", "sequence_readout")
-            owner.register_parameter(leaf, nn.Parameter(torch.zeros(shape) if zero else value))
-
-    def forward(
-        self,
-        ids_BS: Tensor,
-        labels_SB: Tensor,
-        beta: float,
-        mask_SB: Tensor | None = None,
-        document_start_SB: Tensor | None = None,
-    ) -> Tensor:
-        params = dict(self.named_parameters())
-        output = forward(params, self.cfg, self.gate_cfg, ids_BS, None, document_start_SB, self.fused_attention)
-        weight_VD = head_weight(params, self.cfg)
-        token_loss_RSB = torch.stack([token_losses(h_SBD, weight_VD, labels_SB) for h_SBD in output.hidden])
-        return entropy_regularised_loss(token_loss_RSB, output.gate_logit_RSB, beta, mask_SB)
-
-
-def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
-    """Return the shape of every parameter by name. The number of loops is in none."""
-    d, f, v, heads = cfg.hidden_size, cfg.ffn_hidden_size, cfg.vocab_size, cfg.num_attention_heads
-    if cfg.attention == "mla":
-        c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
-        attention: Shapes = {
-            "linear_kv_down_proj.weight": (c + rope, d),
-            "kv_layernorm.weight": (c,),
-            "linear_kv_up_proj.weight": (heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), c),
-            "linear_proj.weight": (d, heads * cfg.v_head_dim),
-        }
-        if cfg.q_lora_rank is None:
-            attention["linear_q_proj.weight"] = (heads * per_query, d)
-        else:
-            attention["linear_q_down_proj.weight"] = (cfg.q_lora_rank, d)
-            attention["q_layernorm.weight"] = (cfg.q_lora_rank,)
-            attention["linear_q_up_proj.weight"] = (heads * per_query, cfg.q_lora_rank)
-    else:
-        rows = (heads + 2 * (cfg.num_query_groups or heads)) * mha_head_dim(cfg)
-        attention = {"linear_qkv.weight": (rows, d), "linear_proj.weight": (d, heads * mha_head_dim(cfg))}
-        attention |= {"linear_qkv.bias": (rows,)} if cfg.qkv_bias else {}
-        attention |= {f"{n}_layernorm.weight": (mha_head_dim(cfg),) for n in "qk"} if cfg.qk_norm else {}
-
-    norms = ["input_layernorm", "pre_mlp_layernorm"] + ["self_attn_bda.norm", "mlp_bda.norm"] * cfg.sandwich_norm
-    layer = {f"{norm}.weight": (d,) for norm in norms} | {f"self_attention.{n}": s for n, s in attention.items()}
-    layer |= {"mlp.linear_fc1.weight": (2 * f, d), "mlp.linear_fc2.weight": (d, f)}
-
-    z, y = gate_cfg.state_size, gate_cfg.hidden_size
-    lru: Shapes = {"input_proj.weight": (z, d), "cell.weight_ih": (3 * z, z), "cell.weight_hh": (3 * z, z)}
-    lru |= {"cell.bias_ih": (3 * z,), "cell.bias_hh": (3 * z,)}
-    lru |= {"sequence_readout.weight": (1, z)} if gate_cfg.sequence_level else {}
-    mlp: Shapes = {"hidden.weight": (y, d), "hidden.bias": (y,), "change.weight": (y, 1)}
-    read, before = {"linear": (d, {}), "lru": (z, lru), "mlp": (y, mlp)}[gate_cfg.kind]
-    gate: Shapes = {**before, "readout.weight": (1, read), "readout.bias": (1,)}
-
-    shapes = {"embedding.word_embeddings.weight": (v, d), "decoder.final_layernorm.weight": (d,)}
-    shapes |= {f"decoder.layers.{i}.{name}": shape for i in range(cfg.num_layers) for name, shape in layer.items()}
-    shapes |= {f"gate.{name}": shape for name, shape in gate.items()}
-    return shapes if cfg.tie_embeddings else shapes | {"output_layer.weight": (v, d)}
 
 
 def mha_head_dim(cfg: Any) -> int:

@@ -1,0 +1,105 @@
+"""The training objective."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from looplm.bounds import at_least, check_bounds, positive, require
+from looplm.config.model import ModelConfig
+from looplm.config.parallel import ParallelConfig
+
+PENALTIES = ("stability", "fixed_point", "sparsity")  # keys of LossConfig that weigh functions of the hidden states
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The training objective.
+
+    Args:
+        objective: entropy_regularised (stage 1, all parameters) or adaptive_gate (stage 2, the gate on a frozen trunk).
+        weights: stage 1: what weighs the losses of the loops: gate (the exit distribution, as in Ouro), last (1 for the
+            last loop, 0 for the others) or uniform (1/R each). With last or uniform the gate is not trained.
+        beta: stage 1, weights=gate: weight of the entropy (uniform prior) or of the divergence from the prior.
+        regularizer: stage 1, weights=gate: what is held to the prior: token (the exit distribution of each, as in Ouro)
+            or batch (its mean over the tokens of a micro-batch, so that single tokens may differ; arXiv 2610.09013).
+        prior: stage 1: uniform (Ouro), geometric (for the ablation) or given.
+        geometric_rate: stage 1, prior=geometric: probability of leaving at each loop.
+        prior_shares: stage 1, prior=given: share of each loop, in any unit; one number for each of model.num_loops.
+        ponder_cost: stage 1, weights=gate: nats that each loop costs a token: the loss gets this times the token's mean
+            depth (Adaptive Computation Time, arXiv 1603.08983).
+        stability: stage 1: weight of how much the loops change what the head reads: sum of |h_r - h_{r-1}|² / D, r > 1.
+        fixed_point: stage 1: weight of the last of these terms, so that further loops are safe (arXiv 2608.18222).
+        sparsity: stage 1: weight of the mean over the loops of (|h_r|_1 / |h_r|_2)² / D, from 1/D to 1 (Hoyer-square,
+            arXiv 1908.09979).
+        backward_loops: stage 1: how many of the last loops the gradient of a loss flows through; the state that enters
+            the first of them is a constant. null: through all.
+        slope: stage 2: k of w = sigmoid(k (I - gamma)), the steepness of "this loop helped".
+        threshold: stage 2: gamma, the smallest gain in nats for which one more loop is worth it.
+        target: stage 2: paper (as printed) or next (lambda_t learns whether loop t+1 helps).
+    """
+
+    RETIRED: ClassVar[dict[str, str]] = {
+        "head_chunk_tokens": "the head's chunks have a fixed number of bytes",
+        "head_recompute": "the head neither keeps nor recomputes logits",
+    }
+
+    objective: Literal["entropy_regularised", "adaptive_gate"] = "entropy_regularised"
+    weights: Literal["gate", "last", "uniform"] = "gate"
+    beta: float = at_least(0, 0.1)
+    regularizer: Literal["token", "batch"] = "token"
+    prior: Literal["uniform", "geometric", "given"] = "uniform"
+    geometric_rate: float = positive(0.5, below=1)
+    prior_shares: tuple[float, ...] = positive(())
+    ponder_cost: float = at_least(0, 0.0)
+    stability: float = at_least(0, 0.0)
+    fixed_point: float = at_least(0, 0.0)
+    sparsity: float = at_least(0, 0.0)
+    backward_loops: int | None = positive(None)
+    slope: float = positive(50.0)
+    threshold: float = 0.005
+    target: Literal["paper", "next"] = "next"
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "loss")
+        stage1 = self.objective == "entropy_regularised" or self.weights == "gate"
+        require(stage1, "loss.weights", self.weights, "the gate stage trains the gate; leave it out")
+        for key, plain in (("regularizer", "token"), ("ponder_cost", 0.0)):
+            value, fix = getattr(self, key), "it needs stage 1 with loss.weights=gate; leave it out"
+            require(self.regularizes or value == plain, f"loss.{key}", value, fix)
+        for key in (*PENALTIES, "backward_loops"):
+            value, fix = getattr(self, key), "the gate stage trains the gate alone; leave it out"
+            require(not self.frozen_trunk or not value, f"loss.{key}", value, fix)
+        fix = "give it with loss.prior=given, and only then"
+        require(bool(self.prior_shares) == (self.prior == "given"), "loss.prior_shares", self.prior_shares, fix)
+
+    @property
+    def regularizes(self) -> bool:
+        """True if the exit distribution weighs the losses and is held to a prior."""
+        return self.weights == "gate" and not self.frozen_trunk
+
+    @property
+    def trains_gate(self) -> bool:
+        """True if the gate is among the trained parameters."""
+        return self.frozen_trunk or self.weights == "gate"
+
+    @property
+    def frozen_trunk(self) -> bool:
+        """True if only the gate is trained (stage 2)."""
+        return self.objective == "adaptive_gate"
+
+    def check(self, model: ModelConfig, layout: ParallelConfig) -> None:
+        """Raise a :class:`UserError` if this model in this layout cannot be trained so."""
+        loops, shares = model.num_loops, self.prior_shares
+        fix = f"give one number for each of model.num_loops={loops}"
+        require(len(shares) in (0, loops), "loss.prior_shares", shares, fix)
+        last, fix = self.backward_loops or 1, f"it must not exceed model.num_loops={loops}"
+        require(last <= loops, "loss.backward_loops", last, fix)
+        for key in PENALTIES:
+            value = getattr(self, key)
+            fix = "the loops' states are never together on a rank of a pipeline; take parallel.pipeline=1"
+            require(not value or layout.pipeline == 1, f"loss.{key}", value, fix)
+            fix = "it would hold the coda's output, not the loops' states; take model.coda_layers=0"
+            require(not value or not model.coda_layers, f"loss.{key}", value, fix)
+            fix = "with one loop there is no change of the state; leave it out"
+            require(not value or loops > 1 or key == "sparsity", f"loss.{key}", value, fix)
+        fix = "the gate stage needs at least 2 loops to choose from"
+        require(not self.frozen_trunk or loops > 1, "model.num_loops", loops, fix)
