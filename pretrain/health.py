@@ -74,6 +74,7 @@ class BadStep:
     loss_per_loop: list[float]
     hidden_rms: list[float]
     hidden_grad_norm: list[float]
+    hidden_cosine: list[float]
     grad_norms: dict[str, float]
     ranks: tuple[RankFinding, ...] = ()
     weights: str | None = None

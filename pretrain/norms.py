@@ -36,21 +36,26 @@ class Norms:
 
     ``hidden_rms`` is the root mean square of the residual stream before the loop-end norm, which makes any growth
     invisible. ``hidden_grad_norm`` is the norm of the loss's gradient with respect to the normed hidden state; zeros
-    if the trunk is frozen. ``grad_norms`` are those of the trained modules, before clipping.
+    if the trunk is frozen. ``hidden_cosine`` is the cosine of the normed hidden states of a loop and of the one before,
+    both with all tokens as one vector, and 1 for the first loop: a loop near 1 hardly moves the state. ``grad_norms``
+    are those of the trained modules, before clipping.
     """
 
     hidden_rms: list[float]
     hidden_grad_norm: list[float]
+    hidden_cosine: list[float]
     grad_norms: dict[str, float]
 
     @classmethod
     def of_sums(cls, hidden: Tensor, gradient: Tensor, tokens: int, modules: Sequence[Module]) -> "Norms":
         """Return the norms of :meth:`LoopNorms.sums` and :meth:`GradientNorms.sums`, added up over the ranks."""
-        values, hidden_2R = hidden[0].clamp(min=1), hidden[1:].view(2, -1)
+        values, (residual_R, gradient_R, square_R, product_R) = hidden[0].clamp(min=1), hidden[1:].view(4, -1)
+        cosine_R = product_R / (square_R * torch.cat((square_R[:1], square_R[:-1]))).sqrt()
         by_module = dict(zip(MODULES, (gradient.sqrt() / max(tokens, 1)).tolist(), strict=True))
         return cls(
-            hidden_rms=(hidden_2R[0] / values).sqrt().tolist(),
-            hidden_grad_norm=(hidden_2R[1].sqrt() / max(tokens, 1)).tolist(),
+            hidden_rms=(residual_R / values).sqrt().tolist(),
+            hidden_grad_norm=(gradient_R.sqrt() / max(tokens, 1)).tolist(),
+            hidden_cosine=cosine_R.tolist(),
             grad_norms={module: by_module[module] for module in modules},
         )
 
@@ -77,6 +82,9 @@ class LoopNorms:
         """Forget the micro-batches of the last step."""
         self.hidden: list[list[Tensor]] = [[] for _ in range(self._loops)]  # loop → micro-batch → norm
         self.gradient: list[dict[int, Tensor]] = [{} for _ in range(self._loops)]
+        self._squares = [list[Tensor]() for _ in range(self._loops)]  # loop → micro-batch → h_r · h_r
+        self._products = [list[Tensor]() for _ in range(self._loops)]  # h_r · h_{r-1}
+        self._before: dict[int, Tensor] = {}  # micro-batch → state after its last loop
         self._values = 0  # in the hidden states after one loop
 
     def forget_recomputed(self) -> None:
@@ -84,9 +92,17 @@ class LoopNorms:
         self._residual.clear()
 
     def watch(self, loop: int, h_SBD: Tensor) -> None:
-        """Keep the norm of the residual stream behind ``h_SBD``, and of its gradient when backward comes to it."""
+        """Keep the norm of the residual stream behind ``h_SBD``, and of its gradient when backward comes to it.
+
+        Keep also how the state lies to that of the loop before.
+        """
         micro_batch, gradient = len(self.hidden[loop]), self.gradient[loop]
         self.hidden[loop].append(self._residual.pop(0))
+        now = h_SBD.detach().float().flatten()
+        self._squares[loop].append(torch.dot(now, now))
+        self._products[loop].append(torch.dot(now, self._before.pop(micro_batch, now)))
+        if loop + 1 < self._loops:
+            self._before[micro_batch] = now
         self._values += h_SBD.numel() if loop == 0 else 0
         if h_SBD.requires_grad:
             h_SBD.register_hook(lambda grad_SBD: gradient.update({micro_batch: _norm(grad_SBD)}))
@@ -95,14 +111,16 @@ class LoopNorms:
         self._residual.append(_norm(inputs[0]))
 
     def sums(self) -> Tensor:
-        """Return the number of values after one loop, and the squares of hidden states and of their gradients [1 + 2R].
+        """Return the number of values after one loop, and four sums for each loop: [1 + 4R].
 
-        They are summed over this rank's micro-batches.
+        These are the squares of the residual stream and of the gradients, and the products of each state with itself
+        and with the one before. They are summed over this rank's micro-batches.
         """
         norms = [*self.hidden, *(list(found.values()) for found in self.gradient)]
         zero = torch.zeros((), dtype=torch.float64, device=DEVICE)
         squares = [torch.stack(found).double().square().sum() if found else zero for found in norms]
-        return torch.stack([zero + self._values, *squares])
+        products = [torch.stack(found).double().sum() if found else zero for found in (*self._squares, *self._products)]
+        return torch.stack([zero + self._values, *squares, *products])
 
 
 class _Part(NamedTuple):
@@ -174,6 +192,7 @@ def module_of(name: str) -> Module:
     """Return the part of the model that a parameter belongs to."""
     rules: tuple[tuple[str, Module], ...] = (
         ("embedding.", "embedding"),
+        ("injection.", "embedding"),  # it brings the embedding into later loops
         ("output_layer.", "head"),
         ("gate.", "gate"),
     )

@@ -16,7 +16,7 @@ from looplm.config import RunConfig
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
-NORMS_PER_LOOP = ("hidden_rms", "hidden_grad_norm")  # not in the metrics of releases before 0.3
+NORMS_PER_LOOP = ("hidden_rms", "hidden_grad_norm", "hidden_cosine")  # not in the metrics of older releases
 
 Columns = dict[str, np.ndarray]
 Record = dict[str, Any]

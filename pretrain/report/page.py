@@ -24,6 +24,7 @@ SMALL_PLOTS = (
     ("mean_depth", "Mean depth", "loops"),
     ("hidden_rms", "Hidden state after each loop, before its norm", "rms"),
     ("hidden_grad_norm", "Gradient of each loop's hidden state", "norm"),
+    ("hidden_cosine", "Hidden state of each loop and of the one before", "cosine"),
 )
 
 

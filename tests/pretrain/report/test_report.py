@@ -64,6 +64,7 @@ def metrics(steps: int, loops: int, gate: bool = False) -> list[dict[str, Any]]:
             "grad_norms": {"gate": 0.1} if gate else {"mlp": 0.5 + done, "norms": None if step == 7 else 0.01},
             "hidden_rms": [1.5 + loop * done for loop in range(loops)],
             "hidden_grad_norm": [0.0] * loops if gate else [0.3 * 2.0**-loop for loop in range(loops)],
+            "hidden_cosine": [1.0] + [0.5 + loop / 20 for loop in range(1, loops)],
             "learning_rate": 1e-3 * min(1, step / 20, 1.2 - done),
             "tokens_per_second": speed,
             "mfu": None,
@@ -171,7 +172,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run)])
     assert capsys.readouterr().out == f"report: {run}/report.html\n"
     page = Page((run / "report.html").read_text(encoding="utf-8"))
-    assert page.tags.count("figure") == 14
+    assert page.tags.count("figure") == 15
     assert "script" not in page.tags
     assert {reference[0] for reference in page.references} == {"#", "d"}  # within the page, or data:, (no icon)
     for words in (
@@ -195,7 +196,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 14), (1, 1, 11), (400, 8, 14)])
+@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 15), (1, 1, 12), (400, 8, 15)])
 def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
     page = Page(build_page(write_run(tmp_path, steps, loops)))
     assert page.tags.count("figure") == figures
@@ -205,7 +206,7 @@ def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", metrics(3, 2))
     page = Page(build_page(tmp_path))
-    assert page.tags.count("figure") == 11
+    assert page.tags.count("figure") == 12
     for name in ("evaluation.json", "samples.jsonl"):
         assert f"No {name} here" in page.text
     (tmp_path / "metrics.jsonl").unlink()
@@ -216,7 +217,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_metrics_of_older_releases_have_no_norms(tmp_path: Path) -> None:
-    norms = ("grad_norms", "hidden_rms", "hidden_grad_norm")
+    norms = ("grad_norms", "hidden_rms", "hidden_grad_norm", "hidden_cosine")
     lines = [{key: value for key, value in line.items() if key not in norms} for line in metrics(3, 2)]
     write_lines(tmp_path / "metrics.jsonl", lines)
     assert Page(build_page(tmp_path)).tags.count("figure") == 8
@@ -236,7 +237,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
     text = build_page(tmp_path)
     page = Page(text)
     assert "stage1: 2 of 20 logged steps have a loss that is not finite" in page.text
-    assert page.tags.count("figure") == 10
+    assert page.tags.count("figure") == 11
     assert not re.search(r"\bnan\b", page.text)
 
 
