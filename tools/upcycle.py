@@ -5,13 +5,16 @@ the result is weights alone, for checkpoint.initial. With --data, losses before 
 
     python -m tools.upcycle depth --checkpoint runs/ouro-1.4b/stage1a --output runs/deep --layers 48 --how stack
     python -m tools.upcycle dense --input models/Llama-3.2-1B --output runs/looped --layers 4:12 --loops 4
+    python -m tools.upcycle retrofit --input models/SmolLM2-135M --output runs/looped --layers 10:20 --loops 2
 """
 
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from tqdm import tqdm
 
 from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import UserError, parse_command, require, run_main
@@ -22,6 +25,7 @@ from tools.upcycling.dense import loop_layers, open_dense
 from tools.upcycling.latent import to_latent
 from tools.upcycling.measure import measure, read_samples, second_moments
 from tools.upcycling.model_state import Source, Upcycled, open_source, write
+from tools.upcycling.retrofit import Trial, retrofit, search
 from tools.upcycling.structure import LayerOrder, change_gate, change_loops, deepen
 
 PROG = "python -m tools.upcycle"
@@ -156,6 +160,61 @@ class DenseConfig(Conversion):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrofitConfig(Conversion):
+    """Loop a middle range of a dense model's layers; those before and after it run once. One loop is the dense model.
+
+    Args:
+        input: a Hugging Face directory: config.json, safetensors, tokenizer.json.
+        layers: the looped range, as FIRST:END, counted from 0 and without END.
+        loops: number of loops.
+        residual_scale: factor on what each sublayer in the range adds to the residual stream; 1 leaves it unchanged.
+        injection: what later loops read of the first one's input (model.injection): none, additive, diagonal, linear.
+        gate: configuration of the fresh exit gate.
+        search: more ranges to try beside layers, FIRST:END each; with --data all are measured before any training, and
+            the best after its last loop is written.
+        scales: further residual scales that the search tries.
+        tokenizer: a tokenizer.json instead of the directory's own.
+        eos_token: the token that ends a text; needed if no file names it.
+    """
+
+    input: str = path_field()
+    layers: str
+    loops: int = positive(2)
+    residual_scale: float = positive(1.0)
+    injection: Literal["none", "additive", "diagonal", "linear"] = "none"
+    gate: GateConfig = field(default_factory=GateConfig)
+    search: tuple[str, ...] = ()
+    scales: tuple[float, ...] = positive(())
+    tokenizer: str | None = path_field(None)
+    eos_token: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        searches = bool(self.search or self.scales)
+        require(
+            not searches or self.data is not None, "search", list(self.search), "a search measures; give --data too"
+        )
+
+    def open(self, groups: ProcessGroupCollection) -> Source:
+        """Read the Hugging Face directory."""
+        return open_dense(Path(self.input), None if self.tokenizer is None else Path(self.tokenizer), self.eos_token)
+
+    def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
+        """Return the looped model, the best one if several are to be tried."""
+        layers, scale = self.layers, self.residual_scale
+        if self.data is not None and (self.search or self.scales):
+            ranges, scales = [self.layers, *self.search], [self.residual_scale, *self.scales]
+            batches = self.read(self.data, source, groups)
+            trials = search(source.state, ranges, scales, self.loops, batches, groups)
+            total = len(ranges) * len(scales)
+            found = list(tqdm(trials, total=total, unit="range", disable=not sys.stderr.isatty()))
+            found.sort(key=lambda trial: trial.loss[-1])
+            print("\n".join(describe_trials(found)))
+            layers, scale = found[0].layers, found[0].residual_scale
+        return retrofit(source.state, layers, self.loops, self.gate, self.injection, scale)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentConfig(FromCheckpoint):
     """Turn plain or grouped attention into multi-head latent attention, by a low-rank factorization.
 
@@ -183,6 +242,7 @@ COMMANDS: dict[str, type[Conversion]] = {
     "loops": LoopsConfig,
     "gate": FreshGateConfig,
     "dense": DenseConfig,
+    "retrofit": RetrofitConfig,
     "latent": LatentConfig,
 }
 
@@ -207,6 +267,16 @@ def main(argv: list[str]) -> None:
     finally:
         process_groups.stop()
     print("\n".join(describe(record)))
+
+
+def describe_trials(trials: list[Trial]) -> list[str]:
+    """Return the table of a search, in the order of ``trials``."""
+    head = "".join(f"{f'loop {loop}':>10}" for loop in range(1, len(trials[0].loss) + 1))
+    rows = [
+        f"{trial.layers:>10}{trial.residual_scale:>8g}" + "".join(f"{loss:>10.4f}" for loss in trial.loss)
+        for trial in trials
+    ]
+    return [f"{'layers':>10}{'scale':>8}{head}", *rows]
 
 
 def describe(record: dict[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ class ModelConfig:
             variance that independent sublayers add, or loops, 1/(R √(2 L)), the sum of the loops' updates, which are
             alike (arXiv 2606.18524). Layers of the prelude and the coda count once.
         loop_norm: what the norm at the end of a loop is for: state (the next loop reads its output, as in Ouro) or
-            readout (only the gate, the coda and the head do; the next loop reads the residual stream itself).
+            readout (the gate does, and without a coda the head; the next loop and a coda read the residual stream).
         injection: what each loop after the first reads: none, the state h; additive, h + e; diagonal, a h + b e with
             vectors a and b; or linear, W [h; e]. e is what entered the first loop. The last two start as h alone.
         tie_embeddings: use one matrix for the embedding and the head.

@@ -87,10 +87,9 @@ class TextBatch:
 
     def logits(self, h_SND: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Return the logits [S, N, V] of each lane's tokens, which leave the loops with these hidden states."""
-        h_SND = self._stack.readable(h_SND)
         if self._stack.has_coda:
-            h_SND = self._run_once(self._stack.coda, h_SND, rows, positions)
-        return self._stack.head(h_SND)
+            return self._stack.head(self._run_once(self._stack.coda, h_SND, rows, positions))
+        return self._stack.head(self._stack.readable(h_SND))
 
     def _run_once(
         self, layers: Callable[..., Tensor], h_SND: Tensor, rows: Sequence[int], positions: Sequence[int]

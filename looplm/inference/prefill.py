@@ -102,7 +102,7 @@ class Prefill:
             piece_SND = self._stack.inject(piece_SND, self._entered_SND[start:end], [self._loop] * len(self.lengths))
             h_SND[start:end] = self._stack.run(piece_SND, turn_SN1K, attend)
         else:
-            h_SND[start:end] = self._stack.coda(self._stack.readable(piece_SND), turn_SN1K, attend)
+            h_SND[start:end] = self._stack.coda(piece_SND, turn_SN1K, attend)
         self._start = end
         if end == len(h_SND):
             self._end_loop()

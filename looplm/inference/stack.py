@@ -95,12 +95,12 @@ class LoopedStack:
         return self._run(self._prelude, len(self._blocks), h_SND, turn_SN1K, attend)
 
     def coda(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
-        """Run the layers between the loops and the head, and their norm, on what :meth:`readable` returns."""
+        """Run the layers between the loops and the head, and their norm."""
         h_SND = self._run(self._coda, len(self._blocks) + len(self._prelude), h_SND, turn_SN1K, attend)
         return self._normed(h_SND, self._coda_norm)
 
     def readable(self, h: Tensor) -> Tensor:
-        """Return what the gate, the coda and the head read of the hidden state after a loop."""
+        """Return what the gate, and without a coda the head, read of the hidden state after a loop."""
         return h if self._norms_state else self._normed(h, self._end_norm)
 
     def _run(self, blocks: list["_Block"], first: int, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:

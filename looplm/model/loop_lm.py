@@ -7,9 +7,9 @@
                                        +--------- R times, same weights <-----+
 
 The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop. With
-``model.loop_norm: readout`` the next loop reads its input instead. The prelude (run once) and the coda (run for each
-loop's read-out) are layers with weights of their own; by default there are none. Nor is the prelude's output injected
-into later loops (:mod:`looplm.model.injection`).
+``model.loop_norm: readout`` the next loop and the coda read its input instead. The prelude (run once) and the coda (run
+for each loop's read-out) are layers with weights of their own; by default there are none. Nor is the prelude's output
+injected into later loops (:mod:`looplm.model.injection`).
 """
 
 import warnings
@@ -262,7 +262,7 @@ class LoopLM(LanguageModule):
         """
         norm = self.decoder.final_layernorm
         gate_SBD = norm.read(h_SBD) if isinstance(norm, ReadoutNorm) else h_SBD
-        return Readout(gate_SBD, gate_SBD if self.coda is None else self._run(self.coda, gate_SBD, spans))
+        return Readout(gate_SBD, gate_SBD if self.coda is None else self._run(self.coda, h_SBD, spans))
 
     def _run(self, block: TransformerBlock, h_SBD: Tensor, spans: Tensor | None) -> Tensor:
         """Run a block; with ``parallel.recompute: loop`` backward keeps only its input."""

@@ -8,7 +8,7 @@ anything with the attributes of `ModelConfig` and `GateConfig` will do.
                            └──── R times, same weights ◀──┴─ gate ─▶ exit logit_SB ────┴─▶ sum_r p_r ce_r - beta H(p)
 
 A model may have layers of its own before the loops (prelude, run once) and in front of the head (coda, run after each
-loop), and its norm at the end of a loop may be for the gate, the coda and the head alone.
+loop), and its norm at the end of a loop may be for the read-out alone.
 
 Shapes: B batch, S sequence, D hidden, F feed-forward, H heads, G query groups, K head width, C latent, V vocabulary,
 R loops, L layers, Z gate state. Sequence first.
@@ -69,11 +69,11 @@ def forward(
             h_SBD = inject(scope(params, "injection."), cfg.injection, h_SBD, entered_SBD)
         h_SBD = layers("decoder", cfg.num_layers, h_SBD)
         read_SBD = rms_norm(h_SBD, params["decoder.final_layernorm.weight"], cfg.norm_eps)
-        if cfg.loop_norm == "state":
+        if cfg.loop_norm == "state":  # otherwise the next loop and a coda go on with the residual stream
             h_SBD = read_SBD
         logit_SB, state_SBZ = exit_gate(gate, gate_cfg, read_SBD, state_SBZ, loop, cfg.num_loops, view.visible_BSS)
         if cfg.coda_layers:
-            read_SBD = layers("coda", cfg.coda_layers, read_SBD)
+            read_SBD = layers("coda", cfg.coda_layers, h_SBD)
             read_SBD = rms_norm(read_SBD, params["coda.final_layernorm.weight"], cfg.norm_eps)
         hidden.append(read_SBD)
         logits.append(logit_SB)

@@ -27,12 +27,16 @@ def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
     norm = _norm_bytes(run, config.model.hidden_size) * last
     losses, deepest = (_loss_bytes(run), _deepest_bytes(run)) if last else (0.0, 0.0)
     # Backward starts with the losses. Without a pipeline those of all loops are freed before anything is recomputed.
-    freed = losses * (passes if config.parallel.pipeline == 1 else 1) + deepest
+    freed = losses * (passes if config.parallel.pipeline == 1 else 1)
     # Recomputation starts with a norm, whose input is already kept. After the loop-end norm's backward, ``full``
     # recomputes one layer at a time, and ``loop`` all of the pass.
     recomputed = whole_layer - norm if mode == "full" else layers * whole_layer + norm
-    hidden = run.shard_tokens * config.model.hidden_size * run.number_bytes
-    return forward_activation_bytes(run, rank) + max(0.0, recomputed - hidden - freed)
+    hidden, coda = run.shard_tokens * config.model.hidden_size * run.number_bytes, config.model.coda_layers * last
+    more = recomputed - hidden - freed - deepest
+    if coda:  # the last loop's coda comes before, and reads the deepest state
+        of_coda = whole_layer - norm if mode == "full" else coda * whole_layer + norm
+        more = max(more, of_coda - hidden - freed)
+    return forward_activation_bytes(run, rank) + max(0.0, more)
 
 
 def _unlooped_bytes(run: PlannedRun, rank: int) -> float:
@@ -46,7 +50,9 @@ def _unlooped_bytes(run: PlannedRun, rank: int) -> float:
         layer = hidden
     elif run.config.parallel.recompute == "loop":
         layer, ends, prelude, coda = hidden, 0.0, min(1, prelude), min(1, coda)
-    return ceil(passes / model.num_loops) * prelude * layer + passes * (coda * layer + (ends if coda else 0.0))
+    # The coda's input is kept anyway, by the next loop or the gate.
+    own = coda * layer + ends - hidden if coda else 0.0
+    return ceil(passes / model.num_loops) * prelude * layer + passes * own
 
 
 def forward_activation_bytes(run: PlannedRun, rank: int) -> float:

@@ -77,7 +77,7 @@ def loop_layers(source: ModelState, layers: str | None, loops: int, gate: GateCo
         UserError: there are no such layers.
     """
     num_layers = source.config.num_layers
-    chosen = _parse_range(layers, num_layers)
+    chosen = parse_range(layers, num_layers)
     dropped = num_layers - len(chosen)
     config = replace(source.config, num_layers=len(chosen), num_loops=loops)
     exact = [f"embedding, head, final norm (now at the end of each loop) and layers {chosen[0]} to {chosen[-1]}"]
@@ -89,7 +89,8 @@ def loop_layers(source: ModelState, layers: str | None, loops: int, gate: GateCo
     return Upcycled(ModelState(config, gate, copy_layers(source.weights, list(chosen))), exact, approximate)
 
 
-def _parse_range(layers: str | None, num_layers: int) -> range:
+def parse_range(layers: str | None, num_layers: int) -> range:
+    """Return the layers that FIRST:END names, all for None; raise a :class:`UserError` if there are none."""
     first, colon, end = (layers or f"0:{num_layers}").partition(":")
     legal = bool(colon) and all(part == "" or part.isdigit() for part in (first, end))
     chosen = range(int(first or 0), int(end or num_layers)) if legal else range(0)
