@@ -158,7 +158,7 @@ def _latent_attention(model: Any) -> list[Parameter]:
     return [
         *rows,
         _attention("linear_kv_down_proj", "kv_a_proj_with_mqa", down, (down_side, hidden)),
-        _attention_norm("kv_layernorm", "kv_a_layernorm", latent),
+        *([_attention_norm("kv_layernorm", "kv_a_layernorm", latent)] if model.kv_latent_norm else []),
         _attention("linear_kv_up_proj", "kv_b_proj", (key_value_width, latent), (key_value_side, kv_rank), by_head),
         _attention("linear_proj", "o_proj", out, out_sides, TensorSplit(1, heads, "model.num_attention_heads")),
     ]

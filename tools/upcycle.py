@@ -11,14 +11,14 @@ the result is weights alone, for checkpoint.initial. With --data, losses before 
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
 from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import UserError, parse_command, require, run_main
-from looplm.config import GateConfig
+from looplm.config import GateConfig, Injection
 from looplm.megatron import process_groups
 from pretrain.data import Batch
 from tools.upcycling.dense import loop_layers, open_dense
@@ -181,7 +181,7 @@ class RetrofitConfig(Conversion):
     layers: str
     loops: int = positive(2)
     residual_scale: float = positive(1.0)
-    injection: Literal["none", "additive", "diagonal", "linear"] = "none"
+    injection: Injection = "none"
     gate: GateConfig = field(default_factory=GateConfig)
     search: tuple[str, ...] = ()
     scales: tuple[float, ...] = positive(())
@@ -222,11 +222,13 @@ class LatentConfig(FromCheckpoint):
         kv_lora_rank: width of the latent; hidden_size is exact.
         qk_rope_head_dim: width of the rotary keys that are kept, a multiple of the head's width; null keeps those of
             all key-value heads, which is exact. One head's width gives the usual form, a single shared key.
+        latent_norm: normalize the latent, as DeepSeek-V3 does; false is exact as soon as it has the rank of the values.
         calibrate: prefix of data, --samples of it, for which the factorization is optimal; null uses the weights alone.
     """
 
     kv_lora_rank: int
     qk_rope_head_dim: int | None = None
+    latent_norm: bool = True
     calibrate: str | None = path_field(None)
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
@@ -234,7 +236,7 @@ class LatentConfig(FromCheckpoint):
         moments_LDD = None
         if self.calibrate is not None:
             moments_LDD = second_moments(source.state, self.read(self.calibrate, source, groups), groups)
-        return to_latent(source.state, self.kv_lora_rank, self.qk_rope_head_dim, moments_LDD)
+        return to_latent(source.state, self.kv_lora_rank, self.qk_rope_head_dim, moments_LDD, self.latent_norm)
 
 
 COMMANDS: dict[str, type[Conversion]] = {

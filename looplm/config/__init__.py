@@ -14,6 +14,7 @@ from looplm.config.engine import Recipe as Recipe
 from looplm.config.loss import PENALTIES as PENALTIES
 from looplm.config.loss import LossConfig as LossConfig
 from looplm.config.model import GateConfig as GateConfig
+from looplm.config.model import Injection as Injection
 from looplm.config.model import ModelConfig as ModelConfig
 from looplm.config.parallel import ParallelConfig as ParallelConfig
 from looplm.config.parallel import Recompute as Recompute

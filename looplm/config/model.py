@@ -8,7 +8,10 @@ from looplm.bounds import at_least, check_bounds, positive, require
 
 # Keys that only one kind of attention or of gate reads.
 ATTENTION_KEYS = {
-    "mla": ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
+    "mla": (
+        *("q_lora_rank", "kv_lora_rank", "kv_latent_norm"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
+    ),
     "mha": ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"),
 }
 GATE_KEYS = {"lru": ("state_size", "sequence_level"), "linear": (), "mlp": ("hidden_size",)}
@@ -22,7 +25,7 @@ class AttentionWidths(NamedTuple):
         query_key: width of a query or key head.
         value: width of a value head.
         rotary: width of the rotated part of a head.
-        latents: widths of the normalized latents; empty without latents.
+        latents: widths of the latents, that of keys and values first; empty without latents.
         projected: width of the inputs that tensor-parallel ranks gather for queries, keys and values.
         cached: values that a cache keeps of one token.
         summary: what the cache keeps, in words.
@@ -38,6 +41,7 @@ class AttentionWidths(NamedTuple):
     summary: str
 
 
+Injection = Literal["none", "additive", "diagonal", "linear"]
 MAX_DEPTH = 10_000  # layers or loops; a file that asks for more is damaged, and would take hours to refuse
 
 
@@ -61,6 +65,8 @@ class ModelConfig:
         qk_norm: mha only: an RMSNorm over each head's query and key before the rotary embedding, as in Qwen3.
         q_lora_rank: mla only: width of the query's latent; null projects the query directly.
         kv_lora_rank: mla only: width of the latent from which keys and values are computed, and which is cached.
+        kv_latent_norm: mla only: normalize that latent, as DeepSeek-V3 does; without, a model converted from mha is
+            exact as soon as the latent is as wide as the values of all key-value heads.
         qk_nope_head_dim: mla only: width of the part of a query or key head without rotary embedding; may be 0.
         qk_rope_head_dim: mla only: width of the rotary part; all heads share its key.
         qk_rope_period: mla only: width after which the rotary frequencies repeat, so that the rotary part holds several
@@ -98,6 +104,7 @@ class ModelConfig:
     qk_norm: bool = False
     q_lora_rank: int | None = positive(None)
     kv_lora_rank: int = positive(512)
+    kv_latent_norm: bool = True
     qk_nope_head_dim: int = at_least(0, 128)
     qk_rope_head_dim: int = positive(64)
     qk_rope_period: int | None = positive(None)
@@ -108,7 +115,7 @@ class ModelConfig:
     sandwich_norm: bool = True
     residual_gain: Literal["depth", "loops"] = "depth"
     loop_norm: Literal["state", "readout"] = "state"
-    injection: Literal["none", "additive", "diagonal", "linear"] = "none"
+    injection: Injection = "none"
     tie_embeddings: bool = False
     init_std: float = positive(0.02)
     embedding_init_std: float | None = positive(None)

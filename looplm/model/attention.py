@@ -54,11 +54,11 @@ def _latent_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSp
             linear_q_down_proj=modules.replicated,
             linear_q_up_proj=modules.normed_column,
             linear_kv_down_proj=modules.replicated,
-            linear_kv_up_proj=modules.normed_column,
+            linear_kv_up_proj=modules.normed_column if model.kv_latent_norm else modules.column,
             core_attention=modules.core,
             linear_proj=modules.row,
             q_layernorm=modules.latent_norm,
-            kv_layernorm=modules.latent_norm,
+            kv_layernorm=modules.latent_norm if model.kv_latent_norm else IdentityOp,
         ),
     )
 

@@ -135,7 +135,9 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     q_nope, q_rope = q_SBHK.unflatten(-1, (heads, nope + rope)).split([nope, rope], dim=-1)
 
     latent_SBC, k_rope = F.linear(x_SBD, p["linear_kv_down_proj.weight"]).split([cfg.kv_lora_rank, rope], dim=-1)
-    kv = F.linear(rms_norm(latent_SBC, p["kv_layernorm.weight"], cfg.norm_eps), p["linear_kv_up_proj.weight"])
+    if cfg.kv_latent_norm:
+        latent_SBC = rms_norm(latent_SBC, p["kv_layernorm.weight"], cfg.norm_eps)
+    kv = F.linear(latent_SBC, p["linear_kv_up_proj.weight"])
     k_nope, v_SBHK = kv.unflatten(-1, (heads, nope + cfg.v_head_dim)).split([nope, cfg.v_head_dim], dim=-1)
 
     # DeepSeek pairs neighboring channels (0,1), (2,3), ...: de-interleave them, then rotate halves.

@@ -53,7 +53,7 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
         c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
         attention: Shapes = {
             "linear_kv_down_proj.weight": (c + rope, d),
-            "kv_layernorm.weight": (c,),
+            **({"kv_layernorm.weight": (c,)} if cfg.kv_latent_norm else {}),
             "linear_kv_up_proj.weight": (heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), c),
             "linear_proj.weight": (d, heads * cfg.v_head_dim),
         }

@@ -23,6 +23,7 @@ MODELS = {
     "mla": ModelConfig(**SIZES, **MLA),
     "query latent, tied": ModelConfig(**SIZES, **MLA, q_lora_rank=20, tie_embeddings=True),
     "prelude and coda": ModelConfig(**SIZES, **MLA, prelude_layers=1, coda_layers=2),
+    "plain latent": ModelConfig(**SIZES, **MLA, kv_latent_norm=False),
     "linear injection": ModelConfig(**SIZES, **MLA, injection="linear"),
     "diagonal injection": ModelConfig(**SIZES, **MLA, injection="diagonal"),
     "mha": ModelConfig(**SIZES, attention="mha", sandwich_norm=False),

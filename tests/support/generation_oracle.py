@@ -38,6 +38,7 @@ MHA = replace(MLA, attention="mha")
 VARIANTS = {
     "mla": MLA,
     "mla-query-latent": replace(MLA, q_lora_rank=14, sandwich_norm=False, qk_rope_period=2),
+    "mla-plain-latent": replace(MLA, kv_latent_norm=False),
     "mha": replace(MHA, head_dim=12),
     "gqa-biases-normed-heads": replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True),
     "gqa": replace(MHA, num_query_groups=2, tie_embeddings=True),

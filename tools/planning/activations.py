@@ -151,6 +151,8 @@ def _latent_bytes(run: PlannedRun) -> float:
     if not widths.latents:
         return 0.0
     kept = sum(_norm_bytes(run, width) + run.shard_tokens * width * e for width in widths.latents)
+    if not run.config.model.kv_latent_norm:
+        kept -= _norm_bytes(run, widths.latents[0])
     return kept + run.shard_tokens * widths.rotary * e  # the rotary key is part of the same product as the latent
 
 

@@ -16,7 +16,8 @@ without position, that are computed from it.
 *The latent's norm.* MLA normalizes the latent, MHA has no such norm. But u has a mean square of 1, which a projection
 on orthonormal directions of full width preserves: at kv_lora_rank = hidden_size the norm changes nothing. (Up to the
 norms' epsilon: the mean square of u before its norm must be far above it.) Narrower latents vary in length from token
-to token, and the norm removes that variation.
+to token, and the norm removes that variation. Without it (``model.kv_latent_norm: false``) the conversion is exact
+where the latent has the rank of what it carries: the values alone if all rotary keys are kept.
 
 MLA divides scores by the root of another width, which the queries compensate.
 
@@ -50,7 +51,11 @@ class Projections(NamedTuple):
 
 
 def to_latent(
-    source: ModelState, kv_lora_rank: int, qk_rope_head_dim: int | None, moments_LDD: Sequence[Tensor] | None
+    source: ModelState,
+    kv_lora_rank: int,
+    qk_rope_head_dim: int | None,
+    moments_LDD: Sequence[Tensor] | None,
+    latent_norm: bool = True,
 ) -> Upcycled:
     """Return the model with MLA instead of MHA.
 
@@ -60,6 +65,7 @@ def to_latent(
         qk_rope_head_dim: M K, a multiple of the head's width; None takes every head's key (M = G).
         moments_LDD: second moments E[u u^T] of each layer's normed input, from
             :func:`tools.upcycling.measure.second_moments`; None treats all directions as equally likely.
+        latent_norm: give the latent its norm (``model.kv_latent_norm``).
 
     Raises:
         UserError: the source has another kind of attention, or a width is not possible.
@@ -87,6 +93,7 @@ def to_latent(
         head_dim=None,
         q_lora_rank=None,
         kv_lora_rank=kv_lora_rank,
+        kv_latent_norm=latent_norm,
         qk_nope_head_dim=0 if rope == groups * width else width,
         qk_rope_head_dim=rope,
         qk_rope_period=None if rope == width else width,
@@ -133,10 +140,10 @@ def convert(plain: Projections, config: ModelConfig, moment_DD: Tensor, eps: flo
     down_CD, up_NC = factorize(target_GND.flatten(0, 1), moment_DD, config.kv_lora_rank)
     length = (torch.einsum("cd,de,ce->", down_CD, moment_DD, down_CD) / len(down_CD) + eps).sqrt()
     scale = math.sqrt(config.attention_head_dim / config.v_head_dim)
-    return {
+    norm = {"kv_layernorm.weight": length.expand(len(down_CD)).clone()} if config.kv_latent_norm else {}
+    return norm | {
         "linear_q_proj.weight": query_HND.flatten(0, 1) * scale,
         "linear_kv_down_proj.weight": torch.cat((down_CD, _pairs(rotary_FMD.transpose(0, 1).flatten(0, 1)))),
-        "kv_layernorm.weight": length.expand(len(down_CD)).clone(),
         "linear_kv_up_proj.weight": up_NC.unflatten(0, (groups, -1))[group_H].flatten(0, 1),
     }
 
@@ -173,12 +180,19 @@ def _describe(plain: ModelConfig, latent: ModelConfig) -> tuple[list[str], list[
         approximate.append(
             f"rotary keys: {kept} of {keys} mixed ones keep their position, the rest of each key has none"
         )
-    if latent.kv_lora_rank == plain.hidden_size:
+    if latent.kv_lora_rank == plain.hidden_size and latent.kv_latent_norm:
         exact.append("the latent: its norm does nothing at full width, up to the norms' epsilon")
     else:
         projected = "values" if kept == keys else "values and keys without position"
+        rank = keys * latent.v_head_dim * (1 if kept == keys else 2)
         width = f"{latent.kv_lora_rank} of {plain.hidden_size}"
-        approximate.append(f"{projected}: from a latent of {width}, whose length per token the norm takes away")
+        if not latent.kv_latent_norm and latent.kv_lora_rank >= rank:
+            exact.append(f"{projected}: the latent of {width} has their rank, {rank}, and no norm")
+        else:
+            lost = (
+                ", whose length per token the norm takes away" if latent.kv_latent_norm else f", their rank is {rank}"
+            )
+            approximate.append(f"{projected}: from a latent of {width}{lost}")
     cached = [cache_values_per_token(config, 1) for config in (plain, latent)]
     exact.append(f"the cache holds {cached[1]:,} numbers per token and loop, before {cached[0]:,}")
     return exact, approximate

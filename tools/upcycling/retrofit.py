@@ -14,7 +14,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from looplm.config import GateConfig
+from looplm.config import GateConfig, Injection
 from pretrain.data import Batch
 from tools.upcycling.dense import parse_range
 from tools.upcycling.measure import measure
@@ -33,7 +33,12 @@ class Trial(NamedTuple):
 
 
 def retrofit(
-    source: ModelState, layers: str, loops: int, gate: GateConfig, injection: str = "none", residual_scale: float = 1.0
+    source: ModelState,
+    layers: str,
+    loops: int,
+    gate: GateConfig,
+    injection: Injection = "none",
+    residual_scale: float = 1.0,
 ) -> Upcycled:
     """Return the model whose layers in a range are looped, with a fresh gate.
 

@@ -54,6 +54,7 @@ CASES = {
     "mla-nothing-but-rotary": (replace(MLA, qk_rope_head_dim=12, qk_rope_period=4, qk_nope_head_dim=0), LINEAR),
     "mla-prelude-coda": (replace(MLA, prelude_layers=1, coda_layers=2), SEQUENCE),
     "mla-readout-norm": (replace(MLA, loop_norm="readout"), LRU),
+    "mla-plain-latent": (replace(MLA, kv_latent_norm=False, q_lora_rank=14), LRU),
     "mla-linear-injection": (replace(MLA, injection="linear", prelude_layers=1), LRU),
     "mla-additive-injection": (replace(MLA, injection="additive"), LINEAR),
     "mha-diagonal-injection": (replace(MHA, injection="diagonal", loop_norm="readout"), LRU),

@@ -68,6 +68,22 @@ def test_full_width_is_exact(case, calibrated, single_process):
     assert relative_error(hidden(sharper), expected) > 0.1, "attention matters here"
 
 
+def test_without_its_norm_a_latent_as_wide_as_the_values_is_exact(single_process):
+    grouped = CASES["grouped"]
+    state, width = random_state(grouped), grouped.query_groups * grouped.attention_head_dim
+    assert width < grouped.hidden_size
+    latent, exact, approximate = to_latent(state, width, None, None, latent_norm=False)
+    assert not approximate and any(f"has their rank, {width}, and no norm" in line for line in exact)
+    assert not any("kv_layernorm" in name for name in latent.weights)
+    expected = hidden(state)
+    assert_close_relative({"oracle": hidden(latent)}, {"oracle": expected}, tolerance=1e-4)
+    model = assemble(latent, single_process)
+    assert_close_relative({"model": torch.stack(model(IDS_BS).hidden)}, {"model": expected}, tolerance=1e-4)
+    assert relative_error(hidden(to_latent(state, width, None, None).state), expected) > 0.1, "the norm is in the way"
+    narrower = to_latent(state, width - 1, None, None, latent_norm=False)
+    assert f"their rank is {width}" in narrower.approximate[0]
+
+
 def test_error_falls_with_width_to_zero(single_process):
     state = random_state(MHA)
     expected = hidden(state)
