@@ -98,9 +98,9 @@ class LoopNorms:
         """
         micro_batch, gradient = len(self.hidden[loop]), self.gradient[loop]
         self.hidden[loop].append(self._residual.pop(0))
-        now = h_SBD.detach().float().flatten()
-        self._squares[loop].append(torch.dot(now, now))
-        self._products[loop].append(torch.dot(now, self._before.pop(micro_batch, now)))
+        now = h_SBD.detach()
+        self._squares[loop].append(_dot(now, now))
+        self._products[loop].append(_dot(now, self._before.pop(micro_batch, now)))
         if loop + 1 < self._loops:
             self._before[micro_batch] = now
         self._values += h_SBD.numel() if loop == 0 else 0
@@ -202,6 +202,10 @@ def module_of(name: str) -> Module:
     if "norm" in name:  # also Transformer Engine's layer_norm_weight inside a fused linear layer
         return "norms"
     return "attention" if ".self_attention." in name else "mlp"
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.flatten().float(), y.flatten().float())
 
 
 def _norm(x: Tensor) -> Tensor:
