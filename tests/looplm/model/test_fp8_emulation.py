@@ -135,6 +135,17 @@ def test_emulation_covers_the_linear_layers_of_the_blocks_and_no_others(model, s
     assert found == {f"decoder.layers.{layer}.{name}": dtype for layer, dtype in dtypes.items() for name in names}
 
 
+def test_layers_outside_the_loops_stay_in_bf16(single_process):
+    around = dataclasses.replace(MHA, prelude_layers=1, coda_layers=1)
+    looped = LoopLM(around, GateConfig(state_size=8), single_process, engine=EngineConfig(fp8="emulate-e4m3"))
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for name, module in looped.named_modules():
+        if isinstance(module, Emulation):
+            dtypes.setdefault(name.partition(".")[0], set()).add(module.x.dtype)
+    assert dtypes == {"prelude": {torch.bfloat16}, "decoder": {E4M3}, "coda": {torch.bfloat16}}
+    looped(torch.arange(8)[None]).hidden[-1].sum().backward()
+
+
 @pytest.mark.parametrize("model", [MLA, MHA], ids=["mla", "mha"])
 def test_every_matrix_of_the_blocks_is_multiplied_in_fp8_in_every_loop(model, single_process, monkeypatch):
     seen: list[torch.Size] = []
