@@ -131,21 +131,17 @@ class FreshGateConfig(GateConfig, FromCheckpoint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig(Conversion):
-    """Loop layers of a dense Llama- or Qwen-style Hugging Face model.
+class FromDense(Conversion):
+    """Conversion of a dense Llama- or Qwen-style Hugging Face model.
 
     Args:
         input: a Hugging Face directory: config.json, safetensors, tokenizer.json.
-        layers: the layers of the shared stack, as FIRST:END, counted from 0 and without END; null takes all.
-        loops: number of loops; 1 over all layers is the dense model.
         gate: configuration of the fresh exit gate.
         tokenizer: a tokenizer.json instead of the directory's own.
         eos_token: the token that ends a text; needed if no file names it.
     """
 
     input: str = path_field()
-    layers: str | None = None
-    loops: int = positive(4)
     gate: GateConfig = field(default_factory=GateConfig)
     tokenizer: str | None = path_field(None)
     eos_token: str | None = None
@@ -153,6 +149,19 @@ class DenseConfig(Conversion):
     def open(self, groups: ProcessGroupCollection) -> Source:
         """Read the Hugging Face directory."""
         return open_dense(Path(self.input), None if self.tokenizer is None else Path(self.tokenizer), self.eos_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(FromDense):
+    """Loop layers of a dense Llama- or Qwen-style Hugging Face model.
+
+    Args:
+        layers: the layers of the shared stack, as FIRST:END, counted from 0 and without END; null takes all.
+        loops: number of loops; 1 over all layers is the dense model.
+    """
+
+    layers: str | None = None
+    loops: int = positive(4)
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the looped model."""
@@ -160,33 +169,25 @@ class DenseConfig(Conversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrofitConfig(Conversion):
+class RetrofitConfig(FromDense):
     """Loop a middle range of a dense model's layers; those before and after it run once. One loop is the dense model.
 
     Args:
-        input: a Hugging Face directory: config.json, safetensors, tokenizer.json.
         layers: the looped range, as FIRST:END, counted from 0 and without END.
         loops: number of loops.
         residual_scale: factor on what each sublayer in the range adds to the residual stream; 1 leaves it unchanged.
         injection: what later loops read of the first one's input (model.injection): none, additive, diagonal, linear.
-        gate: configuration of the fresh exit gate.
         search: more ranges to try beside layers, FIRST:END each; with --data all are measured before any training, and
             the best after its last loop is written.
         scales: further residual scales that the search tries.
-        tokenizer: a tokenizer.json instead of the directory's own.
-        eos_token: the token that ends a text; needed if no file names it.
     """
 
-    input: str = path_field()
     layers: str
     loops: int = positive(2)
     residual_scale: float = positive(1.0)
     injection: Injection = "none"
-    gate: GateConfig = field(default_factory=GateConfig)
     search: tuple[str, ...] = ()
     scales: tuple[float, ...] = positive(())
-    tokenizer: str | None = path_field(None)
-    eos_token: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,10 +195,6 @@ class RetrofitConfig(Conversion):
         require(
             not searches or self.data is not None, "search", list(self.search), "a search measures; give --data too"
         )
-
-    def open(self, groups: ProcessGroupCollection) -> Source:
-        """Read the Hugging Face directory."""
-        return open_dense(Path(self.input), None if self.tokenizer is None else Path(self.tokenizer), self.eos_token)
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the looped model, the best one if several are to be tried."""

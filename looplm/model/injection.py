@@ -1,4 +1,4 @@
-"""What each loop after the first reads besides the state: the loops' first input, injected again (``model.injection``).
+"""Injection of the loops' first input into each later loop, besides the state (``model.injection``).
 
     additive   h + e
     diagonal   a h + b e      vectors a, b
@@ -19,6 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from looplm.model.exit_gate import mark_replicated
+
 
 class AdditiveInjection(MegatronModule):
     """``h + e``."""
@@ -34,8 +36,9 @@ class DiagonalInjection(MegatronModule):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         width, dtype = config.hidden_size, config.params_dtype
-        self.state_gain = _replicated(torch.ones(width, dtype=dtype), config)
-        self.input_gain = _replicated(torch.zeros(width, dtype=dtype), config)
+        self.state_gain = nn.Parameter(torch.ones(width, dtype=dtype))
+        self.input_gain = nn.Parameter(torch.zeros(width, dtype=dtype))
+        mark_replicated(self, config)
 
     def forward(self, h_SBD: Tensor, entered_SBD: Tensor) -> Tensor:
         """Return the input of a loop, from the state and what entered the first loop."""
@@ -48,20 +51,12 @@ class LinearInjection(MegatronModule):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
-        identity = torch.eye(width, 2 * width, dtype=config.params_dtype)
-        self.weight = _replicated(identity, config)
+        self.weight = nn.Parameter(torch.eye(width, 2 * width, dtype=config.params_dtype))
+        mark_replicated(self, config)
 
     def forward(self, h_SBD: Tensor, entered_SBD: Tensor) -> Tensor:
         """Return the input of a loop, from the state and what entered the first loop."""
         return F.linear(torch.cat((h_SBD, entered_SBD), -1), self.weight)
-
-
-def _replicated(value: Tensor, config: TransformerConfig) -> nn.Parameter:
-    """Return a parameter that every tensor-parallel rank holds whole."""
-    parameter = nn.Parameter(value)
-    # Under sequence parallelism each rank sees some positions, and Megatron sums these gradients over the ranks.
-    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return parameter
 
 
 INJECTIONS: dict[str, type[MegatronModule]] = {

@@ -8,8 +8,8 @@
 
 The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop. With
 ``model.loop_norm: readout`` the next loop and the coda read its input instead. The prelude (run once) and the coda (run
-for each loop's read-out) are layers with weights of their own; by default there are none. Nor is the prelude's output
-injected into later loops (:mod:`looplm.model.injection`).
+for each loop's read-out) are layers with weights of their own; by default a model has neither, and injects nothing
+into later loops (:mod:`looplm.model.injection`).
 """
 
 import warnings
@@ -54,7 +54,7 @@ class LoopOutput(NamedTuple):
 
 
 class Readout(NamedTuple):
-    """What the gate reads after a loop, and what the head reads; the same tensor [S, B, D] without a coda."""
+    """States that the gate and the head read after a loop; the same tensor [S, B, D] without a coda."""
 
     gate_SBD: Tensor
     head_SBD: Tensor

@@ -69,7 +69,7 @@ def forward(
             h_SBD = inject(scope(params, "injection."), cfg.injection, h_SBD, entered_SBD)
         h_SBD = layers("decoder", cfg.num_layers, h_SBD)
         read_SBD = rms_norm(h_SBD, params["decoder.final_layernorm.weight"], cfg.norm_eps)
-        if cfg.loop_norm == "state":  # otherwise the next loop and a coda go on with the residual stream
+        if cfg.loop_norm == "state":  # otherwise the next loop and a coda continue the residual stream
             h_SBD = read_SBD
         logit_SB, state_SBZ = exit_gate(gate, gate_cfg, read_SBD, state_SBZ, loop, cfg.num_loops, view.visible_BSS)
         if cfg.coda_layers:

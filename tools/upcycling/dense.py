@@ -90,7 +90,7 @@ def loop_layers(source: ModelState, layers: str | None, loops: int, gate: GateCo
 
 
 def parse_range(layers: str | None, num_layers: int) -> range:
-    """Return the layers that FIRST:END names, all for None; raise a :class:`UserError` if there are none."""
+    """Return the layers that FIRST:END names, all for None; raise a :class:`UserError` if no layer is in it."""
     first, colon, end = (layers or f"0:{num_layers}").partition(":")
     legal = bool(colon) and all(part == "" or part.isdigit() for part in (first, end))
     chosen = range(int(first or 0), int(end or num_layers)) if legal else range(0)

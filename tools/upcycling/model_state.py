@@ -35,7 +35,7 @@ class ModelState(NamedTuple):
 
     config: ModelConfig
     gate: GateConfig
-    weights: dict[str, Tensor]  # fp32, by our names; the gate's may be missing
+    weights: dict[str, Tensor]  # fp32, by our names; those of the gate and the injection may be missing
     moments: dict[str, dict[str, Tensor]] | None = None  # Adam's two of each weight; None if there is no run to resume
 
 
@@ -82,10 +82,11 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
 
 
 def assemble(state: ModelState, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32) -> LoopLM:
-    """Build the model. If ``state`` has no weights of the gate, the gate is initialized."""
+    """Build the model. Without weights in ``state``, the gate and the injection are initialized."""
     model = LoopLM(state.config, state.gate, groups, dtype)
     named = dict(model.named_parameters())
-    missing = {name for name in named if name not in state.weights and not name.startswith("gate.")}
+    fresh = ("gate.", "injection.")
+    missing = {name for name in named if name not in state.weights and not name.startswith(fresh)}
     assert not missing and state.weights.keys() <= named.keys(), (missing, state.weights.keys() - named.keys())
     with torch.no_grad():
         for name, weight in state.weights.items():

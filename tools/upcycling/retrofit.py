@@ -1,7 +1,7 @@
 """Loop a range of a dense model's layers; the layers before and after it stay outside the loops.
 
 The layers before the range become the prelude, those after it the coda, and the dense model's final norm that of the
-coda. The loops go on with the residual stream (``model.loop_norm: readout``), so one loop is the dense model itself. A
+coda. The loops continue the residual stream (``model.loop_norm: readout``), so one loop is the dense model itself. A
 middle range loops at a much lower cost in loss than the whole stack (compare arXiv 2511.07384, 2502.05171).
 """
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -67,8 +66,6 @@ def retrofit(
     weights = _moved(source.weights, first, end)
     if end < count:
         weights["coda.final_layernorm.weight"] = weights[_END_NORM]
-    if injection != "none":
-        weights |= _identity_injection(injection, source.config.hidden_size)
     weights = scale_residual(weights, source.config.sandwich_norm, residual_scale)
     exact = [f"every weight; layers {first} to {end - 1} are looped, {first} stand before them and {count - end} after"]
     if residual_scale == 1:
@@ -113,9 +110,3 @@ def _moved(weights: Mapping[str, Tensor], first: int, end: int) -> dict[str, Ten
         else:
             moved[f"coda.layers.{layer - end}.{inner}"] = weight
     return moved
-
-
-def _identity_injection(kind: str, width: int) -> dict[str, Tensor]:
-    if kind == "diagonal":
-        return {"injection.state_gain": torch.ones(width), "injection.input_gain": torch.zeros(width)}
-    return {"injection.weight": torch.eye(width, 2 * width)} if kind == "linear" else {}

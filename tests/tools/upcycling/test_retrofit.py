@@ -1,6 +1,7 @@
 """Retrofits: one loop is the dense model in transformers, two are the range twice; the search picks the best."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,17 +44,13 @@ def test_one_loop_is_the_dense_model(case, injection, layers, corpus, tmp_path, 
 def test_two_loops_are_the_ranges_layers_twice(llama, injection, single_process):
     source = open_dense(llama, None, "<eos>").state
     twice = copy_layers(source.weights, [0, 1, 2, 1, 2, 3])
-    config = checkpoint_config(source, num_layers=6)
+    config = replace(source.config, num_layers=6)
     expected = assemble(ModelState(config, GateConfig(), twice), single_process)(IDS_BS).hidden[0]
     made = retrofit(source, "1:3", 2, GateConfig(), injection)
     found = assemble(made.state, single_process)(IDS_BS)
     assert_close_relative({"hidden": found.hidden[1]}, {"hidden": expected})
     one = torch.full_like(found.gate_logit_RSB[0], 0.5).logit()
     assert torch.allclose(found.gate_logit_RSB[0], one), "a fresh gate is the uniform prior"
-
-
-def checkpoint_config(source: ModelState, **changes: int):
-    return source.config.__class__(**{**vars(source.config), **changes})
 
 
 def test_a_scale_weighs_what_the_looped_layers_add(llama, single_process):
