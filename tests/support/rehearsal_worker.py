@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from looplm.config import RunConfig
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain.run import build_trainer
-from tools.rehearsal.memory import MemoryUse
+from tools.rehearsal.memory import Kind, MemoryLedger, MemoryUse
 from tools.rehearsal.one_role import RoleReport, mark_parts, rehearse_role, whole_document_batches
 from tools.rehearsal.recorder import Recorder
 from tools.rehearsal.roles import role_of
@@ -26,11 +27,41 @@ from tools.rehearsal.traffic import Message
 
 Recorded = tuple[MemoryUse, list[Message]]
 kept_forever: list[Tensor] = []
+GLOO_SECONDS = 0.02
+
+
+class PatientLedger(MemoryLedger):
+    """A ledger that lets gloo's threads drop their messages before it notes a new peak.
+
+    Such a thread holds the tensors of a message a little longer than whoever waits for it; on a busy machine that is
+    long enough for the next tensors to be made beside them.
+    """
+
+    patient = False
+
+    def restart(self) -> None:
+        super().restart()
+        self.patient = True
+
+    def _move(self, key: int, kind: Kind) -> None:
+        _, size, old = self._alive[key]
+        if old != kind:
+            self._wait_before_a_peak(kind, size)
+        super()._move(key, kind)
+
+    def _add(self, kind: Kind, size: int) -> None:
+        self._wait_before_a_peak(kind, size, more=size)
+        super()._add(kind, size)
+
+    def _wait_before_a_peak(self, kind: Kind, size: int, more: int = 0) -> None:
+        if self.patient and (self.bytes[kind] + size > self._most[kind] or self._total + more > self._peak):
+            time.sleep(GLOO_SECONDS)
 
 
 def record_real_step(config: RunConfig, micro_batches: int, folder: Path) -> None:
     """Record the second step of a real run as one of its ranks, and write memory and messages."""
     recorder = Recorder()
+    recorder.memory = PatientLedger()
     with recorder.recording():
         groups = process_groups.start(config.seed, config.parallel)
         trainer = build_trainer(config, groups, None)
