@@ -57,8 +57,8 @@ def forward_flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: in
     """
     matrices = [row for row in parameters(model, gate) if row.role == "matrix"]
     injection = sum(row.size for row in matrices if row.section == "injection")  # in every loop but the first
-    once = float(sum(row.size for row in matrices if row.section == "prelude") - injection)
-    looped = float(sum(row.size for row in matrices if row.section != "prelude"))
+    once = float(sum(row.size * row.uses for row in matrices if row.section == "prelude") - injection)
+    looped = float(sum(row.size * row.uses for row in matrices if row.section != "prelude"))
     if model.tie_embeddings:
         looped += model.vocab_size * model.hidden_size  # the head multiplies with the embedding's table
     widths = model.attention_widths

@@ -42,6 +42,7 @@ class Parameter(NamedTuple):
         hugging_face_parts: tensors that it is made of there, with their shapes.
         groups: number of blocks of rows; each block holds its share of every part, one part after the other.
         sides: for a block's matrix, where the widths of its output and its input come from.
+        uses: how often a token is multiplied with a matrix in one loop.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Parameter(NamedTuple):
     tensor_split: TensorSplit | None = None
     groups: int = 1
     sides: tuple[str, str] | None = None
+    uses: int = 1
 
     @property
     def size(self) -> int:
@@ -158,10 +160,28 @@ def _latent_attention(model: Any) -> list[Parameter]:
     return [
         *rows,
         _attention("linear_kv_down_proj", "kv_a_proj_with_mqa", down, (down_side, hidden)),
-        *([_attention_norm("kv_layernorm", "kv_a_layernorm", latent)] if model.kv_latent_norm else []),
+        *_before_keys_and_values(model),
         _attention("linear_kv_up_proj", "kv_b_proj", (key_value_width, latent), (key_value_side, kv_rank), by_head),
         _attention("linear_proj", "o_proj", out, out_sides, TensorSplit(1, heads, "model.num_attention_heads")),
     ]
+
+
+def _before_keys_and_values(model: Any) -> Iterator[Parameter]:
+    """Yield what the latent passes before the up-projection: a norm, a unit of latent reasoning, or that with its norm.
+
+    The unit's cell reads the latent once, and its own state in every step.
+    """
+    width, steps = model.kv_lora_rank, model.latent_iterations
+    if not steps:
+        yield from [_attention_norm("kv_layernorm", "kv_a_layernorm", width)] if model.kv_latent_norm else []
+        return
+    shapes: dict[str, tuple[Shape, int]] = {"norm.weight": ((width,), 1)} if model.kv_latent_norm else {}
+    shapes |= {"cell.weight_ih": ((3 * width, width), 1), "cell.weight_hh": ((3 * width, width), steps)}
+    shapes |= {f"cell.bias_{side}": ((3 * width,), 1) for side in ("ih", "hh")}
+    shapes |= {"halt.weight": ((1, width), steps), "halt.bias": ((1,), 1)} if model.latent_halting else {}
+    for name, (shape, uses) in shapes.items():
+        ours, theirs = f"self_attention.kv_layernorm.{name}", f"self_attn.latent_reasoning.{name}"
+        yield _row("layers", ours, theirs, shape)._replace(uses=uses)
 
 
 def _head_attention(model: Any) -> list[Parameter]:

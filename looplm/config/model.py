@@ -9,7 +9,7 @@ from looplm.bounds import at_least, check_bounds, positive, require
 # Keys that only one kind of attention or of gate reads.
 ATTENTION_KEYS = {
     "mla": (
-        *("q_lora_rank", "kv_lora_rank", "kv_latent_norm"),
+        *("q_lora_rank", "kv_lora_rank", "kv_latent_norm", "latent_iterations", "latent_halting"),
         *("qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
     ),
     "mha": ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"),
@@ -67,6 +67,10 @@ class ModelConfig:
         kv_lora_rank: mla only: width of the latent from which keys and values are computed, and which is cached.
         kv_latent_norm: mla only: normalize that latent, as DeepSeek-V3 does; without, a model converted from mha is
             exact as soon as the latent is as wide as the values of all key-value heads.
+        latent_iterations: mla only: steps of a GRU cell that refine the latent before keys and values are projected
+            from it, in every layer and loop; 0 leaves it as it is.
+        latent_halting: latent_iterations > 1 only: weigh the states of these steps by a learned probability of stopping
+            at each; otherwise the last one is taken.
         qk_nope_head_dim: mla only: width of the part of a query or key head without rotary embedding; may be 0.
         qk_rope_head_dim: mla only: width of the rotary part; all heads share its key.
         qk_rope_period: mla only: width after which the rotary frequencies repeat, so that the rotary part holds several
@@ -105,6 +109,8 @@ class ModelConfig:
     q_lora_rank: int | None = positive(None)
     kv_lora_rank: int = positive(512)
     kv_latent_norm: bool = True
+    latent_iterations: int = at_least(0, 0, at_most=MAX_DEPTH)
+    latent_halting: bool = False
     qk_nope_head_dim: int = at_least(0, 128)
     qk_rope_head_dim: int = positive(64)
     qk_rope_period: int | None = positive(None)
@@ -124,6 +130,10 @@ class ModelConfig:
         check_bounds(self, "model")
         fix = "only model.sandwich_norm=true has a gain; leave it out"
         require(self.sandwich_norm or self.residual_gain == "depth", "model.residual_gain", self.residual_gain, fix)
+        mla, steps, fix = self.attention == "mla", self.latent_iterations, "only model.attention=mla has a latent"
+        require(mla or not steps, "model.latent_iterations", steps, f"{fix}; leave it out")
+        fix = f"with model.latent_iterations={steps} there is nothing to weigh; leave it out"
+        require(steps > 1 or not self.latent_halting, "model.latent_halting", True, fix)
         heads, rope = self.num_attention_heads, self.qk_rope_head_dim
         if self.attention == "mla":
             require(rope % 2 == 0, "model.qk_rope_head_dim", rope, "give an even number")

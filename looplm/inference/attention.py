@@ -2,7 +2,7 @@
 
 The cache keeps one vector per token and layer, its *entry* [W]:
 
-    MLA        [(normed) latent C | rotated rotary key K']     all heads' keys and values are projected from it
+    MLA        [normed or refined latent C | rotated rotary key K']     all heads' keys and values are projected from it
     MHA, GQA   [rotated keys G * K | values G * K]
 
 A prompt attends as in training: causally, with all heads expanded. A later token attends to cached entries. MLA never
@@ -80,7 +80,9 @@ class LatentAttention:
         else:
             self._query = module.linear_q_proj.weight.detach()
         self._down = module.linear_kv_down_proj.weight.detach()
-        self._norm = module.kv_layernorm.weight.detach() if config.kv_latent_norm else None
+        self._refine = module.kv_layernorm if config.latent_iterations else None
+        has_norm = config.kv_latent_norm and self._refine is None
+        self._norm = module.kv_layernorm.weight.detach() if has_norm else None
         self._up = module.linear_kv_up_proj.weight.detach()
         up_HXC = self._up.view(self.heads, self.nope + self.value, self.latent)
         self._key_up_HKC, value_up_HVC = up_HXC.split([self.nope, self.value], dim=1)
@@ -98,6 +100,8 @@ class LatentAttention:
         turned = rotate(torch.cat((rope, key_rope.unsqueeze(2)), dim=2), turn_SN1K)
         if self._norm is not None:
             latent = torch.rms_norm(latent, self._norm.shape, self._norm, self.eps)
+        if self._refine is not None:
+            latent = self._refine(latent)
         return (nope, turned[:, :, : self.heads]), torch.cat((latent, turned[:, :, self.heads]), dim=-1)
 
     def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:

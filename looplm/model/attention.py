@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from looplm.config import ModelConfig
+from looplm.model.latent_reasoning import LatentReasoning
 from looplm.model.norms import RMSNorm
 from looplm.parameters import chosen
 
@@ -46,6 +47,7 @@ def attention_spec(model: ModelConfig, modules: AttentionModules) -> ModuleSpec:
 
 
 def _latent_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSpec:
+    fuses_norm = model.kv_latent_norm and not model.latent_iterations
     return ModuleSpec(
         module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
@@ -54,13 +56,21 @@ def _latent_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSp
             linear_q_down_proj=modules.replicated,
             linear_q_up_proj=modules.normed_column,
             linear_kv_down_proj=modules.replicated,
-            linear_kv_up_proj=modules.normed_column if model.kv_latent_norm else modules.column,
+            linear_kv_up_proj=modules.normed_column if fuses_norm else modules.column,
             core_attention=modules.core,
             linear_proj=modules.row,
             q_layernorm=modules.latent_norm,
-            kv_layernorm=modules.latent_norm if model.kv_latent_norm else IdentityOp,
+            kv_layernorm=_before_keys_and_values(model, modules),
         ),
     )
+
+
+def _before_keys_and_values(model: ModelConfig, modules: AttentionModules) -> type | ModuleSpec:
+    """Return what the latent passes before keys and values are projected from it."""
+    if model.latent_iterations:
+        unit = {"iterations": model.latent_iterations, "halts": model.latent_halting, "has_norm": model.kv_latent_norm}
+        return ModuleSpec(module=LatentReasoning, params=unit)
+    return modules.latent_norm if model.kv_latent_norm else IdentityOp
 
 
 def _head_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSpec:

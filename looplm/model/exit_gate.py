@@ -99,13 +99,13 @@ class LinearExitGate(ExitGate):
 
     def __init__(self, config: TransformerConfig, gate: GateConfig, groups: ProcessGroupCollection | None) -> None:
         super().__init__(config, gate, groups)
-        self.readout = _zero_linear(config.hidden_size, config)
+        self.readout = zero_linear(config.hidden_size, config)
         mark_replicated(self, config)
 
     def step(
         self, h: Tensor, state: Tensor | None, loop: int | Tensor, num_loops: int, causal_mean: CausalMean
     ) -> tuple[Tensor, Tensor | None]:
-        return _linear_fp32(h, self.readout).squeeze(-1), state
+        return linear_fp32(h, self.readout).squeeze(-1), state
 
 
 class LRUExitGate(ExitGate):
@@ -127,8 +127,8 @@ class LRUExitGate(ExitGate):
         self.state_size = width
         self.input_proj = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
         self.cell = nn.GRUCell(width, width, dtype=dtype)
-        self.readout = _zero_linear(width, config)
-        self.sequence_readout = _zero_linear(width, config, bias=False) if gate.sequence_level else None
+        self.readout = zero_linear(width, config)
+        self.sequence_readout = zero_linear(width, config, bias=False) if gate.sequence_level else None
         self.reads_sequence = gate.sequence_level
         nn.init.normal_(self.input_proj.weight, std=config.hidden_size**-0.5)
         mark_replicated(self, config)
@@ -136,14 +136,14 @@ class LRUExitGate(ExitGate):
     def step(
         self, h: Tensor, state: Tensor | None, loop: int | Tensor, num_loops: int, causal_mean: CausalMean
     ) -> tuple[Tensor, Tensor]:
-        cell, u = self.cell, _linear_fp32(h, self.input_proj)
+        cell, u = self.cell, linear_fp32(h, self.input_proj)
         state = torch.zeros_like(u) if state is None else state
         weights = (cell.weight_ih.float(), cell.weight_hh.float(), cell.bias_ih.float(), cell.bias_hh.float())
         state = torch.gru_cell(u.flatten(0, -2), state.flatten(0, -2), *weights).view(u.shape)
-        logit = _linear_fp32(state, self.readout).squeeze(-1)
+        logit = linear_fp32(state, self.readout).squeeze(-1)
         if self.sequence_readout is not None:
             # The readout of a mean is the mean of readouts, and those are one number per token to gather and sum.
-            logit = logit + causal_mean(_linear_fp32(state, self.sequence_readout).squeeze(-1))
+            logit = logit + causal_mean(linear_fp32(state, self.sequence_readout).squeeze(-1))
         return logit + uniform_offset(loop, num_loops), state
 
 
@@ -163,7 +163,7 @@ class MLPExitGate(ExitGate):
         self.state_size = config.hidden_size
         self.hidden = nn.Linear(config.hidden_size, gate.hidden_size, dtype=config.params_dtype)
         self.change = nn.Linear(1, gate.hidden_size, bias=False, dtype=config.params_dtype)
-        self.readout = _zero_linear(gate.hidden_size, config)
+        self.readout = zero_linear(gate.hidden_size, config)
         nn.init.normal_(self.hidden.weight, std=config.hidden_size**-0.5)
         nn.init.normal_(self.change.weight, std=1.0)
         nn.init.zeros_(self.hidden.bias)
@@ -178,8 +178,8 @@ class MLPExitGate(ExitGate):
             before = state.norm(dim=-1, keepdim=True)  # zero for a token in its first loop
             moved = (h - state).norm(dim=-1, keepdim=True) / before.masked_fill(before == 0, 1.0)
             change = torch.where(before > 0, moved, change)
-        inner = F.silu(_linear_fp32(h, self.hidden) + _linear_fp32(change, self.change))
-        return _linear_fp32(inner, self.readout).squeeze(-1) + uniform_offset(loop, num_loops), h
+        inner = F.silu(linear_fp32(h, self.hidden) + linear_fp32(change, self.change))
+        return linear_fp32(inner, self.readout).squeeze(-1) + uniform_offset(loop, num_loops), h
 
 
 GATES: dict[str, type[ExitGate]] = {"lru": LRUExitGate, "linear": LinearExitGate, "mlp": MLPExitGate}
@@ -205,7 +205,7 @@ def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _zero_linear(inputs: int, config: TransformerConfig, bias: bool = True) -> nn.Linear:
+def zero_linear(inputs: int, config: TransformerConfig, bias: bool = True) -> nn.Linear:
     """Return a readout to one number that starts at zero, so that an untrained gate has no opinion."""
     linear = nn.Linear(inputs, 1, bias=bias, dtype=config.params_dtype)
     for parameter in linear.parameters():
@@ -213,7 +213,7 @@ def _zero_linear(inputs: int, config: TransformerConfig, bias: bool = True) -> n
     return linear
 
 
-def _linear_fp32(x: Tensor, linear: nn.Linear) -> Tensor:
+def linear_fp32(x: Tensor, linear: nn.Linear) -> Tensor:
     """Return ``linear(x)`` in fp32 whatever its weights are stored in: exit probabilities multiply R small numbers."""
     return F.linear(x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float())
 

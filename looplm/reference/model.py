@@ -135,8 +135,11 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     q_nope, q_rope = q_SBHK.unflatten(-1, (heads, nope + rope)).split([nope, rope], dim=-1)
 
     latent_SBC, k_rope = F.linear(x_SBD, p["linear_kv_down_proj.weight"]).split([cfg.kv_lora_rank, rope], dim=-1)
+    name = "kv_layernorm.norm.weight" if cfg.latent_iterations else "kv_layernorm.weight"
     if cfg.kv_latent_norm:
-        latent_SBC = rms_norm(latent_SBC, p["kv_layernorm.weight"], cfg.norm_eps)
+        latent_SBC = rms_norm(latent_SBC, p[name], cfg.norm_eps)
+    if cfg.latent_iterations:
+        latent_SBC = refine(scope(p, "kv_layernorm."), cfg, latent_SBC)
     kv = F.linear(latent_SBC, p["linear_kv_up_proj.weight"])
     k_nope, v_SBHK = kv.unflatten(-1, (heads, nope + cfg.v_head_dim)).split([nope, cfg.v_head_dim], dim=-1)
 
@@ -145,6 +148,22 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     k_rope = rotate(evens_then_odds(k_rope[:, :, None]), view).expand_as(q_rope)
     y_SBHK = attend(torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v_SBHK, view)
     return F.linear(y_SBHK.flatten(2), p["linear_proj.weight"])
+
+
+def refine(p: Params, cfg: Any, latent_SBC: Tensor) -> Tensor:
+    """Latent reasoning: T steps of a GRU that reads the latent; the last state, or the mean over the stopping time.
+
+    A token that has not stopped before step t of T stops there with probability sigmoid(w z_t + b + logit(1/(T-t+1))).
+    """
+    state_SBC, last, mean_SBC, running_SB1 = latent_SBC, cfg.latent_iterations, 0.0, 1.0
+    for step in range(1, last + 1):
+        state_SBC = gru_cell(scope(p, "cell."), latent_SBC, state_SBC)
+        if cfg.latent_halting and step < last:
+            odds_SB1 = F.linear(state_SBC, p["halt.weight"], p["halt.bias"]).exp() / (last - step)
+            stop_SB1 = odds_SB1 / (1 + odds_SB1)
+            mean_SBC = mean_SBC + running_SB1 * stop_SB1 * state_SBC
+            running_SB1 = running_SB1 * (1 - stop_SB1)
+    return mean_SBC + running_SB1 * state_SBC if cfg.latent_halting else state_SBC
 
 
 def grouped_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor:

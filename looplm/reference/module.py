@@ -28,7 +28,7 @@ class ReferenceLM(nn.Module):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             value = torch.ones(shape) if "norm" in path[-1] else torch.randn(shape) * cfg.init_std
-            zero = "bias" in leaf or path[-1] in ("readout", "sequence_readout")
+            zero = "bias" in leaf or path[-1] in ("readout", "sequence_readout", "halt")
             owner.register_parameter(leaf, nn.Parameter(torch.zeros(shape) if zero else value))
 
     def forward(
@@ -46,6 +46,17 @@ class ReferenceLM(nn.Module):
         return entropy_regularised_loss(token_loss_RSB, output.gate_logit_RSB, beta, mask_SB)
 
 
+def before_keys_and_values(cfg: Any, c: int) -> Shapes:
+    """Return the shapes of the latent's norm and of its reasoning unit."""
+    if not cfg.latent_iterations:
+        return {"kv_layernorm.weight": (c,)} if cfg.kv_latent_norm else {}
+    unit: Shapes = {"cell.weight_ih": (3 * c, c), "cell.weight_hh": (3 * c, c)}
+    unit |= {"cell.bias_ih": (3 * c,), "cell.bias_hh": (3 * c,)}
+    unit |= {"norm.weight": (c,)} if cfg.kv_latent_norm else {}
+    unit |= {"halt.weight": (1, c), "halt.bias": (1,)} if cfg.latent_halting else {}
+    return {f"kv_layernorm.{name}": shape for name, shape in unit.items()}
+
+
 def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
     """Return the shape of every parameter by name. The number of loops is in none."""
     d, f, v, heads = cfg.hidden_size, cfg.ffn_hidden_size, cfg.vocab_size, cfg.num_attention_heads
@@ -53,7 +64,7 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
         c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
         attention: Shapes = {
             "linear_kv_down_proj.weight": (c + rope, d),
-            **({"kv_layernorm.weight": (c,)} if cfg.kv_latent_norm else {}),
+            **before_keys_and_values(cfg, c),
             "linear_kv_up_proj.weight": (heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), c),
             "linear_proj.weight": (d, heads * cfg.v_head_dim),
         }

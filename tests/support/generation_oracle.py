@@ -39,6 +39,7 @@ VARIANTS = {
     "mla": MLA,
     "mla-query-latent": replace(MLA, q_lora_rank=14, sandwich_norm=False, qk_rope_period=2),
     "mla-plain-latent": replace(MLA, kv_latent_norm=False),
+    "mla-latent-halting": replace(MLA, latent_iterations=2, latent_halting=True, q_lora_rank=14),
     "mha": replace(MHA, head_dim=12),
     "gqa-biases-normed-heads": replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True),
     "gqa": replace(MHA, num_query_groups=2, tie_embeddings=True),
@@ -68,7 +69,7 @@ def build(
     for name, parameter in model.named_parameters():
         if name.startswith("gate."):
             nn.init.normal_(parameter, std=0.4)
-        elif "norm" in name or name.endswith("_gain"):
+        elif name.endswith(("norm.weight", "_gain")):
             nn.init.uniform_(parameter, 0.5, 1.5)
         else:
             nn.init.normal_(parameter, std=0.1 if name.startswith("embedding") else 0.2)

@@ -15,6 +15,7 @@ from looplm.parameters import gate_rows
 from tools.planning.planned_run import PlannedRun
 
 FP32 = 4
+STEP_STATES = 7  # kept by a step of latent reasoning, in latents: the cell's products, 3, its gates, 2, and states, 2
 
 
 def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
@@ -153,7 +154,15 @@ def _latent_bytes(run: PlannedRun) -> float:
     kept = sum(_norm_bytes(run, width) + run.shard_tokens * width * e for width in widths.latents)
     if not run.config.model.kv_latent_norm:
         kept -= _norm_bytes(run, widths.latents[0])
+    kept += _reasoning_bytes(run)
     return kept + run.shard_tokens * widths.rotary * e  # the rotary key is part of the same product as the latent
+
+
+def _reasoning_bytes(run: PlannedRun) -> float:
+    """Return the bytes kept of the unit that refines the latent: of a step its gates, its new state and its state."""
+    model, tokens = run.config.model, run.shard_tokens
+    states = 1 if model.latent_halting else 0  # stacked for their mean
+    return tokens * model.kv_lora_rank * model.latent_iterations * (STEP_STATES + states) * run.number_bytes
 
 
 def _rotary_bytes(run: PlannedRun) -> float:

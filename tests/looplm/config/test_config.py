@@ -52,6 +52,8 @@ MISTAKES = {
     ("--model.attention", "mha", "--model.num_attention_heads", "5"): r"model\.num_attention_heads: 5 .*hidden_size=32",
     ("--model.attention", "mha", "--model.num_query_groups", "3"): r"model\.num_query_groups: 3 .*multiple",
     ("--model.head_dim", "8"): r"model\.head_dim: 8 .*mha",
+    ("--model.attention", "mha", "--model.latent_iterations", "2"): r"model\.latent_iterations: 2 .*mla",
+    ("--model.latent_halting", "true"): r"model\.latent_halting: True .*latent_iterations=0",
     ("--model.qk_rope_head_dim", "7"): r"model\.qk_rope_head_dim: 7 .*even",
     ("--gate.kind", "linear", "--gate.sequence_level", "true"): r"gate\.sequence_level: True .*lru",
     ("--loss.beta", "-1"): r"loss\.beta: -1\.0 ",

@@ -55,6 +55,11 @@ CASES = {
     "mla-prelude-coda": (replace(MLA, prelude_layers=1, coda_layers=2), SEQUENCE),
     "mla-readout-norm": (replace(MLA, loop_norm="readout"), LRU),
     "mla-plain-latent": (replace(MLA, kv_latent_norm=False, q_lora_rank=14), LRU),
+    "mla-latent-reasoning": (replace(MLA, latent_iterations=3), LRU),
+    "mla-latent-halting": (
+        replace(MLA, latent_iterations=3, latent_halting=True, kv_latent_norm=False, prelude_layers=1),
+        LINEAR,
+    ),
     "mla-linear-injection": (replace(MLA, injection="linear", prelude_layers=1), LRU),
     "mla-additive-injection": (replace(MLA, injection="additive"), LINEAR),
     "mha-diagonal-injection": (replace(MHA, injection="diagonal", loop_norm="readout"), LRU),
@@ -84,7 +89,7 @@ def build(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, 
     built = LoopLM(model, gate, groups, dtype)
     torch.manual_seed(SEED)
     for name, parameter in sorted(built.named_parameters()):
-        if "norm" in name or name.endswith("_gain"):
+        if name.endswith(("norm.weight", "_gain")):
             nn.init.uniform_(parameter, 0.5, 1.5)
         else:
             nn.init.normal_(parameter, std=0.3 if name.startswith("gate.") else 0.1)
