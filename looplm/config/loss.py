@@ -30,6 +30,10 @@ class LossConfig:
         fixed_point: stage 1: weight of the last of these terms, so that further loops are safe (arXiv 2608.18222).
         sparsity: stage 1: weight of the mean over the loops of (|h_r|_1 / |h_r|_2)² / D, from 1/D to 1 (Hoyer-square,
             arXiv 1908.09979).
+        latent_stability: stage 1: weight of how much the steps of model.latent_iterations move the latent: sum of
+            |z_t - z_{t-1}|² / C over steps, layers and loops, for every token, also one without a label.
+        latent_ponder_cost: stage 1: weight of the mean number of these steps (model.latent_halting), summed alike. Both
+            are added to the gradients, not to the loss that is logged.
         backward_loops: stage 1: how many of the last loops the gradient of a loss flows through; the state that enters
             the first of them is a constant. null: through all.
         slope: stage 2: k of w = sigmoid(k (I - gamma)), the steepness of "this loop helped".
@@ -53,6 +57,8 @@ class LossConfig:
     stability: float = at_least(0, 0.0)
     fixed_point: float = at_least(0, 0.0)
     sparsity: float = at_least(0, 0.0)
+    latent_stability: float = at_least(0, 0.0)
+    latent_ponder_cost: float = at_least(0, 0.0)
     backward_loops: int | None = positive(None)
     slope: float = positive(50.0)
     threshold: float = 0.005
@@ -65,7 +71,7 @@ class LossConfig:
         for key, plain in (("regularizer", "token"), ("ponder_cost", 0.0)):
             value, fix = getattr(self, key), "it needs stage 1 with loss.weights=gate; leave it out"
             require(self.regularizes or value == plain, f"loss.{key}", value, fix)
-        for key in (*PENALTIES, "backward_loops"):
+        for key in (*PENALTIES, "latent_stability", "latent_ponder_cost", "backward_loops"):
             value, fix = getattr(self, key), "the gate stage trains the gate alone; leave it out"
             require(not self.frozen_trunk or not value, f"loss.{key}", value, fix)
         fix = "give it with loss.prior=given, and only then"
@@ -101,5 +107,9 @@ class LossConfig:
             require(not value or not model.coda_layers, f"loss.{key}", value, fix)
             fix = "with one loop there is no change of the state; leave it out"
             require(not value or loops > 1 or key == "sparsity", f"loss.{key}", value, fix)
+        cost, fix = self.latent_stability, "it needs the steps of model.latent_iterations; leave it out"
+        require(not cost or model.latent_iterations > 0, "loss.latent_stability", cost, fix)
+        cost, fix = self.latent_ponder_cost, "it needs model.latent_halting=true; leave it out"
+        require(not cost or model.latent_halting, "loss.latent_ponder_cost", cost, fix)
         fix = "the gate stage needs at least 2 loops to choose from"
         require(not self.frozen_trunk or loops > 1, "model.num_loops", loops, fix)

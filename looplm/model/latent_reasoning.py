@@ -14,20 +14,30 @@ each, as the exit gate's distribution is (:mod:`looplm.model.exit_gate`)::
 The unit sees one position at a time; attention and the loops mix positions. So a cache holds its result, and decoding
 needs no other state. The rotary key is projected from the hidden state and passes it by, as it passes the latent by.
 
+In training, two penalties may hold the unit back (``loss.latent_stability`` and ``loss.latent_ponder_cost``)::
+
+    stability sum_t |z_t - z_{t-1}|^2 / C  +  ponder_cost sum_t t p_t
+
+They arise inside the layers, of which pipeline ranks hold different ones, and far from the loss. So their gradients are
+added on the way back, by Megatron's function for the same problem of mixture-of-experts layers.
+
 The idea is ZeroModel's; GRU: arXiv 1406.1078; the weighed states: PonderNet, arXiv 2107.05407.
 
 Shapes: S sequence, B batch, C latent, T iterations.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from looplm.config import LossConfig
 from looplm.model.exit_gate import exit_log_probs, linear_fp32, mark_replicated, uniform_offset, zero_linear
 from looplm.model.norms import RMSNorm
 
@@ -42,6 +52,10 @@ class LatentReasoning(MegatronModule):
         iterations: T, at least 1.
         halts: weigh the states by the probability of stopping at each.
         has_norm: normalize the latent first (``model.kv_latent_norm``).
+
+    Attributes:
+        stability: weight of its first penalty, in training.
+        ponder_cost: weight of its second.
     """
 
     def __init__(
@@ -63,9 +77,10 @@ class LatentReasoning(MegatronModule):
         nn.init.constant_(self.cell.bias_ih[hidden_size : 2 * hidden_size], math.log(2 * iterations - 1))
         self.halt = zero_linear(hidden_size, config) if halts else None
         mark_replicated(self, config)
+        self.stability = self.ponder_cost = 0.0
 
     def forward(self, latent_SBC: Tensor) -> Tensor:
-        """Return the refined latent, [S, B, C] as the latent itself."""
+        """Return the refined latent, [S, B, C] as the latent itself. Its gradient has that of the penalties."""
         if self.norm is not None:
             latent_SBC = self.norm(latent_SBC)
         cell, states = self.cell, [latent_SBC]
@@ -75,14 +90,41 @@ class LatentReasoning(MegatronModule):
             reset, update, new = F.linear(before, cell.weight_hh, cell.bias_hh).chunk(3, dim=-1)
             new = torch.tanh(torch.addcmul(input_new, torch.sigmoid(input_reset + reset), new))
             states.append(torch.lerp(new, before, torch.sigmoid(input_update + update)))
-        return states[-1] if self.halt is None else self._mean(states[1:])
+        stop_TSB = None if self.halt is None else self._stop_probabilities(self.halt, states[1:])
+        refined_SBC = states[-1]
+        if stop_TSB is not None:
+            refined_SBC = torch.einsum("tsb,tsbc->sbc", stop_TSB.to(refined_SBC.dtype), torch.stack(states[1:]))
+        if self.training and (self.stability or self.ponder_cost):
+            penalty = self._penalty(states, stop_TSB) * self._loss_scale(refined_SBC)
+            refined_SBC = MoEAuxLossAutoScaler.apply(refined_SBC, penalty)
+        return refined_SBC
 
-    def _mean(self, states: list[Tensor]) -> Tensor:
-        """Return the states' mean, weighed by the probability of stopping at each."""
-        assert self.halt is not None
+    @staticmethod
+    def _stop_probabilities(halt: nn.Linear, states: list[Tensor]) -> Tensor:
+        """Return the probability of stopping at each state, [T, S, B]."""
         logits = [
-            linear_fp32(z_SBC, self.halt).squeeze(-1) + uniform_offset(step, len(states))
+            linear_fp32(z_SBC, halt).squeeze(-1) + uniform_offset(step, len(states))
             for step, z_SBC in enumerate(states)
         ]
-        p_TSB = exit_log_probs(torch.stack(logits)).exp()
-        return torch.einsum("tsb,tsbc->sbc", p_TSB.to(states[0].dtype), torch.stack(states))
+        return exit_log_probs(torch.stack(logits)).exp()
+
+    def _penalty(self, states: list[Tensor], stop_TSB: Tensor | None) -> Tensor:
+        """Return the sum of both penalties over the tokens; the loss too is a sum, until Megatron divides gradients."""
+        moved = [(after.float() - before.float()).square().mean(-1).sum() for before, after in pairwise(states)]
+        penalty = self.stability * torch.stack(moved).sum()
+        if stop_TSB is None:
+            return penalty
+        step_T = torch.arange(1, len(stop_TSB) + 1, dtype=stop_TSB.dtype, device=stop_TSB.device)
+        return penalty + self.ponder_cost * torch.einsum("tsb,t->", stop_TSB, step_T)
+
+    def _loss_scale(self, like: Tensor) -> Tensor:
+        """Return what Megatron multiplies the loss with before backward."""
+        scale, one = self.config.grad_scale_func, torch.ones((), device=like.device)
+        return one if scale is None else scale(one)
+
+
+def weigh_penalties(model: nn.Module, loss: LossConfig) -> None:
+    """Give the units of a model the weights of their penalties."""
+    for module in model.modules():
+        if isinstance(module, LatentReasoning):
+            module.stability, module.ponder_cost = loss.latent_stability, loss.latent_ponder_cost

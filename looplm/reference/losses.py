@@ -6,7 +6,8 @@ Sources: both losses, Q-exit: Ouro (arXiv 2510.25741).
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,16 @@ def state_penalty(hidden: Sequence[Tensor], stability: float, fixed_point: float
         norms = [torch.linalg.vector_norm(h_SBD, ord=order, dim=-1) for order in (1, 2)]
         total_SB = total_SB + sparsity / len(hidden) * (norms[0] / norms[1]) ** 2 / width
     return total_SB
+
+
+def latent_penalty(refinements: Sequence[Any], stability: float, ponder_cost: float) -> Tensor:
+    """Return |dz|^2 / C of latent reasoning and its mean number of steps, summed over tokens, layers and loops."""
+    moved = [
+        torch.linalg.vector_norm(after_SBC - before_SBC) ** 2 / after_SBC.shape[-1]
+        for states, _ in refinements
+        for before_SBC, after_SBC in pairwise(states)
+    ]
+    return stability * sum(moved) + ponder_cost * sum(torch.as_tensor(steps).sum() for _, steps in refinements)
 
 
 def adaptive_gate_loss(

@@ -34,6 +34,12 @@ Params = Mapping[str, Tensor]
 class Output(NamedTuple):
     hidden: tuple[Tensor, ...]  # R tensors [S, B, D]: what the head reads after each loop
     gate_logit_RSB: Tensor
+    refinements: list["Refinement"]  # of each layer and loop
+
+
+class Refinement(NamedTuple):
+    states: list[Tensor]  # the latent [S, B, C], and what it is after each step
+    mean_step_SB: Tensor | float  # of the stopping time
 
 
 def forward(
@@ -77,7 +83,7 @@ def forward(
             read_SBD = rms_norm(read_SBD, params["coda.final_layernorm.weight"], cfg.norm_eps)
         hidden.append(read_SBD)
         logits.append(logit_SB)
-    return Output(tuple(hidden), torch.stack(logits))
+    return Output(tuple(hidden), torch.stack(logits), view.refinements)
 
 
 def inject(p: Params, kind: str, h_SBD: Tensor, entered_SBD: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     if cfg.kv_latent_norm:
         latent_SBC = rms_norm(latent_SBC, p[name], cfg.norm_eps)
     if cfg.latent_iterations:
-        latent_SBC = refine(scope(p, "kv_layernorm."), cfg, latent_SBC)
+        latent_SBC = refine(scope(p, "kv_layernorm."), cfg, latent_SBC, view)
     kv = F.linear(latent_SBC, p["linear_kv_up_proj.weight"])
     k_nope, v_SBHK = kv.unflatten(-1, (heads, nope + cfg.v_head_dim)).split([nope, cfg.v_head_dim], dim=-1)
 
@@ -150,19 +156,23 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     return F.linear(y_SBHK.flatten(2), p["linear_proj.weight"])
 
 
-def refine(p: Params, cfg: Any, latent_SBC: Tensor) -> Tensor:
+def refine(p: Params, cfg: Any, latent_SBC: Tensor, view: "View") -> Tensor:
     """Latent reasoning: T steps of a GRU that reads the latent; the last state, or the mean over the stopping time.
 
     A token that has not stopped before step t of T stops there with probability sigmoid(w z_t + b + logit(1/(T-t+1))).
     """
     state_SBC, last, mean_SBC, running_SB1 = latent_SBC, cfg.latent_iterations, 0.0, 1.0
+    states, mean_step = [latent_SBC], 0.0
     for step in range(1, last + 1):
         state_SBC = gru_cell(scope(p, "cell."), latent_SBC, state_SBC)
+        states.append(state_SBC)
+        mean_step = mean_step + running_SB1  # each step is taken by the tokens that have not stopped before it
         if cfg.latent_halting and step < last:
             odds_SB1 = F.linear(state_SBC, p["halt.weight"], p["halt.bias"]).exp() / (last - step)
             stop_SB1 = odds_SB1 / (1 + odds_SB1)
             mean_SBC = mean_SBC + running_SB1 * stop_SB1 * state_SBC
             running_SB1 = running_SB1 * (1 - stop_SB1)
+    view.refinements.append(Refinement(states, mean_step))
     return mean_SBC + running_SB1 * state_SBC if cfg.latent_halting else state_SBC
 
 
@@ -188,6 +198,7 @@ class View(NamedTuple):
     visible_BSS: Tensor  # True where query i may see key j; B is 1 when documents do not differ by sample
     packed: bool  # samples hold several documents, so that a causal mask is not enough
     fused: bool  # scaled_dot_product_attention in place of the explicit softmax
+    refinements: list[Refinement]  # collected on the way
 
     @classmethod
     def of(cls, cfg: Any, ids_BS: Tensor, document_start_SB: Tensor | None, fused: bool) -> "View":
@@ -198,7 +209,7 @@ class View(NamedTuple):
         speed_K = cfg.rope_base ** (-torch.arange(0, period, 2, device=ids_BS.device, dtype=torch.float64) / period)
         speed_K = speed_K.repeat(width // period)
         angle_SK, packed = torch.outer(place_S, speed_K), document_start_SB is not None
-        return cls(angle_SK.cos(), angle_SK.sin(), visible(place_S, document_start_SB), packed, fused)
+        return cls(angle_SK.cos(), angle_SK.sin(), visible(place_S, document_start_SB), packed, fused, [])
 
 
 def visible(place_S: Tensor, document_start_SB: Tensor | None = None) -> Tensor:

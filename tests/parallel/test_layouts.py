@@ -40,6 +40,7 @@ LINEAR = GateConfig(kind="linear")
 # With the default slope of 50, the gate stage's targets (sigmoids of the slope times differences of losses) would be
 # dominated by rounding.
 GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
+LATENT_LOSS = {"loss": {"latent_stability": 0.5, "latent_ponder_cost": 0.2}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
 
 LATER = (
@@ -82,7 +83,7 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[13]: (MHA, LRU, {"loss": {"backward_loops": 1}}),
     LATER[14]: (MLA, LRU, {"loss": {"stability": 0.3, "fixed_point": 0.2, "sparsity": 0.1}}),
     LATER[15]: (dataclasses.replace(MLA, kv_latent_norm=False), LRU, {}),
-    LATER[16]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, {}),
+    LATER[16]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, LATENT_LOSS),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),

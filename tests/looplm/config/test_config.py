@@ -53,6 +53,8 @@ MISTAKES = {
     ("--model.attention", "mha", "--model.num_query_groups", "3"): r"model\.num_query_groups: 3 .*multiple",
     ("--model.head_dim", "8"): r"model\.head_dim: 8 .*mha",
     ("--model.attention", "mha", "--model.latent_iterations", "2"): r"model\.latent_iterations: 2 .*mla",
+    ("--loss.latent_stability", "1"): r"loss\.latent_stability: 1\.0 .*latent_iterations",
+    ("--model.latent_iterations", "2", "--loss.latent_ponder_cost", "1"): r"loss\.latent_ponder_cost: 1\.0 .*halting",
     ("--model.latent_halting", "true"): r"model\.latent_halting: True .*latent_iterations=0",
     ("--model.qk_rope_head_dim", "7"): r"model\.qk_rope_head_dim: 7 .*even",
     ("--gate.kind", "linear", "--gate.sequence_level", "true"): r"gate\.sequence_level: True .*lru",
