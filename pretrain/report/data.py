@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from looplm.cli import UserError, from_dict
-from looplm.config import RunConfig
+from looplm.config import ModelConfig, RunConfig
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
@@ -55,6 +55,45 @@ class Sample:
     prompt: str
     tokens: list[tuple[str, int]]
     settings: Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A model that tools.upcycle made in the run's folder; losses are None if they were not measured.
+
+    ``loss_before`` is that of the model it was made from, at that model's own depth; ``loss_after`` has one per loop.
+    """
+
+    name: str
+    kind: str
+    source: str
+    model: ModelConfig
+    loss_before: float | None
+    loss_after: list[float] | None
+
+
+def read_conversions(run: Path) -> list[Conversion]:
+    """Return the models of ``run`` that were converted and not trained since, oldest first."""
+    found = []
+    for path in run.glob("*/companions/upcycle.json"):  # as tools.upcycle writes it; carried on by training
+        folder = path.parent.parent
+        if (folder / "metrics.jsonl").is_file():
+            continue
+        record = _objects(_parse('{"steps": ' + _read_text(path) + "}", str(path)), "steps", str(path))[-1]
+        sections = yaml.safe_load(_read_text(folder / "config.yaml"))
+        before, after = ({} if when not in record else _object(record, when, str(path)) for when in ("before", "after"))
+        loops = len(_numbers(before, "exit_distribution", str(path))) if before else 0
+        found.append(
+            Conversion(
+                name=folder.name,
+                kind=str(record.get("kind")),
+                source=Path(str(record.get("source"))).name,
+                model=from_dict(ModelConfig, sections["model"], where=f"{folder / 'config.yaml'}: model"),
+                loss_before=_numbers(before, "loss_per_depth", str(path))[:loops][-1] if before else None,
+                loss_after=_numbers(after, "loss_per_depth", str(path)) if after else None,
+            )
+        )
+    return sorted(found, key=lambda conversion: (run / conversion.name).stat().st_mtime)
 
 
 def read_stages(run: Path) -> list[Stage]:
@@ -164,10 +203,15 @@ def _numbers(record: Record, key: str, where: str) -> list[float]:
     return [_number({key: value}, key, where) for value in values]
 
 
+def _object(record: Record, key: str, where: str) -> Record:
+    value = record.get(key)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key}: {value!r} is not an object; write it again or remove it")
+    return value
+
+
 def _modules(record: Record, where: str) -> dict[str, float]:
-    norms = record.get("grad_norms", {})
-    if not isinstance(norms, dict):
-        raise UserError(f"{where}: grad_norms: {norms!r} is not an object; write it again or remove it")
+    norms = _object({"grad_norms": {}} | record, "grad_norms", where)
     return {name: _number(norms, name, where) for name in norms}
 
 

@@ -11,7 +11,7 @@ from looplm.accounting import parameter_counts
 from looplm.cli import UserError
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation
 from pretrain.report import plots
-from pretrain.report.data import Sample, Stage, read_samples, read_stages
+from pretrain.report.data import Conversion, Sample, Stage, read_conversions, read_samples, read_stages
 from pretrain.stage_jumps import find_jumps, table
 
 TAIL_STEPS = 10  # averaged for the value at the end of a stage
@@ -48,6 +48,8 @@ def build_page(run: Path) -> str:
     loops = max(trained, default=deepest)
 
     body = [_headline(stages, evaluation), *_notes(stages, evaluation, samples)]
+    if conversions := read_conversions(run):
+        body += _conversions(conversions)
     if len(stages) > 1:
         body += _stages(stages)
     if stages:
@@ -121,17 +123,39 @@ def _notes(stages: Sequence[Stage], evaluation: Evaluation | None, samples: Sequ
     return [f'<p class="note">{escape(note)}</p>' for note in notes]
 
 
+def _conversions(conversions: Sequence[Conversion]) -> list[str]:
+    """Return a table with a row per converted model."""
+    heads = ("model", "made by", "from", "layers", "cached numbers", "loss of the source", "loss after each loop")
+    rows = []
+    for one in conversions:
+        before = "" if one.loss_before is None else f"{one.loss_before:.4f}"
+        after = "" if one.loss_after is None else " ".join(f"{loss:.4f}" for loss in one.loss_after)
+        cached = f"{one.model.attention_widths.cached:,}"
+        rows.append((one.name, one.kind, one.source, one.model.depth_summary, cached, before, after))
+    return [
+        "<h2>Conversions</h2><p>Models made from others, before any training. Cached numbers: of one token in one "
+        "layer.</p>",
+        *_table(heads, rows),
+    ]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return [
+        f'<div class="table"><table><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr>',
+        *(f"<tr>{row}</tr>" for row in cells),
+        "</table></div>",
+    ]
+
+
 def _stages(stages: Sequence[Stage]) -> list[str]:
     """Return a table with a row per stage."""
     heads, *rows = table(stages, find_jumps(stages))
-    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return [
         "<h2>Stages</h2><p>Each stage starts from the previous stage's checkpoint. Loss: at the deepest loop, over the "
         "last steps. Jump: how far the first steps of a stage rise above the last of the previous one, at a loop that "
         "both run; * with other data.</p>",
-        f'<div class="table"><table><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr>',
-        *(f"<tr>{row}</tr>" for row in cells),
-        "</table></div>",
+        *_table(heads, rows),
     ]
 
 

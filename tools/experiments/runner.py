@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,19 @@ class Runner:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         command = [sys.executable, "-m", "tools.experiments.unit", str(folder)]
         with (folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        keep_niceness(process.pid, os.nice(0))
+        return process
+
+
+def keep_niceness(pid: int, niceness: int) -> None:
+    """Give the session of a process the niceness of its runner.
+
+    Linux shares its cores among sessions, and a new one starts at 0: without this, runs of a runner at ``nice -n 19``
+    take as much time as whatever else the machine does. Does nothing where sessions are not scheduled so.
+    """
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness), encoding="ascii")
 
 
 def _interrupted(number: int, _: object) -> None:

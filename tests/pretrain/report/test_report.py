@@ -196,6 +196,29 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
+def test_converted_models_have_a_table(tmp_path: Path) -> None:
+    """Of a source with one loop, the loss at its one depth; a stage that was trained since is not among them."""
+    run = write_run(tmp_path / "run")
+    after = {"loss_per_depth": [2.25, 2.125], "exit_distribution": [0.5, 0.5]}
+    before = {"loss_per_depth": [2.0, 10.5], "exit_distribution": [1.0]}
+    record = {"kind": "retrofit", "source": "models/dense"}
+    model = ModelConfig(
+        vocab_size=64, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_layers=2, prelude_layers=3
+    )
+    for name, measured in (("looped", {"before": before, "after": after}), ("unmeasured", {}), ("stage1", {})):
+        (run / name / "companions").mkdir(parents=True, exist_ok=True)
+        text = json.dumps([{"kind": "dense"}, {**record, **measured}])
+        (run / name / "companions/upcycle.json").write_text(text, encoding="utf-8")
+        if name != "stage1":
+            (run / name / "config.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}), encoding="utf-8")
+    text = Page(build_page(run)).text
+    row = f"loopedretrofitdense{model.depth_summary}{model.attention_widths.cached}2.00002.2500 2.1250"
+    assert row in text and "unmeasuredretrofitdense" in text and "stage1retrofit" not in text
+    (run / "looped/companions/upcycle.json").write_text("[{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"looped/companions/upcycle\.json: not JSON"):
+        build_page(run)
+
+
 @pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 15), (1, 1, 12), (400, 8, 15)])
 def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
     page = Page(build_page(write_run(tmp_path, steps, loops)))

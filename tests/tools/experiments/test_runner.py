@@ -14,7 +14,7 @@ import pytest
 from looplm.cli import UserError
 from tests.tools.experiments.test_runs import MINI, mini
 from tools import experiment
-from tools.experiments.runner import Runner
+from tools.experiments.runner import Runner, keep_niceness
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +28,15 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evidence/mini.jsonl").read_text().splitlines()]
+
+
+def test_a_session_gets_its_runners_niceness():
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        scheduled = Path(f"/proc/{process.pid}/autogroup")
+        keep_niceness(process.pid, 7)
+        text = scheduled.read_text() if scheduled.exists() else "nice 7\n"
+        process.kill()
+    assert text.endswith("nice 7\n")
 
 
 def test_two_runners_share_an_experiment_and_a_killed_one_is_continued(tmp_path, capsys):
