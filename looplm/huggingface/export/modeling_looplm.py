@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .cache_looplm import LoopLMCache, View, first_tokens
+from .cache_looplm import LoopLMCache, View
 from .configuration_looplm import LoopLMConfig
-from .layers_looplm import GATES, LoopLMBlock, LoopLMRMSNorm, exit_log_probs
+from .gates_looplm import GATES, Exits, exit_log_probs
+from .layers_looplm import LoopLMBlock, LoopLMRMSNorm
 
 
 @dataclass
@@ -148,7 +149,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.begin(depth)
         documents = position_ids, seq_idx, cu_seq_lens_q
-        view = self._view(h_BSD, attention_mask, documents, cache, past)
+        view = View.of(self.config, h_BSD, attention_mask, documents, cache, past)
 
         # In a shared cache a past token is seen as of its last loop, so a token that exits need not run any further.
         shared = cache if cache is not None and cache.shared and past > 0 and h_BSD.size(1) == 1 else None
@@ -220,80 +221,6 @@ class LoopLMModel(LoopLMPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         return LoopLMCache(self.config) if given is None and use_cache else given
-
-    def _view(
-        self,
-        h_BSD: Tensor,
-        mask_BT: Tensor | None,
-        documents: tuple[Tensor | None, Tensor | None, Tensor | None],
-        cache: LoopLMCache | None,
-        past: int,
-    ) -> View:
-        (rows, length, _), config, device = h_BSD.shape, self.config, h_BSD.device
-        if mask_BT is None:
-            mask_BT = torch.ones(rows, past + length, dtype=torch.bool, device=device)
-        elif mask_BT.shape != (rows, past + length):
-            raise ValueError(
-                f"attention_mask: {list(mask_BT.shape)} is not allowed; give [{rows}, {past + length}], "
-                "which includes the cached tokens"
-            )
-        mask_BT = mask_BT.bool()
-        position_BS, *packing = documents
-        first_BS = first_tokens(position_BS, mask_BT[:, past:], *packing)
-        if first_BS is not None and past > 0:
-            raise ValueError(
-                "position_ids: packed documents are not allowed after cached tokens; give one document in each row"
-            )
-        if cache is not None:
-            cache.packed = first_BS is not None
-        if position_BS is None:
-            position_BS = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, past:]
-            if first_BS is not None:
-                position_BS = position_BS - position_BS.gather(-1, first_BS)
-        latent = config.attention == "mla"
-        width = config.qk_rope_head_dim if latent else config.head_dim
-        period = (config.qk_rope_period if latent else None) or width
-        speed_K = config.rope_theta ** (-torch.arange(0, period, 2, dtype=torch.float32, device=device) / period)
-        speed_K = speed_K.repeat(width // period)  # several rotary keys side by side
-        angle_B1SK = position_BS[:, None, :, None].float() * speed_K
-        cos_B1SK, sin_B1SK = angle_B1SK.cos().to(h_BSD.dtype), angle_B1SK.sin().to(h_BSD.dtype)
-        visible_B1ST = None
-        if not mask_BT.all() or (past > 0 and length > 1) or first_BS is not None:
-            key_T = torch.arange(past + length, device=device)
-            query_S1 = key_T[past:, None]
-            # Padding attends to itself: attending to nothing gives NaN, and NaN times a weight of 0 is NaN.
-            visible_BST = (key_T <= query_S1) & mask_BT[:, None] | (key_T == query_S1)
-            if first_BS is not None:
-                visible_BST &= key_T >= first_BS.unsqueeze(-1)
-            visible_B1ST = visible_BST.unsqueeze(1)
-        return View(cos_B1SK, sin_B1SK, visible_B1ST, mask_BT[:, past:], cache, first_BS)
-
-
-class Exits:
-    """Exits of the tokens: each after the first loop by which its cumulative exit probability reaches the threshold.
-
-    Attributes:
-        h_BSD: each token's state at its exit.
-        depth_BS: number of loops that each token ran.
-    """
-
-    def __init__(self, h_BSD: Tensor, threshold: float, depth: int) -> None:
-        self.h_BSD, self.depth_BS = torch.zeros_like(h_BSD), h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.int64)
-        self._threshold, self._depth = threshold, depth
-        self._log_survival_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
-
-    def record(self, h_NSD: Tensor, logit_NS: Tensor, loop: int, rows: Tensor | None) -> Tensor:
-        """Record the tokens that exit after this loop; return which rows have tokens that do not, [N]."""
-        here = slice(None) if rows is None else rows
-        log_survival_NS = self._log_survival_BS[here] + F.logsigmoid(-logit_NS.detach())
-        self._log_survival_BS[here] = log_survival_NS
-        exits_NS = -torch.expm1(log_survival_NS) >= self._threshold
-        if loop + 1 == self._depth:
-            exits_NS = torch.ones_like(exits_NS)
-        new_NS = exits_NS & (self.depth_BS[here] == 0)
-        self.h_BSD[here] = torch.where(new_NS.unsqueeze(-1), h_NSD, self.h_BSD[here])
-        self.depth_BS[here] = self.depth_BS[here].masked_fill(new_NS, loop + 1)
-        return ~exits_NS.all(-1)
 
 
 class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
