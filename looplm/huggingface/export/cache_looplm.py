@@ -20,6 +20,9 @@ class LoopLMCache(DynamicCache):
     for each block, whose newest entries each loop overwrites: a prompt is seen with each loop's own entries, a past
     token as of the last loop it ran. Tokens that are given together after a prompt see each other as of their own loop.
 
+    Blocks outside the loops have one slot each in either mode, before those of the loops. A coda's entries are of the
+    loops in which the tokens exited.
+
     A gate that reads the text so far adds one slot to each loop: its signal for each token, and whether that counts.
 
     Args:
@@ -33,6 +36,7 @@ class LoopLMCache(DynamicCache):
         self.blocks, self.stride = config.num_hidden_layers, config.num_hidden_layers + config.gate_sequence_level
         self.depth: int | None = None
         self.packed = False  # True if a row holds several documents
+        self.outside = config.prelude_layers + config.coda_layers
         self.layers: list[Any]  # of DynamicLayer, created on demand
 
     def begin(self, depth: int) -> int:
@@ -54,18 +58,21 @@ class LoopLMCache(DynamicCache):
         """Store the entries of this call's tokens, [B, *, S, *] each; return those of all tokens, [B, *, T, *].
 
         Args:
-            loop: the loop that made the entries.
-            block: the block of the stack.
+            loop: the loop that made the entries; of a block outside the loops, how often it ran in this call before.
+            block: the block of the stack, or after those, of prelude and coda.
             first: latents, or keys.
             second: rotated keys, or values.
             rows: indices of the rows that still run; None for all.
         """
-        slot = block if self.shared else loop * self.stride + block
+        is_outside = block >= self.blocks
+        slot = self.outside + block + (0 if self.shared else loop * self.stride)
+        if is_outside:
+            slot = block - self.blocks
         if rows is not None:
             held, new = self.layers[slot], slice(-first.size(-2), None)
             held.keys[rows, :, new], held.values[rows, :, new] = first, second
             return held.keys[rows], held.values[rows]
-        if self.shared and loop > 0:
+        if loop > 0 and (self.shared or is_outside):
             self.layers[slot].crop(-first.size(-2))
         return self.update(first, second, slot)
 
@@ -73,9 +80,9 @@ class LoopLMCache(DynamicCache):
         self, loop: int, signal_BS: Tensor, counts_BS: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Store the gate's signals of this loop; return those of all tokens and which of them count, [B, T] each."""
-        slot = self.blocks + loop * (1 if self.shared else self.stride)
+        slot = self.outside + self.blocks + loop * (1 if self.shared else self.stride)
         if rows is not None:  # rows that have exited do not count in this loop's mean
-            batch = len(self.layers[0].keys)
+            batch = len(self.layers[self.outside].keys)
             signal_BS, counts_BS = (
                 x.new_zeros(batch, x.size(1)).index_copy(0, rows, x) for x in (signal_BS, counts_BS)
             )
@@ -86,7 +93,8 @@ class LoopLMCache(DynamicCache):
     def skip(self, loops: range) -> None:
         """Exclude the newest token of every row, which has exited before these loops, from their means."""
         for loop in loops if self.stride > self.blocks else ():
-            nothing = self.layers[self.blocks].keys.new_zeros(len(self.layers[0].keys), 1)
+            signals = self.layers[self.outside + self.blocks].keys
+            nothing = signals.new_zeros(len(signals), 1)
             self.store_signal(loop, nothing, nothing, None)
 
 

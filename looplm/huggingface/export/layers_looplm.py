@@ -1,9 +1,10 @@
-"""The block of a LoopLM. This file travels inside an export and needs only torch and transformers.
+"""The block and the injections of a LoopLM. This file travels inside an export and needs only torch and transformers.
 
 Shapes: B batch, S tokens of this call, T tokens seen (cached ones and these), D hidden, H heads, G key-value heads, K
 query-key width, W value width, C latent, R loops. Loops count from 0.
 
 Sources: loops, sandwich norms: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2 (2405.04434).
+Injections: additive: deep equilibrium models (1909.01377), diagonal: Parcae (2604.12946), linear: Huginn (2502.05171).
 """
 
 import torch
@@ -90,7 +91,7 @@ class LoopLMLatentAttention(nn.Module):
             self.q_a_layernorm = LoopLMRMSNorm(self.q_lora_rank, config.rms_norm_eps)
             self.q_b_proj = nn.Linear(self.q_lora_rank, query_rows, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = LoopLMRMSNorm(self.latent, config.rms_norm_eps)
+        self.kv_a_layernorm = LoopLMRMSNorm(self.latent, config.rms_norm_eps) if config.kv_latent_norm else None
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
 
@@ -102,7 +103,8 @@ class LoopLMLatentAttention(nn.Module):
         nope, rope = query.unflatten(-1, (self.heads, -1)).transpose(1, 2).split([self.nope, self.rope], -1)
         latent, key_rope = self.kv_a_proj_with_mqa(x_BSD).unsqueeze(1).split([self.latent, self.rope], -1)
         rope, key_rope = rotate(evens_then_odds(rope), view), rotate(evens_then_odds(key_rope), view)
-        latent = self.kv_a_layernorm(latent)
+        if self.kv_a_layernorm is not None:
+            latent = self.kv_a_layernorm(latent)
         if view.cache is not None:
             latent, key_rope = view.cache.store(loop, self.block, latent, key_rope, view.rows)
         # Adapters and quantization put other modules here, and offloading leaves no weight: then call the module.
@@ -143,7 +145,8 @@ class LoopLMBlock(GradientCheckpointingLayer):
         self.sandwich_norm = config.sandwich_norm
         if self.sandwich_norm:  # a small initial sublayer output would be normalized away; the gain is small instead
             loops = config.total_ut_steps if config.residual_gain == "depth" else config.total_ut_steps**2
-            start = (2 * config.num_hidden_layers * loops) ** -0.5
+            outside = config.prelude_layers + config.coda_layers
+            start = (2 * (config.num_hidden_layers * loops + outside)) ** -0.5
             self.input_layernorm_2 = LoopLMRMSNorm(width, eps, start)
             self.post_attention_layernorm_2 = LoopLMRMSNorm(width, eps, start)
 
@@ -152,6 +155,52 @@ class LoopLMBlock(GradientCheckpointingLayer):
         x_BSD = x_BSD + (self.input_layernorm_2(y_BSD) if self.sandwich_norm else y_BSD)
         y_BSD = self.mlp(self.post_attention_layernorm(x_BSD))
         return x_BSD + (self.post_attention_layernorm_2(y_BSD) if self.sandwich_norm else y_BSD)
+
+
+class LoopLMAdditiveInjection(nn.Module):
+    """``h + e``: what a later loop reads, from the state and what entered the first loop."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__()
+
+    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
+        return h_BSD + entered_BSD
+
+
+class LoopLMDiagonalInjection(nn.Module):
+    """``a h + b e``; it starts as h."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__()
+        self.state_gain = nn.Parameter(torch.ones(config.hidden_size))
+        self.input_gain = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def start(self) -> None:
+        nn.init.ones_(self.state_gain)
+        nn.init.zeros_(self.input_gain)
+
+    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
+        return torch.addcmul(self.state_gain * h_BSD, self.input_gain, entered_BSD)
+
+
+class LoopLMLinearInjection(nn.Linear):
+    """``W [h; e]``; it starts as h."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def start(self) -> None:
+        nn.init.eye_(self.weight)
+
+    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat((h_BSD, entered_BSD), -1))
+
+
+INJECTIONS: dict[str, type[nn.Module]] = {
+    "additive": LoopLMAdditiveInjection,
+    "diagonal": LoopLMDiagonalInjection,
+    "linear": LoopLMLinearInjection,
+}
 
 
 def rotate(x_BHSK: Tensor, view: View) -> Tensor:

@@ -2,9 +2,11 @@
 
 This file travels inside an export and needs only torch and transformers (4.54 or later)::
 
-    input_ids --embed--> h --+--> shared stack --> norm --> h --+--> lm_head              loop r
-                             |                                  +--> early_exit_gate      loop r
-                             +------- R times, same weights <---+
+    input_ids --embed, prelude--> h --+--> shared stack --> norm --> h --+--> coda --> lm_head     loop r
+                                      |                                  +--> early_exit_gate      loop r
+                                      +------- R times, same weights <---+
+
+Most models have no blocks outside the loops. A coda reads each token as of the loop in which it exited.
 
 Shapes: B batch, N rows of the batch that still run, S tokens of this call, T tokens seen (cached ones and these), D
 hidden, V vocabulary, R loops. Loops count from 0, depth from 1.
@@ -13,6 +15,7 @@ Sources: loops, loss, Q-exit, shared caches: Ouro (arXiv 2510.25741).
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .cache_looplm import LoopLMCache, View
 from .configuration_looplm import LoopLMConfig
 from .gates_looplm import GATES, Exits, exit_log_probs
-from .layers_looplm import LoopLMBlock, LoopLMRMSNorm
+from .layers_looplm import INJECTIONS, LoopLMBlock, LoopLMDiagonalInjection, LoopLMLinearInjection, LoopLMRMSNorm
 
 
 @dataclass
@@ -33,9 +36,9 @@ class LoopLMModelOutput(ModelOutput):
     """Output of the stack.
 
     Args:
-        last_hidden_state: [B, S, D], the state of each token after the loop at which it exited.
+        last_hidden_state: [B, S, D], what the head reads of each token after the loop at which it exited.
         past_key_values: the cache, if one is used.
-        hidden_states: on request, R tensors [B, S, D]: the normed state after each loop.
+        hidden_states: on request, R tensors [B, S, D]: what the head reads after each loop, normed.
         gate_logits: on request, [R, B, S] in fp32: the logit of exiting after each loop.
         exit_depths: for a threshold below 1, [B, S]: number of loops that each token ran.
     """
@@ -73,7 +76,9 @@ class LoopLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize as in pretraining. A module with initial values of its own has them as attributes."""
         config = self.config
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (LoopLMDiagonalInjection, LoopLMLinearInjection)):
+            module.start()
+        elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=getattr(module, "start_std", config.initializer_range))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -89,13 +94,18 @@ class LoopLMPreTrainedModel(PreTrainedModel):
 
 
 class LoopLMModel(LoopLMPreTrainedModel):
-    """Embedding, shared stack, loop-end norm, exit gate."""
+    """Embedding, prelude, shared stack, loop-end norm, exit gate, coda."""
 
     def __init__(self, config: LoopLMConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LoopLMBlock(config, block) for block in range(config.num_hidden_layers))
+        ends = accumulate((config.num_hidden_layers, config.prelude_layers, config.coda_layers), initial=0)
+        self.layers, self.prelude, self.coda = (
+            nn.ModuleList(LoopLMBlock(config, block) for block in range(first, end)) for first, end in pairwise(ends)
+        )
         self.norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.coda_norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps) if config.coda_layers else None
+        self.injection = None if config.injection == "none" else INJECTIONS[config.injection](config)
         if config.early_exit_gate not in GATES:
             raise ValueError(
                 f"early_exit_gate: {config.early_exit_gate!r} is not allowed; give one of {', '.join(GATES)}"
@@ -133,7 +143,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
             use_cache: return a cache; None takes the config's, and no cache while gradients are recorded.
             num_loops: depth; None takes the config's.
             early_exit_threshold: None takes the config's.
-            output_hidden_states: return the state after each loop.
+            output_hidden_states: return what the head reads after each loop; a coda then runs in each.
             output_gate_logits: return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
             seq_idx: [B, S], the number of each token's document, if several are packed into a row.
             cu_seq_lens_q: the ends of the documents of a single row, beginning with 0.
@@ -161,33 +171,59 @@ class LoopLMModel(LoopLMPreTrainedModel):
         reads_text = self.config.gate_sequence_level and cache is not None  # then the gate must run for every token
         exits = Exits(h_BSD, threshold, depth) if threshold < 1 else None
         hidden, logits, state_NSZ = [], [], None
+        for block in self.prelude:
+            h_BSD = block(h_BSD, view, 0)
+        entered_BSD, whole = h_BSD, view
         for loop in range(depth):
+            if loop > 0 and self.injection is not None:
+                h_BSD = self.injection(h_BSD, entered_BSD)
             for block in self.layers:
                 h_BSD = block(h_BSD, view, loop)
-            h_BSD = self.norm(h_BSD)
+            readable_BSD = self.norm(h_BSD)
+            if self.config.loop_norm == "state":
+                h_BSD = readable_BSD
+            leaving_BSD = readable_BSD if self.coda_norm is None else h_BSD
             if output_hidden_states:
-                hidden.append(h_BSD)
+                hidden.append(self._read_out(leaving_BSD, view, loop))
             if exits is None and not output_gate_logits and not reads_text:
                 continue
             with torch.autocast(h_BSD.device.type, enabled=False):
-                logit_NS, state_NSZ = self.early_exit_gate(h_BSD, state_NSZ, view, loop)
+                logit_NS, state_NSZ = self.early_exit_gate(readable_BSD, state_NSZ, view, loop)
             logits.append(logit_NS)
             if exits is None:
                 continue
-            stay_N = exits.record(h_BSD, logit_NS, loop, view.rows)
+            stay_N = exits.record(leaving_BSD, logit_NS, loop, view.rows)
             if shared is not None and not stay_N.all():
                 if not stay_N.any():
                     shared.skip(range(loop + 1, depth))
                     break
-                view, h_BSD = view.narrow(stay_N), h_BSD[stay_N]
+                view, h_BSD, entered_BSD = view.narrow(stay_N), h_BSD[stay_N], entered_BSD[stay_N]
                 state_NSZ = None if state_NSZ is None else state_NSZ[stay_N]
+        if exits is not None:
+            last_BSD = self._read_out(exits.h_BSD, whole, len(hidden))
+        else:
+            last_BSD = hidden[-1] if hidden else self._read_out(leaving_BSD, whole, 0)
         return LoopLMModelOutput(
-            last_hidden_state=h_BSD if exits is None else exits.h_BSD,
+            last_hidden_state=last_BSD,
             past_key_values=cache,
             hidden_states=tuple(hidden) if output_hidden_states else None,
             gate_logits=torch.stack(logits) if output_gate_logits else None,
             exit_depths=None if exits is None else exits.depth_BS,
         )
+
+    def _read_out(self, leaving_BSD: Tensor, view: View, runs: int) -> Tensor:
+        """Return what the head reads of tokens that leave the loops with these states.
+
+        Args:
+            leaving_BSD: the states; without a coda, normed.
+            view: that of all rows.
+            runs: how often the coda ran in this call before. Its newest entries replace those in the cache.
+        """
+        if self.coda_norm is None:
+            return leaving_BSD
+        for block in self.coda:
+            leaving_BSD = block(leaving_BSD, view, runs)
+        return self.coda_norm(leaving_BSD)
 
     def _plan(self, num_loops: int | None, threshold: float | None) -> tuple[int, float]:
         """Return depth and threshold; raise if they are not allowed."""

@@ -12,11 +12,13 @@ from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
-from tests.support.generation_oracle import GATES, VARIANTS, VOCAB, build, byte_tokenizer
+from tests.support.generation_oracle import GATES, READ_OUTS, VARIANTS, VOCAB, build, byte_tokenizer
 from tests.support.hf_models import generate, hf_model, random_ids
 
 NEVER = -1  # an id that no token has
+MODELS = VARIANTS | READ_OUTS
 PAIRS = [("mla", "lru"), ("mla-query-latent", "sequence"), ("mha", "linear"), ("gqa", "sequence")]
+PAIRS += [("mla-plain-latent", "lru"), *zip(READ_OUTS, ["sequence", "linear", "lru", "sequence", "mlp"], strict=True)]
 PROMPTS = [random_ids(1, length, VOCAB, seed=length)[0].tolist() for length in (5, 1, 9)]
 
 
@@ -40,7 +42,7 @@ def pairs(single_process: ProcessGroupCollection) -> dict[tuple[str, str], tuple
     """Our generator and the exported model with the same weights."""
     found = {}
     for variant, gate in PAIRS:
-        ours = build(VARIANTS[variant], GATES[gate], single_process)
+        ours = build(MODELS[variant], GATES[gate], single_process)
         found[variant, gate] = Generator(ours, byte_tokenizer(), NEVER), hf_model(ours, GATES[gate])
     return found
 
