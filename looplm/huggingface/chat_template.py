@@ -96,11 +96,10 @@ def imported_template(companions: Path, tokenizer: Tokenizer, ids: TokenIds) -> 
         source = found
     if source == JINJA:  # written by a stage that trained on conversations
         return None
-    tokens = {f"{name}_token": tokenizer.id_to_token(known[0]) for name, known in ids.known().items()}
-    for name, token in values.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
+    found_tokens = {f"{name}_token": tokenizer.id_to_token(known[0]) for name, known in ids.known().items()}
+    named = {name: value for name, value in values.items() if name.endswith("_token")}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+    tokens = {name: text for name, text in (found_tokens | texts).items() if isinstance(text, str)}
     return ImportedTemplate(source, tokenizer, tokens, path)
 
 

@@ -69,7 +69,7 @@ def test_ids_equal_those_of_transformers(name: str) -> None:
     for talk in (TALK, TALK[:1], [Message("system", "Be brief."), *TALK]):
         dicts = [{"role": message.role, "content": message.content} for message in talk]
         assert ours.render(talk) == theirs.apply_chat_template(dicts, add_generation_prompt=True, tokenize=False)
-        found = theirs.apply_chat_template(dicts, add_generation_prompt=True, return_dict=True)
+        found: Any = theirs.apply_chat_template(dicts, add_generation_prompt=True, return_dict=True)
         assert ours.ask(talk) == found["input_ids"]
 
 
@@ -151,7 +151,7 @@ def asked(
     tmp_path: Path, single_process: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
 ) -> list[Sequence[int]]:
     """Let the command open a small model at ``tmp_path``; the ids of its prompts are recorded."""
-    tokenizer, prompts = tokenizer_with_marks(), list[Sequence[int]]()
+    tokenizer, prompts = tokenizer_with_marks(), list[Any]()
     model = build(replace(MLA, vocab_size=tokenizer.get_vocab_size()), GATES["lru"], single_process)
     opened = Opened(model, tmp_path, tokenizer)
     for module in (command, library):
