@@ -5,7 +5,7 @@
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check rehearse
 .PHONY: gpu-check gpu-bundle
 .PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
-.PHONY: clean clean-quickstart clean-ouro-tiny
+.PHONY: smollm clean clean-quickstart clean-ouro-tiny clean-smollm
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -172,6 +172,10 @@ $(DONE)/report: $(DONE)/evaluation $(DONE)/samples
 
 include configs/ouro-tiny/chain.mk
 
+# ---- a real model, looped
+
+include configs/smollm/chain.mk
+
 # ---- experiments: slow; their results are in docs/LOG.md
 
 LONGER  := runs/longer
@@ -297,7 +301,7 @@ docs: $(DOCS)/.installed  ## the documentation as a site: site/index.html
 clean-quickstart:  ## delete the quickstart's results
 	rm -rf $(RUN)
 
-clean: clean-quickstart clean-ouro-tiny  ## also delete the environments and every cache
+clean: clean-quickstart clean-ouro-tiny clean-smollm  ## also delete the environments and every cache
 	rm -rf $(VENV) $(NEWEST) $(HF_OLDEST) $(TE_VENV) $(DOCS) site build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

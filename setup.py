@@ -77,6 +77,7 @@ setup(
     },
     install_requires=[
         "docstring-parser>=0.16",
+        "jinja2>=3.1.6",
         "matplotlib>=3.10",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",

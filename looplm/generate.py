@@ -18,10 +18,12 @@ from typing import Literal
 import torch
 
 from looplm.bounds import path_field, positive
-from looplm.chat import ChatTemplate, Message
-from looplm.checkpoint import OpenedModel, open_model
+from looplm.chat import ANSWERS, ChatTemplate, Message
+from looplm.checkpoint import COMPANION_FOLDER, OpenedModel, open_model
 from looplm.cli import UserError, is_unicode, parse_config, require, run_main
 from looplm.files import write_whole
+from looplm.huggingface.chat_template import ImportedTemplate, imported_template
+from looplm.huggingface.config_json import TokenIds
 from looplm.inference.generator import Generator
 from looplm.inference.request import Generation, Request
 from looplm.inference.settings import GenerationConfig
@@ -44,8 +46,8 @@ class GenerateConfig(GenerationConfig):
         prompts: file of texts to continue, separated by lines of three dashes.
         interactive: read lines from the terminal, and continue the growing text after each; /reset starts over, /quit
             or the end of input leaves, Ctrl-C ends an answer.
-        chat: treat each prompt as a user's message, which the model answers in its chat template; for models tuned on
-            conversations.
+        chat: treat each prompt as a user's message, which the model answers in its chat template: that which came with
+            imported weights, otherwise ours; for models tuned on conversations.
         output: file to write the samples to, one JSON object per line.
         num_samples: continuations per prompt, each with its own seed.
         add_bos: put the token that begins a text (BOS) before each prompt that does not start with it; null does so if
@@ -93,7 +95,11 @@ def main(argv: list[str]) -> None:
         process_groups.stop()
 
 
-def _chat_template(opened: OpenedModel) -> ChatTemplate:
+def _chat_template(opened: OpenedModel) -> ChatTemplate | ImportedTemplate:
+    ids = TokenIds(opened.about.bos_id, opened.about.eos_ids, opened.about.pad_id)
+    imported = imported_template(opened.folder / COMPANION_FOLDER, opened.tokenizer, ids)
+    if imported is not None:
+        return imported
     template = ChatTemplate(opened.tokenizer, f"chat: {opened.folder}/tokenizer.json")
     fix = "the model was not tuned on conversations; leave chat false, or give a checkpoint of a stage that did so"
     require(template.end_id in opened.about.eos_ids, "chat", True, fix)
@@ -132,7 +138,11 @@ def read_prompts(path: str) -> list[str]:
 
 
 def continue_prompts(
-    generator: Generator, config: GenerateConfig, prompts: list[str], printer: "Printer", template: ChatTemplate | None
+    generator: Generator,
+    config: GenerateConfig,
+    prompts: list[str],
+    printer: "Printer",
+    template: ChatTemplate | ImportedTemplate | None,
 ) -> None:
     """Continue or answer each prompt ``num_samples`` times."""
     texts = [prompt for prompt in prompts for _ in range(config.num_samples)]
@@ -168,15 +178,18 @@ def write_samples(path: Path, generations: list[Generation], config: GenerationC
     write_whole(path, "".join(lines))
 
 
-def converse(generator: Generator, config: GenerateConfig, printer: "Printer", template: ChatTemplate | None) -> None:
+def converse(
+    generator: Generator, config: GenerateConfig, printer: "Printer", template: ChatTemplate | ImportedTemplate | None
+) -> None:
     """Read lines, and after each continue the whole text so far, or with a template answer; until the input ends.
 
-    The oldest part of the text is dropped, with a note, when it would leave no room for an answer.
+    The oldest part of the text is dropped, with a note, when it would leave no room for an answer. An imported template
+    renders the whole conversation again for each answer, because it may treat earlier turns in any way.
     """
     config.exit_rule(generator.model.model_config, generator.gate_trained)  # raise before the first line is read
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused below, not a traceback
-    text, turn = list[int](), 0
+    text, turn, messages = list[int](), 0, list[Message]()
     begin = [] if generator.begin_id is None else [generator.begin_id]
     room = max(1, generator.model.model_config.max_sequence_length - config.max_new_tokens - len(begin))
 
@@ -185,13 +198,22 @@ def converse(generator: Generator, config: GenerateConfig, printer: "Printer", t
 
     while (line := _read_line()) not in (None, "/quit"):
         if line == "/reset":
-            text = []
+            text, messages = [], []
             continue
         if not is_unicode(line or ""):
             print("error: the line is not UTF-8; set the terminal to UTF-8 and type it again", file=sys.stderr)
             continue
-        said = encode(f"{line}\n") if template is None else template.ask([Message("user", line or "")])
-        text += said
+        said = Message("user", line or "")
+        messages.append(said)
+        if isinstance(template, ImportedTemplate):
+            try:
+                text = template.ask(messages)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                messages.pop()
+                continue
+        else:
+            text += encode(f"{line}\n") if template is None else template.ask([said])
         if len(text) > room:
             print(f"note: the oldest {len(text) - room} tokens no longer fit and are dropped", file=sys.stderr)
             text = text[-room:]
@@ -211,7 +233,9 @@ def converse(generator: Generator, config: GenerateConfig, printer: "Printer", t
         except KeyboardInterrupt:
             print()
         text += [token.id for token in answer]
-        if template is not None:
+        if isinstance(template, ImportedTemplate):
+            messages.append(Message(ANSWERS, "".join(token.text for token in answer)))
+        elif template is not None:
             text += template.close()
         elif answer and not answer[-1].text.endswith("\n"):
             text += encode("\n")

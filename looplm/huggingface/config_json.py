@@ -2,7 +2,7 @@
 
 There are two Hugging Face layouts. ``ouro`` is that of the released Ouro models with all its keys: multi-head or
 grouped attention, sandwich norms, the linear gate, an untied head. ``looplm`` is ours, and its code travels with it; it
-holds any model without layers outside the loops.
+holds every model.
 
 A key that changes what the model computes, in a way that ours cannot, is refused. An unknown key is kept:
 :func:`merge_changes` changes only those entries of a ``config.json`` that have changed since it was read.
@@ -11,7 +11,7 @@ A key that changes what the model computes, in a way that ours cannot, is refuse
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
+from looplm.config.model import foreign_keys
 from looplm.json_file import read_object
 
 OURO, LOOPLM = "ouro", "looplm"
@@ -49,6 +50,8 @@ _LOOPLM_KEYS = {
         *("qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
     )
 }
+# Written only if they differ from ModelConfig's defaults, so that other models' files stay as they were.
+_OPTIONAL_KEYS = ("prelude_layers", "coda_layers", "loop_norm", "injection", "kv_latent_norm")
 _GATE_KEYS = {
     field.name: "early_exit_gate" if field.name == "kind" else f"gate_{field.name}"
     for field in dataclasses.fields(GateConfig)
@@ -144,7 +147,8 @@ def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], w
     rope = values.get("rope_parameters") or {}  # where transformers 5 writes the base
     values = {**values, "rope_theta": rope.get("rope_theta", values.get("rope_theta"))}
     is_looplm = hf_layout == LOOPLM
-    model_keys = {**_MODEL_KEYS, **_LOOPLM_KEYS} if is_looplm else _MODEL_KEYS
+    optional = {key: key for key in _OPTIONAL_KEYS}
+    model_keys = {**_MODEL_KEYS, **_LOOPLM_KEYS, **optional} if is_looplm else _MODEL_KEYS
     model_values = _read_fields(ModelConfig, model_keys, values, where)
     if not is_looplm:
         model_values["attention"] = "mha"
@@ -173,7 +177,7 @@ def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], w
 
 def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
     """Say why a model does not fit Ouro's layout; None if it does."""
-    width = model.num_attention_heads * model.attention_head_dim
+    width, absent = model.num_attention_heads * model.attention_head_dim, _first_changed(model, _OPTIONAL_KEYS)
     faults = {
         f"model.attention={model.attention} is not mha": model.attention != "mha",
         f"gate.kind={gate.kind} is not linear": gate.kind != "linear",
@@ -181,7 +185,7 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
         "model.tie_embeddings is true": model.tie_embeddings,
         "model.qkv_bias is true": model.qkv_bias,
         "model.qk_norm is true": model.qk_norm,
-        f"{looplm_fault(model)} is not in it": looplm_fault(model) is not None,
+        f"{absent} is not in it": absent is not None,
         # vLLM's Ouro does not read head_dim.
         f"model.head_dim times num_attention_heads={model.num_attention_heads} is {width}, "
         f"not model.hidden_size={model.hidden_size}": width != model.hidden_size,
@@ -190,11 +194,16 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
 
 
 def looplm_fault(model: ModelConfig) -> str | None:
-    """Say why a model does not fit our layout; None if it does."""
-    absent = {"prelude_layers": 0, "coda_layers": 0, "loop_norm": "state", "injection": "none", "kv_latent_norm": True}
-    absent |= {"latent_iterations": 0}
-    faults = (f"model.{key}={getattr(model, key)}" for key, value in absent.items() if getattr(model, key) != value)
-    return next(faults, None)
+    """Say why a model does not fit our layout: it sets a key that the layout does not know yet; None if it fits."""
+    known = {*_MODEL_KEYS, *_LOOPLM_KEYS, *_OPTIONAL_KEYS}
+    return _first_changed(model, [field.name for field in dataclasses.fields(model) if field.name not in known])
+
+
+def _first_changed(model: ModelConfig, keys: Iterable[str]) -> str | None:
+    """Return the first of these keys that differs from its default, with its value; None if none does."""
+    defaults = {field.name: field.default for field in dataclasses.fields(model)}
+    changed = (key for key in keys if getattr(model, key) != defaults[key] and key not in foreign_keys(model))
+    return next((f"model.{key}={getattr(model, key)}" for key in changed), None)
 
 
 def to_config_json(description: HFDescription, dtype: torch.dtype) -> dict[str, Any]:
@@ -217,6 +226,8 @@ def to_config_json(description: HFDescription, dtype: torch.dtype) -> dict[str, 
     }
     if is_looplm:
         values |= {theirs: getattr(model, ours) for ours, theirs in _LOOPLM_KEYS.items()}
+        defaults = {field.name: field.default for field in dataclasses.fields(model)}
+        values |= {key: getattr(model, key) for key in _OPTIONAL_KEYS if getattr(model, key) != defaults[key]}
         values |= {theirs: getattr(gate, ours) for ours, theirs in _GATE_KEYS.items()}
         return values | {"gate_trained": gate_trained}
     if model.embedding_init_std is None:

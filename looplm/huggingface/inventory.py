@@ -13,7 +13,7 @@ from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.config.model import GATE_KEYS
 from looplm.huggingface.companion_files import read_description
-from looplm.huggingface.config_json import CONFIG, TokenIds, ouro_fault
+from looplm.huggingface.config_json import CONFIG, TokenIds, looplm_fault, ouro_fault
 from looplm.huggingface.convert import examine
 from looplm.huggingface.weight_files import find_tensors
 from looplm.parameters import Shape
@@ -66,12 +66,13 @@ def _checkpoint(path: Path) -> list[Row]:
     origin = f"{about.objective}, step {about.step}, {about.tokens:,} tokens"
     if about.objective == WEIGHTS_ONLY:
         origin = "weights alone"
-    fault = ouro_fault(model, gate)
+    fault, fault_of_ours = ouro_fault(model, gate), looplm_fault(model)
+    layout = f"layout {'ouro' if fault is None else f'looplm ({fault})'}"
     return [
         ("directory", f"{step}: checkpoint, {origin}"),
         *_model(model, gate, about.gate_trained),
         ("parameters", _counts(stored_tensors(step, ModelDescription(model, gate)))),
-        ("export", f"layout {'ouro' if fault is None else f'looplm ({fault})'}"),
+        ("export", layout if fault_of_ours is None else f"no: no layout holds {fault_of_ours} yet"),
         ("tokens", _ids(TokenIds(about.bos_id, about.eos_ids, about.pad_id))),
         ("beside", _names(step / COMPANION_FOLDER)),
         ("whole", "; ".join(["yes", *faults])),
@@ -83,6 +84,8 @@ def _model(model: ModelConfig, gate: GateConfig, gate_trained: bool) -> list[Row
     norms = "sandwich norms" if model.sandwich_norm else "no sandwich norms"
     head = "tied to the embedding" if model.tie_embeddings else "of its own"
     gate_keys = "".join(f", {key} {getattr(gate, key)}" for key in GATE_KEYS[gate.kind])
+    if model.injection != "none":
+        norms += f", {model.injection} injection"
     size = f"{model.depth_summary}, hidden {model.hidden_size:,}"
     positions = f"RoPE base {model.rope_base:,.0f}, {model.max_sequence_length:,} positions"
     return [

@@ -11,7 +11,7 @@ import torch
 from looplm.accounting import parameter_counts
 from looplm.checkpoint import About, OpenedModel, read_config
 from looplm.cli import UserError
-from looplm.config import RunConfig
+from looplm.config import ModelConfig, RunConfig
 from looplm.evaluation.record import FILE_NAME, Evaluation
 from looplm.huggingface.config_json import HFDescription
 
@@ -38,12 +38,13 @@ def _sizes(description: HFDescription, dtype: torch.dtype) -> str:
     _, model, gate, gate_trained, _ = description
     count = sum(parameter_counts(model, gate).values())
     attention = {
-        "mla": f"latent (MLA), a latent of {model.kv_lora_rank}",
+        "mla": f"latent (MLA), a latent of {model.kv_lora_rank}" + ("" if model.kv_latent_norm else " without a norm"),
         "mha": f"{model.query_groups} key-value heads",
     }
     rows = [
         ("parameters", f"{count:,} ({str(dtype).removeprefix('torch.')})"),
         ("layers x loops", f"{model.num_layers} x {model.num_loops}, the same weights in every loop"),
+        *_around_loops(model),
         ("hidden, feed-forward", f"{model.hidden_size:,}, {model.ffn_hidden_size:,}"),
         ("attention", f"{model.num_attention_heads} heads, {attention[model.attention]}"),
         ("vocabulary", f"{model.vocab_size:,}"),
@@ -54,6 +55,18 @@ def _sizes(description: HFDescription, dtype: torch.dtype) -> str:
         "A looped language model: one stack of transformer blocks runs several times before a token is predicted, and "
         "an exit gate says after each loop how likely the token is to leave.\n\n" + _table(("", ""), rows)
     )
+
+
+def _around_loops(model: ModelConfig) -> list[tuple[str, str]]:
+    """Return the rows of a model with layers outside the loops, a norm for the read-out alone, or an injection."""
+    rows = []
+    if model.unlooped_layers:
+        rows.append(("layers of their own", f"{model.prelude_layers} before the loops, {model.coda_layers} after them"))
+    if model.loop_norm == "readout":
+        rows.append(("norm at a loop's end", "for the read-out alone; the next loop reads the residual stream"))
+    if model.injection != "none":
+        rows.append(("injection", f"{model.injection}: later loops read what entered the first one again"))
+    return rows
 
 
 def _loading(description: HFDescription) -> str:

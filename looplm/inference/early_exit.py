@@ -158,6 +158,46 @@ class ExitDecider:
         return -torch.expm1(self._log_survival_N)
 
 
+class PromptExits:
+    """States with which the tokens of prompts leave the loops, for a coda to read.
+
+    Every token of a prompt runs all loops, because later tokens need its entries. A coda nevertheless reads each as of
+    the loop in which it exited, as it does a generated token, so that a prompt is the same text read in any pieces.
+
+    Args:
+        stack: whose exit gate gives the scores.
+        rule: when tokens exit; its signal is gate or change.
+        h_SND: the prompts' hidden states, for their shape.
+
+    Attributes:
+        left_SND: state of each token at its exit; undefined for tokens that have not exited yet.
+    """
+
+    def __init__(self, stack: LoopedStack, rule: ExitRule, h_SND: Tensor) -> None:
+        self._stack, self._rule = stack, rule
+        self.left_SND = torch.empty_like(h_SND)
+        self._stays_SN = torch.ones(h_SND.shape[:2], dtype=torch.bool, device=h_SND.device)
+        self._log_survival_SN = torch.zeros(h_SND.shape[:2], device=h_SND.device)
+        self._state_SNZ: Tensor | None = None
+
+    def record(self, before_SND: Tensor, h_SND: Tensor, loop: int) -> None:
+        """Record the states of the tokens that exit after a loop, 0-based, given the states before and after it."""
+        exits_SN = torch.ones_like(self._stays_SN)
+        if loop + 1 < self._rule.max_depth:
+            score_SN = self._score(before_SND, h_SND, loop)
+            exits_SN = (score_SN >= self._rule.threshold) & (loop + 1 >= self._rule.min_depth)
+        self.left_SND = torch.where((exits_SN & self._stays_SN).unsqueeze(-1), h_SND, self.left_SND)
+        self._stays_SN = self._stays_SN & ~exits_SN
+
+    def _score(self, before_SND: Tensor, h_SND: Tensor, loop: int) -> Tensor:
+        if self._rule.signal == "change":
+            return steadiness(before_SND, h_SND, [loop])
+        trained_loops = self._stack.model_config.num_loops
+        logit_SN, self._state_SNZ = self._stack.gate(self._stack.readable(h_SND), self._state_SNZ, loop, trained_loops)
+        self._log_survival_SN = self._log_survival_SN + F.logsigmoid(-logit_SN)
+        return -torch.expm1(self._log_survival_SN)
+
+
 def confidence(logits_NV: Tensor) -> Tensor:
     """Return the probability of the likeliest id, [N]."""
     return (logits_NV.amax(-1) - logits_NV.logsumexp(-1)).exp()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from looplm.inference.attention import Attention, Query
-from looplm.inference.early_exit import ExitDecider, ExitRule, last_token
+from looplm.inference.early_exit import ExitDecider, ExitRule, PromptExits, last_token
 from looplm.inference.kv_cache import CacheMode, KVCache
 from looplm.inference.sampling import NextLogits
 from looplm.inference.stack import LoopedStack
@@ -60,6 +60,7 @@ class Prefill:
         self._loop_cache = new_cache("last", 1) if apart else self.cache
         self.decider = ExitDecider(stack, rule, rows)
         self.decider.begin(rows, longest)
+        self._exits = PromptExits(stack, rule, self._h_SND) if stack.has_coda and rule.decides else None
         self._exit_h_ND = torch.empty_like(self._h_SND[0])
         self._depths = [0] * rows  # 0: not exited yet
         self._loop = self._start = 0
@@ -80,6 +81,8 @@ class Prefill:
         whole = end - start == len(h_SND)
         if start == 0:
             self._before_ND = last_token(h_SND, self._length_N)
+            if self._exits is not None:
+                self._before_SND = h_SND.clone()
         mask_11ST: Tensor | None = None
         if not whole:
             mask_11ST = h_SND.new_full((1, 1, end - start, end), float("-inf")).triu(start + 1)
@@ -115,6 +118,8 @@ class Prefill:
             self._loop, self._read_ND = self._loop + 1, last_token(self._h_SND, self._length_N)
             return
         decision = self.decider.decide(self._before_ND, self._h_SND, rows, [self._loop] * len(rows), self._length_N)
+        if self._exits is not None:
+            self._exits.record(self._before_SND, self._h_SND, self._loop)
         self._loop, self._start = self._loop + 1, 0
         exiting = [row for row in rows if decision.exits[row] and not self._depths[row]]
         if exiting:
@@ -123,4 +128,6 @@ class Prefill:
             self._depths[row] = self._loop
         if self._loop == self._max_depth:
             self._read_ND = self._stack.readable(self._exit_h_ND)
+            if self._exits is not None:
+                self._h_SND = self._exits.left_SND
             self._h_SND[self._length_N - 1, torch.arange(len(rows), device=self._stack.device)] = self._exit_h_ND

@@ -4,7 +4,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-_CHOICES = {"attention": ("mla", "mha"), "kv_cache": ("per_loop", "last")}
+_CHOICES = {
+    "attention": ("mla", "mha"),
+    "loop_norm": ("state", "readout"),
+    "injection": ("none", "additive", "diagonal", "linear"),
+    "kv_cache": ("per_loop", "last"),
+}
 
 
 class LoopLMConfig(PretrainedConfig):
@@ -18,6 +23,12 @@ class LoopLMConfig(PretrainedConfig):
         hidden_size: width of the residual stream.
         intermediate_size: inner width of the SwiGLU feed-forward layer.
         num_hidden_layers: blocks in the shared stack (L).
+        prelude_layers: blocks of their own before the loops, run once.
+        coda_layers: blocks of their own, and a norm, between the end of a loop and the head.
+        loop_norm: what the norm at the end of a loop is for: state (the next loop and the coda read its output, as in
+            Ouro) or readout (the gate does, and without a coda the head; the others read the residual stream).
+        injection: what each loop after the first reads: none, the state h; additive, h + e; diagonal, a h + b e with
+            vectors a and b; or linear, W [h; e]. e is what entered the first loop.
         num_attention_heads: attention heads.
         num_key_value_heads: mha only: heads of keys and values; None for one per attention head.
         head_dim: mha only: width of a head; None for hidden_size / num_attention_heads.
@@ -26,6 +37,7 @@ class LoopLMConfig(PretrainedConfig):
         attention: mla (multi-head latent attention, DeepSeek-V3) or mha (multi-head or grouped-query, as in Ouro).
         q_lora_rank: mla only: width of the query's latent; None projects the query directly.
         kv_lora_rank: mla only: width of the latent of keys and values, which is cached.
+        kv_latent_norm: mla only: normalize that latent.
         qk_nope_head_dim: mla only: width of the part of a query or key head without position.
         qk_rope_head_dim: mla only: width of the rotary part; the heads share its key.
         qk_rope_period: mla only: width after which the rotary frequencies repeat; None for qk_rope_head_dim.
@@ -40,6 +52,7 @@ class LoopLMConfig(PretrainedConfig):
         gate_trained: True if the gate's own training stage was run; otherwise a threshold below 1 is refused.
         sandwich_norm: also normalize the output of each sublayer, before the residual add.
         residual_gain: initial gain of those norms: depth (1/sqrt(2 L R)) or loops (1/(R sqrt(2 L))).
+            Blocks outside the loops count once.
         kv_cache: per_loop (a cache for each loop: exact) or last (one cache for all loops, from the first generated
             token on: a past token is seen as of the last loop it ran).
         rope_theta: base of the rotary frequencies.
@@ -67,6 +80,10 @@ class LoopLMConfig(PretrainedConfig):
         hidden_size: int = 2048,
         intermediate_size: int = 5632,
         num_hidden_layers: int = 24,
+        prelude_layers: int = 0,
+        coda_layers: int = 0,
+        loop_norm: str = "state",
+        injection: str = "none",
         num_attention_heads: int = 16,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
@@ -75,6 +92,7 @@ class LoopLMConfig(PretrainedConfig):
         attention: str = "mla",
         q_lora_rank: int | None = None,
         kv_lora_rank: int = 512,
+        kv_latent_norm: bool = True,
         qk_nope_head_dim: int = 128,
         qk_rope_head_dim: int = 64,
         qk_rope_period: int | None = None,

@@ -1,12 +1,11 @@
-"""The block and the gates of a LoopLM. This file travels inside an export and needs only torch and transformers.
+"""The block and the injections of a LoopLM. This file travels inside an export and needs only torch and transformers.
 
 Shapes: B batch, S tokens of this call, T tokens seen (cached ones and these), D hidden, H heads, G key-value heads, K
-query-key width, W value width, C latent, R loops, Z gate state. Loops count from 0.
+query-key width, W value width, C latent, R loops. Loops count from 0.
 
-Sources: loops, sandwich norms, linear gate: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2 (2405.04434).
+Sources: loops, sandwich norms: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2 (2405.04434).
+Injections: additive: deep equilibrium models (1909.01377), diagonal: Parcae (2604.12946), linear: Huginn (2502.05171).
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +91,7 @@ class LoopLMLatentAttention(nn.Module):
             self.q_a_layernorm = LoopLMRMSNorm(self.q_lora_rank, config.rms_norm_eps)
             self.q_b_proj = nn.Linear(self.q_lora_rank, query_rows, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = LoopLMRMSNorm(self.latent, config.rms_norm_eps)
+        self.kv_a_layernorm = LoopLMRMSNorm(self.latent, config.rms_norm_eps) if config.kv_latent_norm else None
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
 
@@ -104,7 +103,8 @@ class LoopLMLatentAttention(nn.Module):
         nope, rope = query.unflatten(-1, (self.heads, -1)).transpose(1, 2).split([self.nope, self.rope], -1)
         latent, key_rope = self.kv_a_proj_with_mqa(x_BSD).unsqueeze(1).split([self.latent, self.rope], -1)
         rope, key_rope = rotate(evens_then_odds(rope), view), rotate(evens_then_odds(key_rope), view)
-        latent = self.kv_a_layernorm(latent)
+        if self.kv_a_layernorm is not None:
+            latent = self.kv_a_layernorm(latent)
         if view.cache is not None:
             latent, key_rope = view.cache.store(loop, self.block, latent, key_rope, view.rows)
         # Adapters and quantization put other modules here, and offloading leaves no weight: then call the module.
@@ -145,7 +145,8 @@ class LoopLMBlock(GradientCheckpointingLayer):
         self.sandwich_norm = config.sandwich_norm
         if self.sandwich_norm:  # a small initial sublayer output would be normalized away; the gain is small instead
             loops = config.total_ut_steps if config.residual_gain == "depth" else config.total_ut_steps**2
-            start = (2 * config.num_hidden_layers * loops) ** -0.5
+            outside = config.prelude_layers + config.coda_layers
+            start = (2 * (config.num_hidden_layers * loops + outside)) ** -0.5
             self.input_layernorm_2 = LoopLMRMSNorm(width, eps, start)
             self.post_attention_layernorm_2 = LoopLMRMSNorm(width, eps, start)
 
@@ -154,6 +155,52 @@ class LoopLMBlock(GradientCheckpointingLayer):
         x_BSD = x_BSD + (self.input_layernorm_2(y_BSD) if self.sandwich_norm else y_BSD)
         y_BSD = self.mlp(self.post_attention_layernorm(x_BSD))
         return x_BSD + (self.post_attention_layernorm_2(y_BSD) if self.sandwich_norm else y_BSD)
+
+
+class LoopLMAdditiveInjection(nn.Module):
+    """``h + e``: what a later loop reads, from the state and what entered the first loop."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__()
+
+    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
+        return h_BSD + entered_BSD
+
+
+class LoopLMDiagonalInjection(nn.Module):
+    """``a h + b e``; it starts as h."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__()
+        self.state_gain = nn.Parameter(torch.ones(config.hidden_size))
+        self.input_gain = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def start(self) -> None:
+        nn.init.ones_(self.state_gain)
+        nn.init.zeros_(self.input_gain)
+
+    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
+        return torch.addcmul(self.state_gain * h_BSD, self.input_gain, entered_BSD)
+
+
+class LoopLMLinearInjection(nn.Linear):
+    """``W [h; e]``; it starts as h."""
+
+    def __init__(self, config: LoopLMConfig) -> None:
+        super().__init__(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def start(self) -> None:
+        nn.init.eye_(self.weight)
+
+    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat((h_BSD, entered_BSD), -1))
+
+
+INJECTIONS: dict[str, type[nn.Module]] = {
+    "additive": LoopLMAdditiveInjection,
+    "diagonal": LoopLMDiagonalInjection,
+    "linear": LoopLMLinearInjection,
+}
 
 
 def rotate(x_BHSK: Tensor, view: View) -> Tensor:
@@ -178,121 +225,3 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, sc
         query, key, value, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return mixed[..., :width].transpose(1, 2).flatten(2)
-
-
-# ------------------------------------------------------------------------------------------------------------ gates
-
-
-class LoopLMGateLinear(nn.Linear):
-    """A linear layer in fp32, whatever its weights are stored in: exit probabilities are products of R small numbers.
-
-    The initial weight has standard deviation ``start_std``; at 0 an untrained gate ignores its input.
-    """
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, start_std: float = 0.0) -> None:
-        super().__init__(inputs, outputs, bias)
-        self.start_std = start_std
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-
-
-class LoopLMLinearGate(LoopLMGateLinear):
-    """Ouro's gate: ``a_r = w . h_r + b``."""
-
-    def __init__(self, config: LoopLMConfig) -> None:
-        super().__init__(config.hidden_size, 1)
-
-    def forward(  # type: ignore[override]
-        self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int
-    ) -> tuple[Tensor, Tensor | None]:
-        return super().forward(h_BSD).squeeze(-1), None
-
-
-class LoopLMRecurrentGate(nn.Module):
-    """A GRU state carried over the loops.
-
-    ::
-
-        z_r = GRUCell(W_u h_r, z_{r-1}),  z_0 = 0
-        a_r = w . z_r + b  (+ w_s . mean_{j<=i} z_r[j])  + logit(1 / (R - r + 1))
-
-    The last constant makes an untrained gate (w = b = 0) leave after each loop with the same probability 1/R.
-    """
-
-    def __init__(self, config: LoopLMConfig) -> None:
-        super().__init__()
-        width = config.gate_state_size
-        self.num_loops = config.total_ut_steps
-        self.input_proj = LoopLMGateLinear(config.hidden_size, width, bias=False, start_std=config.hidden_size**-0.5)
-        self.cell = nn.GRUCell(width, width)
-        self.readout = LoopLMGateLinear(width, 1)
-        self.sequence_readout = LoopLMGateLinear(width, 1, bias=False) if config.gate_sequence_level else None
-
-    def forward(self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor]:
-        u_BSZ, cell = self.input_proj(h_BSD), self.cell
-        state_BSZ = torch.zeros_like(u_BSZ) if state_BSZ is None else state_BSZ
-        weights = [weight.float() for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
-        state_BSZ = torch.gru_cell(u_BSZ.flatten(0, 1), state_BSZ.flatten(0, 1), *weights).view_as(u_BSZ)
-        logit_BS = self.readout(state_BSZ).squeeze(-1)
-        if self.sequence_readout is not None:
-            # The readout of a mean is the mean of readouts, and those are one number per token to keep.
-            logit_BS = logit_BS + running_mean(self.sequence_readout(state_BSZ).squeeze(-1), view, loop)
-        return logit_BS + uniform_offset(loop, self.num_loops), state_BSZ
-
-
-class LoopLMMLPGate(nn.Module):
-    """A two-layer readout of the hidden state and of how much the loop changed it.
-
-    ::
-
-        c_r = |h_r - h_{r-1}| / |h_{r-1}|,  c_1 = 1
-        a_r = w . silu(W h_r + v c_r + b_1) + b_2  + logit(1 / (R - r + 1))
-
-    What it carries to the next loop is h_r itself.
-    """
-
-    def __init__(self, config: LoopLMConfig) -> None:
-        super().__init__()
-        width = config.gate_hidden_size
-        self.num_loops = config.total_ut_steps
-        self.hidden = LoopLMGateLinear(config.hidden_size, width, start_std=config.hidden_size**-0.5)
-        self.change = LoopLMGateLinear(1, width, bias=False, start_std=1.0)
-        self.readout = LoopLMGateLinear(width, 1)
-
-    def forward(self, h_BSD: Tensor, state_BSD: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor]:
-        h_BSD = h_BSD.float()
-        change_BS1 = torch.ones_like(h_BSD[..., :1])
-        if state_BSD is not None:
-            change_BS1 = (h_BSD - state_BSD).norm(dim=-1, keepdim=True) / state_BSD.norm(dim=-1, keepdim=True)
-        logit_BS = self.readout(F.silu(self.hidden(h_BSD) + self.change(change_BS1))).squeeze(-1)
-        return logit_BS + uniform_offset(loop, self.num_loops), h_BSD
-
-
-GATES: dict[str, type[nn.Module]] = {"lru": LoopLMRecurrentGate, "linear": LoopLMLinearGate, "mlp": LoopLMMLPGate}
-
-
-def uniform_offset(loop: int, num_loops: int) -> float:
-    """Return ``logit(1 / (R - r + 1))`` for r = loop + 1; the last loop takes the rest, its logit is never used: 0."""
-    remaining = num_loops - loop
-    return -math.log(remaining - 1) if remaining > 1 else 0.0
-
-
-def running_mean(signal_BS: Tensor, view: View, loop: int) -> Tensor:
-    """Return the mean over each document's tokens up to each one, cached ones included, without padding; in double."""
-    counts_BS = view.counts_BS.to(signal_BS.dtype)
-    signal_BT, counts_BT = signal_BS, counts_BS
-    if view.cache is not None:
-        signal_BT, counts_BT = view.cache.store_signal(loop, signal_BS, counts_BS, view.rows)
-    total_BT, number_BT = (signal_BT * counts_BT).double().cumsum(-1), counts_BT.double().cumsum(-1)
-    if view.first_BS is not None:  # then no tokens are cached
-        total_BT, number_BT = (x - F.pad(x, (1, 0)).gather(-1, view.first_BS) for x in (total_BT, number_BT))
-    mean_BT = total_BT / number_BT.clamp(min=1)
-    return mean_BT[:, -signal_BS.size(1) :].to(signal_BS.dtype)
-
-
-def exit_log_probs(logit_RBS: Tensor) -> Tensor:
-    """Return ``log p_r = logsigmoid(a_r) + sum_{j<r} logsigmoid(-a_j)``; the last loop takes the rest. [R, ...]."""
-    stay = F.logsigmoid(-logit_RBS[:-1]).cumsum(0)
-    nothing = torch.zeros_like(logit_RBS[:1])
-    return torch.cat((F.logsigmoid(logit_RBS[:-1]), nothing)) + torch.cat((nothing, stay))

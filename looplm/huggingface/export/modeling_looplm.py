@@ -2,9 +2,11 @@
 
 This file travels inside an export and needs only torch and transformers (4.54 or later)::
 
-    input_ids --embed--> h --+--> shared stack --> norm --> h --+--> lm_head              loop r
-                             |                                  +--> early_exit_gate      loop r
-                             +------- R times, same weights <---+
+    input_ids --embed, prelude--> h --+--> shared stack --> norm --> h --+--> coda --> lm_head     loop r
+                                      |                                  +--> early_exit_gate      loop r
+                                      +------- R times, same weights <---+
+
+Most models have no blocks outside the loops. A coda reads each token as of the loop in which it exited.
 
 Shapes: B batch, N rows of the batch that still run, S tokens of this call, T tokens seen (cached ones and these), D
 hidden, V vocabulary, R loops. Loops count from 0, depth from 1.
@@ -13,6 +15,7 @@ Sources: loops, loss, Q-exit, shared caches: Ouro (arXiv 2510.25741).
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .cache_looplm import LoopLMCache, View, first_tokens
+from .cache_looplm import LoopLMCache, View
 from .configuration_looplm import LoopLMConfig
-from .layers_looplm import GATES, LoopLMBlock, LoopLMRMSNorm, exit_log_probs
+from .gates_looplm import GATES, Exits, exit_log_probs
+from .layers_looplm import INJECTIONS, LoopLMBlock, LoopLMDiagonalInjection, LoopLMLinearInjection, LoopLMRMSNorm
 
 
 @dataclass
@@ -32,9 +36,9 @@ class LoopLMModelOutput(ModelOutput):
     """Output of the stack.
 
     Args:
-        last_hidden_state: [B, S, D], the state of each token after the loop at which it exited.
+        last_hidden_state: [B, S, D], what the head reads of each token after the loop at which it exited.
         past_key_values: the cache, if one is used.
-        hidden_states: on request, R tensors [B, S, D]: the normed state after each loop.
+        hidden_states: on request, R tensors [B, S, D]: what the head reads after each loop, normed.
         gate_logits: on request, [R, B, S] in fp32: the logit of exiting after each loop.
         exit_depths: for a threshold below 1, [B, S]: number of loops that each token ran.
     """
@@ -72,7 +76,9 @@ class LoopLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize as in pretraining. A module with initial values of its own has them as attributes."""
         config = self.config
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (LoopLMDiagonalInjection, LoopLMLinearInjection)):
+            module.start()
+        elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=getattr(module, "start_std", config.initializer_range))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -88,13 +94,18 @@ class LoopLMPreTrainedModel(PreTrainedModel):
 
 
 class LoopLMModel(LoopLMPreTrainedModel):
-    """Embedding, shared stack, loop-end norm, exit gate."""
+    """Embedding, prelude, shared stack, loop-end norm, exit gate, coda."""
 
     def __init__(self, config: LoopLMConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LoopLMBlock(config, block) for block in range(config.num_hidden_layers))
+        ends = accumulate((config.num_hidden_layers, config.prelude_layers, config.coda_layers), initial=0)
+        self.layers, self.prelude, self.coda = (
+            nn.ModuleList(LoopLMBlock(config, block) for block in range(first, end)) for first, end in pairwise(ends)
+        )
         self.norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.coda_norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps) if config.coda_layers else None
+        self.injection = None if config.injection == "none" else INJECTIONS[config.injection](config)
         if config.early_exit_gate not in GATES:
             raise ValueError(
                 f"early_exit_gate: {config.early_exit_gate!r} is not allowed; give one of {', '.join(GATES)}"
@@ -132,7 +143,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
             use_cache: return a cache; None takes the config's, and no cache while gradients are recorded.
             num_loops: depth; None takes the config's.
             early_exit_threshold: None takes the config's.
-            output_hidden_states: return the state after each loop.
+            output_hidden_states: return what the head reads after each loop; a coda then runs in each.
             output_gate_logits: return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
             seq_idx: [B, S], the number of each token's document, if several are packed into a row.
             cu_seq_lens_q: the ends of the documents of a single row, beginning with 0.
@@ -148,7 +159,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.begin(depth)
         documents = position_ids, seq_idx, cu_seq_lens_q
-        view = self._view(h_BSD, attention_mask, documents, cache, past)
+        view = View.of(self.config, h_BSD, attention_mask, documents, cache, past)
 
         # In a shared cache a past token is seen as of its last loop, so a token that exits need not run any further.
         shared = cache if cache is not None and cache.shared and past > 0 and h_BSD.size(1) == 1 else None
@@ -160,33 +171,59 @@ class LoopLMModel(LoopLMPreTrainedModel):
         reads_text = self.config.gate_sequence_level and cache is not None  # then the gate must run for every token
         exits = Exits(h_BSD, threshold, depth) if threshold < 1 else None
         hidden, logits, state_NSZ = [], [], None
+        for block in self.prelude:
+            h_BSD = block(h_BSD, view, 0)
+        entered_BSD, whole = h_BSD, view
         for loop in range(depth):
+            if loop > 0 and self.injection is not None:
+                h_BSD = self.injection(h_BSD, entered_BSD)
             for block in self.layers:
                 h_BSD = block(h_BSD, view, loop)
-            h_BSD = self.norm(h_BSD)
+            readable_BSD = self.norm(h_BSD)
+            if self.config.loop_norm == "state":
+                h_BSD = readable_BSD
+            leaving_BSD = readable_BSD if self.coda_norm is None else h_BSD
             if output_hidden_states:
-                hidden.append(h_BSD)
+                hidden.append(self._read_out(leaving_BSD, view, loop))
             if exits is None and not output_gate_logits and not reads_text:
                 continue
             with torch.autocast(h_BSD.device.type, enabled=False):
-                logit_NS, state_NSZ = self.early_exit_gate(h_BSD, state_NSZ, view, loop)
+                logit_NS, state_NSZ = self.early_exit_gate(readable_BSD, state_NSZ, view, loop)
             logits.append(logit_NS)
             if exits is None:
                 continue
-            stay_N = exits.record(h_BSD, logit_NS, loop, view.rows)
+            stay_N = exits.record(leaving_BSD, logit_NS, loop, view.rows)
             if shared is not None and not stay_N.all():
                 if not stay_N.any():
                     shared.skip(range(loop + 1, depth))
                     break
-                view, h_BSD = view.narrow(stay_N), h_BSD[stay_N]
+                view, h_BSD, entered_BSD = view.narrow(stay_N), h_BSD[stay_N], entered_BSD[stay_N]
                 state_NSZ = None if state_NSZ is None else state_NSZ[stay_N]
+        if exits is not None:
+            last_BSD = self._read_out(exits.h_BSD, whole, len(hidden))
+        else:
+            last_BSD = hidden[-1] if hidden else self._read_out(leaving_BSD, whole, 0)
         return LoopLMModelOutput(
-            last_hidden_state=h_BSD if exits is None else exits.h_BSD,
+            last_hidden_state=last_BSD,
             past_key_values=cache,
             hidden_states=tuple(hidden) if output_hidden_states else None,
             gate_logits=torch.stack(logits) if output_gate_logits else None,
             exit_depths=None if exits is None else exits.depth_BS,
         )
+
+    def _read_out(self, leaving_BSD: Tensor, view: View, runs: int) -> Tensor:
+        """Return what the head reads of tokens that leave the loops with these states.
+
+        Args:
+            leaving_BSD: the states; without a coda, normed.
+            view: that of all rows.
+            runs: how often the coda ran in this call before. Its newest entries replace those in the cache.
+        """
+        if self.coda_norm is None:
+            return leaving_BSD
+        for block in self.coda:
+            leaving_BSD = block(leaving_BSD, view, runs)
+        return self.coda_norm(leaving_BSD)
 
     def _plan(self, num_loops: int | None, threshold: float | None) -> tuple[int, float]:
         """Return depth and threshold; raise if they are not allowed."""
@@ -220,80 +257,6 @@ class LoopLMModel(LoopLMPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
         return LoopLMCache(self.config) if given is None and use_cache else given
-
-    def _view(
-        self,
-        h_BSD: Tensor,
-        mask_BT: Tensor | None,
-        documents: tuple[Tensor | None, Tensor | None, Tensor | None],
-        cache: LoopLMCache | None,
-        past: int,
-    ) -> View:
-        (rows, length, _), config, device = h_BSD.shape, self.config, h_BSD.device
-        if mask_BT is None:
-            mask_BT = torch.ones(rows, past + length, dtype=torch.bool, device=device)
-        elif mask_BT.shape != (rows, past + length):
-            raise ValueError(
-                f"attention_mask: {list(mask_BT.shape)} is not allowed; give [{rows}, {past + length}], "
-                "which includes the cached tokens"
-            )
-        mask_BT = mask_BT.bool()
-        position_BS, *packing = documents
-        first_BS = first_tokens(position_BS, mask_BT[:, past:], *packing)
-        if first_BS is not None and past > 0:
-            raise ValueError(
-                "position_ids: packed documents are not allowed after cached tokens; give one document in each row"
-            )
-        if cache is not None:
-            cache.packed = first_BS is not None
-        if position_BS is None:
-            position_BS = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, past:]
-            if first_BS is not None:
-                position_BS = position_BS - position_BS.gather(-1, first_BS)
-        latent = config.attention == "mla"
-        width = config.qk_rope_head_dim if latent else config.head_dim
-        period = (config.qk_rope_period if latent else None) or width
-        speed_K = config.rope_theta ** (-torch.arange(0, period, 2, dtype=torch.float32, device=device) / period)
-        speed_K = speed_K.repeat(width // period)  # several rotary keys side by side
-        angle_B1SK = position_BS[:, None, :, None].float() * speed_K
-        cos_B1SK, sin_B1SK = angle_B1SK.cos().to(h_BSD.dtype), angle_B1SK.sin().to(h_BSD.dtype)
-        visible_B1ST = None
-        if not mask_BT.all() or (past > 0 and length > 1) or first_BS is not None:
-            key_T = torch.arange(past + length, device=device)
-            query_S1 = key_T[past:, None]
-            # Padding attends to itself: attending to nothing gives NaN, and NaN times a weight of 0 is NaN.
-            visible_BST = (key_T <= query_S1) & mask_BT[:, None] | (key_T == query_S1)
-            if first_BS is not None:
-                visible_BST &= key_T >= first_BS.unsqueeze(-1)
-            visible_B1ST = visible_BST.unsqueeze(1)
-        return View(cos_B1SK, sin_B1SK, visible_B1ST, mask_BT[:, past:], cache, first_BS)
-
-
-class Exits:
-    """Exits of the tokens: each after the first loop by which its cumulative exit probability reaches the threshold.
-
-    Attributes:
-        h_BSD: each token's state at its exit.
-        depth_BS: number of loops that each token ran.
-    """
-
-    def __init__(self, h_BSD: Tensor, threshold: float, depth: int) -> None:
-        self.h_BSD, self.depth_BS = torch.zeros_like(h_BSD), h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.int64)
-        self._threshold, self._depth = threshold, depth
-        self._log_survival_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
-
-    def record(self, h_NSD: Tensor, logit_NS: Tensor, loop: int, rows: Tensor | None) -> Tensor:
-        """Record the tokens that exit after this loop; return which rows have tokens that do not, [N]."""
-        here = slice(None) if rows is None else rows
-        log_survival_NS = self._log_survival_BS[here] + F.logsigmoid(-logit_NS.detach())
-        self._log_survival_BS[here] = log_survival_NS
-        exits_NS = -torch.expm1(log_survival_NS) >= self._threshold
-        if loop + 1 == self._depth:
-            exits_NS = torch.ones_like(exits_NS)
-        new_NS = exits_NS & (self.depth_BS[here] == 0)
-        self.h_BSD[here] = torch.where(new_NS.unsqueeze(-1), h_NSD, self.h_BSD[here])
-        self.depth_BS[here] = self.depth_BS[here].masked_fill(new_NS, loop + 1)
-        return ~exits_NS.all(-1)
 
 
 class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):

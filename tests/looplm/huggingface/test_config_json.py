@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from looplm.cli import UserError
 from looplm.config import GateConfig
+from looplm.huggingface import config_json
 from looplm.huggingface.config_json import (
     LOOPLM,
     OURO,
@@ -30,6 +32,16 @@ IDS = TokenIds(bos=0, eos=(1,), pad=2)
 WHERE = Path("x/config.json")
 LINEAR = GateConfig(kind="linear")
 LOOPLM_ONLY = ("attention", "qkv_bias", "q_lora_rank", "qk_rope_period", "early_exit_gate", "gate_state_size")
+# Keys that a config.json has only if they are set.
+LEVERS = {
+    "prelude_layers": MHA,
+    "coda_layers": MHA,
+    "loop_norm": MHA,
+    "injection": MHA,
+    "kv_latent_norm": MODELS["mla"],
+}
+SET: dict[str, Any] = {"prelude_layers": 2, "coda_layers": 1, "loop_norm": "readout"}
+SET |= {"injection": "linear", "kv_latent_norm": False}
 # ByteDance/Ouro-1.4B's config.json, as far as it is known. Its special tokens are one token.
 RELEASED = CONFIG | {
     "head_dim": 128,
@@ -76,6 +88,19 @@ def test_our_layout_keeps_everything(config, gate):
     assert values["auto_map"]["AutoModelForCausalLM"] == "modeling_looplm.LoopLMForCausalLM"
     assert values["head_dim"] == (MODELS[config].attention_head_dim if "mla" not in config else None)
     assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (0, 1, 2)
+    assert not values.keys() & LEVERS.keys()
+
+
+@pytest.mark.parametrize("key", LEVERS)
+def test_a_lever_is_written_where_it_is_set(key):
+    model = dataclasses.replace(LEVERS[key], **{key: SET[key]})
+    assert looplm_fault(model) is None
+    description = HFDescription(LOOPLM, model, LINEAR, False, IDS)
+    values = json.loads(json.dumps(to_config_json(description, torch.float32)))
+    assert values[key] == SET[key] and values.keys() & LEVERS.keys() == {key}
+    assert from_config_json(values, {}, WHERE) == description
+    without = to_config_json(description._replace(model=LEVERS[key]), torch.float32)
+    assert merge_changes(values, values, without) == without, "an export of what was changed back"
 
 
 def test_the_rope_base_and_dtype_keys_of_transformers_5():
@@ -167,6 +192,10 @@ def test_an_impossible_id_is_refused_in_the_file_that_has_it(file, name, value):
         ),
         ({"model_type": "looplm", "attention": "linear"}, "attention: 'linear' is not allowed; it must be mla or mha"),
         ({"model_type": "looplm", "early_exit_gate": "gru"}, "early_exit_gate: 'gru' is not allowed"),
+        ({"model_type": "looplm", "injection": "sum"}, "injection: 'sum' is not allowed; it must be none or additive"),
+        ({"model_type": "looplm", "coda_layers": -1}, "model.coda_layers: -1 is not allowed"),
+        ({"model_type": "looplm", "prelude_layers": 10**9}, "model.prelude_layers: 1000000000 is not allowed"),
+        ({"model_type": "looplm", "kv_latent_norm": 0}, "kv_latent_norm: 0 is not allowed; it must be true or false"),
     ],
 )
 def test_unsupported_models_are_refused(changes, words):
@@ -186,7 +215,7 @@ JSON = st.recursive(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    changes=st.dictionaries(st.sampled_from([*KEYS, *LOOPLM_ONLY]), JSON, max_size=3),
+    changes=st.dictionaries(st.sampled_from([*KEYS, *LOOPLM_ONLY, *LEVERS]), JSON, max_size=3),
     generation=st.dictionaries(st.sampled_from(["bos_token_id", "eos_token_id", "pad_token_id"]), JSON, max_size=2),
     hf_layout=st.sampled_from([OURO, LOOPLM]),
 )
@@ -222,7 +251,15 @@ def test_which_models_fit_ouros_layout():
     assert ouro_fault(MHA, LINEAR) is None
     assert ouro_fault(MODELS["mla"], LINEAR) == "model.attention=mla is not mha"
     assert ouro_fault(MHA, GateConfig()) == "gate.kind=lru is not linear"
-    outside = dataclasses.replace(MHA, coda_layers=1)
-    assert ouro_fault(outside, LINEAR) == "model.coda_layers=1 is not in it"
-    assert looplm_fault(outside) == "model.coda_layers=1" and looplm_fault(MODELS["mla"]) is None
+    for key, value in SET.items():
+        expected = None if key == "kv_latent_norm" else f"model.{key}={value} is not in it"
+        assert ouro_fault(dataclasses.replace(MHA, **{key: value}), LINEAR) == expected, "mha has no latent"
     assert "head_dim" in str(ouro_fault(MODELS["gqa with wide heads"], LINEAR))
+
+
+def test_a_key_that_our_layout_does_not_know_is_refused(monkeypatch):
+    """A new key of the model must not be dropped without a word."""
+    assert all(looplm_fault(model) is None for model in (MHA, *MODELS.values()))
+    monkeypatch.setattr(config_json, "_OPTIONAL_KEYS", ("prelude_layers",))
+    assert looplm_fault(dataclasses.replace(MHA, prelude_layers=1)) is None
+    assert looplm_fault(dataclasses.replace(MHA, injection="additive")) == "model.injection=additive"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,19 @@ from safetensors.torch import load_file
 
 from looplm import checkpoint
 from looplm.checkpoint import WEIGHTS_ONLY, step_folder
-from looplm.cli import to_dict
+from looplm.cli import UserError, to_dict
 from looplm.config import GateConfig
 from looplm.files import sha256_of
 from looplm.huggingface import companion_files
 from looplm.huggingface.convert import choose_hf_layout, examine, export_model, import_source, with_tokens
+from looplm.huggingface.inventory import inspect
 from looplm.huggingface.names import join, split
 from looplm.model import LoopLM
 from looplm.parameters import parameters
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support import ouro_reference as ouro
+from tests.support.generation_oracle import READ_OUTS
 from tests.support.tiny import BOS, EOS, MODEL, PAD, VOCAB, about_weights, run_config
 from tests.test_recipes import GATES, MODELS
 
@@ -62,7 +65,8 @@ def weights_of(directory, groups):
 
 
 def test_every_parameter_has_a_row(single_process):
-    for config, gate in itertools.product(MODELS.values(), GATES.values()):
+    pairs = [*itertools.product(MODELS.values(), GATES.values()), *((config, LINEAR) for config in READ_OUTS.values())]
+    for config, gate in pairs:
         model = LoopLM(config, gate, single_process)
         tensors = dict(model.named_parameters())
         rows = {row.name: row for row in parameters(config, gate)}
@@ -107,6 +111,18 @@ OWN = {
     "mla, linear, tied": (dataclasses.replace(MODEL, tie_embeddings=True, embedding_init_std=0.5), LINEAR, "looplm"),
     "mha, lru": (dataclasses.replace(MHA, sandwich_norm=False, num_query_groups=2), GateConfig(), "looplm"),
     "mha, linear": (MHA, LINEAR, "ouro"),
+    "mla, all around": (
+        dataclasses.replace(MODEL, prelude_layers=1, coda_layers=2, injection="linear", kv_latent_norm=False),
+        GateConfig(state_size=8),
+        "looplm",
+    ),
+    "gqa, as retrofitted": (
+        dataclasses.replace(MHA, num_query_groups=2, sandwich_norm=False, coda_layers=1, loop_norm="readout"),
+        LINEAR,
+        "looplm",
+    ),
+    "mha, diagonal": (dataclasses.replace(MHA, injection="diagonal"), LINEAR, "looplm"),
+    "mha, additive": (dataclasses.replace(MHA, injection="additive", prelude_layers=1), LINEAR, "looplm"),
 }
 
 
@@ -128,6 +144,34 @@ def test_our_checkpoint_comes_back_unchanged(case, corpus, tmp_path, single_proc
         assert (tmp_path / "hf2" / path.name).read_bytes() == path.read_bytes(), path.name
     code = {path.name for path in companion_files.CODE}
     assert {path.name for path in (tmp_path / "hf").glob("*.py")} == (code if hf_layout == "looplm" else set())
+
+
+def test_card_and_inventory_tell_what_is_around_the_loops(corpus, tmp_path, single_process):
+    config, gate, _ = OWN["mla, all around"]
+    model = LoopLM(config, gate, single_process)
+    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("float32"), corpus / "tokenizer.json")
+    export(tmp_path / "ours", tmp_path / "hf", single_process)
+    card = (tmp_path / "hf/README.md").read_text()
+    for words in (
+        f"latent (MLA), a latent of {config.kv_lora_rank} without a norm |",
+        "| layers of their own | 1 before the loops, 2 after them |",
+        "| injection | linear: later loops read",
+    ):
+        assert words in card, words
+    shown = inspect(tmp_path / "ours")
+    assert "(1 before and 2 after them)" in shown and "sandwich norms, linear injection" in shown
+    assert "layout looplm (model.attention=mla is not mha)" in shown
+
+
+@pytest.mark.parametrize("key", ["prelude_layers", "coda_layers", "loop_norm", "injection"])
+def test_ouros_layout_refuses_what_it_does_not_hold(key):
+    changes: dict[str, Any] = {key: {"loop_norm": "readout", "injection": "additive"}.get(key, 1)}
+    model, value = checkpoint.ModelDescription(dataclasses.replace(MHA, **changes), LINEAR), changes[key]
+    with pytest.raises(UserError) as raised:
+        choose_hf_layout("ouro", model)
+    fix = "give looplm or auto"
+    assert str(raised.value) == f"layout: 'ouro' does not hold this model (model.{key}={value} is not in it); {fix}"
+    assert choose_hf_layout("auto", model) == "looplm"
 
 
 def test_an_export_of_a_trained_import_changes_only_what_has_changed(corpus, tmp_path, single_process):

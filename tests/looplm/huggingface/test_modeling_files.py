@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
 
 from looplm import checkpoint
+from looplm.config import Injection
 from looplm.huggingface.companion_files import CODE
+from looplm.huggingface.config_json import looplm_fault
 from looplm.huggingface.convert import export_model
 from looplm.huggingface.export.cache_looplm import LoopLMCache
+from looplm.huggingface.export.gates_looplm import exit_log_probs
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
-from tests.support.generation_oracle import EOS, GATES, MLA, VARIANTS, VOCAB, build, byte_tokenizer
+from tests.support.generation_oracle import EOS, GATES, MLA, READ_OUTS, VARIANTS, VOCAB, build, byte_tokenizer
 from tests.support.hf_models import code_cache as code_cache
 from tests.support.hf_models import generate, hf_config, hf_model, random_ids
 from tests.support.parity import TOLERANCE, assert_close_relative, grad_of, relative_error
 from tests.support.tiny import about_weights
 
 IDS_BS = random_ids(2, 9, VOCAB)
+MODELS = {name: model for name, model in (VARIANTS | READ_OUTS).items() if looplm_fault(model) is None}
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +65,11 @@ def test_exported_code_imports_only_torch_and_transformers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", ["mla", "gqa"])
+@pytest.mark.parametrize("variant", ["mla", "gqa", "mla-prelude-coda", "mha-diagonal-injection"])
 def test_an_export_is_loaded_with_its_own_code_and_saved_again(
     variant: str, dtype: torch.dtype, tmp_path: Path, single_process: ProcessGroupCollection, code_cache: None
 ) -> None:
-    ours = build(VARIANTS[variant], GATES["sequence"], single_process, dtype)
+    ours = build(MODELS[variant], GATES["sequence"], single_process, dtype)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     about = about_weights(str(dtype).removeprefix("torch."))
     checkpoint.save_weights(tmp_path / "step", ours, GATES["sequence"], about, tmp_path / "tokenizer.json")
@@ -80,11 +85,13 @@ def test_an_export_is_loaded_with_its_own_code_and_saved_again(
         for name, parameter in expected.named_parameters():
             assert torch.equal(loaded.get_parameter(name), parameter), name
         assert torch.equal(loaded(IDS_BS).logits, expected(IDS_BS).logits)
-        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == VARIANTS[variant].tie_embeddings
-    chosen = load(tmp_path / "second", num_loops=3, early_exit_threshold=0.6, kv_cache="last")
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == MODELS[variant].tie_embeddings
+    p_RBS = exit_log_probs(expected(IDS_BS, output_gate_logits=True).gate_logits).exp()
+    threshold = p_RBS[:2].sum(0).median().item()  # half of the tokens reach it
+    chosen = load(tmp_path / "second", num_loops=3, early_exit_threshold=threshold, kv_cache="last")
     assert (chosen.config.num_loops, chosen.config.kv_cache) == (3, "last")
     found = chosen(IDS_BS)
-    assert torch.equal(found.logits, expected(IDS_BS, num_loops=3, early_exit_threshold=0.6).logits)
+    assert torch.equal(found.logits, expected(IDS_BS, num_loops=3, early_exit_threshold=threshold).logits)
     assert len(found.exit_depths.unique()) > 1 and found.exit_depths.max() == 3
 
 
@@ -101,6 +108,20 @@ def test_initial_weights_are_those_of_pretraining() -> None:
     assert torch.equal(block.input_layernorm.weight, torch.ones(32))
 
 
+@pytest.mark.parametrize("injection", ["diagonal", "linear"])
+def test_initial_weights_around_the_loops(injection: Injection) -> None:
+    """An injection starts without an effect, and blocks outside the loops count once in the gain."""
+    config = hf_config(replace(MLA, prelude_layers=1, coda_layers=2, injection=injection), GATES["lru"])
+    untrained = LoopLMForCausalLM(config)
+    gains = torch.full((32,), (2 * (2 * 4 + 3)) ** -0.5)
+    for block in (*untrained.model.layers, *untrained.model.prelude, *untrained.model.coda):
+        assert torch.equal(block.input_layernorm_2.weight, gains)
+    assert torch.equal(untrained.model.coda_norm.weight, torch.ones(32))
+    expected = untrained(IDS_BS).logits
+    untrained.model.injection = None
+    assert torch.equal(untrained(IDS_BS).logits, expected)
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 
@@ -111,7 +132,11 @@ def gradients_of(model: LoopLMForCausalLM, **inputs: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_gradients_are_the_gradients(reentrant: bool, fresh: LoopLMForCausalLM) -> None:
+@pytest.mark.parametrize("variant", ["mla", "mla-prelude-coda"])
+def test_checkpointed_gradients_are_the_gradients(
+    variant: str, reentrant: bool, single_process: ProcessGroupCollection
+) -> None:
+    fresh = hf_model(build(MODELS[variant], GATES["sequence"], single_process), GATES["sequence"])
     expected = gradients_of(fresh.train())
     fresh.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert_close_relative(gradients_of(fresh, use_cache=True), expected)
@@ -166,12 +191,12 @@ def test_padding_positions_and_embeddings(model: LoopLMForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("told_by", ["position_ids", "seq_idx", "cu_seq_lens", "all"])
-@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "linear")])
+@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "linear"), ("mla-prelude-coda", "sequence")])
 def test_packed_documents_do_not_see_each_other(
     variant: str, gate: str, told_by: str, single_process: ProcessGroupCollection
 ) -> None:
     """Logits, exits, loss and gate of documents from transformers' collator are those of each document alone."""
-    packer = hf_model(build(VARIANTS[variant], GATES[gate], single_process), GATES[gate])
+    packer = hf_model(build(MODELS[variant], GATES[gate], single_process), GATES[gate])
     documents = [random_ids(1, length, VOCAB, seed=length)[0] for length in (7, 1, 12)]
     batch = dict(DataCollatorWithFlattening()([{"input_ids": ids.tolist()} for ids in documents]))
     lengths = torch.tensor([len(ids) for ids in documents])
@@ -221,12 +246,15 @@ def test_a_padded_row_that_starts_its_positions_over_is_one_document(model: Loop
             assert relative_error(output.logits[:, 3:], expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant, gate", [("mla", "sequence"), ("gqa", "lru")])
+@pytest.mark.parametrize(
+    "variant, gate",
+    [("mla", "sequence"), ("gqa", "lru"), *((name, "sequence") for name in MODELS if name in READ_OUTS)],
+)
 def test_a_text_in_pieces_equals_the_whole_text(
     variant: str, gate: str, single_process: ProcessGroupCollection
 ) -> None:
     """With a cache per loop, also in pieces of several tokens; every token exits at the same loop."""
-    pieces = hf_model(build(VARIANTS[variant], GATES[gate], single_process), GATES[gate])
+    pieces = hf_model(build(MODELS[variant], GATES[gate], single_process), GATES[gate])
     with torch.no_grad():
         whole = pieces(IDS_BS, early_exit_threshold=0.6, use_cache=False)
         cache, found = LoopLMCache(pieces.config), []
@@ -235,6 +263,34 @@ def test_a_text_in_pieces_equals_the_whole_text(
     assert whole.past_key_values is None and cache.get_seq_length() == 9
     assert relative_error(torch.cat([output.logits for output in found], 1), whole.logits) < TOLERANCE
     assert torch.equal(torch.cat([output.exit_depths for output in found], 1), whole.exit_depths)
+
+
+@pytest.mark.parametrize("mode", ["per_loop", "last"])
+def test_every_loops_read_out_is_the_model_of_that_depth(mode: str, single_process: ProcessGroupCollection) -> None:
+    """A coda that runs for each of them leaves the entries of the last in the cache."""
+    gate = GATES["lru"]
+    ours = hf_model(build(READ_OUTS["mla-prelude-coda"], gate, single_process), gate, kv_cache=mode)
+    with torch.no_grad():
+        asked = ours(IDS_BS[:, :7], output_hidden_states=True)
+        for depth, h_BSD in enumerate(asked.hidden_states, start=1):
+            expected = ours(IDS_BS[:, :7], num_loops=depth, use_cache=False).logits
+            assert relative_error(ours.lm_head(h_BSD), expected) < TOLERANCE
+        plain = ours(IDS_BS[:, :7])
+        assert torch.equal(asked.logits, plain.logits)
+        for part in IDS_BS[:, 7:].split(1, 1):
+            found = ours(part, past_key_values=asked.past_key_values, output_hidden_states=True)
+            assert torch.equal(found.logits, ours(part, past_key_values=plain.past_key_values).logits)
+    lengths = {layer.get_seq_length() for cache in (asked, plain) for layer in cache.past_key_values.layers}
+    assert lengths == {9}
+
+
+def test_blocks_outside_the_loops_have_one_slot_each(single_process: ProcessGroupCollection) -> None:
+    outer = hf_model(build(READ_OUTS["mla-prelude-coda"], GATES["lru"], single_process), GATES["lru"])
+    for mode, slots in (("per_loop", 3 + 4 * 2), ("last", 3 + 2)):
+        cache = LoopLMCache(outer.config, mode)
+        with torch.no_grad():
+            outer(IDS_BS, past_key_values=cache, early_exit_threshold=0.6, output_hidden_states=True)
+        assert [layer.get_seq_length() for layer in cache.layers] == [9] * slots
 
 
 def test_the_cache_has_a_slot_per_loop_or_shares_it(model: LoopLMForCausalLM) -> None:
@@ -306,7 +362,10 @@ def test_refusals_that_depend_on_the_state(fresh: LoopLMForCausalLM) -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    [{"attention": "mqa"}, {"kv_cache": "first"}, {"early_exit_gate": "gru"}, {"num_key_value_heads": 3}],
+    [
+        *({"attention": "mqa"}, {"kv_cache": "first"}, {"early_exit_gate": "gru"}, {"num_key_value_heads": 3}),
+        *({"injection": "sum"}, {"loop_norm": "both"}),
+    ],
     ids=str,
 )
 def test_impossible_configs_are_refused(keys: dict[str, Any]) -> None:

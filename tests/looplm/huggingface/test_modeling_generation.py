@@ -12,11 +12,15 @@ from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
-from tests.support.generation_oracle import GATES, VARIANTS, VOCAB, build, byte_tokenizer
+from tests.support.generation_oracle import GATES, READ_OUTS, VARIANTS, VOCAB, build, byte_tokenizer
 from tests.support.hf_models import generate, hf_model, random_ids
 
 NEVER = -1  # an id that no token has
+MODELS = VARIANTS | READ_OUTS
 PAIRS = [("mla", "lru"), ("mla-query-latent", "sequence"), ("mha", "linear"), ("gqa", "sequence")]
+PAIRS += [("mla-plain-latent", "lru"), ("mla-prelude-coda", "sequence"), ("gqa-coda-readout-norm", "linear")]
+PAIRS += [("mha-diagonal-injection", "lru"), ("mla-prelude-linear-injection", "sequence")]
+PAIRS += [("mha-prelude-readout-norm", "mlp")]
 PROMPTS = [random_ids(1, length, VOCAB, seed=length)[0].tolist() for length in (5, 1, 9)]
 
 
@@ -40,7 +44,7 @@ def pairs(single_process: ProcessGroupCollection) -> dict[tuple[str, str], tuple
     """Our generator and the exported model with the same weights."""
     found = {}
     for variant, gate in PAIRS:
-        ours = build(VARIANTS[variant], GATES[gate], single_process)
+        ours = build(MODELS[variant], GATES[gate], single_process)
         found[variant, gate] = Generator(ours, byte_tokenizer(), NEVER), hf_model(ours, GATES[gate])
     return found
 
@@ -98,7 +102,13 @@ def test_greedy_text_is_that_of_our_generator(
     ],
     ids=str,
 )
-def test_a_cache_does_not_change_the_text(settings: dict[str, object], model: LoopLMForCausalLM) -> None:
+@pytest.mark.parametrize("pair", [PAIRS[1], PAIRS[5]], ids="+".join)
+def test_a_cache_does_not_change_the_text(
+    pair: tuple[str, str],
+    settings: dict[str, object],
+    pairs: dict[tuple[str, str], tuple[Generator, LoopLMForCausalLM]],
+) -> None:
+    model = pairs[pair][1]
     texts = []
     for use_cache in (True, False):
         torch.manual_seed(5)

@@ -127,6 +127,27 @@ def test_a_coda_reads_each_token_as_of_the_loop_in_which_it_exited(
     torch.testing.assert_close(decoded, logits_SV[11:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("least", [1, 2])
+@pytest.mark.parametrize("signal, gate", [("gate", "sequence"), ("gate", "linear"), ("change", "lru")])
+@pytest.mark.parametrize("variant", ["mla-prelude-coda", "gqa-coda-readout-norm"])
+def test_with_a_coda_a_prompt_read_at_once_is_the_prompt_read_token_by_token(
+    variant: str, signal: ExitSignal, gate: str, least: int, single_process: ProcessGroupCollection
+) -> None:
+    model = build(READ_OUTS[variant], GATES[gate], single_process)
+    threshold = 0.35 if signal == "change" else splitting_threshold(model)
+    rule = ExitRule(max_depth=4, min_depth=least, threshold=threshold, signal=signal)
+    texts = torch.randint(0, VOCAB, (2, 12)).tolist()
+    at_once = LockstepDecoder(model, rule, "per_loop", [texts[0][:11], texts[1][:8]])
+    by_token = LockstepDecoder(model, rule, "per_loop", [text[:1] for text in texts])
+    alone = [by_token.decode([text[place] for text in texts]) for place in range(1, 12)]
+    assert len({depth for step in alone for depth in step.depths}) > 1
+    for found, expected, row in ((at_once.prompt_logits, alone[9], 0), (at_once.prompt_logits, alone[6], 1)):
+        assert found.depths[row] == expected.depths[row]
+        torch.testing.assert_close(found.logits_NV[row], expected.logits_NV[row], rtol=0, atol=1e-4)
+    found = at_once.decode([texts[0][11]])  # it reads the entries that the prompt left
+    torch.testing.assert_close(found.logits_NV[0], alone[10].logits_NV[0], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("signal", ["confidence", "entropy"])
 def test_a_coda_refuses_exits_that_need_every_loops_logits(signal: ExitSignal) -> None:
     config = GenerationConfig(exit_threshold=0.5, exit_signal=signal)

@@ -1,0 +1,200 @@
+"""Chat templates of imported models: the tokens that transformers gives, and what is refused."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from megatron.core.process_groups_config import ProcessGroupCollection
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from looplm import generate as command
+from looplm.chat import JINJA, SPECIAL_TOKENS, ChatTemplate, Message
+from looplm.checkpoint import COMPANION_FOLDER
+from looplm.cli import UserError
+from looplm.huggingface.chat_template import ImportedTemplate, imported_template
+from looplm.huggingface.config_json import TokenIds
+from looplm.inference import Generation, Generator
+from looplm.inference import generator as library
+from looplm.inference.request import Request
+from looplm.megatron import process_groups
+from tests.support.generation_oracle import EOS, GATES, MLA, build, byte_tokenizer
+
+# As SmolLM2's: a system message where the conversation has none.
+DEFAULT_SYSTEM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are kind<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "a default system message": DEFAULT_SYSTEM,
+    "blocks and special tokens": (
+        "{{ bos_token }}\n{%- set ns = namespace(turns=0) %}\n  {% for message in messages %}\n"
+        "    {% if message.role == 'system' %}\n{% continue %}\n    {% endif %}\n"
+        "{% set ns.turns = ns.turns + 1 %}[{{ ns.turns }}] {{ message.content | trim }}{{ eos_token }}\n"
+        "  {% endfor %}\n"
+        "{% if tools is none and documents is not defined %}no tools{% endif %}{{ dict(a=1).a }}"
+    ),
+    "json and marks": (
+        "{% for message in messages %}{% generation %}{% set seen = 1 %}{{ message | tojson(indent=1) }}"
+        "{% endgeneration %}{{ seen is defined }}{% endfor %}"
+        "{{ dict.fromkeys(['<é>'], '&') | tojson }}{{ strftime_now('%Y') | length }}"
+    ),
+}
+TALK = [
+    Message("user", " What is 2 + 2? "),
+    Message("assistant", "4<|im_end|> \n"),
+    Message("user", "Thanks,\n<é> & 世界"),
+]
+IDS = TokenIds(257, (EOS,), None)
+
+
+def tokenizer_with_marks() -> Tokenizer:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.enable_truncation(5)
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_equal_those_of_transformers(name: str) -> None:
+    special: dict[str, Any] = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer_with_marks(), **special)
+    theirs.chat_template = TEMPLATES[name]
+    ours = ImportedTemplate(TEMPLATES[name], tokenizer_with_marks(), special, "t.jinja")
+    for talk in (TALK, TALK[:1], [Message("system", "Be brief."), *TALK]):
+        dicts = [{"role": message.role, "content": message.content} for message in talk]
+        assert ours.render(talk) == theirs.apply_chat_template(dicts, add_generation_prompt=True, tokenize=False)
+        found: Any = theirs.apply_chat_template(dicts, add_generation_prompt=True, return_dict=True)
+        assert ours.ask(talk) == found["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("{{ raise_exception('only  users\nmay speak') }}", "does not render this conversation (only users may speak)"),
+        ("{{ messages[9].content + 1 }}", "does not render this conversation ("),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ dict.__class__.mro() }}", "unsafe"),
+        ("{% set ns = namespace(__call__=1) %}", "a namespace stores no attribute '__call__'"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "a namespace stores no attribute '_x'"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("\n{% for %}", "t.jinja:2: not a valid template ("),
+    ],
+    ids=str,
+)
+def test_templates_that_fail_or_reach_out_are_refused_in_one_line(source: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ImportedTemplate(source, byte_tokenizer(), {}, "t.jinja").render(TALK)
+    assert str(caught.value).startswith("t.jinja:") and words in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("repair the template, or remove it to chat in LoopLM's own")
+
+
+def write(folder: Path, template: str | None, config: dict[str, Any] | None = None) -> Path:
+    """Write companion files and return their folder."""
+    folder.mkdir(exist_ok=True)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_where_a_template_is_looked_for(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+
+    def rendered(folder: Path) -> str | None:
+        found = imported_template(folder, tokenizer, IDS)
+        return None if found is None else found.render(TALK)
+
+    assert rendered(tmp_path / "absent") is None
+    assert rendered(write(tmp_path / "ours", JINJA, {"chat_template": "older"})) is None, "a later stage wrote ours"
+    assert rendered(write(tmp_path / "file", "file {{ bos_token }}{{ eos_token }}", {"chat_template": "config"})) == (
+        "file <bos><eos>"
+    )
+    named = {"eos_token": {"content": "<pad>"}, "unk_token": "<bos>", "chat_template": "{{ eos_token }}{{ unk_token }}"}
+    assert rendered(write(tmp_path / "config", None, named)) == "<pad><bos>"
+    listed = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "default"}]
+    assert rendered(write(tmp_path / "listed", None, {"chat_template": listed})) == "default"
+    for wrong in (listed[:1], 7):
+        with pytest.raises(UserError, match=r"tokenizer_config.json: chat_template: .* is not a template; repair"):
+            rendered(write(tmp_path / "wrong", None, {"chat_template": wrong}))
+    (tmp_path / "file/chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template.jinja: cannot be read as UTF-8"):
+        rendered(tmp_path / "file")
+
+
+class About(NamedTuple):
+    gate_trained: bool = True
+    eos_ids: tuple[int, ...] = (EOS,)
+    bos_id: int | None = 257
+    pad_id: int | None = None
+    begin_id: int | None = None
+
+
+class Opened(NamedTuple):
+    """The result of ``open_model``, as far as the command uses it."""
+
+    model: object
+    folder: Path
+    tokenizer: Tokenizer
+    about: About = About()
+
+
+@pytest.fixture
+def asked(
+    tmp_path: Path, single_process: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
+) -> list[Sequence[int]]:
+    """Let the command open a small model at ``tmp_path``; the ids of its prompts are recorded."""
+    tokenizer, prompts = tokenizer_with_marks(), list[Any]()
+    model = build(replace(MLA, vocab_size=tokenizer.get_vocab_size()), GATES["lru"], single_process)
+    opened = Opened(model, tmp_path, tokenizer)
+    for module in (command, library):
+        monkeypatch.setattr(module, "open_model", lambda *_: opened)
+    monkeypatch.setattr(process_groups, "stop", lambda: None)
+    generate = Generator.generate
+
+    def record(self: Generator, given: Any, *others: Any) -> list[Generation]:
+        prompts.extend(one.prompt if isinstance(one, Request) else one for one in given)
+        return generate(self, given, *others)
+
+    monkeypatch.setattr(Generator, "generate", record)
+    return prompts
+
+
+RUN = ["--checkpoint=runs/any", "--chat=true", "--max_new_tokens=3", "--temperature=0"]
+
+
+def test_the_command_asks_in_the_imported_template(asked: list[Sequence[int]], tmp_path: Path) -> None:
+    write(tmp_path / COMPANION_FOLDER, DEFAULT_SYSTEM)
+    command.main([*RUN, "--prompt=2 + 2?"])
+    template = ImportedTemplate(DEFAULT_SYSTEM, tokenizer_with_marks(), {}, "t")
+    assert asked == [template.ask([Message("user", "2 + 2?")])]
+    assert template.render([Message("user", "2 + 2?")]).startswith("<|im_start|>system\nYou are kind<|im_end|>")
+
+
+def test_a_conversation_is_rendered_as_a_whole(
+    asked: list[Sequence[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses = "{% if messages[-1].content == 'no' %}{{ raise_exception('not that') }}{% endif %}" + DEFAULT_SYSTEM
+    write(tmp_path / COMPANION_FOLDER, refuses)
+    lines = iter(["hi", "no", "and?", "/reset", "anew"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    command.main([*RUN, "--interactive=true"])
+    captured = capsys.readouterr()
+    assert "does not render this conversation (not that)" in captured.err
+    answer = captured.out.split("\n\n3 tokens")[0]
+    template = ImportedTemplate(refuses, tokenizer_with_marks(), {}, "t")
+    turns = [Message("user", "hi"), Message("assistant", answer), Message("user", "and?")]
+    assert asked == [template.ask(turns[:1]), template.ask(turns), template.ask([Message("user", "anew")])]
+
+
+def test_without_an_imported_template_the_command_asks_in_ours(asked: list[Sequence[int]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the model was not tuned on conversations"):
+        command.main([*RUN, "--prompt=2 + 2?"])
+    assert ChatTemplate(tokenizer_with_marks(), "t").end_id not in About().eos_ids and not asked
