@@ -114,7 +114,8 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).touch()
     for name in ("data.yaml", "pretrain.yaml", "gate.yaml", "prompts.txt"):
         (configs / name).touch()
-    shutil.copytree(ROOT / "configs/ouro-tiny", tmp_path / "configs/ouro-tiny")
+    for name in ("ouro-tiny", "smollm"):
+        shutil.copytree(ROOT / "configs" / name, tmp_path / "configs" / name)
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$2" >> ran\n! grep -qx "$2" broken\n')
@@ -185,3 +186,15 @@ def test_ouro_tiny_reruns_a_changed_stage_and_all_later_ones(checkout: Path) -> 
     (checkout / "broken").write_text("tools.convert_hf\n")
     assert make(checkout, "ouro-tiny") == (2, [*["pretrain.train"] * 3, "tools.convert_hf"])
     assert [name for name in stages if (checkout / "runs/ouro-tiny" / name).exists()] == ["stage1b"]
+
+
+@pytest.mark.slow
+def test_smollm_installs_its_model_once_and_reruns_what_a_changed_config_needs(checkout: Path) -> None:
+    status, ran = make(checkout, "smollm")
+    assert (status, ran[:4]) == (0, ["pip", "pip", "tools.smollm", "data_pipeline.tokenize"])
+    conversions, trained = ["tools.upcycle"] * 3, ["pretrain.train", "pretrain.train", "pretrain.evaluate"]
+    assert ran[4:] == [*conversions, *trained, "looplm.generate", "pretrain.report"]
+    assert make(checkout, "smollm") == (0, [])
+    stamp = (checkout / "runs/smollm/.done/stage1").stat().st_mtime
+    os.utime(checkout / "configs/smollm/gate.yaml", (stamp + 10, stamp + 10))
+    assert make(checkout, "smollm") == (0, [*trained[1:], "looplm.generate", "pretrain.report"])
