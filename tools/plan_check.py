@@ -51,6 +51,9 @@ BF16 = {"optim": {"precision": "bf16"}}
 AROUND = {"model": {"prelude_layers": 1, "coda_layers": 1}}
 PLAIN_LATENT = {"model": {"kv_latent_norm": False}}
 REASONING = {"model": {"latent_iterations": 3, "latent_halting": True}}
+ADDED = {"model": {"injection": "additive"}}
+INJECTED = {"model": {"injection": "linear"}}
+BY_CHANNEL = {"model": {"injection": "diagonal"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
 CHECKS: dict[str, MemoryCheck] = {
     "alone, none, MLA": MemoryCheck(1, ParallelConfig()),
@@ -63,6 +66,12 @@ CHECKS: dict[str, MemoryCheck] = {
     "alone, none, MLA, prelude and coda": MemoryCheck(1, ParallelConfig(), sections=AROUND),
     "alone, none, MLA, plain latent": MemoryCheck(1, ParallelConfig(), sections=PLAIN_LATENT),
     "alone, none, MLA, latent reasoning": MemoryCheck(1, ParallelConfig(), sections=REASONING),
+    "alone, none, MLA, linear injection": MemoryCheck(1, ParallelConfig(), sections=INJECTED),
+    "alone, none, MHA, additive injection": MemoryCheck(1, ParallelConfig(), "mha", ADDED),
+    "alone, loop, MLA, linear injection": MemoryCheck(1, ParallelConfig(recompute="loop"), sections=INJECTED),
+    "alone, loop, MHA, diagonal injection": MemoryCheck(1, ParallelConfig(recompute="loop"), "mha", BY_CHANNEL),
+    "PP2, none, MHA, diagonal injection": MemoryCheck(2, ParallelConfig(pipeline=2), "mha", BY_CHANNEL),
+    "PP2, loop, MLA, linear injection": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop"), sections=INJECTED),
     "alone, full, MHA, prelude and coda": MemoryCheck(1, ParallelConfig(recompute="full"), "mha", AROUND),
     "PP2, loop, MLA, prelude and coda": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop"), sections=AROUND),
     "DP2 + distributed optimizer, MLA, bf16": MemoryCheck(2, ParallelConfig(distributed_optimizer=True), sections=BF16),

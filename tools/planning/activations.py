@@ -56,6 +56,25 @@ def _unlooped_bytes(run: PlannedRun, rank: int) -> float:
     return ceil(passes / model.num_loops) * prelude * layer + passes * own
 
 
+def _injection_bytes(run: PlannedRun, rank: int) -> float:
+    """Return the bytes kept by the injection, in every pass of the first rank but those of the first loop.
+
+    ``linear`` keeps its joined input, ``diagonal`` the state, and under a pipeline the embedding, which is looked up
+    again for every loop. Without one, the gate keeps the state, which is no longer a pass's input. What recomputes has
+    freed it by the time of the peak.
+    """
+    model, layout, passes = run.config.model, run.config.parallel, in_flight(run, rank)
+    if rank != 0 or model.injection == "none":
+        return 0.0
+    states = {"additive": 0, "diagonal": 1, "linear": 2}[model.injection]
+    if layout.pipeline > 1:
+        states += model.injection == "diagonal"
+    elif layout.recompute in ("none", "selective"):
+        states += model.injection != "diagonal"
+    later = passes - ceil(passes / model.num_loops)
+    return later * states * run.shard_tokens * model.hidden_size * run.number_bytes
+
+
 def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
     """Return the bytes that pipeline rank ``rank`` keeps when the last of the passes in flight has ended."""
     config, mode = run.config, run.config.parallel.recompute
@@ -71,7 +90,7 @@ def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
         kept = hidden
     else:
         kept = layers * layer_bytes(run) + norm
-    return passes * (kept + losses) + deepest + _unlooped_bytes(run, rank)
+    return passes * (kept + losses) + deepest + _unlooped_bytes(run, rank) + _injection_bytes(run, rank)
 
 
 def in_flight(run: PlannedRun, rank: int) -> int:

@@ -16,12 +16,14 @@ pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
 ALONE += ["alone, none, MLA, plain latent", "alone, none, MLA, prelude and coda", "alone, full, MHA, prelude and coda"]
+ALONE += ["alone, none, MLA, latent reasoning", "alone, none, MLA, linear injection"]
 TOGETHER = [
     "DP2 + distributed optimizer, MLA, bf16",
     "TP2, none, MLA",
     "PP2, none, MLA",
     "PP2, loop, MLA",
     "PP2, loop, MLA, prelude and coda",
+    "PP2, loop, MLA, linear injection",
     "CP2, none, MLA",
 ]
 WIDTH = 64  # of the model: a quarter of that in plan_check
