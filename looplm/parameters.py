@@ -19,7 +19,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 Variant = TypeVar("Variant")
 Shape = tuple[int, ...]
-Section = Literal["embedding", "prelude", "injection", "layers", "loop_end_norm", "coda", "head", "gate"]
+Section = Literal[
+    "embedding", "prelude", "injection", "step_embedding", "layers", "loop_end_norm", "coda", "head", "gate"
+]
 
 
 class TensorSplit(NamedTuple):
@@ -76,7 +78,7 @@ def parameters(model: Any, gate: Any) -> list[Parameter]:
     table = _row("embedding", "embedding.word_embeddings.weight", "model.embed_tokens.weight", shape)
     rows = [table._replace(role="table", tensor_split=vocabulary)]
     rows += _in_layers(model, "prelude", "prelude", model.prelude_layers)
-    rows += injection_parameters(model)
+    rows += [*injection_parameters(model), *step_parameters(model)]
     rows += _in_layers(model, "layers", "decoder", model.num_layers)
     rows.append(_row("loop_end_norm", "decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)))
     rows += gate_parameters(model, gate)
@@ -112,6 +114,14 @@ def injection_parameters(model: Any) -> list[Parameter]:
     """Return what ``model.injection`` adds, which every tensor-parallel rank holds whole."""
     shapes = chosen(INJECTIONS, "model.injection", model.injection)(model.hidden_size)
     return [_row("injection", f"injection.{name}", f"model.injection.{name}", shape) for name, shape in shapes.items()]
+
+
+def step_parameters(model: Any) -> list[Parameter]:
+    """Return what ``model.step_embedding`` adds, which every tensor-parallel rank holds whole."""
+    if model.step_embedding == "none":
+        return []
+    name, shape = "step_embedding.weight", (model.num_loops, model.hidden_size)
+    return [_row("step_embedding", name, f"model.{name}", shape)._replace(role="table")]
 
 
 def gate_parameters(model: Any, gate: Any) -> list[Parameter]:
@@ -259,10 +269,10 @@ def linear_widths(model: Any, tensor: int) -> dict[str, int]:
 def decayed_names(model: Any, gate: Any) -> set[str]:
     """Return the names that weight decay applies to.
 
-    Norms and biases are spared. So are the gate, which is meant to move freely away from its prior, and the injection,
-    which starts as the identity.
+    Norms and biases are spared. So are the gate, which is meant to move freely away from its prior, and the injection
+    and the step embedding, which start as the identity.
     """
-    spared = ("gate", "injection")
+    spared = ("gate", "injection", "step_embedding")
     return {row.name for row in parameters(model, gate) if row.role != "vector" and row.section not in spared}
 
 

@@ -193,6 +193,7 @@ def module_of(name: str) -> Module:
     rules: tuple[tuple[str, Module], ...] = (
         ("embedding.", "embedding"),
         ("injection.", "embedding"),  # it brings the embedding into later loops
+        ("step_embedding.", "embedding"),
         ("output_layer.", "head"),
         ("gate.", "gate"),
     )

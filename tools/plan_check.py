@@ -50,6 +50,7 @@ class MemoryCheck(NamedTuple):
 BF16 = {"optim": {"precision": "bf16"}}
 AROUND = {"model": {"prelude_layers": 1, "coda_layers": 1}}
 PLAIN_LATENT = {"model": {"kv_latent_norm": False}}
+STEPS = {"model": {"step_embedding": "learned"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
 CHECKS: dict[str, MemoryCheck] = {
     "alone, none, MLA": MemoryCheck(1, ParallelConfig()),
@@ -61,6 +62,7 @@ CHECKS: dict[str, MemoryCheck] = {
     "alone, loop, MLA": MemoryCheck(1, ParallelConfig(recompute="loop")),
     "alone, none, MLA, prelude and coda": MemoryCheck(1, ParallelConfig(), sections=AROUND),
     "alone, none, MLA, plain latent": MemoryCheck(1, ParallelConfig(), sections=PLAIN_LATENT),
+    "alone, none, MLA, step embedding": MemoryCheck(1, ParallelConfig(), sections=STEPS),
     "alone, full, MHA, prelude and coda": MemoryCheck(1, ParallelConfig(recompute="full"), "mha", AROUND),
     "PP2, loop, MLA, prelude and coda": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop"), sections=AROUND),
     "DP2 + distributed optimizer, MLA, bf16": MemoryCheck(2, ParallelConfig(distributed_optimizer=True), sections=BF16),

@@ -83,6 +83,9 @@ class ModelConfig:
             readout (the gate does, and without a coda the head; the next loop and a coda read the residual stream).
         injection: what each loop after the first reads: none, the state h; additive, h + e; diagonal, a h + b e with
             vectors a and b; or linear, W [h; e]. e is what entered the first loop. The last two start as h alone.
+        step_embedding: what tells a loop which one it is: none, or learned, a vector of each loop that is added to the
+            state before it, zero at first (Universal Transformer, arXiv 1807.03819). Loops beyond num_loops read the
+            last vector.
         tie_embeddings: use one matrix for the embedding and the head.
         init_std: standard deviation of the initial weights.
         embedding_init_std: standard deviation of the initial embedding; null means 1, the scale of the loop-end norm's
@@ -116,6 +119,7 @@ class ModelConfig:
     residual_gain: Literal["depth", "loops"] = "depth"
     loop_norm: Literal["state", "readout"] = "state"
     injection: Injection = "none"
+    step_embedding: Literal["none", "learned"] = "none"
     tie_embeddings: bool = False
     init_std: float = positive(0.02)
     embedding_init_std: float | None = positive(None)

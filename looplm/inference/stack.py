@@ -49,7 +49,7 @@ class LoopedStack:
         self.has_prelude, self.has_coda = model.prelude is not None, model.coda is not None
         self.injects = model.injection is not None
         self._norms_state = model.model_config.loop_norm == "state"
-        self._injection = model.injection
+        self._injection, self._step_embedding = model.injection, model.step_embedding
         first = model.decoder.layers[0].self_attention
         rotary = model.rotary or first.rotary_pos_emb  # MLA has its own in each layer
         assert rotary is not None
@@ -77,13 +77,13 @@ class LoopedStack:
             self._turn_TK = torch.complex(cos_TK, sin_TK)
         return self._turn_TK[position].unsqueeze(-2)
 
-    def inject(self, h_SND: Tensor, entered_SND: Tensor, loops: Sequence[int]) -> Tensor:
+    def enter_loop(self, h_SND: Tensor, entered_SND: Tensor, loops: Sequence[int]) -> Tensor:
         """Return the input of each lane's loop, 0-based, from the state and what entered the first loop."""
-        if self._injection is None or not any(loops):
-            return h_SND
-        injected_SND: Tensor = self._injection(h_SND, entered_SND)
-        is_later_N1 = torch.tensor([[loop > 0] for loop in loops], device=self.device)
-        return torch.where(is_later_N1, injected_SND, h_SND)
+        if self._injection is not None and any(loops):
+            injected_SND: Tensor = self._injection(h_SND, entered_SND)
+            is_later_N1 = torch.tensor([[loop > 0] for loop in loops], device=self.device)
+            h_SND = torch.where(is_later_N1, injected_SND, h_SND)
+        return h_SND if self._step_embedding is None else self._step_embedding.add_to_lanes(h_SND, loops)
 
     def run(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
         """Run one loop: every layer of the stack once, then the loop-end norm if the next loop reads its output."""

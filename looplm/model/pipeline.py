@@ -136,7 +136,7 @@ class LoopView(nn.Module):
             spans = self._spans.pop(micro_batch) if last_loop else self._spans[micro_batch]
             if inner.pre_process and self.loop == first_trained > 0:
                 self._input = _Cut.apply(self._input)  # type: ignore[no-untyped-call]  # torch's
-            hidden_SBD = inner.run_layers(ids_BS, self._input, spans)
+            hidden_SBD = inner.run_layers(ids_BS, self._input, spans, self.loop)
             if not inner.post_process:
                 return ViewOutput(hidden_SBD, None)
             readout = inner.read_out(hidden_SBD, spans)

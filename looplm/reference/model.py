@@ -13,11 +13,11 @@ loop), and its norm at the end of a loop may be for the read-out alone.
 Shapes: B batch, S sequence, D hidden, F feed-forward, H heads, G query groups, K head width, C latent, V vocabulary,
 R loops, L layers, Z gate state. Sequence first.
 
-Each later loop may read what entered the first one again (injection).
+Each later loop may read what entered the first one again (injection), and each loop a vector of its own (step).
 
-Sources: loops, sandwich norm, linear gate: Ouro (arXiv 2510.25741). Prelude and coda: 2502.05171. Latent attention:
-DeepSeek-V2 (2405.04434). Rotary positions: RoFormer (2104.09864). Grouped queries: 2305.13245. SwiGLU: 2002.05202.
-RMSNorm: 1910.07467. GRU: 1406.1078, as `torch.nn.GRUCell` arranges it.
+Sources: loops, sandwich norm, linear gate: Ouro (arXiv 2510.25741). Prelude and coda: 2502.05171. Step embedding:
+1807.03819. Latent attention: DeepSeek-V2 (2405.04434). Rotary positions: RoFormer (2104.09864). Grouped queries:
+2305.13245. SwiGLU: 2002.05202. RMSNorm: 1910.07467. GRU: 1406.1078, as `torch.nn.GRUCell` arranges it.
 """
 
 import math
@@ -67,6 +67,8 @@ def forward(
             h_SBD = h_SBD.detach()  # gradients flow through the last loops alone
         if loop > 0:
             h_SBD = inject(scope(params, "injection."), cfg.injection, h_SBD, entered_SBD)
+        if cfg.step_embedding == "learned":  # loops beyond the trained ones read the last vector
+            h_SBD = h_SBD + params["step_embedding.weight"][min(loop + 1, cfg.num_loops) - 1]
         h_SBD = layers("decoder", cfg.num_layers, h_SBD)
         read_SBD = rms_norm(h_SBD, params["decoder.final_layernorm.weight"], cfg.norm_eps)
         if cfg.loop_norm == "state":  # otherwise the next loop and a coda continue the residual stream

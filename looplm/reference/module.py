@@ -47,7 +47,7 @@ class ReferenceLM(nn.Module):
 
 
 def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
-    """Return the shape of every parameter by name. The number of loops is in none."""
+    """Return the shape of every parameter by name. The number of loops is in none but the step embedding's."""
     d, f, v, heads = cfg.hidden_size, cfg.ffn_hidden_size, cfg.vocab_size, cfg.num_attention_heads
     if cfg.attention == "mla":
         c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
@@ -90,6 +90,7 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
         "linear": {"weight": (d, 2 * d)},
     }
     shapes |= {f"injection.{name}": shape for name, shape in injections.get(cfg.injection, {}).items()}
+    shapes |= {"step_embedding.weight": (cfg.num_loops, d)} if cfg.step_embedding == "learned" else {}
     shapes |= {"coda.final_layernorm.weight": (d,)} if cfg.coda_layers else {}
     shapes |= {f"gate.{name}": shape for name, shape in gate.items()}
     return shapes if cfg.tie_embeddings else shapes | {"output_layer.weight": (v, d)}

@@ -59,6 +59,7 @@ LATER = (
     "mha truncated gradients",
     "mla state penalties",
     "mla plain latent",
+    "mla step embedding",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -81,6 +82,7 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[13]: (MHA, LRU, {"loss": {"backward_loops": 1}}),
     LATER[14]: (MLA, LRU, {"loss": {"stability": 0.3, "fixed_point": 0.2, "sparsity": 0.1}}),
     LATER[15]: (dataclasses.replace(MLA, kv_latent_norm=False), LRU, {}),
+    LATER[16]: (dataclasses.replace(MLA, step_embedding="learned", injection="diagonal"), LRU, {}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -186,6 +188,7 @@ CASES = [
     *cases(LATER[13], "TP2 + SP", "PP2"),
     *cases(LATER[14], "TP2 + SP", "CP2"),
     *cases(LATER[15], "TP2 + SP"),
+    *cases(LATER[16], "TP2 + SP", "PP2", "CP2"),
 ]
 if EVERYTHING:
     CASES += [
@@ -199,6 +202,7 @@ if EVERYTHING:
         *cases(LATER[13], "CP2", "CP2 x PP2", "PP2 x DP2, overlapped"),
         *cases(LATER[14], "DP2, overlapped"),
         *cases(LATER[15], "PP2", "CP2"),
+        *cases(LATER[16], "TP2 without SP", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),

@@ -55,6 +55,17 @@ def _unlooped_bytes(run: PlannedRun, rank: int) -> float:
     return ceil(passes / model.num_loops) * prelude * layer + passes * own
 
 
+def _step_bytes(run: PlannedRun) -> float:
+    """Return the bytes of the states before a step embedding, which the gate keeps and the next loop does not.
+
+    In bf16 and under a pipeline the gate keeps a copy of its own in every case (:func:`_gate_bytes`).
+    """
+    model = run.config.model
+    if model.step_embedding == "none" or run.config.parallel.pipeline > 1 or run.number_bytes != FP32:
+        return 0.0
+    return (model.num_loops - 1) * run.shard_tokens * model.hidden_size * FP32
+
+
 def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
     """Return the bytes that pipeline rank ``rank`` keeps when the last of the passes in flight has ended."""
     config, mode = run.config, run.config.parallel.recompute
@@ -70,7 +81,7 @@ def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
         kept = hidden
     else:
         kept = layers * layer_bytes(run) + norm
-    return passes * (kept + losses) + deepest + _unlooped_bytes(run, rank)
+    return passes * (kept + losses) + deepest + _step_bytes(run) + _unlooped_bytes(run, rank)
 
 
 def in_flight(run: PlannedRun, rank: int) -> int:
