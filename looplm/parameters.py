@@ -170,6 +170,7 @@ def _latent_attention(model: Any) -> list[Parameter]:
         _attention("linear_kv_down_proj", "kv_a_proj_with_mqa", down, (down_side, hidden)),
         *([_attention_norm("kv_layernorm", "kv_a_layernorm", latent)] if model.kv_latent_norm else []),
         _attention("linear_kv_up_proj", "kv_b_proj", (key_value_width, latent), (key_value_side, kv_rank), by_head),
+        *_output_gate(model, "v_head_dim"),
         _attention("linear_proj", "o_proj", out, out_sides, TensorSplit(1, heads, "model.num_attention_heads")),
     ]
 
@@ -189,7 +190,18 @@ def _head_attention(model: Any) -> list[Parameter]:
         found += [_attention_norm(f"{part}_layernorm", f"{part}_norm", width) for part in "qk"]
     sides = ("model.hidden_size", "model.num_attention_heads x head_dim")
     by_head = TensorSplit(1, heads, "model.num_attention_heads")
-    return [*found, _attention("linear_proj", "o_proj", (d, heads * width), sides, by_head)]
+    out = _attention("linear_proj", "o_proj", (d, heads * width), sides, by_head)
+    return [*found, *_output_gate(model, "head_dim"), out]
+
+
+def _output_gate(model: Any, value_key: str) -> list[Parameter]:
+    """Return the gate on attention's output, of heads or of their channels."""
+    if model.attention_gate == "none":
+        return []
+    heads = "model.num_attention_heads"
+    sides = heads if model.attention_gate == "head" else f"{heads} x {value_key}", "model.hidden_size"
+    shape, split = (model.attention_gate_width, model.hidden_size), TensorSplit(0, model.num_attention_heads, heads)
+    return [_attention("linear_gate", "output_gate_proj", shape, sides, split)]
 
 
 class GateRows(NamedTuple):

@@ -26,7 +26,7 @@ class AttentionWidths(NamedTuple):
         value: width of a value head.
         rotary: width of the rotated part of a head.
         latents: widths of the latents, that of keys and values first; empty without latents.
-        projected: width of the inputs that tensor-parallel ranks gather for queries, keys and values.
+        projected: width of the inputs that tensor-parallel ranks gather for queries, keys, values and gates.
         cached: values that a cache keeps of one token.
         summary: what the cache keeps, in words.
     """
@@ -67,6 +67,8 @@ class ModelConfig:
         kv_lora_rank: mla only: width of the latent from which keys and values are computed, and which is cached.
         kv_latent_norm: mla only: normalize that latent, as DeepSeek-V3 does; without, a model converted from mha is
             exact as soon as the latent is as wide as the values of all key-value heads.
+        attention_gate: a sigmoid of the block's input that is multiplied onto the attention's output, before the output
+            projection: none, head (one for each head) or element (one for each channel of a head; arXiv 2505.06708).
         qk_nope_head_dim: mla only: width of the part of a query or key head without rotary embedding; may be 0.
         qk_rope_head_dim: mla only: width of the rotary part; all heads share its key.
         qk_rope_period: mla only: width after which the rotary frequencies repeat, so that the rotary part holds several
@@ -108,6 +110,7 @@ class ModelConfig:
     q_lora_rank: int | None = positive(None)
     kv_lora_rank: int = positive(512)
     kv_latent_norm: bool = True
+    attention_gate: Literal["none", "head", "element"] = "none"
     qk_nope_head_dim: int = at_least(0, 128)
     qk_rope_head_dim: int = positive(64)
     qk_rope_period: int | None = positive(None)
@@ -188,12 +191,19 @@ class ModelConfig:
         return self.num_query_groups or self.num_attention_heads
 
     @property
+    def attention_gate_width(self) -> int:
+        """Gates on one layer's attention output; 0 without."""
+        per_head = {"none": 0, "head": 1, "element": self.attention_widths.value}[self.attention_gate]
+        return self.num_attention_heads * per_head
+
+    @property
     def attention_widths(self) -> AttentionWidths:
         """Widths of one layer's attention."""
         width, groups = self.attention_head_dim, self.query_groups
+        gate = 0 if self.attention_gate == "none" else self.hidden_size
         if self.attention == "mha":
             cached, summary = 2 * groups * width, f"{groups} for keys and values"
-            return AttentionWidths(groups, width, width, width, (), self.hidden_size, cached, summary)
+            return AttentionWidths(groups, width, width, width, (), self.hidden_size + gate, cached, summary)
         query, latent, rotary = self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim
         return AttentionWidths(
             key_heads=self.num_attention_heads,
@@ -201,7 +211,7 @@ class ModelConfig:
             value=self.v_head_dim,
             rotary=rotary,
             latents=(latent,) if query is None else (latent, query),
-            projected=(query or self.hidden_size) + latent + rotary,
+            projected=(query or self.hidden_size) + latent + rotary + gate,
             cached=latent + rotary,
             summary=f"a latent of {latent}",
         )

@@ -192,7 +192,7 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
 def looplm_fault(model: ModelConfig) -> str | None:
     """Say why a model does not fit our layout; None if it does."""
     absent = {"prelude_layers": 0, "coda_layers": 0, "loop_norm": "state", "injection": "none", "kv_latent_norm": True}
-    absent |= {"step_embedding": "none"}
+    absent |= {"step_embedding": "none", "attention_gate": "none"}
     faults = (f"model.{key}={getattr(model, key)}" for key, value in absent.items() if getattr(model, key) != value)
     return next(faults, None)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from looplm.config import ModelConfig
 from looplm.inference.attention import ATTENTIONS, Attention, Query
 from looplm.model import LoopLM
+from looplm.model.attention_gate import gated
 from looplm.parameters import chosen
 
 Attend = Callable[[int, Attention, Query, Tensor], Tensor]  # layer, its attention, queries, entries -> contexts
@@ -106,8 +107,11 @@ class LoopedStack:
     def _run(self, blocks: list["_Block"], first: int, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
         """Run blocks whose cache entries are those of the layers from ``first`` on."""
         for layer, block in enumerate(blocks, first):
-            query, entry_SNW = block.attention.project(block.norm(h_SND, block.before_attention), turn_SN1K)
+            x_SND = block.norm(h_SND, block.before_attention)
+            query, entry_SNW = block.attention.project(x_SND, turn_SN1K)
             context = attend(layer, block.attention, query, entry_SNW)
+            if block.gate is not None:
+                context = gated(context, F.linear(x_SND, block.gate))
             h_SND = h_SND + block.norm(F.linear(context, block.out), block.after_attention)
             gate, up = F.linear(block.norm(h_SND, block.before_mlp), block.fc1).chunk(2, dim=-1)
             h_SND = h_SND + block.norm(F.linear(F.silu(gate) * up, block.fc2), block.after_mlp)
@@ -128,6 +132,8 @@ class _Block:
     def __init__(self, layer: Any, config: ModelConfig) -> None:
         attention = chosen(ATTENTIONS, "model.attention", config.attention)
         self.attention = attention(layer.self_attention, config)
+        gates = config.attention_gate != "none"
+        self.gate = layer.self_attention.linear_gate.weight.detach() if gates else None
         self.out = layer.self_attention.linear_proj.weight.detach()
         self.fc1, self.fc2 = layer.mlp.linear_fc1.weight.detach(), layer.mlp.linear_fc2.weight.detach()
         self.before_attention = layer.input_layernorm.weight.detach()

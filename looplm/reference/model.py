@@ -146,6 +146,7 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     q_rope = rotate(evens_then_odds(q_rope), view)
     k_rope = rotate(evens_then_odds(k_rope[:, :, None]), view).expand_as(q_rope)
     y_SBHK = attend(torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v_SBHK, view)
+    y_SBHK = output_gate(p, cfg, x_SBD, y_SBHK)
     return F.linear(y_SBHK.flatten(2), p["linear_proj.weight"])
 
 
@@ -160,7 +161,16 @@ def grouped_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tenso
         q, k = (rms_norm(t, p[f"{n}_layernorm.weight"], cfg.norm_eps) for t, n in ((q, "q"), (k, "k")))
     k, v = (t.expand_as(q).flatten(2, 3) for t in (k, v))
     y_SBHK = attend(rotate(q.flatten(2, 3), view), rotate(k, view), v, view)
-    return F.linear(y_SBHK.flatten(2), p["linear_proj.weight"])
+    return F.linear(output_gate(p, cfg, x_SBD, y_SBHK).flatten(2), p["linear_proj.weight"])
+
+
+def output_gate(p: Params, cfg: Any, x_SBD: Tensor, y_SBHK: Tensor) -> Tensor:
+    """Return y * sigmoid(W x) with a gate for each head, or for each of its channels (arXiv 2505.06708)."""
+    if cfg.attention_gate == "none":
+        return y_SBHK
+    per_head = 1 if cfg.attention_gate == "head" else y_SBHK.shape[-1]
+    logit_SBHK = F.linear(x_SBD, p["linear_gate.weight"]).unflatten(-1, (cfg.num_attention_heads, per_head))
+    return y_SBHK * torch.sigmoid(logit_SBHK)
 
 
 class View(NamedTuple):

@@ -69,6 +69,10 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
         attention |= {"linear_qkv.bias": (rows,)} if cfg.qkv_bias else {}
         attention |= {f"{n}_layernorm.weight": (mha_head_dim(cfg),) for n in "qk"} if cfg.qk_norm else {}
 
+    value = cfg.v_head_dim if cfg.attention == "mla" else mha_head_dim(cfg)
+    gated = {"head": heads, "element": heads * value}.get(cfg.attention_gate)
+    attention |= {"linear_gate.weight": (gated, d)} if gated else {}
+
     norms = ["input_layernorm", "pre_mlp_layernorm"] + ["self_attn_bda.norm", "mlp_bda.norm"] * cfg.sandwich_norm
     layer = {f"{norm}.weight": (d,) for norm in norms} | {f"self_attention.{n}": s for n, s in attention.items()}
     layer |= {"mlp.linear_fc1.weight": (2 * f, d), "mlp.linear_fc2.weight": (d, f)}

@@ -26,6 +26,9 @@ MODELS = {
     "plain latent": ModelConfig(**SIZES, **MLA, kv_latent_norm=False),
     "linear injection": ModelConfig(**SIZES, **MLA, injection="linear"),
     "step embedding": ModelConfig(**SIZES, **MLA, step_embedding="learned"),
+    "mla, head gate": ModelConfig(**SIZES, **MLA, attention_gate="head"),
+    "mla, element gate": ModelConfig(**SIZES, **MLA, attention_gate="element"),
+    "gqa, element gate": ModelConfig(**SIZES, attention="mha", num_query_groups=2, attention_gate="element"),
     "diagonal injection": ModelConfig(**SIZES, **MLA, injection="diagonal"),
     "mha": ModelConfig(**SIZES, attention="mha", sandwich_norm=False),
     "gqa, biases, norms": ModelConfig(

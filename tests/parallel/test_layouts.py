@@ -60,6 +60,8 @@ LATER = (
     "mla state penalties",
     "mla plain latent",
     "mla step embedding",
+    "mla element gate",
+    "mha head gate",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -83,6 +85,8 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[14]: (MLA, LRU, {"loss": {"stability": 0.3, "fixed_point": 0.2, "sparsity": 0.1}}),
     LATER[15]: (dataclasses.replace(MLA, kv_latent_norm=False), LRU, {}),
     LATER[16]: (dataclasses.replace(MLA, step_embedding="learned", injection="diagonal"), LRU, {}),
+    LATER[17]: (dataclasses.replace(MLA, attention_gate="element"), LRU, {}),
+    LATER[18]: (dataclasses.replace(MHA, attention_gate="head"), LINEAR, {}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -189,6 +193,8 @@ CASES = [
     *cases(LATER[14], "TP2 + SP", "CP2"),
     *cases(LATER[15], "TP2 + SP"),
     *cases(LATER[16], "TP2 + SP", "PP2", "CP2"),
+    *cases(LATER[17], "TP2 + SP, selective", "PP2, full"),
+    *cases(LATER[18], "TP2 without SP", "CP2"),
 ]
 if EVERYTHING:
     CASES += [
@@ -202,6 +208,8 @@ if EVERYTHING:
         *cases(LATER[13], "CP2", "CP2 x PP2", "PP2 x DP2, overlapped"),
         *cases(LATER[14], "DP2, overlapped"),
         *cases(LATER[15], "PP2", "CP2"),
+        *cases(LATER[17], "TP2 + SP", "CP2", "TP2 + SP x PP2"),
+        *cases(LATER[18], "TP2 + SP, loop", "PP2", "DP2, overlapped"),
         *cases(LATER[16], "TP2 without SP", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {

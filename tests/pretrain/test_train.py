@@ -131,7 +131,6 @@ def test_a_later_stage_may_change_loops_rope_and_length(corpus, tmp_path, single
 
 
 def test_a_step_embedding_holds_later_stages_to_its_loops(corpus, tmp_path, single_process):
-    """Its run logs a gradient that includes the embedding's; a stage with fewer loops would leave vectors unused."""
     steps = {"step_embedding": "learned"}
     run(run_config(corpus, tmp_path / "a", model=steps, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0}))
     start = {"initial": str(tmp_path / "a")}

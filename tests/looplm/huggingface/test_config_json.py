@@ -224,6 +224,7 @@ def test_which_models_fit_ouros_layout():
     assert ouro_fault(MHA, GateConfig()) == "gate.kind=lru is not linear"
     outside = dataclasses.replace(MHA, coda_layers=1)
     assert ouro_fault(outside, LINEAR) == "model.coda_layers=1 is not in it"
+    assert looplm_fault(dataclasses.replace(MHA, attention_gate="head")) == "model.attention_gate=head"
     assert looplm_fault(dataclasses.replace(MHA, step_embedding="learned")) == "model.step_embedding=learned"
     assert looplm_fault(outside) == "model.coda_layers=1" and looplm_fault(MODELS["mla"]) is None
     assert "head_dim" in str(ouro_fault(MODELS["gqa with wide heads"], LINEAR))

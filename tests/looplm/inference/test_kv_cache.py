@@ -22,7 +22,12 @@ from looplm.model.exit_gate import exit_log_probs, q_exit
 from tests.support.generation_oracle import GATES, MLA, READ_OUTS, VARIANTS, VOCAB, build
 from tests.support.observe import observed
 
-WITHOUT_CODA = ("mha-prelude-readout-norm", "mha-diagonal-injection", "mla-step-embedding")  # none has a coda
+WITHOUT_CODA = (
+    "mha-prelude-readout-norm",
+    "mha-diagonal-injection",
+    "mla-step-embedding",
+    "mla-element-gate",
+)  # without a coda
 LENGTHS = (21, 1, 9)  # of the prompts, in one batch
 NEW = 10
 OURO: dict[str, Any] = {
