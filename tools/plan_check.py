@@ -50,7 +50,7 @@ class MemoryCheck(NamedTuple):
 BF16 = {"optim": {"precision": "bf16"}}
 AROUND = {"model": {"prelude_layers": 1, "coda_layers": 1}}
 PLAIN_LATENT = {"model": {"kv_latent_norm": False}}
-STEPS = {"model": {"step_embedding": "learned", "num_layers": 1}}
+STEPS = {"model": {"step_embedding": "learned", "num_layers": 1, "num_loops": 6, "ffn_hidden_size": 32}}
 HEAD_GATE = {"model": {"attention_gate": "head"}}
 ELEMENT_GATE = {"model": {"attention_gate": "element"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
@@ -64,7 +64,7 @@ CHECKS: dict[str, MemoryCheck] = {
     "alone, loop, MLA": MemoryCheck(1, ParallelConfig(recompute="loop")),
     "alone, none, MLA, prelude and coda": MemoryCheck(1, ParallelConfig(), sections=AROUND),
     "alone, none, MLA, plain latent": MemoryCheck(1, ParallelConfig(), sections=PLAIN_LATENT),
-    "alone, loop, MLA, step embedding": MemoryCheck(1, ParallelConfig(recompute="loop"), sections=STEPS),
+    "alone, none, MHA, step embedding": MemoryCheck(1, ParallelConfig(), "mha", STEPS),
     "alone, none, MHA, head gate": MemoryCheck(1, ParallelConfig(), "mha", HEAD_GATE),
     "alone, selective, MLA, element gate": MemoryCheck(1, ParallelConfig(recompute="selective"), sections=ELEMENT_GATE),
     "TP2, none, MLA, element gate": MemoryCheck(2, ParallelConfig(tensor=2), sections=ELEMENT_GATE),

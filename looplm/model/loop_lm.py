@@ -183,6 +183,7 @@ class LoopLM(LanguageModule):
         document_start_SB: Tensor | None = None,
         frozen_trunk: bool = False,
         backward_loops: int | None = None,
+        prior_loops: int | None = None,
     ) -> LoopOutput:
         """Run the stack ``num_loops`` times.
 
@@ -194,10 +195,11 @@ class LoopLM(LanguageModule):
                 sample is one document. On a GPU the host waits for it: give a tensor on the host.
             frozen_trunk: run everything but the gate without autograd (stage 2).
             backward_loops: how many of the last loops gradients flow through (``loss.backward_loops``); None for all.
+            prior_loops: loops of the gate's prior; None takes ``model.num_loops``.
 
         Returns:
-            hidden states after each loop and the gate's logits. The gate's prior is over ``model.num_loops`` loops at
-            any depth; its logits beyond them mean nothing.
+            hidden states after each loop and the gate's logits. The gate's prior is over ``prior_loops`` loops at any
+            depth; its logits beyond them mean nothing.
         """
         num_loops = num_loops or self.model_config.num_loops
         spans, read = self.attention_spans(ids_BS, document_start_SB), list[Readout]()
@@ -216,7 +218,7 @@ class LoopLM(LanguageModule):
             read = [readout.detached() for readout in read]  # Megatron re-enables autograd around residual adds
         state, logits = None, []
         for loop, readout in enumerate(read):
-            logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB)
+            logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB, prior_loops)
             logits.append(logit_SB)
         return LoopOutput(tuple(readout.head_SBD for readout in read), torch.stack(logits))
 
@@ -288,10 +290,16 @@ class LoopLM(LanguageModule):
         return layers(h_SBD)
 
     def gate_logit(
-        self, h_SBD: Tensor, state_SBZ: Tensor | None, loop: int, document_start_SB: Tensor | None
+        self,
+        h_SBD: Tensor,
+        state_SBZ: Tensor | None,
+        loop: int,
+        document_start_SB: Tensor | None,
+        prior_loops: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gate's logit [S, B] after loop ``loop`` (0-based), for the whole sequence, and its state."""
-        logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, self.model_config.num_loops, document_start_SB)
+        prior_loops = prior_loops or self.model_config.num_loops
+        logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, prior_loops, document_start_SB)
         if self.config.sequence_parallel:
             # One number per token is cheap to gather, and losses and their gradients are then equal on every rank.
             logit_SB = gather_from_sequence_parallel_region(

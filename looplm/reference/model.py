@@ -63,7 +63,7 @@ def forward(
     entered_SBD, state_SBZ, hidden, logits = h_SBD, None, [], []
     num_loops = num_loops or cfg.num_loops
     for loop in range(num_loops):
-        if backward_loops is not None and loop == num_loops - backward_loops:
+        if backward_loops is not None and 0 < loop == num_loops - backward_loops:
             h_SBD = h_SBD.detach()  # gradients flow through the last loops alone
         if loop > 0:
             h_SBD = inject(scope(params, "injection."), cfg.injection, h_SBD, entered_SBD)

@@ -62,6 +62,8 @@ LATER = (
     "mla step embedding",
     "mla element gate",
     "mha head gate",
+    "mla loop onset",
+    "mha sampled loops",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -87,6 +89,8 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[16]: (dataclasses.replace(MLA, step_embedding="learned", injection="diagonal"), LRU, {}),
     LATER[17]: (dataclasses.replace(MLA, attention_gate="element"), LRU, {}),
     LATER[18]: (dataclasses.replace(MHA, attention_gate="head"), LINEAR, {}),
+    LATER[19]: (MLA, LRU, {"loss": {"loop_onset": 0.5, "onset_loops": 2}}),
+    LATER[20]: (dataclasses.replace(MHA, num_loops=3), LINEAR, {"loss": {"sampled_loops": "uniform"}}),  # 2, then 1
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -195,6 +199,8 @@ CASES = [
     *cases(LATER[16], "TP2 + SP", "PP2", "CP2"),
     *cases(LATER[17], "TP2 + SP, selective", "PP2, full"),
     *cases(LATER[18], "TP2 without SP", "CP2"),
+    *cases(LATER[19], "TP2 + SP", "PP2"),
+    *cases(LATER[20], "TP2 + SP", "CP2"),
 ]
 if EVERYTHING:
     CASES += [
@@ -209,6 +215,8 @@ if EVERYTHING:
         *cases(LATER[14], "DP2, overlapped"),
         *cases(LATER[15], "PP2", "CP2"),
         *cases(LATER[17], "TP2 + SP", "CP2", "TP2 + SP x PP2"),
+        *cases(LATER[19], "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
+        *cases(LATER[20], "TP2 + SP, loop", "DP2"),
         *cases(LATER[18], "TP2 + SP, loop", "PP2", "DP2, overlapped"),
         *cases(LATER[16], "TP2 without SP", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
     ]
@@ -325,9 +333,9 @@ def test_gradients_and_losses_equal_those_of_a_single_process(case, results, cor
     found_stats, found = read(case, results, corpus, single_process)
     assert found_stats["tokens"] == stats["tokens"]
     for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution", "losses", "valid"):
-        assert found_stats[key] == pytest.approx(stats[key], rel=1e-5), key
+        assert found_stats[key] == pytest.approx(stats[key], rel=1e-5, nan_ok=True), key
     for key in ("hidden_rms", "hidden_grad_norm", "hidden_cosine", "grad_norms"):
-        assert found_stats[key] == pytest.approx(stats[key], rel=1e-4), key
+        assert found_stats[key] == pytest.approx(stats[key], rel=1e-4, nan_ok=True), key
     assert len(set(found_stats["losses"])) == len(found_stats["losses"]), "training did not change the loss"
     trained = {key for key, value in expected.items() if value.abs().max() > 0}
     assert len(trained) > 1 and all(found[key].abs().max() == 0 for key in set(expected) - trained)

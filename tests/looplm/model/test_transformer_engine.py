@@ -87,6 +87,7 @@ def test_fused_norms_have_the_names_that_a_local_block_gives_them(name, single_p
     sandwich = {"self_attn_bda.norm.weight", "mlp_bda.norm.weight"} if MODELS[name].sandwich_norm else set()
     heads = {f"self_attention.{part}_layernorm.weight" for part in "qk"} if MODELS[name].qk_norm else set()
     absent = set() if MODELS[name].q_lora_rank else {"self_attention.q_layernorm.weight"}
+    assert not fused & alone
     assert norms == (fused - absent) | alone | sandwich | heads
 
 

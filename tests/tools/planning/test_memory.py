@@ -15,7 +15,7 @@ from tools.planning.memory import rank_memory
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
-ALONE += ["alone, loop, MLA, step embedding", "alone, none, MHA, head gate", "alone, selective, MLA, element gate"]
+ALONE += ["alone, none, MHA, step embedding", "alone, none, MHA, head gate", "alone, selective, MLA, element gate"]
 ALONE += ["alone, none, MLA, plain latent", "alone, none, MLA, prelude and coda", "alone, full, MHA, prelude and coda"]
 TOGETHER = [
     "DP2 + distributed optimizer, MLA, bf16",
