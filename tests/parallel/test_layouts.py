@@ -196,11 +196,11 @@ CASES = [
     *cases(LATER[13], "TP2 + SP", "PP2"),
     *cases(LATER[14], "TP2 + SP", "CP2"),
     *cases(LATER[15], "TP2 + SP"),
-    *cases(LATER[16], "TP2 + SP", "PP2", "CP2"),
-    *cases(LATER[17], "TP2 + SP, selective", "PP2, full"),
-    *cases(LATER[18], "TP2 without SP", "CP2"),
-    *cases(LATER[19], "TP2 + SP", "PP2"),
-    *cases(LATER[20], "TP2 + SP", "CP2"),
+    *cases(LATER[16], "TP2 + SP", "PP2"),
+    *cases(LATER[17], "TP2 + SP, selective"),
+    *cases(LATER[18], "TP2 without SP"),
+    *cases(LATER[19], "PP2"),
+    *cases(LATER[20], "TP2 + SP"),
 ]
 if EVERYTHING:
     CASES += [
@@ -214,11 +214,11 @@ if EVERYTHING:
         *cases(LATER[13], "CP2", "CP2 x PP2", "PP2 x DP2, overlapped"),
         *cases(LATER[14], "DP2, overlapped"),
         *cases(LATER[15], "PP2", "CP2"),
-        *cases(LATER[17], "TP2 + SP", "CP2", "TP2 + SP x PP2"),
-        *cases(LATER[19], "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
-        *cases(LATER[20], "TP2 + SP, loop", "DP2"),
-        *cases(LATER[18], "TP2 + SP, loop", "PP2", "DP2, overlapped"),
-        *cases(LATER[16], "TP2 without SP", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
+        *cases(LATER[16], "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
+        *cases(LATER[17], "TP2 + SP", "PP2, full", "CP2", "TP2 + SP x PP2"),
+        *cases(LATER[18], "CP2", "TP2 + SP, loop", "PP2", "DP2, overlapped"),
+        *cases(LATER[19], "TP2 + SP", "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
+        *cases(LATER[20], "CP2", "TP2 + SP, loop", "DP2"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),
