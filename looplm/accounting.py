@@ -14,7 +14,7 @@ from looplm.parameters import Section, gate_parameters, parameters
 
 @cache
 def parameter_counts(model: ModelConfig, gate: GateConfig) -> Mapping[str, int]:
-    """Return the number of parameters by section. The number of loops changes none: the stack is one set of weights."""
+    """Return the number of parameters by section. All loops share one set of weights, save for a step embedding."""
     counts = dict.fromkeys(get_args(Section), 0)
     for row in parameters(model, gate):
         counts[row.section] += row.size

@@ -19,7 +19,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 Variant = TypeVar("Variant")
 Shape = tuple[int, ...]
-Section = Literal["embedding", "prelude", "injection", "layers", "loop_end_norm", "coda", "head", "gate"]
+Section = Literal[
+    "embedding", "prelude", "injection", "step_embedding", "layers", "loop_end_norm", "coda", "head", "gate"
+]
 
 
 class TensorSplit(NamedTuple):
@@ -78,7 +80,7 @@ def parameters(model: Any, gate: Any) -> list[Parameter]:
     table = _row("embedding", "embedding.word_embeddings.weight", "model.embed_tokens.weight", shape)
     rows = [table._replace(role="table", tensor_split=vocabulary)]
     rows += _in_layers(model, "prelude", "prelude", model.prelude_layers)
-    rows += injection_parameters(model)
+    rows += [*injection_parameters(model), *step_parameters(model)]
     rows += _in_layers(model, "layers", "decoder", model.num_layers)
     rows.append(_row("loop_end_norm", "decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)))
     rows += gate_parameters(model, gate)
@@ -114,6 +116,14 @@ def injection_parameters(model: Any) -> list[Parameter]:
     """Return what ``model.injection`` adds, which every tensor-parallel rank holds whole."""
     shapes = chosen(INJECTIONS, "model.injection", model.injection)(model.hidden_size)
     return [_row("injection", f"injection.{name}", f"model.injection.{name}", shape) for name, shape in shapes.items()]
+
+
+def step_parameters(model: Any) -> list[Parameter]:
+    """Return what ``model.step_embedding`` adds, which every tensor-parallel rank holds whole."""
+    if model.step_embedding == "none":
+        return []
+    name, shape = "step_embedding.weight", (model.num_loops, model.hidden_size)
+    return [_row("step_embedding", name, f"model.{name}", shape)._replace(role="table")]
 
 
 def gate_parameters(model: Any, gate: Any) -> list[Parameter]:
@@ -162,6 +172,7 @@ def _latent_attention(model: Any) -> list[Parameter]:
         _attention("linear_kv_down_proj", "kv_a_proj_with_mqa", down, (down_side, hidden)),
         *_before_keys_and_values(model),
         _attention("linear_kv_up_proj", "kv_b_proj", (key_value_width, latent), (key_value_side, kv_rank), by_head),
+        *_output_gate(model, "v_head_dim"),
         _attention("linear_proj", "o_proj", out, out_sides, TensorSplit(1, heads, "model.num_attention_heads")),
     ]
 
@@ -199,7 +210,18 @@ def _head_attention(model: Any) -> list[Parameter]:
         found += [_attention_norm(f"{part}_layernorm", f"{part}_norm", width) for part in "qk"]
     sides = ("model.hidden_size", "model.num_attention_heads x head_dim")
     by_head = TensorSplit(1, heads, "model.num_attention_heads")
-    return [*found, _attention("linear_proj", "o_proj", (d, heads * width), sides, by_head)]
+    out = _attention("linear_proj", "o_proj", (d, heads * width), sides, by_head)
+    return [*found, *_output_gate(model, "head_dim"), out]
+
+
+def _output_gate(model: Any, value_key: str) -> list[Parameter]:
+    """Return the gate on attention's output, of heads or of their channels."""
+    if model.attention_gate == "none":
+        return []
+    heads = "model.num_attention_heads"
+    sides = heads if model.attention_gate == "head" else f"{heads} x {value_key}", "model.hidden_size"
+    shape, split = (model.attention_gate_width, model.hidden_size), TensorSplit(0, model.num_attention_heads, heads)
+    return [_attention("linear_gate", "output_gate_proj", shape, sides, split)]
 
 
 class GateRows(NamedTuple):
@@ -279,10 +301,10 @@ def linear_widths(model: Any, tensor: int) -> dict[str, int]:
 def decayed_names(model: Any, gate: Any) -> set[str]:
     """Return the names that weight decay applies to.
 
-    Norms and biases are spared. So are the gate, which is meant to move freely away from its prior, and the injection,
-    which starts as the identity.
+    Norms and biases are spared. So are the gate, which is meant to move freely away from its prior, and the injection
+    and the step embedding, which start as the identity.
     """
-    spared = ("gate", "injection")
+    spared = ("gate", "injection", "step_embedding")
     return {row.name for row in parameters(model, gate) if row.role != "vector" and row.section not in spared}
 
 

@@ -99,7 +99,7 @@ def examine(trainer: Trainer, done: Step, step: int, samples: tuple[int, int], m
     """
     groups, found = trainer.groups, list[MicroBatchFinding]()
     sums, hidden, gradient = trainer.micro_batch_sums, trainer.loop_norms.hidden, trainer.loop_norms.gradient
-    loops = range(1, len(hidden) + 1)
+    loops = [loop for loop, norms in enumerate(hidden, start=1) if norms]  # those that the step ran
     for index in range(len(hidden[0])):
         first = samples[0] + (index * groups.dp.size() + groups.dp.rank()) * micro_batch_size
         losses, exits = sums[index][3:].view(2, -1).isfinite().tolist()

@@ -49,8 +49,6 @@ class RunLog:
         self.restart_clock()
         if not self.enabled:
             return
-        length, loops, frozen = config.data.seq_length, config.model.num_loops, config.loss.frozen_trunk
-        self._flops_per_token = training_flops_per_token(config.model, config.gate, length, loops, frozen_trunk=frozen)
         peak = config.logging.peak_tflops
         self._peak = (1e12 * peak if peak else device.peak_flops()) * dist.get_world_size()
         folder = Path(config.output_dir)
@@ -63,10 +61,11 @@ class RunLog:
             self._open_board(start.step)
         self._bar = tqdm(total=self._total, initial=start.step, unit="step") if sys.stderr.isatty() else None
 
-    def train(self, progress: Progress, done: Step) -> None:
-        """Record the training step that led to ``progress``."""
+    def train(self, progress: Progress, done: Step, loops: int) -> None:
+        """Record the training step of ``loops`` loops that led to ``progress``."""
         if not self.enabled:
             return
+        self._window_flops += (progress.tokens - self._tokens) * self._flops_per_token(loops)
         step, stats, self._tokens = progress.step, done.stats, progress.tokens
         if self._bar is not None:
             self._bar.update(1)
@@ -74,14 +73,16 @@ class RunLog:
         if step % self._config.logging.log_every and step != self._total:
             return
         seconds = time.perf_counter() - self._window_start
-        speed = (self._tokens - self._window_first) / seconds
+        speed, flops = (self._tokens - self._window_first) / seconds, self._window_flops / seconds
         self.restart_clock()
         row = {"kind": "train", "step": step, "samples": progress.samples, "objective": self._config.loss.objective}
         row |= dataclasses.asdict(stats) | dataclasses.asdict(done.norms) | {"tokens": self._tokens}
         row |= {"grad_norm": done.grad_norm, "learning_rate": done.learning_rate, "skipped": progress.health.skipped}
         row |= {"tokens_per_second": speed, "seconds": seconds}
         if self._peak:
-            row["mfu"] = speed * self._flops_per_token / self._peak
+            row["mfu"] = flops / self._peak
+        if self._config.loss.varies_loops:
+            row["loops"] = loops
         self._write(row)
         if self._bar is None:
             self.say(
@@ -131,7 +132,7 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """Exclude the time since the last training line (a validation, a save) from the training speed."""
-        self._window_start, self._window_first = time.perf_counter(), self._tokens
+        self._window_start, self._window_first, self._window_flops = time.perf_counter(), self._tokens, 0.0
 
     def say(self, message: str) -> None:
         """Print one line on rank 0's stderr."""
@@ -145,6 +146,11 @@ class RunLog:
                 if output is not None:
                     with self._noted_failure():
                         output.close()
+
+    def _flops_per_token(self, loops: int) -> float:
+        config = self._config
+        length, frozen = config.data.seq_length, config.loss.frozen_trunk
+        return training_flops_per_token(config.model, config.gate, length, loops, frozen_trunk=frozen)
 
     def _open_board(self, step: int) -> None:
         """Continue the curves after ``step``."""

@@ -38,7 +38,7 @@ class Norms:
     invisible. ``hidden_grad_norm`` is the norm of the loss's gradient with respect to the normed hidden state; zeros
     if the trunk is frozen. ``hidden_cosine`` is the cosine of the normed hidden states of a loop and of the one before,
     both with all tokens as one vector, and 1 for the first loop: a loop near 1 hardly moves the state. ``grad_norms``
-    are those of the trained modules, before clipping.
+    are those of the trained modules, before clipping. Loops that the step did not run have NaN.
     """
 
     hidden_rms: list[float]
@@ -47,9 +47,16 @@ class Norms:
     grad_norms: dict[str, float]
 
     @classmethod
-    def of_sums(cls, hidden: Tensor, gradient: Tensor, tokens: int, modules: Sequence[Module]) -> "Norms":
-        """Return the norms of :meth:`LoopNorms.sums` and :meth:`GradientNorms.sums`, added up over the ranks."""
-        values, (residual_R, gradient_R, square_R, product_R) = hidden[0].clamp(min=1), hidden[1:].view(4, -1)
+    def of_sums(
+        cls, hidden: Tensor, gradient: Tensor, tokens: int, modules: Sequence[Module], loops: int | None = None
+    ) -> "Norms":
+        """Return the norms of :meth:`LoopNorms.sums` and :meth:`GradientNorms.sums`, added up over the ranks.
+
+        ``loops`` is how many the step ran; None for all.
+        """
+        sums_4R = hidden[1:].view(4, -1).clone()
+        sums_4R[:, loops or sums_4R.size(1) :] = math.nan
+        values, (residual_R, gradient_R, square_R, product_R) = hidden[0].clamp(min=1), sums_4R
         cosine_R = product_R / (square_R * torch.cat((square_R[:1], square_R[:-1]))).sqrt()
         by_module = dict(zip(MODULES, (gradient.sqrt() / max(tokens, 1)).tolist(), strict=True))
         return cls(
@@ -72,14 +79,15 @@ class LoopNorms:
     """
 
     def __init__(self, model: LoopLM) -> None:
-        self._loops = model.model_config.num_loops
+        self._loops = self._ran = model.model_config.num_loops
         self._residual = list[Tensor]()
         self.restart()
         if model.post_process:
             model.decoder.final_layernorm.register_forward_pre_hook(self._keep)
 
-    def restart(self) -> None:
-        """Forget the micro-batches of the last step."""
+    def restart(self, loops: int | None = None) -> None:
+        """Forget the micro-batches of the last step. The next one runs ``loops`` loops; None for all."""
+        self._ran = loops or self._loops
         self.hidden: list[list[Tensor]] = [[] for _ in range(self._loops)]  # loop → micro-batch → norm
         self.gradient: list[dict[int, Tensor]] = [{} for _ in range(self._loops)]
         self._squares = [list[Tensor]() for _ in range(self._loops)]  # loop → micro-batch → h_r · h_r
@@ -101,7 +109,7 @@ class LoopNorms:
         now = h_SBD.detach()
         self._squares[loop].append(_dot(now, now))
         self._products[loop].append(_dot(now, self._before.pop(micro_batch, now)))
-        if loop + 1 < self._loops:
+        if loop + 1 < self._ran:
             self._before[micro_batch] = now
         self._values += h_SBD.numel() if loop == 0 else 0
         if h_SBD.requires_grad:
@@ -193,6 +201,7 @@ def module_of(name: str) -> Module:
     rules: tuple[tuple[str, Module], ...] = (
         ("embedding.", "embedding"),
         ("injection.", "embedding"),  # it brings the embedding into later loops
+        ("step_embedding.", "embedding"),
         ("output_layer.", "head"),
         ("gate.", "gate"),
     )

@@ -18,6 +18,7 @@ from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain import health, launcher, spikes
 from pretrain.data import Batch, BatchSchedule, Corpus, build_train_set, build_valid_set, index_cache, micro_batches
+from pretrain.loops import loops_of_step
 from pretrain.metrics import RunLog, last_validation
 from pretrain.optim import DTYPES
 from pretrain.progress import Progress, describe, refuse_other_data
@@ -108,10 +109,11 @@ class Run:
         self._watchdog.enter(f"step {self._progress.step + 1}")
         num_microbatches, batch_size = self._schedule.at(self._progress.samples)
         self._samples = self._progress.position, self._progress.position + batch_size
-        done = self._trainer.train(self._batches, num_microbatches, self._saver.settle, self._has_news)
+        loops = loops_of_step(self._config, self._progress.step)
+        done = self._trainer.train(self._batches, num_microbatches, self._saver.settle, self._has_news, loops)
         state = health.count(self._progress.health, done, self._config.health)
         self._progress = self._progress.advance(batch_size, self._config.data.seq_length, state)
-        self._log.train(self._progress, done)
+        self._log.train(self._progress, done, loops)
         self._saver.poll()
         return done
 

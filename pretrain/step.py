@@ -3,11 +3,13 @@
 Shapes: S sequence, B micro-batch, R loops.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -32,7 +34,10 @@ from pretrain.norms import LoopNorms
 
 @dataclass(frozen=True)
 class StepStats:
-    """Means over the unmasked tokens of a step; lists have one entry per loop."""
+    """Means over the unmasked tokens of a step; lists have one entry per loop.
+
+    A loop that the step did not run has the loss NaN and the exit probability 0.
+    """
 
     tokens: int
     loss: float
@@ -42,10 +47,14 @@ class StepStats:
     entropy: float
 
     @classmethod
-    def of_sums(cls, sums: Tensor) -> "StepStats":
-        """Return the statistics of :func:`statistics_sums`, added up over micro-batches and ranks."""
+    def of_sums(cls, sums: Tensor, loops: int | None = None) -> "StepStats":
+        """Return the statistics of :func:`statistics_sums`, added up over micro-batches and ranks.
+
+        ``loops`` is how many the step ran; None for all.
+        """
         loss, entropy, *per_loop = (sums[1:] / sums[0].clamp(min=1)).tolist()
         losses, exits = per_loop[: len(per_loop) // 2], per_loop[len(per_loop) // 2 :]
+        losses = [value if loop < (loops or len(losses)) else math.nan for loop, value in enumerate(losses)]
         depth = sum((loop + 1) * share for loop, share in enumerate(exits))
         return cls(int(sums[0]), loss, losses, exits, depth, entropy)
 
@@ -84,11 +93,11 @@ def objective(loss: LossConfig, losses: LoopLosses, mask_SB: Tensor, group: dist
 
 
 def prior_of(loss: LossConfig, num_loops: int) -> Tensor | None:
-    """Return the prior over ``num_loops`` loops; None for the uniform one."""
+    """Return the prior over the first ``num_loops`` loops; None for the uniform one."""
     if loss.prior == "geometric":
         return geometric_prior(num_loops, loss.geometric_rate)
     if loss.prior == "given":
-        shares_R = torch.tensor(loss.prior_shares)
+        shares_R = torch.tensor(loss.prior_shares[:num_loops])
         return shares_R / shares_R.sum()
     return None
 
@@ -99,14 +108,17 @@ def loop_losses(
     loss: LossConfig,
     num_loops: int | None = None,
     norms: LoopNorms | None = None,
+    prior_loops: int | None = None,
 ) -> LoopLosses:
     """Return the losses and gate logits of each token after each loop.
 
-    ``norms`` takes the norms of the hidden states. With autograd and Megatron's wrapper, the gradient of the head's
-    weight is in its buffer when this returns (:func:`head_of`).
+    ``norms`` takes the norms of the hidden states. The gate decides over ``prior_loops`` loops, None for the model's.
+    With autograd and Megatron's wrapper, the gradient of the head's weight is in its buffer when this returns
+    (:func:`head_of`).
     """
-    output = model(batch.ids_BS, num_loops, batch.document_start_SB, loss.frozen_trunk, loss.backward_loops)
-    head = head_of(model, batch, loss)
+    options = loss.frozen_trunk, loss.backward_loops, prior_loops
+    output = model(batch.ids_BS, num_loops, batch.document_start_SB, *options)
+    head = head_of(model, batch, loss, prior_loops)
     if norms is not None:
         for loop, h_SBD in enumerate(output.hidden):
             norms.watch(loop, h_SBD)
@@ -132,8 +144,8 @@ def _penalty(model: LoopLM | DistributedDataParallel, output: LoopOutput, loss: 
     return penalty_SB
 
 
-def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig) -> Head:
-    """Return the head for the loops of a micro-batch.
+def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossConfig, loops: int | None = None) -> Head:
+    """Return the head for the loops of a micro-batch; ``loops`` is their number in a step, None for the model's.
 
     In stage 1 it weighs each loop's cross-entropies as ``loss.weights`` says, and computes the gradients together with
     the losses. If the model is in Megatron's wrapper, the weight's gradient goes into its buffer at once.
@@ -149,7 +161,7 @@ def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossCon
         if loss.weights == "last" and not last:
             with torch.no_grad():
                 return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
-        fixed = 1.0 if loss.weights == "last" else 1 / inner.model_config.num_loops
+        fixed = 1.0 if loss.weights == "last" else 1 / (loops or inner.model_config.num_loops)
         weight_SB = (leave_SB if loss.weights == "gate" else fixed) * batch.mask_SB
         direct = None if ddp is None else direct_gradient(ddp, last)
         return weighted_losses(*inputs, weight_SB, group, sequence_parallel, direct)
@@ -176,13 +188,20 @@ def direct_gradient(ddp: DistributedDataParallel, last: bool) -> DirectGradient:
 
 
 def forward_step(
-    loss: LossConfig, norms: LoopNorms, batches: Iterator[Batch], model: DistributedDataParallel | LoopView
+    loss: LossConfig,
+    norms: LoopNorms,
+    batches: Iterator[Batch],
+    model: DistributedDataParallel | LoopView,
+    loops: int | None = None,
 ) -> tuple[Tensor, Callable[..., object]]:
-    """Run one micro-batch forward; return the output and the function that Megatron's schedules call for its loss."""
+    """Run one micro-batch forward; return the output and the function that Megatron's schedules call for its loss.
+
+    ``loops`` is how many the step runs, None for all; a view knows it already.
+    """
     batch = next(batches)
     norms.forget_recomputed()
     if isinstance(model, LoopView):
-        head = head_of(model.ddp, batch, loss)
+        head = head_of(model.ddp, batch, loss, model.loops)
 
         def watched_head(h_SBD: Tensor, leave_SB: Tensor, last: bool) -> HeadLosses:
             norms.watch(model.loop, h_SBD)
@@ -191,7 +210,7 @@ def forward_step(
         options = loss.frozen_trunk, loss.backward_loops
         output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, watched_head, *options)
     else:
-        losses = loop_losses(model, batch, loss, norms=norms)
+        losses = loop_losses(model, batch, loss, loops, norms, loops)
         output_SBD = losses.token_loss_RSB
 
     def loss_of(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,16 +218,20 @@ def forward_step(
         tokens, total = batch.mask_SB.sum(), objective(loss, losses, batch.mask_SB, inner.cp_group)
         if loss.frozen_trunk and isinstance(model, LoopView) and torch.is_grad_enabled():
             total.backward()  # only this rank has a graph, the gate's: the schedule runs forward passes only
-        return total, tokens.int(), statistics_sums(losses, batch.mask_SB, total)
+        return total, tokens.int(), statistics_sums(losses, batch.mask_SB, total, inner.model_config.num_loops)
 
     return output_SBD, loss_of
 
 
 @torch.no_grad()
-def statistics_sums(losses: LoopLosses, mask_SB: Tensor, total: Tensor) -> Tensor:
-    """Return [tokens, loss, entropy, loss per loop (R), exit probability per loop (R)], each summed over tokens."""
+def statistics_sums(losses: LoopLosses, mask_SB: Tensor, total: Tensor, num_loops: int) -> Tensor:
+    """Return [tokens, loss, entropy, loss per loop (R), exit probability per loop (R)], each summed over tokens.
+
+    The sums of those of the R = ``num_loops`` loops that did not run are zeros.
+    """
     log_p_RSB = exit_log_probs(losses.gate_logit_RSB)
     entropy = (exit_entropy(log_p_RSB) * mask_SB).sum()
     per_loop = (losses.token_loss_RSB * mask_SB).flatten(1).sum(1)
     exits = (log_p_RSB.exp() * mask_SB).flatten(1).sum(1)
+    per_loop, exits = (F.pad(sums, (0, num_loops - len(sums))) for sums in (per_loop, exits))
     return torch.cat((torch.stack((mask_SB.sum(), total.detach(), entropy)), per_loop, exits)).double()

@@ -19,7 +19,7 @@ from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from looplm.model.latent_reasoning import weigh_penalties
-from looplm.model.pipeline import loop_views
+from looplm.model.pipeline import LoopView, loop_views
 from pretrain.data import Batch
 from pretrain.norms import LARGEST_SQUARE, GradientNorms, LoopNorms, Norms, trained_modules
 from pretrain.optim import build_optimizer, build_scheduler, wrap_data_parallel
@@ -90,9 +90,11 @@ class Trainer:
         self._modules = trained_modules(loss, model.model_config.tie_embeddings)
         self._forward_step = partial(forward_step, loss, self.loop_norms)
         pipeline = groups.pp.size()
-        self._views = loop_views(self.ddp) if pipeline > 1 else []
+        self._views: dict[int, list[LoopView]] = {}  # of a pipeline, by the number of loops of a step
         self._frozen_pipeline = pipeline > 1 and loss.frozen_trunk
-        self.schedule: Callable[..., list[Tensor]] = get_forward_backward_func(pipeline, len(self._views) or None)
+        self.schedule: Callable[..., list[Tensor]] = get_forward_backward_func(
+            pipeline, model.model_config.num_loops if pipeline > 1 else None
+        )
 
     @property
     def state(self) -> TrainingState:
@@ -107,6 +109,7 @@ class Trainer:
         num_microbatches: int,
         before_update: Callable[[], object] = lambda: None,
         has_news: Callable[[], bool] = lambda: False,
+        loops: int | None = None,
     ) -> Step:
         """Run one step. Its update is skipped on all ranks if a loss or gradient is not finite on any of them.
 
@@ -118,8 +121,9 @@ class Trainer:
             num_microbatches: how many of them to take.
             before_update: called before the step changes weights and Adam's moments.
             has_news: asked after the backward pass; True if this rank wants to talk to the others after the step.
+            loops: how many to run; None for all.
         """
-        found = self._backward(batches, num_microbatches, self._clip_grad, has_news)
+        found = self._backward(batches, num_microbatches, self._clip_grad, has_news, loops)
         self.scheduler.step(1)
         if found.healthy:
             before_update()
@@ -128,9 +132,11 @@ class Trainer:
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         return Step(found.stats, found.norms, found.healthy, found.norms.grad_norm, learning_rate, found.has_news)
 
-    def backward(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[StepStats, Norms]:
+    def backward(
+        self, batches: Iterator[Batch], num_microbatches: int, loops: int | None = None
+    ) -> tuple[StepStats, Norms]:
         """Run one step's forward and backward; each ``main_grad`` then holds the mean gradient over its tokens."""
-        found = self._backward(batches, num_microbatches, 0.0)
+        found = self._backward(batches, num_microbatches, 0.0, loops=loops)
         return found.stats, found.norms
 
     def evaluate(self, batches: Iterator[Batch], num_microbatches: int) -> StepStats:
@@ -162,6 +168,7 @@ class Trainer:
         num_microbatches: int,
         clip_grad: float,
         has_news: Callable[[], bool] = lambda: False,
+        loops: int | None = None,
     ) -> Reduced:
         """Run forward and backward; leave the mean gradient over the tokens, clipped, in the buffers.
 
@@ -171,7 +178,7 @@ class Trainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         # With a frozen trunk, the last pipeline rank runs the gate's backward in its loss function (forward_step).
-        sums = self._run(batches, num_microbatches, forward_only=self._frozen_pipeline)
+        sums = self._run(batches, num_microbatches, forward_only=self._frozen_pipeline, loops=loops)
         if self._frozen_pipeline:
             self.model.config.finalize_model_grads_func(None, None, pg_collection=self.groups)
 
@@ -184,23 +191,26 @@ class Trainer:
         self.ddp.scale_gradients(_gradient_factor(stats_sums[0], gradient[:-1].sum(), clip_grad))
 
         stats_sums, hidden, gradient, news = total.cpu().split([len(part) for part in parts])
-        stats = StepStats.of_sums(stats_sums)
-        norms = Norms.of_sums(hidden, gradient[:-1], stats.tokens, self._modules)
+        stats = StepStats.of_sums(stats_sums, loops)
+        norms = Norms.of_sums(hidden, gradient[:-1], stats.tokens, self._modules, loops)
         healthy = float(gradient[-1]) == 0 and float(gradient.sum()) < LARGEST_SQUARE
         return Reduced(stats, norms, healthy, bool(news))
 
-    def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
+    def _run(
+        self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool, loops: int | None = None
+    ) -> Tensor:
         """Return statistics summed over this rank's micro-batches; zeros except on the last pipeline rank."""
         first = next(batches)
         seq_length, micro_batch_size = first.labels_SB.shape
         batches = (batch.shard(self.groups.cp) for batch in islice(chain([first], batches), num_microbatches))
-        self.loop_norms.restart()
-        for view in self._views:
+        self.loop_norms.restart(loops)
+        views = self._views_of(loops or self.model.model_config.num_loops)
+        for view in views:
             view.restart()
         sums = self.schedule(
-            forward_step_func=self._forward_step,
-            data_iterator=list(tee(batches, len(self._views))) if self._views else batches,
-            model=self._views or [self.ddp],
+            forward_step_func=partial(self._forward_step, loops=loops),
+            data_iterator=list(tee(batches, len(views))) if views else batches,
+            model=views or [self.ddp],
             num_microbatches=num_microbatches,
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
@@ -208,6 +218,12 @@ class Trainer:
         )
         self.micro_batch_sums = sums
         return self._sum(sums)
+
+    def _views_of(self, loops: int) -> list[LoopView]:
+        """Return a pipeline's views for a step of ``loops`` loops; none without a pipeline."""
+        if self.groups.pp.size() > 1 and loops not in self._views:
+            self._views[loops] = loop_views(self.ddp, loops)
+        return self._views.get(loops, [])
 
     def _sum(self, sums: list[Tensor]) -> Tensor:
         num_loops = self.model.model_config.num_loops

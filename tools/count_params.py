@@ -11,7 +11,7 @@ from looplm.cli import parse_config, run_main, switch
 from looplm.config import RunConfig
 from tools.experiments.partners import partners, table
 
-_OPTIONAL = ("prelude", "injection", "coda")  # parts that most models lack
+_OPTIONAL = ("prelude", "injection", "step_embedding", "coda")  # parts that most models lack
 
 
 @dataclass(frozen=True, kw_only=True)

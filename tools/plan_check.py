@@ -54,6 +54,9 @@ REASONING = {"model": {"latent_iterations": 3, "latent_halting": True}}
 ADDED = {"model": {"injection": "additive"}}
 INJECTED = {"model": {"injection": "linear"}}
 BY_CHANNEL = {"model": {"injection": "diagonal"}}
+STEPS = {"model": {"step_embedding": "learned", "num_layers": 1, "num_loops": 6, "ffn_hidden_size": 32}}
+HEAD_GATE = {"model": {"attention_gate": "head"}}
+ELEMENT_GATE = {"model": {"attention_gate": "element"}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
 CHECKS: dict[str, MemoryCheck] = {
     "alone, none, MLA": MemoryCheck(1, ParallelConfig()),
@@ -72,6 +75,10 @@ CHECKS: dict[str, MemoryCheck] = {
     "alone, loop, MHA, diagonal injection": MemoryCheck(1, ParallelConfig(recompute="loop"), "mha", BY_CHANNEL),
     "PP2, none, MHA, diagonal injection": MemoryCheck(2, ParallelConfig(pipeline=2), "mha", BY_CHANNEL),
     "PP2, loop, MLA, linear injection": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop"), sections=INJECTED),
+    "alone, none, MHA, step embedding": MemoryCheck(1, ParallelConfig(), "mha", STEPS),
+    "alone, none, MHA, head gate": MemoryCheck(1, ParallelConfig(), "mha", HEAD_GATE),
+    "alone, selective, MLA, element gate": MemoryCheck(1, ParallelConfig(recompute="selective"), sections=ELEMENT_GATE),
+    "TP2, none, MLA, element gate": MemoryCheck(2, ParallelConfig(tensor=2), sections=ELEMENT_GATE),
     "alone, full, MHA, prelude and coda": MemoryCheck(1, ParallelConfig(recompute="full"), "mha", AROUND),
     "PP2, loop, MLA, prelude and coda": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop"), sections=AROUND),
     "DP2 + distributed optimizer, MLA, bf16": MemoryCheck(2, ParallelConfig(distributed_optimizer=True), sections=BF16),

@@ -207,7 +207,10 @@ def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
     values = dataclasses.asdict(config)
     if isinstance(config, ModelConfig):
         values |= {"num_query_groups": config.query_groups, "head_dim": config.attention_head_dim}
-    return {key: value for key, value in values.items() if key not in CHANGEABLE | foreign_keys(config)}
+    free = CHANGEABLE | foreign_keys(config)
+    if isinstance(config, ModelConfig) and config.step_embedding != "none":
+        free -= {"num_loops"}  # there is a vector for each; tools.upcycle changes it
+    return {key: value for key, value in values.items() if key not in free}
 
 
 def _release(number: str) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from looplm.config.parallel import ParallelConfig
 
 PENALTIES = ("stability", "fixed_point", "sparsity")  # keys of LossConfig that weigh functions of the hidden states
 
+_ALL_LOOPS = "the gate stage runs all loops; leave out loss.loop_onset and loss.sampled_loops"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -36,6 +38,13 @@ class LossConfig:
             are added to the gradients, not to the loss that is logged.
         backward_loops: stage 1: how many of the last loops the gradient of a loss flows through; the state that enters
             the first of them is a constant. null: through all.
+        loop_onset: stage 1: share of optim.train_steps, from the first step on, that run onset_loops loops; the others
+            run model.num_loops. Record runs of small models switch loops on after 35 to 70 %.
+        onset_loops: stage 1, with loop_onset: loops of those steps.
+        sampled_loops: stage 1: loops of each (later) step: none (all), uniform (1 to model.num_loops, equally likely)
+            or poisson (1 + Poisson(m exp(z / 2 - 1/8)) with m = num_loops / 2 and a normal z, at most num_loops; after
+            Huginn, arXiv 2502.05171). The number depends on seed and step alone. A step of n loops is one of a model
+            with num_loops=n: losses, gate and prior know of n loops only. Validation runs all.
         slope: stage 2: k of w = sigmoid(k (I - gamma)), the steepness of "this loop helped".
         threshold: stage 2: gamma, the smallest gain in nats for which one more loop is worth it.
         target: stage 2: paper (as printed) or next (lambda_t learns whether loop t+1 helps).
@@ -60,6 +69,9 @@ class LossConfig:
     latent_stability: float = at_least(0, 0.0)
     latent_ponder_cost: float = at_least(0, 0.0)
     backward_loops: int | None = positive(None)
+    loop_onset: float = at_least(0, 0.0, at_most=1)
+    onset_loops: int = positive(1)
+    sampled_loops: Literal["none", "uniform", "poisson"] = "none"
     slope: float = positive(50.0)
     threshold: float = 0.005
     target: Literal["paper", "next"] = "next"
@@ -74,6 +86,9 @@ class LossConfig:
         for key in (*PENALTIES, "latent_stability", "latent_ponder_cost", "backward_loops"):
             value, fix = getattr(self, key), "the gate stage trains the gate alone; leave it out"
             require(not self.frozen_trunk or not value, f"loss.{key}", value, fix)
+        require(not self.frozen_trunk or not self.varies_loops, "loss.objective", self.objective, _ALL_LOOPS)
+        fix = "it needs loss.loop_onset above 0; leave it out"
+        require(self.loop_onset > 0 or self.onset_loops == 1, "loss.onset_loops", self.onset_loops, fix)
         fix = "give it with loss.prior=given, and only then"
         require(bool(self.prior_shares) == (self.prior == "given"), "loss.prior_shares", self.prior_shares, fix)
 
@@ -91,6 +106,11 @@ class LossConfig:
     def frozen_trunk(self) -> bool:
         """True if only the gate is trained (stage 2)."""
         return self.objective == "adaptive_gate"
+
+    @property
+    def varies_loops(self) -> bool:
+        """True if some training steps run fewer loops than the model has."""
+        return self.loop_onset > 0 or self.sampled_loops != "none"
 
     def check(self, model: ModelConfig, layout: ParallelConfig) -> None:
         """Raise a :class:`UserError` if this model in this layout cannot be trained so."""
@@ -111,5 +131,17 @@ class LossConfig:
         require(not cost or model.latent_iterations > 0, "loss.latent_stability", cost, fix)
         cost, fix = self.latent_ponder_cost, "it needs model.latent_halting=true; leave it out"
         require(not cost or model.latent_halting, "loss.latent_ponder_cost", cost, fix)
+        fix = f"it must not exceed model.num_loops={loops}"
+        require(self.onset_loops <= loops, "loss.onset_loops", self.onset_loops, fix)
+        key = "loop_onset" if self.loop_onset > 0 else "sampled_loops"
+        fix = "with model.num_loops=1 there are no fewer loops; leave it out"
+        require(loops > 1 or not self.varies_loops, f"loss.{key}", getattr(self, key), fix)
+        several, fix = layout.pipeline == 1 or not self.varies_loops, "Megatron's schedule for loops needs at least 2"
+        wide = self.loop_onset == 0 or self.onset_loops > 1
+        require(several or wide, "loss.onset_loops", self.onset_loops, f"{fix}; give 2 or more, or parallel.pipeline=1")
+        sampled = self.sampled_loops
+        require(several or sampled == "none", "loss.sampled_loops", sampled, f"{fix}; take none or parallel.pipeline=1")
+        fix = "weights of loops that do not run have no gradients to wait for; take parallel.overlap_grad_reduce=false"
+        require(not (layout.overlap_grad_reduce and self.varies_loops), f"loss.{key}", getattr(self, key), fix)
         fix = "the gate stage needs at least 2 loops to choose from"
         require(not self.frozen_trunk or loops > 1, "model.num_loops", loops, fix)

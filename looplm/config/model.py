@@ -26,7 +26,7 @@ class AttentionWidths(NamedTuple):
         value: width of a value head.
         rotary: width of the rotated part of a head.
         latents: widths of the latents, that of keys and values first; empty without latents.
-        projected: width of the inputs that tensor-parallel ranks gather for queries, keys and values.
+        projected: width of the inputs that tensor-parallel ranks gather for queries, keys, values and gates.
         cached: values that a cache keeps of one token.
         summary: what the cache keeps, in words.
     """
@@ -71,6 +71,8 @@ class ModelConfig:
             from it, in every layer and loop; 0 leaves it as it is.
         latent_halting: latent_iterations > 1 only: weigh the states of these steps by a learned probability of stopping
             at each; otherwise the last one is taken.
+        attention_gate: a sigmoid of the block's input that is multiplied onto the attention's output, before the output
+            projection: none, head (one for each head) or element (one for each channel of a head; arXiv 2505.06708).
         qk_nope_head_dim: mla only: width of the part of a query or key head without rotary embedding; may be 0.
         qk_rope_head_dim: mla only: width of the rotary part; all heads share its key.
         qk_rope_period: mla only: width after which the rotary frequencies repeat, so that the rotary part holds several
@@ -87,6 +89,9 @@ class ModelConfig:
             readout (the gate does, and without a coda the head; the next loop and a coda read the residual stream).
         injection: what each loop after the first reads: none, the state h; additive, h + e; diagonal, a h + b e with
             vectors a and b; or linear, W [h; e]. e is what entered the first loop. The last two start as h alone.
+        step_embedding: what tells a loop which one it is: none, or learned, a vector of each loop that is added to the
+            state before it, zero at first (Universal Transformer, arXiv 1807.03819). Loops beyond num_loops read the
+            last vector.
         tie_embeddings: use one matrix for the embedding and the head.
         init_std: standard deviation of the initial weights.
         embedding_init_std: standard deviation of the initial embedding; null means 1, the scale of the loop-end norm's
@@ -111,6 +116,7 @@ class ModelConfig:
     kv_latent_norm: bool = True
     latent_iterations: int = at_least(0, 0, at_most=MAX_DEPTH)
     latent_halting: bool = False
+    attention_gate: Literal["none", "head", "element"] = "none"
     qk_nope_head_dim: int = at_least(0, 128)
     qk_rope_head_dim: int = positive(64)
     qk_rope_period: int | None = positive(None)
@@ -122,6 +128,7 @@ class ModelConfig:
     residual_gain: Literal["depth", "loops"] = "depth"
     loop_norm: Literal["state", "readout"] = "state"
     injection: Injection = "none"
+    step_embedding: Literal["none", "learned"] = "none"
     tie_embeddings: bool = False
     init_std: float = positive(0.02)
     embedding_init_std: float | None = positive(None)
@@ -194,12 +201,19 @@ class ModelConfig:
         return self.num_query_groups or self.num_attention_heads
 
     @property
+    def attention_gate_width(self) -> int:
+        """Gates on one layer's attention output; 0 without."""
+        per_head = {"none": 0, "head": 1, "element": self.attention_widths.value}[self.attention_gate]
+        return self.num_attention_heads * per_head
+
+    @property
     def attention_widths(self) -> AttentionWidths:
         """Widths of one layer's attention."""
         width, groups = self.attention_head_dim, self.query_groups
+        gate = 0 if self.attention_gate == "none" else self.hidden_size
         if self.attention == "mha":
             cached, summary = 2 * groups * width, f"{groups} for keys and values"
-            return AttentionWidths(groups, width, width, width, (), self.hidden_size, cached, summary)
+            return AttentionWidths(groups, width, width, width, (), self.hidden_size + gate, cached, summary)
         query, latent, rotary = self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim
         return AttentionWidths(
             key_heads=self.num_attention_heads,
@@ -207,7 +221,7 @@ class ModelConfig:
             value=self.v_head_dim,
             rotary=rotary,
             latents=(latent,) if query is None else (latent, query),
-            projected=(query or self.hidden_size) + latent + rotary,
+            projected=(query or self.hidden_size) + latent + rotary + gate,
             cached=latent + rotary,
             summary=f"a latent of {latent}",
         )

@@ -279,5 +279,8 @@ class RunConfig:
         fix = "the optimizer's fp32 weights would start from rounded ones; leave it false with checkpoint.initial"
         require(initial is None or not engine.fp8_params, "engine.fp8_params", True, fix)
         self.loss.check(model, self.parallel)
+        fix = "losses of different numbers of loops cannot be compared; leave it out with loss.sampled_loops"
+        comparable = self.loss.sampled_loops == "none" or self.health.spike_factor is None
+        require(comparable, "health.spike_factor", self.health.spike_factor, fix)
         fix = "the gate stage needs a trained trunk: name the stage-1 directory"
         require(not frozen or initial is not None, "checkpoint.initial", None, fix)

@@ -77,7 +77,7 @@ class TextBatch:
             loops: the 0-based loop of each lane's tokens.
             positions: the position of each lane's first token.
         """
-        h_SND = self._stack.inject(h_SND, entered_SND, loops)
+        h_SND = self._stack.enter_loop(h_SND, entered_SND, loops)
         return self._run(self._stack.run, h_SND, self._cache.index(rows, loops, positions, len(h_SND)))
 
     def enter(self, ids_SN: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:

@@ -102,7 +102,8 @@ class Prefill:
         if self._loop == 0 and self._stack.injects:
             self._entered_SND[start:end] = piece_SND
         if self._loop < self._max_depth:
-            piece_SND = self._stack.inject(piece_SND, self._entered_SND[start:end], [self._loop] * len(self.lengths))
+            loops = [self._loop] * len(self.lengths)
+            piece_SND = self._stack.enter_loop(piece_SND, self._entered_SND[start:end], loops)
             h_SND[start:end] = self._stack.run(piece_SND, turn_SN1K, attend)
         else:
             h_SND[start:end] = self._stack.coda(piece_SND, turn_SN1K, attend)

@@ -17,6 +17,7 @@ from torch import Tensor
 from looplm.config import ModelConfig
 from looplm.inference.attention import ATTENTIONS, Attention, Query
 from looplm.model import LoopLM
+from looplm.model.attention_gate import gated
 from looplm.parameters import chosen
 
 Attend = Callable[[int, Attention, Query, Tensor], Tensor]  # layer, its attention, queries, entries -> contexts
@@ -49,7 +50,7 @@ class LoopedStack:
         self.has_prelude, self.has_coda = model.prelude is not None, model.coda is not None
         self.injects = model.injection is not None
         self._norms_state = model.model_config.loop_norm == "state"
-        self._injection = model.injection
+        self._injection, self._step_embedding = model.injection, model.step_embedding
         first = model.decoder.layers[0].self_attention
         rotary = model.rotary or first.rotary_pos_emb  # MLA has its own in each layer
         assert rotary is not None
@@ -77,13 +78,13 @@ class LoopedStack:
             self._turn_TK = torch.complex(cos_TK, sin_TK)
         return self._turn_TK[position].unsqueeze(-2)
 
-    def inject(self, h_SND: Tensor, entered_SND: Tensor, loops: Sequence[int]) -> Tensor:
+    def enter_loop(self, h_SND: Tensor, entered_SND: Tensor, loops: Sequence[int]) -> Tensor:
         """Return the input of each lane's loop, 0-based, from the state and what entered the first loop."""
-        if self._injection is None or not any(loops):
-            return h_SND
-        injected_SND: Tensor = self._injection(h_SND, entered_SND)
-        is_later_N1 = torch.tensor([[loop > 0] for loop in loops], device=self.device)
-        return torch.where(is_later_N1, injected_SND, h_SND)
+        if self._injection is not None and any(loops):
+            injected_SND: Tensor = self._injection(h_SND, entered_SND)
+            is_later_N1 = torch.tensor([[loop > 0] for loop in loops], device=self.device)
+            h_SND = torch.where(is_later_N1, injected_SND, h_SND)
+        return h_SND if self._step_embedding is None else self._step_embedding.add_to_lanes(h_SND, loops)
 
     def run(self, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
         """Run one loop: every layer of the stack once, then the loop-end norm if the next loop reads its output."""
@@ -106,8 +107,11 @@ class LoopedStack:
     def _run(self, blocks: list["_Block"], first: int, h_SND: Tensor, turn_SN1K: Tensor, attend: Attend) -> Tensor:
         """Run blocks whose cache entries are those of the layers from ``first`` on."""
         for layer, block in enumerate(blocks, first):
-            query, entry_SNW = block.attention.project(block.norm(h_SND, block.before_attention), turn_SN1K)
+            x_SND = block.norm(h_SND, block.before_attention)
+            query, entry_SNW = block.attention.project(x_SND, turn_SN1K)
             context = attend(layer, block.attention, query, entry_SNW)
+            if block.gate is not None:
+                context = gated(context, F.linear(x_SND, block.gate))
             h_SND = h_SND + block.norm(F.linear(context, block.out), block.after_attention)
             gate, up = F.linear(block.norm(h_SND, block.before_mlp), block.fc1).chunk(2, dim=-1)
             h_SND = h_SND + block.norm(F.linear(F.silu(gate) * up, block.fc2), block.after_mlp)
@@ -128,6 +132,8 @@ class _Block:
     def __init__(self, layer: Any, config: ModelConfig) -> None:
         attention = chosen(ATTENTIONS, "model.attention", config.attention)
         self.attention = attention(layer.self_attention, config)
+        gates = config.attention_gate != "none"
+        self.gate = layer.self_attention.linear_gate.weight.detach() if gates else None
         self.out = layer.self_attention.linear_proj.weight.detach()
         self.fc1, self.fc2 = layer.mlp.linear_fc1.weight.detach(), layer.mlp.linear_fc2.weight.detach()
         self.before_attention = layer.input_layernorm.weight.detach()

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from looplm.config import ModelConfig
+from looplm.model.attention_gate import HeadAttention, OutputGate
 from looplm.model.latent_reasoning import LatentReasoning
 from looplm.model.norms import RMSNorm
 from looplm.parameters import chosen
@@ -50,7 +51,7 @@ def _latent_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSp
     fuses_norm = model.kv_latent_norm and not model.latent_iterations
     return ModuleSpec(
         module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "rope_period": model.rope_period},
+        params={"rope_period": model.rope_period, **_params(model, modules)},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=modules.column,
             linear_q_down_proj=modules.replicated,
@@ -76,10 +77,10 @@ def _before_keys_and_values(model: ModelConfig, modules: AttentionModules) -> ty
 def _head_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSpec:
     head_norm = RMSNorm if model.qk_norm else IdentityOp  # never fused: no linear layer follows it
     return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=HeadAttention,
+        params=_params(model, modules),
         submodules=SelfAttentionSubmodules(
-            linear_qkv=modules.normed_column,
+            linear_qkv=modules.normed_column if model.attention_gate == "none" else modules.column,
             core_attention=modules.core,
             linear_proj=modules.row,
             q_layernorm=head_norm,
@@ -88,11 +89,20 @@ def _head_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSpec
     )
 
 
+def _params(model: ModelConfig, modules: AttentionModules) -> dict[str, Any]:
+    gate = None if model.attention_gate == "none" else modules.column
+    return {
+        "attn_mask_type": AttnMaskType.causal,
+        "gate_linear": gate,
+        "gate_width": model.attention_gate_width,
+    }
+
+
 _SPECS = {"mla": _latent_attention, "mha": _head_attention}
 
 
-class LatentAttention(MLASelfAttention):
-    """Megatron's multi-head latent attention, with several rotary keys side by side.
+class LatentAttention(OutputGate, MLASelfAttention):
+    """Megatron's multi-head latent attention, with several rotary keys side by side and an optional gate.
 
     Args:
         rope_period: width after which the frequencies of the rotary part repeat (``model.qk_rope_period``).

@@ -8,8 +8,8 @@
 
 The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop. With
 ``model.loop_norm: readout`` the next loop and the coda read its input instead. The prelude (run once) and the coda (run
-for each loop's read-out) are layers with weights of their own; by default a model has neither, and injects nothing
-into later loops (:mod:`looplm.model.injection`).
+for each loop's read-out) are layers with weights of their own; by default a model has neither, injects nothing into
+later loops (:mod:`looplm.model.injection`), and tells no loop which one it is (:mod:`looplm.model.step_embedding`).
 """
 
 import warnings
@@ -37,6 +37,7 @@ from looplm.model.exit_gate import build_exit_gate
 from looplm.model.injection import INJECTIONS
 from looplm.model.norms import ReadoutNorm
 from looplm.model.spans import document_offsets, document_spans
+from looplm.model.step_embedding import StepEmbedding
 from looplm.parameters import chosen
 
 EXTRA_STATE = "_extra_state"  # torch's suffix for the extra state of a module
@@ -116,6 +117,9 @@ class LoopLM(LanguageModule):
         self.injection: MegatronModule | None = None
         if self.pre_process and model.injection != "none":
             self.injection = chosen(INJECTIONS, "model.injection", model.injection)(config)
+        self.step_embedding: StepEmbedding | None = None
+        if self.pre_process and model.step_embedding != "none":
+            self.step_embedding = StepEmbedding(config, model.num_loops)
         self.decoder = TransformerBlock(
             config,
             block_spec(model, config, layout, groups.pp.rank(), engine),
@@ -179,6 +183,7 @@ class LoopLM(LanguageModule):
         document_start_SB: Tensor | None = None,
         frozen_trunk: bool = False,
         backward_loops: int | None = None,
+        prior_loops: int | None = None,
     ) -> LoopOutput:
         """Run the stack ``num_loops`` times.
 
@@ -190,10 +195,11 @@ class LoopLM(LanguageModule):
                 sample is one document. On a GPU the host waits for it: give a tensor on the host.
             frozen_trunk: run everything but the gate without autograd (stage 2).
             backward_loops: how many of the last loops gradients flow through (``loss.backward_loops``); None for all.
+            prior_loops: loops of the gate's prior; None takes ``model.num_loops``.
 
         Returns:
-            hidden states after each loop and the gate's logits. The gate's prior is over ``model.num_loops`` loops at
-            any depth; its logits beyond them mean nothing.
+            hidden states after each loop and the gate's logits. The gate's prior is over ``prior_loops`` loops at any
+            depth; its logits beyond them mean nothing.
         """
         num_loops = num_loops or self.model_config.num_loops
         spans, read = self.attention_spans(ids_BS, document_start_SB), list[Readout]()
@@ -204,13 +210,15 @@ class LoopLM(LanguageModule):
                     h_SBD = h_SBD.detach()
                 if self.injection is not None and loop > 0:
                     h_SBD = self.injection(h_SBD, entered_SBD)
+                if self.step_embedding is not None:
+                    h_SBD = self.step_embedding(h_SBD, loop)
                 h_SBD = self._run(self.decoder, h_SBD, spans)
                 read.append(self.read_out(h_SBD, spans))
         if frozen_trunk:
             read = [readout.detached() for readout in read]  # Megatron re-enables autograd around residual adds
         state, logits = None, []
         for loop, readout in enumerate(read):
-            logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB)
+            logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB, prior_loops)
             logits.append(logit_SB)
         return LoopOutput(tuple(readout.head_SBD for readout in read), torch.stack(logits))
 
@@ -229,18 +237,21 @@ class LoopLM(LanguageModule):
             return document_offsets(document_start_SB).to(DEVICE)
         return document_spans(document_start_SB, self.cp_group)
 
-    def run_layers(self, ids_BS: Tensor, hidden_SBD: Tensor | None, spans: Tensor | None) -> Tensor:
+    def run_layers(self, ids_BS: Tensor, hidden_SBD: Tensor | None, spans: Tensor | None, loop: int) -> Tensor:
         """Run this pipeline rank's layers once: its part of one loop.
 
         Args:
             ids_BS: token ids, embedded where ``hidden_SBD`` is None, and again where a later loop injects them.
             hidden_SBD: from the loop, or the pipeline rank, before.
             spans: from :meth:`attention_spans`.
+            loop: 0-based.
         """
         if hidden_SBD is None:
             hidden_SBD = self.enter(ids_BS, spans)
         elif self.injection is not None:
             hidden_SBD = self.injection(hidden_SBD, self.enter(ids_BS, spans))
+        if self.step_embedding is not None:
+            hidden_SBD = self.step_embedding(hidden_SBD, loop)
         return self._run(self.decoder, hidden_SBD, spans)
 
     def enter(self, ids_BS: Tensor, spans: Tensor | None) -> Tensor:
@@ -279,10 +290,16 @@ class LoopLM(LanguageModule):
         return layers(h_SBD)
 
     def gate_logit(
-        self, h_SBD: Tensor, state_SBZ: Tensor | None, loop: int, document_start_SB: Tensor | None
+        self,
+        h_SBD: Tensor,
+        state_SBZ: Tensor | None,
+        loop: int,
+        document_start_SB: Tensor | None,
+        prior_loops: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gate's logit [S, B] after loop ``loop`` (0-based), for the whole sequence, and its state."""
-        logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, self.model_config.num_loops, document_start_SB)
+        prior_loops = prior_loops or self.model_config.num_loops
+        logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, prior_loops, document_start_SB)
         if self.config.sequence_parallel:
             # One number per token is cheap to gather, and losses and their gradients are then equal on every rank.
             logit_SB = gather_from_sequence_parallel_region(

@@ -56,6 +56,7 @@ class LoopView(nn.Module):
     Args:
         ddp: the rank's model in Megatron's wrapper; all views share it.
         loop: 0-based.
+        loops: number of loops in the step.
         carried: what is kept of each micro-batch, by its number; shared by the views of a rank.
         spans: the spans of each micro-batch, by its number; shared by the views of a rank.
     """
@@ -64,6 +65,7 @@ class LoopView(nn.Module):
         self,
         ddp: DistributedDataParallel,
         loop: int,
+        loops: int,
         carried: dict[int, _Carried],
         spans: dict[int, Tensor | None],
     ) -> None:
@@ -71,6 +73,7 @@ class LoopView(nn.Module):
         self._shared = (ddp,)  # a tuple hides it from torch, which would count every parameter R times
         self._carried, self._spans = carried, spans
         self.loop = self.vp_stage = loop
+        self.loops = loops
         self.model_type = ModelType.encoder_or_decoder
         self._calls = 0
         self._input: Tensor | None = None
@@ -92,7 +95,7 @@ class LoopView(nn.Module):
         It is a copy, because Megatron's layers must still see a single share of the stack on this rank.
         """
         config = copy(self.inner.config)
-        config.virtual_pipeline_model_parallel_size = self.inner.model_config.num_loops
+        config.virtual_pipeline_model_parallel_size = self.loops
         return config
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -128,7 +131,7 @@ class LoopView(nn.Module):
             backward_loops: as in :meth:`LoopLM.forward`.
         """
         micro_batch, self._calls = self._calls, self._calls + 1
-        inner, loops = self.inner, self.inner.model_config.num_loops
+        inner, loops = self.inner, self.loops
         last_loop, first_trained = self.loop == loops - 1, loops - (backward_loops or loops)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             if self.loop == 0:
@@ -136,7 +139,7 @@ class LoopView(nn.Module):
             spans = self._spans.pop(micro_batch) if last_loop else self._spans[micro_batch]
             if inner.pre_process and self.loop == first_trained > 0:
                 self._input = _Cut.apply(self._input)  # type: ignore[no-untyped-call]  # torch's
-            hidden_SBD = inner.run_layers(ids_BS, self._input, spans)
+            hidden_SBD = inner.run_layers(ids_BS, self._input, spans, self.loop)
             if not inner.post_process:
                 return ViewOutput(hidden_SBD, None)
             readout = inner.read_out(hidden_SBD, spans)
@@ -144,7 +147,7 @@ class LoopView(nn.Module):
             hidden_SBD, readout = hidden_SBD.detach(), readout.detached()
 
         before = self._carried.pop(micro_batch, _Carried())
-        logit_SB, state = inner.gate_logit(readout.gate_SBD, before.gate_state, self.loop, document_start_SB)
+        logit_SB, state = inner.gate_logit(readout.gate_SBD, before.gate_state, self.loop, document_start_SB, loops)
         leave_SB = leave_log_prob((*before.gate_logit, logit_SB), last_loop).exp()
         losses = head(readout.head_SBD, leave_SB, last_loop)
         if last_loop:
@@ -189,7 +192,8 @@ class _Carry(torch.autograd.Function):
         return None, grad_SBD, *grads
 
 
-def loop_views(ddp: DistributedDataParallel) -> list[LoopView]:
-    """Return this rank's R views, in the order of the loops."""
+def loop_views(ddp: DistributedDataParallel, loops: int | None = None) -> list[LoopView]:
+    """Return this rank's views for steps of ``loops`` loops, in their order; None for all of the model's."""
+    loops = loops or ddp.module.model_config.num_loops
     carried, spans = dict[int, _Carried](), dict[int, Tensor | None]()
-    return [LoopView(ddp, loop, carried, spans) for loop in range(ddp.module.model_config.num_loops)]
+    return [LoopView(ddp, loop, loops, carried, spans) for loop in range(loops)]

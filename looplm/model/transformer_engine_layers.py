@@ -1,8 +1,8 @@
 """A block of Transformer Engine's modules, for NVIDIA GPUs: fused norms, FP8, flash attention.
 
 A norm that only one linear layer reads is fused into that layer. MLA's first norm has two readers (the query's
-projection and the latent's), so it stays separate. The sandwich norms b and d, the loop-end norm and norms of heads
-precede no linear layer and stay ours.
+projection and the latent's), as has MHA's with a gate on its output, so it stays separate. The sandwich norms b and d,
+the loop-end norm and norms of heads precede no linear layer and stay ours.
 
 Checkpoints store all weights under the local block's names: Megatron renames them by the map below when it saves and
 loads. Scales and histories of FP8 are not stored, because they are pickles.
@@ -55,9 +55,15 @@ LOCAL_NAMES = {
 }
 
 
+def local_names(model: ModelConfig) -> dict[str, str]:
+    """Return the fused norms of a block by name, with their names in a local block."""
+    alone = "" if model.attention_gate == "none" else "input_layernorm."
+    return {fused: local for fused, local in LOCAL_NAMES[model.attention].items() if local != alone}
+
+
 def layer_submodules(model: ModelConfig, config: TransformerConfig) -> TransformerLayerSubmodules:
     """Return the parts of a block."""
-    add, names = residual_add(model, config), LOCAL_NAMES[model.attention]
+    add, names = residual_add(model, config), local_names(model)
     attention = AttentionModules(
         column=TEColumnParallelLinear,
         normed_column=TELayerNormColumnParallelLinear,

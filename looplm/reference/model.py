@@ -13,11 +13,11 @@ loop), and its norm at the end of a loop may be for the read-out alone.
 Shapes: B batch, S sequence, D hidden, F feed-forward, H heads, G query groups, K head width, C latent, V vocabulary,
 R loops, L layers, Z gate state. Sequence first.
 
-Each later loop may read what entered the first one again (injection).
+Each later loop may read what entered the first one again (injection), and each loop a vector of its own (step).
 
-Sources: loops, sandwich norm, linear gate: Ouro (arXiv 2510.25741). Prelude and coda: 2502.05171. Latent attention:
-DeepSeek-V2 (2405.04434). Rotary positions: RoFormer (2104.09864). Grouped queries: 2305.13245. SwiGLU: 2002.05202.
-RMSNorm: 1910.07467. GRU: 1406.1078, as `torch.nn.GRUCell` arranges it.
+Sources: loops, sandwich norm, linear gate: Ouro (arXiv 2510.25741). Prelude and coda: 2502.05171. Step embedding:
+1807.03819. Latent attention: DeepSeek-V2 (2405.04434). Rotary positions: RoFormer (2104.09864). Grouped queries:
+2305.13245. SwiGLU: 2002.05202. RMSNorm: 1910.07467. GRU: 1406.1078, as `torch.nn.GRUCell` arranges it.
 """
 
 import math
@@ -69,10 +69,12 @@ def forward(
     entered_SBD, state_SBZ, hidden, logits = h_SBD, None, [], []
     num_loops = num_loops or cfg.num_loops
     for loop in range(num_loops):
-        if backward_loops is not None and loop == num_loops - backward_loops:
+        if backward_loops is not None and 0 < loop == num_loops - backward_loops:
             h_SBD = h_SBD.detach()  # gradients flow through the last loops alone
         if loop > 0:
             h_SBD = inject(scope(params, "injection."), cfg.injection, h_SBD, entered_SBD)
+        if cfg.step_embedding == "learned":  # loops beyond the trained ones read the last vector
+            h_SBD = h_SBD + params["step_embedding.weight"][min(loop + 1, cfg.num_loops) - 1]
         h_SBD = layers("decoder", cfg.num_layers, h_SBD)
         read_SBD = rms_norm(h_SBD, params["decoder.final_layernorm.weight"], cfg.norm_eps)
         if cfg.loop_norm == "state":  # otherwise the next loop and a coda continue the residual stream
@@ -153,6 +155,7 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
     q_rope = rotate(evens_then_odds(q_rope), view)
     k_rope = rotate(evens_then_odds(k_rope[:, :, None]), view).expand_as(q_rope)
     y_SBHK = attend(torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v_SBHK, view)
+    y_SBHK = output_gate(p, cfg, x_SBD, y_SBHK)
     return F.linear(y_SBHK.flatten(2), p["linear_proj.weight"])
 
 
@@ -187,7 +190,16 @@ def grouped_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tenso
         q, k = (rms_norm(t, p[f"{n}_layernorm.weight"], cfg.norm_eps) for t, n in ((q, "q"), (k, "k")))
     k, v = (t.expand_as(q).flatten(2, 3) for t in (k, v))
     y_SBHK = attend(rotate(q.flatten(2, 3), view), rotate(k, view), v, view)
-    return F.linear(y_SBHK.flatten(2), p["linear_proj.weight"])
+    return F.linear(output_gate(p, cfg, x_SBD, y_SBHK).flatten(2), p["linear_proj.weight"])
+
+
+def output_gate(p: Params, cfg: Any, x_SBD: Tensor, y_SBHK: Tensor) -> Tensor:
+    """Return y * sigmoid(W x) with a gate for each head, or for each of its channels (arXiv 2505.06708)."""
+    if cfg.attention_gate == "none":
+        return y_SBHK
+    per_head = 1 if cfg.attention_gate == "head" else y_SBHK.shape[-1]
+    logit_SBHK = F.linear(x_SBD, p["linear_gate.weight"]).unflatten(-1, (cfg.num_attention_heads, per_head))
+    return y_SBHK * torch.sigmoid(logit_SBHK)
 
 
 class View(NamedTuple):

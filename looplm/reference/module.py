@@ -58,7 +58,7 @@ def before_keys_and_values(cfg: Any, c: int) -> Shapes:
 
 
 def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
-    """Return the shape of every parameter by name. The number of loops is in none."""
+    """Return the shape of every parameter by name. The number of loops is in none but the step embedding's."""
     d, f, v, heads = cfg.hidden_size, cfg.ffn_hidden_size, cfg.vocab_size, cfg.num_attention_heads
     if cfg.attention == "mla":
         c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
@@ -79,6 +79,10 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
         attention = {"linear_qkv.weight": (rows, d), "linear_proj.weight": (d, heads * mha_head_dim(cfg))}
         attention |= {"linear_qkv.bias": (rows,)} if cfg.qkv_bias else {}
         attention |= {f"{n}_layernorm.weight": (mha_head_dim(cfg),) for n in "qk"} if cfg.qk_norm else {}
+
+    value = cfg.v_head_dim if cfg.attention == "mla" else mha_head_dim(cfg)
+    gated = {"head": heads, "element": heads * value}.get(cfg.attention_gate)
+    attention |= {"linear_gate.weight": (gated, d)} if gated else {}
 
     norms = ["input_layernorm", "pre_mlp_layernorm"] + ["self_attn_bda.norm", "mlp_bda.norm"] * cfg.sandwich_norm
     layer = {f"{norm}.weight": (d,) for norm in norms} | {f"self_attention.{n}": s for n, s in attention.items()}
@@ -101,6 +105,7 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
         "linear": {"weight": (d, 2 * d)},
     }
     shapes |= {f"injection.{name}": shape for name, shape in injections.get(cfg.injection, {}).items()}
+    shapes |= {"step_embedding.weight": (cfg.num_loops, d)} if cfg.step_embedding == "learned" else {}
     shapes |= {"coda.final_layernorm.weight": (d,)} if cfg.coda_layers else {}
     shapes |= {f"gate.{name}": shape for name, shape in gate.items()}
     return shapes if cfg.tie_embeddings else shapes | {"output_layer.weight": (v, d)}

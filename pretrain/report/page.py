@@ -79,6 +79,7 @@ def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
     tiles = []
     if stages:
         loss_N = stages[0].train["loss_per_loop"][:, -1]
+        loss_N = loss_N[np.isfinite(loss_N)] if np.isfinite(loss_N).any() else loss_N  # steps that ran all loops
         start, end = loss_N[0], _at_end(loss_N)
         change = f"{'fell' if end <= start else 'rose'} by {abs(start - end):.2f} nats"
         tiles.append(("Training loss", f"{start:.2f} → {end:.2f}", f"{change} at the deepest loop, {stages[0].name}"))
@@ -116,7 +117,8 @@ def _notes(stages: Sequence[Stage], evaluation: Evaluation | None, samples: Sequ
     if not samples:
         notes.append("No samples.jsonl here: looplm.generate writes it.")
     for stage in stages:
-        bad = int((~np.isfinite(stage.train["loss_per_loop"]).all(axis=1)).sum())
+        ran_NR = stage.train["exit_distribution"] != 0  # no token leaves after a loop that the step did not run
+        bad = int((~np.isfinite(stage.train["loss_per_loop"]) & ran_NR).any(axis=1).sum())
         if bad:
             steps = f"{bad} of {len(stage.train['step'])} logged steps"
             notes.append(f"{stage.name}: {steps} have a loss that is not finite; the curves leave them out.")

@@ -27,6 +27,10 @@ MODELS = {
     "latent reasoning": ModelConfig(**SIZES, **MLA, latent_iterations=2, latent_halting=True),
     "plain latent reasoning": ModelConfig(**SIZES, **MLA, latent_iterations=1, kv_latent_norm=False),
     "linear injection": ModelConfig(**SIZES, **MLA, injection="linear"),
+    "step embedding": ModelConfig(**SIZES, **MLA, step_embedding="learned"),
+    "mla, head gate": ModelConfig(**SIZES, **MLA, attention_gate="head"),
+    "mla, element gate": ModelConfig(**SIZES, **MLA, attention_gate="element"),
+    "gqa, element gate": ModelConfig(**SIZES, attention="mha", num_query_groups=2, attention_gate="element"),
     "diagonal injection": ModelConfig(**SIZES, **MLA, injection="diagonal"),
     "mha": ModelConfig(**SIZES, attention="mha", sandwich_norm=False),
     "gqa, biases, norms": ModelConfig(
@@ -106,14 +110,18 @@ def test_the_tensor_parallel_size_must_divide_heads_groups_widths_and_vocabulary
 @pytest.mark.parametrize(("model", "gate"), CASES)
 def test_weight_decay_excludes_vectors_and_the_gate(model: str, gate: str, single_process) -> None:
     built = LoopLM(MODELS[model], EXIT_GATES[gate], single_process)
-    spared = ("gate.", "injection.")
+    spared = ("gate.", "injection.", "step_embedding.")
     matrices = {name for name, tensor in built.named_parameters() if tensor.dim() > 1 and not name.startswith(spared)}
     assert decayed_names(MODELS[model], EXIT_GATES[gate]) == matrices
 
 
-def test_the_number_of_loops_changes_no_parameter() -> None:
+def test_the_number_of_loops_changes_no_parameter_but_the_step_embedding() -> None:
     model, gate = MODELS["mla"], GateConfig()
     assert parameters(model, gate) == parameters(dataclasses.replace(model, num_loops=9), gate)
+    for loops in (3, 9):
+        counts = parameter_counts(dataclasses.replace(MODELS["step embedding"], num_loops=loops), gate)
+        assert counts == {**parameter_counts(model, gate), "step_embedding": 32 * loops}
+    assert forward_flops_per_token(MODELS["step embedding"], gate, 64, 3) == forward_flops_per_token(model, gate, 64, 3)
 
 
 def test_a_tied_head_has_no_parameters_but_as_many_flops() -> None:

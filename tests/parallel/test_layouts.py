@@ -60,6 +60,11 @@ LATER = (
     "mha truncated gradients",
     "mla state penalties",
     "mla plain latent",
+    "mla step embedding",
+    "mla element gate",
+    "mha head gate",
+    "mla loop onset",
+    "mha sampled loops",
     "mla latent reasoning",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
@@ -83,7 +88,12 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[13]: (MHA, LRU, {"loss": {"backward_loops": 1}}),
     LATER[14]: (MLA, LRU, {"loss": {"stability": 0.3, "fixed_point": 0.2, "sparsity": 0.1}}),
     LATER[15]: (dataclasses.replace(MLA, kv_latent_norm=False), LRU, {}),
-    LATER[16]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, LATENT_LOSS),
+    LATER[16]: (dataclasses.replace(MLA, step_embedding="learned", injection="diagonal"), LRU, {}),
+    LATER[17]: (dataclasses.replace(MLA, attention_gate="element"), LRU, {}),
+    LATER[18]: (dataclasses.replace(MHA, attention_gate="head"), LINEAR, {}),
+    LATER[19]: (MLA, LRU, {"loss": {"loop_onset": 0.5, "onset_loops": 2}}),
+    LATER[20]: (dataclasses.replace(MHA, num_loops=3), LINEAR, {"loss": {"sampled_loops": "uniform"}}),  # 2, then 1
+    LATER[21]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, LATENT_LOSS),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -189,7 +199,12 @@ CASES = [
     *cases(LATER[13], "TP2 + SP", "PP2"),
     *cases(LATER[14], "TP2 + SP", "CP2"),
     *cases(LATER[15], "TP2 + SP"),
-    *cases(LATER[16], "TP2 + SP"),
+    *cases(LATER[16], "TP2 + SP", "PP2"),
+    *cases(LATER[17], "TP2 + SP, selective"),
+    *cases(LATER[18], "TP2 without SP"),
+    *cases(LATER[19], "PP2"),
+    *cases(LATER[20], "TP2 + SP"),
+    *cases(LATER[21], "TP2 + SP"),
 ]
 if EVERYTHING:
     CASES += [
@@ -203,7 +218,12 @@ if EVERYTHING:
         *cases(LATER[13], "CP2", "CP2 x PP2", "PP2 x DP2, overlapped"),
         *cases(LATER[14], "DP2, overlapped"),
         *cases(LATER[15], "PP2", "CP2"),
-        *cases(LATER[16], "PP2", "CP2", "DP2, overlapped"),
+        *cases(LATER[16], "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
+        *cases(LATER[17], "TP2 + SP", "PP2, full", "CP2", "TP2 + SP x PP2"),
+        *cases(LATER[18], "CP2", "TP2 + SP, loop", "PP2", "DP2, overlapped"),
+        *cases(LATER[19], "TP2 + SP", "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
+        *cases(LATER[20], "CP2", "TP2 + SP, loop", "DP2"),
+        *cases(LATER[21], "PP2", "CP2", "DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),
@@ -318,9 +338,9 @@ def test_gradients_and_losses_equal_those_of_a_single_process(case, results, cor
     found_stats, found = read(case, results, corpus, single_process)
     assert found_stats["tokens"] == stats["tokens"]
     for key in ("loss", "entropy", "mean_depth", "loss_per_loop", "exit_distribution", "losses", "valid"):
-        assert found_stats[key] == pytest.approx(stats[key], rel=1e-5), key
+        assert found_stats[key] == pytest.approx(stats[key], rel=1e-5, nan_ok=True), key
     for key in ("hidden_rms", "hidden_grad_norm", "hidden_cosine", "grad_norms"):
-        assert found_stats[key] == pytest.approx(stats[key], rel=1e-4), key
+        assert found_stats[key] == pytest.approx(stats[key], rel=1e-4, nan_ok=True), key
     assert len(set(found_stats["losses"])) == len(found_stats["losses"]), "training did not change the loss"
     trained = {key for key, value in expected.items() if value.abs().max() > 0}
     assert len(trained) > 1 and all(found[key].abs().max() == 0 for key in set(expected) - trained)

@@ -12,6 +12,7 @@ from looplm import reference
 from looplm.config import PENALTIES, GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, Recompute
 from looplm.model import LoopLM, head
 from pretrain.data import Batch
+from pretrain.norms import module_of
 from pretrain.optim import freeze_trunk
 from pretrain.trainer import Trainer, _gradient_factor
 from tests.support.parity import assert_close_relative, grad_of, oracle_copy
@@ -281,6 +282,15 @@ def test_schedules(single_process, changes, expected):
         trainer.scheduler.step(1)
         rates.append(1e3 * trainer.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_gradients_norm_is_logged_under_the_module_of_its_parameter():
+    attention = "decoder.layers.0.self_attention."
+    assert {module_of(f"{name}.weight") for name in ("injection", "step_embedding", "embedding.word_embeddings")} == {
+        "embedding"
+    }
+    assert {module_of(f"{attention}{name}.weight") for name in ("linear_gate", "linear_qkv")} == {"attention"}
+    assert module_of("gate.readout.weight") == "gate" and module_of(f"{attention}kv_layernorm.weight") == "norms"
 
 
 @pytest.mark.slow

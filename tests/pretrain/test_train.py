@@ -130,6 +130,14 @@ def test_a_later_stage_may_change_loops_rope_and_length(corpus, tmp_path, single
     assert len(run(later)[0]["loss_per_loop"]) == 2
 
 
+def test_a_step_embedding_holds_later_stages_to_its_loops(corpus, tmp_path, single_process):
+    steps = {"step_embedding": "learned"}
+    run(run_config(corpus, tmp_path / "a", model=steps, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0}))
+    start = {"initial": str(tmp_path / "a")}
+    with pytest.raises(UserError, match=r"made with model\.num_loops=3, this run has 2; set model\.num_loops to 3"):
+        run(run_config(corpus, tmp_path / "b", model=steps | {"num_loops": 2}, checkpoint=start))
+
+
 def test_a_later_stage_can_inherit_the_moments(corpus, tmp_path, single_process):
     """Its moments after one step are beta times the old ones, plus those of a step that started without them."""
     first = run_config(corpus, tmp_path / "first")

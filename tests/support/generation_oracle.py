@@ -44,12 +44,15 @@ VARIANTS = {
     "gqa-biases-normed-heads": replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True),
     "gqa": replace(MHA, num_query_groups=2, tie_embeddings=True),
 }
-# With layers outside the loops, a norm for the read-out only, or an injection; SlowGenerator knows none of them.
+# What SlowGenerator does not know: layers outside the loops, other inputs of a loop, other read-outs, gated attention.
 READ_OUTS = {
     "mla-prelude-coda": replace(MLA, prelude_layers=1, coda_layers=2),
     "gqa-coda-readout-norm": replace(VARIANTS["gqa"], coda_layers=1, loop_norm="readout"),
     "mha-diagonal-injection": replace(MHA, injection="diagonal"),
     "mla-prelude-linear-injection": replace(MLA, prelude_layers=1, injection="linear"),
+    "mla-element-gate": replace(MLA, attention_gate="element"),
+    "gqa-head-gate": replace(VARIANTS["gqa"], attention_gate="head"),
+    "mla-step-embedding": replace(MLA, step_embedding="learned", injection="additive"),
     "mha-prelude-readout-norm": replace(MHA, prelude_layers=2, loop_norm="readout"),
 }
 GATES = {

@@ -25,6 +25,7 @@ from looplm.model import LoopLM, local_layers
 from looplm.model.local_layers import ReplicatedLinear
 from pretrain import optim
 from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_batches
+from pretrain.loops import loops_of_step
 from pretrain.train import train
 from pretrain.trainer import Trainer
 from tests.support.gradients import whole_gradients
@@ -59,18 +60,19 @@ def train_steps(
     first = list(islice(batches, count))
     if config.parallel.overlap_grad_reduce:  # Megatron overlaps from the second step on
         trainer.backward(iter([*first, *first]), 2 * count)
-    stats, norms = trainer.backward(iter(first), count)
+    loops = [loops_of_step(config, step) for step in range(step_count)]
+    stats, norms = trainer.backward(iter(first), count, loops[0])
     gradients = whole_gradients(trainer.ddp, groups)
     different = 0
     for _ in range(repeats):
-        same = trainer.backward(iter(first), count) == (stats, norms)
+        same = trainer.backward(iter(first), count, loops[0]) == (stats, norms)
         repeated = whole_gradients(trainer.ddp, groups)
         different += not (same and all(torch.equal(repeated[name], value) for name, value in gradients.items()))
     all_different = torch.tensor([different])
     dist.all_reduce(all_different)
 
     batches = chain(first, batches)
-    losses = [trainer.train(batches, count)[0].loss for _ in range(step_count)]
+    losses = [trainer.train(batches, count, loops=ran)[0].loss for ran in loops]
     valid = trainer.evaluate(micro_batches(train_set, data, 0, groups.dp.rank(), groups.dp.size()), count)
 
     with torch.no_grad():

@@ -13,6 +13,7 @@ from looplm import checkpoint, reference
 from looplm.cli import UserError, from_dict
 from looplm.config import GateConfig, RunConfig
 from looplm.files import sha256_of
+from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs
 from pretrain.data import check_corpus
 from pretrain.train import train
@@ -21,7 +22,7 @@ from tests.support.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_
 from tools.upcycle import main
 from tools.upcycling.measure import read_samples
 from tools.upcycling.model_state import ModelState, assemble, open_source
-from tools.upcycling.structure import copy_layers, deepen
+from tools.upcycling.structure import change_loops, copy_layers, deepen
 
 pytestmark = pytest.mark.usefixtures("keep_process_groups")
 ORIGINS = {"stack": [0, 1, 0, 1, 0, 1], "interleave": [0, 0, 0, 1, 1, 1]}
@@ -167,6 +168,22 @@ def test_other_loops_leave_hidden_states_alone_and_move_the_gates_prior(loops, t
     prior = -torch.tensor(float(loops - 1)).log()
     assert torch.allclose(after.gate_logit_RSB[0], learned + prior, atol=1e-6)
     assert len(resume(tmp_path / "out", single_process, 7)) == 1
+
+
+@pytest.mark.parametrize(("loops", "rows"), [(2, [0, 1]), (5, [0, 1, 2, 2, 2])])
+def test_other_loops_keep_their_step_embedding_and_further_ones_start_with_the_last(loops, rows, single_process):
+    config, name = dataclasses.replace(MODEL, step_embedding="learned"), "step_embedding.weight"
+    table_RD = torch.randn(3, MODEL.hidden_size)
+    source = ModelState(config, GateConfig(), {name: table_RD}, {name: {"exp_avg": 2 * table_RD}})
+    state = change_loops(source, loops).state
+    assert state.config.num_loops == loops and state.moments is not None
+    assert torch.equal(state.weights[name], table_RD[rows])
+    assert torch.equal(state.moments[name]["exp_avg"], 2 * table_RD[rows])
+    fresh = LoopLM(config, source.gate, single_process).named_parameters()
+    source = source._replace(weights={key: torch.randn(parameter.shape) for key, parameter in fresh})
+    before = assemble(source, single_process)(IDS_BS, num_loops=5).hidden
+    after = assemble(change_loops(source, loops).state, single_process)(IDS_BS).hidden
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=False))
 
 
 @pytest.mark.slow

@@ -75,7 +75,10 @@ def table(found: list[Partner]) -> str:
 
 
 def _size(config: RunConfig, model: ModelConfig) -> Size:
-    return Size.of(replace(config, model=model))
+    loss = config.loss
+    if model.num_loops == 1:  # there are no fewer loops to run
+        loss = replace(loss, loop_onset=0.0, onset_loops=1, sampled_loops="none")
+    return Size.of(replace(config, model=model, loss=loss))
 
 
 def _value(config: RunConfig, model: ModelConfig, quantity: str) -> float:

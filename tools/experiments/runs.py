@@ -5,6 +5,7 @@ depends on the number of loops. Two arms may only be compared if one of paramete
 equal, as their pair says.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from looplm.accounting import parameter_counts, training_flops_per_token
 from looplm.bounds import at_least, check_bounds, non_empty, positive, require
 from looplm.cli import UserError, from_dict, to_plain
 from looplm.config import RunConfig
+from pretrain.loops import loops_of_step
 from tools.experiments.experiment import Experiment, Pair
 from tools.experiments.rows import Row
 
@@ -132,9 +134,12 @@ class Size:
         """Return the size of a run."""
         counts = parameter_counts(config.model, config.gate)
         length, steps, rows = config.data.seq_length, config.optim.train_steps, config.data.global_batch_size
-        per_token = training_flops_per_token(config.model, config.gate, length, config.model.num_loops)
-        tokens = length * steps * rows
-        return cls(sum(counts.values()) - counts.get("gate", 0), per_token * tokens, tokens, per_token)
+        ran, tokens = Counter({config.model.num_loops: steps}), length * steps * rows
+        if config.loss.varies_loops:
+            ran = Counter(loops_of_step(config, step) for step in range(steps))
+        cost = {loops: training_flops_per_token(config.model, config.gate, length, loops) for loops in ran}
+        flops = sum(length * rows * count * cost[loops] for loops, count in ran.items())
+        return cls(sum(counts.values()) - counts.get("gate", 0), flops, tokens, flops / tokens)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def peak_activation_bytes(run: PlannedRun, rank: int) -> float:
     # recomputes one layer at a time, and ``loop`` all of the pass.
     recomputed = whole_layer - norm if mode == "full" else layers * whole_layer + norm
     hidden, coda = run.shard_tokens * config.model.hidden_size * run.number_bytes, config.model.coda_layers * last
-    more = recomputed - hidden - freed - deepest
+    # The gate's backward comes first; a coda keeps the states of its loops longer.
+    more = recomputed - hidden - freed - (min(deepest, hidden) if coda else deepest)
     if coda:  # the last loop's coda comes before, and reads the deepest state
         of_coda = whole_layer - norm if mode == "full" else coda * whole_layer + norm
         more = max(more, of_coda - hidden - freed)
@@ -51,8 +52,9 @@ def _unlooped_bytes(run: PlannedRun, rank: int) -> float:
         layer = hidden
     elif run.config.parallel.recompute == "loop":
         layer, ends, prelude, coda = hidden, 0.0, min(1, prelude), min(1, coda)
-    # The coda's input is kept anyway, by the next loop or the gate.
-    own = coda * layer + ends - hidden if coda else 0.0
+    # The coda's input is kept anyway, by the next loop or the gate; or by neither, after a step embedding in bf16.
+    alone = model.step_embedding != "none" and run.number_bytes != FP32 and run.config.parallel.pipeline == 1
+    own = coda * layer + ends - (0.0 if alone else hidden) if coda else 0.0
     return ceil(passes / model.num_loops) * prelude * layer + passes * own
 
 
@@ -144,11 +146,20 @@ def _attention_bytes(run: PlannedRun) -> float:
         # The core's inputs, and its result, which is the last projection's input. Plain attention's values are a view
         # of the output of the one projection that computes queries, keys and values.
         inputs = query + key + (value if widths.latents else query + key + value)
-        return latents + tokens * (inputs + out) * e
+        return latents + tokens * (inputs + out) * e + _output_gate_bytes(run)
     keys = tokens * layout.context * (key + value)  # of the whole sequence
     projection = query + key + value if model.qk_norm else 0  # kept by the norms of its heads
     padding = _padding_bytes(run) if run.padded_heads else 0.0
-    return latents + (tokens * (query + out + projection) + keys) * e + row_sums + padding
+    return latents + (tokens * (query + out + projection) + keys) * e + row_sums + padding + _output_gate_bytes(run)
+
+
+def _output_gate_bytes(run: PlannedRun) -> float:
+    """Return the bytes kept by the gate on attention's output: the sigmoids, and the product beside the output."""
+    model = run.config.model
+    if model.attention_gate == "none":
+        return 0.0
+    width = model.attention_gate_width + model.num_attention_heads * model.attention_widths.value
+    return run.tokens / run.config.parallel.tensor * width * run.number_bytes
 
 
 def _padding_bytes(run: PlannedRun) -> float:
@@ -198,14 +209,16 @@ def _loss_bytes(run: PlannedRun) -> float:
 
 
 def _deepest_bytes(run: PlannedRun) -> float:
-    """Return the bytes of the hidden state after the last loop, which the gate reads and no later loop keeps.
+    """Return the bytes of the hidden states that the gate reads and no later loop keeps.
 
+    That is the one after the last loop. With a step embedding it is every one, because a loop keeps the sum.
     In bf16 the gate keeps an fp32 copy instead, and under a pipeline every loop's hidden state is its own
     (:func:`_gate_bytes`).
     """
     if run.config.parallel.pipeline > 1 or run.number_bytes != FP32:
         return 0.0
-    return run.shard_tokens * run.config.model.hidden_size * FP32
+    model = run.config.model
+    return (model.num_loops if model.step_embedding != "none" else 1) * run.shard_tokens * model.hidden_size * FP32
 
 
 def _gate_bytes(run: PlannedRun) -> float:

@@ -42,9 +42,10 @@ def tensor_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool)
     if layout.tensor == 1 or (backward and run.frozen):
         return Traffic()
     attention = model.attention_widths.projected
+    calls = 4 if model.attention_gate == "none" else 5  # the gate's linear layer gathers its input by itself
     # Gathered and scattered once each around both sublayers; without sequence parallelism all-reduced, the same bytes.
     layer = run.tokens * (attention + 3 * model.hidden_size) * run.number_bytes
-    layers, operations = run.layers_in_a_pass(rank) * layer, run.layers_in_a_pass(rank) * 4
+    layers, operations = run.layers_in_a_pass(rank) * layer, run.layers_in_a_pass(rank) * calls
     head = run.tokens * model.hidden_size * run.number_bytes if run.is_last(rank) else 0.0
     traffic = _ring(cluster, layout.tensor, 1, layers + head, operations)
     if not backward:

@@ -103,7 +103,7 @@ class PlannedRun:
         parts = {"layers": self.layers_per_rank()[rank] * layer}
         if rank == 0:
             parts |= {"embedding": counts["embedding"] / tensor, "prelude": model.prelude_layers * layer}
-            parts["injection"] = counts["injection"]
+            parts |= {part: counts[part] for part in ("injection", "step_embedding")}
         if self.is_last(rank):
             parts |= {"head": counts["head"] / tensor, "gate": counts["gate"], "loop_end_norm": counts["loop_end_norm"]}
             parts["coda"] = model.coda_layers * layer + (model.hidden_size if model.coda_layers else 0)

@@ -110,6 +110,8 @@ def to_latent(
         parts = [part.unflatten(0, (-1, width)) for part in split(row, qkv.double())]
         latent = convert(Projections(*parts), config, moment_DD, plain.norm_eps)
         weights |= {f"{prefix}self_attention.{name}": weight.float() for name, weight in latent.items()}
+        if (gate := f"{prefix}self_attention.linear_gate.weight") in weights:
+            weights[gate] = weights[gate] * weights[gain]
         weights[gain] = torch.ones_like(weights[gain])
     return Upcycled(ModelState(config, source.gate, weights), *_describe(plain, config))
 

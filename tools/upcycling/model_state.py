@@ -82,10 +82,10 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
 
 
 def assemble(state: ModelState, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32) -> LoopLM:
-    """Build the model. Without weights in ``state``, the gate and the injection are initialized."""
+    """Build the model. Without weights in ``state``, gate, injection and step embedding are initialized."""
     model = LoopLM(state.config, state.gate, groups, dtype)
     named = dict(model.named_parameters())
-    fresh = ("gate.", "injection.")
+    fresh = ("gate.", "injection.", "step_embedding.")
     missing = {name for name in named if name not in state.weights and not name.startswith(fresh)}
     assert not missing and state.weights.keys() <= named.keys(), (missing, state.weights.keys() - named.keys())
     with torch.no_grad():

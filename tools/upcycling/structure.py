@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from looplm.cli import require
@@ -22,7 +23,7 @@ from tools.upcycling.model_state import ModelState, Upcycled
 
 LayerOrder = Literal["stack", "interleave"]
 Value = TypeVar("Value")
-_LAYERS = "decoder.layers."
+_LAYERS, _STEPS = "decoder.layers.", "step_embedding.weight"
 
 
 def deepen(source: ModelState, layers: int, order: LayerOrder, residual_scale: float = 1.0) -> Upcycled:
@@ -76,6 +77,8 @@ def scale_residual(weights: Mapping[str, Tensor], sandwich_norm: bool, factor: f
 def change_loops(source: ModelState, loops: int) -> Upcycled:
     """Return the model with ``loops`` loops. No weight changes, but the meaning of the gate's logits does.
 
+    A step embedding loses the vectors of loops that are no longer run; further loops start with the last one's.
+
     Raises:
         UserError: ``loops`` is not a number of loops, or is the source's.
     """
@@ -94,7 +97,13 @@ def change_loops(source: ModelState, loops: int) -> Upcycled:
             "the exit distribution: what the gate has learned is now a deviation from the uniform prior over "
             f"{loops} loops; offsets of its logits per loop {offsets[0]} -> {offsets[1]}"
         )
-    state = source._replace(config=replace(source.config, num_loops=loops))
+    weights, moments = dict(source.weights), None if source.moments is None else dict(source.moments)
+    if _STEPS in weights:
+        kept = torch.arange(loops).clamp(max=before - 1)
+        weights[_STEPS] = weights[_STEPS][kept]
+        if moments is not None:
+            moments[_STEPS] = {name: moment_RD[kept] for name, moment_RD in moments[_STEPS].items()}
+    state = ModelState(replace(source.config, num_loops=loops), source.gate, weights, moments)
     return Upcycled(state, exact, [approximate])
 
 

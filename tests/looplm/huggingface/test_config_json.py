@@ -260,6 +260,8 @@ def test_which_models_fit_ouros_layout():
 def test_a_key_that_our_layout_does_not_know_is_refused(monkeypatch):
     """A new key of the model must not be dropped without a word."""
     assert all(looplm_fault(model) is None for model in (MHA, *MODELS.values()))
+    assert looplm_fault(dataclasses.replace(MHA, attention_gate="head")) == "model.attention_gate=head"
+    assert looplm_fault(dataclasses.replace(MHA, step_embedding="learned")) == "model.step_embedding=learned"
     monkeypatch.setattr(config_json, "_OPTIONAL_KEYS", ("prelude_layers",))
     assert looplm_fault(dataclasses.replace(MHA, prelude_layers=1)) is None
     assert looplm_fault(dataclasses.replace(MHA, injection="additive")) == "model.injection=additive"

@@ -22,6 +22,12 @@ from looplm.model.exit_gate import exit_log_probs, q_exit
 from tests.support.generation_oracle import GATES, MLA, READ_OUTS, VARIANTS, VOCAB, build
 from tests.support.observe import observed
 
+WITHOUT_CODA = (
+    "mha-prelude-readout-norm",
+    "mha-diagonal-injection",
+    "mla-step-embedding",
+    "mla-element-gate",
+)  # without a coda
 LENGTHS = (21, 1, 9)  # of the prompts, in one batch
 NEW = 10
 OURO: dict[str, Any] = {
@@ -57,7 +63,7 @@ def splitting_threshold(model: LoopLM) -> float:
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("variant", [*VARIANTS, "mha-prelude-readout-norm", "mha-diagonal-injection"])
+@pytest.mark.parametrize("variant", [*VARIANTS, *WITHOUT_CODA])
 def test_per_loop_equals_the_cacheless_model(variant: str, gate: str, single_process: ProcessGroupCollection) -> None:
     """Logits and exit depth of every token, with rows of different lengths side by side."""
     model = build((VARIANTS | READ_OUTS)[variant], GATES[gate], single_process)

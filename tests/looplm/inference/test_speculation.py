@@ -45,6 +45,8 @@ def generator_of(variant: str, groups: ProcessGroupCollection) -> Generator:
         ("gqa", {"speculate": 5, "draft_depth": 2}),
         ("mla-prelude-coda", {"speculate": 4, "draft_depth": 2}),
         ("mla-prelude-linear-injection", {"speculate": 3, "draft_depth": 2}),
+        ("mla-step-embedding", {"speculate": 3, "draft_depth": 2, "depth": 5}),
+        ("gqa-head-gate", {"speculate": 3, "draft_depth": 2}),
         ("mla-query-latent", {"speculate": 2, "draft_depth": 5, "depth": 6}),
     ],
 )

@@ -63,6 +63,11 @@ CASES = {
     "mla-linear-injection": (replace(MLA, injection="linear", prelude_layers=1), LRU),
     "mla-additive-injection": (replace(MLA, injection="additive"), LINEAR),
     "mha-diagonal-injection": (replace(MHA, injection="diagonal", loop_norm="readout"), LRU),
+    "mla-step-embedding": (replace(MLA, step_embedding="learned", injection="diagonal"), LRU),
+    "mla-head-gate": (replace(MLA, attention_gate="head", q_lora_rank=14), LRU),
+    "mla-element-gate": (replace(MLA, attention_gate="element", coda_layers=1), LINEAR),
+    "mha-grouped-head-gate": (replace(MHA, attention_gate="head", num_query_groups=2), LRU),
+    "mha-element-gate": (replace(MHA, attention_gate="element", head_dim=12), LINEAR),
     "mha": (MHA, LINEAR),
     "mha-grouped": (replace(MHA, num_query_groups=2), SEQUENCE),
     "mha-one-group-wide-heads": (replace(MHA, num_query_groups=1, head_dim=12), LRU),
@@ -272,27 +277,37 @@ def test_the_oracle_computes_the_same_with_fused_attention(case: str, single_pro
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_loops_has_the_expected_parameters(case: str, single_process: ProcessGroupCollection):
     config, gate = CASES[case]
-    expected = reference.parameter_shapes(config, gate)
     for loops in (1, 4):
+        expected = reference.parameter_shapes(config, gate)
+        expected |= {name: (loops, config.hidden_size) for name in expected if name.startswith("step_embedding.")}
         model = LoopLM(replace(config, num_loops=loops), gate, single_process)
         assert {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)} == expected
         assert len({p.data_ptr() for p in model.parameters()}) == len(expected)
 
 
-@pytest.mark.parametrize("gate", [LRU, LINEAR], ids=["lru", "linear"])
+@pytest.mark.parametrize("case", ["mla", "mla-additive-injection", "mla-step-embedding"])
 @pytest.mark.parametrize("loops", [1, 2, 5])
 def test_the_first_loops_do_not_depend_on_the_number_of_loops(
-    loops: int, gate: GateConfig, single_process: ProcessGroupCollection
+    loops: int, case: str, single_process: ProcessGroupCollection
 ):
-    model = build(MLA, gate, single_process)
+    config, gate = CASES[case]
+    model = build(config, gate, single_process)
     ids_BS, _, _ = batch()
     other, trained = model(ids_BS, num_loops=loops), model(ids_BS)
     assert len(other.hidden) == loops
     common = min(loops, MLA.num_loops)
     assert all(torch.equal(a, b) for a, b in zip(other.hidden[:common], trained.hidden[:common], strict=True))
     assert torch.equal(other.gate_logit_RSB[:common], trained.gate_logit_RSB[:common])
-    theirs = reference.forward(oracle_copy(dict(model.named_parameters())), MLA, gate, ids_BS, num_loops=loops)
+    theirs = reference.forward(oracle_copy(dict(model.named_parameters())), config, gate, ids_BS, num_loops=loops)
     assert_close_relative(named(other), named(theirs))
+
+
+def test_a_fresh_step_embedding_changes_no_bit(single_process: ProcessGroupCollection):
+    ids_BS, _, _ = batch()
+    plain, stepped = (
+        named(LoopLM(config, LRU, single_process)(ids_BS)) for config in (MLA, replace(MLA, step_embedding="learned"))
+    )
+    assert all(torch.equal(value, stepped[name]) for name, value in plain.items())
 
 
 def test_a_tied_head_is_the_embeddings_own_tensor(single_process: ProcessGroupCollection):

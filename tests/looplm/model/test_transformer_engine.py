@@ -22,7 +22,7 @@ from looplm.config import EngineConfig, GateConfig, ModelConfig, ParallelConfig,
 from looplm.megatron.device import HAS_TRANSFORMER_ENGINE
 from looplm.model import EXTRA_STATE, LoopLM
 from looplm.model.pipeline import loop_views
-from looplm.model.transformer_engine_layers import LOCAL_NAMES
+from looplm.model.transformer_engine_layers import local_names
 from tests.support.parity import assert_close_relative, gradients, oracle_copy
 from tests.support.tiny import about_weights
 
@@ -54,6 +54,8 @@ MODELS = {
     "mla, unequal heads, no sandwich": dataclasses.replace(MLA, v_head_dim=8, sandwich_norm=False),
     "mha": MHA,
     "mha, biases and normed heads": dataclasses.replace(MHA, qkv_bias=True, qk_norm=True),
+    "mla, gate": dataclasses.replace(MLA, attention_gate="element"),
+    "mha, gate": dataclasses.replace(MHA, attention_gate="element"),
     "mha, tied": dataclasses.replace(MHA, tie_embeddings=True, num_query_groups=None),
 }
 S, B = 24, 2
@@ -79,11 +81,13 @@ def documents() -> Tensor:
 def test_fused_norms_have_the_names_that_a_local_block_gives_them(name, single_process):
     layer = LoopLM(MODELS[name], GATE, single_process).decoder.layers[0]
     norms = {key for key in layer.state_dict() if "norm" in key}
-    fused = {f"{target}weight" for target in LOCAL_NAMES[MODELS[name].attention].values()}
-    alone = {"input_layernorm.weight"} if MODELS[name].attention == "mla" else set()
+    fused = {f"{target}weight" for target in local_names(MODELS[name]).values()}
+    two_readers = MODELS[name].attention == "mla" or MODELS[name].attention_gate != "none"
+    alone = {"input_layernorm.weight"} if two_readers else set()
     sandwich = {"self_attn_bda.norm.weight", "mlp_bda.norm.weight"} if MODELS[name].sandwich_norm else set()
     heads = {f"self_attention.{part}_layernorm.weight" for part in "qk"} if MODELS[name].qk_norm else set()
     absent = set() if MODELS[name].q_lora_rank else {"self_attention.q_layernorm.weight"}
+    assert not fused & alone
     assert norms == (fused - absent) | alone | sandwich | heads
 
 
@@ -128,7 +132,7 @@ def canonical(model: LoopLM) -> dict[str, Tensor]:
     """Return the weights under the local model's names."""
     renamed = {}
     for name, parameter in model.named_parameters():
-        for fused, local in LOCAL_NAMES[model.model_config.attention].items():
+        for fused, local in local_names(model.model_config).items():
             name = name.replace(fused, local) if model.attends_packed else name
         renamed[name] = parameter.detach()
     return renamed

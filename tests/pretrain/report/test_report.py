@@ -264,6 +264,16 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
     assert not re.search(r"\bnan\b", page.text)
 
 
+def test_loops_that_a_step_did_not_run_are_left_out_and_are_no_fault(tmp_path: Path) -> None:
+    lines = [line for line in metrics(20, 2) if line["kind"] == "train"]
+    for line in (*lines[:9], lines[-1]):
+        line |= {"loss_per_loop": [line["loss_per_loop"][0], None], "exit_distribution": [1.0, 0.0], "loops": 1}
+    write_lines(tmp_path / "stage1/metrics.jsonl", lines)
+    page = Page(build_page(tmp_path))
+    assert "not finite" not in page.text and not re.search(r"\bnan\b", page.text)
+    assert f"{lines[9]['loss_per_loop'][1]:.2f} →" in page.text, "the headline starts with the first step of all loops"
+
+
 def test_stages_with_different_numbers_of_loops(tmp_path: Path) -> None:
     write_lines(tmp_path / "a/metrics.jsonl", metrics(5, 8))
     write_lines(tmp_path / "b/metrics.jsonl", metrics(5, 4))

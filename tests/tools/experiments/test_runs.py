@@ -1,5 +1,6 @@
 """The runs of an experiment: which there are, at which rates, and that unfair comparisons are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 
 from looplm.cli import UserError, from_dict
 from tools.experiments.rows import Row
-from tools.experiments.runs import ExperimentConfig, Unit, best_rate, config_of, final_units, merged, sweep_units
+from tools.experiments.runs import ExperimentConfig, Size, Unit, best_rate, config_of, final_units, merged, sweep_units
 
 MINI = """
 question: Does it run?
@@ -78,6 +79,14 @@ def test_every_arm_gets_the_same_trials_and_then_its_best_rate():
         ("1x2", 2, 0.002),
     ]
     assert not finals[0].is_of(row(Unit("final", "1x1", 1, 0.002), 1.0)), "another rate than the best"
+
+
+def test_a_runs_flops_are_those_of_the_loops_that_its_steps_run():
+    run = config_of(mini(), Unit("final", "1x2", 2, 0.002), Path("f"))  # six steps
+    whole, onset = Size.of(run), Size.of(replace(run, loss=replace(run.loss, loop_onset=0.5)))
+    once = Size.of(replace(run, model=replace(run.model, num_loops=1)))
+    assert onset.flops == pytest.approx((whole.flops + once.flops) / 2) and onset.flops < whole.flops
+    assert onset.flops_per_token == pytest.approx(onset.flops / onset.trained_tokens)
 
 
 def test_a_runs_config_is_the_arms_with_its_rate_and_seed():

@@ -15,11 +15,13 @@ from tools.planning.memory import rank_memory
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
+ALONE += ["alone, none, MHA, step embedding", "alone, none, MHA, head gate", "alone, selective, MLA, element gate"]
 ALONE += ["alone, none, MLA, plain latent", "alone, none, MLA, prelude and coda", "alone, full, MHA, prelude and coda"]
 ALONE += ["alone, none, MLA, latent reasoning", "alone, none, MLA, linear injection"]
 TOGETHER = [
     "DP2 + distributed optimizer, MLA, bf16",
     "TP2, none, MLA",
+    "TP2, none, MLA, element gate",
     "PP2, none, MLA",
     "PP2, loop, MLA",
     "PP2, loop, MLA, prelude and coda",

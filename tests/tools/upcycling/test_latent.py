@@ -27,6 +27,7 @@ MHA = replace(MODEL, attention="mha", num_attention_heads=4)
 CASES = {
     "plain": MHA,
     "grouped": replace(MHA, num_query_groups=2, sandwich_norm=False),
+    "grouped-gate": replace(MHA, num_query_groups=2, attention_gate="element"),
     "wide-heads-long-waves": replace(MHA, head_dim=12, rope_base=50.0),
 }
 IDS_BS = torch.arange(40).view(2, 20) * 7 % VOCAB
