@@ -6,7 +6,7 @@ Shapes: S sequence, B micro-batch, R loops.
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice, tee
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,20 @@ class Reduced(NamedTuple):
     has_news: bool
 
 
+def schedule_of(pipeline: int) -> Callable[..., list[Tensor]]:
+    """Return Megatron's forward-backward function: for several views its interleaved schedule, for one the plain one.
+
+    The interleaved schedule of Megatron-core 0.16 fails with a single view.
+    """
+    plain, interleaved = get_forward_backward_func(pipeline, None), get_forward_backward_func(pipeline, 2)
+
+    def run(*, model: list[Any], **arguments: Any) -> list[Tensor]:
+        outputs: list[Tensor] = (interleaved if len(model) > 1 else plain)(model=model, **arguments)
+        return outputs
+
+    return run
+
+
 class Trainer:
     """A model in training.
 
@@ -92,9 +106,7 @@ class Trainer:
         pipeline = groups.pp.size()
         self._views: dict[int, list[LoopView]] = {}  # of a pipeline, by the number of loops of a step
         self._frozen_pipeline = pipeline > 1 and loss.frozen_trunk
-        self.schedule: Callable[..., list[Tensor]] = get_forward_backward_func(
-            pipeline, model.model_config.num_loops if pipeline > 1 else None
-        )
+        self.schedule: Callable[..., list[Tensor]] = schedule_of(pipeline)
 
     @property
     def state(self) -> TrainingState:

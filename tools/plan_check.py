@@ -85,6 +85,7 @@ CHECKS: dict[str, MemoryCheck] = {
     "TP2, none, MLA": MemoryCheck(2, ParallelConfig(tensor=2)),
     "TP2, loop, MHA": MemoryCheck(2, ParallelConfig(tensor=2, recompute="loop"), "mha"),
     "PP2, none, MLA": MemoryCheck(2, ParallelConfig(pipeline=2)),
+    "PP2, none, MLA, one loop": MemoryCheck(2, ParallelConfig(pipeline=2), sections={"model": {"num_loops": 1}}),
     "PP2, full, MHA, bf16": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="full"), "mha", BF16),
     "PP2, loop, MLA": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop")),
     "CP2, none, MLA": MemoryCheck(2, ParallelConfig(context=2)),

@@ -136,11 +136,6 @@ class LossConfig:
         key = "loop_onset" if self.loop_onset > 0 else "sampled_loops"
         fix = "with model.num_loops=1 there are no fewer loops; leave it out"
         require(loops > 1 or not self.varies_loops, f"loss.{key}", getattr(self, key), fix)
-        several, fix = layout.pipeline == 1 or not self.varies_loops, "Megatron's schedule for loops needs at least 2"
-        wide = self.loop_onset == 0 or self.onset_loops > 1
-        require(several or wide, "loss.onset_loops", self.onset_loops, f"{fix}; give 2 or more, or parallel.pipeline=1")
-        sampled = self.sampled_loops
-        require(several or sampled == "none", "loss.sampled_loops", sampled, f"{fix}; take none or parallel.pipeline=1")
         fix = "weights of loops that do not run have no gradients to wait for; take parallel.overlap_grad_reduce=false"
         require(not (layout.overlap_grad_reduce and self.varies_loops), f"loss.{key}", getattr(self, key), fix)
         fix = "the gate stage needs at least 2 loops to choose from"

@@ -92,10 +92,12 @@ class LoopView(nn.Module):
     def config(self) -> Any:
         """Megatron's config for its schedules, which count the views as virtual pipeline stages.
 
-        It is a copy, because Megatron's layers must still see a single share of the stack on this rank.
+        It is a copy, because Megatron's layers must still see a single share of the stack on this rank. A single view
+        is no virtual stage, and the plain schedule refuses to overlap messages.
         """
-        config = copy(self.inner.config)
-        config.virtual_pipeline_model_parallel_size = self.loops
+        config, several = copy(self.inner.config), self.loops > 1
+        config.virtual_pipeline_model_parallel_size = self.loops if several else None
+        config.overlap_p2p_comm = config.overlap_p2p_comm and several
         return config
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:

@@ -66,6 +66,7 @@ LATER = (
     "mla loop onset",
     "mha sampled loops",
     "mla latent reasoning",
+    "mla one loop",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -94,6 +95,7 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[19]: (MLA, LRU, {"loss": {"loop_onset": 0.5, "onset_loops": 2}}),
     LATER[20]: (dataclasses.replace(MHA, num_loops=3), LINEAR, {"loss": {"sampled_loops": "uniform"}}),  # 2, then 1
     LATER[21]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, LATENT_LOSS),
+    LATER[22]: (dataclasses.replace(MLA, num_loops=1), LRU, {}),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
@@ -203,8 +205,9 @@ CASES = [
     *cases(LATER[17], "TP2 + SP, selective"),
     *cases(LATER[18], "TP2 without SP"),
     *cases(LATER[19], "PP2"),
-    *cases(LATER[20], "TP2 + SP"),
+    *cases(LATER[20], "PP2"),
     *cases(LATER[21], "TP2 + SP"),
+    *cases(LATER[22], "PP2"),
 ]
 if EVERYTHING:
     CASES += [
@@ -222,8 +225,9 @@ if EVERYTHING:
         *cases(LATER[17], "TP2 + SP", "PP2, full", "CP2", "TP2 + SP x PP2"),
         *cases(LATER[18], "CP2", "TP2 + SP, loop", "PP2", "DP2, overlapped"),
         *cases(LATER[19], "TP2 + SP", "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
-        *cases(LATER[20], "CP2", "TP2 + SP, loop", "DP2"),
+        *cases(LATER[20], "TP2 + SP", "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "DP2"),
         *cases(LATER[21], "PP2", "CP2", "DP2, overlapped"),
+        *cases(LATER[22], "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),

@@ -71,14 +71,6 @@ def test_poisson_loops_follow_the_sum_over_rates(corpus, tmp_path):
             r"loss\.sampled_loops: 'uniform' .* take parallel\.overlap_grad_reduce=false",
         ),
         (
-            {"loss": {"loop_onset": 0.5}, "parallel": ParallelConfig(pipeline=2)},
-            r"loss\.onset_loops: 1 .* needs at least 2; give 2 or more, or parallel\.pipeline=1",
-        ),
-        (
-            {"loss": {"sampled_loops": "uniform"}, "parallel": ParallelConfig(pipeline=2)},
-            r"loss\.sampled_loops: 'uniform' .* needs at least 2; take none or parallel\.pipeline=1",
-        ),
-        (
             {"loss": {"loop_onset": 0.5}, "model": {"num_loops": 1}},
             r"loss\.loop_onset: 0\.5 .* with model\.num_loops=1 there are no fewer loops",
         ),

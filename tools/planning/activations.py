@@ -98,11 +98,14 @@ def forward_activation_bytes(run: PlannedRun, rank: int) -> float:
 def in_flight(run: PlannedRun, rank: int) -> int:
     """Return the number of passes whose activations a rank keeps at the same time.
 
-    Megatron's interleaved 1F1B starts with 2 (P - 1 - rank) + (R - 1) P forward passes and then alternates.
+    Megatron's interleaved 1F1B starts with 2 (P - 1 - rank) + (R - 1) P forward passes and then alternates. A single
+    loop takes the plain schedule, which starts with P - 1 - rank.
     """
     loops, ranks = run.config.model.num_loops, run.config.parallel.pipeline
     if ranks == 1:
         return loops
+    if loops == 1:
+        return min(run.micro_batches, ranks - rank)
     return min(loops * run.micro_batches, 2 * (ranks - 1 - rank) + (loops - 1) * ranks + 1)
 
 
