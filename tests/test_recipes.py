@@ -30,6 +30,8 @@ RECIPES = {
         "quickstart/gate.yaml",
         "longer/gate.yaml",
     ],
+    "smollm, healing": ["smollm/heal.yaml"],
+    "smollm, gate stage": ["smollm/heal.yaml", "smollm/gate.yaml"],
     "upcycling study, plain attention": ["quickstart/pretrain.yaml", "upcycle-study/mha.yaml"],
 }
 # Ouro's stages; each config overrides the previous ones. The larger model starts at 1b with twice the layers.

@@ -56,7 +56,7 @@ $(SMOL_OK)/gate: $(SMOL_OK)/stage1 $(SMOL_C)/gate.yaml
 
 $(SMOL_OK)/evaluation: $(SMOL_OK)/gate
 	$(call phase,smollm 7/8: loss per depth and through each cache)
-	@$(PY) -m pretrain.evaluate --checkpoint $(SMOL)/gate --output $(SMOL)/evaluation.json --batch_size 16 \
+	@$(PY) -m pretrain.evaluate --checkpoint $(SMOL)/gate --output $(SMOL)/evaluation.json --batch_size 8 --samples 8 \
 		--kv_caches per_loop,last,mean,first
 	@touch $@
 

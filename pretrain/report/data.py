@@ -77,7 +77,7 @@ def read_conversions(run: Path) -> list[Conversion]:
     found = []
     for path in run.glob("*/companions/upcycle.json"):  # as tools.upcycle writes it; carried on by training
         folder = path.parent.parent
-        if (folder / "metrics.jsonl").is_file():
+        if (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
             continue
         record = _objects(_parse('{"steps": ' + _read_text(path) + "}", str(path)), "steps", str(path))[-1]
         sections = yaml.safe_load(_read_text(folder / "config.yaml"))

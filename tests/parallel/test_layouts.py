@@ -207,7 +207,6 @@ CASES = [
     *cases(LATER[19], "PP2"),
     *cases(LATER[20], "PP2"),
     *cases(LATER[21], "TP2 + SP"),
-    *cases(LATER[22], "PP2"),
 ]
 if EVERYTHING:
     CASES += [
@@ -227,7 +226,7 @@ if EVERYTHING:
         *cases(LATER[19], "TP2 + SP", "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
         *cases(LATER[20], "TP2 + SP", "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "DP2"),
         *cases(LATER[21], "PP2", "CP2", "DP2, overlapped"),
-        *cases(LATER[22], "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
+        *cases(LATER[22], "PP2", "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),

@@ -54,19 +54,22 @@ Order = list[list[Work]]  # each rank's work, first to last
 class _Communicator:
     """The attributes that Megatron reads from its communicator to count a rank's warm-up micro-batches."""
 
-    def __init__(self, rank: int, pipeline: int, loops: int) -> None:
+    def __init__(self, rank: int, pipeline: int, loops: int | None) -> None:
         self.pp_group, self.virtual_pipeline_model_parallel_size = self, loops
         self.rank, self.size = lambda: rank, lambda: pipeline
 
 
 def interleaved_order(pipeline: int, loops: int, micro_batches: int) -> Order:
-    """Return the order of each rank's work in Megatron's interleaved schedule with loops as virtual stages."""
+    """Return the order of each rank's work in Megatron's interleaved schedule with loops as virtual stages.
+
+    A single loop runs through the plain schedule, as in training.
+    """
     table = get_schedule_table(micro_batches, loops, pipeline)
     forward = [Work("forward", loop, micro_batch) for micro_batch, loop in table]
     backward = [Work("backward", loops - 1 - loop, micro_batch) for micro_batch, loop in table]
     order = []
     for rank in range(pipeline):
-        communicator = _Communicator(rank, pipeline, loops)
+        communicator = _Communicator(rank, pipeline, loops if loops > 1 else None)
         _, _, warmup, _ = get_pp_rank_microbatches(micro_batches, loops, pipeline, p2p_communicator=communicator)
         steady = [work for pair in zip(forward[warmup:], backward, strict=False) for work in pair]
         order.append(forward[:warmup] + steady + backward[len(table) - warmup :])

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_with_interleaving
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -51,11 +54,26 @@ class Communicator:
         self.pp_group, self.config = pp_group, config
         self.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
 
-    def recv_forward(self, shape: Any, is_first: bool) -> Tensor | None:
+    def recv_forward(self, shape: Any, is_first: bool) -> Any:
+        """Return a message, or for a list of shapes, as the plain schedule gives it, a list of them."""
+        if isinstance(shape[0], tuple):
+            return [self.recv_forward(one, is_first) for one in shape]
         return None if is_first else torch.zeros(shape, requires_grad=True)
 
-    def recv_backward(self, shape: Any, is_last_stage: bool) -> Tensor | None:
+    def recv_backward(self, shape: Any, is_last_stage: bool) -> Any:
+        if isinstance(shape[0], tuple):
+            return [self.recv_backward(one, is_last_stage) for one in shape]
         return None if is_last_stage else torch.zeros(shape)
+
+    def send_forward(self, _: Any, is_last_stage: bool) -> None: ...
+
+    def send_backward(self, _: Any, is_first: bool) -> None: ...
+
+    def send_forward_recv_backward(self, _: Any, shape: Any, is_last_stage: bool) -> Any:
+        return self.recv_backward(shape, is_last_stage)
+
+    def send_backward_recv_forward(self, _: Any, shape: Any, is_first: bool) -> Any:
+        return self.recv_forward(shape, is_first)
 
     def send_forward_recv_forward(self, _: Any, recv_prev: bool, tensor_shape: Any) -> Tensor | None:
         return self.recv_forward(tensor_shape, not recv_prev)
@@ -94,11 +112,17 @@ def megatron_order(rank: int, pipeline: int, loops: int, micro_batches: int) -> 
     """Return the order in which Megatron's own schedule runs the loops of one rank."""
     config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
     # Set afterwards, as looplm.model.pipeline does: Megatron's own check needs parallel_state.
-    config.virtual_pipeline_model_parallel_size, config.microbatch_group_size_per_vp_stage = loops, pipeline
+    config.virtual_pipeline_model_parallel_size = loops if loops > 1 else None
+    config.microbatch_group_size_per_vp_stage = pipeline
     config.deallocate_pipeline_outputs, config.pipeline_dtype = False, torch.float32
     record: list[Work] = []
     group = Group(rank, pipeline)
-    forward_backward_pipelining_with_interleaving(
+    run = (
+        forward_backward_pipelining_without_interleaving
+        if loops == 1
+        else forward_backward_pipelining_with_interleaving
+    )
+    run(
         forward_step_func=lambda _, model: (
             model(),
             lambda output: (output.sum(), torch.tensor(1, dtype=torch.int), None),
@@ -132,7 +156,8 @@ def test_the_bubble_matches_the_formula(sizes: tuple[int, int, int], costs: Cost
     assert schedule.bubble(by_loop) == pytest.approx((ranks - 1) / micro_batches)
     assert schedule.interleaved_bubble(*sizes) == pytest.approx((ranks - 1) / (loops * micro_batches))
     assert schedule.loop_by_loop_bubble(*sizes) == pytest.approx((ranks - 1) / micro_batches)
-    assert schedule.in_flight(virtual) == min(loops * micro_batches, (loops + 1) * ranks - 1)
+    most = (loops + 1) * ranks - 1 if loops > 1 else ranks
+    assert schedule.in_flight(virtual) == min(loops * micro_batches, most)
     assert schedule.in_flight(by_loop) == loops * micro_batches
 
 
