@@ -56,14 +56,14 @@ $(SMOL_OK)/gate: $(SMOL_OK)/stage1 $(SMOL_C)/gate.yaml
 
 $(SMOL_OK)/evaluation: $(SMOL_OK)/gate
 	$(call phase,smollm 7/8: loss per depth and through each cache)
-	@$(PY) -m pretrain.evaluate --checkpoint $(SMOL)/gate --output $(SMOL)/evaluation.json --batch_size 8 --samples 8 \
-		--kv_caches per_loop,last,mean,first
+	@$(PY) -m pretrain.evaluate --checkpoint $(SMOL)/gate --output $(SMOL)/evaluation.json \
+		--samples 8 --seq_length 256 --batch_size 8 --kv_caches per_loop,last,mean,first
 	@touch $@
 
 $(SMOL_OK)/report: $(SMOL_OK)/evaluation $(SMOL_C)/prompts.txt
 	$(call phase,smollm 8/8: generation and report)
 	@$(PY) -m looplm.generate --checkpoint $(SMOL)/gate --prompts $(SMOL_C)/prompts.txt \
-		--output $(SMOL)/samples.jsonl --exit_threshold 0.5 --max_new_tokens 60 --temperature 0
+		--output $(SMOL)/samples.jsonl --exit_threshold 0.4 --max_new_tokens 60 --temperature 0
 	@$(PY) -m pretrain.report $(SMOL)
 	@touch $@
 
