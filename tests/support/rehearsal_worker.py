@@ -23,7 +23,7 @@ from tools.rehearsal.memory import Kind, MemoryLedger, MemoryUse
 from tools.rehearsal.one_role import RoleReport, mark_parts, rehearse_role, whole_document_batches
 from tools.rehearsal.recorder import Recorder
 from tools.rehearsal.roles import role_of
-from tools.rehearsal.traffic import Message
+from tools.rehearsal.traffic import Message, Traffic
 
 Recorded = tuple[MemoryUse, list[Message]]
 kept_forever: list[Tensor] = []
@@ -37,11 +37,13 @@ class PatientLedger(MemoryLedger):
     long enough for the next tensors to be made beside them.
     """
 
-    patient = False
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic, self.waited_for = traffic, 0
+        super().__init__()
 
     def restart(self) -> None:
         super().restart()
-        self.patient = True
+        self.waited_for = 0
 
     def _move(self, key: int, kind: Kind) -> None:
         _, size, old = self._alive[key]
@@ -54,14 +56,16 @@ class PatientLedger(MemoryLedger):
         super()._add(kind, size)
 
     def _wait_before_a_peak(self, kind: Kind, size: int, more: int = 0) -> None:
-        if self.patient and (self.bytes[kind] + size > self._most[kind] or self._total + more > self._peak):
+        is_peak = self.bytes[kind] + size > self._most[kind] or self._total + more > self._peak
+        if is_peak and len(self.traffic.messages) > self.waited_for:
+            self.waited_for = len(self.traffic.messages)
             time.sleep(GLOO_SECONDS)
 
 
 def record_real_step(config: RunConfig, micro_batches: int, folder: Path) -> None:
     """Record the second step of a real run as one of its ranks, and write memory and messages."""
     recorder = Recorder()
-    recorder.memory = PatientLedger()
+    recorder.memory = PatientLedger(recorder.traffic)
     with recorder.recording():
         groups = process_groups.start(config.seed, config.parallel)
         trainer = build_trainer(config, groups, None)
