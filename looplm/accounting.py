@@ -46,6 +46,7 @@ def optimizer_bytes(precision: str) -> int:
     return {"fp32": 8, "bf16": 12}[precision]
 
 
+@cache
 def forward_flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: int, num_loops: int) -> float:
     """Return the FLOPs of one token's forward pass: two per weight of each matrix and loop, plus causal attention.
 

@@ -186,12 +186,12 @@ def _before_keys_and_values(model: Any) -> Iterator[Parameter]:
     if not steps:
         yield from [_attention_norm("kv_layernorm", "kv_a_layernorm", width)] if model.kv_latent_norm else []
         return
-    shapes: dict[str, tuple[Shape, int]] = {"norm.weight": ((width,), 1)} if model.kv_latent_norm else {}
-    shapes |= {"cell.weight_ih": ((3 * width, width), 1), "cell.weight_hh": ((3 * width, width), steps)}
-    shapes |= {f"cell.bias_{side}": ((3 * width,), 1) for side in ("ih", "hh")}
-    shapes |= {"halt.weight": ((1, width), steps), "halt.bias": ((1,), 1)} if model.latent_halting else {}
-    for name, (shape, uses) in shapes.items():
+    shapes: dict[str, Shape] = {"norm.weight": (width,)} if model.kv_latent_norm else {}
+    shapes |= _gru_cell(width)
+    shapes |= {"halt.weight": (1, width), "halt.bias": (1,)} if model.latent_halting else {}
+    for name, shape in shapes.items():
         ours, theirs = f"self_attention.kv_layernorm.{name}", f"self_attn.latent_reasoning.{name}"
+        uses = steps if name in ("cell.weight_hh", "halt.weight") else 1
         yield _row("layers", ours, theirs, shape)._replace(uses=uses)
 
 
@@ -246,8 +246,7 @@ def _linear_gate(model: Any, gate: Any) -> GateRows:
 def _lru_gate(model: Any, gate: Any) -> GateRows:
     z = gate.state_size
     shapes: dict[str, Shape] = {"input_proj.weight": (z, model.hidden_size)}
-    shapes |= {f"cell.weight_{side}": (3 * z, z) for side in ("ih", "hh")}
-    shapes |= {f"cell.bias_{side}": (3 * z,) for side in ("ih", "hh")}
+    shapes |= _gru_cell(z)
     shapes |= {"readout.weight": (1, z), "readout.bias": (1,)}
     shapes |= {"sequence_readout.weight": (1, z)} if gate.sequence_level else {}
     return GateRows(shapes, 9 * z)  # the GRU cell keeps its state and its gates
@@ -319,6 +318,12 @@ def _vocabulary(model: Any) -> TensorSplit:
 def _row(section: Section, ours: str, theirs: str, shape: Shape) -> Parameter:
     """Return a parameter that is one tensor on both sides."""
     return Parameter(ours, shape, section, "matrix" if len(shape) > 1 else "vector", {theirs: shape})
+
+
+def _gru_cell(width: int) -> dict[str, Shape]:
+    """Return the shapes of torch's GRU cell whose input is as wide as its state."""
+    shapes: dict[str, Shape] = {f"cell.weight_{side}": (3 * width, width) for side in ("ih", "hh")}
+    return shapes | {f"cell.bias_{side}": (3 * width,) for side in ("ih", "hh")}
 
 
 def _linear(

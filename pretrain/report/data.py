@@ -79,7 +79,7 @@ def read_conversions(run: Path) -> list[Conversion]:
         folder = path.parent.parent
         if (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
             continue
-        record = _objects(_parse('{"steps": ' + _read_text(path) + "}", str(path)), "steps", str(path))[-1]
+        record = _last_conversion(path)
         sections = yaml.safe_load(_read_text(folder / "config.yaml"))
         before, after = ({} if when not in record else _object(record, when, str(path)) for when in ("before", "after"))
         loops = len(_numbers(before, "exit_distribution", str(path))) if before else 0
@@ -126,8 +126,7 @@ def _origin(stage: Stage, run: Path) -> str | None:
     named = Path(stage.run.checkpoint.initial)
     record = run / named.name / "companions/upcycle.json"  # as tools.upcycle writes it
     if not (run / named.name / "metrics.jsonl").is_file() and record.is_file():
-        upcycled = _parse('{"steps": ' + _read_text(record) + "}", str(record))
-        named = Path(str(_objects(upcycled, "steps", str(record))[-1].get("source")))
+        named = Path(str(_last_conversion(record).get("source")))
     names = {path.parent.name for path in run.glob("*/metrics.jsonl")} - {stage.name}
     return next((part for part in reversed(named.parts) if part in names), None)
 
@@ -201,6 +200,11 @@ def _numbers(record: Record, key: str, where: str) -> list[float]:
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: {key}: {values!r} is not a list of numbers; write it again or remove it")
     return [_number({key: value}, key, where) for value in values]
+
+
+def _last_conversion(path: Path) -> Record:
+    """Return the newest entry of a model's list of conversions."""
+    return _objects(_parse('{"steps": ' + _read_text(path) + "}", str(path)), "steps", str(path))[-1]
 
 
 def _object(record: Record, key: str, where: str) -> Record:

@@ -124,7 +124,7 @@ class View(NamedTuple):
         Args:
             config: the model's configuration.
             h_BSD: the embedded tokens.
-            mask_BT: False or 0 for padding; None if there is none.
+            mask_BT: False or 0 for padding; None without padding.
             documents: positions, ``seq_idx`` and ``cu_seq_lens`` of :func:`first_tokens`.
             cache: the cache that the call uses, if any.
             past: number of cached tokens.

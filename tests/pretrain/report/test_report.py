@@ -197,7 +197,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_converted_models_have_a_table(tmp_path: Path) -> None:
-    """Of a source with one loop, the loss at its one depth; a stage that was trained since is not among them."""
+    """Show the loss of a source with one loop at that one depth; leave out a stage that was trained since."""
     run = write_run(tmp_path / "run")
     after = {"loss_per_depth": [2.25, 2.125], "exit_distribution": [0.5, 0.5]}
     before = {"loss_per_depth": [2.0, 10.5], "exit_distribution": [1.0]}
