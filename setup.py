@@ -9,8 +9,7 @@ README = Path(__file__).parent / "README.md"  # absent in a container image, whi
 EXTRAS = {
     # One NVIDIA GPU or more: FP8, fused attention. Building these needs the CUDA toolkit.
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    # Raw text to token files. datatrove's bare install lacks packages that its own steps import; xxhash 4 breaks its
-    # MinHash signatures.
+    # Raw text to token files. datatrove's bare install lacks packages that its own steps import.
     "data": [
         "datatrove>=0.10,<0.11",
         "fasteners>=0.19",
@@ -21,7 +20,6 @@ EXTRAS = {
         "pyarrow>=18",
         "regex",
         "spacy>=3.8,<4",
-        "xxhash>=3.5,<4",
         "zstandard>=0.23",
     ],
     # Running an export with Hugging Face's transformers; the conversion itself does not need it.
@@ -89,6 +87,7 @@ setup(
         "tokenizers>=0.21",
         "torch>=2.10",
         "tqdm>=4.66",
+        "xxhash>=3.5,<4",  # 4 breaks the MinHash signatures of datatrove
     ],
     extras_require=EXTRAS,
 )

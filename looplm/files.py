@@ -4,15 +4,16 @@ import errno
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
+
+import xxhash
 
 from looplm.failures import StorageFailure, printable
 
 _BLOCK_BYTES = 1 << 18  # stays in the cache between the disk and the hash
-_PAUSE = 0.001  # seconds between two looks at a file that grows
 _LONGEST_NAME = 255  # bytes
 _DENIED = (errno.EACCES, errno.EPERM)
 _DISK_FAULTS = {  # errno → what is wrong, what to do
@@ -96,21 +97,28 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path, is_whole: Callable[[], bool] = lambda: True) -> str:
-    """Return the hex digest of a file's content.
+class _Hash(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
 
-    Args:
-        path: the file.
-        is_whole: False while another thread still appends to the file; it is read as it grows. An error that this
-            raises ends the reading.
+    def hexdigest(self) -> str: ...
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex digest of a file's content, by which it is known everywhere."""
+    return _digest(path, hashlib.sha256())
+
+
+def xxh3_of(path: Path) -> str:
+    """Return the hex digest (128 bits) that tells whether a file has changed, at ten times the speed of sha256.
+
+    It is no proof against someone who makes another file of the same digest.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    return _digest(path, xxhash.xxh3_128())
+
+
+def _digest(path: Path, content: _Hash) -> str:
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as stream:
-        while True:
-            was_whole = is_whole()
-            if size := stream.readinto(buffer):
-                digest.update(buffer[:size])
-            elif was_whole:
-                return digest.hexdigest()
-            else:
-                time.sleep(_PAUSE)
+        while size := stream.readinto(buffer):
+            content.update(buffer[:size])
+    return content.hexdigest()

@@ -1,11 +1,10 @@
 """One rank's part of a checkpoint, and the work of writing it: files, their flush to the disk, and their hashes.
 
-Large files are written one after the other while other threads hash them as they grow, and flushed together. Memory and
-hash are then busy side by side.
+Large files are written one after the other. While the next is written, other threads flush a file to the disk and hash
+it.
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ import torch
 import yaml
 
 import looplm.checkpoint.step_folder as step_folder
-from looplm.checkpoint.plan import STATE, Plan, PlannedFile, write_description, write_file
+from looplm.checkpoint.plan import STATE, Plan, write_description, write_file
 from looplm.checkpoint.verify import Fingerprint, fingerprint
 from looplm.failures import Failure
 from looplm.files import fsync, storage_failure
 from looplm.megatron import device
 
-_PAUSE = 0.001  # seconds between two looks for a file that is about to be written
+_Settling = tuple[Future[None], Future[Fingerprint]]  # the end of a file's flush, and its hash
 
 Content = bytes | dict[str, Any] | Path  # bytes, values for YAML, or a file or folder to copy
 
@@ -58,24 +57,21 @@ class Written(NamedTuple):
     files: dict[str, Fingerprint]
 
 
-class _Begun(NamedTuple):
-    """A file of Megatron's that is written, and its hash, which another thread may still compute."""
-
-    name: str
-    results: list[object]
-    found: Future[Fingerprint]
-
-
 def write(job: Job) -> Written:
     """Write the files of a job and wait until they are on the disk."""
     small = {**job.plan.common, **job.files}
     names = [written for name, content in small.items() for written in _write_content(job.folder, name, content)]
+    results: list[list[object]] = []
     with _without_checksums(), ThreadPoolExecutor() as others:
-        begun = [_write_planned(job.folder / STATE, file, others) for file in job.plan.files]
-        list(others.map(lambda file: fsync(job.folder / STATE / file.name), begun))
-        files = {f"{STATE}/{name}": found.result() for name, _, found in begun}
-    files |= {name: _settled(job.folder / name) for name in names}
-    return Written([results for _, results, _ in begun], files)
+        settling: dict[str, _Settling] = {}
+        for file in job.plan.files:
+            results.append(write_file(job.folder, file))
+            name = f"{STATE}/{file.name}"
+            settling[name] = _settle(job.folder / name, others)
+        settling |= {name: _settle(job.folder / name, others) for name in names}
+        for flushed, _ in settling.values():
+            flushed.result()
+        return Written(results, {name: found.result() for name, (_, found) in settling.items()})
 
 
 def publish(job: Job, everything: list[Written]) -> None:
@@ -99,7 +95,7 @@ def describe(error: BaseException, final: Path | None) -> str:
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Leave out the checksum in torch's files: the manifest's sha256 covers every byte; it costs a third more."""
+    """Leave out the checksum in torch's files: the manifest's hash covers every byte; it costs a third more."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -108,23 +104,9 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _write_planned(folder: Path, file: PlannedFile, others: Executor) -> _Begun:
-    """Write one of Megatron's files, while another thread hashes it."""
-    path, written = folder / file.name, Future[list[object]]()
-    found = others.submit(_fingerprint_growing, path, written)
-    try:
-        written.set_result(write_file(folder.parent, file))
-    except BaseException as error:
-        written.set_exception(error)  # the others meet it and end
-        raise
-    return _Begun(file.name, written.result(), found)
-
-
-def _fingerprint_growing(path: Path, written: Future[list[object]]) -> Fingerprint:
-    """Return the fingerprint of a file that is being written."""
-    while not path.exists() and not written.done():
-        time.sleep(_PAUSE)
-    return fingerprint(path, lambda: written.done() and written.result() is not None)
+def _settle(path: Path, others: Executor) -> _Settling:
+    """Let other threads flush a file to the disk and hash it."""
+    return others.submit(fsync, path), others.submit(fingerprint, path)
 
 
 def _settled(path: Path) -> Fingerprint:

@@ -7,7 +7,7 @@ A checkpoint is a directory ``step_00000300/``::
     about.json      format version, step, samples, package versions, git revision, fingerprints of tokenizer and data
     tokenizer.json  the tokenizer, so that the directory needs no other file
     companions/     files that came with imported weights and leave with an export, such as a chat template
-    manifest.json   size and sha256 of every other file; written last
+    manifest.json   size and hash (xxh3) of every other file; written last
 
 The directory is complete or absent (:mod:`looplm.checkpoint.step_folder`); ``latest`` beside it names the newest.
 """

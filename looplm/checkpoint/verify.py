@@ -7,19 +7,19 @@ list. A pickle may contain only the names that torch and Megatron-core write: it
 import json
 import pickle
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from looplm.failures import printable
-from looplm.files import is_file_name, sha256_of
+from looplm.files import is_file_name, sha256_of, xxh3_of
 
 MANIFEST = "manifest.json"
-Fingerprint = tuple[int, str]  # size and sha256
+Fingerprint = tuple[int, str]  # size and xxh3
 
 _LARGEST_MANIFEST = 1 << 26  # bytes; a run on 4,096 ranks has one of 2 MB
+_HASHES = {32: xxh3_of, 64: sha256_of}  # by the digits of a digest; sha256 until November 2026
 # Files that a reader opens by name, and folders of which it opens every file.
 _REQUIRED = ("about.json", "config.yaml", "tokenizer.json", "state/.metadata", "state/metadata.json")
 _CLOSED_FOLDERS = ("state", "companions")
@@ -63,14 +63,14 @@ def find_fault(step: Path, deep: bool = True) -> str | None:
         if step.is_symlink():
             raise Damage("a link to another folder; copy that folder here, or name it itself")
         manifest = _read_manifest(step / MANIFEST)
-        for name, (size, sha256) in manifest.items():
+        for name, (size, digest) in manifest.items():
             path = step / name
             found = _regular_file(step, name)
             if found is None:
                 raise Damage(f"{name} is missing")
             if found.st_size != size:
                 raise Damage(f"{name} has {found.st_size} bytes instead of {size}")
-            if deep and sha256_of(path) != sha256:
+            if deep and _HASHES[len(digest)](path) != digest:
                 raise Damage(f"{name} has changed since it was written")
         _refuse_others(step, manifest)
         if deep:
@@ -84,10 +84,9 @@ def find_fault(step: Path, deep: bool = True) -> str | None:
     return None
 
 
-def fingerprint(path: Path, is_whole: Callable[[], bool] = lambda: True) -> Fingerprint:
-    """Return size and sha256 of a file, as in manifest.json; wait for its end until ``is_whole``."""
-    digest = sha256_of(path, is_whole)
-    return path.stat().st_size, digest
+def fingerprint(path: Path) -> Fingerprint:
+    """Return size and hash of a file, as in manifest.json."""
+    return path.stat().st_size, xxh3_of(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:
@@ -105,12 +104,12 @@ def _read_manifest(path: Path) -> dict[str, Fingerprint]:
     for name, value in manifest.items():
         if not all(map(is_file_name, name.split("/"))):
             raise Damage(f"{MANIFEST} names {name!r}, which is not inside this folder")
-        if not isinstance(value, list) or [type(item) for item in value] != [int, str]:
+        if not isinstance(value, list) or [type(item) for item in value] != [int, str] or len(value[1]) not in _HASHES:
             raise Damage(f"{MANIFEST} has no size and hash of {name!r}")
     missing = [name for name in _REQUIRED if name not in manifest]
     if missing:
         raise Damage(f"{missing[0]} is not in {MANIFEST}")
-    return {name: (size, sha256) for name, (size, sha256) in manifest.items()}
+    return {name: (size, digest) for name, (size, digest) in manifest.items()}
 
 
 def _regular_file(step: Path, name: str) -> Any:

@@ -102,6 +102,7 @@ def link_companion(step: Path, target: str) -> None:
     (step / "companions/x").symlink_to(target)
 
 
+HASH = "0" * 32
 MARK = Path("payload_ran")  # replaced by a path in the test's folder
 # Each damages the step directory that it is given; its words stand in the report.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -128,24 +129,28 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda step: edit_manifest(step, lambda manifest: manifest.update({"about.json": "x"})),
         "no size and hash of 'about.json'",
     ),
+    "manifest with a hash of another kind": (
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"about.json": [1, "0" * 40]})),
+        "no size and hash of 'about.json'",
+    ),
     "manifest with a huge size": (
-        lambda step: edit_manifest(step, lambda manifest: manifest.update({"about.json": [10**30, "0"]})),
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"about.json": [10**30, HASH]})),
         "bytes instead of",
     ),
     "manifest with '..'": (
-        lambda step: edit_manifest(step, lambda manifest: manifest.update({"../../x": [1, "0"]})),
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"../../x": [1, HASH]})),
         "names '../../x', which is not inside this folder",
     ),
     "manifest with an absolute name": (
-        lambda step: edit_manifest(step, lambda manifest: manifest.update({"/etc/passwd": [1, "0"]})),
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"/etc/passwd": [1, HASH]})),
         "names '/etc/passwd', which is not inside this folder",
     ),
     "manifest with a name that no disk can hold": (
-        lambda step: edit_manifest(step, lambda manifest: manifest.update({"state/" + "x" * 256: [1, "0"]})),
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"state/" + "x" * 256: [1, HASH]})),
         "which is not inside this folder",
     ),
     "manifest with half a character": (
-        lambda step: edit_manifest(step, lambda manifest: manifest.update({"\ud800": [1, "0"]})),
+        lambda step: edit_manifest(step, lambda manifest: manifest.update({"\ud800": [1, HASH]})),
         "names '\\ud800', which is not inside this folder",
     ),
     "manifest without about.json": (
