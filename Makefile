@@ -5,7 +5,7 @@
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check rehearse
 .PHONY: gpu-check gpu-bundle
 .PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
-.PHONY: smollm clean clean-quickstart clean-ouro-tiny clean-smollm
+.PHONY: text-levers smollm smollm-long clean clean-quickstart clean-ouro-tiny clean-smollm
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -198,13 +198,27 @@ upcycle-study: $(DONE)/data  ## trained models made deeper, latent and looped, a
 JOBS ?= 2
 EXPERIMENTS ?= $(sort $(notdir $(basename $(wildcard docs/evidence/*.jsonl))))
 EVIDENCE := runs/evidence
+experiment = for word in "run --jobs $(JOBS)" report; do $(PY) -m tools.experiment $$word $(1) \
+	--output_dir $(EVIDENCE)/runs --evidence $(EVIDENCE) || exit; done
 
-evidence: $(READY)  ## repeat the recorded experiments, JOBS=2 runs at a time; continues if stopped (hours to days)
+ON_TEXT := text-levers smollm-long
+
+evidence: $(READY) $(filter $(ON_TEXT),$(EXPERIMENTS))  ## repeat the recorded experiments, JOBS=2 runs at a time; continues if stopped (hours to days)
 	@test -n "$(EXPERIMENTS)" || { echo "error: docs/evidence has no records yet; name files of configs/experiments:" \
 		"make evidence EXPERIMENTS='p_hop mano'" >&2; exit 2; }
-	@set -e; for name in $(EXPERIMENTS); do echo "== $$name"; for word in "run --jobs $(JOBS)" report; do \
-		$(PY) -m tools.experiment $$word configs/experiments/$$name.yaml \
-			--output_dir $(EVIDENCE)/runs --evidence $(EVIDENCE); done; done
+	@for name in $(filter-out $(ON_TEXT),$(EXPERIMENTS)); do echo "== $$name"; \
+		$(call experiment,configs/experiments/$$name.yaml); done
+
+# Experiments on text need data first.
+TEXT := configs/experiments/text
+
+text-levers: $(DONE)/data  ## levers on the quickstart's text at equal FLOPs; continues if stopped (three hours)
+	@$(PY) -m data_pipeline.tokenize --config $(TEXT)/data/packages.yaml
+	@$(call experiment,$(TEXT)/$@.yaml)
+
+smollm-long: $(SMOL_OK)/looped  ## does looping a real model pay? Against the dense one at equal FLOPs (two hours)
+	@$(PY) -m data_pipeline.tokenize --config $(TEXT)/data/prose.yaml
+	@$(call experiment,$(TEXT)/$@.yaml)
 
 evidence-smoke: $(READY)  ## an experiment of each task in small, up to its page; keeps nothing (4 minutes)
 	@$(PY) -m tools.experiments.smoke --jobs $(JOBS)

@@ -36,7 +36,7 @@ def figures_of(split: str, found: Evaluation, run: RunConfig) -> Results:
     """
     loops = run.model.num_loops
     losses = {at.depth: at.loss for at in found.depths}
-    figures = {"loss": losses[loops]}
+    figures = {"loss": losses[loops]} | {f"loss@depth={depth}": loss for depth, loss in losses.items()}
     curves: Curves = {
         "loss by depth": tuple(losses.values()),
         "exit probability by depth": found.exit_distribution,

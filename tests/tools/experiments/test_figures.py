@@ -68,6 +68,8 @@ def test_what_was_measured_is_named_by_split_depth_and_level():
     figures, curves = figures_of("test", evaluation(), run())
     assert figures == {
         "test.loss": 1.0,
+        "test.loss@depth=1": 2.0,
+        "test.loss@depth=2": 1.0,
         "test.accuracy": 0.7,
         "test.whole_samples": 0.25,
         "test.accuracy@depth=1": 0.6,

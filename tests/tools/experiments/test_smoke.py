@@ -12,6 +12,7 @@ from data_pipeline.synthetic.registry import TASKS
 from looplm.cli import UserError, from_dict
 from pretrain.data import check_corpus
 from pretrain.train import train
+from tests.support.tiny import VOCAB, train_rows, write_corpus
 from tools.experiments import smoke
 from tools.experiments.runs import ExperimentConfig, final_units, sweep_units
 
@@ -62,6 +63,23 @@ def test_every_arm_trains(path, tmp_path, single_process):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses = [row["loss"] for row in rows if row["kind"] == "train"]
         assert len(losses) == 1 and losses[0] == pytest.approx(math.log(run.model.vocab_size), rel=0.5), arm
+
+
+@pytest.mark.slow
+def test_every_lever_on_text_trains(tmp_path, single_process):
+    write_corpus(tmp_path)
+    path = Path("configs/experiments/text/text-levers.yaml")
+    config = from_dict(ExperimentConfig, read(path), where=str(path))
+    prefixes = {split: [{"prefix": str(tmp_path / split)}] for split in ("train", "valid")}
+    data = {**prefixes, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 2}
+    model = {"vocab_size": VOCAB, "max_sequence_length": 32}
+    for arm in config.arms:
+        optim = {"train_steps": 2, "warmup_steps": 0, "decay_steps": 0}
+        changes = {"optim": optim, "model": model, "data": data, "checkpoint": {"save_every": 0}}
+        run = config.run_config(arm, output_dir=str(tmp_path / arm), **changes)
+        assert train(run, check_corpus(run.data, VOCAB), single_process)
+        losses = [row["loss"] for row in train_rows(tmp_path / arm)]
+        assert losses and losses[0] == pytest.approx(math.log(VOCAB), rel=0.5), arm
 
 
 @pytest.mark.slow
