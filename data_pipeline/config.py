@@ -143,6 +143,8 @@ class TokenizerConfig:
     Args:
         vocab_size: tokens of a tokenizer trained on this data, including the 256 bytes and bos, eos, pad.
         path: an existing tokenizer.json. Names of its control tokens in a text stay text.
+        chat_template: folder of the model of an existing tokenizer, with its chat_template.jinja or
+            tokenizer_config.json: conversations are packed as that template renders them; null: in ChatML.
         allow_loss: an existing tokenizer may drop characters that it has no token for; they are counted.
         train_chars: characters of text, spread over all training files, on which a tokenizer is trained.
         bos_token: beginning of a sequence; null if an existing tokenizer has none.
@@ -153,6 +155,7 @@ class TokenizerConfig:
 
     vocab_size: int | None = None
     path: str | None = path_field(None)
+    chat_template: str | None = path_field(None)
     allow_loss: bool = False
     train_chars: int = positive(1_000_000_000)
     bos_token: str | None = "<|bos|>"
@@ -173,6 +176,8 @@ class TokenizerConfig:
             fix = "an existing tokenizer has its own; leave it out"
             require(not further, "tokenizer.special_tokens", list(further), fix)
             return
+        fix = "it belongs to an existing tokenizer; name that in tokenizer.path"
+        require(self.chat_template is None, "tokenizer.chat_template", self.chat_template, fix)
         fix = "a trained tokenizer needs one that differs from eos_token and pad_token"
         require(bos not in (None, self.eos_token, pad), "tokenizer.bos_token", bos, fix)
         distinct = "" not in further and len({bos, self.eos_token, pad, *further}) == SPECIAL_TOKENS + len(further)
@@ -257,6 +262,8 @@ class PipelineConfig:
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), "sources[].name", names, "every source needs its own name")
         conversational = next((source.name for source in self.sources if source.chat is not None), None)
+        template, fix = self.tokenizer.chat_template, "no source has conversations; leave it out"
+        require(template is None or conversational is not None, "tokenizer.chat_template", template, fix)
         if conversational is not None and self.tokenizer.path is None:
             given, needed = list(self.tokenizer.special_tokens), list(chat.SPECIAL_TOKENS)
             fix = f"sources.{conversational}.chat needs {needed} in it"

@@ -28,9 +28,10 @@ class TokenizerRecord:
 class ChatRecord:
     """The conversations of a prefix."""
 
-    template: str  # name of the chat template
+    template: str  # name of our chat template, or file of an imported one in the manifest's folder
     end_id: int  # the token that ends an answer
     answer_tokens: int  # tokens with loss: the answers including their ends
+    template_sha256: str | None = None  # of that file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def write_manifest(
     tokenizer: TokenizerRecord,
     config_sha256: str,
     end_id: int | None = None,
+    template: Path | None = None,
     unknown_tokens: int = 0,
     lost_characters: int = 0,
 ) -> None:
@@ -98,6 +100,7 @@ def write_manifest(
 
     Args:
         end_id: the token that ends an answer if the documents are conversations.
+        template: with end_id, the file of an imported chat template, in the folder of the prefix; None for ours.
         unknown_tokens: tokens of text that the tokenizer does not know.
         lost_characters: characters that the tokenizer dropped.
     """
@@ -109,7 +112,8 @@ def write_manifest(
             answer_tokens += int(has_loss_N.sum())
         max_id = max(max_id, int(tokens_N.max()))
     if end_id is not None:
-        conversations = ChatRecord(template=chat.NAME, end_id=end_id, answer_tokens=answer_tokens)
+        name, digest = (chat.NAME, None) if template is None else (template.name, sha256_of(template))
+        conversations = ChatRecord(template=name, end_id=end_id, answer_tokens=answer_tokens, template_sha256=digest)
     files = {path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in (bin_path, idx_path)}
     manifest = Manifest(
         documents=index.documents,

@@ -7,6 +7,7 @@ write what is left.
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datatrove.data import Document
@@ -16,8 +17,9 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.conversations import MESSAGES
 from data_pipeline.token_file import mark
 from data_pipeline.train_tokenizer import control_names, special_ids
-from looplm.chat import ChatTemplate, Message
+from looplm.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate, Message
 from looplm.cli import UserError
+from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.plain_text import as_text, control_ids, unknown_token
 
 _ALPHABET, _BYTES = set(pre_tokenizers.ByteLevel.alphabet()), {f"<0x{value:02X}>" for value in range(256)}
@@ -48,7 +50,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: TokenizerConfig, where: str) -> None:
-        self._tokenizer, self._allow_loss, self._where = tokenizer, config.allow_loss, where
+        self._tokenizer, self._config, self._where = tokenizer, config, where
         settings, names = json.loads(tokenizer.to_str()), control_names(config)
         unknown = unknown_token(settings)
         self._unknown = unknown or ""
@@ -76,17 +78,19 @@ class TextEncoder:
             UserError: as above, or the tokenizer does not fit the chat template.
         """
         encodings = [None] * len(documents) if self._loses_nothing else self._encoded(documents)
+        control = (self._control - self.template.mark_ids) | {self._ids.eos}
         conversations = [[Message(*message) for message in document.metadata[MESSAGES]] for document in documents]
         for document, encoding, (ids, learned) in zip(
-            documents, encodings, self._template.encode(conversations), strict=True
+            documents, encodings, self.template.encode(conversations), strict=True
         ):
-            self._refuse_control(document, self._control - self._template.mark_ids, ids)
+            self._refuse_control(document, control, ids)
             lost = 0 if encoding is None else self._lost(document, encoding)
             yield EncodedDocument(mark([*ids, self._ids.eos], [*learned, False]), self._unknown_in(ids), lost)
 
     @cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self._tokenizer, self._where)
+    def template(self) -> ChatTemplate | ImportedTemplate:
+        """The template of conversations."""
+        return open_template(self._tokenizer, self._config, self._where)
 
     def _encoded(self, documents: Sequence[Document]) -> list[Encoding]:
         return self._text.encode_batch([document.text for document in documents], add_special_tokens=False)
@@ -112,7 +116,7 @@ class TextEncoder:
             lost, end = lost + max(0, start - end), max(end, stop)
         if lost and self._text.decode(encoding.ids, skip_special_tokens=False) == self._known(document.text, encoding):
             return 0
-        if lost and not self._allow_loss:
+        if lost and not self._config.allow_loss:
             sample = document.text[max(0, first - _AROUND) : first + _AROUND]
             left = self._text.decode(self._text.encode(sample, add_special_tokens=False).ids)
             fix = "take a tokenizer with bytes or an unknown token, or set tokenizer.allow_loss"
@@ -125,6 +129,32 @@ class TextEncoder:
             if token == self._unknown_id:
                 text = text[:start] + self._unknown + text[stop:]
         return text
+
+
+def open_template(tokenizer: Tokenizer, config: TokenizerConfig, where: str) -> ChatTemplate | ImportedTemplate:
+    """Return the template in which conversations are packed; ``where`` is the tokenizer's name in messages.
+
+    Raises:
+        UserError: the tokenizer does not fit ChatML, or ``tokenizer.chat_template`` holds no usable template.
+    """
+    if config.chat_template is None:
+        return ChatTemplate(tokenizer, where)
+    folder = Path(config.chat_template)
+    names = {"bos_token": config.bos_token, "eos_token": config.eos_token, "pad_token": config.pad_token}
+    imported = imported_template(folder, tokenizer, names)
+    if imported is not None:
+        return imported
+    if not template_files(config):
+        fix = f"name a folder with a {TEMPLATE_FILE}, or with a {TOKENIZER_CONFIG} that has one"
+        raise UserError(f"tokenizer.chat_template: {config.chat_template!r} holds no chat template; {fix}")
+    return ChatTemplate(tokenizer, where)
+
+
+def template_files(config: TokenizerConfig) -> list[Path]:
+    """Return the files of ``tokenizer.chat_template`` on which the packing of conversations depends."""
+    folder = config.chat_template
+    names = (TEMPLATE_FILE, TOKENIZER_CONFIG)
+    return [] if folder is None else [path for name in names if (path := Path(folder) / name).is_file()]
 
 
 def rewriting(tokenizer: Tokenizer) -> str:

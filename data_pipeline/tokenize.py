@@ -30,13 +30,14 @@ from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.shards import LOST, UNKNOWN, write_prefixes
 from data_pipeline.sources import check_files, find_files, read_documents
-from data_pipeline.text_encoder import TextEncoder, rewriting
+from data_pipeline.text_encoder import TextEncoder, open_template, rewriting
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
 from data_pipeline.verify import check_prefix
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
-from looplm import chat
+from looplm.chat import TEMPLATE_FILE
 from looplm.cli import UserError, parse_config, run_main
 from looplm.files import sha256_of, write_whole, writing
+from looplm.imported_template import ImportedTemplate
 
 _TRIED_DOCUMENTS = 100  # of each source, by an existing tokenizer before any work
 
@@ -81,7 +82,7 @@ def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
         tokenizer, where = load_tokenizer(config.tokenizer), f"tokenizer.path: {config.tokenizer.path}"
         encoder = TextEncoder(tokenizer, config.tokenizer, where)
         if any(source.chat is not None for source in config.sources):
-            chat.ChatTemplate(tokenizer, where)
+            _ = encoder.template.end_id  # refuses a template in which nothing can be packed
     if config.dedup.language is not None:
         check_language(config.dedup.language, "dedup.language")
     files = {}
@@ -126,14 +127,21 @@ def _write_manifests(
     ids, size = special_ids(tokenizer, config.tokenizer), vocab_size(tokenizer)
     special: dict[str, Any] = {f"{name}_id": value for name, value in ids._asdict().items()}
     record = TokenizerRecord(path=path.name, sha256=sha256_of(path), **special)
+    template, imported = None, None
+    if any(source.chat is not None for source in config.sources):
+        template = open_template(tokenizer, config.tokenizer, str(path))
+    if isinstance(template, ImportedTemplate):
+        imported = final / TEMPLATE_FILE
+        write_whole(imported, template.source)
     for source in config.sources:
         settings: dict[str, Any] = {"source": source.name, "vocab_size": size, "config_sha256": config_sha256}
-        end_id = None if source.chat is None else tokenizer.token_to_id(chat.END)
+        if template is not None and source.chat is not None:
+            settings |= {"end_id": template.end_id, "template": imported}
         for split in (TRAIN, VALID):
             prefix = final / f"{source.name}_{split}"
             if Path(f"{prefix}.idx").exists():
                 settings |= {key: counts[prefix.name][key] for key in (UNKNOWN, LOST)}
-                write_manifest(prefix, split=split, tokenizer=record, end_id=end_id, **settings)
+                write_manifest(prefix, split=split, tokenizer=record, **settings)
 
 
 if __name__ == "__main__":

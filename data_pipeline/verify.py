@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
+from data_pipeline.manifest import ChatRecord, Manifest, fingerprint_of, manifest_path, read_manifest
 from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
 from looplm.cli import UserError, parse_config, positional_paths, run_main, switch
 from looplm.files import is_file_name, sha256_of
@@ -86,9 +86,21 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
         raise _broken(tokenizer_path, "the tokenizer is missing", "put it back or build the data again")
     if sha256_of(tokenizer_path) != manifest.tokenizer.sha256:
         raise _broken(tokenizer_path, f"not the tokenizer that made {prefix}", "put that one back")
+    if manifest.chat is not None and manifest.chat.template_sha256 is not None:
+        _check_template(folder, manifest.chat, prefix)
     if deep:
         _check_content(manifest, bin_path, index)
     return manifest
+
+
+def _check_template(folder: Path, chat: ChatRecord, prefix: str | Path) -> None:
+    path = folder / chat.template
+    if not is_file_name(chat.template):
+        raise _broken(manifest_path(prefix), f"names the template {chat.template!r}, which is not a file of its folder")
+    if not path.is_file():
+        raise _broken(path, "the chat template is missing", "put it back or build the data again")
+    if sha256_of(path) != chat.template_sha256:
+        raise _broken(path, f"not the chat template of {prefix}", "put that one back")
 
 
 def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline.config import PipelineConfig
 from data_pipeline.local_executor import TASKS, StepFailed
 from data_pipeline.sources import common_folder
+from data_pipeline.text_encoder import template_files
 from looplm.cli import UserError, to_dict
 from looplm.files import fsync, write_whole
 from looplm.lock import FILE, FolderLock
@@ -33,6 +34,7 @@ def identity_of(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[st
     inputs = dict(files)
     if config.tokenizer.path is not None:
         inputs["tokenizer"] = [Path(config.tokenizer.path)]
+        inputs |= {"chat_template": found} if (found := template_files(config.tokenizer)) else {}
     identity["inputs"] = {name: _listing_hash(paths) for name, paths in inputs.items()}
     return identity
 
@@ -53,9 +55,9 @@ def is_finished(output: Path, identity: dict[str, Any], replace: bool) -> bool:
     found = _read_identity(output)
     if found is None:
         raise UserError(f"output_dir: {output} holds files that this command did not write; choose another folder")
-    if found == identity:
+    changed = ", ".join(_differences(found, identity))  # a setting that is new since, and null, is no difference
+    if not changed:
         return True
-    changed = ", ".join(_differences(found, identity))
     if not replace:
         fix = "add --replace true or choose another folder"
         raise UserError(f"output_dir: {output} was made with other settings ({changed}); {fix}")

@@ -22,8 +22,8 @@ from looplm.chat import ANSWERS, ChatTemplate, Message
 from looplm.checkpoint import COMPANION_FOLDER, OpenedModel, open_model
 from looplm.cli import UserError, is_unicode, parse_config, require, run_main
 from looplm.files import write_whole
-from looplm.huggingface.chat_template import ImportedTemplate, imported_template
 from looplm.huggingface.config_json import TokenIds
+from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.inference.generator import Generator
 from looplm.inference.request import Generation, Request
 from looplm.inference.settings import GenerationConfig
@@ -97,7 +97,8 @@ def main(argv: list[str]) -> None:
 
 def _chat_template(opened: OpenedModel) -> ChatTemplate | ImportedTemplate:
     ids = TokenIds(opened.about.bos_id, opened.about.eos_ids, opened.about.pad_id)
-    imported = imported_template(opened.folder / COMPANION_FOLDER, opened.tokenizer, ids)
+    known = {f"{name}_token": opened.tokenizer.id_to_token(found[0]) for name, found in ids.known().items()}
+    imported = imported_template(opened.folder / COMPANION_FOLDER, opened.tokenizer, known)
     if imported is not None:
         return imported
     template = ChatTemplate(opened.tokenizer, f"chat: {opened.folder}/tokenizer.json")

@@ -20,11 +20,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, Subset
 
-from data_pipeline.manifest import TokenizerRecord
+from data_pipeline.manifest import Manifest, TokenizerRecord
 from data_pipeline.synthetic.registry import fingerprint_of, open_task, tokenizer_of
 from data_pipeline.synthetic.task import SPLITS, Split
 from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
+from looplm import chat
 from looplm.cli import UserError, require
 from looplm.config import DataConfig, DataSource, RunConfig, TaskConfig
 from looplm.megatron import context_parallel
@@ -74,6 +75,7 @@ class Corpus:
     fingerprint: str  # hash of all sources
     conversations: tuple[str, ...] = ()  # prefixes that hold conversations
     end_id: int | None = None  # the chat end token, if any training source is conversational
+    chat_template: str | None = None  # then also the template, in Jinja
     left_out: tuple[str, ...] = ()  # messages about conversations that are too long for a sample
 
     @property
@@ -108,16 +110,32 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
             )
     fix = f"the tokenizer of {first_prefix} has {first.vocab_size} tokens; give at least as many"
     require(first.vocab_size <= vocab_size, "model.vocab_size", vocab_size, fix)
-    trained = [manifest.chat for _, manifest in checked[: len(data.train)] if manifest.chat is not None]
+    end_id, template = _conversations(checked[: len(data.train)])
     return Corpus(
         tokenizer_json=(Path(first_prefix).parent / first.tokenizer.path).read_bytes(),
         tokenizer=first.tokenizer,
         vocab_size=first.vocab_size,
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest(),
         conversations=tuple(prefix for prefix, manifest in checked if manifest.chat is not None),
-        end_id=trained[0].end_id if trained else None,
+        end_id=end_id,
+        chat_template=template,
         left_out=tuple(left_out),
     )
+
+
+def _conversations(trained: list[tuple[str, Manifest]]) -> tuple[int | None, str | None]:
+    """Return the chat end token and the template of the sources that hold conversations; None without one."""
+    talks = [(prefix, manifest.chat) for prefix, manifest in trained if manifest.chat is not None]
+    if not talks:
+        return None, None
+    first_prefix, first = talks[0]
+    for prefix, talk in talks:
+        if (talk.template, talk.template_sha256) != (first.template, first.template_sha256):
+            fix = "pack the conversations of both in one template"
+            raise UserError(f"{prefix}: packed in another chat template than {first_prefix}; {fix}")
+    if first.template_sha256 is None:
+        return first.end_id, chat.JINJA
+    return first.end_id, (Path(first_prefix).parent / first.template).read_text(encoding="utf-8")
 
 
 def _check_task(data: DataConfig, config: TaskConfig, vocab_size: int) -> Corpus:

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm import chat, checkpoint
+from looplm import checkpoint
+from looplm.chat import TEMPLATE_FILE
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
 from looplm.cli import to_dict
 from looplm.config import RunConfig
@@ -215,8 +216,8 @@ class Run:
         if self._initial is not None and (self._initial / COMPANION_FOLDER).is_dir() and not own.exists():
             with writing(own):
                 shutil.copytree(self._initial / COMPANION_FOLDER, own)
-        if self._corpus.end_id is not None:  # an export then says how to talk to the model
-            write_whole(own / chat.TEMPLATE_FILE, chat.JINJA)
+        if self._corpus.chat_template is not None:  # an export then says how to talk to the model
+            write_whole(own / TEMPLATE_FILE, self._corpus.chat_template)
 
 
 def build(config: RunConfig, groups: ProcessGroupCollection) -> tuple[Trainer, Path | None]:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from looplm.chat import TOKENIZER_CONFIG
 from looplm.cli import UserError
 from looplm.encoding import open_tokenizer
 from looplm.huggingface import config_json
 from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, TokenIds, read_json
 from looplm.huggingface.weight_files import is_inside
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
 # Code that travels inside an export in the looplm layout.
 CODE = tuple(sorted((Path(__file__).parent / "export").glob("*_looplm.py")))

@@ -26,6 +26,11 @@ from data_pipeline.train_tokenizer import train_tokenizer
 from data_pipeline.verify import check_prefix
 from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.cli import UserError
+from looplm.config import DataConfig, DataSource
+from looplm.files import sha256_of
+from looplm.imported_template import ImportedTemplate
+from pretrain.data import check_corpus
+from tests.support.tiny import write_chat_corpus
 
 TALK = [["system", "Be brief.", True], ["user", "1 + 1?", True], ["assistant", "2", True]]
 PLAIN = [{"role": role, "content": content} for role, content, _ in TALK]
@@ -311,6 +316,76 @@ def test_conversations_are_written_as_the_template_encodes_them(
     assert sorted(found) == sorted(mark([*ids, 1], [*counts, False]) for ids, counts in encoded)
     verify.main([str(output / "talk_train"), "--deep"])
     assert "conversations" in capsys.readouterr().out
+
+
+JINJA = "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+JINJA += "{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"
+
+
+@pytest.mark.slow
+def test_conversations_are_packed_in_the_template_of_an_imported_model(
+    talks: Any, config: Any, build: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    tokenizer = train_tokenizer(["1 + 1? 2 Be brief."], WITH_TOKENS)
+    tokenizer.save(str(model / "tokenizer.json"))
+    existing = TokenizerConfig(path=str(model / "tokenizer.json"), chat_template=str(model))
+    made = replace(config({"x": tmp_path}), tokenizer=existing, sources=(source(tmp_path / "talk.jsonl"),))
+    with pytest.raises(UserError, match=r"tokenizer.chat_template: '.*model' holds no chat template; name a folder"):
+        build(made)
+    (model / "chat_template.jinja").write_text(JINJA)
+    output = build(made)
+    template, found = ImportedTemplate(JINJA, tokenizer, {}, "t"), list[list[int]]()
+    for split in ("train", "valid"):
+        manifest = check_prefix(output / f"talk_{split}", deep=True)
+        assert manifest.chat is not None and manifest.chat.end_id == tokenizer.token_to_id("<|im_end|>")
+        assert manifest.chat.template == "chat_template.jinja"
+        found += [np.array(document).tolist() for document in IndexedDataset(str(output / f"talk_{split}"))]
+    encoded = template.encode([[Message(**message) for message in messages] for messages in talks])
+    assert sorted(found) == sorted(mark([*ids, 1], [*learned, False]) for ids, learned in encoded)
+    data = DataConfig(train=(DataSource(prefix=str(output / "talk_train")),), seq_length=200)
+    assert check_corpus(data, 320).chat_template == JINJA, "a checkpoint carries the template on"
+    (model / "chat_template.jinja").write_text(JINJA + "{# #}")
+    with pytest.raises(UserError, match=r"inputs.chat_template"):
+        build(made)
+    kept = output / "chat_template.jinja"
+    kept.write_text(JINJA + "{# #}")
+    with pytest.raises(
+        UserError, match=r"chat_template.jinja: not the chat template of .*talk_train; put that one back"
+    ):
+        check_prefix(output / "talk_train", deep=False)
+    kept.unlink()
+    with pytest.raises(UserError, match=r"chat_template.jinja: the chat template is missing"):
+        check_prefix(output / "talk_train", deep=False)
+
+
+def test_conversations_in_two_templates_are_not_mixed(tmp_path: Path) -> None:
+    write_chat_corpus(tmp_path / "a")
+    write_chat_corpus(tmp_path / "b")
+    path = manifest_path(tmp_path / "b" / "train")
+    values = json.loads(path.read_text())
+    (tmp_path / "b" / "chat_template.jinja").write_text(JINJA)
+    chat = {"template": "chat_template.jinja", "template_sha256": sha256_of(tmp_path / "b" / "chat_template.jinja")}
+    path.write_text(json.dumps({**values, "chat": {**values["chat"], **chat}}))
+    sources = tuple(DataSource(prefix=str(tmp_path / name / "train")) for name in "ab")
+    with pytest.raises(UserError, match=r"b/train: packed in another chat template than .*a/train; pack"):
+        check_corpus(DataConfig(train=sources, seq_length=200), 400)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": TokenizerConfig(path="t.json", chat_template="m")}, "no source has conversations; leave it out"),
+        (None, "it belongs to an existing tokenizer; name that in tokenizer.path"),
+    ],
+)
+def test_a_template_that_would_not_be_used_is_refused(changes: Any, message: str, tmp_path: Path, config: Any) -> None:
+    with pytest.raises(UserError, match=message):
+        if changes is None:
+            TokenizerConfig(vocab_size=320, chat_template="m")
+        else:
+            config({"x": tmp_path}, **changes)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from looplm.chat import TEMPLATE_FILE, TOKENIZER_CONFIG
 from looplm.checkpoint import About
 from looplm.cli import UserError, require
 from looplm.config import GateConfig
@@ -24,9 +25,9 @@ FAMILIES = dict[str, dict[str, Any]](llama={}, mistral={}, qwen2={"qkv_bias": Tr
 # Files that are still valid for the result, although it no longer belongs to the source's family.
 _CARRIED = (
     GENERATION,
-    companion_files.TOKENIZER_CONFIG,
+    TOKENIZER_CONFIG,
     companion_files.SPECIAL_TOKENS,
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 
 

@@ -15,8 +15,7 @@ from looplm import generate as command
 from looplm.chat import JINJA, SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.checkpoint import COMPANION_FOLDER
 from looplm.cli import UserError
-from looplm.huggingface.chat_template import ImportedTemplate, imported_template
-from looplm.huggingface.config_json import TokenIds
+from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.inference import Generation, Generator
 from looplm.inference import generator as library
 from looplm.inference.request import Request
@@ -27,7 +26,7 @@ from tests.support.generation_oracle import EOS, GATES, MLA, build, byte_tokeniz
 DEFAULT_SYSTEM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are kind<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + (message['content']) + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {
@@ -50,7 +49,7 @@ TALK = [
     Message("assistant", "4<|im_end|> \n"),
     Message("user", "Thanks,\n<é> & 世界"),
 ]
-IDS = TokenIds(257, (EOS,), None)
+KNOWN = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": None}
 
 
 def tokenizer_with_marks() -> Tokenizer:
@@ -71,6 +70,58 @@ def test_ids_equal_those_of_transformers(name: str) -> None:
         assert ours.render(talk) == theirs.apply_chat_template(dicts, add_generation_prompt=True, tokenize=False)
         found: Any = theirs.apply_chat_template(dicts, add_generation_prompt=True, return_dict=True)
         assert ours.ask(talk) == found["input_ids"]
+
+
+# What transformers is told to be an answer by the template's own tags, and we find without them.
+MARKED = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FORGETS = "['content'] if loop.last or message['role'] == 'user' else '-'"  # as some drop earlier reasoning
+ANSWERS = [Message("assistant", content) for content in ("4 \n", "", "世界")]
+LONG_TALK = [message for answer in ANSWERS for message in (TALK[2], answer)]
+
+
+def test_what_is_learned_is_what_transformers_masks() -> None:
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer_with_marks(), bos_token="<bos>", eos_token="<eos>")
+    theirs.chat_template = MARKED
+    ours = ImportedTemplate(MARKED, tokenizer_with_marks(), {"bos_token": "<bos>"}, "t.jinja")
+    talks = [LONG_TALK, LONG_TALK[:2], [Message("system", "Be brief."), *LONG_TALK[:4]]]
+    for talk, (ids, learned) in zip(talks, ours.encode(talks), strict=True):
+        dicts = [{"role": message.role, "content": message.content} for message in talk]
+        found: Any = theirs.apply_chat_template(dicts, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids == found["input_ids"] and any(learned)
+        assert [int(is_learned) for is_learned in learned] == found["assistant_masks"]
+    end, bos = (tokenizer_with_marks().token_to_id(name) for name in ("<|im_end|>", "<bos>"))
+    assert ours.end_id == end and ours.mark_ids == {bos, end, tokenizer_with_marks().token_to_id("<|im_start|>")}
+
+
+def test_an_answer_that_is_context_is_not_learned() -> None:
+    template = ImportedTemplate(DEFAULT_SYSTEM, tokenizer_with_marks(), {}, "t.jinja")
+    question, first = Message("user", "2 + 2?"), Message("assistant", "4", learned=False)
+    ids, learned = template.encode([[question, first, question, Message("assistant", "five")]])[0]
+    said = [token for token, is_learned in zip(ids, learned, strict=True) if is_learned]
+    assert tokenizer_with_marks().decode(said, skip_special_tokens=False) == "five<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "source, answer, words",
+    [
+        (DEFAULT_SYSTEM, "a <|im_end|> b", "a message holds the token '<|im_end|>' itself: 'a <|im_end|> b'"),
+        (DEFAULT_SYSTEM.replace("['content']", "['content'] | upper"), "four", "where the answer 'four' begins"),
+        (DEFAULT_SYSTEM.replace("['content']", FORGETS), "4", "where the answer '4' begins"),
+        (DEFAULT_SYSTEM.replace("loop.first", "loop.last"), "4", "something else before an answer than when it asks"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "4", "ends an answer with no special token"),
+    ],
+    ids=["a token in a message", "rewritten", "forgotten", "asks otherwise", "no end"],
+)
+def test_what_cannot_be_trained_on_is_refused(source: str, answer: str, words: str) -> None:
+    template = ImportedTemplate(source, tokenizer_with_marks(), {}, "t.jinja")
+    with pytest.raises(UserError) as caught:
+        template.encode([[TALK[2], Message("assistant", answer), TALK[2]]])
+    assert str(caught.value).startswith("t.jinja: ") and words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +160,7 @@ def test_where_a_template_is_looked_for(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
 
     def rendered(folder: Path) -> str | None:
-        found = imported_template(folder, tokenizer, IDS)
+        found = imported_template(folder, tokenizer, KNOWN)
         return None if found is None else found.render(TALK)
 
     assert rendered(tmp_path / "absent") is None

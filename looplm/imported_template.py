@@ -3,11 +3,18 @@
 transformers' ``apply_chat_template`` runs a template in jinja2's immutable sandbox, with a few additions, and encodes
 the text at once. The same happens here without transformers, so a model answers the same tokens in both. A template
 comes from anyone: it can read nothing but the messages and the names of special tokens.
+
+To be trained on, a conversation is rendered as a whole. An answer is what the template adds after the point where it
+would ask for that answer, up to the special token that ends it::
+
+    <|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n      rendered up to the question, asking for an answer
+                                                               4<|im_end|>   learned
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,12 +26,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from tokenizers import Tokenizer
 
-from looplm.chat import JINJA, TEMPLATE_FILE, Message
+from looplm.chat import ANSWERS, JINJA, TEMPLATE_FILE, TOKENIZER_CONFIG, Encoded, Message
 from looplm.cli import UserError
-from looplm.huggingface.companion_files import TOKENIZER_CONFIG
-from looplm.huggingface.config_json import TokenIds, read_json
+from looplm.json_file import read_object
 
 _FIX = "repair the template, or remove it to chat in LoopLM's own"
+_PROBE = (Message("user", "2 + 2?"), Message(ANSWERS, "4"))
+_SHOWN = 40  # characters of a content in a message
 
 
 class ImportedTemplate:
@@ -36,15 +44,20 @@ class ImportedTemplate:
         special_tokens: names and texts of special tokens, such as ``bos_token``, that the template may read.
         where: the template's file, for messages.
 
+    Attributes:
+        source: as given.
+
     Raises:
         UserError: the template is not valid Jinja.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: Mapping[str, str], where: str | Path) -> None:
-        self._tokens, self._where = dict(special_tokens), where
+        self.source, self._tokens, self._where = source, dict(special_tokens), where
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()  # a tokenizer.json may carry settings of the model it was made for
         self._tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {number: token.content for number, token in added.items() if token.special}
         try:
             self._template = _compile(source)
         except TemplateSyntaxError as error:
@@ -56,8 +69,11 @@ class ImportedTemplate:
         Raises:
             UserError: the template refuses the conversation, or fails.
         """
+        return self._render(messages, asks=True)
+
+    def _render(self, messages: Sequence[Message], *, asks: bool) -> str:
         listed = [{"role": message.role, "content": message.content} for message in messages]
-        given: dict[str, Any] = {"messages": listed, "tools": None, "documents": None, "add_generation_prompt": True}
+        given: dict[str, Any] = {"messages": listed, "tools": None, "documents": None, "add_generation_prompt": asks}
         try:
             return self._template.render({**self._tokens, **given})
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
@@ -66,22 +82,83 @@ class ImportedTemplate:
 
     def ask(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of :meth:`render`. Special tokens in a message's content count as such, as in transformers."""
-        return list(self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+        return self._ids(self.render(messages))
+
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Encode complete conversations to be trained on.
+
+        Raises:
+            UserError: a content holds the text of a special token, or it cannot be told what of the text is an answer.
+        """
+        rendered = [self._with_answers(messages) for messages in conversations]
+        found = self._tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        return [
+            Encoded(encoding.ids, [any(begin <= at < end for begin, end in answers) for at, _ in encoding.offsets])
+            for encoding, (_, answers) in zip(found, rendered, strict=True)
+        ]
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends an answer: the first special one behind it.
+
+        Raises:
+            UserError: there is none.
+        """
+        question, answer = _PROBE
+        asked, answered = self.render([question]), self._render([question, answer], asks=False)
+        if not answered.startswith(asked):
+            fix = "pack conversations in ChatML"
+            raise UserError(f"{self._where}: writes something else before an answer than when it asks for one; {fix}")
+        ends = [token for token in self._ids(answered.removeprefix(asked)) if token in self._special]
+        if not ends:
+            raise UserError(f"{self._where}: ends an answer with no special token of the tokenizer; {_FIX}")
+        return ends[0]
+
+    @cached_property
+    def mark_ids(self) -> frozenset[int]:
+        """The special tokens that the template writes."""
+        return frozenset(self._ids(self._render(_PROBE, asks=True))) & self._special.keys()
+
+    def _with_answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Return a conversation as text, and where in it each learned answer begins and ends, with its end token."""
+        for message in messages:
+            held = next((name for name in self._special.values() if name in message.content), None)
+            if held is not None:
+                shown = f"{message.content[:_SHOWN]!r}"
+                raise UserError(
+                    f"{self._where}: a message holds the token {held!r} itself: {shown}; remove the message"
+                )
+        text, answers = self._render(messages, asks=False), list[tuple[int, int]]()
+        for number, message in enumerate(messages):
+            if message.role == ANSWERS and message.learned:
+                asked = self.render(messages[:number])
+                answered = self._render(messages[: number + 1], asks=False)
+                content = answered.find(message.content.strip(), len(asked))
+                end = answered.find(self._special[self.end_id], content + len(message.content.strip()))
+                if not (text.startswith(answered) and answered.startswith(asked) and 0 <= content <= end):
+                    shown = f"{message.content[:_SHOWN]!r}"
+                    fix = "mark the answer as not learned, or pack conversations in ChatML"
+                    raise UserError(f"{self._where}: does not say where the answer {shown} begins and ends; {fix}")
+                answers.append((len(asked), end + len(self._special[self.end_id])))
+        return text, answers
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def imported_template(companions: Path, tokenizer: Tokenizer, ids: TokenIds) -> ImportedTemplate | None:
+def imported_template(folder: Path, tokenizer: Tokenizer, known: Mapping[str, str | None]) -> ImportedTemplate | None:
     """Return the template among the files that came with imported weights; None without one, or if it is ours.
 
     Args:
-        companions: the folder of those files; may be absent.
+        folder: of those files; may be absent.
         tokenizer: the model's.
-        ids: the special tokens, for those that ``tokenizer_config.json`` does not name.
+        known: special tokens by name, such as ``eos_token``, for those that ``tokenizer_config.json`` does not name.
 
     Raises:
         UserError: a file cannot be read, or holds no valid template.
     """
-    path, config = companions / TEMPLATE_FILE, companions / TOKENIZER_CONFIG
-    values = read_json(config) if config.is_file() else {}
+    path, config = folder / TEMPLATE_FILE, folder / TOKENIZER_CONFIG
+    values = read_object(config, "get the file again") if config.is_file() else {}
     if path.is_file():
         try:
             source = path.read_text(encoding="utf-8")
@@ -96,10 +173,9 @@ def imported_template(companions: Path, tokenizer: Tokenizer, ids: TokenIds) -> 
         source = found
     if source == JINJA:  # written by a stage that trained on conversations
         return None
-    found_tokens = {f"{name}_token": tokenizer.id_to_token(known[0]) for name, known in ids.known().items()}
     named = {name: value for name, value in values.items() if name.endswith("_token")}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-    tokens = {name: text for name, text in (found_tokens | texts).items() if isinstance(text, str)}
+    tokens = {name: text for name, text in {**known, **texts}.items() if isinstance(text, str)}
     return ImportedTemplate(source, tokenizer, tokens, path)
 
 
