@@ -41,6 +41,7 @@ from looplm.evaluation.chains import voted_answers
 from looplm.evaluation.depth import DepthMeter
 from looplm.evaluation.readout import accuracies, fit_heads
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation, TaskAnswers
+from looplm.evaluation.spectral_radius import spectral_radius
 from looplm.inference.early_exit import ExitRule, ExitSignal, check_signal
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
@@ -49,6 +50,7 @@ from pretrain.data import Batch, build_valid_set, check_corpus, index_cache, mic
 from pretrain.step import loop_losses
 from pretrain.task_data import TaskDataset
 
+_FEW = 8  # samples whose loops' Jacobians are looked at
 THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)] + [0.975, 0.99, 1.0]
 
 
@@ -249,8 +251,9 @@ def _measure_answers(
         output = model(batch.ids_BS, meter.loops)
         assert batch.level_SB is not None
         meter.add(output.hidden, model.head_weight(), output.gate_logit_RSB, batch.labels_SB, batch.level_SB)
-    sink = attention_sink(model, batches[0].ids_BS, meter.loops)
-    answers = replace(meter.answers(task.level_name, groups.dp), attention_sink=sink)
+    first_BS = batches[0].ids_BS
+    sink, radius = attention_sink(model, first_BS, meter.loops), spectral_radius(model, first_BS[:_FEW], meter.loops)
+    answers = replace(meter.answers(task.level_name, groups.dp), attention_sink=sink, loop_radius=radius)
     if config.vote_list:
         read = map(_states_read, batches)
         voted = voted_answers(model, read, config.vote_list, task.writes_chain, run.seed, groups.dp)
@@ -294,6 +297,8 @@ def _show_answers(answers: TaskAnswers) -> None:
     for at in answers.depths:
         by_level = " ".join(f"{share:.2f}" for share in at.accuracy_by_level[:shown])
         print(f"{at.depth:>10} {at.accuracy:>9.4f} {at.answers_changed:>9.4f}  {by_level}")
+    if answers.loop_radius:
+        print(f"spectral radius of each loop from the second on: {' '.join(f'{r:.2f}' for r in answers.loop_radius)}")
     if answers.refitted:
         print(f"right with a head fitted to each depth: {' '.join(f'{share:.4f}' for share in answers.refitted)}")
     for voted in answers.voted:

@@ -121,6 +121,8 @@ class TaskAnswers:
             if none was fitted.
         attention_sink: weight of attention on a sample's first token in each loop, a mean over layers, heads and
             positions of the first batch; empty in older files.
+        loop_radius: spectral radius of the Jacobian of each loop from the second on, a mean over a few samples; below 1
+            the state settles; empty in older files.
         voted: last answers after the model's own chain of tokens; empty if they were not asked for.
     """
 
@@ -130,6 +132,7 @@ class TaskAnswers:
     exits: tuple[AnswersAtThreshold, ...]
     refitted: tuple[float, ...] = ()
     attention_sink: tuple[float, ...] = ()
+    loop_radius: tuple[float, ...] = ()
     voted: tuple[VotedAnswers, ...] = ()
 
 

@@ -138,6 +138,7 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     report = json.loads((tmp_path / "whole/evaluation.json").read_text())
     answers = report["answers"]
     assert [row["depth"] for row in answers["depths"]] == [1, 2, 3, 4, 5, 6] and len(answers["refitted"]) == 6
+    assert len(answers["attention_sink"]) == 6 and len(answers["loop_radius"]) == 5
     assert answers["levels"]["levels"] == list(range(1, 8)) and answers["levels"]["labels"] == [32] * 7
     assert report["depths"][1]["loss"] == pytest.approx(answers["depths"][2]["loss"], rel=1e-5)
     last = answers["depths"][2]["accuracy_by_level"][-1]

@@ -107,6 +107,8 @@ def _answers(answers: TaskAnswers, loops: int) -> Results:
     if answers.attention_sink:
         curves["attention sink by depth"] = answers.attention_sink
         figures["attention_sink"] = sum(answers.attention_sink[:loops]) / loops
+    if answers.loop_radius:
+        curves["loop radius by depth"] = answers.loop_radius
     figures |= {f"solved@votes={voted.votes}": voted.solved for voted in answers.voted}
     if answers.refitted:
         curves["refitted accuracy by depth"] = answers.refitted
