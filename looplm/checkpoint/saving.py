@@ -22,7 +22,7 @@ from looplm.megatron import process_groups
 from looplm.megatron.device import DEVICE
 
 COMPANION_FOLDER = "companions"
-_PAUSE = 0.005  # seconds between two looks of a rank that waits
+_SHORTEST, _LONGEST = 0.0005, 0.01  # seconds between two looks of a rank that waits
 
 
 class Saving:
@@ -127,8 +127,10 @@ class Saving:
 
     def wait(self) -> None:
         """Return once the checkpoint is published; raise as :meth:`advance` does."""
+        pause = _SHORTEST
         while not self.advance():
-            time.sleep(_PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)  # the same on all ranks, which advance together
 
     def abort(self) -> None:
         """End this rank's process. On rank 0, remove the files; what other ranks still write, the next run removes."""
