@@ -52,6 +52,11 @@ def test_same_result_twice_and_no_work_the_third_time(
     monkeypatch.setattr(tokenize, "split_documents", None)  # fails if it is called
     build(config(source))
     build(config(source, workers=2, verbose=True))  # neither changes the result
+    written = tmp_path / "out" / "data_pipeline.json"
+    older = json.loads(written.read_text())
+    del older["tokenizer"]["chat_template"]
+    written.write_text(json.dumps(older))
+    build(config(source))  # made before this setting existed
 
 
 def test_other_settings_are_refused_or_replace(source: Any, config: Any, build: Any) -> None:
