@@ -203,7 +203,8 @@ experiment = for word in "run --jobs $(JOBS)" report; do $(PY) -m tools.experime
 
 ON_TEXT := text-levers smollm-long
 
-evidence: $(READY) $(filter $(ON_TEXT),$(EXPERIMENTS))  ## repeat the recorded experiments, JOBS=2 runs at a time; continues if stopped (hours to days)
+evidence: $(filter $(ON_TEXT),$(EXPERIMENTS))
+evidence: $(READY)  ## repeat the recorded experiments, JOBS=2 runs at a time; continues if stopped (hours to days)
 	@test -n "$(EXPERIMENTS)" || { echo "error: docs/evidence has no records yet; name files of configs/experiments:" \
 		"make evidence EXPERIMENTS='p_hop mano'" >&2; exit 2; }
 	@for name in $(filter-out $(ON_TEXT),$(EXPERIMENTS)); do echo "== $$name"; \

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import ChatRecord, Manifest, fingerprint_of, manifest_path, read_manifest
+from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
 from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
 from looplm.cli import UserError, parse_config, positional_paths, run_main, switch
 from looplm.files import is_file_name, sha256_of
@@ -57,9 +57,7 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
         UserError: the first difference.
     """
     manifest, folder = read_manifest(prefix), Path(prefix).parent
-    if not is_file_name(manifest.tokenizer.path):
-        fault = f"names the tokenizer {manifest.tokenizer.path!r}, which is not a file of its folder"
-        raise _broken(manifest_path(prefix), fault)
+    _check_name(prefix, "tokenizer", manifest.tokenizer.path)
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if set(manifest.files) != {bin_path.name, idx_path.name}:
         raise _broken(manifest_path(prefix), f"describes {' and '.join(manifest.files)}, which were renamed")
@@ -81,26 +79,26 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
         raise _broken(idx_path, "its content is not what was written; it belongs to another data set")
     if manifest.max_id is not None and not 0 <= manifest.max_id < manifest.vocab_size:
         raise _broken(bin_path, f"holds token id {manifest.max_id}, the vocabulary has {manifest.vocab_size}")
-    tokenizer_path = folder / manifest.tokenizer.path
-    if not tokenizer_path.is_file():
-        raise _broken(tokenizer_path, "the tokenizer is missing", "put it back or build the data again")
-    if sha256_of(tokenizer_path) != manifest.tokenizer.sha256:
-        raise _broken(tokenizer_path, f"not the tokenizer that made {prefix}", "put that one back")
-    if manifest.chat is not None and manifest.chat.template_sha256 is not None:
-        _check_template(folder, manifest.chat, prefix)
+    _check_beside(folder / manifest.tokenizer.path, manifest.tokenizer.sha256, "tokenizer", f"that made {prefix}")
+    if (chat := manifest.chat) is not None and chat.template_sha256 is not None:
+        _check_name(prefix, "template", chat.template)
+        _check_beside(folder / chat.template, chat.template_sha256, "chat template", f"of {prefix}")
     if deep:
         _check_content(manifest, bin_path, index)
     return manifest
 
 
-def _check_template(folder: Path, chat: ChatRecord, prefix: str | Path) -> None:
-    path = folder / chat.template
-    if not is_file_name(chat.template):
-        raise _broken(manifest_path(prefix), f"names the template {chat.template!r}, which is not a file of its folder")
+def _check_name(prefix: str | Path, what: str, name: str) -> None:
+    if not is_file_name(name):
+        raise _broken(manifest_path(prefix), f"names the {what} {name!r}, which is not a file of its folder")
+
+
+def _check_beside(path: Path, sha256: str, what: str, whose: str) -> None:
+    """Raise unless a file beside the prefix is the one that the manifest means."""
     if not path.is_file():
-        raise _broken(path, "the chat template is missing", "put it back or build the data again")
-    if sha256_of(path) != chat.template_sha256:
-        raise _broken(path, f"not the chat template of {prefix}", "put that one back")
+        raise _broken(path, f"the {what} is missing", "put it back or build the data again")
+    if sha256_of(path) != sha256:
+        raise _broken(path, f"not the {what} {whose}", "put that one back")
 
 
 def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from looplm.cli import UserError
+from looplm.encoding import remove_limits
 from looplm.plain_text import as_text
 
 NAME = "chatml"
@@ -170,9 +171,7 @@ def _closing(learned: bool) -> list[_Piece]:
 
 def _rendered_ids(tokenizer: Tokenizer, conversations: list[list[Message]]) -> list[list[int]]:
     """Return the ids of conversations as transformers gives them: the template's text, encoded at once."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_truncation()  # a tokenizer.json may carry settings of the model it was made for
-    plain.no_padding()
+    plain = remove_limits(Tokenizer.from_str(tokenizer.to_str()))
     texts = ["".join(piece.text for message in messages for piece in _turn(message)) for messages in conversations]
     return [found.ids for found in plain.encode_batch(texts, add_special_tokens=False)]
 

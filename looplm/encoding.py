@@ -15,7 +15,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: the file is missing, or is not a tokenizer.json.
     """
-    tokenizer = open_tokenizer(path, "get the file again")
+    return remove_limits(open_tokenizer(path, "get the file again"))
+
+
+def remove_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """Take truncation and padding, which a tokenizer.json may carry from its model, out of a tokenizer; return it."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from looplm.chat import ANSWERS, JINJA, TEMPLATE_FILE, TOKENIZER_CONFIG, Encoded, Message
 from looplm.cli import UserError
+from looplm.encoding import remove_limits
 from looplm.json_file import read_object
 
 _FIX = "repair the template, or remove it to chat in LoopLM's own"
@@ -53,9 +54,7 @@ class ImportedTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: Mapping[str, str], where: str | Path) -> None:
         self.source, self._tokens, self._where = source, dict(special_tokens), where
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.no_truncation()  # a tokenizer.json may carry settings of the model it was made for
-        self._tokenizer.no_padding()
+        self._tokenizer = remove_limits(Tokenizer.from_str(tokenizer.to_str()))
         added = tokenizer.get_added_tokens_decoder()
         self._special = {number: token.content for number, token in added.items() if token.special}
         try:
@@ -102,7 +101,7 @@ class ImportedTemplate:
         """The token that ends an answer: the first special one behind it.
 
         Raises:
-            UserError: there is none.
+            UserError: no special token follows an answer.
         """
         question, answer = _PROBE
         asked, answered = self.render([question]), self._render([question, answer], asks=False)
