@@ -285,17 +285,18 @@ plan-check: $(READY)  ## the planner's memory against training steps on this CPU
 # $(call rehearsed,model,attention)
 define rehearsed
 	@echo "== ouro-$(1), $(2)"
-	@OMP_NUM_THREADS=1 $(PY) -m tools.rehearse --chain --config configs/ouro-$(1)/chain.yaml --attention $(2) --gpus $(GPUS)
+	@OMP_NUM_THREADS=1 $(PY) -m tools.rehearse --chain --config configs/ouro-$(1)/chain.yaml --attention $(2) \
+		--gpus $(GPUS)
 
 endef
 GPUS ?= 512
 
-rehearse: $(READY)  ## a step of every rank that differs, of all Ouro recipes on GPUS=512, on this CPU (20 minutes)
+rehearse: $(READY)  ## a step of every rank that differs, of all Ouro recipes on GPUS=512, on this CPU (20 min)
 	$(foreach model,1.4b 2.6b,$(foreach attention,mha mla,$(call rehearsed,$(model),$(attention))))
 
 DEVICE ?= cuda
 
-gpu-check: $(READY)  ## what a machine with one GPU can do, in 8 minutes: docs/gpu (rehearse it: make gpu-check DEVICE=cpu)
+gpu-check: $(READY)  ## what a machine with one GPU can do, in 8 minutes (rehearse it: make gpu-check DEVICE=cpu)
 	@$(PY) -m tools.gpu_check --device $(DEVICE)
 
 # With TE=1 also Transformer Engine, whose pins have a file of their own.
@@ -304,7 +305,7 @@ BUNDLED := $(if $(TE),$(TE_VENV),$(NEWEST))/constraints.txt
 # pip looks into a source package with its own build tools: those of Transformer Engine want torch's CUDA build.
 BUNDLER := $(if $(TE),$(TE_VENV),$(VENV))
 
-gpu-bundle: $(BUNDLER)/.installed $(BUNDLED)  ## wheels and code for gpu-check on a machine that has torch and no network (TE=1: larger)
+gpu-bundle: $(BUNDLER)/.installed $(BUNDLED)  ## wheels and code for gpu-check without a network (TE=1: larger)
 	@$(BUNDLER)/bin/python -m tools.gpu_bundle --constraints $(BUNDLED) $(if $(TE),--engine true)
 
 docs: $(DOCS)/.installed  ## the documentation as a site: site/index.html

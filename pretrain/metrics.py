@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from looplm.accounting import training_flops_per_token
 from looplm.config import RunConfig
+from looplm.evaluation.dynamics import LoopDynamics
 from looplm.failures import StorageFailure
 from looplm.files import storage_failure, write_whole, writing
 from looplm.megatron import device, process_groups
@@ -121,11 +122,12 @@ class RunLog:
             self._bar.update(progress.step - self._bar.n)
         self.restart_clock()
 
-    def valid(self, progress: Progress, stats: StepStats) -> None:
+    def valid(self, progress: Progress, stats: StepStats, dynamics: LoopDynamics | None) -> None:
         """Record a validation."""
         if not self.enabled:
             return
-        self._write({"kind": "valid", "step": progress.step, **dataclasses.asdict(stats)})
+        row = {"kind": "valid", "step": progress.step, **dataclasses.asdict(stats)}
+        self._write(row if dynamics is None else row | dataclasses.asdict(dynamics))
         where = f"step {progress.step}/{self._total}"
         self.say(f"{where}  validation {stats.loss:.4f}  per loop {_format(stats.loss_per_loop)}")
         self.restart_clock()

@@ -80,7 +80,6 @@ class LoopNorms:
 
     def __init__(self, model: LoopLM) -> None:
         self._loops = self._ran = model.model_config.num_loops
-        self._residual = list[Tensor]()
         self.restart()
         if model.post_process:
             model.decoder.final_layernorm.register_forward_pre_hook(self._keep)
@@ -88,6 +87,7 @@ class LoopNorms:
     def restart(self, loops: int | None = None) -> None:
         """Forget the micro-batches of the last step. The next one runs ``loops`` loops; None for all."""
         self._ran = loops or self._loops
+        self._residual = list[Tensor]()
         self.hidden: list[list[Tensor]] = [[] for _ in range(self._loops)]  # loop → micro-batch → norm
         self.gradient: list[dict[int, Tensor]] = [{} for _ in range(self._loops)]
         self._squares = [list[Tensor]() for _ in range(self._loops)]  # loop → micro-batch → h_r · h_r

@@ -4,8 +4,10 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import torch
 import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -14,6 +16,7 @@ from looplm.chat import TEMPLATE_FILE
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
 from looplm.cli import to_dict
 from looplm.config import RunConfig
+from looplm.evaluation.dynamics import LoopDynamics, loop_dynamics
 from looplm.files import write_whole, writing
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
@@ -163,7 +166,16 @@ class Run:
         if stats is None:
             self._log.say(f"validation cut short by {self._stop.asked}; it is repeated when the run continues")
         else:
-            self._log.valid(self._progress, stats)
+            self._log.valid(self._progress, stats, self._look_at_loops())
+
+    def _look_at_loops(self) -> LoopDynamics | None:
+        samples, data, group = self._config.logging.dynamics_samples, self._config.data, self._groups.dp
+        if not samples or self._valid_set is None:
+            return None
+        own = max(1, samples // group.size())
+        batches = micro_batches(self._valid_set, data, 0, group.rank(), group.size())
+        ids_BS = torch.cat([batch.ids_BS for batch in islice(batches, -(-own // data.micro_batch_size))])
+        return loop_dynamics(self._trainer.model, ids_BS[:own], group)
 
     def _save(self) -> None:
         self._watchdog.enter(f"save of step {self._progress.step}")

@@ -215,6 +215,8 @@ class LoggingConfig:
         log_every: steps between lines of metrics.jsonl and TensorBoard points.
         eval_every: steps between validations; 0 never validates.
         eval_samples: sequences of a validation.
+        dynamics_samples: of these, sequences on which a validation also looks at the loops themselves: attention on the
+            first token, and the spectral radius of each loop (24 backward passes); 0 does not look.
         tensorboard: write TensorBoard curves to OUTPUT_DIR/tensorboard.
         peak_tflops: peak of one device, for model FLOPs utilization; null looks it up (GPU) or measures it (CPU).
     """
@@ -222,11 +224,14 @@ class LoggingConfig:
     log_every: int = positive(1)
     eval_every: int = at_least(0, 0)
     eval_samples: int = positive(64)
+    dynamics_samples: int = at_least(0, 0)
     tensorboard: bool = True
     peak_tflops: float | None = positive(None)
 
     def __post_init__(self) -> None:
         check_bounds(self, "logging")
+        fix = f"give at most logging.eval_samples={self.eval_samples}"
+        require(self.dynamics_samples <= self.eval_samples, "logging.dynamics_samples", self.dynamics_samples, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +284,9 @@ class RunConfig:
         fix = "the optimizer's fp32 weights would start from rounded ones; leave it false with checkpoint.initial"
         require(initial is None or not engine.fp8_params, "engine.fp8_params", True, fix)
         self.loss.check(model, self.parallel)
+        whole = self.parallel.model_ranks == 1 and engine.transformer_impl == "local"
+        looks, fix = self.logging.dynamics_samples, "it needs the whole model on each rank, and engine.transformer_impl"
+        require(whole or not looks, "logging.dynamics_samples", looks, f"{fix}=local; leave it 0")
         fix = "losses of different numbers of loops cannot be compared; leave it out with loss.sampled_loops"
         comparable = self.loss.sampled_loops == "none" or self.health.spike_factor is None
         require(comparable, "health.spike_factor", self.health.spike_factor, fix)

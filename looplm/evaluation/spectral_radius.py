@@ -44,10 +44,16 @@ def spectral_radius(model: LoopLM, ids_BS: Tensor, loops: int, iterations: int =
 
 def _radius(after_SBD: Tensor, before_SBD: Tensor, iterations: int) -> float:
     random = torch.Generator(after_SBD.device).manual_seed(0)
-    vector_SBD = torch.randn(after_SBD.shape, generator=random, device=after_SBD.device, dtype=after_SBD.dtype)
+    # All samples start from one vector, so that a sample's radius does not depend on the others.
+    start_S1D = torch.randn(after_SBD[:, :1].shape, generator=random, device=after_SBD.device)
+    vector_SBD = start_S1D.expand_as(after_SBD)
     growth = list[Tensor]()
     for _ in range(iterations):
-        vector_SBD = vector_SBD / vector_SBD.norm(dim=(0, 2), keepdim=True).clamp_min(1e-30)
-        (vector_SBD,) = torch.autograd.grad(after_SBD, before_SBD, vector_SBD, retain_graph=True)
-        growth.append(vector_SBD.norm(dim=(0, 2)).clamp_min(1e-30).log())
+        unit_SBD = (vector_SBD / _size(vector_SBD)).type_as(after_SBD)
+        (vector_SBD,) = torch.autograd.grad(after_SBD, before_SBD, unit_SBD, retain_graph=True)
+        growth.append(_size(vector_SBD).flatten().log())
     return float(torch.stack(growth[iterations // 2 :]).mean(0).exp().mean())
+
+
+def _size(vector_SBD: Tensor) -> Tensor:
+    return vector_SBD.norm(dim=(0, 2), keepdim=True, dtype=torch.float32).clamp_min(1e-30)

@@ -51,7 +51,10 @@ _LOOPLM_KEYS = {
     )
 }
 # Written only if they differ from ModelConfig's defaults, so that other models' files stay as they were.
-_OPTIONAL_KEYS = ("prelude_layers", "coda_layers", "loop_norm", "injection", "kv_latent_norm")
+_OPTIONAL_KEYS = (
+    *("prelude_layers", "coda_layers", "loop_norm", "injection", "step_embedding"),
+    *("attention_gate", "kv_latent_norm", "latent_iterations", "latent_halting"),
+)
 _GATE_KEYS = {
     field.name: "early_exit_gate" if field.name == "kind" else f"gate_{field.name}"
     for field in dataclasses.fields(GateConfig)

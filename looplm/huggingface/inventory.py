@@ -86,14 +86,23 @@ def _model(model: ModelConfig, gate: GateConfig, gate_trained: bool) -> list[Row
     gate_keys = "".join(f", {key} {getattr(gate, key)}" for key in GATE_KEYS[gate.kind])
     if model.injection != "none":
         norms += f", {model.injection} injection"
+    if model.step_embedding != "none":
+        norms += f", {model.step_embedding} step embedding"
     size = f"{model.depth_summary}, hidden {model.hidden_size:,}"
     positions = f"RoPE base {model.rope_base:,.0f}, {model.max_sequence_length:,} positions"
     return [
         ("model", f"{size}, feed-forward {model.ffn_hidden_size:,}, {norms}"),
-        ("attention", f"{model.attention}, {heads}, {model.attention_widths.summary}; {positions}"),
+        ("attention", f"{model.attention}, {heads}, {model.attention_widths.summary}{_variants(model)}; {positions}"),
         ("head", f"{head}, {model.vocab_size:,} tokens"),
         ("gate", f"{gate.kind}{gate_keys}, {'trained' if gate_trained else 'untrained'}"),
     ]
+
+
+def _variants(model: ModelConfig) -> str:
+    """Return what attention has beside the usual, each part after a comma."""
+    gate = {"none": "", "head": ", a gate per head", "element": ", a gate per channel"}[model.attention_gate]
+    steps = f", refined in {model.latent_iterations} steps" if model.latent_iterations else ""
+    return steps + (" with halting" if model.latent_halting else "") + gate
 
 
 def _counts(tensors: Iterable[tuple[Shape, torch.dtype]]) -> str:

@@ -41,12 +41,14 @@ def _sizes(description: HFDescription, dtype: torch.dtype) -> str:
         "mla": f"latent (MLA), a latent of {model.kv_lora_rank}" + ("" if model.kv_latent_norm else " without a norm"),
         "mha": f"{model.query_groups} key-value heads",
     }
+    by = {"none": "", "head": ", a sigmoid gate on each head's output", "element": ", a sigmoid gate on its output"}
     rows = [
         ("parameters", f"{count:,} ({str(dtype).removeprefix('torch.')})"),
         ("layers x loops", f"{model.num_layers} x {model.num_loops}, the same weights in every loop"),
         *_around_loops(model),
         ("hidden, feed-forward", f"{model.hidden_size:,}, {model.ffn_hidden_size:,}"),
-        ("attention", f"{model.num_attention_heads} heads, {attention[model.attention]}"),
+        ("attention", f"{model.num_attention_heads} heads, {attention[model.attention]}{by[model.attention_gate]}"),
+        *_latent_reasoning(model),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("context", f"{model.max_sequence_length:,} tokens, RoPE base {model.rope_base:,.0f}"),
         ("exit gate", f"{gate.kind}, {'trained' if gate_trained else 'untrained'}"),
@@ -58,7 +60,7 @@ def _sizes(description: HFDescription, dtype: torch.dtype) -> str:
 
 
 def _around_loops(model: ModelConfig) -> list[tuple[str, str]]:
-    """Return the rows of a model with layers outside the loops, a norm for the read-out alone, or an injection."""
+    """Return the rows of a model with layers outside the loops, a norm for the read-out alone, or other loop inputs."""
     rows = []
     if model.unlooped_layers:
         rows.append(("layers of their own", f"{model.prelude_layers} before the loops, {model.coda_layers} after them"))
@@ -66,7 +68,17 @@ def _around_loops(model: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("norm at a loop's end", "for the read-out alone; the next loop reads the residual stream"))
     if model.injection != "none":
         rows.append(("injection", f"{model.injection}: later loops read what entered the first one again"))
+    if model.step_embedding != "none":
+        rows.append(("step embedding", f"{model.step_embedding}: a vector of each loop is added before it"))
     return rows
+
+
+def _latent_reasoning(model: ModelConfig) -> list[tuple[str, str]]:
+    """Return the row of a model whose latent is refined."""
+    if not model.latent_iterations:
+        return []
+    halting = ", weighed by a probability of stopping at each" if model.latent_halting else ""
+    return [("latent reasoning", f"{model.latent_iterations} steps of a GRU cell refine the latent{halting}")]
 
 
 def _loading(description: HFDescription) -> str:

@@ -16,7 +16,8 @@ from looplm.config import ModelConfig, RunConfig
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
-NORMS_PER_LOOP = ("hidden_rms", "hidden_grad_norm", "hidden_cosine")  # not in the metrics of older releases
+# Not in the metrics of older releases; the last two are those of validations with logging.dynamics_samples.
+OPTIONAL_PER_LOOP = ("hidden_rms", "hidden_grad_norm", "hidden_cosine", "loop_radius", "attention_sink")
 
 Columns = dict[str, np.ndarray]
 Record = dict[str, Any]
@@ -230,8 +231,8 @@ def _columns(records: Sequence[tuple[str, Record]]) -> Columns:
     modules = [_modules(record, where) for where, record in records]
     for name in dict.fromkeys(name for row in modules for name in row):
         columns[f"grad_norms/{name}"] = np.array([row.get(name, math.nan) for row in modules])
-    for key in (*PER_LOOP, *NORMS_PER_LOOP):
-        missing = {key: [None]} if key in NORMS_PER_LOOP else {}
+    for key in (*PER_LOOP, *OPTIONAL_PER_LOOP):
+        missing = {key: [None]} if key in OPTIONAL_PER_LOOP else {}
         rows = [_numbers(missing | record, key, where) for where, record in records]
         width = max(map(len, rows), default=0)
         columns[key] = np.array([row + [math.nan] * (width - len(row)) for row in rows]).reshape(len(rows), width)

@@ -25,6 +25,8 @@ SMALL_PLOTS = (
     ("hidden_rms", "Hidden state after each loop, before its norm", "rms"),
     ("hidden_grad_norm", "Gradient of each loop's hidden state", "norm"),
     ("hidden_cosine", "Hidden state of each loop and of the one before", "cosine"),
+    ("loop_radius", "Spectral radius of each loop, in validations", ""),
+    ("attention_sink", "Attention on the first token, in validations", "share"),
 )
 
 
@@ -165,7 +167,7 @@ def _training(stages: Sequence[Stage], loops: int) -> list[str]:
     small = [
         plots.small_plot(stages, key, title, unit, log=unit in ("norm", "rms"))
         for key, title, unit in SMALL_PLOTS
-        if any(np.isfinite(stage.train[key]).any() for stage in stages)
+        if any(np.isfinite(columns[key]).any() for stage in stages for columns in (stage.train, stage.valid))
     ]
     return [
         "<h2>Training</h2><p>Every loop runs the same weights again. Open dots: validation at the deepest loop.</p>",

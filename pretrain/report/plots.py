@@ -203,17 +203,23 @@ def gradient_per_module(axes: Axes, stages: Sequence[Stage]) -> None:
 
 
 def small_plot(stages: Sequence[Stage], key: str, title: str, unit: str, log: bool = False) -> str:
-    """Return a small figure of one scalar of the metrics, or of one value per loop, over training."""
+    """Return a small figure of one scalar of the metrics, or of one value per loop.
+
+    It is drawn over training, or over the validations if only those have it.
+    """
 
     @_figure(title, unit, size=(2.6, 1.7))
     def draw(axes: Axes) -> None:
-        for stage, step_N, _ in _timeline(axes, stages, named=False):
+        for stage, step_N, offset in _timeline(axes, stages, named=False):
             values = stage.train[key]
+            if not np.isfinite(values).any() and np.isfinite(stage.valid[key]).any():
+                step_N, values = stage.valid["step"] + offset, stage.valid[key]
             if values.ndim == 1:
                 _curve(axes, step_N, values, _INK)
             else:
                 for loop, value_N in enumerate(values.T, start=1):
-                    _curve(axes, step_N, value_N, _loop(loop))
+                    if np.isfinite(value_N).any():
+                        _curve(axes, step_N, value_N, _loop(loop))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if log:
             axes.set_yscale("log")

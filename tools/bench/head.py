@@ -88,10 +88,10 @@ def _bench_size(repeats: int, size: HeadSize) -> Iterator[Figure]:
         f"backward, {precision}"
     )
     for name, peak in peaks.items():
-        time, memory = speeds[kept] / speeds[name], peak / peaks[kept]
+        time, memory = speeds.ratio(kept, name), peak / peaks[kept]
         print(f"  {name:<24}{time:>8.2f} x time{peak / 2**20:>10,.0f} MiB above the start{memory:>8.1%}")
     title = f"head, {precision}"
-    yield Figure(f"{title}: time of one pass / all logits kept", speeds[kept] / speeds[name], 1.03, at_least=False)
+    yield Figure(f"{title}: time of one pass / all logits kept", speeds.ratio(kept, name), 1.03, at_least=False)
     yield Figure(f"{title}: memory of one pass / all logits kept", peaks[name] / peaks[kept], 0.2, at_least=False)
 
 

@@ -29,7 +29,7 @@ from looplm.model import LoopLM
 from pretrain.trainer import Trainer
 from tools.bench.memory import random_batch
 from tools.bench.new_process import in_new_process
-from tools.bench.timing import PrepareRun, per_second, rates
+from tools.bench.timing import PrepareRun, Rates, per_second, rates
 from tools.bench.verdicts import Figure
 
 CHARACTERS, VOCABULARY, BATCH = 4_000_000, 4096, 1000
@@ -38,8 +38,8 @@ CHARACTERS, VOCABULARY, BATCH = 4_000_000, 4096, 1000
 class StorageRates(NamedTuple):
     """Characters and bytes a second by name, and the bytes of a checkpoint's large files."""
 
-    characters: dict[str, float]
-    bytes: dict[str, float]
+    characters: Rates
+    bytes: Rates
     checkpoint: int
 
 
@@ -55,10 +55,10 @@ def bench_storage(recipe: RunConfig, repeats: int, text: int = CHARACTERS) -> It
     print(f"\ncheckpoint of {size / 1e6:,.0f} MB of weights and AdamW's moments")
     for name, rate in in_bytes.items():
         print(f"  {name:<28}{rate / 1e6:>10,.0f} MB/s")
-    tokenization = characters["pipeline"] / characters["encode_batch"]
+    tokenization = characters.ratio("pipeline", "encode_batch")
     yield Figure("speed of tokenization / encode_batch alone", tokenization, 0.9)
-    yield Figure("speed of a save / of the disk", in_bytes["save"] / in_bytes["write and fsync"], 0.8)
-    yield Figure("speed of verification / of reading and hashing", in_bytes["verify"] / in_bytes["read and hash"], 0.8)
+    yield Figure("speed of a save / of the disk", in_bytes.ratio("save", "write and fsync"), 0.8)
+    yield Figure("speed of verification / of reading and hashing", in_bytes.ratio("verify", "read and hash"), 0.8)
 
 
 def measured_rates(recipe: RunConfig, repeats: int, text: int) -> StorageRates:
@@ -73,7 +73,7 @@ def measured_rates(recipe: RunConfig, repeats: int, text: int) -> StorageRates:
         process_groups.stop()
 
 
-def _tokenization(path: Path, characters: int, repeats: int) -> dict[str, float]:
+def _tokenization(path: Path, characters: int, repeats: int) -> Rates:
     """Train a tokenizer at ``path``, and return the rates with it."""
     texts, config = list(_texts(characters)), TokenizerConfig(vocab_size=VOCABULARY)
     train_tokenizer(texts, config).save(str(path))
@@ -98,9 +98,7 @@ def _texts(characters: int) -> Iterator[str]:
             yield text
 
 
-def _checkpoints(
-    recipe: RunConfig, groups: ProcessGroupCollection, tokenizer: Path, repeats: int
-) -> tuple[dict[str, float], int]:
+def _checkpoints(recipe: RunConfig, groups: ProcessGroupCollection, tokenizer: Path, repeats: int) -> tuple[Rates, int]:
     """Return the rates, and the bytes of the weights and the optimizer's state."""
     model = LoopLM(recipe.model, recipe.gate, groups)
     trainer = Trainer(model, recipe.loss, recipe.optim, recipe.parallel, groups)

@@ -6,8 +6,6 @@ AdamW. Contenders run in turns in one process; memory is the resident peak of a 
 Shapes: B batch, S sequence, D hidden, F feed-forward, V vocabulary.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import repeat
@@ -16,7 +14,8 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm.config import LossConfig, Recompute, RunConfig
+from looplm.accounting import training_flops_per_token
+from looplm.config import LossConfig, ModelConfig, Recompute, RunConfig
 from looplm.megatron import device, process_groups
 from looplm.model import LoopLM
 from looplm.reference import ReferenceLM
@@ -25,7 +24,7 @@ from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 from tools.bench.memory import peak_saved_bytes, random_batch
 from tools.bench.new_process import in_new_process, resident_peak
-from tools.bench.timing import has_fast_bf16, per_second, print_speeds
+from tools.bench.timing import Rates, has_fast_bf16, per_second, print_speeds
 from tools.bench.verdicts import Figure
 
 Step = Callable[[], object]
@@ -103,7 +102,7 @@ def _tiny(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> It
     tiny = tiny_recipe(recipe)
     speeds = _speeds({"plain": _plain_step(tiny), "ours": _our_step(tiny, groups)}, tiny, repeats)
     print_speeds("one layer of 64, 4 loops, 128 x 16 tokens, one thread", speeds)
-    yield Figure("tiny model: time of ours / plain", speeds["plain"] / speeds["ours"], 1.3, at_least=False)
+    yield Figure("tiny model: time of ours / plain", speeds.ratio("plain", "ours"), 1.3, at_least=False)
 
 
 def _recipe(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> Iterator[Figure]:
@@ -111,7 +110,7 @@ def _recipe(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> 
         same = in_precision(recipe, precision)
         speeds = _speeds({"plain": _plain_step(same), "ours": _our_step(same, groups)}, same, repeats)
         print_speeds(f"the recipe, {precision}", speeds)
-        yield Figure(f"recipe, {precision}: speed of ours / plain", speeds["ours"] / speeds["plain"], aim)
+        yield Figure(f"recipe, {precision}: speed of ours / plain", speeds.ratio("ours", "plain"), aim)
 
 
 def _against_plain(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int, threads: int) -> Iterator[Figure]:
@@ -120,22 +119,22 @@ def _against_plain(recipe: RunConfig, groups: ProcessGroupCollection, repeats: i
     steps |= {f"ours, recompute: {mode}": _our_step(recomputing(recipe, mode), groups) for mode in modes}
     if has_fast_bf16():
         steps["ours, bf16"] = _our_step(in_precision(recipe, "bf16"), groups)
+    steps["matrix products alone"] = _products(recipe)
     speeds = _speeds(steps, recipe, repeats)
     print_speeds(f"6 layers of 512, V = 49,152, 4 loops, 2 x 512 tokens, {threads} threads", speeds)
-    plain, name = speeds["plain"], f"small model, {threads} threads"
-    yield Figure(f"{name}: speed of ours / plain, fp32", speeds["ours"] / plain, 1.05)
+    name = f"small model, {threads} threads"
+    yield Figure(f"{name}: speed of ours / plain, fp32", speeds.ratio("ours", "plain"), 1.05)
     for mode in modes:
-        speed = speeds[f"ours, recompute: {mode}"]
-        yield Figure(f"{name}: speed of ours with recompute: {mode} / plain", speed / plain, 0.95)
+        speed = speeds.ratio(f"ours, recompute: {mode}", "plain")
+        yield Figure(f"{name}: speed of ours with recompute: {mode} / plain", speed, 0.95)
     if has_fast_bf16():
-        yield Figure(f"{name}: speed of ours in bf16 / plain in fp32", speeds["ours, bf16"] / plain, 2.0)
-    batch, length = recipe.data.micro_batch_size, recipe.data.seq_length
-    share = products_seconds(recipe, batch * length) * speeds["ours"] / (batch * length)
-    yield Figure(f"{name}: time of its matrix products alone / a step", share, 0.85)
+        yield Figure(f"{name}: speed of ours in bf16 / plain in fp32", speeds.ratio("ours, bf16", "plain"), 2.0)
+    share = speeds.ratio("ours", "matrix products alone") * _all_flops(recipe) / _product_flops(recipe)
+    yield Figure(f"{name}: FLOPs of a step / of matrix products in its time", share, 0.85)
 
 
-def _speeds(steps: Mapping[str, Step], recipe: RunConfig, repeats: int) -> dict[str, float]:
-    """Return tokens per second by name."""
+def _speeds(steps: Mapping[str, Step], recipe: RunConfig, repeats: int) -> Rates:
+    """Time the steps, which read as many tokens each."""
     tokens = recipe.data.micro_batch_size * recipe.data.seq_length
     return per_second(steps, tokens, repeats)
 
@@ -171,33 +170,45 @@ def _plain_step(recipe: RunConfig) -> Step:
     return step
 
 
-def products_seconds(recipe: RunConfig, tokens: int, repeats: int = 3) -> float:
-    """Return the time that the matrix products of one step take alone, attention's own left out.
+def _product_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """Return the shapes of the weights that one loop of plain attention multiplies with."""
+    width, feed = model.hidden_size, model.ffn_hidden_size
+    block = [(3 * width, width), (width, width), (2 * feed, width), (width, feed)]
+    return block * model.num_layers + [(model.vocab_size, width)]
+
+
+def _product_flops(recipe: RunConfig) -> float:
+    """Return the FLOPs of :func:`_products`, by token."""
+    return 3 * 2.0 * recipe.model.num_loops * sum(rows * columns for rows, columns in _product_shapes(recipe.model))
+
+
+def _all_flops(recipe: RunConfig) -> float:
+    """Return the FLOPs of a step by token; to those of the weights they add attention's and the gate's."""
+    model = recipe.model
+    return training_flops_per_token(model, recipe.gate, recipe.data.seq_length, model.num_loops)
+
+
+def _products(recipe: RunConfig) -> Step:
+    """Return the matrix products with the weights in one step, alone.
 
     Each weight is multiplied three times: forward, for the input's gradient, and for its own.
     """
     model, dtype = recipe.model, DTYPES[recipe.optim.precision]
-    width, feed = model.hidden_size, model.ffn_hidden_size
-    block = [(3 * width, width), (width, width), (2 * feed, width), (width, feed)]
-    shapes = block * model.num_layers + [(model.vocab_size, width)]
-    one = {shape: _product_seconds(*shape, tokens, dtype, repeats) for shape in set(shapes)}
-    return model.num_loops * sum(one[shape] for shape in shapes)
+    tokens, place = recipe.data.micro_batch_size * recipe.data.seq_length, device.DEVICE
+    shapes = _product_shapes(model)
+    weights = {shape: torch.ones(shape, dtype=dtype, device=place) for shape in set(shapes)}
+    gradients = {shape: torch.zeros_like(weight) for shape, weight in weights.items()}
+    inputs = {n: torch.ones(tokens, n, dtype=dtype, device=place) for _, n in weights}
+    outputs = {n: torch.empty(tokens, n, dtype=dtype, device=place) for n, _ in weights}
 
+    def products() -> None:
+        for shape in shapes * model.num_loops:
+            y, x = outputs[shape[0]], inputs[shape[1]]
+            torch.mm(x, weights[shape].t(), out=y)
+            torch.mm(y, weights[shape])
+            gradients[shape].addmm_(y.t(), x)
 
-def _product_seconds(rows: int, columns: int, tokens: int, dtype: torch.dtype, repeats: int) -> float:
-    weight = torch.ones(rows, columns, dtype=dtype, device=device.DEVICE)
-    x = torch.ones(tokens, columns, dtype=dtype, device=device.DEVICE)
-    y, into = torch.empty(tokens, rows, dtype=dtype, device=device.DEVICE), torch.zeros_like(weight)
-    times = []
-    for _ in range(repeats + 1):
-        device.synchronize()
-        begin = time.perf_counter()
-        torch.mm(x, weight.t(), out=y)
-        torch.mm(y, weight)
-        into.addmm_(y.t(), x)
-        device.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+    return products
 
 
 # ---- memory, stages, loops, documents
@@ -233,7 +244,7 @@ def _stages(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> 
     gate = _our_step(recipe, groups, loss=replace(recipe.loss, objective="adaptive_gate"))
     speeds = _speeds({"stage 1": _our_step(recipe, groups), "gate stage": gate}, recipe, repeats)
     print_speeds("stages", speeds)
-    ratio = speeds["stage 1"] / speeds["gate stage"]
+    ratio = speeds.ratio("stage 1", "gate stage")
     yield Figure("time of a gate-stage step / a stage-1 step", ratio, 0.35, at_least=False)
 
 
@@ -241,8 +252,8 @@ def _loops(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) -> I
     loops, recipe = recipe.model.num_loops, recomputing(recipe, "loop")
     speeds = _speeds({f"{n} loops": _our_step(recipe, groups, loops=n) for n in (1, loops)}, recipe, repeats)
     print_speeds("recompute: loop", speeds)
-    one, all_loops = speeds.values()
-    yield Figure(f"time of {loops} loops / {loops} times that of one", one / all_loops / loops, 1.0, at_least=False)
+    ratio = speeds.ratio("1 loops", f"{loops} loops") / loops
+    yield Figure(f"time of {loops} loops / {loops} times that of one", ratio, 1.0, at_least=False)
     batch = random_batch(recipe, recipe.data.micro_batch_size)
     single = replace(recipe, model=replace(recipe.model, num_loops=1))
     ratio = peak_saved_bytes(recipe, batch, groups) / peak_saved_bytes(single, batch, groups)
@@ -257,7 +268,7 @@ def _documents(recipe: RunConfig, groups: ProcessGroupCollection, repeats: int) 
     steps = {"one document": _our_step(recipe, groups, one), "four documents": _our_step(recipe, groups, four)}
     speeds = _speeds(steps, recipe, repeats)
     print_speeds("2,048 tokens", speeds)
-    ratio = speeds["one document"] / speeds["four documents"]
+    ratio = speeds.ratio("one document", "four documents")
     yield Figure("time of four packed documents / one, 2,048 tokens", ratio, 1.02, at_least=False)
 
 

@@ -8,6 +8,8 @@ _CHOICES = {
     "attention": ("mla", "mha"),
     "loop_norm": ("state", "readout"),
     "injection": ("none", "additive", "diagonal", "linear"),
+    "step_embedding": ("none", "learned"),
+    "attention_gate": ("none", "head", "element"),
     "kv_cache": ("per_loop", "last"),
 }
 
@@ -29,15 +31,19 @@ class LoopLMConfig(PretrainedConfig):
             Ouro) or readout (the gate does, and without a coda the head; the others read the residual stream).
         injection: what each loop after the first reads: none, the state h; additive, h + e; diagonal, a h + b e with
             vectors a and b; or linear, W [h; e]. e is what entered the first loop.
+        step_embedding: what tells a loop which one it is: none, or learned, a vector of each that is added before it.
         num_attention_heads: attention heads.
         num_key_value_heads: mha only: heads of keys and values; None for one per attention head.
         head_dim: mha only: width of a head; None for hidden_size / num_attention_heads.
         qkv_bias: mha only: biases on the projections of queries, keys and values, as in Qwen2.
         qk_norm: mha only: an RMSNorm over each head's query and key before the rotation, as in Qwen3.
         attention: mla (multi-head latent attention, DeepSeek-V3) or mha (multi-head or grouped-query, as in Ouro).
+        attention_gate: sigmoids on attention's output: none, head (one for each) or element (one for each channel).
         q_lora_rank: mla only: width of the query's latent; None projects the query directly.
         kv_lora_rank: mla only: width of the latent of keys and values, which is cached.
         kv_latent_norm: mla only: normalize that latent.
+        latent_iterations: mla only: steps of a GRU cell that refine that latent; 0 leaves it as it is.
+        latent_halting: mla only: weigh the states of these steps by a probability of stopping at each.
         qk_nope_head_dim: mla only: width of the part of a query or key head without position.
         qk_rope_head_dim: mla only: width of the rotary part; the heads share its key.
         qk_rope_period: mla only: width after which the rotary frequencies repeat; None for qk_rope_head_dim.
@@ -84,15 +90,19 @@ class LoopLMConfig(PretrainedConfig):
         coda_layers: int = 0,
         loop_norm: str = "state",
         injection: str = "none",
+        step_embedding: str = "none",
         num_attention_heads: int = 16,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
         attention: str = "mla",
+        attention_gate: str = "none",
         q_lora_rank: int | None = None,
         kv_lora_rank: int = 512,
         kv_latent_norm: bool = True,
+        latent_iterations: int = 0,
+        latent_halting: bool = False,
         qk_nope_head_dim: int = 128,
         qk_rope_head_dim: int = 64,
         qk_rope_period: int | None = None,

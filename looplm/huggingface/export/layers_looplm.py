@@ -1,10 +1,10 @@
-"""The block and the injections of a LoopLM. This file travels inside an export and needs only torch and transformers.
+"""The block of a LoopLM. This file travels inside an export and needs only torch and transformers.
 
 Shapes: B batch, S tokens of this call, T tokens seen (cached ones and these), D hidden, H heads, G key-value heads, K
 query-key width, W value width, C latent, R loops. Loops count from 0.
 
-Sources: loops, sandwich norms: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2 (2405.04434).
-Injections: additive: deep equilibrium models (1909.01377), diagonal: Parcae (2604.12946), linear: Huginn (2502.05171).
+Sources: loops, sandwich norms: Ouro (arXiv 2510.25741). Latent attention: DeepSeek-V2 (2405.04434). Gate on attention's
+output: 2505.06708.
 """
 
 import torch
@@ -15,18 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_looplm import View
 from .configuration_looplm import LoopLMConfig
-
-
-class LoopLMRMSNorm(nn.Module):
-    """``x / rms(x) * weight``, with an initial weight of ``start``."""
-
-    def __init__(self, width: int, eps: float, start: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((width,), start))
-        self.eps, self.start = eps, start
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+from .latent_reasoning_looplm import LoopLMLatentReasoning
+from .norm_looplm import LoopLMRMSNorm
 
 
 class LoopLMMLP(nn.Module):
@@ -56,6 +46,7 @@ class LoopLMHeadAttention(nn.Module):
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm, self.k_norm = (LoopLMRMSNorm(width, config.rms_norm_eps) for _ in range(2))
+        self.output_gate_proj = output_gate(config, width)
         self.o_proj = nn.Linear(config.num_attention_heads * width, hidden, bias=False)
 
     def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
@@ -66,7 +57,8 @@ class LoopLMHeadAttention(nn.Module):
         query, key = rotate(query, view), rotate(key, view)
         if view.cache is not None:
             key, value = view.cache.store(loop, self.block, key, value, view.rows)
-        return self.o_proj(attend(query, key, value, view.visible_B1ST, self.width**-0.5))
+        mixed = attend(query, key, value, view.visible_B1ST, self.width**-0.5)
+        return self.o_proj(gated(mixed, x_BSD, self.output_gate_proj))
 
 
 class LoopLMLatentAttention(nn.Module):
@@ -91,11 +83,17 @@ class LoopLMLatentAttention(nn.Module):
             self.q_a_layernorm = LoopLMRMSNorm(self.q_lora_rank, config.rms_norm_eps)
             self.q_b_proj = nn.Linear(self.q_lora_rank, query_rows, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = LoopLMRMSNorm(self.latent, config.rms_norm_eps) if config.kv_latent_norm else None
+        has_norm = config.kv_latent_norm and not config.latent_iterations  # the unit has one of its own
+        self.kv_a_layernorm = LoopLMRMSNorm(self.latent, config.rms_norm_eps) if has_norm else None
+        self.latent_reasoning = LoopLMLatentReasoning(config) if config.latent_iterations else None
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.output_gate_proj = output_gate(config, self.value)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
 
     def forward(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
+        return self.o_proj(gated(self._attend(x_BSD, view, loop), x_BSD, self.output_gate_proj))
+
+    def _attend(self, x_BSD: Tensor, view: View, loop: int) -> Tensor:
         if self.q_lora_rank is None:
             query = self.q_proj(x_BSD)
         else:
@@ -105,16 +103,18 @@ class LoopLMLatentAttention(nn.Module):
         rope, key_rope = rotate(evens_then_odds(rope), view), rotate(evens_then_odds(key_rope), view)
         if self.kv_a_layernorm is not None:
             latent = self.kv_a_layernorm(latent)
+        if self.latent_reasoning is not None:
+            latent = self.latent_reasoning(latent)
         if view.cache is not None:
             latent, key_rope = view.cache.store(loop, self.block, latent, key_rope, view.rows)
         # Adapters and quantization put other modules here, and offloading leaves no weight: then call the module.
         is_plain = type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
         if is_plain and latent.size(2) > x_BSD.size(1):
-            return self.o_proj(self._attend_latents(nope, rope, latent, key_rope, view.visible_B1ST))
+            return self._attend_latents(nope, rope, latent, key_rope, view.visible_B1ST)
         projected = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).squeeze(1).transpose(1, 2)
         key_nope, value = projected.split([self.nope, self.value], -1)
         key = torch.cat((key_nope, key_rope.expand(-1, self.heads, -1, -1)), -1)
-        return self.o_proj(attend(torch.cat((nope, rope), -1), key, value, view.visible_B1ST, self.scale))
+        return attend(torch.cat((nope, rope), -1), key, value, view.visible_B1ST, self.scale)
 
     def _attend_latents(
         self, nope: Tensor, rope: Tensor, latent_B1TC: Tensor, key_rope_B1TK: Tensor, visible_B1ST: Tensor | None
@@ -157,50 +157,20 @@ class LoopLMBlock(GradientCheckpointingLayer):
         return x_BSD + (self.post_attention_layernorm_2(y_BSD) if self.sandwich_norm else y_BSD)
 
 
-class LoopLMAdditiveInjection(nn.Module):
-    """``h + e``: what a later loop reads, from the state and what entered the first loop."""
-
-    def __init__(self, config: LoopLMConfig) -> None:
-        super().__init__()
-
-    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
-        return h_BSD + entered_BSD
+def output_gate(config: LoopLMConfig, value: int) -> nn.Linear | None:
+    """Return the projection to attention's output gate: a logit of each head, or of each of its ``value`` channels."""
+    if config.attention_gate == "none":
+        return None
+    per_head = 1 if config.attention_gate == "head" else value
+    return nn.Linear(config.hidden_size, config.num_attention_heads * per_head, bias=False)
 
 
-class LoopLMDiagonalInjection(nn.Module):
-    """``a h + b e``; it starts as h."""
-
-    def __init__(self, config: LoopLMConfig) -> None:
-        super().__init__()
-        self.state_gain = nn.Parameter(torch.ones(config.hidden_size))
-        self.input_gain = nn.Parameter(torch.zeros(config.hidden_size))
-
-    def start(self) -> None:
-        nn.init.ones_(self.state_gain)
-        nn.init.zeros_(self.input_gain)
-
-    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:
-        return torch.addcmul(self.state_gain * h_BSD, self.input_gain, entered_BSD)
-
-
-class LoopLMLinearInjection(nn.Linear):
-    """``W [h; e]``; it starts as h."""
-
-    def __init__(self, config: LoopLMConfig) -> None:
-        super().__init__(2 * config.hidden_size, config.hidden_size, bias=False)
-
-    def start(self) -> None:
-        nn.init.eye_(self.weight)
-
-    def forward(self, h_BSD: Tensor, entered_BSD: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(torch.cat((h_BSD, entered_BSD), -1))
-
-
-INJECTIONS: dict[str, type[nn.Module]] = {
-    "additive": LoopLMAdditiveInjection,
-    "diagonal": LoopLMDiagonalInjection,
-    "linear": LoopLMLinearInjection,
-}
+def gated(mixed: Tensor, x_BSD: Tensor, projection: nn.Module | None) -> Tensor:
+    """Return attention's output [B, S, H * W], gated by the sigmoids of a projection of the block's input if given."""
+    if projection is None:
+        return mixed
+    gate = torch.sigmoid(projection(x_BSD)).unsqueeze(-1)
+    return (mixed.unflatten(-1, (gate.size(-2), -1)) * gate).flatten(-2)
 
 
 def rotate(x_BHSK: Tensor, view: View) -> Tensor:

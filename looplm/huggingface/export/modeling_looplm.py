@@ -28,7 +28,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .cache_looplm import LoopLMCache, View
 from .configuration_looplm import LoopLMConfig
 from .gates_looplm import GATES, Exits, exit_log_probs
-from .layers_looplm import INJECTIONS, LoopLMBlock, LoopLMDiagonalInjection, LoopLMLinearInjection, LoopLMRMSNorm
+from .latent_reasoning_looplm import LoopLMRefiningCell
+from .layers_looplm import LoopLMBlock
+from .loop_inputs_looplm import INJECTIONS, LoopLMDiagonalInjection, LoopLMLinearInjection, LoopLMStepEmbedding
+from .norm_looplm import LoopLMRMSNorm
+
+_OWN_START = (LoopLMDiagonalInjection, LoopLMLinearInjection, LoopLMStepEmbedding, LoopLMRefiningCell)
 
 
 @dataclass
@@ -76,7 +81,7 @@ class LoopLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize as in pretraining. A module with initial values of its own has them as attributes."""
         config = self.config
-        if isinstance(module, (LoopLMDiagonalInjection, LoopLMLinearInjection)):
+        if isinstance(module, _OWN_START):
             module.start()
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=getattr(module, "start_std", config.initializer_range))
@@ -106,6 +111,7 @@ class LoopLMModel(LoopLMPreTrainedModel):
         self.norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.coda_norm = LoopLMRMSNorm(config.hidden_size, config.rms_norm_eps) if config.coda_layers else None
         self.injection = None if config.injection == "none" else INJECTIONS[config.injection](config)
+        self.step_embedding = None if config.step_embedding == "none" else LoopLMStepEmbedding(config)
         if config.early_exit_gate not in GATES:
             raise ValueError(
                 f"early_exit_gate: {config.early_exit_gate!r} is not allowed; give one of {', '.join(GATES)}"
@@ -177,6 +183,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
         for loop in range(depth):
             if loop > 0 and self.injection is not None:
                 h_BSD = self.injection(h_BSD, entered_BSD)
+            if self.step_embedding is not None:
+                h_BSD = self.step_embedding(h_BSD, loop)
             for block in self.layers:
                 h_BSD = block(h_BSD, view, loop)
             readable_BSD = self.norm(h_BSD)

@@ -57,6 +57,8 @@ MISTAKES = {
     ("--model.latent_iterations", "2", "--loss.latent_ponder_cost", "1"): r"loss\.latent_ponder_cost: 1\.0 .*halting",
     ("--model.latent_halting", "true"): r"model\.latent_halting: True .*latent_iterations=0",
     ("--model.qk_rope_head_dim", "7"): r"model\.qk_rope_head_dim: 7 .*even",
+    ("--logging.dynamics_samples", "65"): r"logging\.dynamics_samples: 65 .*at most logging\.eval_samples=64",
+    ("--logging.dynamics_samples", "8", "--parallel.tensor", "2"): r"logging\.dynamics_samples: 8 .*whole model",
     ("--gate.kind", "linear", "--gate.sequence_level", "true"): r"gate\.sequence_level: True .*lru",
     ("--loss.beta", "-1"): r"loss\.beta: -1\.0 ",
     ("--loss.geometric_rate", "1"): r"loss\.geometric_rate: 1\.0 ",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looplm.cli import UserError
-from looplm.config import GateConfig
+from looplm.config import GateConfig, ModelConfig
 from looplm.huggingface import config_json
 from looplm.huggingface.config_json import (
     LOOPLM,
@@ -38,10 +38,16 @@ LEVERS = {
     "coda_layers": MHA,
     "loop_norm": MHA,
     "injection": MHA,
+    "step_embedding": MHA,
+    "attention_gate": MHA,
     "kv_latent_norm": MODELS["mla"],
+    "latent_iterations": MODELS["mla"],
+    "latent_halting": dataclasses.replace(MODELS["mla"], latent_iterations=2),
 }
 SET: dict[str, Any] = {"prelude_layers": 2, "coda_layers": 1, "loop_norm": "readout"}
-SET |= {"injection": "linear", "kv_latent_norm": False}
+SET |= {"injection": "linear", "step_embedding": "learned", "attention_gate": "element"}
+SET |= {"kv_latent_norm": False, "latent_iterations": 3, "latent_halting": True}
+LATENT_KEYS = ("kv_latent_norm", "latent_iterations", "latent_halting")  # mha has no latent
 # ByteDance/Ouro-1.4B's config.json, as far as it is known. Its special tokens are one token.
 RELEASED = CONFIG | {
     "head_dim": 128,
@@ -97,7 +103,8 @@ def test_a_lever_is_written_where_it_is_set(key):
     assert looplm_fault(model) is None
     description = HFDescription(LOOPLM, model, LINEAR, False, IDS)
     values = json.loads(json.dumps(to_config_json(description, torch.float32)))
-    assert values[key] == SET[key] and values.keys() & LEVERS.keys() == {key}
+    needed = {"latent_iterations"} if key == "latent_halting" else set()
+    assert values[key] == SET[key] and values.keys() & LEVERS.keys() == {key} | needed
     assert from_config_json(values, {}, WHERE) == description
     without = to_config_json(description._replace(model=LEVERS[key]), torch.float32)
     assert merge_changes(values, values, without) == without, "an export of what was changed back"
@@ -252,16 +259,17 @@ def test_which_models_fit_ouros_layout():
     assert ouro_fault(MODELS["mla"], LINEAR) == "model.attention=mla is not mha"
     assert ouro_fault(MHA, GateConfig()) == "gate.kind=lru is not linear"
     for key, value in SET.items():
-        expected = None if key == "kv_latent_norm" else f"model.{key}={value} is not in it"
-        assert ouro_fault(dataclasses.replace(MHA, **{key: value}), LINEAR) == expected, "mha has no latent"
+        if key not in LATENT_KEYS:
+            assert ouro_fault(dataclasses.replace(MHA, **{key: value}), LINEAR) == f"model.{key}={value} is not in it"
+    assert ouro_fault(dataclasses.replace(MHA, kv_latent_norm=False), LINEAR) is None
     assert "head_dim" in str(ouro_fault(MODELS["gqa with wide heads"], LINEAR))
 
 
 def test_a_key_that_our_layout_does_not_know_is_refused(monkeypatch):
     """A new key of the model must not be dropped without a word."""
     assert all(looplm_fault(model) is None for model in (MHA, *MODELS.values()))
-    assert looplm_fault(dataclasses.replace(MHA, attention_gate="head")) == "model.attention_gate=head"
-    assert looplm_fault(dataclasses.replace(MHA, step_embedding="learned")) == "model.step_embedding=learned"
+    every = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert every == {*config_json._MODEL_KEYS, *config_json._LOOPLM_KEYS, *SET}, "every key can be exported"
     monkeypatch.setattr(config_json, "_OPTIONAL_KEYS", ("prelude_layers",))
     assert looplm_fault(dataclasses.replace(MHA, prelude_layers=1)) is None
     assert looplm_fault(dataclasses.replace(MHA, injection="additive")) == "model.injection=additive"

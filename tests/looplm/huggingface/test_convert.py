@@ -116,6 +116,13 @@ OWN = {
         GateConfig(state_size=8),
         "looplm",
     ),
+    "mla, reasoning": (
+        dataclasses.replace(
+            MODEL, latent_iterations=2, latent_halting=True, step_embedding="learned", attention_gate="head"
+        ),
+        GateConfig(state_size=8),
+        "looplm",
+    ),
     "gqa, as retrofitted": (
         dataclasses.replace(MHA, num_query_groups=2, sandwich_norm=False, coda_layers=1, loop_norm="readout"),
         LINEAR,
@@ -163,9 +170,26 @@ def test_card_and_inventory_tell_what_is_around_the_loops(corpus, tmp_path, sing
     assert "layout looplm (model.attention=mla is not mha)" in shown
 
 
-@pytest.mark.parametrize("key", ["prelude_layers", "coda_layers", "loop_norm", "injection"])
+def test_card_and_inventory_tell_of_the_unit_the_gate_and_the_step_embedding(corpus, tmp_path, single_process):
+    config, gate, _ = OWN["mla, reasoning"]
+    model = LoopLM(config, gate, single_process)
+    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("float32"), corpus / "tokenizer.json")
+    export(tmp_path / "ours", tmp_path / "hf", single_process)
+    card = (tmp_path / "hf/README.md").read_text()
+    for words in (
+        "a sigmoid gate on each head's output |",
+        "| latent reasoning | 2 steps of a GRU cell refine the latent, weighed by a probability of stopping at each |",
+        "| step embedding | learned: a vector of each loop is added before it |",
+    ):
+        assert words in card, words
+    shown = inspect(tmp_path / "ours")
+    assert "refined in 2 steps with halting, a gate per head; RoPE" in shown and "learned step embedding" in shown
+
+
+@pytest.mark.parametrize("key", ["prelude_layers", "coda_layers", "loop_norm", "injection", "attention_gate"])
 def test_ouros_layout_refuses_what_it_does_not_hold(key):
-    changes: dict[str, Any] = {key: {"loop_norm": "readout", "injection": "additive"}.get(key, 1)}
+    words = {"loop_norm": "readout", "injection": "additive", "attention_gate": "head"}
+    changes: dict[str, Any] = {key: words.get(key, 1)}
     model, value = checkpoint.ModelDescription(dataclasses.replace(MHA, **changes), LINEAR), changes[key]
     with pytest.raises(UserError) as raised:
         choose_hf_layout("ouro", model)

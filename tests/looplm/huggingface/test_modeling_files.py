@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Dynam
 from looplm import checkpoint
 from looplm.config import Injection
 from looplm.huggingface.companion_files import CODE
-from looplm.huggingface.config_json import looplm_fault
 from looplm.huggingface.convert import export_model
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.gates_looplm import exit_log_probs
@@ -27,7 +26,7 @@ from tests.support.parity import TOLERANCE, assert_close_relative, grad_of, rela
 from tests.support.tiny import about_weights
 
 IDS_BS = random_ids(2, 9, VOCAB)
-MODELS = {name: model for name, model in (VARIANTS | READ_OUTS).items() if looplm_fault(model) is None}
+MODELS = VARIANTS | READ_OUTS
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_exported_code_imports_only_torch_and_transformers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", ["mla", "gqa", "mla-prelude-coda", "mha-diagonal-injection"])
+@pytest.mark.parametrize("variant", ["mla", "gqa", "mla-prelude-coda", "mha-diagonal-injection", "mla-latent-halting"])
 def test_an_export_is_loaded_with_its_own_code_and_saved_again(
     variant: str, dtype: torch.dtype, tmp_path: Path, single_process: ProcessGroupCollection, code_cache: None
 ) -> None:
@@ -84,14 +83,17 @@ def test_an_export_is_loaded_with_its_own_code_and_saved_again(
         assert loaded.dtype == dtype
         for name, parameter in expected.named_parameters():
             assert torch.equal(loaded.get_parameter(name), parameter), name
-        assert torch.equal(loaded(IDS_BS).logits, expected(IDS_BS).logits)
+        # Weights that are mapped from a file lie at other addresses; then some products are rounded differently.
+        torch.testing.assert_close(loaded(IDS_BS).logits, expected(IDS_BS).logits, rtol=0, atol=3e-6)
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == MODELS[variant].tie_embeddings
     p_RBS = exit_log_probs(expected(IDS_BS, output_gate_logits=True).gate_logits).exp()
-    threshold = p_RBS[:2].sum(0).median().item()  # half of the tokens reach it
+    threshold = p_RBS[:2].sum(0).median().item() - 1e-4  # half of the tokens reach it, and none nearly
     chosen = load(tmp_path / "second", num_loops=3, early_exit_threshold=threshold, kv_cache="last")
     assert (chosen.config.num_loops, chosen.config.kv_cache) == (3, "last")
     found = chosen(IDS_BS)
-    assert torch.equal(found.logits, expected(IDS_BS, num_loops=3, early_exit_threshold=threshold).logits)
+    wanted = expected(IDS_BS, num_loops=3, early_exit_threshold=threshold)
+    assert torch.equal(found.exit_depths, wanted.exit_depths)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=3e-6)
     assert len(found.exit_depths.unique()) > 1 and found.exit_depths.max() == 3
 
 
@@ -120,6 +122,16 @@ def test_initial_weights_around_the_loops(injection: Injection) -> None:
     expected = untrained(IDS_BS).logits
     untrained.model.injection = None
     assert torch.equal(untrained(IDS_BS).logits, expected)
+
+
+def test_initial_weights_of_a_step_embedding_and_of_latent_reasoning() -> None:
+    config = hf_config(replace(MLA, step_embedding="learned", latent_iterations=3, latent_halting=True), GATES["lru"])
+    untrained = LoopLMForCausalLM(config)
+    assert not untrained.model.step_embedding.weight.any()
+    for block in untrained.model.layers:
+        unit, width = block.self_attn.latent_reasoning, MLA.kv_lora_rank
+        assert torch.allclose(unit.cell.bias_ih[width : 2 * width].sigmoid(), torch.tensor(5 / 6))
+        assert not unit.halt.weight.any() and 0 < unit.cell.weight_hh.abs().max() < width**-0.5
 
 
 # ---------------------------------------------------------------------------------------------------------- training

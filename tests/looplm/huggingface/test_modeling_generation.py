@@ -20,7 +20,8 @@ MODELS = VARIANTS | READ_OUTS
 PAIRS = [("mla", "lru"), ("mla-query-latent", "sequence"), ("mha", "linear"), ("gqa", "sequence")]
 PAIRS += [("mla-plain-latent", "lru"), ("mla-prelude-coda", "sequence"), ("gqa-coda-readout-norm", "linear")]
 PAIRS += [("mha-diagonal-injection", "lru"), ("mla-prelude-linear-injection", "sequence")]
-PAIRS += [("mha-prelude-readout-norm", "mlp")]
+PAIRS += [("mha-prelude-readout-norm", "mlp"), ("mla-latent-halting", "lru"), ("mla-step-embedding", "mlp")]
+PAIRS += [("mla-element-gate", "linear"), ("gqa-head-gate", "lru")]
 PROMPTS = [random_ids(1, length, VOCAB, seed=length)[0].tolist() for length in (5, 1, 9)]
 
 

@@ -72,7 +72,8 @@ def metrics(steps: int, loops: int, gate: bool = False) -> list[dict[str, Any]]:
         }
         lines.append(about | line)
         if step % max(1, steps // 5) == 0:
-            lines.append({"kind": "valid"} | line | {"loss_per_loop": [value + 0.08 for value in loss]})
+            dynamics = {"loop_radius": [None, *[1.5 - done / 2] * (loops - 1)], "attention_sink": [0.1 * done] * loops}
+            lines.append({"kind": "valid"} | line | {"loss_per_loop": [value + 0.08 for value in loss]} | dynamics)
     return lines
 
 
@@ -172,7 +173,7 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run)])
     assert capsys.readouterr().out == f"report: {run}/report.html\n"
     page = Page((run / "report.html").read_text(encoding="utf-8"))
-    assert page.tags.count("figure") == 15
+    assert page.tags.count("figure") == 17
     assert "script" not in page.tags
     assert {reference[0] for reference in page.references} == {"#", "d"}  # within the page, or data:, (no icon)
     for words in (
@@ -219,7 +220,7 @@ def test_converted_models_have_a_table(tmp_path: Path) -> None:
         build_page(run)
 
 
-@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 15), (1, 1, 12), (400, 8, 15)])
+@pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 17), (1, 1, 13), (400, 8, 17)])
 def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
     page = Page(build_page(write_run(tmp_path, steps, loops)))
     assert page.tags.count("figure") == figures
@@ -229,7 +230,7 @@ def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", metrics(3, 2))
     page = Page(build_page(tmp_path))
-    assert page.tags.count("figure") == 12
+    assert page.tags.count("figure") == 14
     for name in ("evaluation.json", "samples.jsonl"):
         assert f"No {name} here" in page.text
     (tmp_path / "metrics.jsonl").unlink()
@@ -240,7 +241,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_metrics_of_older_releases_have_no_norms(tmp_path: Path) -> None:
-    norms = ("grad_norms", "hidden_rms", "hidden_grad_norm", "hidden_cosine")
+    norms = ("grad_norms", "hidden_rms", "hidden_grad_norm", "hidden_cosine", "loop_radius", "attention_sink")
     lines = [{key: value for key, value in line.items() if key not in norms} for line in metrics(3, 2)]
     write_lines(tmp_path / "metrics.jsonl", lines)
     assert Page(build_page(tmp_path)).tags.count("figure") == 8
