@@ -36,9 +36,9 @@ def run(config: RunConfig) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_is_the_same_whether_validations_look_or_not(corpus, tmp_path, single_process, precision):
-    sections = {"optim": {"precision": precision}, "parallel": {"recompute": "loop"}}
+@pytest.mark.parametrize(("precision", "recompute"), [("fp32", "none"), ("bf16", "loop")])
+def test_training_is_the_same_whether_validations_look_or_not(corpus, tmp_path, single_process, precision, recompute):
+    sections = {"optim": {"precision": precision}, "parallel": {"recompute": recompute}}
     looking, plain = (
         run(run_config(corpus, tmp_path / name, logging=logging, **sections))
         for name, logging in (("looking", LOOKS), ("plain", DOES_NOT))
