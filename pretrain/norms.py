@@ -80,6 +80,7 @@ class LoopNorms:
 
     def __init__(self, model: LoopLM) -> None:
         self._loops = self._ran = model.model_config.num_loops
+        self._residual = list[Tensor]()
         self.restart()
         if model.post_process:
             model.decoder.final_layernorm.register_forward_pre_hook(self._keep)
@@ -87,7 +88,6 @@ class LoopNorms:
     def restart(self, loops: int | None = None) -> None:
         """Forget the micro-batches of the last step. The next one runs ``loops`` loops; None for all."""
         self._ran = loops or self._loops
-        self._residual = list[Tensor]()
         self.hidden: list[list[Tensor]] = [[] for _ in range(self._loops)]  # loop → micro-batch → norm
         self.gradient: list[dict[int, Tensor]] = [{} for _ in range(self._loops)]
         self._squares = [list[Tensor]() for _ in range(self._loops)]  # loop → micro-batch → h_r · h_r
@@ -96,7 +96,7 @@ class LoopNorms:
         self._values = 0  # in the hidden states after one loop
 
     def forget_recomputed(self) -> None:
-        """Forget norms that no :meth:`watch` took: recomputation in backward runs the norm a second time."""
+        """Forget norms that no :meth:`watch` took: recomputation in backward runs the norm again, as do validations."""
         self._residual.clear()
 
     def watch(self, loop: int, h_SBD: Tensor) -> None:
