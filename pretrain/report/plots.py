@@ -34,8 +34,8 @@ _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)", 
 _STYLE = Path(__file__).with_name("report.mplstyle")
 _DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1.0, "linestyle": (0, (3, 3))}
 _LEGEND: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "handlelength": 1.5}
-_AROUND = ((6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"))
-_ABOVE_BELOW = ((0, 6, "center", "bottom"), (0, -6, "center", "top"), *_AROUND)
+_BESIDE = ((6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"))
+_ABOVE_BELOW = ((0, 6, "center", "bottom"), (0, -6, "center", "top"))
 _CACHE_STYLES: tuple[dict[str, Any], ...] = (
     {"color": _INK, "linestyle": "-", "marker": "o"},
     {"color": _INK, "linestyle": "--", "marker": "s", "markerfacecolor": _PAPER},
@@ -153,7 +153,7 @@ def loss_per_depth(axes: Axes, depths: Points, trained: int) -> None:
     axes.margins(x=0.08, y=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.figure.legend(**_LEGEND)
-    _label(axes, depths, [f"{np.exp(loss):.4g}" for _, loss in depths], _ABOVE_BELOW)
+    _label(axes, depths, [f"{np.exp(loss):.4g}" for _, loss in depths], (*_ABOVE_BELOW, *_BESIDE))
 
 
 @_figure("Early exit: loss against mean depth", "nats per token")
@@ -167,7 +167,7 @@ def exit_curve(axes: Axes, curve: Mapping[tuple[float, float], Sequence[float]],
     axes.margins(x=0.12, y=0.18)
     axes.figure.legend(**_LEGEND)
     names = [f"{min(q):g}" if len(q) == 1 else f"{min(q):g}–{max(q):g}" for q in curve.values()]
-    _label(axes, list(curve), names, _AROUND, avoid=depths)
+    _label(axes, list(curve), names, (*_BESIDE, *_ABOVE_BELOW), avoid=depths)
 
 
 @_figure("Loss through each cache", "nats per token")
@@ -305,7 +305,8 @@ def _label(
         for dx, dy, ha, va in positions:
             label = axes.annotate(name, point, (dx, dy), textcoords="offset points", ha=ha, va=va)
             box = label.get_window_extent().padded(2)
-            if axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 and not box.count_overlaps(taken):
+            inside = axes.bbox.x0 <= box.x0 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+            if inside and not box.count_overlaps(taken):
                 taken.append(box)
                 break
             label.remove()
