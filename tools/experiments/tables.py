@@ -72,8 +72,8 @@ def arms_table(experiment: Experiment, arms: Mapping[str, Arm]) -> Table:
 def comparisons_table(findings: Sequence[Finding], arms: Mapping[str, Arm]) -> Table:
     """Return a row per finding. The ratios show how well the arms are matched."""
     header = (
-        *("comparison", "figure", "matched in", "parameters ratio", "FLOPs ratio", "seeds", "difference", "test", "p"),
-        *("p (Holm)", "p (BH)", "effect g", "power", "seeds needed"),
+        *("comparison", "figure", "difference", "p (Holm)", "seeds", "matched in", "parameters ratio", "FLOPs ratio"),
+        *("test", "p", "p (BH)", "effect g", "power", "seeds needed"),
     )
     rows = []
     for finding in findings:
@@ -82,13 +82,15 @@ def comparisons_table(findings: Sequence[Finding], arms: Mapping[str, Arm]) -> T
         if pair.better in arms and pair.than in arms:
             a, b = arms[pair.better], arms[pair.than]
             ratios = (formats.ratio(a.parameters, b.parameters), formats.ratio(a.flops, b.flops))
-        about = (f"{pair.better} − {pair.than}", finding.figure, pair.matched, *ratios, str(len(finding.seeds)))
+        names = f"{pair.better} − {pair.than}", finding.figure
+        about = str(len(finding.seeds)), pair.matched, *ratios
         if comparison is None or finding.p_holm is None or finding.p_bh is None:
-            rows.append((*about, "not compared", *[""] * (len(header) - len(about) - 1)))
+            found = *names, "not compared", "", *about
+            rows.append((*found, *[""] * (len(header) - len(found))))
             continue
-        ps = map(formats.p_value, (comparison.p, finding.p_holm, finding.p_bh))
+        p, p_holm, p_bh = map(formats.p_value, (comparison.p, finding.p_holm, finding.p_bh))
         plan = (formats.effect(comparison), formats.power(comparison), formats.seeds_needed(comparison))
-        rows.append((*about, formats.difference(comparison), comparison.test, *ps, *plan))
+        rows.append((*names, formats.difference(comparison), p_holm, *about, comparison.test, p, p_bh, *plan))
     return Table("Comparisons, paired by seed: mean difference and 95 % interval", header, tuple(rows))
 
 
