@@ -12,15 +12,20 @@ from looplm.files import is_file_name, write_whole
 from tools.experiments import formats
 from tools.experiments.experiment import Experiment
 from tools.experiments.findings import Finding, Verdict, claim_of, decide, find
-from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name
+from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name, map_by_depth
 from tools.experiments.rows import Arm, Row, arms_of
 from tools.experiments.tables import arms_table, comparisons_table, markdown, sweep_problems, sweep_table
 
+_MAPPED = "test.accuracy"
 _METHOD = """\
 Only final runs count, paired by seed. An interval is the wider of Student's t and the BCa bootstrap at either end. The
 verdict is that of the deciding comparison, which was fixed before the runs; p (Holm) and p (BH) are adjusted over all
 {count} comparisons of the table. Effect g is Hedges' g of the paired differences; power and seeds needed are those of a
 t test for an effect of this size, for planning only. The ratios are those of the first arm to the second.
+"""
+_STAIRS = """\
+The map shows the arm that is claimed to be better, read after each number of loops. Rows above the white line have more
+loops than it was trained with.
 """
 
 
@@ -58,7 +63,10 @@ def write_page(
 
 
 def draw(name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, Arm]) -> dict[str, str]:
-    """Return the plots as SVG by file name: one per figure, then one per curve, of those that were measured."""
+    """Return the plots as SVG by file name: one per figure and per curve of those that were measured, then a map.
+
+    The map is that of the arm that is claimed to be better: its accuracy by level and number of loops.
+    """
     final = [row for row in rows if row.trial == "final"]
     plots = dict[str, str]()
     figures = [figure for figure in experiment.figures if any(arm.values(figure) for arm in arms.values())]
@@ -68,7 +76,8 @@ def draw(name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[s
         fix = f"its plot would be {file}, a name that is taken or no file can have; rename it"
         require(is_file_name(file) and file not in plots, "figures and curves", title, fix)
         plots[file] = figure_by_arm(title, arms) if title in figures else curve_by_arm(title, arms)
-    return plots
+    stairs = map_by_depth(_MAPPED, arms[experiment.decides.better]) if experiment.decides.better in arms else None
+    return plots if stairs is None else plots | {file_name(name, f"{_MAPPED} by level and depth"): stairs}
 
 
 def page(
@@ -103,6 +112,7 @@ def page(
         "## Plots",
         *(f"![{markdown(file.removeprefix(f'{name}-').removesuffix('.svg'))}]({file})" for file in plots),
         "Bands around curves are 95 % t intervals over seeds." if any("-by-" in file for file in plots) else "",
+        _STAIRS if any(file.endswith("-by-level-and-depth.svg") for file in plots) else "",
         "## Runs",
         f"- command: `{command}`\n{_list(_runs(rows))}",
         "## As written before it ran",

@@ -2,13 +2,13 @@
 
 Arms differ in color and marker; the colors are those of Okabe and Ito, which color-blind readers can tell apart.
 
-Shapes: N seeds, P positions of a curve.
+Shapes: N seeds, P positions of a curve, R depths.
 """
 
 import io
 import re
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import count, cycle, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,43 @@ def curve_by_arm(curve: str, arms: Mapping[str, Arm]) -> str:
     axes.set_ylabel(curve.rpartition(" by ")[0])
     plot.legend(loc="outside upper left", ncols=4, handlelength=1.5, frameon=False)
     return _svg(plot, curve)
+
+
+def map_by_depth(figure: str, arm: Arm) -> str | None:
+    """Draw a figure by level, at each number of loops, as a color: where more loops solve harder levels, it has stairs.
+
+    Values are means over seeds. Depths above the line were never trained. Return None for fewer than two depths or
+    levels, and for seeds whose levels or depths differ.
+    """
+    names, rows = _depth_curves(figure, arm), list(arm.rows.values())
+    if len(names) < 2 or len({row.positions(name) for row in rows for name in names}) > 1:
+        return None
+    level_P = rows[0].positions(names[0])
+    value_RP = np.mean([[row.curves[name] for name in names] for row in rows], axis=0)
+    if len(level_P) < 2:
+        return None
+    plot, axes = _new(height=1.4 + 0.18 * len(names))
+    drawn = axes.pcolormesh(value_RP, vmin=0, vmax=max(1.0, np.nanmax(value_RP)), cmap="cividis", edgecolors="face")
+    for row in rows[:1]:
+        trained = len(row.curves.get(f"{figure.partition('.')[0]}.exit probability by depth", ()))
+        if 0 < trained < len(names):
+            axes.axhline(trained, color="white", linewidth=1.5)
+    axes.set_xticks(np.arange(len(level_P)) + 0.5, [f"{level:g}" for level in level_P])
+    axes.set_yticks(np.arange(len(names)) + 0.5, [str(depth) for depth in range(1, len(names) + 1)])
+    axes.tick_params(length=0, labelsize="small")
+    axes.grid(visible=False)
+    axes.set_xlabel("level")
+    axes.set_ylabel("loops")
+    seeds = f"mean of {len(rows)} seeds" if len(rows) > 1 else "one seed"
+    axes.set_title(f"{figure} of {arm.name}, {seeds}", loc="left", fontsize="medium")
+    plot.colorbar(drawn)
+    return _svg(plot, f"{figure} by level and depth")
+
+
+def _depth_curves(figure: str, arm: Arm) -> list[str]:
+    """Return the names of a figure's curves by level, at 1, 2, ... loops, that all seeds of an arm have."""
+    names = (f"{figure}@depth={depth} by level" for depth in count(1))
+    return list(takewhile(lambda name: all(name in row.curves for row in arm.rows.values()), names))
 
 
 def curves_of(rows: Sequence[Row]) -> list[str]:

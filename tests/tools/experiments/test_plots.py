@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.experiments import ACCURACY, a_row, some_rows
-from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name
+from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name, map_by_depth
 from tools.experiments.rows import arms_of
 
 ARMS = arms_of(some_rows())
@@ -73,3 +73,32 @@ def test_curves_are_those_with_an_axis():
 def test_file_names_have_no_odd_letters():
     assert file_name("words", "test.accuracy@depth=2") == "words-test.accuracy@depth=2.svg"
     assert file_name("words", "exit depth by level/é") == "words-exit-depth-by-level.svg"
+
+
+def staircase(depths: int, levels: tuple[float, ...] = (1.0, 2.0, 3.0)) -> dict[str, tuple[float, ...]]:
+    """Return curves of a model that is right up to level r after r loops, and was trained with two."""
+    curves = {"test.levels": levels, "test.exit probability by depth": (0.5, 0.5)}
+    names = (f"test.accuracy@depth={depth} by level" for depth in range(1, depths + 1))
+    return curves | {name: tuple(float(level <= r) for level in levels) for r, name in enumerate(names, start=1)}
+
+
+def test_a_map_has_a_cell_for_each_depth_and_level_and_a_line_at_the_trained_depth():
+    rows = [a_row(seed=seed, curves=staircase(3)) for seed in range(2)]
+    svg = map_by_depth("test.accuracy", arms_of(rows)["looped"])
+    assert svg is not None
+    assert {"1", "2", "3", "level", "loops", "test.accuracy of looped, mean of 2 seeds"} <= words(svg)
+    cells = re.search(r'<g id="QuadMesh_1">(.*?)</g>', svg, re.DOTALL)
+    assert cells is not None
+    colors = re.findall(r"fill: (#\w+)", cells[1])
+    assert len(colors) == 9 and len(set(colors)) == 2
+    dark = [color == colors[0] for color in colors]
+    assert dark == [True, False, False, True, True, False, True, True, True], "a staircase, from one loop up"
+    assert svg.count("stroke: #ffffff") == 1
+    alone = map_by_depth("test.accuracy", arms_of(rows[:1])["looped"])
+    assert alone is not None and "test.accuracy of looped, one seed" in words(alone)
+
+
+def test_without_two_depths_or_levels_alike_there_is_no_map():
+    for curves in ([staircase(1)], [staircase(3, (1.0,))], [staircase(3), staircase(3, (1.0, 2.0, 4.0))], [{}]):
+        rows = [a_row(seed=seed, curves=one) for seed, one in enumerate(curves)]
+        assert map_by_depth("test.accuracy", arms_of(rows)["looped"]) is None
