@@ -99,6 +99,7 @@ def test_a_map_has_a_cell_for_each_depth_and_level_and_a_line_at_the_trained_dep
 
 
 def test_without_two_depths_or_levels_alike_there_is_no_map():
-    for curves in ([staircase(1)], [staircase(3, (1.0,))], [staircase(3), staircase(3, (1.0, 2.0, 4.0))], [{}]):
+    without = [staircase(1)], [staircase(3, (1.0,))], [staircase(3), staircase(3, (1.0, 2.0, 4.0))], [staircase(0)]
+    for curves in without:
         rows = [a_row(seed=seed, curves=one) for seed, one in enumerate(curves)]
         assert map_by_depth("test.accuracy", arms_of(rows)["looped"]) is None
