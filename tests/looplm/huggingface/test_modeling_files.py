@@ -42,7 +42,11 @@ def fresh(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
 
 
 def load(folder: Path, **keys: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto", **keys).eval()
+    """Load an export. Weights mapped from a file lie at odd addresses, where some products are rounded differently."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto", **keys).eval()
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    return model
 
 
 # ------------------------------------------------------------------------------------------------- loading and saving
@@ -83,17 +87,14 @@ def test_an_export_is_loaded_with_its_own_code_and_saved_again(
         assert loaded.dtype == dtype
         for name, parameter in expected.named_parameters():
             assert torch.equal(loaded.get_parameter(name), parameter), name
-        # Weights that are mapped from a file lie at other addresses; then some products are rounded differently.
-        torch.testing.assert_close(loaded(IDS_BS).logits, expected(IDS_BS).logits, rtol=0, atol=3e-6)
+        assert torch.equal(loaded(IDS_BS).logits, expected(IDS_BS).logits)
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == MODELS[variant].tie_embeddings
     p_RBS = exit_log_probs(expected(IDS_BS, output_gate_logits=True).gate_logits).exp()
-    threshold = p_RBS[:2].sum(0).median().item() - 1e-4  # half of the tokens reach it, and none nearly
+    threshold = p_RBS[:2].sum(0).median().item()  # half of the tokens reach it
     chosen = load(tmp_path / "second", num_loops=3, early_exit_threshold=threshold, kv_cache="last")
     assert (chosen.config.num_loops, chosen.config.kv_cache) == (3, "last")
     found = chosen(IDS_BS)
-    wanted = expected(IDS_BS, num_loops=3, early_exit_threshold=threshold)
-    assert torch.equal(found.exit_depths, wanted.exit_depths)
-    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=3e-6)
+    assert torch.equal(found.logits, expected(IDS_BS, num_loops=3, early_exit_threshold=threshold).logits)
     assert len(found.exit_depths.unique()) > 1 and found.exit_depths.max() == 3
 
 
