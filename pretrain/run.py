@@ -159,23 +159,30 @@ class Run:
         if self._valid_set is None:
             return
         self._watchdog.enter(f"validation after step {self._progress.step}")
-        data, rank, ranks = self._config.data, self._groups.dp.rank(), self._groups.dp.size()
-        batches = micro_batches(self._valid_set, data, 0, rank, ranks)
-        count = max(1, self._config.logging.eval_samples // (data.micro_batch_size * ranks))
-        stats = self._trainer.evaluate_until(self._stop.agree, batches, count)
+        count = max(
+            1, self._config.logging.eval_samples // (self._config.data.micro_batch_size * self._groups.dp.size())
+        )
+        stats = self._trainer.evaluate_until(self._stop.agree, self._validation_batches(), count)
         if stats is None:
             self._log.say(f"validation cut short by {self._stop.asked}; it is repeated when the run continues")
         else:
             self._log.valid(self._progress, stats, self._look_at_loops())
 
     def _look_at_loops(self) -> LoopDynamics | None:
-        samples, data, group = self._config.logging.dynamics_samples, self._config.data, self._groups.dp
-        if not samples or self._valid_set is None:
+        """Return what ``logging.dynamics_samples`` validation sequences show of the loops; None if it is 0."""
+        samples, group = self._config.logging.dynamics_samples, self._groups.dp
+        if not samples:
             return None
         own = max(1, samples // group.size())
-        batches = micro_batches(self._valid_set, data, 0, group.rank(), group.size())
-        ids_BS = torch.cat([batch.ids_BS for batch in islice(batches, -(-own // data.micro_batch_size))])
+        batches = islice(self._validation_batches(), -(-own // self._config.data.micro_batch_size))
+        ids_BS = torch.cat([batch.ids_BS for batch in batches])
         return loop_dynamics(self._trainer.model, ids_BS[:own], group)
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        """Return this rank's validation micro-batches, from the first on; the run has validation data."""
+        assert self._valid_set is not None
+        rank, ranks = self._groups.dp.rank(), self._groups.dp.size()
+        return micro_batches(self._valid_set, self._config.data, 0, rank, ranks)
 
     def _save(self) -> None:
         self._watchdog.enter(f"save of step {self._progress.step}")

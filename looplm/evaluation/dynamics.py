@@ -1,4 +1,4 @@
-"""What the loops of a model in training do, beside its losses: where they look, and whether the state settles."""
+"""Dynamics of the loops of a model in training, beside its losses: where they look, and whether the state settles."""
 
 import math
 from dataclasses import dataclass

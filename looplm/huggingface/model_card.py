@@ -41,13 +41,13 @@ def _sizes(description: HFDescription, dtype: torch.dtype) -> str:
         "mla": f"latent (MLA), a latent of {model.kv_lora_rank}" + ("" if model.kv_latent_norm else " without a norm"),
         "mha": f"{model.query_groups} key-value heads",
     }
-    by = {"none": "", "head": ", a sigmoid gate on each head's output", "element": ", a sigmoid gate on its output"}
+    gates = {"none": "", "head": ", a sigmoid gate on each head's output", "element": ", a sigmoid gate on its output"}
     rows = [
         ("parameters", f"{count:,} ({str(dtype).removeprefix('torch.')})"),
         ("layers x loops", f"{model.num_layers} x {model.num_loops}, the same weights in every loop"),
         *_around_loops(model),
         ("hidden, feed-forward", f"{model.hidden_size:,}, {model.ffn_hidden_size:,}"),
-        ("attention", f"{model.num_attention_heads} heads, {attention[model.attention]}{by[model.attention_gate]}"),
+        ("attention", f"{model.num_attention_heads} heads, {attention[model.attention]}{gates[model.attention_gate]}"),
         *_latent_reasoning(model),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("context", f"{model.max_sequence_length:,} tokens, RoPE base {model.rope_base:,.0f}"),

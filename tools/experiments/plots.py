@@ -75,7 +75,7 @@ def curve_by_arm(curve: str, arms: Mapping[str, Arm]) -> str:
 
 
 def map_by_depth(figure: str, arm: Arm) -> str | None:
-    """Draw a figure by level, at each number of loops, as a color: where more loops solve harder levels, it has stairs.
+    """Draw a share by level, at each number of loops, as a color: where more loops solve harder levels, it has stairs.
 
     Values are means over seeds. Depths above the line were never trained. Return None for fewer than two depths or
     levels, and for seeds whose levels or depths differ.
@@ -88,11 +88,10 @@ def map_by_depth(figure: str, arm: Arm) -> str | None:
     if len(level_P) < 2:
         return None
     plot, axes = _new(height=1.4 + 0.18 * len(names))
-    drawn = axes.pcolormesh(value_RP, vmin=0, vmax=max(1.0, np.nanmax(value_RP)), cmap="cividis", edgecolors="face")
-    for row in rows[:1]:
-        trained = len(row.curves.get(f"{figure.partition('.')[0]}.exit probability by depth", ()))
-        if 0 < trained < len(names):
-            axes.axhline(trained, color="white", linewidth=1.5)
+    drawn = axes.pcolormesh(value_RP, vmin=0, vmax=1, cmap="cividis", edgecolors="face")
+    trained = len(rows[0].curves.get(f"{figure.partition('.')[0]}.exit probability by depth", ()))
+    if 0 < trained < len(names):
+        axes.axhline(trained, color="white", linewidth=1.5)
     axes.set_xticks(np.arange(len(level_P)) + 0.5, [f"{level:g}" for level in level_P])
     axes.set_yticks(np.arange(len(names)) + 0.5, [str(depth) for depth in range(1, len(names) + 1)])
     axes.tick_params(length=0, labelsize="small")

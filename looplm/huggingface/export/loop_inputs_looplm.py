@@ -1,4 +1,4 @@
-"""What a loop reads besides the state: injections, and the step embedding. This file travels inside an export.
+"""Inputs of a loop besides the state: injections, and the step embedding. This file travels inside an export.
 
 Shapes: B batch, S tokens of this call, D hidden, R loops. Loops count from 0.
 

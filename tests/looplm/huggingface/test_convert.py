@@ -153,37 +153,42 @@ def test_our_checkpoint_comes_back_unchanged(case, corpus, tmp_path, single_proc
     assert {path.name for path in (tmp_path / "hf").glob("*.py")} == (code if hf_layout == "looplm" else set())
 
 
-def test_card_and_inventory_tell_what_is_around_the_loops(corpus, tmp_path, single_process):
-    config, gate, _ = OWN["mla, all around"]
+# What the card and the inventory of a model say of its levers.
+TOLD = {
+    "mla, all around": (
+        (
+            f"latent (MLA), a latent of {MODEL.kv_lora_rank} without a norm |",
+            "| layers of their own | 1 before the loops, 2 after them |",
+            "| injection | linear: later loops read",
+        ),
+        (
+            "(1 before and 2 after them)",
+            "sandwich norms, linear injection",
+            "layout looplm (model.attention=mla is not mha)",
+        ),
+    ),
+    "mla, reasoning": (
+        (
+            "a sigmoid gate on each head's output |",
+            "| latent reasoning | 2 steps of a GRU cell refine the latent, "
+            "weighed by a probability of stopping at each |",
+            "| step embedding | learned: a vector of each loop is added before it |",
+        ),
+        ("refined in 2 steps with halting, a gate per head; RoPE", "learned step embedding"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_card_and_inventory_tell_of_the_levers(case, corpus, tmp_path, single_process):
+    config, gate, _ = OWN[case]
     model = LoopLM(config, gate, single_process)
     checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("float32"), corpus / "tokenizer.json")
     export(tmp_path / "ours", tmp_path / "hf", single_process)
-    card = (tmp_path / "hf/README.md").read_text()
-    for words in (
-        f"latent (MLA), a latent of {config.kv_lora_rank} without a norm |",
-        "| layers of their own | 1 before the loops, 2 after them |",
-        "| injection | linear: later loops read",
-    ):
-        assert words in card, words
-    shown = inspect(tmp_path / "ours")
-    assert "(1 before and 2 after them)" in shown and "sandwich norms, linear injection" in shown
-    assert "layout looplm (model.attention=mla is not mha)" in shown
-
-
-def test_card_and_inventory_tell_of_the_unit_the_gate_and_the_step_embedding(corpus, tmp_path, single_process):
-    config, gate, _ = OWN["mla, reasoning"]
-    model = LoopLM(config, gate, single_process)
-    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("float32"), corpus / "tokenizer.json")
-    export(tmp_path / "ours", tmp_path / "hf", single_process)
-    card = (tmp_path / "hf/README.md").read_text()
-    for words in (
-        "a sigmoid gate on each head's output |",
-        "| latent reasoning | 2 steps of a GRU cell refine the latent, weighed by a probability of stopping at each |",
-        "| step embedding | learned: a vector of each loop is added before it |",
-    ):
-        assert words in card, words
-    shown = inspect(tmp_path / "ours")
-    assert "refined in 2 steps with halting, a gate per head; RoPE" in shown and "learned step embedding" in shown
+    card, shown, told = (tmp_path / "hf/README.md").read_text(), inspect(tmp_path / "ours"), TOLD[case]
+    for text, expected in zip((card, shown), told, strict=True):
+        for words in expected:
+            assert words in text, words
 
 
 @pytest.mark.parametrize("key", ["prelude_layers", "coda_layers", "loop_norm", "injection", "attention_gate"])

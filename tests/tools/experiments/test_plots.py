@@ -94,6 +94,12 @@ def test_a_map_has_a_cell_for_each_depth_and_level_and_a_line_at_the_trained_dep
     dark = [color == colors[0] for color in colors]
     assert dark == [True, False, False, True, True, False, True, True, True], "a staircase, from one loop up"
     assert svg.count("stroke: #ffffff") == 1
+    edges = sorted({float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", cells[1])})
+    line = re.search(r'd="M [\d.]+ ([\d.]+) [^"]*"[^>]*stroke: #ffffff', svg)
+    assert line is not None and len(edges) == 4
+    assert float(line[1]) == pytest.approx(edges[1], abs=1e-3), "above two of three depths; y goes down"
+    whole = map_by_depth("test.accuracy", arms_of([a_row(curves=staircase(2))])["looped"])
+    assert whole is not None and "stroke: #ffffff" not in whole
     alone = map_by_depth("test.accuracy", arms_of(rows[:1])["looped"])
     assert alone is not None and "test.accuracy of looped, one seed" in words(alone)
 
