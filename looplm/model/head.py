@@ -2,21 +2,23 @@
 
 Stage 1 minimizes ``sum_r p_r ce_r``, and p_r is known when loop r ends: it depends on the gates of loops up to r alone.
 So the gradient of each cross-entropy is known before the logits are, and :func:`weighted_losses` computes loss and
-gradients in one pass over chunks of tokens. For a chunk with probabilities P, labels Y (one-hot) and weights w = p_r::
+gradients in one pass over chunks of tokens. For a chunk with labels Y (one-hot) and weights w = p_r::
 
-    logits = h Wᵀ      P = softmax(logits)      grad_h = w (P - Y) W      grad_W += (P - Y)ᵀ (w h)
+    logits = h Wᵀ      E = exp(logits - largest)      z = sum(E)
+    G = E - z Y        grad_h = w / z (G W)           grad_W += Gᵀ (w / z h)
 
-These are three matrix products: no logits are kept and none are recomputed. What is kept until backward has the size of
-the hidden state. :func:`token_losses` is the same head where the weights are not known first.
+G is z times the gradient of the logits, P - Y: dividing by z later, in D columns, saves a pass over V of them. These
+are three matrix products: no logits are kept and none are recomputed. What is kept until backward has the size of the
+hidden state. :func:`token_losses` is the same head where the weights are not known first.
 
 Shapes: S sequence, B batch, D hidden, V vocabulary (of this tensor-parallel rank), N = S * B tokens.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -125,13 +127,13 @@ class _WeightedLosses(torch.autograd.Function):
         local_N, owned_N = _local_labels(labels_N, weight_VD.size(0), group)
         loss_N, grad_ND = torch.empty_like(share_N), torch.empty_like(hidden_ND)
         grad_VD = _accumulator(weight_VD, direct) if direct is not None or ctx.needs_input_grad[1] else None
-        for part in _chunks(labels_N.numel(), weight_VD):
+        for part, logits in _chunks(hidden_ND, weight_VD):
             h = hidden_ND[part]
-            grad_logits, loss_N[part] = _logit_gradient(h, weight_VD, local_N[part], owned_N[part], group)
-            torch.mm(grad_logits, weight_VD, out=grad_ND[part]).mul_(factor_N1[part])
+            loss_N[part], total_N = _losses_and_gradient(logits, local_N[part], owned_N[part], group)
+            factor = factor_N1[part] / total_N[:, None]
+            torch.mm(logits, weight_VD, out=grad_ND[part]).mul_(factor)
             if grad_VD is not None:
-                _add_product(grad_VD, grad_logits, (h * factor_N1[part]).to(h.dtype))
-            del grad_logits  # before the next chunk's logits take as much memory
+                _add_product(grad_VD, logits, (h * factor).to(h.dtype))
         if direct is not None and grad_VD is not direct.into_VD:
             direct.into_VD.add_(grad_VD)
         if scattered:
@@ -166,10 +168,8 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, labels_N, group):  # type: ignore[no-untyped-def]
         loss_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
         local_N, owned_N = _local_labels(labels_N, weight_VD.size(0), group)
-        for part in _chunks(labels_N.numel(), weight_VD):
-            logits_NV = hidden_ND[part] @ weight_VD.t()
-            loss_N[part] = _token_losses(logits_NV, local_N[part], owned_N[part], group, overwrite=False)
-            del logits_NV  # before the next chunk's take as much memory
+        for part, logits in _chunks(hidden_ND, weight_VD):
+            loss_N[part], _ = _losses(logits, local_N[part], owned_N[part], group)
         ctx.save_for_backward(hidden_ND, weight_VD, local_N, owned_N)
         ctx.group = group
         return loss_N
@@ -180,14 +180,14 @@ class _TokenLosses(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_VD = _accumulator(weight_VD) if needs_weight else None
-        for part in _chunks(grad_N.numel(), weight_VD):
-            h, factor = hidden_ND[part], grad_N[part, None]
-            grad_logits, _ = _logit_gradient(h, weight_VD, local_N[part], owned_N[part], ctx.group)
+        for part, logits in _chunks(hidden_ND, weight_VD):
+            h = hidden_ND[part]
+            _, total_N = _losses_and_gradient(logits, local_N[part], owned_N[part], ctx.group)
+            factor = (grad_N[part] / total_N)[:, None]
             if grad_ND is not None:
-                torch.mm(grad_logits, weight_VD, out=grad_ND[part]).mul_(factor)
+                torch.mm(logits, weight_VD, out=grad_ND[part]).mul_(factor)
             if grad_VD is not None:
-                _add_product(grad_VD, grad_logits, (h * factor).to(h.dtype))
-            del grad_logits
+                _add_product(grad_VD, logits, (h * factor).to(h.dtype))
         return grad_ND, None if grad_VD is None else grad_VD.to(weight_VD.dtype), None, None
 
 
@@ -204,9 +204,14 @@ def chunk_tokens(tokens: int, vocabulary: int, device: str) -> int:
     return max(1, -(-tokens // count))
 
 
-def _chunks(tokens: int, weight_VD: Tensor) -> list[slice]:
-    size = chunk_tokens(tokens, weight_VD.size(0), weight_VD.device.type)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+def _chunks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield each chunk's tokens and logits [N, V], which the next chunk's overwrite: new memory would cost time."""
+    tokens, rows = hidden_ND.size(0), weight_VD.size(0)
+    size = chunk_tokens(tokens, rows, weight_VD.device.type)
+    buffer_NV = weight_VD.new_empty(min(size, tokens), rows)
+    for start in range(0, tokens, size):
+        h = hidden_ND[start : start + size]
+        yield slice(start, start + size), torch.mm(h, weight_VD.t(), out=buffer_NV[: h.size(0)])
 
 
 def _splitting(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -220,58 +225,68 @@ def _local_labels(labels_N: Tensor, rows: int, group: dist.ProcessGroup | None) 
     return local_N.clamp(0, rows - 1), (local_N >= 0) & (local_N < rows)
 
 
-def _token_losses(
-    logits_NV: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None, overwrite: bool
-) -> Tensor:
-    """Return a chunk's losses in fp32 [N]; with ``overwrite``, the logits become the tokens' probabilities.
+def _losses_and_gradient(
+    logits_NV: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Return the same as :func:`_losses`; the logits become their gradient, P - Y, times the total z.
+
+    The label's entry, p - 1, is computed in fp32 from the loss: in bf16 it would be 0 for a probability close to 1.
+    """
+    loss_N, total_N = _losses(logits_NV, local_N, owned_N, group)
+    row_N = torch.arange(len(loss_N), device=loss_N.device)
+    label_N = (total_N * torch.expm1(-loss_N)).to(logits_NV.dtype)
+    # By index: scatter_ copies the whole tensor in bf16 on a CPU.
+    logits_NV[row_N, local_N] = torch.where(owned_N, label_N, logits_NV[row_N, local_N])
+    return loss_N, total_N
+
+
+def _losses(
+    logits_NV: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's losses and its totals, in fp32 [N].
+
+    The logits become exp(logit - the token's largest); their total over the vocabulary is at least 1.
+    """
+    target_N = logits_NV.gather(1, local_N[:, None]).squeeze(1).float()
+    largest_N, total_N = _exponentiate(logits_NV, group)
+    target_N -= largest_N
+    if group is not None:
+        dist.all_reduce(total_N, group=group)
+        target_N *= owned_N
+        dist.all_reduce(target_N, group=group)
+    return total_N.log() - target_N, total_N
+
+
+def _exponentiate(logits_NV: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Replace logits by exp(logit - the token's largest), and return the largest and this rank's totals.
 
     It runs over blocks of tokens: a CPU's cache holds a block in fp32, and main memory sees each logit once or twice.
     """
-    target_N = logits_NV.gather(1, local_N[:, None]).squeeze(1).float()
-    log_p_N, blocks = torch.empty_like(target_N), _blocks(logits_NV, 4 * logits_NV.size(1))
-    for part in blocks:
-        log_probs = F.log_softmax(logits_NV[part], dim=1, dtype=torch.float32)
-        log_p_N[part] = log_probs.gather(1, local_N[part, None]).squeeze(1)
-        if overwrite and group is None:
-            logits_NV[part] = log_probs.exp_()
-        del log_probs  # before the loop below makes two tensors of its size
-    if group is None:
-        return -log_p_N
-    all_N = _all_logsumexp(target_N - log_p_N, group)
-    for part in blocks if overwrite else []:
-        logits_NV[part] = (logits_NV[part].float() - all_N[part, None]).exp_()
-    target_N *= owned_N
-    dist.all_reduce(target_N, group=group)
-    return all_N - target_N
+    total_N = torch.empty(logits_NV.size(0), dtype=torch.float32, device=logits_NV.device)
+    largest_N = torch.empty_like(total_N) if group is None else _largest(logits_NV, group)
+    for part in _blocks(logits_NV, 4 * logits_NV.size(1)):
+        block = logits_NV[part]
+        if group is None:
+            largest_N[part] = block.amax(dim=1)
+        shift = largest_N[part, None]
+        powers = (block.sub_(shift) if block.dtype == torch.float32 else block - shift).exp_()
+        total_N[part] = powers.sum(dim=1)
+        if powers is not block:
+            block.copy_(powers)
+    return largest_N, total_N
+
+
+def _largest(logits_NV: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return each token's largest logit over the ranks' parts of the vocabulary, in fp32."""
+    largest_N = logits_NV.amax(dim=1).float()
+    dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
+    return largest_N
 
 
 def _blocks(x: Tensor, row_bytes: int) -> list[slice]:
     """Return the rows of ``x`` in parts of up to :data:`BLOCK_BYTES` if it is on a CPU, else in one part."""
     size = x.size(0) if x.is_cuda else max(1, BLOCK_BYTES // row_bytes)
     return [slice(start, start + size) for start in range(0, x.size(0), size)]
-
-
-def _all_logsumexp(lse_N: Tensor, group: dist.ProcessGroup) -> Tensor:
-    largest_N = lse_N.clone()
-    dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
-    total_N = (lse_N - largest_N).exp()
-    dist.all_reduce(total_N, group=group)
-    return largest_N + total_N.log()
-
-
-def _logit_gradient(
-    hidden_ND: Tensor, weight_VD: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of a chunk's losses with respect to its logits, P - Y, in the weight's dtype; and the losses.
-
-    The label's entry, p - 1, is computed in fp32 from the loss: in bf16 it would be 0 for a probability close to 1.
-    """
-    grad = hidden_ND @ weight_VD.t()  # the logits, for now
-    loss_N = _token_losses(grad, local_N, owned_N, group, overwrite=True)
-    row_N = torch.arange(len(loss_N), device=grad.device)
-    # By index: scatter_ copies the whole tensor in bf16 on a CPU.
-    grad[row_N, local_N] = torch.where(owned_N, torch.expm1(-loss_N).to(grad.dtype), grad[row_N, local_N])
-    return grad, loss_N
 
 
 def _accumulator(weight_VD: Tensor, direct: DirectGradient | None = None) -> Tensor:

@@ -202,6 +202,18 @@ def test_each_tokens_loss_equals_the_oracle(chunk: int):
         assert_close_relative(gradients((mix_SB * loss_SB).sum(), ours), their_grads)
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_logits_whose_exponential_overflows_keep_their_losses_and_gradients(one_pass: bool):
+    ours, labels_SB = head_inputs(), random_labels()
+    ours["weight_VD"] = (200 * ours["weight_VD"]).detach().requires_grad_()  # logits of some 800, and exp(89) overflows
+    theirs = oracle_copy(ours)
+    loss = mean_loss(one_pass, **ours, labels_SB=labels_SB)
+    their_loss = reference.token_losses(**theirs, labels_SB=labels_SB).mean()
+    assert their_loss > 89
+    assert_close_relative({"loss": loss}, {"loss": their_loss})
+    assert_close_relative(gradients(loss, ours), gradients(their_loss, theirs))
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1000], indirect=True)
 def test_token_losses_in_bf16_are_within_their_rounding(chunk: int):
     ours = {name: t.detach().bfloat16().requires_grad_() for name, t in head_inputs().items()}
