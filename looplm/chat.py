@@ -130,7 +130,7 @@ class ChatTemplate:
         encoded = {}
         for after_text, tokenizer in ((False, self._after_special), (True, self._after_text)):
             texts = [piece.text for piece in pieces if piece.after_text == after_text]
-            encoded[after_text] = iter(tokenizer.encode_batch(texts, add_special_tokens=False))
+            encoded[after_text] = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         results = []
         for conversation in conversations:
             ids, learned = list[int](), list[bool]()
