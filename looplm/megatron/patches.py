@@ -5,12 +5,13 @@
 | ``device="cuda"``, ``.cuda()`` and ``torch.cuda`` calls mean the CPU | Megatron-core needs a GPU | none known |
 | ``multi_latent_attention.HAVE_TE`` is False | MLA without Transformer Engine fails | NVIDIA/Megatron-LM#3764 |
 | ``mlp.bias_swiglu_impl`` is our function | fused SwiGLU compiles C++ when training starts | none known |
+| ``tensor_parallel.layers.F.embedding`` has a sparse gradient | its hook adds V rows, all but a few 0 | none known |
 | handles of ``isend`` are kept for a while | pipelines on gloo hang | pytorch/gloo#308 |
 | ``multi_latent_attention.Linear`` is our class | MLA refuses our down projections | NVIDIA/Megatron-LM#1699 |
 | results of checkpoint writers go through a plain queue | the first save spawns a process, in seconds | none known |
 | objects in checkpoints are loaded with ``weights_only`` | a shard's pickle may run code | none known |
 
-The first four apply only without a GPU (:func:`install`), the fifth only without Transformer Engine.
+The first five apply only without a GPU (:func:`install`), the sixth only without Transformer Engine.
 """
 
 import functools
@@ -18,11 +19,14 @@ import io
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import mlp, multi_latent_attention
 from torch.distributed.checkpoint._traverse import set_element
@@ -77,6 +81,7 @@ def install() -> None:
     if not HAS_TRANSFORMER_ENGINE:
         multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
     mlp.bias_swiglu_impl = swiglu
+    layers.F = SimpleNamespace(**(vars(F) | {"embedding": _lookup}))
     _keep_sends_alive()
     _device_constructors()  # torch's own list of them, which it makes once: ``with torch.device(...)`` must find them
     for name in _FACTORIES.split():
@@ -107,6 +112,11 @@ def _with_cuda_in_its_name(type_of: Callable[..., Any]) -> Callable[..., Any]:
         return result if args or keys else result.replace("torch.", "torch.cuda.")
 
     return call
+
+
+def _lookup(ids: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+    """Return rows of an embedding; if its gradient goes to Megatron's buffer, it holds the rows that were read."""
+    return F.embedding(ids, weight, sparse=hasattr(weight, "main_grad"))
 
 
 def _load_bytes(planner: DefaultLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
