@@ -220,6 +220,8 @@ class Run:
         yield from self._corpus.left_out
         begins = "resuming after" if self._resumed else "starting at"
         yield f"{self._folder}: {begins} step {step} of {config.optim.train_steps}"
+        if config.logging.eval_every and self._valid_set is None:
+            yield f"logging.eval_every: {config.logging.eval_every} has no effect, because data.valid is empty"
         if config.engine.emulated:
             yield (
                 f"EMULATED: engine.fp8={config.engine.fp8}. Linear layers round their operands and multiply in fp32; "

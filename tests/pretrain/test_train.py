@@ -82,6 +82,14 @@ def test_golden_losses(corpus, tmp_path, single_process):
     assert [row["grad_norm"] for row in rows] == pytest.approx(golden["grad_norm"], rel=1e-4)
 
 
+def test_validations_without_data_are_said_to_have_no_effect(corpus, tmp_path, single_process, capsys):
+    kept = run(run_config(corpus, tmp_path / "with", logging={"eval_every": 3}))
+    assert "no effect" not in capsys.readouterr().err
+    without = run_config(corpus, tmp_path / "without", logging={"eval_every": 3}, data={"valid": ()})
+    assert exact(run(without)) == exact(kept)
+    assert "logging.eval_every: 3 has no effect, because data.valid is empty" in capsys.readouterr().err
+
+
 def test_a_run_with_emulated_fp8_says_so_and_resumes_without_it(corpus, tmp_path, single_process, capsys):
     steady = {"optim": {"schedule": "constant", "decay_steps": 0}}
     plain = run(run_config(corpus, tmp_path / "plain", **steady))
