@@ -287,7 +287,8 @@ class RunConfig:
         whole = self.parallel.model_ranks == 1 and engine.transformer_impl == "local"
         looks, fix = self.logging.dynamics_samples, "it needs the whole model on each rank, and engine.transformer_impl"
         require(whole or not looks, "logging.dynamics_samples", looks, f"{fix}=local; leave it 0")
-        validates = self.logging.eval_every > 0 and (self.data.valid or self.data.task is not None)
+        has_data = bool(self.data.valid) or self.data.task is not None
+        validates = self.logging.eval_every > 0 and has_data
         fix = "only a validation looks at the loops: set logging.eval_every and data.valid, or leave it 0"
         require(validates or not looks, "logging.dynamics_samples", looks, fix)
         fix = "losses of different numbers of loops cannot be compared; leave it out with loss.sampled_loops"

@@ -4,8 +4,8 @@ Stage 1 minimizes ``sum_r p_r ce_r``, and p_r is known when loop r ends: it depe
 So the gradient of each cross-entropy is known before the logits are, and :func:`weighted_losses` computes loss and
 gradients in one pass over chunks of tokens. For a chunk with labels Y (one-hot) and weights w = p_r::
 
-    logits = h Wᵀ      E = exp(logits - largest)      z = sum(E)
-    G = E - z Y        grad_h = w / z (G W)           grad_W += Gᵀ (w / z h)
+    logits = h Wᵀ      E = exp(logits - shift)      z = sum(E)
+    G = E - z Y        grad_h = w / z (G W)         grad_W += Gᵀ (w / z h)
 
 G is z times the gradient of the logits, P - Y: dividing by z later, in D columns, saves a pass over V of them. These
 are three matrix products: no logits are kept and none are recomputed. What is kept until backward has the size of the
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -243,13 +244,10 @@ def _losses_and_gradient(
 def _losses(
     logits_NV: Tensor, local_N: Tensor, owned_N: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Return a chunk's losses and its totals, in fp32 [N].
-
-    The logits become exp(logit - the token's largest); their total over the vocabulary is at least 1.
-    """
+    """Return a chunk's losses in fp32 [N]; the logits become exp(logit - shift), whose totals are returned too."""
     target_N = logits_NV.gather(1, local_N[:, None]).squeeze(1).float()
-    largest_N, total_N = _exponentiate(logits_NV, group)
-    target_N -= largest_N
+    shift_N, total_N = _exponentiate(logits_NV, group)
+    target_N -= shift_N
     if group is not None:
         dist.all_reduce(total_N, group=group)
         target_N *= owned_N
@@ -258,22 +256,28 @@ def _losses(
 
 
 def _exponentiate(logits_NV: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Replace logits by exp(logit - the token's largest), and return the largest and this rank's totals.
+    """Replace logits by exp(logit - shift), and return each token's shift, the largest logit, and this rank's total.
 
     It runs over blocks of tokens: a CPU's cache holds a block in fp32, and main memory sees each logit once or twice.
     """
-    total_N = torch.empty(logits_NV.size(0), dtype=torch.float32, device=logits_NV.device)
-    largest_N = torch.empty_like(total_N) if group is None else _largest(logits_NV, group)
-    for part in _blocks(logits_NV, 4 * logits_NV.size(1)):
+    blocks, in_fp32 = _blocks(logits_NV, 4 * logits_NV.size(1)), logits_NV.dtype == torch.float32
+    total_N = torch.ones(logits_NV.size(0), dtype=torch.float32, device=logits_NV.device)
+    shift_N = torch.empty_like(total_N) if group is None else _largest(logits_NV, group)
+    if group is None and not in_fp32:  # torch's kernel reads them once, and shifts by the log of the total too
+        for part in blocks:
+            log_probs = F.log_softmax(logits_NV[part], dim=1, dtype=torch.float32)
+            shift_N[part] = logits_NV[part, 0] - log_probs[:, 0]
+            logits_NV[part] = log_probs.exp_()
+        return shift_N, total_N
+    for part in blocks:
         block = logits_NV[part]
         if group is None:
-            largest_N[part] = block.amax(dim=1)
-        shift = largest_N[part, None]
-        powers = (block.sub_(shift) if block.dtype == torch.float32 else block - shift).exp_()
-        total_N[part] = powers.sum(dim=1)
-        if powers is not block:
-            block.copy_(powers)
-    return largest_N, total_N
+            shift_N[part] = block.amax(dim=1)
+        shifted = block.sub_(shift_N[part, None]) if in_fp32 else block - shift_N[part, None]
+        total_N[part] = shifted.exp_().sum(dim=1)
+        if not in_fp32:
+            block.copy_(shifted)
+    return shift_N, total_N
 
 
 def _largest(logits_NV: Tensor, group: dist.ProcessGroup) -> Tensor:
