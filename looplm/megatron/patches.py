@@ -5,7 +5,7 @@
 | ``device="cuda"``, ``.cuda()`` and ``torch.cuda`` calls mean the CPU | Megatron-core needs a GPU | none known |
 | ``multi_latent_attention.HAVE_TE`` is False | MLA without Transformer Engine fails | NVIDIA/Megatron-LM#3764 |
 | ``mlp.bias_swiglu_impl`` is our function | fused SwiGLU compiles C++ when training starts | none known |
-| ``tensor_parallel.layers.F.embedding`` has a sparse gradient | its hook adds V rows, all but a few 0 | none known |
+| ``tensor_parallel.layers.F.embedding`` is our function | its gradient has V rows, most of them 0 | none known |
 | handles of ``isend`` are kept for a while | pipelines on gloo hang | pytorch/gloo#308 |
 | ``multi_latent_attention.Linear`` is our class | MLA refuses our down projections | NVIDIA/Megatron-LM#1699 |
 | results of checkpoint writers go through a plain queue | the first save spawns a process, in seconds | none known |
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.utils._device import _device_constructors
 
 from looplm.megatron.device import DEVICE, HAS_CUDA, HAS_TRANSFORMER_ENGINE
+from looplm.megatron.lookup import lookup
 from looplm.megatron.swiglu import swiglu
 
 # Functions that take ``device``. A TorchFunctionMode would catch all of torch's, but it looks at every call: 6 % of a
@@ -81,7 +82,7 @@ def install() -> None:
     if not HAS_TRANSFORMER_ENGINE:
         multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
     mlp.bias_swiglu_impl = swiglu
-    layers.F = SimpleNamespace(**(vars(F) | {"embedding": _lookup}))
+    layers.F = SimpleNamespace(**(vars(F) | {"embedding": lookup}))
     _keep_sends_alive()
     _device_constructors()  # torch's own list of them, which it makes once: ``with torch.device(...)`` must find them
     for name in _FACTORIES.split():
@@ -112,11 +113,6 @@ def _with_cuda_in_its_name(type_of: Callable[..., Any]) -> Callable[..., Any]:
         return result if args or keys else result.replace("torch.", "torch.cuda.")
 
     return call
-
-
-def _lookup(ids: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
-    """Return rows of an embedding; if its gradient goes to Megatron's buffer, it holds the rows that were read."""
-    return F.embedding(ids, weight, sparse=hasattr(weight, "main_grad"))
 
 
 def _load_bytes(planner: DefaultLoadPlanner, read_item: Any, value: io.BytesIO) -> None:

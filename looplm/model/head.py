@@ -252,6 +252,7 @@ def _losses(
         dist.all_reduce(total_N, group=group)
         target_N *= owned_N
         dist.all_reduce(target_N, group=group)
+    total_N.clamp_(min=1)  # it is, except in a rehearsal (tools/rehearsal), which computes no numbers
     return total_N.log() - target_N, total_N
 
 
