@@ -159,9 +159,8 @@ class Run:
         if self._valid_set is None:
             return
         self._watchdog.enter(f"validation after step {self._progress.step}")
-        count = max(
-            1, self._config.logging.eval_samples // (self._config.data.micro_batch_size * self._groups.dp.size())
-        )
+        samples_at_once = self._config.data.micro_batch_size * self._groups.dp.size()
+        count = max(1, self._config.logging.eval_samples // samples_at_once)
         stats = self._trainer.evaluate_until(self._stop.agree, self._validation_batches(), count)
         if stats is None:
             self._log.say(f"validation cut short by {self._stop.asked}; it is repeated when the run continues")

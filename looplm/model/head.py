@@ -257,14 +257,16 @@ def _losses(
 
 
 def _exponentiate(logits_NV: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Replace logits by exp(logit - shift), and return each token's shift, the largest logit, and this rank's total.
+    """Replace logits by exp(logit - shift), and return each token's shift and this rank's total over its vocabulary.
 
-    It runs over blocks of tokens: a CPU's cache holds a block in fp32, and main memory sees each logit once or twice.
+    The shift is the largest logit, or the log of the sum of exponentials where torch's kernel does both: the total is
+    then 1. It runs over blocks of tokens: a CPU's cache holds a block in fp32, and main memory sees each logit once or
+    twice.
     """
     blocks, in_fp32 = _blocks(logits_NV, 4 * logits_NV.size(1)), logits_NV.dtype == torch.float32
     total_N = torch.ones(logits_NV.size(0), dtype=torch.float32, device=logits_NV.device)
     shift_N = torch.empty_like(total_N) if group is None else _largest(logits_NV, group)
-    if group is None and not in_fp32:  # torch's kernel reads them once, and shifts by the log of the total too
+    if group is None and not in_fp32:  # fewer passes over them than below
         for part in blocks:
             log_probs = F.log_softmax(logits_NV[part], dim=1, dtype=torch.float32)
             shift_N[part] = logits_NV[part, 0] - log_probs[:, 0]
