@@ -28,8 +28,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 # Bytes of a chunk's logits, counted in fp32. Each chunk reads and writes the whole weight gradient, so small ones are
-# slow: with 16 MiB the head takes 1.2x its time with 64 MiB on a CPU. The number for CUDA is computed, not measured.
-LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**29}
+# slow: on a CPU the head takes 1.2x its time with 64 MiB with 16, and a whole step 1.02x its time with 128 with 64 or
+# 256 (docs/LOG.md). The number for CUDA is computed, not measured.
+LOGIT_BYTES = {"cpu": 2**27, "cuda": 2**29}
 BLOCK_BYTES = 2**21  # what a CPU's core keeps in its cache, counted in fp32
 
 
