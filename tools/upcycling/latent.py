@@ -7,11 +7,15 @@ number, which the position rotates with frequency k in every head. A unitary mix
 frequency therefore commutes with the rotation (TransMLA, arXiv 2502.07864). We mix by principal components, so that the
 first mixed key holds most, and concatenate M of them to the shared key (``model.qk_rope_period`` repeats the
 frequencies). Each head's query inverts the mix. M = G keys are exact. The keys beyond M become keys without position:
-the rotation by w d at distance d is replaced by its mean over near distances, cos(w d) over d < 32. (Without that
-factor, M = 1 of 4 keys cost ten times as much loss.)
+the rotation exp(i w d) at distance d is replaced by its mean over near distances, d < 16. (Without that factor, M = 1
+of 4 keys cost ten times as much loss.)
 
 *The latent* is a projection of the normed hidden state u: the principal components of the values, and of the keys
 without position, that are computed from it.
+
+*Principal* is what the layer's output shows most, not what is longest (:func:`importance`): a direction of the keys
+counts by the queries that read it, one of the values by the output projection. It cuts the loss that a narrower latent
+costs by half (docs/LOG.md, 2026-11-30).
 
 *The latent's norm.* MLA normalizes the latent, MHA has no such norm. But u has a mean square of 1, which a projection
 on orthonormal directions of full width preserves: at kv_lora_rank = hidden_size the norm changes nothing. (Up to the
@@ -21,7 +25,8 @@ where the latent has the rank of what it carries: the values alone if all rotary
 
 MLA divides scores by the root of another width, which the queries compensate.
 
-Shapes: D hidden, H heads, G key-value heads, K head width, F = K/2 frequencies, M rotary keys kept, C latent, N rows.
+Shapes: D hidden, H heads, G key-value heads, K head width, F = K/2 frequencies, M rotary keys kept, C latent, N rows,
+P those of a group.
 """
 
 import math
@@ -39,7 +44,10 @@ from looplm.huggingface.names import split
 from looplm.parameters import layer_parameters
 from tools.upcycling.model_state import ModelState, Upcycled
 
-_NEAR = 32  # attention mostly looks at distances, in tokens, below this
+_NEAR = 16  # attention mostly looks at distances, in tokens, below this: the best of 8 to 32 on SmolLM2
+# Keys count less than :func:`importance` derives, because the softmax takes away what all scores have in common. On
+# SmolLM2 the loss is lowest with 1/4 and 1/2.
+_KEYS = 0.25
 
 
 class Projections(NamedTuple):
@@ -48,6 +56,7 @@ class Projections(NamedTuple):
     query_HKD: Tensor
     key_GKD: Tensor
     value_GKD: Tensor
+    output_DHK: Tensor
 
 
 def to_latent(
@@ -107,8 +116,10 @@ def to_latent(
         prefix = f"decoder.layers.{layer}."
         gain = prefix + "input_layernorm.weight"
         qkv = weights.pop(prefix + row.name) * weights[gain]
-        parts = [part.unflatten(0, (-1, width)) for part in split(row, qkv.double())]
-        latent = convert(Projections(*parts), config, moment_DD, plain.norm_eps)
+        query_HKD, key_GKD, value_GKD = (part.unflatten(0, (-1, width)) for part in split(row, qkv.double()))
+        output_DHK = weights[prefix + "self_attention.linear_proj.weight"].double().unflatten(1, (-1, width))
+        projections = Projections(query_HKD, key_GKD, value_GKD, output_DHK)
+        latent = convert(projections, config, moment_DD, plain.norm_eps)
         weights |= {f"{prefix}self_attention.{name}": weight.float() for name, weight in latent.items()}
         if (gate := f"{prefix}self_attention.linear_gate.weight") in weights:
             weights[gate] = weights[gate] * weights[gain]
@@ -128,48 +139,71 @@ def convert(plain: Projections, config: ModelConfig, moment_DD: Tensor, eps: flo
     heads, groups = len(plain.query_HKD), len(plain.key_GKD)
     kept = config.qk_rope_head_dim // config.v_head_dim
     key_GFD, query_HFD = _complex(plain.key_GKD), _complex(plain.query_HKD)
-    mix_FGM = _principal(key_GFD, moment_DD)[:, :, :kept]  # keys z are z_g = sum_m mix_gm y_m, and y = mix^H z
-    rotary_FMD = mix_FGM.mH @ key_GFD.transpose(0, 1)
+    of_keys_GKK, weight_GPP = importance(plain, moment_DD)
+    mix_FGM, rotary_FMD = _shared_keys(key_GFD, of_keys_GKK, moment_DD, kept)
     group_H = torch.arange(heads) // (heads // groups)
     rotated_HMFD = torch.einsum("fhm,hfd->hmfd", mix_FGM[:, group_H].conj(), query_HFD)
     rest_GFD = (key_GFD - (mix_FGM @ rotary_FMD).transpose(0, 1)) * _mean_rotation(config)[:, None]
 
-    target_GND = plain.value_GKD
-    query_HND = _pairs(rotated_HMFD.flatten(1, 2))
+    target_GPD = plain.value_GKD
+    query_HPD = _pairs(rotated_HMFD.flatten(1, 2))
     if config.qk_nope_head_dim:
-        target_GND = torch.cat((rest_GFD.real, rest_GFD.imag, plain.value_GKD), dim=1)  # the inverse of _complex
-        query_HND = torch.cat((plain.query_HKD, query_HND), dim=1)
-    down_CD, up_NC = factorize(target_GND.flatten(0, 1), moment_DD, config.kv_lora_rank)
+        target_GPD = torch.cat((rest_GFD.real, rest_GFD.imag, plain.value_GKD), dim=1)  # the inverse of _complex
+        query_HPD = torch.cat((plain.query_HKD, query_HPD), dim=1)
+        both = zip(of_keys_GKK * _KEYS, weight_GPP, strict=True)
+        weight_GPP = torch.stack([torch.block_diag(of_keys_KK, of_values_KK) for of_keys_KK, of_values_KK in both])
+    weight_NN = torch.block_diag(*weight_GPP)
+    down_CD, up_NC = factorize(target_GPD.flatten(0, 1), moment_DD, weight_NN, config.kv_lora_rank)
     length = (torch.einsum("cd,de,ce->", down_CD, moment_DD, down_CD) / len(down_CD) + eps).sqrt()
     scale = math.sqrt(config.attention_head_dim / config.v_head_dim)
     norm = {"kv_layernorm.weight": length.expand(len(down_CD)).clone()} if config.kv_latent_norm else {}
     return norm | {
-        "linear_q_proj.weight": query_HND.flatten(0, 1) * scale,
+        "linear_q_proj.weight": query_HPD.flatten(0, 1) * scale,
         "linear_kv_down_proj.weight": torch.cat((down_CD, _pairs(rotary_FMD.transpose(0, 1).flatten(0, 1)))),
         "linear_kv_up_proj.weight": up_NC.unflatten(0, (groups, -1))[group_H].flatten(0, 1),
     }
 
 
-def factorize(target_ND: Tensor, moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def importance(plain: Projections, moment_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how much an error e of a group's key, and of its value, matters: e^T A e, with A of [G, K, K] for each.
+
+    An error of a value reaches the layer's output from head h as O_h e. An error of a key changes a score by q_h e/√K,
+    and the head's output by that share of O_h v. Both are squared, averaged over queries q and values v, and added up
+    over the heads of the group; attention's probabilities weigh both alike, so they are left out.
+    """
+    heads, (groups, width, _) = len(plain.query_HKD), plain.key_GKD.shape
+    read_HKK = torch.einsum("dhk,dhl->hkl", plain.output_DHK, plain.output_DHK)
+    value_GKK = plain.value_GKD @ moment_DD @ plain.value_GKD.mT
+    shown_H = torch.einsum("hkl,hkl->h", read_HKK, value_GKK.repeat_interleave(heads // groups, 0))
+    query_HKK = plain.query_HKD @ moment_DD @ plain.query_HKD.mT / width
+    of_keys_HKK = query_HKK * shown_H[:, None, None]
+    return of_keys_HKK.unflatten(0, (groups, -1)).sum(1), read_HKK.unflatten(0, (groups, -1)).sum(1)
+
+
+def factorize(target_ND: Tensor, moment_DD: Tensor, weight_NN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return down_CD and up_NC such that up @ down is nearest to the target on vectors of this second moment.
 
-    The rows of down are orthonormal.
+    An error e of the product counts e^T weight e. The rows of down are orthonormal.
     """
-    values_D, vectors_DD = torch.linalg.eigh(moment_DD)
-    root_DD = (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.mT
-    left_NN, _, _ = torch.linalg.svd(target_ND @ root_DD)
-    rows_CD = left_NN[:, :rank].mT @ target_ND
+    weighed_ND = _root(weight_NN) @ target_ND
+    left_NN, _, _ = torch.linalg.svd(weighed_ND @ _root(moment_DD))
+    rows_CD = left_NN[:, :rank].mT @ weighed_ND
     _, _, basis_DD = torch.linalg.svd(rows_CD)  # its first rows span them, the others complete the basis
     down_CD = basis_DD[:rank]
     seen_CC = down_CD @ moment_DD @ down_CD.mT
     return down_CD, torch.linalg.solve(seen_CC, down_CD @ moment_DD @ target_ND.mT).mT
 
 
+def _root(symmetric: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+
 def _mean_rotation(config: ModelConfig) -> Tensor:
-    """Return the mean cosine of each frequency's rotation over near tokens: [F]."""
+    """Return the mean rotation of a key against a query that is near, by frequency: complex, [F]."""
     exponent_F = torch.arange(0, config.rope_period, 2, dtype=torch.float64) / config.rope_period
-    frequency_F = config.rope_base**-exponent_F
-    return torch.outer(torch.arange(_NEAR, dtype=torch.float64), frequency_F).cos().mean(0)
+    angle_F = torch.outer(torch.arange(_NEAR, dtype=torch.float64), config.rope_base**-exponent_F)
+    return torch.polar(torch.ones_like(angle_F), -angle_F).mean(0)
 
 
 def _describe(plain: ModelConfig, latent: ModelConfig) -> tuple[list[str], list[str]]:
@@ -200,11 +234,17 @@ def _describe(plain: ModelConfig, latent: ModelConfig) -> tuple[list[str], list[
     return exact, approximate
 
 
-def _principal(key_GFD: Tensor, moment_DD: Tensor) -> Tensor:
-    """Return, for each frequency, the unitary [G, G] of its pairs' principal components across heads, largest first."""
-    key_FGD = key_GFD.transpose(0, 1)
-    _, vectors_FGG = torch.linalg.eigh(key_FGD @ moment_DD.to(key_FGD.dtype) @ key_FGD.mH)
-    return vectors_FGG.flip(-1)
+def _shared_keys(key_GFD: Tensor, weight_GKK: Tensor, moment_DD: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Return a mix [F, G, M] and M shared keys [F, M, D], whose product is nearest to the groups' keys.
+
+    They are principal components across the groups, by frequency. An error counts the sum of its pair's weights.
+    """
+    weight_GF = weight_GKK.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(1)
+    size_FG1 = weight_GF.clamp(min=1e-12 * weight_GF.max().item()).sqrt().mT[..., None]
+    weighed_FGD = key_GFD.transpose(0, 1) * size_FG1
+    _, vectors_FGG = torch.linalg.eigh(weighed_FGD @ moment_DD.to(weighed_FGD.dtype) @ weighed_FGD.mH)
+    unit_FGM = vectors_FGG.flip(-1)[:, :, :kept]  # eigh's largest is its last
+    return unit_FGM / size_FG1, unit_FGM.mH @ weighed_FGD
 
 
 def _complex(x_GKD: Tensor) -> Tensor:

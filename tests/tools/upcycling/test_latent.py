@@ -17,7 +17,7 @@ from pretrain.train import train
 from tests.support.parity import assert_close_relative, relative_error
 from tests.support.tiny import MODEL, VOCAB, run_config, train_rows
 from tools.upcycle import main
-from tools.upcycling.latent import factorize, to_latent
+from tools.upcycling.latent import Projections, factorize, importance, to_latent
 from tools.upcycling.measure import read_samples, second_moments
 from tools.upcycling.model_state import ModelState, assemble, open_source
 
@@ -105,43 +105,94 @@ def test_one_rotary_key_is_the_usual_form():
     assert to_latent(random_state(replace(MHA, num_query_groups=1)), 32, 8, None).state.config.qk_nope_head_dim == 0
 
 
-@pytest.mark.parametrize("rope_base", [1.0, 1e4])
-def test_a_key_without_position_is_damped_by_its_mean_rotation(rope_base, monkeypatch):
+@pytest.mark.parametrize("rope_base", [1.0, 50.0, 1e4])
+def test_a_key_without_position_gives_the_mean_score_of_near_tokens(rope_base, monkeypatch):
     """With a base of 1 all frequencies are 1, so a mean over near distances leaves almost nothing of such a key."""
-    state = random_state(replace(MHA, rope_base=rope_base))
-    damped = to_latent(state, 32, 8, None).state.weights
+    config = replace(MHA, rope_base=rope_base)
+    state = random_state(config)
+    found = to_latent(state, 32, 8, None).state.weights
     monkeypatch.setattr("tools.upcycling.latent._NEAR", 1)
-    plain = to_latent(state, 32, 8, None).state.weights
+    plain = to_latent(state, 32, 8, None).state.weights  # its keys without position are as they would be at distance 0
     name = "decoder.layers.1.self_attention.linear_kv_{}_proj.weight"
-    keys = [
-        (w[name.format("up")] @ w[name.format("down")][:32]).unflatten(0, (4, 16))[:, :8].unflatten(1, (2, 4))
-        for w in (damped, plain)
-    ]
-    expected = [sum(math.cos(d * rope_base ** (-2 * k / 8)) for d in range(32)) / 32 for k in range(4)]
-    assert_close_relative({"keys": keys[0]}, {"keys": keys[1] * torch.tensor(expected)[:, None]}, tolerance=1e-4)
+    key_HKD, unturned_HKD = (
+        (w[name.format("up")] @ w[name.format("down")][:32]).unflatten(0, (4, 16))[:, :8] for w in (found, plain)
+    )
+    query_K = torch.randn(8, generator=torch.Generator().manual_seed(2))
+    far = reference.View.of(config, torch.zeros(1, 16, dtype=torch.long), None, False)  # positions 0 to 15
+    rotated_SK = reference.rotate(query_K.expand(16, 1, 1, 8), far)[:, 0, 0]
+    expected_HD = torch.einsum("sk,hkd->shd", rotated_SK, unturned_HKD).mean(0)
+    scores = {"scores": torch.einsum("k,hkd->hd", query_K, key_HKD)}
+    assert_close_relative(scores, {"scores": expected_HD}, tolerance=1e-4)
 
 
-def test_heads_that_share_one_key_need_one_rotary_key():
-    state = random_state(MHA)
+def test_importance_is_the_mean_change_of_the_output():
+    """Two groups of two heads: errors of keys and of values, each measured with random inputs."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    plain, half_DD = Projections(random(4, 6, 5), random(2, 6, 5), random(2, 6, 5), random(5, 4, 6)), random(5, 5)
+    u_ND = random(200, 5) @ half_DD
+    of_keys_GKK, of_values_GKK = importance(plain, u_ND.mT @ u_ND / 200)
+    error_K = random(6)
+    for group, heads in enumerate(((0, 1), (2, 3))):
+        key = value = 0.0
+        for head in heads:
+            changed_N = u_ND @ plain.query_HKD[head].mT @ error_K / math.sqrt(6)
+            read_DK = plain.output_DHK[:, head]
+            shown_ND = u_ND @ plain.value_GKD[group].mT @ read_DK.mT
+            key += changed_N.square().mean().item() * shown_ND.square().sum(1).mean().item()
+            value += (read_DK @ error_K).square().sum().item()
+        assert (error_K @ of_keys_GKK[group] @ error_K).item() == pytest.approx(key)
+        assert (error_K @ of_values_GKK[group] @ error_K).item() == pytest.approx(value)
+
+
+def test_what_nothing_reads_needs_no_width():
+    """Half of each value goes nowhere, and no query reads half of each key: that leaves 16 and 12 directions."""
+
+    def converted(rank: int, rope: int, blind: bool) -> torch.Tensor:
+        state = random_state(MHA)
+        for layer in range(2 if blind else 0):
+            name = f"decoder.layers.{layer}.self_attention.linear_{{}}.weight"
+            state.weights[name.format("proj")].view(32, 4, 8)[:, :, 4:] = 0
+            state.weights[name.format("qkv")].view(4, 3, 8, 32)[:, 0, [2, 3, 6, 7]] = 0
+        return hidden(to_latent(state, rank, rope, None, latent_norm=False).state)
+
+    for rank, rope in ((16, 32), (28, 8)):
+        whole = {blind: {"hidden": converted(32, rope, blind)} for blind in (True, False)}
+        assert_close_relative({"hidden": converted(rank, rope, True)}, whole[True], tolerance=1e-4)
+        assert relative_error(converted(rank, rope, False), whole[False]["hidden"]) > 0.1
+
+
+@pytest.mark.parametrize("asking", [4, 3])
+def test_heads_that_share_one_key_need_one_rotary_key(asking):
+    """A pair of a head's key that its query does not read does not count, however long it is."""
+    state, pairs = random_state(MHA), torch.tensor([2, 3, 6, 7])  # channel k is turned with k + 4
     name = "decoder.layers.{}.self_attention.linear_qkv.weight"
     for layer in range(2):
         qkv = state.weights[name.format(layer)].view(4, 3, 8, 32)  # each head's query, key and value
-        qkv[:, 1] = qkv[0, 1]
+        unread = qkv[asking:, 1, pairs]
+        qkv[:, 1] = qkv[0, 1].clone()
+        qkv[asking:, 1, pairs], qkv[asking:, 0, pairs] = unread, 0
     assert_close_relative(
         {"hidden": hidden(to_latent(state, 32, 8, None).state)}, {"hidden": hidden(state)}, tolerance=1e-4
     )
 
 
 def test_the_factorization_is_optimal_for_its_second_moment():
-    """Eckart and Young: the error is the singular values beyond the rank, of the target on whitened input."""
+    """Eckart and Young: the error is the singular values beyond the rank, of the weighed target on whitened input."""
     generator = torch.Generator().manual_seed(0)
-    target_ND, half_DD = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (6, 12))
-    moment_DD = half_DD @ half_DD.mT
-    down_CD, up_NC = factorize(target_ND, moment_DD, 3)
+    target_ND, half_DD, half_NN = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((6, 12), (12, 12), (6, 6))
+    )
+    moment_DD, weight_NN = half_DD @ half_DD.mT, half_NN @ half_NN.mT
+    down_CD, up_NC = factorize(target_ND, moment_DD, weight_NN, 3)
     torch.testing.assert_close(down_CD @ down_CD.mT, torch.eye(3, dtype=torch.float64))
     lost_ND = up_NC @ down_CD - target_ND
-    beyond = torch.linalg.svdvals(target_ND @ torch.linalg.cholesky(moment_DD))[3:].square().sum()
-    torch.testing.assert_close((lost_ND @ moment_DD @ lost_ND.mT).trace(), beyond)
+    seen_ND = torch.linalg.cholesky(weight_NN).mT @ target_ND @ torch.linalg.cholesky(moment_DD)
+    beyond = torch.linalg.svdvals(seen_ND)[3:].square().sum()
+    torch.testing.assert_close((weight_NN @ lost_ND @ moment_DD @ lost_ND.mT).trace(), beyond)
 
 
 def test_second_moments_are_those_of_attentions_input(corpus, single_process):
