@@ -15,6 +15,7 @@ from looplm.evaluation.record import Evaluation, LevelAnswers, TaskAnswers
 from tools.experiments.runs import Size
 
 _POINTS = 50  # of a training curve
+_SOLVED = 0.9  # accuracy from which on a level counts as solved
 
 Curves = dict[str, tuple[float, ...]]
 
@@ -119,9 +120,11 @@ def _answers(answers: TaskAnswers, loops: int) -> Results:
 def _exit_figures(found: Evaluation, curves: Curves, run: RunConfig) -> dict[str, float]:
     """Return how deep a trained gate thinks: on average, about each level, and at half of the compute.
 
-    ``exit_depth_rise`` is the number of loops by which the expected exit depth rises with each level. Figures
-    ``@half_depth`` are those at the threshold at which tokens leave after (1 + R) / 2 loops on average, halfway between
-    one loop and all. They are left out if the gate sends no token out so early.
+    ``exit_depth_rise`` is the number of loops by which the expected exit depth rises with each level, and
+    ``exit_depth_rise@solved`` the same over the levels that the model answers at its full depth (90 % right), if there
+    are three: no depth helps beyond them, and a gate may give up early. Figures ``@half_depth`` are those at the
+    threshold at which tokens leave after (1 + R) / 2 loops on average, halfway between one loop and all. They are left
+    out if the gate sends no token out so early.
     """
     loops = run.model.num_loops
     depth = sum(depth * share for depth, share in enumerate(found.exit_distribution, start=1))
@@ -136,23 +139,30 @@ def _exit_figures(found: Evaluation, curves: Curves, run: RunConfig) -> dict[str
     figures |= {
         f"exit_depth@level={level}": depth for level, depth in zip(levels.levels, levels.expected_depth, strict=True)
     }
-    rise = depth_rise(levels, steps_only=run.data.task is not None and run.data.task.causal_loops is not None)
-    return figures if rise is None else figures | {"exit_depth_rise": rise}
+    steps_only = run.data.task is not None and run.data.task.causal_loops is not None
+    solved = [accuracy >= _SOLVED for accuracy in found.answers.depths[loops - 1].accuracy_by_level]
+    rises = {"exit_depth_rise": depth_rise(levels, steps_only=steps_only)}
+    if sum(solved) >= 3:
+        rises["exit_depth_rise@solved"] = depth_rise(levels, solved, steps_only=steps_only)
+    return figures | {name: rise for name, rise in rises.items() if rise is not None}
 
 
-def depth_rise(levels: LevelAnswers, *, steps_only: bool = False) -> float | None:
-    """Return the slope of the expected exit depth over the level, by least squares over all labels.
+def depth_rise(levels: LevelAnswers, chosen: Sequence[bool] | None = None, *, steps_only: bool = False) -> float | None:
+    """Return the slope of the expected exit depth over the level, by least squares over the labels.
 
     Args:
         levels: the levels of the labels, and the expected exit depth of each.
+        chosen: True for levels that count, at least one; None for all.
         steps_only: take the reasoning steps out of the levels of causal loops, which also name the kind of program.
 
     Returns:
-        Loops per level; None if there is one level only.
+        Loops per level; None if fewer than two levels count.
     """
     level_L = np.array(levels.levels, dtype=float)
     level_L = level_L % KIND_STEP if steps_only else level_L
     weight_L, depth_L = np.array(levels.labels, dtype=float), np.array(levels.expected_depth)
+    if chosen is not None:
+        weight_L *= np.array(chosen)
     off_L = level_L - np.average(level_L, weights=weight_L)
     spread = float((weight_L * off_L**2).sum())
     return float((weight_L * off_L * depth_L).sum()) / spread if spread else None

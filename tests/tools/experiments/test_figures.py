@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,24 @@ def test_the_rise_of_the_depth_is_the_slope_over_all_labels():
     kinds = LevelAnswers(name="level", levels=(101, 203, 204, 109), labels=labels, expected_depth=depths)
     assert depth_rise(kinds, steps_only=True) == pytest.approx(float(expected))
     assert depth_rise(LevelAnswers(name="level", levels=(3,), labels=(1,), expected_depth=(1.0,))) is None
+    assert depth_rise(found, [True, False, True, False]) == pytest.approx((depths[2] - depths[0]) / 3)
+    assert depth_rise(found, [True, False, False, False]) is None
+
+
+def test_the_rise_over_solved_levels_leaves_out_those_that_no_depth_solves():
+    levels, exits = (1, 2, 3, 4), (1.0, 1.5, 2.0, 1.0)  # the gate gives up on the fourth
+
+    def figures(*accuracy: float) -> dict[str, float]:
+        found = evaluation(levels, exits)
+        assert found.answers is not None
+        depths = (found.answers.depths[0], replace(found.answers.depths[1], accuracy_by_level=accuracy))
+        answers = replace(found.answers, depths=depths)
+        return figures_of("test", replace(found, answers=answers), run(loss={"weights": "gate"})).figures
+
+    found = figures(1.0, 0.95, 0.9, 0.5)
+    assert found["test.exit_depth_rise"] == pytest.approx(0.05)
+    assert found["test.exit_depth_rise@solved"] == pytest.approx(0.5)
+    assert "test.exit_depth_rise@solved" not in figures(1.0, 0.95, 0.89, 0.5), "two levels are too few"
 
 
 def test_a_shared_cache_loses_accuracy_against_one_cache_per_loop():
