@@ -35,10 +35,11 @@ class FolderLock:
         folder: created if it does not exist.
         name: of the folder for error messages.
         say: prints a line.
+        wait: seconds to wait for a holder that needs the folder for a moment only.
     """
 
-    def __init__(self, folder: Path, name: str, say: Callable[[str], None]) -> None:
-        self._path, self._name, self._say = folder.absolute() / FILE, name, say
+    def __init__(self, folder: Path, name: str, say: Callable[[str], None], wait: float = 0.0) -> None:
+        self._path, self._name, self._say, self._wait = folder.absolute() / FILE, name, say, wait
         self._descriptor = -1
         self._ended = threading.Event()
         self._me = json.dumps(_describe_process())
@@ -53,6 +54,16 @@ class FolderLock:
     def acquire(self) -> None:
         """Take the lock, or raise a :class:`UserError` that names the holder."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        end = time.monotonic() + self._wait
+        while True:
+            try:
+                return self._acquire()
+            except UserError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.1)
+
+    def _acquire(self) -> None:
         if self._path in _held:
             raise self._refusal(_describe_process())
         descriptor, is_locked = self._open()

@@ -19,6 +19,7 @@ from looplm.json_file import read_object
 from looplm.yaml_text import read_yaml
 
 FORMAT_VERSION = 3  # of the checkpoints that this release writes; _upgrade reads older ones
+_GIT_SECONDS = 10.0  # for git's look at all files; a shared file system or a busy machine may take longer
 WEIGHTS_ONLY = "weights"  # takes the place of the objective if no run of ours made the checkpoint
 
 # Keys that may differ between a checkpoint and the run that starts from it. All others shape the weights.
@@ -230,9 +231,18 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Return the revision of the running code, or an empty string outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except OSError:
-        return ""
+    """Return the revision of the running code, or an empty string outside a git checkout.
+
+    It ends in ``-dirty`` if files were changed, and in ``-unchecked`` if git took too long to look at all of them.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+    for options, ending in ((["--dirty"], ""), ([], "-unchecked")):
+        try:
+            done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=_GIT_SECONDS)
+        except OSError:
+            return ""
+        except subprocess.TimeoutExpired:
+            continue
+        revision = done.stdout.strip()
+        return revision and revision + ending
+    return ""

@@ -17,6 +17,7 @@ from looplm.files import write_whole
 from looplm.json_file import MAX_BYTES, read_object
 from looplm.lock import FolderLock
 
+_PATIENCE = 60.0  # seconds to wait for another process that adds records, which takes it a moment
 _FIX = "remove the file and repeat the run"
 
 
@@ -131,13 +132,13 @@ def read_rows(path: Path) -> tuple[Row, ...]:
 def merge_rows(path: Path, new: Iterable[Row]) -> tuple[Row, ...]:
     """Add records to the file of an experiment, whole or not at all, and return all of them.
 
-    Records that the file already has may be given again. The folder is locked meanwhile; a second report that runs
-    at the same time is refused.
+    Records that the file already has may be given again. The folder is locked meanwhile, and runners that share an
+    experiment wait for each other.
 
     Raises:
-        UserError: the file has another record of the same run.
+        UserError: the file has another record of the same run, or another process holds the folder for a minute.
     """
-    with FolderLock(path.parent, str(path.parent), say=print):
+    with FolderLock(path.parent, str(path.parent), say=print, wait=_PATIENCE):
         rows = list(read_rows(path)) if path.exists() else []
         known = {_key(row): row for row in rows}
         for row in new:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from threading import Timer
 
 import pytest
 
@@ -64,7 +65,15 @@ def test_a_failure_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert len(merge_rows(path, [a_row(seed=1)])) == 2, "the lock was released"
 
 
-def test_two_reports_at_once_are_refused(tmp_path):
+def test_runners_that_end_at_the_same_time_wait_for_each_other(tmp_path):
+    lock = FolderLock(tmp_path, "evidence", say=print)
+    lock.acquire()
+    Timer(0.3, lock.release).start()
+    assert len(merge_rows(tmp_path / "x.jsonl", [a_row()])) == 1
+
+
+def test_a_folder_that_another_process_does_not_release_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.experiments.rows._PATIENCE", 0.2)
     with FolderLock(tmp_path, "evidence", say=print), pytest.raises(UserError, match="another run is writing"):
         merge_rows(tmp_path / "x.jsonl", [a_row()])
 
