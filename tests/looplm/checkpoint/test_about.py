@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow  # every test here starts a process
 
 @pytest.fixture
 def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the path of a shell script that stands in for git."""
+    """Return the path that a test writes its own git to."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path / "git"
 
