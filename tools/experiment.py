@@ -16,6 +16,7 @@ from looplm.bounds import check_bounds, path_field, positive
 from looplm.cli import UserError, parse_command, parse_config, positional_paths, run_main
 from tools.experiments.findings import claim_of
 from tools.experiments.page import write_page
+from tools.experiments.rows import arms_of
 from tools.experiments.runner import Runner
 from tools.experiments.runs import ExperimentConfig, sweep_units
 
@@ -77,7 +78,15 @@ def main(argv: list[str]) -> None:
     elif word == "report":
         command_line = f"{PROG} run {path}"
         rows = runner.merge()
-        verdict = write_page(evidence, path.stem, config, rows, source=path.read_text(), command=command_line)
+        verdict = write_page(
+            evidence,
+            path.stem,
+            config,
+            rows,
+            source=path.read_text(),
+            command=command_line,
+            worths=config.worths(arms_of(rows)),
+        )
         print(f"{evidence / path.stem}.md: {verdict.answer}. {verdict.reason}")
     else:
         if word == "resume" and not folder.is_dir():

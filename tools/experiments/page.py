@@ -12,9 +12,17 @@ from looplm.files import is_file_name, write_whole
 from tools.experiments import formats
 from tools.experiments.experiment import Experiment
 from tools.experiments.findings import Finding, Verdict, claim_of, decide, find
-from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name, map_by_depth
+from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name, loss_by_worth, map_by_depth
 from tools.experiments.rows import Arm, Row, arms_of
-from tools.experiments.tables import arms_table, comparisons_table, markdown, sweep_problems, sweep_table
+from tools.experiments.tables import (
+    arms_table,
+    comparisons_table,
+    markdown,
+    sweep_problems,
+    sweep_table,
+    worth_table,
+)
+from tools.experiments.worth import Worth
 
 _MAPPED = "test.accuracy"
 _METHOD = """\
@@ -23,6 +31,11 @@ verdict is that of the deciding comparison, which was fixed before the runs; p (
 {count} comparisons of the table. Effect g is Hedges' g of the paired differences; power and seeds needed are those of a
 t test for an effect of this size, for planning only. The ratios are those of the first arm to the second.
 """
+_WORTH = """\
+loss = E + A (N_once + R^φ N_looped)^(−α), fitted to {figure} of each seed: R loops of a layer are worth R^φ layers. N
+counts the parameters of the layers outside the loops and in them. In the plot, lines of one series meet where the law
+holds.
+"""
 _STAIRS = """\
 The map shows the arm that is claimed to be better, read after each number of loops. Rows above the white line have more
 loops than it was trained with.
@@ -30,7 +43,14 @@ loops than it was trained with.
 
 
 def write_page(
-    folder: Path, name: str, experiment: Experiment, rows: Sequence[Row], *, source: str, command: str
+    folder: Path,
+    name: str,
+    experiment: Experiment,
+    rows: Sequence[Row],
+    *,
+    source: str,
+    command: str,
+    worths: Sequence[Worth] = (),
 ) -> Verdict:
     """Write NAME.md, NAME.tex and the plots into a folder, and return the verdict.
 
@@ -41,6 +61,7 @@ def write_page(
         rows: records of all runs.
         source: the text of the experiment's YAML file.
         command: the command that repeats the experiment.
+        worths: what a loop is worth in each series, where the experiment asks for it.
 
     Raises:
         UserError: no final run, runs of an arm that differ in more than the seed, or names that make no file names.
@@ -52,20 +73,24 @@ def write_page(
         raise UserError(f"{name}: no final run is recorded; run the experiment before its report")
     findings = find(experiment, arms)
     verdict = decide(experiment, findings)
-    plots = draw(name, experiment, rows, arms)
+    plots = draw(name, experiment, rows, arms, worths)
     for file, svg in plots.items():
         write_whole(folder / file, svg)
-    tables = (arms_table(experiment, arms), comparisons_table(findings, arms), sweep_table(experiment, rows, arms))
+    tables = [arms_table(experiment, arms), comparisons_table(findings, arms), sweep_table(experiment, rows, arms)]
+    tables += [worth_table(worths)] if worths else []
     write_whole(folder / f"{name}.tex", "\n".join(table.latex() for table in tables if table.rows))
-    text = page(name, experiment, rows, findings, verdict, list(plots), source=source, command=command)
+    text = page(name, experiment, rows, findings, verdict, list(plots), source=source, command=command, worths=worths)
     write_whole(folder / f"{name}.md", text)
     return verdict
 
 
-def draw(name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, Arm]) -> dict[str, str]:
-    """Return the plots as SVG by file name: one per figure and per curve of those that were measured, then a map.
+def draw(
+    name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, Arm], worths: Sequence[Worth] = ()
+) -> dict[str, str]:
+    """Return the plots as SVG by file name: one per figure and per curve of those that were measured, then others.
 
-    The map is that of the arm that is claimed to be better: its accuracy by level and number of loops.
+    These are the law of what a loop is worth, and a map of the arm that is claimed to be better: its accuracy by level
+    and number of loops.
     """
     final = [row for row in rows if row.trial == "final"]
     plots = dict[str, str]()
@@ -76,6 +101,8 @@ def draw(name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[s
         fix = f"its plot would be {file}, a name that is taken or no file can have; rename it"
         require(is_file_name(file) and file not in plots, "figures and curves", title, fix)
         plots[file] = figure_by_arm(title, arms) if title in figures else curve_by_arm(title, arms)
+    if any(worth.phi for worth in worths):
+        plots[file_name(name, f"{worths[0].figure} by worth")] = loss_by_worth(worths[0].figure, worths)
     stairs = map_by_depth(_MAPPED, arms[experiment.decides.better]) if experiment.decides.better in arms else None
     return plots if stairs is None else plots | {file_name(name, f"{_MAPPED} by level and depth"): stairs}
 
@@ -90,6 +117,7 @@ def page(
     *,
     source: str,
     command: str,
+    worths: Sequence[Worth] = (),
 ) -> str:
     """Return the page in Markdown; ``plots`` are the names of the files beside it, see :func:`write_page`."""
     arms = arms_of(rows)
@@ -106,6 +134,7 @@ def page(
         _METHOD.format(count=compared),
         _list([f"{finding.title}: {finding.problem}" for finding in findings if finding.problem]),
         _list(_reasons(findings)),
+        *(_worth_section(worths) if worths else ()),
         "## Learning rates",
         sweep_table(experiment, rows, arms).markdown() if any(row.trial == "sweep" for row in rows) else "",
         _list(sweep_problems(rows, arms)),
@@ -119,6 +148,13 @@ def page(
         "\n".join(f"    {line}".rstrip() for line in source.strip().splitlines()),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _worth_section(worths: Sequence[Worth]) -> list[str]:
+    """Return heading, table and explanation of what a loop is worth."""
+    problems = [f"{worth.series}: {worth.problem}" for worth in worths if worth.problem]
+    text = _WORTH.format(figure=markdown(worths[0].figure))
+    return ["## Worth of a loop", worth_table(worths).markdown(), text, _list(problems)]
 
 
 def _reasons(findings: Sequence[Finding]) -> list[str]:

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tools.experiments.rows import Arm, Row, positions_name
 from tools.experiments.statistics import estimate, t_half_width
+from tools.experiments.worth import Worth
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX*"
@@ -102,6 +103,27 @@ def map_by_depth(figure: str, arm: Arm) -> str | None:
     axes.set_title(f"{figure} of {arm.name}, {seeds}", loc="left", fontsize="medium")
     plot.colorbar(drawn)
     return _svg(plot, f"{figure} by level and depth")
+
+
+def loss_by_worth(figure: str, worths: Sequence[Worth]) -> str:
+    """Draw losses by effective parameters, a line per series and number of loops: where the law holds, lines meet."""
+    plot, axes = _new(height=3.2)
+    for worth, style in zip(worths, _styles(), strict=False):
+        if worth.phi is None:
+            continue
+        for loops, marker in zip(sorted({at.loops for at in worth.layers}), _MARKERS, strict=False):
+            points = sorted(
+                (at.effective(worth.phi.mean), loss)
+                for at, loss in zip(worth.layers, worth.losses, strict=True)
+                if at.loops == loops
+            )
+            label = f"{worth.series}, {loops} loop{'s' * (loops > 1)}"
+            axes.plot(*zip(*points, strict=True), marker=marker, color=style["color"], linewidth=0.8, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("effective parameters of the layers")
+    axes.set_ylabel(figure)
+    plot.legend(loc="outside upper left", ncols=3, handlelength=1.5, frameon=False)
+    return _svg(plot, f"{figure} by worth")
 
 
 def _depth_curves(figure: str, arm: Arm) -> list[str]:

@@ -18,7 +18,8 @@ from looplm.cli import UserError, from_dict, to_plain
 from looplm.config import RunConfig
 from pretrain.loops import loops_of_step
 from tools.experiments.experiment import Experiment, Pair
-from tools.experiments.rows import Row
+from tools.experiments.rows import Arm, Row
+from tools.experiments.worth import Layers, Worth, WorthConfig, check_series, worth_of
 
 TOLERANCE = 0.03  # by which quantities that count as equal may differ
 
@@ -81,6 +82,7 @@ class ExperimentConfig(Experiment):
         base: keys of pretrain.train that all arms share.
         arms: by name, the keys that differ.
         measure: what is measured after each run.
+        worth: series of arms that show what a loop is worth.
     """
 
     seeds: tuple[int, ...] = non_empty()
@@ -88,6 +90,7 @@ class ExperimentConfig(Experiment):
     base: dict[str, Any]
     arms: dict[str, dict[str, Any]] = non_empty()
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    worth: WorthConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +100,9 @@ class ExperimentConfig(Experiment):
             for key, arm in (("better", pair.better), ("than", pair.than)):
                 require(arm in self.arms, f"pairs.{key}", arm, f"give one of {', '.join(self.arms)}")
             self._refuse_unfair(pair)
+        if self.worth is not None:
+            runs = {arm: self.run_config(arm) for arm in self.arms}
+            check_series(self.worth, runs, {arm: size.trained_tokens for arm, size in self.sizes.items()})
 
     def run_config(self, arm: str, **changes: Any) -> RunConfig:
         """Return what pretrain.train gets for an arm; ``changes`` are nested keys."""
@@ -107,6 +113,12 @@ class ExperimentConfig(Experiment):
     def sizes(self) -> Mapping[str, "Size"]:
         """The size of each arm."""
         return {arm: Size.of(self.run_config(arm)) for arm in self.arms}
+
+    def worths(self, arms: Mapping[str, Arm]) -> tuple[Worth, ...]:
+        """Return what a loop is worth in each series, from the final runs by arm; nothing if it is not asked."""
+        if self.worth is None:
+            return ()
+        return worth_of(self.worth, {arm: Layers.of(self.run_config(arm)) for arm in self.arms}, arms)
 
     def _refuse_unfair(self, pair: Pair) -> None:
         """Raise unless the two arms have equal what the pair says."""

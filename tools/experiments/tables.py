@@ -12,6 +12,7 @@ from tools.experiments.experiment import Experiment
 from tools.experiments.findings import Finding
 from tools.experiments.rows import Arm, Row
 from tools.experiments.statistics import estimate
+from tools.experiments.worth import Worth
 from tools.studies.study import markdown_table
 
 _MARKDOWN = {"&": "&amp;", "<": "&lt;", "|": "\\|", "*": "\\*", "_": "\\_", "`": "\\`"}
@@ -92,6 +93,33 @@ def comparisons_table(findings: Sequence[Finding], arms: Mapping[str, Arm]) -> T
         plan = (formats.effect(comparison), formats.power(comparison), formats.seeds_needed(comparison))
         rows.append((*names, formats.difference(comparison), p_holm, *about, comparison.test, p, p_bh, *plan))
     return Table("Comparisons, paired by seed: mean difference and 95 % interval", header, tuple(rows))
+
+
+def worth_table(worths: Sequence[Worth]) -> Table:
+    """Return a row per series: φ over its seeds, and how well the law describes its losses."""
+    rows = []
+    for worth in worths:
+        if worth.phi is None:
+            rows.append((worth.series, str(len(worth.fits)), worth.problem or "an interval needs two seeds", *[""] * 5))
+            continue
+        fits = list(worth.fits.values())
+        low, high = min(found.alpha for found in fits), max(found.alpha for found in fits)
+        error = max(found.error for found in fits)
+        against = worth.against_first
+        rows.append(
+            (
+                worth.series,
+                str(len(fits)),
+                formats.with_interval(worth.phi.mean, worth.phi.interval),
+                ", ".join(formats.number(found.phi, 2) for found in fits),
+                formats.number(4**worth.phi.mean, 2),
+                f"{formats.number(low, 2)} to {formats.number(high, 2)}",
+                formats.number(error, 3),
+                "" if against is None else formats.difference(against),
+            )
+        )
+    header = ("series", "seeds", "φ", "of each seed", "layers that 4 loops are worth", "α")
+    return Table("Worth of a loop", (*header, "largest error of a fit", "φ above the first series'"), tuple(rows))
 
 
 def sweep_table(experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, Arm]) -> Table:
