@@ -189,9 +189,11 @@ def _before_keys_and_values(model: Any) -> Iterator[Parameter]:
     shapes: dict[str, Shape] = {"norm.weight": (width,)} if model.kv_latent_norm else {}
     shapes |= _gru_cell(width)
     shapes |= {"halt.weight": (1, width), "halt.bias": (1,)} if model.latent_halting else {}
+    shapes |= {"halt_sequence.weight": (1, width)} if model.latent_sequence_halting else {}
+    shapes |= {"mix.weight": (width, model.latent_mixing)} if model.latent_mixing else {}
     for name, shape in shapes.items():
         ours, theirs = f"self_attention.kv_layernorm.{name}", f"self_attn.latent_reasoning.{name}"
-        uses = steps if name in ("cell.weight_hh", "halt.weight") else 1
+        uses = steps if name in ("cell.weight_hh", "halt.weight", "halt_sequence.weight", "mix.weight") else 1
         yield _row("layers", ours, theirs, shape)._replace(uses=uses)
 
 

@@ -70,6 +70,7 @@ def _before_keys_and_values(model: ModelConfig, modules: AttentionModules) -> ty
     """Return what the latent passes before keys and values are projected from it."""
     if model.latent_iterations:
         unit = {"iterations": model.latent_iterations, "halts": model.latent_halting, "has_norm": model.kv_latent_norm}
+        unit |= {"mixed": model.latent_mixing, "halts_by_sequence": model.latent_sequence_halting}
         return ModuleSpec(module=LatentReasoning, params=unit)
     return modules.latent_norm if model.kv_latent_norm else IdentityOp
 

@@ -13,6 +13,9 @@ each, as the exit gate's distribution is (:mod:`looplm.model.exit_gate`)::
 
 The unit sees one position at a time; attention and the loops mix positions. So a cache holds its result, and decoding
 needs no other state. The rotary key is projected from the hidden state and passes it by, as it passes the latent by.
+Two switches let it see more, and are refused where that would need more. ``model.latent_mixing`` adds to the state in
+front of each step what a causal convolution makes of the last positions, for each of the C numbers on its own.
+``model.latent_sequence_halting`` adds ``mean_{j<=i} w' . z_t(j)`` to the logit of position i.
 
 In training, two penalties may hold the unit back (``loss.latent_stability`` and ``loss.latent_ponder_cost``)::
 
@@ -38,7 +41,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from looplm.config import LossConfig
-from looplm.model.exit_gate import exit_log_probs, linear_fp32, mark_replicated, uniform_offset, zero_linear
+from looplm.model.exit_gate import (
+    causal_document_mean,
+    exit_log_probs,
+    linear_fp32,
+    mark_replicated,
+    uniform_offset,
+    zero_linear,
+)
 from looplm.model.norms import RMSNorm
 
 
@@ -52,6 +62,8 @@ class LatentReasoning(MegatronModule):
         iterations: T, at least 1.
         halts: weigh the states by the probability of stopping at each.
         has_norm: normalize the latent first (``model.kv_latent_norm``).
+        mixed: positions that a convolution mixes in front of each step; 0 for none.
+        halts_by_sequence: the probability of stopping reads the mean over the positions so far, too.
 
     Attributes:
         stability: weight of its first penalty, in training.
@@ -67,6 +79,8 @@ class LatentReasoning(MegatronModule):
         iterations: int,
         halts: bool,
         has_norm: bool,
+        mixed: int,
+        halts_by_sequence: bool,
         **_: Any,
     ) -> None:
         super().__init__(config)
@@ -76,6 +90,8 @@ class LatentReasoning(MegatronModule):
         # Untrained, T steps keep (1 - 1 / 2T)^T of the latent, about 0.6 for any T.
         nn.init.constant_(self.cell.bias_ih[hidden_size : 2 * hidden_size], math.log(2 * iterations - 1))
         self.halt = zero_linear(hidden_size, config) if halts else None
+        self.halt_sequence = zero_linear(hidden_size, config, bias=False) if halts_by_sequence else None
+        self.mix = _CausalConvolution(hidden_size, mixed, config) if mixed else None
         mark_replicated(self, config)
         self.stability = self.ponder_cost = 0.0
 
@@ -86,11 +102,11 @@ class LatentReasoning(MegatronModule):
         cell, states = self.cell, [latent_SBC]
         input_reset, input_update, input_new = F.linear(latent_SBC, cell.weight_ih, cell.bias_ih).chunk(3, dim=-1)
         for _ in range(self.iterations):
-            before = states[-1]
+            before = states[-1] if self.mix is None else states[-1] + self.mix(states[-1])
             reset, update, new = F.linear(before, cell.weight_hh, cell.bias_hh).chunk(3, dim=-1)
             new = torch.tanh(torch.addcmul(input_new, torch.sigmoid(input_reset + reset), new))
             states.append(torch.lerp(new, before, torch.sigmoid(input_update + update)))
-        stop_TSB = None if self.halt is None else self._stop_probabilities(self.halt, states[1:])
+        stop_TSB = None if self.halt is None else self._stop_probabilities(self.halt, self.halt_sequence, states[1:])
         refined_SBC = states[-1]
         if stop_TSB is not None:
             refined_SBC = torch.einsum("tsb,tsbc->sbc", stop_TSB.to(refined_SBC.dtype), torch.stack(states[1:]))
@@ -100,12 +116,15 @@ class LatentReasoning(MegatronModule):
         return refined_SBC
 
     @staticmethod
-    def _stop_probabilities(halt: nn.Linear, states: list[Tensor]) -> Tensor:
+    def _stop_probabilities(halt: nn.Linear, halt_sequence: nn.Linear | None, states: list[Tensor]) -> Tensor:
         """Return the probability of stopping at each state, [T, S, B]."""
         logits = [
             linear_fp32(z_SBC, halt).squeeze(-1) + uniform_offset(step, len(states))
             for step, z_SBC in enumerate(states)
         ]
+        if halt_sequence is not None:
+            seen = (causal_document_mean(linear_fp32(z_SBC, halt_sequence).squeeze(-1), None) for z_SBC in states)
+            logits = [own_SB + all_SB for own_SB, all_SB in zip(logits, seen, strict=True)]
         return exit_log_probs(torch.stack(logits)).exp()
 
     def _penalty(self, states: list[Tensor], stop_TSB: Tensor | None) -> Tensor:
@@ -121,6 +140,19 @@ class LatentReasoning(MegatronModule):
         """Return what Megatron multiplies the loss with before backward."""
         scale, one = self.config.grad_scale_func, torch.ones((), device=like.device)
         return one if scale is None else scale(one)
+
+
+class _CausalConvolution(nn.Module):
+    """A causal convolution over the last ``size`` positions, of each number on its own; 0 when untrained."""
+
+    def __init__(self, width: int, size: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, size, dtype=config.params_dtype))
+
+    def forward(self, x_SBC: Tensor) -> Tensor:
+        """Return the mixed values, [S, B, C]; the last weight is that of a position itself."""
+        past_BCS = F.pad(x_SBC.permute(1, 2, 0), (self.weight.size(1) - 1, 0))
+        return F.conv1d(past_BCS, self.weight.unsqueeze(1), groups=self.weight.size(0)).permute(2, 0, 1)
 
 
 def weigh_penalties(model: nn.Module, loss: LossConfig) -> None:

@@ -167,11 +167,19 @@ def refine(p: Params, cfg: Any, latent_SBC: Tensor, view: "View") -> Tensor:
     state_SBC, last, mean_SBC, running_SB1 = latent_SBC, cfg.latent_iterations, 0.0, 1.0
     states, mean_step = [latent_SBC], 0.0
     for step in range(1, last + 1):
-        state_SBC = gru_cell(scope(p, "cell."), latent_SBC, state_SBC)
+        mixed_SBC = state_SBC
+        for back in range(cfg.latent_mixing):  # the last weight is that of the position itself
+            earlier_SBC = F.pad(state_SBC, (0, 0, 0, 0, back, 0))[: len(state_SBC)]
+            mixed_SBC = mixed_SBC + p["mix.weight"][:, cfg.latent_mixing - 1 - back] * earlier_SBC
+        state_SBC = gru_cell(scope(p, "cell."), latent_SBC, mixed_SBC)
         states.append(state_SBC)
         mean_step = mean_step + running_SB1  # each step is taken by the tokens that have not stopped before it
         if cfg.latent_halting and step < last:
-            odds_SB1 = F.linear(state_SBC, p["halt.weight"], p["halt.bias"]).exp() / (last - step)
+            logit_SB1 = F.linear(state_SBC, p["halt.weight"], p["halt.bias"])
+            if cfg.latent_sequence_halting:
+                count_S11 = torch.arange(1, len(state_SBC) + 1, device=state_SBC.device)[:, None, None]
+                logit_SB1 = logit_SB1 + F.linear(state_SBC.cumsum(0) / count_S11, p["halt_sequence.weight"])
+            odds_SB1 = logit_SB1.exp() / (last - step)
             stop_SB1 = odds_SB1 / (1 + odds_SB1)
             mean_SBC = mean_SBC + running_SB1 * stop_SB1 * state_SBC
             running_SB1 = running_SB1 * (1 - stop_SB1)

@@ -28,7 +28,7 @@ class ReferenceLM(nn.Module):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             value = torch.ones(shape) if "norm" in path[-1] else torch.randn(shape) * cfg.init_std
-            zero = "bias" in leaf or path[-1] in ("readout", "sequence_readout", "halt")
+            zero = "bias" in leaf or path[-1] in ("readout", "sequence_readout", "halt", "halt_sequence", "mix")
             owner.register_parameter(leaf, nn.Parameter(torch.zeros(shape) if zero else value))
 
     def forward(
@@ -54,6 +54,8 @@ def before_keys_and_values(cfg: Any, c: int) -> Shapes:
     unit |= {"cell.bias_ih": (3 * c,), "cell.bias_hh": (3 * c,)}
     unit |= {"norm.weight": (c,)} if cfg.kv_latent_norm else {}
     unit |= {"halt.weight": (1, c), "halt.bias": (1,)} if cfg.latent_halting else {}
+    unit |= {"halt_sequence.weight": (1, c)} if cfg.latent_sequence_halting else {}
+    unit |= {"mix.weight": (c, cfg.latent_mixing)} if cfg.latent_mixing else {}
     return {f"kv_layernorm.{name}": shape for name, shape in unit.items()}
 
 

@@ -77,6 +77,16 @@ def test_shared_caches_and_early_exit_equal_the_oracle(
     assert len(seen) > 1, "the gate must decide something, or this proves nothing"
 
 
+@pytest.mark.parametrize(("key", "value"), [("latent_mixing", 3), ("latent_sequence_halting", True)])
+def test_a_latent_that_reads_other_positions_is_not_decoded(
+    key: str, value: Any, single_process: ProcessGroupCollection
+) -> None:
+    changes: dict[str, Any] = {"latent_iterations": 2, "latent_halting": True, key: value}
+    generator = Generator(build(replace(MLA, **changes), GATES["lru"], single_process), TOKENIZER, NEVER)
+    with pytest.raises(UserError, match=rf"model\.{key}: {value} .*score it without a cache"):
+        generator.generate(PROMPTS, GREEDY)
+
+
 @pytest.mark.parametrize(
     "signal, threshold, mode, loops",
     [("confidence", 0.06, "last", 6), ("entropy", 0.12, "mean", 4), ("change", 0.4, "last", 6)],

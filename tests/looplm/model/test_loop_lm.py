@@ -60,6 +60,10 @@ CASES = {
         replace(MLA, latent_iterations=3, latent_halting=True, kv_latent_norm=False, prelude_layers=1),
         LINEAR,
     ),
+    "mla-latent-mixing": (
+        replace(MLA, latent_iterations=3, latent_halting=True, latent_mixing=3, latent_sequence_halting=True),
+        LRU,
+    ),
     "mla-linear-injection": (replace(MLA, injection="linear", prelude_layers=1), LRU),
     "mla-additive-injection": (replace(MLA, injection="additive"), LINEAR),
     "mha-diagonal-injection": (replace(MHA, injection="diagonal", loop_norm="readout"), LRU),
