@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,10 +231,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def git_revision() -> str:
     """Return the revision of the running code, or an empty string outside a git checkout.
 
-    It ends in ``-dirty`` if files were changed, and in ``-unchecked`` if git took too long to look at all of them.
+    Git is asked once, because a slow one would delay every save. The answer ends in ``-dirty`` if files were changed,
+    and in ``-unchecked`` if git took too long to look at all of them.
     """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
     for options, ending in ((["--dirty"], ""), ([], "-unchecked")):

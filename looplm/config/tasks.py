@@ -161,7 +161,7 @@ class CausalLoopsConfig:
 
     Args:
         kinds: 1 chains, 2 loops, 3 converging paths, 4 nested loops; each as likely as the others.
-        prime: values are modulo this number.
+        prime: values are modulo this number; the smaller, the sooner rules are learned.
         max_constant: largest constant in a rule; mod has at least 2.
         names: different names of variables, of which a program uses some.
         min_variables: fewest variables of a program.
@@ -172,7 +172,7 @@ class CausalLoopsConfig:
     """
 
     kinds: tuple[int, ...] = at_least(1, (1, 2, 3, 4), at_most=4)
-    prime: int = at_least(97, 97, at_most=9973)
+    prime: int = at_least(5, 97, at_most=9973)
     max_constant: int = at_least(2, 9)
     names: int = positive(8, at_most=1000)
     min_variables: int = at_least(2, 2)

@@ -1,6 +1,7 @@
 """The revision that a run records of its own code."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ pytestmark = pytest.mark.slow  # every test here starts a process
 
 
 @pytest.fixture
-def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the path that a test writes its own git to."""
+def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give the path that a test writes its own git to. No answer of another git is remembered, before or after."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path / "git"
+    git_revision.cache_clear()
+    yield tmp_path / "git"
+    git_revision.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -32,3 +35,5 @@ def test_a_slow_git_costs_the_word_on_changes_and_never_the_run(script, revision
     fake_git.chmod(0o755)
     monkeypatch.setattr(about, "_GIT_SECONDS", 60.0 if "1234abc-dirty" in script else 0.5)
     assert git_revision() == revision
+    fake_git.unlink()
+    assert git_revision() == revision, "it is asked once"
