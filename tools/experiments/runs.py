@@ -100,6 +100,8 @@ class ExperimentConfig(Experiment):
             for key, arm in (("better", pair.better), ("than", pair.than)):
                 require(arm in self.arms, f"pairs.{key}", arm, f"give one of {', '.join(self.arms)}")
             self._refuse_unfair(pair)
+        for arm in self.arms:  # a run that cannot start is refused before another one has trained
+            config_of(self, Unit("sweep", arm, self.sweep.seeds[0], self.sweep.rates[0]), Path("run"))
         if self.worth is not None:
             runs = {arm: self.run_config(arm) for arm in self.arms}
             check_series(self.worth, runs, {arm: size.trained_tokens for arm, size in self.sizes.items()})
@@ -209,6 +211,7 @@ def config_of(config: ExperimentConfig, unit: Unit, folder: Path) -> RunConfig:
     whole = config.run_config(unit.arm).optim
     if unit.trial == "sweep" and config.sweep.steps is not None:
         optim["train_steps"] = config.sweep.steps
+        optim["decay_steps"] = whole.decay_steps * config.sweep.steps // whole.train_steps
     optim["min_lr"] = whole.min_lr / whole.lr * unit.lr  # the same share of the rate for every rate
     return config.run_config(unit.arm, output_dir=str(folder / "run"), seed=unit.seed, optim=optim)
 
