@@ -9,7 +9,6 @@ by more than 3 %.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -23,13 +22,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from tqdm import tqdm
 
-from looplm.cli import UserError, from_dict, parse_config, run_main
+from looplm.cli import from_dict, parse_config, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 from tools.bench.memory import random_batch, saved_bytes
+from tools.local_ranks import run_module
 from tools.planning.memory import rank_memory
 from tools.planning.planned_run import PlannedRun
 
@@ -221,13 +221,7 @@ def launch(ranks: int, names: list[str]) -> dict[str, list[dict[str, int]]]:
     """Return the measurements of checks that run in ``ranks`` new processes."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "measured.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "tools.plan_check", str(output), *names]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=environment, timeout=TIMEOUT_S, capture_output=True, text=True)
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            raise UserError(f"{' '.join(command)}: ended with status {done.returncode}; see its output above")
+        run_module("tools.plan_check", [str(output), *names], ranks=ranks, seconds=TIMEOUT_S, shown=False)
         measured: dict[str, list[dict[str, int]]] = json.loads(output.read_text())
         return measured
 

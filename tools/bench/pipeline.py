@@ -11,8 +11,6 @@ beyond the busiest rank's work, as a share of that work. Megatron's own timers m
 import inspect
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from megatron.core.timers import Timers
 from torch import Tensor
 
 from looplm.bounds import check_bounds, positive
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.cli import parse_config, require, run_main
 from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from looplm.megatron import process_groups
 from looplm.megatron.device import DEVICE
@@ -35,6 +33,7 @@ from looplm.model.pipeline import LoopView
 from pretrain.data import Batch
 from pretrain.trainer import Trainer
 from tools.bench.timing import in_turns
+from tools.local_ranks import run_module
 from tools.planning.schedule import interleaved_bubble, loop_by_loop_bubble
 
 RANKS, TIMEOUT_S, VOCABULARY = 2, 900, 256
@@ -250,12 +249,8 @@ def _time_step(trainer: Trainer, batches: list[Batch]) -> tuple[float, float]:
 
 def launch(repeats: int) -> None:
     """Measure in new processes, on the CPU even if the machine has a GPU; rank 0 prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    command += ["-m", "tools.bench.pipeline", "--repeats", str(repeats)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     print(flush=True)
-    if subprocess.run(command, env=environment, timeout=TIMEOUT_S).returncode:
-        raise UserError("tools.bench.pipeline: failed; see its output above")
+    run_module("tools.bench.pipeline", ["--repeats", str(repeats)], ranks=RANKS, seconds=TIMEOUT_S, shown=True)
 
 
 if __name__ == "__main__":
