@@ -80,6 +80,12 @@ class Fit(NamedTuple):
     scale: float
     error: float
 
+    @property
+    def is_at_end(self) -> bool:
+        """True if one of the exponents was searched up to a bound."""
+        distances = [abs(self.phi - end) for end in _PHI] + [abs(self.alpha / end - 1) for end in _ALPHA]
+        return min(distances) < 1e-3
+
 
 class Worth(NamedTuple):
     """A series and its fits.
@@ -174,12 +180,18 @@ def _of_series(name: str, worth: WorthConfig, layers: Mapping[str, Layers], arms
     seeds = [
         seed for seed in sorted(all_seeds) if all(math.isfinite(by_seed.get(seed, math.nan)) for by_seed in values)
     ]
-    problem = ""
+    problems = list[str]()
     if left_out := sorted(all_seeds - set(seeds)):
-        problem = f"without {worth.figure} of every arm for seeds {', '.join(map(str, left_out))}"
+        problems.append(f"without {worth.figure} of every arm for seeds {', '.join(map(str, left_out))}")
     if not seeds:
-        return Worth(name, worth.figure, of_arm, (), {}, None, None, problem or f"no final run has {worth.figure}")
+        return Worth(
+            name, worth.figure, of_arm, (), {}, None, None, "; ".join(problems) or f"no final run has {worth.figure}"
+        )
     fits = {seed: fit(of_arm, [by_seed[seed] for by_seed in values]) for seed in seeds}
+    if at_end := [seed for seed, found in fits.items() if found.is_at_end]:
+        problems.append(
+            f"φ or α is at an end of its range for seeds {', '.join(map(str, at_end))}: the law does not fit"
+        )
     losses = tuple(float(np.mean([by_seed[seed] for seed in seeds])) for by_seed in values)
     phi = estimate(np.array([found.phi for found in fits.values()])) if len(fits) > 1 else None
-    return Worth(name, worth.figure, of_arm, losses, fits, phi, None, problem)
+    return Worth(name, worth.figure, of_arm, losses, fits, phi, None, "; ".join(problems))

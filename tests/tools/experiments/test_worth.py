@@ -1,5 +1,7 @@
 """What a loop is worth: the law is recovered from losses that follow it, by seed, and unfit series are refused."""
 
+import math
+
 import pytest
 
 from looplm.cli import UserError
@@ -42,6 +44,16 @@ def test_the_error_says_how_far_the_law_is_off():
     losses = [loss_of(at, 0.5, 0.3) for at in layers]
     bent = [loss + 0.02 * (-1) ** place for place, loss in enumerate(losses)]
     assert 0.005 < fit(layers, bent).error < 0.02
+
+
+def test_losses_that_no_power_describes_are_said_to_be_off():
+    """Losses that fall by as much for each doubling, as a logarithm does, want an exponent of 0."""
+    config, layers = two_series()
+    figures = {arm: 2 - math.log(at.loops**0.5 * at.looped / LAYER) for arm, at in layers.items()}
+    arms = arms_of([a_row(arm=arm, figures={"test.loss": loss}) for arm, loss in figures.items()])
+    plain, _ = worth_of(config, layers, arms)
+    assert plain.problem == "φ or α is at an end of its range for seeds 0: the law does not fit"
+    assert plain.fits[0].phi == pytest.approx(0.5, abs=0.02), "what a loop is worth does not hang on it"
 
 
 def arms_with(phis: dict[str, list[float]]) -> dict[str, Arm]:
