@@ -225,7 +225,7 @@ class LatentConfig(FromCheckpoint):
         latent_norm: normalize the latent, as DeepSeek-V3 does; false is exact as soon as it has the rank of the values.
         calibrate: prefix of data, --samples of it, for which the factorization is optimal; null uses the weights alone.
         refit_samples: sequences of the same data to which each layer's output projection is fitted afterwards; 0 leaves
-            them. 64 of 256 tokens halve what a narrow latent costs a model of width 576; a wider one needs more.
+            them. 64 of 256 tokens do for a model of width 576; a wider one needs more.
     """
 
     kv_lora_rank: int
