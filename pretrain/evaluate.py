@@ -39,6 +39,7 @@ from looplm.evaluation.attention_sink import attention_sink
 from looplm.evaluation.cached import cache_losses, texts_of
 from looplm.evaluation.chains import voted_answers
 from looplm.evaluation.depth import DepthMeter
+from looplm.evaluation.dynamics import mean_over_ranks
 from looplm.evaluation.readout import accuracies, fit_heads
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation, TaskAnswers
 from looplm.evaluation.spectral_radius import spectral_radius
@@ -157,9 +158,10 @@ def main(argv: list[str]) -> None:
         answers = _measure_answers(opened.model, batches, config, run, groups) if run.data.task else None
         step_number = opened.about.step
         evaluation = replace(measured, checkpoint=str(step), step=step_number, decoding=decoding, answers=answers)
+        is_rank_0 = process_groups.is_rank_0()  # asked while there are ranks
     finally:
         process_groups.stop()
-    if process_groups.is_rank_0():
+    if is_rank_0:
         _show(evaluation)
         evaluation.write(Path(config.output or Path(config.checkpoint) / FILE_NAME))
 
@@ -252,7 +254,8 @@ def _measure_answers(
         assert batch.level_SB is not None
         meter.add(output.hidden, model.head_weight(), output.gate_logit_RSB, batch.labels_SB, batch.level_SB)
     first_BS = batches[0].ids_BS
-    sink, radius = attention_sink(model, first_BS, meter.loops), spectral_radius(model, first_BS[:_FEW], meter.loops)
+    looks = attention_sink(model, first_BS, meter.loops), spectral_radius(model, first_BS[:_FEW], meter.loops)
+    sink, radius = (mean_over_ranks(values, groups.dp) for values in looks)
     answers = replace(meter.answers(task.level_name, groups.dp), attention_sink=sink, loop_radius=radius)
     if config.vote_list:
         read = map(_states_read, batches)

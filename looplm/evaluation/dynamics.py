@@ -1,6 +1,7 @@
 """Dynamics of the loops of a model in training, beside its losses: where they look, and whether the state settles."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,13 @@ def loop_dynamics(model: LoopLM, ids_BS: Tensor, group: dist.ProcessGroup) -> Lo
         group: the data-parallel ranks.
     """
     loops = model.model_config.num_loops
-    found = *attention_sink(model, ids_BS, loops), *spectral_radius(model, ids_BS, loops)
-    sums = torch.tensor(found, device=DEVICE)
+    sink = mean_over_ranks(attention_sink(model, ids_BS, loops), group)
+    radius = mean_over_ranks(spectral_radius(model, ids_BS, loops), group)
+    return LoopDynamics(attention_sink=list(sink), loop_radius=[math.nan, *radius])
+
+
+def mean_over_ranks(values: Sequence[float], group: dist.ProcessGroup) -> tuple[float, ...]:
+    """Return the mean of each value over the ranks of a group, which all call this."""
+    sums = torch.tensor(values, dtype=torch.float64, device=DEVICE)
     dist.all_reduce(sums, group=group)
-    means = (sums / group.size()).tolist()
-    return LoopDynamics(attention_sink=means[:loops], loop_radius=[math.nan, *means[loops:]])
+    return tuple((sums / group.size()).tolist())

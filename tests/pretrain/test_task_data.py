@@ -21,6 +21,7 @@ from pretrain import evaluate
 from pretrain.data import build_train_set, check_corpus, micro_batches
 from pretrain.task_data import TaskDataset
 from pretrain.train import train
+from tests.support.launch import run_ranks
 
 TASK = TaskConfig(word_problem=WordProblemConfig(group="S3"))
 
@@ -146,6 +147,13 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     decoded = answers["depths"][2]["accuracy"]
     assert report["decoding"][0]["accuracy"] == pytest.approx(decoded, abs=0.02), "the same labels, through the cache"
     assert "right by position 1 2 3" in capsys.readouterr().out
+    sinks = []
+    for ranks, batch in ((1, 32), (2, 16)):
+        output = tmp_path / f"on_{ranks}.json"
+        argv = [*arguments[:-1], str(batch), f"--output={output}"]
+        run_ranks(ranks, evaluate.main, (argv,), tmp_path / f"log_{ranks}.txt")
+        sinks.append(json.loads(output.read_text())["answers"]["attention_sink"])
+    assert sinks[1] == pytest.approx(sinks[0], rel=1e-4), "the mean of what each rank saw"
     with pytest.raises(UserError, match=r"votes: '1' is not allowed; samples of this task have their labels at diff"):
         evaluate.main([*arguments, "--votes", "1", "--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=4"])
     with pytest.raises(UserError, match=r"data.seq_length|max_sequence_length"):
