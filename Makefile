@@ -5,7 +5,7 @@
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check rehearse
 .PHONY: gpu-check gpu-bundle
 .PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
-.PHONY: text-levers smollm smollm-long clean clean-quickstart clean-ouro-tiny clean-smollm
+.PHONY: text-levers worth smollm smollm-long clean clean-quickstart clean-ouro-tiny clean-smollm
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -201,7 +201,7 @@ EVIDENCE := runs/evidence
 experiment = for word in "run --jobs $(JOBS)" report; do $(PY) -m tools.experiment $$word $(1) \
 	--output_dir $(EVIDENCE)/runs --evidence $(EVIDENCE) || exit; done
 
-ON_TEXT := text-levers smollm-long
+ON_TEXT := text-levers worth smollm-long
 
 evidence: $(filter $(ON_TEXT),$(EXPERIMENTS))
 evidence: $(READY)  ## repeat the recorded experiments, JOBS=2 runs at a time; continues if stopped (hours to days)
@@ -214,6 +214,8 @@ evidence: $(READY)  ## repeat the recorded experiments, JOBS=2 runs at a time; c
 TEXT := configs/experiments/text
 
 text-levers: $(DONE)/data  ## levers on the quickstart's text at equal FLOPs; continues if stopped (three hours)
+worth: $(DONE)/data  ## what a loop is worth on that text, in layers; continues if stopped (two hours)
+text-levers worth:
 	@$(PY) -m data_pipeline.tokenize --config $(TEXT)/data/packages.yaml
 	@$(call experiment,$(TEXT)/$@.yaml)
 

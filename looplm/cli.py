@@ -23,6 +23,7 @@ import dataclasses
 import errno
 import inspect
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -129,13 +130,16 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run ``main(argv)`` and exit: 0 on success, or one line on stderr and the status of a :class:`Failure`.
 
     Every rank raises a shared failure, such as a user's mistake, so rank 0 alone prints it. Others are one rank's own.
-    A full or broken disk becomes a failure wherever it was met. After Ctrl-C the status is 130, as in a shell.
+    A full or broken disk becomes a failure wherever it was met. After Ctrl-C the status is 130, and 141 if whoever read
+    the output has closed it (``| head``), as in a shell.
     """
     rank = os.environ.get("RANK")
     try:
         try:
-            main(sys.argv[1:])
+            _run_and_flush(main)
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                sys.exit(128 + signal.SIGPIPE)
             failure = storage_failure(error) or _path_failure(error)
             if failure is None:
                 raise
@@ -150,6 +154,25 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     sys.exit(0)
+
+
+def _run_and_flush(main: Callable[[list[str]], None]) -> None:
+    try:
+        main(sys.argv[1:])
+    except SystemExit:  # of --help, for example
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _nobody_reads() -> bool:
+    """Return True if the reader of stdout is gone; what is left to print is then dropped."""
+    output, poll = sys.stdout.fileno(), select.poll()
+    poll.register(output, 0)  # errors are reported unasked
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _path_failure(error: OSError) -> UserError | None:

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +99,24 @@ def test_ctrl_c_is_one_line_and_exit_status_130(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_main(interrupted)
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted by Ctrl-C\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long", ["[print('x') for _ in range(99_999)]", "sys.exit(print('x'))"])
+def test_a_closed_pipe_ends_a_command_without_a_word(long):
+    """As ``| head`` does, early in a long output or before a short one was flushed."""
+    code = f"import sys; from looplm.cli import run_main; run_main(lambda _: ({long}) and None)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, b"")
+
+
+@pytest.mark.slow
+def test_another_broken_pipe_is_no_closed_output():
+    code = "from looplm.cli import run_main\ndef main(_): raise BrokenPipeError(32, 'a socket')\nrun_main(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "a socket" in done.stderr
 
 
 def help_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

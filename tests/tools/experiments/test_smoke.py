@@ -66,9 +66,10 @@ def test_every_arm_trains(path, tmp_path, single_process):
 
 
 @pytest.mark.slow
-def test_every_lever_on_text_trains(tmp_path, single_process):
+@pytest.mark.parametrize("name", ["text-levers", "worth"])
+def test_every_arm_on_text_trains(name, tmp_path, single_process):
     write_corpus(tmp_path)
-    path = Path("configs/experiments/text/text-levers.yaml")
+    path = Path(f"configs/experiments/text/{name}.yaml")
     config = from_dict(ExperimentConfig, read(path), where=str(path))
     prefixes = {split: [{"prefix": str(tmp_path / split)}] for split in ("train", "valid")}
     data = {**prefixes, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 2}
