@@ -1,4 +1,4 @@
-"""What a loop is worth: the exponent φ with which loops add to the number of parameters of a model.
+"""Fit what a loop is worth: the exponent φ with which loops add to the number of parameters of a model.
 
 The law is that of "How Much Is One Recurrence Worth?" (arXiv 2604.21106), for runs of equally many tokens, so that its
 term of the tokens is a part of E::

@@ -55,9 +55,9 @@ def refit(
         for place in range(len(batches)):
             c_NC = new.look(number, place).context_NC
             y_ND = old.step(number, place).output_ND
-            seen_CC += c_NC.mT @ c_NC
-            wanted_DC += y_ND.mT @ c_NC
-        projection.copy_(fit(seen_CC, wanted_DC, projection.double()))
+            seen_CC += (c_NC.mT @ c_NC).cpu()
+            wanted_DC += (y_ND.mT @ c_NC).cpu()
+        projection.copy_(fit(seen_CC, wanted_DC, projection.double().cpu()))
         for place in range(len(batches)):
             new.step(number, place)
         weights[f"decoder.layers.{number}.self_attention.linear_proj.weight"] = projection.detach().float().cpu()
@@ -77,7 +77,7 @@ def fit(seen_CC: Tensor, wanted_DC: Tensor, start_DC: Tensor) -> Tensor:
 
 
 class _Seen(NamedTuple):
-    """What a layer gave on a batch: its state, its heads' contexts and its attention's output."""
+    """A layer's state, its heads' contexts and its attention's output, on a batch."""
 
     h_SBD: Tensor
     context_NC: Tensor

@@ -1,4 +1,4 @@
-"""What a loop is worth: the law is recovered from losses that follow it, by seed, and unfit series are refused."""
+"""Fits of what a loop is worth: the law is recovered from losses that follow it, and unfit series are refused."""
 
 import math
 
