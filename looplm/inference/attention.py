@@ -82,9 +82,8 @@ class LatentAttention:
             self._query = module.linear_q_proj.weight.detach()
         self._down = module.linear_kv_down_proj.weight.detach()
         fix = "a cache has no room for the states that its next latent reads; score it without a cache"
-        keys = {"latent_mixing": config.latent_mixing, "latent_sequence_halting": config.latent_sequence_halting}
-        for key, value in keys.items():
-            require(not value, f"model.{key}", value, fix)
+        reads = config.latent_reads_positions
+        require(not reads, f"model.{reads}", getattr(config, reads, None), fix)
         self._refine = module.kv_layernorm if config.latent_iterations else None
         has_norm = config.kv_latent_norm and self._refine is None
         self._norm = module.kv_layernorm.weight.detach() if has_norm else None
