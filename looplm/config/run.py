@@ -278,7 +278,7 @@ class RunConfig:
         require(at_hand, "model.injection", model.injection, fix)
         reads = model.latent_reads_positions
         split = self.parallel.context > 1 or self.parallel.sequence_parallel
-        fix = "its latents read other positions; take parallel.context=1 and parallel.sequence=false"
+        fix = "its latents read other positions; take parallel.tensor=1 and parallel.context=1"
         require(not (reads and split), f"model.{reads}", getattr(model, reads, None), fix)
         masked = self.data.document_masking and self.data.task is None
         fix = "its latents would read the document before; take data.document_masking=false"

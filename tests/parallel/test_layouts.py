@@ -67,6 +67,7 @@ LATER = (
     "mha sampled loops",
     "mla latent reasoning",
     "mla one loop",
+    "mla latents that read other positions",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -96,10 +97,18 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[20]: (dataclasses.replace(MHA, num_loops=3), LINEAR, {"loss": {"sampled_loops": "uniform"}}),  # 2, then 1
     LATER[21]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, LATENT_LOSS),
     LATER[22]: (dataclasses.replace(MLA, num_loops=1), LRU, {}),
+    LATER[23]: (
+        dataclasses.replace(
+            MLA, latent_iterations=2, latent_halting=True, latent_mixing=3, latent_sequence_halting=True
+        ),
+        LRU,
+        LATENT_LOSS | ONE_DOCUMENT,
+    ),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
 }
+DRAWN = ("gate.", ".mix.", ".halt")  # parts of the names of weights that the tests draw themselves
 STEPS = 10 if EVERYTHING else 4  # of SEVERAL_STEPS; the other models train for two
 SEVERAL_STEPS = ("mla lru", "mha linear")
 MODELS |= {f"{name} in brief": MODELS[name] for name in SEVERAL_STEPS}  # the same for two steps
@@ -207,6 +216,7 @@ CASES = [
     *cases(LATER[19], "PP2"),
     *cases(LATER[20], "PP2"),
     *cases(LATER[21], "TP2 + SP"),
+    *cases(LATER[23], "PP2"),
 ]
 if EVERYTHING:
     CASES += [
@@ -227,6 +237,7 @@ if EVERYTHING:
         *cases(LATER[20], "TP2 + SP", "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "DP2"),
         *cases(LATER[21], "PP2", "CP2", "DP2, overlapped"),
         *cases(LATER[22], "PP2", "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
+        *cases(LATER[23], "PP2, loop", "PP2 x DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),
@@ -285,9 +296,10 @@ def results(corpus, tmp_path_factory, single_process) -> Path:
         # With these seeds no gradient cancels to nearly zero, where the comparison would measure rounding.
         torch.manual_seed(200 + number)
         model = LoopLM(config.model, config.gate, single_process)
-        with torch.no_grad():  # some of the gate's gradients are zero at its initial weights
-            for parameter in model.gate.parameters():
-                parameter.normal_(std=0.3)
+        with torch.no_grad():  # some gradients are zero at the initial weights of the gate and of latent reasoning
+            for key, parameter in model.named_parameters():
+                if any(part in key for part in DRAWN):
+                    parameter.normal_(std=0.3)
         weights = folder / "weights" / folder_of(case)
         weights.mkdir(parents=True)
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(weights))

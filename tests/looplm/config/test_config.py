@@ -60,6 +60,9 @@ MISTAKES = {
     ("--model.latent_iterations", "2", "--model.latent_mixing", "3", "--parallel.context", "2"): (
         r"model\.latent_mixing: 3 .*parallel\.context=1"
     ),
+    ("--model.latent_iterations", "2", "--model.latent_mixing", "3", "--parallel.tensor", "2"): (
+        r"model\.latent_mixing: 3 .*parallel\.tensor=1"
+    ),
     (
         "--model.latent_iterations",
         "2",
