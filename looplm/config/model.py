@@ -182,10 +182,14 @@ class ModelConfig:
         return float((2 * (self.num_layers * loops + self.unlooped_layers)) ** -0.5)
 
     @property
-    def latent_reads_positions(self) -> str:
-        """The key that lets a latent be refined with those of other positions; empty if none does."""
-        keys = ("latent_mixing", "latent_sequence_halting")
-        return next((key for key in keys if getattr(self, key)), "")
+    def latent_reads_positions(self) -> bool:
+        """True if a latent is refined with those of other positions."""
+        return self.latent_mixing > 0 or self.latent_sequence_halting
+
+    def refuse_reading_positions(self, fix: str) -> None:
+        """Raise a :class:`UserError` that ends in ``fix`` if a latent is refined with those of other positions."""
+        require(self.latent_mixing == 0, "model.latent_mixing", self.latent_mixing, fix)
+        require(not self.latent_sequence_halting, "model.latent_sequence_halting", True, fix)
 
     @property
     def unlooped_layers(self) -> int:

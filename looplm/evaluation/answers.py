@@ -33,7 +33,7 @@ class AnswerMeter:
         self._motion_R4 = torch.zeros(loops, 4, dtype=torch.float64)  # sums of _motion
         self._samples = torch.zeros(1, dtype=torch.float64)
         self._depth_L = torch.zeros(levels, dtype=torch.float64)  # expected exit depth
-        self._exits_QL2 = torch.zeros(len(self.thresholds), levels, 2, dtype=torch.float64)  # depth, right
+        self._exits_Q2 = torch.zeros(len(self.thresholds), 2, dtype=torch.float64)  # depth, right
 
     def add(
         self, hidden: Sequence[Tensor], weight_VD: Tensor, gate_logit_RSB: Tensor, labels_SB: Tensor, level_SB: Tensor
@@ -71,50 +71,51 @@ class AnswerMeter:
         log_p_TN = exit_log_probs(gate_logit_TN)
         loop_T = torch.arange(1, self.trained_loops + 1, device=log_p_TN.device, dtype=log_p_TN.dtype)
         self._depth_L.index_add_(0, level_N, (loop_T @ log_p_TN.exp()).double().cpu())
-        for row_L2, threshold in zip(self._exits_QL2, self.thresholds, strict=True):
+        for sum_2, threshold in zip(self._exits_Q2, self.thresholds, strict=True):
             depth_N = q_exit(log_p_TN, threshold)
             right_N = right_RN.gather(0, depth_N[None] - 1)[0]
-            row_L2.index_add_(0, level_N, torch.stack((depth_N.double(), right_N.double()), dim=1).cpu())
+            sum_2 += torch.stack((depth_N.double().sum(), right_N.double().sum())).cpu()
 
     def answers(self, level_name: str, group: dist.ProcessGroup) -> TaskAnswers:
-        """Return shares over the labels of every rank of ``group``; levels without a label are left out."""
+        """Return shares over the labels of every rank of ``group``; levels without a label are left out.
+
+        A sample without any label counts as one whose answers are all right.
+        """
         sums = (self._count_L, self._right_RL, self._loss_RL, self._whole_R, self._motion_R4, self._samples)
-        for total in (*sums, self._depth_L, self._exits_QL2):
+        for total in (*sums, self._depth_L, self._exits_Q2):
             dist.all_reduce(total, group=group)
         kept = self._count_L.nonzero().flatten()
-        count_L, labels = self._count_L[kept], self._count_L.sum().clamp(min=1)
-        right_RL, loss_RL, samples = self._right_RL[:, kept], self._loss_RL[:, kept], self._samples.clamp(min=1)
-        depths = []
-        for loop in range(self.loops):
-            change, cosine, divergence, changed = (self._motion_R4[loop] / labels).tolist()
-            depths.append(
-                AnswersAtDepth(
-                    depth=loop + 1,
-                    loss=float(loss_RL[loop].sum() / labels),
-                    accuracy=float(right_RL[loop].sum() / labels),
-                    whole_samples=float(self._whole_R[loop] / samples),
-                    accuracy_by_level=tuple((right_RL[loop] / count_L).tolist()),
-                    loss_by_level=tuple((loss_RL[loop] / count_L).tolist()),
-                    state_change=change,
-                    state_cosine=cosine,
-                    divergence=divergence,
-                    answers_changed=changed,
-                )
-            )
-        exits = []
-        for threshold, row_L2 in zip(self.thresholds, self._exits_QL2[:, kept], strict=True):
-            depth, accuracy = (row_L2.sum(0) / labels).tolist()
-            by_level = tuple((row_L2[:, 0] / count_L).tolist())
-            exits.append(
-                AnswersAtThreshold(threshold=threshold, mean_depth=depth, accuracy=accuracy, depth_by_level=by_level)
-            )
         levels = LevelAnswers(
             name=level_name,
             levels=tuple(kept.tolist()),
-            labels=tuple(int(count) for count in count_L.tolist()),
-            expected_depth=tuple((self._depth_L[kept] / count_L).tolist()),
+            labels=tuple(int(count) for count in self._count_L[kept].tolist()),
+            expected_depth=tuple((self._depth_L[kept] / self._count_L[kept]).tolist()),
         )
-        return TaskAnswers(trained_loops=self.trained_loops, levels=levels, depths=tuple(depths), exits=tuple(exits))
+        shares_Q2 = self._exits_Q2 / self._count_L.sum().clamp(min=1)
+        exits = tuple(
+            AnswersAtThreshold(threshold=threshold, mean_depth=depth, accuracy=accuracy)
+            for threshold, (depth, accuracy) in zip(self.thresholds, shares_Q2.tolist(), strict=True)
+        )
+        depths = tuple(self._at_depth(loop, kept) for loop in range(self.loops))
+        return TaskAnswers(trained_loops=self.trained_loops, levels=levels, depths=depths, exits=exits)
+
+    def _at_depth(self, loop: int, kept: Tensor) -> AnswersAtDepth:
+        """Return the answers after a loop, for the levels that have labels."""
+        count_L, labels = self._count_L[kept], self._count_L.sum().clamp(min=1)
+        right_L, loss_L = self._right_RL[loop, kept], self._loss_RL[loop, kept]
+        change, cosine, divergence, changed = (self._motion_R4[loop] / labels).tolist()
+        return AnswersAtDepth(
+            depth=loop + 1,
+            loss=float(loss_L.sum() / labels),
+            accuracy=float(right_L.sum() / labels),
+            whole_samples=float(self._whole_R[loop] / self._samples.clamp(min=1)),
+            accuracy_by_level=tuple((right_L / count_L).tolist()),
+            loss_by_level=tuple((loss_L / count_L).tolist()),
+            state_change=change,
+            state_cosine=cosine,
+            divergence=divergence,
+            answers_changed=changed,
+        )
 
 
 def _motion(before_ND: Tensor, before_log_p_NV: Tensor, state_ND: Tensor, log_p_NV: Tensor) -> Tensor:

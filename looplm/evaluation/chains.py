@@ -47,11 +47,17 @@ def voted_answers(
         for index, number in enumerate(votes):
             generator = None if number == 1 else torch.Generator(ids_BS.device).manual_seed(seed + samples)
             answer_KB = torch.stack([_write(model, ids_BS, first, last, generator) for _ in range(number)])
-            right_N[index] += (answer_KB.mode(dim=0).values == labels_SB[last]).sum().cpu()
+            right_N[index] += (most_frequent(answer_KB) == labels_SB[last]).sum().cpu()
     right_N[-1] = samples
     dist.all_reduce(right_N, group=group)
     *shares, _ = (right_N / right_N[-1].clamp(min=1)).tolist()
     return tuple(VotedAnswers(votes=number, solved=share) for number, share in zip(votes, shares, strict=True))
+
+
+def most_frequent(answer_KB: Tensor) -> Tensor:
+    """Return the most frequent of K answers, [B]; of those that are equally frequent, the one that was given first."""
+    votes_KB = (answer_KB[:, None] == answer_KB).sum(1)
+    return answer_KB.gather(0, votes_KB.argmax(0, keepdim=True))[0]
 
 
 def _span(counts_SB: Tensor) -> tuple[int, int]:

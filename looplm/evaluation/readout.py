@@ -9,6 +9,7 @@ Shapes: R loops, S sequence, B batch, D hidden, V vocabulary, N labels.
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,16 +48,18 @@ def fit_heads(
 
 @torch.no_grad()
 def accuracies(
-    model: LoopLM, weight_RVD: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]]
+    model: LoopLM, weight_RVD: Tensor, batches: Iterable[tuple[Tensor, Tensor, Tensor]], group: dist.ProcessGroup
 ) -> tuple[float, ...]:
-    """Return the share of labels that the head of each depth gets right."""
-    right_R, labels = torch.zeros(len(weight_RVD), dtype=torch.float64), 0
+    """Return the share of labels that the head of each depth gets right, over the batches of every rank of a group."""
+    right_R, labels = torch.zeros(len(weight_RVD), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for ids_BS, labels_SB, counts_SB in batches:
         state_RND = _states(model, ids_BS, counts_SB, len(weight_RVD))
         answer_RN = torch.einsum("rnd,rvd->rnv", state_RND, weight_RVD).argmax(-1)
         right_R += (answer_RN == labels_SB[counts_SB]).double().sum(-1).cpu()
-        labels += int(counts_SB.sum())
-    return tuple((right_R / max(1, labels)).tolist())
+        labels += counts_SB.sum().cpu()
+    for total in (right_R, labels):
+        dist.all_reduce(total, group=group)
+    return tuple((right_R / labels.clamp(min=1)).tolist())
 
 
 @torch.no_grad()

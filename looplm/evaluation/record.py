@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from looplm.cli import from_dict, to_dict
 from looplm.files import write_whole
@@ -94,10 +95,11 @@ class AnswersAtDepth:
 class AnswersAtThreshold:
     """Answers if every token exits once its exit probability reaches ``threshold``."""
 
+    RETIRED: ClassVar[dict[str, str]] = {"depth_by_level": "nothing read it"}
+
     threshold: float
     mean_depth: float
     accuracy: float
-    depth_by_level: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.bounds import require
 from looplm.config import ModelConfig
 
 Query = tuple[Tensor, ...]
@@ -82,8 +81,7 @@ class LatentAttention:
             self._query = module.linear_q_proj.weight.detach()
         self._down = module.linear_kv_down_proj.weight.detach()
         fix = "a cache has no room for the states that its next latent reads; score it without a cache"
-        reads = config.latent_reads_positions
-        require(not reads, f"model.{reads}", getattr(config, reads, None), fix)
+        config.refuse_reading_positions(fix)
         self._refine = module.kv_layernorm if config.latent_iterations else None
         has_norm = config.kv_latent_norm and self._refine is None
         self._norm = module.kv_layernorm.weight.detach() if has_norm else None

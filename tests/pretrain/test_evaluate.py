@@ -112,6 +112,8 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
         (["--checkpoint", "x", "--depths", "0,1"], "depths: '0,1'"),
         (["--checkpoint", "x", "--depths", ""], "depths: ''"),
         (["--checkpoint", "x", "--samples", "0"], "samples: 0"),
+        (["--checkpoint", "x", "--samples", "6"], "samples: 6 is not allowed; each forward pass reads batch_size=4"),
+        (["--checkpoint", "x", "--depths", "²"], "depths: '²'"),
         (["--checkpoint", "x", "--kv_caches", "last,lost"], "kv_caches: 'last,lost'"),
         (["--checkpoint", "x", "--exit_thresholds", "0.5,2"], "exit_thresholds: '0.5,2'"),
         (["--checkpoint", "x", "--exit_thresholds", "high"], "exit_thresholds: 'high'"),

@@ -147,15 +147,31 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     decoded = answers["depths"][2]["accuracy"]
     assert report["decoding"][0]["accuracy"] == pytest.approx(decoded, abs=0.02), "the same labels, through the cache"
     assert "right by position 1 2 3" in capsys.readouterr().out
-    sinks = []
-    for ranks, batch in ((1, 32), (2, 16)):
-        output = tmp_path / f"on_{ranks}.json"
-        argv = [*arguments[:-1], str(batch), f"--output={output}"]
-        run_ranks(ranks, evaluate.main, (argv,), tmp_path / f"log_{ranks}.txt")
-        sinks.append(json.loads(output.read_text())["answers"]["attention_sink"])
-    assert sinks[1] == pytest.approx(sinks[0], rel=1e-4), "the mean of what each rank saw"
+
+    def measured(ranks: int, batch: int, *more: str) -> dict[str, Any]:
+        output = tmp_path / "measured.json"
+        argv = [*arguments[:-1], str(batch), f"--output={output}", *more]  # later flags count
+        run_ranks(ranks, evaluate.main, (argv,), tmp_path / f"log_{ranks}_{batch}.txt")
+        found: dict[str, Any] = json.loads(output.read_text())["answers"]
+        return found
+
+    at_once, halves, shared = measured(1, 32), measured(1, 16, "--refit_steps=2"), measured(2, 16, "--refit_steps=2")
+    assert shared["attention_sink"] == pytest.approx(at_once["attention_sink"], rel=1e-4), "the mean of the ranks'"
+    assert shared["refitted"] == pytest.approx(halves["refitted"]) and len(set(halves["refitted"])) > 1
+    hops = config(tmp_path / "hops", data={"task": {"p_hop": {"hops": [1, 2, 3], "alphabet": 3}}})
+    hops = dataclasses.replace(hops, optim=dataclasses.replace(hops.optim, train_steps=1, warmup_steps=0))
+    train(hops, check_corpus(hops.data, 7), single_process)
+    few = ["--checkpoint", hops.output_dir, "--samples=2"]
+    uneven = measured(2, 1, *few)  # the samples have a label each, of these levels
+    assert uneven["levels"]["levels"] == [2, 3]
+    for at, whole_at in zip(uneven["depths"], measured(1, 2, *few)["depths"], strict=True):
+        assert at["loss_by_level"] == pytest.approx(whole_at["loss_by_level"], rel=1e-5)
+    with pytest.raises(AssertionError, match="samples: 32 is not allowed; give a multiple of 64: 2 ranks read"):
+        measured(2, 32)
     with pytest.raises(UserError, match=r"votes: '1' is not allowed; samples of this task have their labels at diff"):
-        evaluate.main([*arguments, "--votes", "1", "--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=4"])
+        evaluate.main([*arguments, "--votes", "1", "--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=3"])
+    with pytest.raises(UserError, match=r"task: p_hop has other symbols than the task of .*whole"):
+        evaluate.main([*arguments, "--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=3"])
     with pytest.raises(UserError, match=r"data.seq_length|max_sequence_length"):
         evaluate.main([*arguments, "--seq_length", "5000"])
 

@@ -104,8 +104,8 @@ def test_a_head_fitted_to_each_depth_reads_what_the_models_own_does_not(single_p
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     heads_RVD = fit_heads(model, (batch(1) for _ in range(60)), 60, loops, rate=3e-2)
     tests = [batch(1) for _ in range(4)]
-    fitted = accuracies(model, heads_RVD, tests)
-    own = accuracies(model, model.head_weight().detach().float().expand(loops, -1, -1), tests)
+    fitted = accuracies(model, heads_RVD, tests, single_process.dp)
+    own = accuracies(model, model.head_weight().detach().float().expand(loops, -1, -1), tests, single_process.dp)
     assert fitted[1] > 0.4 > 20 * own[1] and fitted[1] == max(fitted), (fitted, own)
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items()), "fitting a head changed the model"
@@ -113,4 +113,4 @@ def test_a_head_fitted_to_each_depth_reads_what_the_models_own_does_not(single_p
     ids_BS, labels_SB, _ = tests[0]
     answers_SB = [(h_SBD @ heads_RVD[r].t()).argmax(-1) for r, h_SBD in enumerate(model(ids_BS, loops).hidden)]
     expected = [float((answer_SB == labels_SB)[2:].float().mean()) for answer_SB in answers_SB]
-    assert accuracies(model, heads_RVD, tests[:1]) == pytest.approx(expected)
+    assert accuracies(model, heads_RVD, tests[:1], single_process.dp) == pytest.approx(expected)

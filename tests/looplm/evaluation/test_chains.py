@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from looplm.evaluation.chains import voted_answers
+from looplm.evaluation.chains import most_frequent, voted_answers
 
 V, LETTERS = 6, 4
 
@@ -85,3 +85,9 @@ def test_labels_at_different_positions_are_no_chain(single_process):
     counts_SB[0, 0] = True
     with pytest.raises(AssertionError, match="other positions"):
         voted_answers(cast(Any, Table(solver)), [(ids_BS, labels_SB, counts_SB)], (1,), True, 0, single_process.dp)
+
+
+def test_of_answers_that_are_equally_frequent_the_first_wins():
+    answer_KB = torch.tensor([[5, 1, 3, 4], [2, 2, 3, 4], [5, 2, 1, 0], [2, 1, 1, 4]])
+    assert most_frequent(answer_KB).tolist() == [5, 1, 3, 4]
+    assert most_frequent(torch.tensor([[4], [1]])).tolist() == [4], "the smaller token is not the better answer"

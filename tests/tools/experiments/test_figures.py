@@ -46,9 +46,7 @@ def evaluation(levels: tuple[int, ...] = (1, 2), exits: tuple[float, ...] = (1.0
         trained_loops=2,
         levels=LevelAnswers(name="level", levels=levels, labels=(10,) * len(levels), expected_depth=exits),
         depths=depths,
-        exits=tuple(
-            AnswersAtThreshold(threshold=q, mean_depth=d, accuracy=a, depth_by_level=()) for q, d, _, a in CURVE
-        ),
+        exits=tuple(AnswersAtThreshold(threshold=q, mean_depth=d, accuracy=a) for q, d, _, a in CURVE),
     )
     values: dict[str, Any] = {
         "trained_loops": 2,
