@@ -1,5 +1,6 @@
 """The question of an experiment and how it is decided, written before the experiment runs."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +60,8 @@ class Experiment:
         pairs: all comparisons that are made.
         figures: figures that each pair is compared in; the first is drawn largest.
         curves: series of results that are drawn.
-        tuned_by: figure by which the learning rate of an arm was chosen; never one of held-out data.
+        tuned_by: the loss on validation data by which an arm's learning rate was chosen: valid.loss, or
+            valid.loss@depth=N.
     """
 
     question: str = non_empty()
@@ -79,5 +81,8 @@ class Experiment:
         for key, values in names:
             for value in values:
                 require(values.count(value) == 1, key, value, "list it once")
-        fix = "tune by a figure of validation data; what is compared must not have been tuned"
-        require(self.tuned_by not in self.figures, "tuned_by", self.tuned_by, fix)
+        fix = "give valid.loss or valid.loss@depth=N, which every trial has"
+        require(bool(re.fullmatch(r"valid\.loss(@depth=\d+)?", self.tuned_by)), "tuned_by", self.tuned_by, fix)
+        for key, named in (("figures", self.figures), ("curves", self.curves)):
+            tuned = [name for name in named if name.startswith("valid.")]
+            require(not tuned, key, tuned, "name held-out data; what is compared must not have been tuned")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from looplm.bounds import require
-from looplm.config import ModelConfig, RunConfig
+from looplm.config import LossConfig, ModelConfig, RunConfig
 from tools.experiments.runs import TOLERANCE, Size
 
 
@@ -75,9 +75,7 @@ def table(found: list[Partner]) -> str:
 
 
 def _size(config: RunConfig, model: ModelConfig) -> Size:
-    loss = config.loss
-    if model.num_loops == 1:  # there are no fewer loops to run
-        loss = replace(loss, loop_onset=0.0, onset_loops=1, sampled_loops="none")
+    loss = config.loss if model.num_loops > 1 else LossConfig()  # keys that need several loops would be refused
     return Size.of(replace(config, model=model, loss=loss))
 
 

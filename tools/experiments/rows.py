@@ -5,9 +5,11 @@ as complete. A report then merges the records into the experiment's file, which 
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from looplm.bounds import at_least, check_bounds, non_empty, positive, require
@@ -18,6 +20,7 @@ from looplm.json_file import MAX_BYTES, read_object
 from looplm.lock import FolderLock
 
 _PATIENCE = 60.0  # seconds to wait for another process that adds records, which takes it a moment
+_DRAWN = 0.1  # share by which the FLOPs of runs differ whose steps draw their number of loops
 _FIX = "remove the file and repeat the run"
 
 
@@ -42,6 +45,8 @@ class Row:
         commit: git revision of the code.
         figures: results by name, such as "test.accuracy" or "test.accuracy@depth=2".
         curves: series of results by name, and their positions.
+        settings: fingerprint of the keys that made the run; empty in older records.
+        diverged: the training ended in losses or gradients that were not finite: each figure counts as NaN.
     """
 
     arm: str = non_empty()
@@ -57,6 +62,8 @@ class Row:
     commit: str = non_empty()
     figures: dict[str, float]
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    settings: str = ""
+    diverged: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
@@ -70,6 +77,10 @@ class Row:
     def label(self) -> str:
         """The run in words, for messages."""
         return f"arm {self.arm}, seed {self.seed}, {self.trial}, lr {self.lr:g}"
+
+    def value(self, figure: str) -> float | None:
+        """Return a figure; NaN for a run that diverged, and None if it was not measured."""
+        return math.nan if self.diverged else self.figures.get(figure)
 
     def positions(self, curve: str) -> tuple[float, ...]:
         """Return where the values of a curve lie on its axis."""
@@ -149,7 +160,8 @@ def merge_rows(path: Path, new: Iterable[Row]) -> tuple[Row, ...]:
                 fix = "remove its line if the new run replaces it, or the new run's folder if not"
                 raise UserError(f"{path}: has another record of {row.label}; {fix}")
         merged = _unique(rows, str(path))
-        write_whole(path, "".join(map(_line, merged)))
+        if merged:  # no file is better than one without a record, which would count as damaged
+            write_whole(path, "".join(map(_line, merged)))
         return merged
 
 
@@ -160,7 +172,7 @@ class Arm:
     Args:
         name: of the arm.
         parameters: number of parameters.
-        flops_per_token: training FLOPs of one token.
+        flops_per_token: training FLOPs of one token, a mean over the runs, whose seeds may draw their loops.
         tokens: tokens that each run trained on.
         learning_rates: of the runs; more than one if the arm was tuned for each seed.
         rows: by seed.
@@ -180,7 +192,8 @@ class Arm:
 
     def values(self, figure: str) -> dict[int, float]:
         """Return a figure by seed, for the seeds that have it."""
-        return {seed: row.figures[figure] for seed, row in self.rows.items() if figure in row.figures}
+        found = {seed: row.value(figure) for seed, row in self.rows.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
 
 def arms_of(rows: Sequence[Row]) -> dict[str, Arm]:
@@ -195,13 +208,13 @@ def arms_of(rows: Sequence[Row]) -> dict[str, Arm]:
         own = {row.seed: row for row in sorted(final, key=lambda row: row.seed) if row.arm == name}
         first = next(iter(own.values()))
         for row in own.values():
-            for key in ("parameters", "flops_per_token", "tokens"):
-                fix = (
-                    f"seed {first.seed} has {getattr(first, key)!r}; the runs of an arm differ in nothing but the seed"
-                )
-                require(getattr(row, key) == getattr(first, key), f"{row.label}: {key}", getattr(row, key), fix)
+            for key, tolerance in (("parameters", 0.0), ("flops_per_token", _DRAWN), ("tokens", 0.0)):
+                value, expected = getattr(row, key), getattr(first, key)
+                fix = f"seed {first.seed} has {expected!r}; the runs of an arm differ in nothing but the seed"
+                require(math.isclose(value, expected, rel_tol=tolerance), f"{row.label}: {key}", value, fix)
         rates = tuple(sorted({row.lr for row in own.values()}))
-        arms.append(Arm(name, first.parameters, first.flops_per_token, first.tokens, rates, own))
+        flops_per_token = fmean(row.flops_per_token for row in own.values())
+        arms.append(Arm(name, first.parameters, flops_per_token, first.tokens, rates, own))
     arms.sort(key=lambda arm: (arm.parameters, arm.flops, arm.name))
     return {arm.name: arm for arm in arms}
 

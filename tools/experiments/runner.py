@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from looplm.bounds import UserError
 from tools.experiments.rows import Row, merge_rows, read_row, read_rows
-from tools.experiments.runs import ExperimentConfig, Unit, config_of, final_units, sweep_units
-from tools.experiments.unit import BUSY, ROW, Order
+from tools.experiments.runs import ExperimentConfig, Size, Unit, config_of, final_units, settings_of, sweep_units
+from tools.experiments.unit import BUSY, ORDER, ROW, Order
 
 _LOOK_AGAIN = 0.5  # seconds between two looks at the processes
 
@@ -35,16 +35,24 @@ class Runner:
     def __init__(self, config: ExperimentConfig, folder: Path, record: Path) -> None:
         self.config, self.folder, self.record = config, folder, record
         self._read = dict[Path, Row]()
+        self._checked = set[str]()  # labels of records that are of this experiment
 
     def rows(self) -> tuple[Row, ...]:
         """Return the records of the experiment's runs: those of the file, and those of the folder that it lacks.
 
         A run that was made at another rate than the best, because the sweep has more rates now, does not count.
+
+        Raises:
+            UserError: a record is of an arm that the experiment lacks, or was made with other settings.
         """
         for path in sorted(self.folder.glob(f"*/{ROW}")):
             if path not in self._read:
                 self._read[path] = read_row(path)
-        found = [*(read_rows(self.record) if self.record.exists() else ()), *self._read.values()]
+                self._check(self._read[path], path)
+        recorded = read_rows(self.record) if self.record.exists() else ()
+        for row in recorded:
+            self._check(row, self.record)
+        found = [*recorded, *self._read.values()]
         trials = [next((row for row in found if unit.is_of(row)), None) for unit in sweep_units(self.config)]
         known = [row for row in trials if row is not None]
         runs = [next((row for row in found if unit.is_of(row)), None) for unit in final_units(self.config, known)]
@@ -101,11 +109,27 @@ class Runner:
                 _stop(list(running.values()))
                 signal.signal(signal.SIGTERM, before)
 
+    def _check(self, row: Row, path: Path) -> None:
+        """Raise unless a record is one of the experiment as it is now. Older records have no settings, but sizes."""
+        if row.label in self._checked:
+            return
+        fix = "restore the experiment's file, or remove the record"
+        if row.arm not in self.config.arms:
+            raise UserError(f"{path}: {row.label}: the experiment has no such arm; {fix}")
+        size = Size.of(config_of(self.config, Unit(row.trial, row.arm, row.seed, row.lr), self.folder))
+        same = (row.parameters, row.tokens) == (size.parameters, size.trained_tokens)
+        if not same or row.settings not in ("", settings_of(self.config, row.arm)):
+            raise UserError(f"{path}: {row.label}: was made with other settings than the experiment has now; {fix}")
+        self._checked.add(row.label)
+
     def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
         folder = self.folder / unit.name
         folder.mkdir(parents=True, exist_ok=True)
-        run = config_of(self.config, unit, folder)
-        Order(trial=unit.trial, arm=unit.arm, measure=self.config.measure, run=run).write(folder)
+        run, settings = config_of(self.config, unit, folder), settings_of(self.config, unit.arm)
+        order = Order(trial=unit.trial, arm=unit.arm, measure=self.config.measure, run=run, settings=settings)
+        if (folder / ORDER).exists() and (begun := Order.read(folder).settings) != settings:
+            raise UserError(f"{folder}: was begun with other settings ({begun}, now {settings}); remove the folder")
+        order.write(folder)
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         command = [sys.executable, "-m", "tools.experiments.unit", str(folder)]
         with (folder / "log.txt").open("ab") as log:
@@ -147,4 +171,5 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _say(bar: "tqdm[Any]", unit: Unit, rows: Sequence[Row]) -> None:
     row = next(row for row in rows if unit.is_of(row))
     shown = [f"{name} {row.figures[name]:.4f}" for name in ("valid.loss", "test.accuracy") if name in row.figures]
+    shown += ["diverged"] * row.diverged
     bar.write(f"{unit.name:<40} {', '.join(shown)}  {row.seconds / 60:.1f} min")

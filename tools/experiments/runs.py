@@ -5,22 +5,28 @@ depends on the number of loops. Two arms may only be compared if one of paramete
 equal, as their pair says.
 """
 
+import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from looplm.accounting import parameter_counts, training_flops_per_token
 from looplm.bounds import at_least, check_bounds, non_empty, positive, require
 from looplm.cli import UserError, from_dict, to_plain
 from looplm.config import RunConfig
+from looplm.files import is_file_name
 from pretrain.loops import loops_of_step
 from tools.experiments.experiment import Experiment, Pair
+from tools.experiments.measure import MeasureConfig, Trial, evaluations
 from tools.experiments.rows import Arm, Row
 from tools.experiments.worth import Layers, Worth, WorthConfig, check_series, worth_of
 
+_TUNED = "the sweep chooses rates by it; name other text"
 TOLERANCE = 0.03  # by which quantities that count as equal may differ
 
 
@@ -34,42 +40,14 @@ class SweepConfig:
         steps: optimizer steps of a trial; null for those of a whole run.
     """
 
-    rates: tuple[float, ...] = non_empty()
-    seeds: tuple[int, ...] = non_empty((1000,))
+    rates: tuple[float, ...] = positive()
+    seeds: tuple[int, ...] = at_least(0, (1000,))
     steps: int | None = positive(None)
 
     def __post_init__(self) -> None:
         check_bounds(self, "sweep")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """Measurements after a run, besides validation and test data at the trained depth.
-
-    Args:
-        depth_factor: depths up to so many times the trained loops are measured.
-        samples: of each split.
-        batch_size: samples in one forward pass.
-        refit_steps: steps of the heads that are fitted to the states of each depth; 0 fits none.
-        votes: numbers of chains that the model writes for each last answer of the test; the most frequent counts.
-        tests: further splits by name, each with the keys of ``data`` that differ: ``{longer: {seq_length: 32}}``.
-        kv_caches: caches to decode the test through, token by token.
-        prompt_tokens: with kv_caches: tokens that are read as a prompt.
-    """
-
-    depth_factor: int = positive(2)
-    samples: int = positive(1024)
-    batch_size: int = positive(128)
-    refit_steps: int = at_least(0, 0)
-    votes: tuple[int, ...] = positive(())
-    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
-    kv_caches: tuple[str, ...] = ()
-    prompt_tokens: int = positive(1)
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "measure")
-        for name in self.tests:
-            require(name not in ("valid", "test"), "measure.tests", name, "it is measured anyway; give another name")
+        _require_distinct("sweep.rates", self.rates)
+        _require_distinct("sweep.seeds", self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +63,7 @@ class ExperimentConfig(Experiment):
         worth: series of arms that show what a loop is worth.
     """
 
-    seeds: tuple[int, ...] = non_empty()
+    seeds: tuple[int, ...] = at_least(0)
     sweep: SweepConfig
     base: dict[str, Any]
     arms: dict[str, dict[str, Any]] = non_empty()
@@ -94,14 +72,17 @@ class ExperimentConfig(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_distinct("seeds", self.seeds)
+        for arm in self.arms:
+            require(is_file_name(arm) and arm == arm.strip(), "arms", arm, "give a name that a folder can have")
         for seed in self.sweep.seeds:
             require(seed not in self.seeds, "sweep.seeds", seed, "rates tuned on a seed would favour it; give another")
         for pair in self.pairs:
             for key, arm in (("better", pair.better), ("than", pair.than)):
                 require(arm in self.arms, f"pairs.{key}", arm, f"give one of {', '.join(self.arms)}")
             self._refuse_unfair(pair)
-        for arm in self.arms:  # a run that cannot start is refused before another one has trained
-            config_of(self, Unit("sweep", arm, self.sweep.seeds[0], self.sweep.rates[0]), Path("run"))
+        for arm in self.arms:
+            self._check(arm)
         if self.worth is not None:
             runs = {arm: self.run_config(arm) for arm in self.arms}
             check_series(self.worth, runs, {arm: size.trained_tokens for arm, size in self.sizes.items()})
@@ -121,6 +102,21 @@ class ExperimentConfig(Experiment):
         if self.worth is None:
             return ()
         return worth_of(self.worth, {arm: Layers.of(self.run_config(arm)) for arm in self.arms}, arms)
+
+    def _check(self, arm: str) -> None:
+        """Raise if a run of an arm could not start, or could not be measured after it has trained."""
+        trials: tuple[tuple[Trial, int], ...] = (("sweep", self.sweep.seeds[0]), ("final", self.seeds[0]))
+        for trial, seed in trials:
+            run = config_of(self, Unit(trial, arm, seed, self.sweep.rates[0]), Path("run"))
+            try:
+                evaluations(self.measure, run, trial)
+            except UserError as error:
+                raise UserError(f"arms.{arm}: {error}") from error
+        loops, depth = run.model.num_loops, int(self.tuned_by.partition("@depth=")[2] or 1)
+        require(1 <= depth <= loops, "tuned_by", self.tuned_by, f"arm {arm} has {loops} loops")
+        tuned = {source.prefix for source in run.data.valid if len(self.sweep.rates) > 1}
+        for name, split in self.measure.tests.items():
+            require(split.valid not in tuned, f"measure.tests.{name}.valid", split.valid, _TUNED)
 
     def _refuse_unfair(self, pair: Pair) -> None:
         """Raise unless the two arms have equal what the pair says."""
@@ -160,7 +156,7 @@ class Size:
 class Unit:
     """One run of an experiment."""
 
-    trial: Literal["sweep", "final"]
+    trial: Trial
     arm: str
     seed: int
     lr: float
@@ -173,6 +169,18 @@ class Unit:
     def is_of(self, row: Row) -> bool:
         """Return True if a record is that of this run."""
         return (row.trial, row.arm, row.seed, row.lr) == (self.trial, self.arm, self.seed, self.lr)
+
+
+def settings_of(config: ExperimentConfig, arm: str) -> str:
+    """Return a fingerprint of the keys that make an arm's runs and their measurements.
+
+    Keys that the experiment leaves to their defaults do not count: a new key leaves old records valid.
+    """
+    measured = {spec.name: getattr(config.measure, spec.name) for spec in fields(config.measure)}
+    plain = {name: getattr(MeasureConfig(), name) for name in measured}
+    changed = {name: to_plain(value) for name, value in measured.items() if value != plain[name]}
+    keys = {"run": merged(config.base, config.arms[arm]), "steps of a trial": config.sweep.steps, "measure": changed}
+    return sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sweep_units(config: ExperimentConfig) -> list[Unit]:
@@ -196,12 +204,12 @@ def best_rate(config: ExperimentConfig, arm: str, rows: Sequence[Row]) -> float 
         return config.sweep.rates[0]
     means = dict[float, float]()
     for lr in config.sweep.rates:
-        found = [
-            row.figures[config.tuned_by] for row in rows if row.trial == "sweep" and (row.arm, row.lr) == (arm, lr)
-        ]
+        trials = [row for row in rows if row.trial == "sweep" and (row.arm, row.lr) == (arm, lr)]
+        found = [value for row in trials if (value := row.value(config.tuned_by)) is not None]
         if len(found) < len(config.sweep.seeds):
             return None
-        means[lr] = sum(found) / len(found)
+        mean = sum(found) / len(found)
+        means[lr] = mean if math.isfinite(mean) else math.inf
     return min(means, key=lambda lr: means[lr])
 
 
@@ -214,6 +222,12 @@ def config_of(config: ExperimentConfig, unit: Unit, folder: Path) -> RunConfig:
         optim["decay_steps"] = whole.decay_steps * config.sweep.steps // whole.train_steps
     optim["min_lr"] = whole.min_lr / whole.lr * unit.lr  # the same share of the rate for every rate
     return config.run_config(unit.arm, output_dir=str(folder / "run"), seed=unit.seed, optim=optim)
+
+
+def _require_distinct(key: str, values: tuple[float, ...]) -> None:
+    require(len(values) > 0, key, [], "give at least one")
+    for value in values:
+        require(values.count(value) == 1, key, value, "give each once")
 
 
 def merged(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def one_per_task(folder: Path) -> list[Path]:
     """Return the first file of each task: a process takes seconds to start, and the others differ in settings only.
 
     Raises:
-        UserError: the folder has no experiment.
+        UserError: the folder has no experiment on a task.
     """
     files = sorted(folder.glob("*.yaml"))
     if not files:
@@ -74,6 +74,8 @@ def one_per_task(folder: Path) -> list[Path]:
         for arm in config.arms:
             if (task := config.run_config(arm).data.task) is not None:
                 first.setdefault(task.name, path)
+    if not first:
+        raise UserError(f"experiments: {folder} has no experiment on a task; name the folder of the experiments")
     return sorted(set(first.values()))
 
 

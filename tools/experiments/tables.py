@@ -127,7 +127,7 @@ def sweep_table(experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, 
     trials = _trials(rows)
     cells = []
     for (name, rate), runs in sorted(trials.items()):
-        values = [run.figures[experiment.tuned_by] for run in runs if experiment.tuned_by in run.figures]
+        values = [value for run in runs if (value := run.value(experiment.tuned_by)) is not None]
         chosen = "chosen" if name in arms and rate in arms[name].learning_rates else ""
         cells.append((name, f"{rate:g}", str(len(runs)), mean_of(values), chosen))
     header = ("arm", "learning rate", "runs", experiment.tuned_by, "")

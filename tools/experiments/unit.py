@@ -9,28 +9,28 @@ record, ``row.json``, is written at the very end: a folder that has it is comple
 import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import yaml
 
 from looplm.checkpoint import git_revision
 from looplm.cli import UserError, from_dict, parse_config, positional_paths, run_main, to_dict
-from looplm.config import DataConfig, RunConfig
+from looplm.config import RunConfig
 from looplm.evaluation.record import Evaluation
+from looplm.failures import NumericalFailure
 from looplm.files import write_whole
 from looplm.json_file import read_object
 from looplm.lock import FolderLock
 from pretrain import evaluate, train
-from tools.experiments.figures import figures_of, train_figures
+from tools.experiments.figures import Results, figures_of, train_figures
+from tools.experiments.measure import MeasureConfig, Trial, evaluations
 from tools.experiments.rows import Row, write_row
-from tools.experiments.runs import MeasureConfig, Size, merged
+from tools.experiments.runs import Size
 from tools.machine import processor
 
-ORDER, ROW, TIMES = "unit.json", "row.json", "seconds.txt"
+ORDER, ROW, TIMES, MEASURED = "unit.json", "row.json", "seconds.txt", "measured"
 BUSY = 75  # exit status if another process has the folder
 
 
@@ -54,12 +54,14 @@ class Order:
         arm: name of the arm.
         measure: what is measured.
         run: what pretrain.train gets.
+        settings: fingerprint of the keys that make the run.
     """
 
-    trial: Literal["sweep", "final"]
+    trial: Trial
     arm: str
     measure: MeasureConfig
     run: RunConfig
+    settings: str
 
     def write(self, folder: Path) -> None:
         """Write the order."""
@@ -89,20 +91,20 @@ def main(argv: list[str]) -> None:
 
 
 def _complete(folder: Path, order: Order) -> None:
-    """Train, measure, and write the record."""
+    """Train, measure, and write the record. A training that diverges is recorded too, without figures."""
     config_file, run = folder / "run.yaml", order.run
     write_whole(config_file, yaml.safe_dump(to_dict(run), sort_keys=False))
-    begin = time.monotonic()
+    begin, diverged = time.monotonic(), False
     try:
         train.main(["--config", str(config_file)])
+    except NumericalFailure as failure:
+        print(failure, file=sys.stderr)
+        diverged = True
     finally:  # a stopped training leaves its time for the one that continues it
         with (folder / TIMES).open("a") as times:
             times.write(f"{time.monotonic() - begin:.1f}\n")
     seconds = sum(map(float, (folder / TIMES).read_text().split()))
-    figures, curves = train_figures(Path(run.output_dir) / "metrics.jsonl")
-    for split, evaluation in _evaluations(order, folder):
-        own = figures_of(split, evaluation, run)
-        figures, curves = figures | own.figures, curves | own.curves
+    found = Results({}, {}) if diverged else _measured(order, folder)
     size = Size.of(run)
     row = Row(
         arm=order.arm,
@@ -116,42 +118,25 @@ def _complete(folder: Path, order: Order) -> None:
         seconds=round(seconds, 1),
         machine=f"{processor()}, {torch.get_num_threads()} threads",
         commit=git_revision() or "unknown",
-        figures=figures,
-        curves=curves,
+        figures=found.figures,
+        curves=found.curves,
+        settings=order.settings,
+        diverged=diverged,
     )
     write_row(folder / ROW, row)
 
 
-def _evaluations(order: Order, folder: Path) -> Iterator[tuple[str, Evaluation]]:
-    """Measure the checkpoint; yield the name of each split and its results. A trial is measured on validation only."""
-    measure, run = order.measure, order.run
-    splits: dict[str, dict[str, Any]] = {"valid": {}}
-    if order.trial == "final":
-        splits |= {"test": {}, **measure.tests}
-    for split, changes in splits.items():
-        output = folder / f"{split}.json"
-        data = from_dict(DataConfig, merged(to_dict(run.data), changes), where=f"measure.tests.{split}")
-        loops = run.model.num_loops
-        depth = loops if split == "valid" else measure.depth_factor * loops
-        config: dict[str, Any] = {
-            "checkpoint": run.output_dir,
-            "depths": ",".join(map(str, range(1, depth + 1))),
-            "samples": measure.samples,
-            "batch_size": min(measure.batch_size, measure.samples),
-            "seq_length": data.seq_length,
-            "task": to_dict(data.task) if data.task is not None else None,
-            "valid": data.valid[0].prefix if data.valid else None,
-            "split": "valid" if split == "valid" or data.task is None else "test",
-            "refit_steps": measure.refit_steps if split == "test" else 0,
-            "votes": ",".join(map(str, measure.votes)) if split == "test" else "",
-            "output": str(output),
-        }
-        if split == "test" and measure.kv_caches:
-            config |= {"kv_caches": ",".join(measure.kv_caches), "prompt_tokens": measure.prompt_tokens}
-        path = folder / f"{split}.yaml"
-        write_whole(path, yaml.safe_dump(config, sort_keys=False))
-        evaluate.main(["--config", str(path)])
-        yield split, Evaluation.read(output)
+def _measured(order: Order, folder: Path) -> Results:
+    """Measure the checkpoint on each split, and return figures and curves."""
+    figures, curves = train_figures(Path(order.run.output_dir) / "metrics.jsonl")
+    for split, config in evaluations(order.measure, order.run, order.trial).items():
+        path = folder / MEASURED / f"{split}.json"
+        config_file = path.with_suffix(".yaml")
+        write_whole(config_file, yaml.safe_dump(to_dict(replace(config, output=str(path))), sort_keys=False))
+        evaluate.main(["--config", str(config_file)])
+        own = figures_of(split, Evaluation.read(path), order.run)
+        figures, curves = figures | own.figures, curves | own.curves
+    return Results(figures, curves)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def test_it_is_read_from_plain_values():
             {"pairs": (Pair(better="once", than="looped", matched="parameters"),)},
             "decides: 'looped − once' is not allowed; list this pair in pairs too",
         ),
-        ({"tuned_by": "test.accuracy"}, "tuned_by: 'test.accuracy' is not allowed; tune by a figure of validation"),
+        (
+            {"tuned_by": "test.accuracy"},
+            "tuned_by: 'test.accuracy' is not allowed; give valid.loss or valid.loss@depth=N",
+        ),
     ],
 )
 def test_an_experiment_that_cannot_be_decided_is_refused(values, message):

@@ -1,12 +1,13 @@
 """Partners of a looped model: equal in what they claim, and accepted as arms of an experiment."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import yaml
 
 from looplm.cli import UserError, from_dict
-from looplm.config import RunConfig
+from looplm.config import LossConfig, RunConfig
 from tests.tools.experiments.test_runs import MINI
 from tools import count_params
 from tools.experiments.partners import partners, table
@@ -80,3 +81,9 @@ def test_the_command_prints_them_on_request(capsys):
 def test_a_model_without_loops_has_none():
     with pytest.raises(UserError, match=r"model\.num_loops: 1 is not allowed; a model without loops has no partners"):
         partners(recipe(num_loops=1))
+
+
+@pytest.mark.parametrize("loss", [{"backward_loops": 2}, {"prior": "given", "prior_shares": [1, 1, 2]}])
+def test_keys_that_need_several_loops_do_not_hinder_the_partners_without(loss):
+    config = recipe(num_loops=3, attention="mha")
+    assert len(partners(replace(config, loss=from_dict(LossConfig, loss, where="loss")))) == 5

@@ -126,6 +126,20 @@ def test_arms_are_ordered_by_size_and_hold_final_runs_only():
     assert arms["once"].values("test.accuracy")[3] == 0.351 and arms["once"].values("valid.loss") == {}
 
 
+def test_runs_whose_steps_draw_their_loops_cost_what_they_cost_in_the_mean():
+    [arm] = arms_of([a_row(flops_per_token=2.0e6), a_row(seed=1, flops_per_token=2.1e6)]).values()
+    assert arm.flops_per_token == pytest.approx(2.05e6)
+
+
+def test_every_figure_of_a_run_that_diverged_is_nan():
+    [arm] = arms_of([a_row(), a_row(seed=1, figures={}, diverged=True)]).values()
+    assert arm.values("test.accuracy")[0] == 0.5 and math.isnan(arm.values("test.accuracy")[1])
+
+
+def test_no_record_makes_no_file(tmp_path):
+    assert merge_rows(tmp_path / "x.jsonl", []) == () and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("key", ["parameters", "flops_per_token", "tokens"])
 def test_runs_of_an_arm_differ_only_in_their_seed(key):
     with pytest.raises(UserError, match=f"arm looped, seed 1, final, lr 0.001: {key}: .* seed 0 has"):

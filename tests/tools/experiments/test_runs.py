@@ -9,7 +9,17 @@ import yaml
 
 from looplm.cli import UserError, from_dict
 from tools.experiments.rows import Row
-from tools.experiments.runs import ExperimentConfig, Size, Unit, best_rate, config_of, final_units, merged, sweep_units
+from tools.experiments.runs import (
+    ExperimentConfig,
+    Size,
+    Unit,
+    best_rate,
+    config_of,
+    final_units,
+    merged,
+    settings_of,
+    sweep_units,
+)
 
 MINI = """
 question: Does it run?
@@ -90,6 +100,21 @@ def test_every_arm_gets_the_same_trials_and_then_its_best_rate():
     assert not finals[0].is_of(row(Unit("final", "1x1", 1, 0.002), 1.0)), "another rate than the best"
 
 
+def test_a_rate_that_diverged_is_not_chosen():
+    config = mini()
+    trials = sweep_units(config)
+    lost = [replace(row(unit, 1.0), figures={}, diverged=unit.lr == 0.001) for unit in trials]
+    whole = [replace(found, figures={} if found.diverged else {"valid.loss": 9.0}) for found in lost]
+    assert best_rate(config, "1x1", whole) == 0.002, "min() would keep a NaN that comes first"
+
+
+def test_settings_are_the_keys_that_are_given():
+    assert settings_of(mini(), "1x1") == settings_of(mini(measure={"votes": []}), "1x1")
+    others = [mini(base={"optim": {"train_steps": 7}}), mini(measure={"samples": 32}), mini(sweep={"steps": 3})]
+    found = {settings_of(config, arm) for config in (mini(), *others) for arm in ("1x1", "1x2")}
+    assert len(found) == 8
+
+
 def test_a_runs_flops_are_those_of_the_loops_that_its_steps_run():
     run = config_of(mini(), Unit("final", "1x2", 2, 0.002), Path("f"))  # six steps
     whole, onset = Size.of(run), Size.of(replace(run, loss=replace(run.loss, loop_onset=0.5)))
@@ -113,6 +138,14 @@ def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
         ({"pairs": [{"better": "1x2", "than": "2x2", "matched": "flops"}]}, "decides|pairs.than: '2x2' is not allowed"),
         ({"seeds": [1, 1000]}, r"sweep.seeds: 1000 is not allowed; rates tuned on a seed would favour it"),
         ({"measure": {"tests": {"valid": {}}}}, r"measure.tests: 'valid' is not allowed"),
+        ({"seeds": [1, 1]}, r"seeds: 1 is not allowed; give each once"),
+        ({"seeds": [1, -1]}, r"seeds: -1 is not allowed"),
+        ({"sweep": {"rates": [1e-3, 0.0]}}, r"sweep.rates: 0.0 is not allowed"),
+        ({"sweep": {"rates": [1e-3, 1e-3]}}, r"sweep.rates: 0.001 is not allowed; give each once"),
+        ({"sweep": {"rates": []}}, r"sweep.rates: \[\] is not allowed; give at least one"),
+        ({"arms": {"mla/mha": {}}}, r"arms: 'mla/mha' is not allowed; give a name that a folder can have"),
+        ({"tuned_by": "valid.accuracy"}, r"tuned_by: 'valid.accuracy' is not allowed; give valid.loss"),
+        ({"tuned_by": "valid.loss@depth=2"}, r"tuned_by: 'valid.loss@depth=2' is not allowed; arm 1x1 has 1 loops"),
         ({"arms": {"1x1": {"model": {"num_loop": 1}}}}, "arms.1x1: model.num_loop: unknown key; did you mean"),
     ],
 )

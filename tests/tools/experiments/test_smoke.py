@@ -97,3 +97,5 @@ def test_one_file_runs_up_to_its_page(tmp_path, capfd):
 def test_a_folder_without_experiments_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"experiments: .* has no YAML file; name the folder"):
         smoke.main(["--experiments", str(tmp_path)])
+    with pytest.raises(UserError, match=r"experiments: .*text has no experiment on a task; name the folder"):
+        smoke.main(["--experiments", "configs/experiments/text"])
