@@ -10,6 +10,7 @@ the result is weights alone, for checkpoint.initial. With --data, losses before 
 
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from looplm.cli import UserError, parse_command, require, run_main
 from looplm.config import GateConfig, Injection
 from looplm.megatron import process_groups
 from pretrain.data import Batch
-from tools.upcycling.dense import loop_layers, open_dense
-from tools.upcycling.latent import to_latent
+from tools.upcycling.dense import loop_layers, open_dense, parse_range
+from tools.upcycling.latent import latent_config, to_latent
 from tools.upcycling.measure import measure, read_samples, second_moments
-from tools.upcycling.model_state import Source, Upcycled, open_source, write
-from tools.upcycling.refit import refit
+from tools.upcycling.model_state import Source, Upcycled, converted_run, open_source, write
+from tools.upcycling.refit import check_refit, refit
 from tools.upcycling.retrofit import Trial, retrofit, search
 from tools.upcycling.structure import LayerOrder, change_gate, change_loops, deepen
 
@@ -57,13 +58,18 @@ class Conversion:
         self, prefix: str, source: Source, groups: ProcessGroupCollection, samples: int | None = None
     ) -> list[Batch]:
         """Return samples of a data prefix for the source's model; ``--samples`` of them, if not told."""
-        config = source.state.config
+        config, count, run = source.state.config, samples or self.samples, source.run
         length = self.seq_length or min(256, config.max_sequence_length)
-        return read_samples(prefix, samples or self.samples, length, config, source.about.tokenizer_sha256, groups)
+        masks = (run is None or run.data.document_masking) and not config.latent_reads_positions
+        sha256 = source.about.tokenizer_sha256
+        return read_samples(prefix, count, length, config, sha256, groups, masks_documents=masks)
 
     def open(self, groups: ProcessGroupCollection) -> Source:
         """Read the source."""
         raise NotImplementedError
+
+    def check(self, source: Source) -> None:
+        """Raise for keys that the source does not allow, if the conversion does long work before it would find them."""
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the result."""
@@ -194,10 +200,14 @@ class RetrofitConfig(FromDense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        searches = bool(self.search or self.scales)
-        require(
-            not searches or self.data is not None, "search", list(self.search), "a search measures; give --data too"
-        )
+        for key in ("search", "scales"):
+            asked = list(getattr(self, key))
+            require(not asked or self.data is not None, key, asked, "a search measures; give --data too")
+
+    def check(self, source: Source) -> None:
+        """Raise for ranges that the model does not have."""
+        for key, layers in (("layers", self.layers), *(("search", layers) for layers in self.search)):
+            parse_range(layers, source.state.config.num_layers, key)
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the looped model, the best one if several are to be tried."""
@@ -205,10 +215,10 @@ class RetrofitConfig(FromDense):
         if self.data is not None and (self.search or self.scales):
             ranges, scales = [self.layers, *self.search], [self.residual_scale, *self.scales]
             batches = self.read(self.data, source, groups)
-            trials = search(source.state, ranges, scales, self.loops, batches, groups)
+            trials = search(source.state, ranges, scales, self.loops, self.injection, batches, groups)
             total = len(ranges) * len(scales)
             found = list(tqdm(trials, total=total, unit="range", disable=not sys.stderr.isatty()))
-            found.sort(key=lambda trial: trial.loss[-1])
+            found.sort(key=lambda trial: (not isfinite(trial.loss[-1]), trial.loss[-1]))
             print("\n".join(describe_trials(found)))
             layers, scale = found[0].layers, found[0].residual_scale
         return retrofit(source.state, layers, self.loops, self.gate, self.injection, scale)
@@ -238,6 +248,11 @@ class LatentConfig(FromCheckpoint):
         super().__post_init__()
         fix = "name the data to fit to with calibrate"
         require(self.calibrate is not None or not self.refit_samples, "refit_samples", self.refit_samples, fix)
+
+    def check(self, source: Source) -> None:
+        """Raise for a model that cannot become latent, and for widths that it cannot have."""
+        latent_config(source.state.config, self.kv_lora_rank, self.qk_rope_head_dim, self.latent_norm)
+        check_refit(source.state.config, self.refit_samples)
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the model with latent attention."""
@@ -271,11 +286,12 @@ def main(argv: list[str]) -> None:
         if groups.dp.size() > 1:
             raise UserError(f"{PROG} {word}: runs in one process; start it without torchrun")
         source = config.open(groups)
-        result = config.convert(source, groups)
+        config.check(source)
+        batches = None if config.data is None else config.read(config.data, source, groups)
+        result = resumable(config.convert(source, groups), source, Path(config.output))
         record: dict[str, Any] = {"kind": word, "source": str(source.folder), "settings": asdict(config)}
         record |= {"exact": result.exact, "approximate": result.approximate}
-        if config.data is not None:
-            batches = config.read(config.data, source, groups)
+        if batches is not None:
             depths = max(source.state.config.num_loops, result.state.config.num_loops)
             for when, state in (("before", source.state), ("after", result.state)):
                 record[when] = measure(state, batches, depths, groups)
@@ -283,6 +299,18 @@ def main(argv: list[str]) -> None:
     finally:
         process_groups.stop()
     print("\n".join(describe(record)))
+
+
+def resumable(result: Upcycled, source: Source, output: Path) -> Upcycled:
+    """Return a result, without Adam's moments if the keys of the source's run do not fit the new model."""
+    if source.run is None or result.state.moments is None:
+        return result
+    try:
+        converted_run(source.run, result.state, output)
+    except UserError as error:
+        lost = f"the run: weights alone are written, for checkpoint.initial, because its keys do not fit ({error})"
+        return Upcycled(result.state._replace(moments=None), result.exact, [*result.approximate, lost])
+    return result
 
 
 def describe_trials(trials: list[Trial]) -> list[str]:

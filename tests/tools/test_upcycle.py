@@ -10,6 +10,7 @@ import yaml
 
 from data_pipeline.manifest import TokenizerRecord
 from looplm import checkpoint, reference
+from looplm.checkpoint import step_folder
 from looplm.cli import UserError, from_dict
 from looplm.config import GateConfig, RunConfig
 from looplm.files import sha256_of
@@ -203,6 +204,31 @@ def test_a_fresh_gate_is_the_uniform_prior_on_the_same_trunk(tiny_run, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_run_whose_keys_do_not_fit_the_new_model_becomes_weights_alone(corpus, tmp_path, single_process, capsys):
+    config = run_config(corpus, tmp_path / "run", loss={"backward_loops": 2})
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
+    main(["loops", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'once'}", "--loops=1"])
+    assert checkpoint.read_about(tmp_path / "once").objective == checkpoint.WEIGHTS_ONLY
+    assert "do not fit (loss.backward_loops: 2 is not allowed" in capsys.readouterr().out
+    main(["loops", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'more'}", "--loops=4"])
+    assert checkpoint.read_config(step_folder.locate(str(tmp_path / "more"))) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "a loop is 2 loops of the source without the loop-end norm between them"),
+        ({"loop_norm": "readout"}, "a loop is 2 loops of the source"),
+        ({"injection": "diagonal"}, ""),
+        ({"step_embedding": "learned"}, ""),
+    ],
+)
+def test_a_stacked_model_claims_to_be_loops_of_the_source_only_where_it_is(changes, sentence):
+    made = deepen(ModelState(dataclasses.replace(MODEL, **changes), GateConfig(), {}), 4, "stack")
+    assert made.exact[1:] == ([sentence] if sentence else [])
+
+
+@pytest.mark.slow
 def test_the_weights_of_a_gate_stage_are_read(tiny_run, corpus, tmp_path, single_process):
     config = run_config(
         corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint={"initial": str(tiny_run)}
@@ -230,6 +256,8 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(tiny_run, corpus, tmp_
         r"layers: 2 is not allowed": [*depth, "--layers=2"],
         r"--layer: unknown key; did you mean layers": [*depth, "--layer=4"],
         r"loops: 3 is not allowed": ["loops", source, output, "--loops=3"],
+        r"model.num_loops: 1000000000 is not": ["loops", source, output, "--loops=1000000000"],
+        r"model.num_layers: 2000000000 is not": [*depth, "--layers=2000000000"],
         r"kind: 'lru' is not allowed; the source has this gate": ["gate", source, output, "--state_size=8"],
         r"residual_scale: 0.0 ": [*depth, "--layers=4", "--residual_scale=0"],
         r"output: .* exists already": ["depth", source, f"--output={tiny_run}", "--layers=4"],

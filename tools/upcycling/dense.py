@@ -4,6 +4,7 @@ The dense blocks are ours without sandwich norms, and the final norm becomes the
 is the dense model itself, so nothing is lost before loops are added (compare arXiv 2410.20672, 2511.07384).
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,18 @@ def loop_layers(source: ModelState, layers: str | None, loops: int, gate: GateCo
     return Upcycled(ModelState(config, gate, copy_layers(source.weights, list(chosen))), exact, approximate)
 
 
-def parse_range(layers: str | None, num_layers: int) -> range:
-    """Return the layers that FIRST:END names, all for None; raise a :class:`UserError` if no layer is in it."""
+def parse_range(layers: str | None, num_layers: int, key: str = "layers") -> range:
+    """Return the layers that FIRST:END names, all for None.
+
+    Raises:
+        UserError: it names no layers of the model; the message names ``key``.
+    """
     first, colon, end = (layers or f"0:{num_layers}").partition(":")
-    legal = bool(colon) and all(part == "" or part.isdigit() for part in (first, end))
+    legal = bool(colon) and all(re.fullmatch("[0-9]{0,6}", part) for part in (first, end))
     chosen = range(int(first or 0), int(end or num_layers)) if legal else range(0)
     quarter = num_layers // 4
     fix = f"give FIRST:END, such as {quarter}:{num_layers - quarter}, of the source's {num_layers} layers"
-    require(len(chosen) > 0 and chosen[-1] < num_layers, "layers", layers, fix)
+    require(len(chosen) > 0 and chosen[-1] < num_layers, key, layers, fix)
     return chosen
 
 

@@ -58,6 +58,44 @@ class Projections(NamedTuple):
     output_DHK: Tensor
 
 
+def latent_config(
+    plain: ModelConfig, kv_lora_rank: int, qk_rope_head_dim: int | None, latent_norm: bool = True
+) -> ModelConfig:
+    """Return the configuration of the model with MLA; the arguments are those of :func:`to_latent`.
+
+    Raises:
+        UserError: the source has another kind of attention, or a width is not possible.
+    """
+    fix = "its attention is latent already; give a model with model.attention=mha"
+    require(plain.attention == "mha", "checkpoint", plain.attention, fix)
+    for key in ("qkv_bias", "qk_norm"):
+        fix = "latent attention has no place for it; give a model without"
+        require(not getattr(plain, key), "checkpoint", f"model.{key}=true", fix)
+    outside = f"model.prelude_layers={plain.prelude_layers}, model.coda_layers={plain.coda_layers}"
+    require(
+        not plain.unlooped_layers, "checkpoint", outside, "only layers in the loops are converted; give a model without"
+    )
+    width, groups = plain.attention_head_dim, plain.query_groups
+    rope = groups * width if qk_rope_head_dim is None else qk_rope_head_dim
+    legal = rope % width == 0 and 0 < rope <= groups * width
+    require(legal, "qk_rope_head_dim", rope, f"give a multiple of the head's width {width}, up to {groups * width}")
+    fix = f"give a number from 1 to the source's hidden_size={plain.hidden_size}"
+    require(0 < kv_lora_rank <= plain.hidden_size, "kv_lora_rank", kv_lora_rank, fix)
+    return replace(
+        plain,
+        attention="mla",
+        num_query_groups=None,
+        head_dim=None,
+        q_lora_rank=None,
+        kv_lora_rank=kv_lora_rank,
+        kv_latent_norm=latent_norm,
+        qk_nope_head_dim=0 if rope == groups * width else width,
+        qk_rope_head_dim=rope,
+        qk_rope_period=None if rope == width else width,
+        v_head_dim=width,
+    )
+
+
 def to_latent(
     source: ModelState,
     kv_lora_rank: int,
@@ -76,37 +114,10 @@ def to_latent(
         latent_norm: give the latent its norm (``model.kv_latent_norm``).
 
     Raises:
-        UserError: the source has another kind of attention, or a width is not possible.
+        UserError: see :func:`latent_config`.
     """
     plain = source.config
-    fix = "its attention is latent already; give a model with model.attention=mha"
-    require(plain.attention == "mha", "checkpoint", plain.attention, fix)
-    for key in ("qkv_bias", "qk_norm"):
-        fix = "latent attention has no place for it; give a model without"
-        require(not getattr(plain, key), "checkpoint", f"model.{key}=true", fix)
-    outside = f"model.prelude_layers={plain.prelude_layers}, model.coda_layers={plain.coda_layers}"
-    require(
-        not plain.unlooped_layers, "checkpoint", outside, "only layers in the loops are converted; give a model without"
-    )
-    width, groups = plain.attention_head_dim, plain.query_groups
-    rope = groups * width if qk_rope_head_dim is None else qk_rope_head_dim
-    legal = rope % width == 0 and 0 < rope <= groups * width
-    require(legal, "qk_rope_head_dim", rope, f"give a multiple of the head's width {width}, up to {groups * width}")
-    fix = f"give a number from 1 to the source's hidden_size={plain.hidden_size}"
-    require(0 < kv_lora_rank <= plain.hidden_size, "kv_lora_rank", kv_lora_rank, fix)
-    config = replace(
-        plain,
-        attention="mla",
-        num_query_groups=None,
-        head_dim=None,
-        q_lora_rank=None,
-        kv_lora_rank=kv_lora_rank,
-        kv_latent_norm=latent_norm,
-        qk_nope_head_dim=0 if rope == groups * width else width,
-        qk_rope_head_dim=rope,
-        qk_rope_period=None if rope == width else width,
-        v_head_dim=width,
-    )
+    config, width = latent_config(plain, kv_lora_rank, qk_rope_head_dim, latent_norm), plain.attention_head_dim
     (row,) = (row for row in layer_parameters(plain) if row.name == "self_attention.linear_qkv.weight")
     weights = dict(source.weights)
     isotropic = torch.eye(plain.hidden_size, dtype=torch.float64)

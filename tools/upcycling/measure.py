@@ -4,6 +4,7 @@ Shapes: S sequence, B batch, D hidden, L layers, R loops, N tokens.
 """
 
 from itertools import islice
+from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,15 +21,31 @@ from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
 from pretrain.step import loop_losses
 from tools.upcycling.model_state import ModelState, assemble
 
-_BATCH = 4  # samples in one forward pass
+_BATCH = 4  # samples in one forward pass, if they can be divided so
 _SEED = 1234  # decides which samples of the data are read
 _RIDGE = 1e-3  # share of an isotropic moment: a direction that no token had is unlikely, not impossible
 
 
 def read_samples(
-    prefix: str, samples: int, length: int, config: ModelConfig, tokenizer_sha256: str, groups: ProcessGroupCollection
+    prefix: str,
+    samples: int,
+    length: int,
+    config: ModelConfig,
+    tokenizer_sha256: str,
+    groups: ProcessGroupCollection,
+    *,
+    masks_documents: bool = True,
 ) -> list[Batch]:
-    """Return sequences of ``length`` tokens from a data prefix, the same in every call, in whole batches of 4.
+    """Return samples of a data prefix, the same in every call, in equal batches of at most 4.
+
+    Args:
+        prefix: of the data.
+        samples: how many.
+        length: tokens of each.
+        config: of the model that reads them.
+        tokenizer_sha256: of the model's tokenizer.
+        groups: process groups of a single process.
+        masks_documents: a token sees its own document alone (``data.document_masking``).
 
     Raises:
         UserError: ``length`` exceeds the model's maximum, the data is damaged or too short, or its tokenizer differs
@@ -36,21 +53,28 @@ def read_samples(
     """
     most = config.max_sequence_length
     require(length <= most, "seq_length", length, f"give at most the model's max_sequence_length={most}")
-    source, count = (DataSource(prefix=prefix),), -(-samples // _BATCH)
-    sizes: dict[str, Any] = {"seq_length": length, "micro_batch_size": _BATCH, "global_batch_size": _BATCH}
-    data = DataConfig(train=source, valid=source, **sizes)
+    source, rows = (DataSource(prefix=prefix),), gcd(samples, _BATCH)
+    sizes: dict[str, Any] = {"seq_length": length, "micro_batch_size": rows, "global_batch_size": rows}
+    data = DataConfig(train=source, valid=source, document_masking=masks_documents, **sizes)
     corpus = check_corpus(data, config.vocab_size)
     if corpus.tokenizer.sha256 != tokenizer_sha256:
         raise UserError(f"{prefix}: made with another tokenizer than the model's; tokenize it with the model's")
     with TemporaryDirectory() as folder:  # for Megatron's indices, so that nothing is written beside the data
-        dataset = build_valid_set(data, corpus, count * _BATCH, _SEED, Path(folder))
+        dataset = build_valid_set(data, corpus, samples, _SEED, Path(folder))
         assert dataset is not None
-        return list(islice(micro_batches(dataset, data, 0, groups.dp.rank(), groups.dp.size()), count))
+        return list(islice(micro_batches(dataset, data, 0, groups.dp.rank(), groups.dp.size()), samples // rows))
 
 
 @torch.no_grad()
 def measure(state: ModelState, batches: list[Batch], depths: int, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return the loss at depths 1 to ``depths``, and the gate's mean exit distribution [R] over the model's loops."""
+    """Return the loss of a model at each depth, and its mean exit distribution [R].
+
+    Args:
+        state: the model.
+        batches: text.
+        depths: the largest depth that is measured, if the model has no more loops (R).
+        groups: process groups of a single process.
+    """
     model, loops = assemble(state, groups).eval(), state.config.num_loops
     meter = DepthMeter(list(range(1, max(depths, loops) + 1)), loops, [])
     for batch in batches:

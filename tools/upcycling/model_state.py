@@ -94,6 +94,16 @@ def assemble(state: ModelState, groups: ProcessGroupCollection, dtype: torch.dty
     return model
 
 
+def converted_run(run: RunConfig, state: ModelState, output: Path) -> RunConfig:
+    """Return the run that goes on with a converted model.
+
+    Raises:
+        UserError: keys of the run do not fit the model.
+    """
+    start = replace(run.checkpoint, initial=None, initial_optimizer=False)
+    return replace(run, output_dir=str(output), model=state.config, gate=state.gate, checkpoint=start)
+
+
 def write(
     output: Path, source: Source, state: ModelState, record: dict[str, Any], groups: ProcessGroupCollection
 ) -> None:
@@ -121,8 +131,7 @@ def write(
             model = assemble(state, groups, getattr(torch, about.dtype))
             checkpoint.save_weights(output, model, state.gate, about, source.tokenizer, companions)
             return
-        start = replace(source.run.checkpoint, initial=None, initial_optimizer=False)
-        run = replace(source.run, output_dir=str(output), model=state.config, gate=state.gate, checkpoint=start)
+        run = converted_run(source.run, state, output)
         training = _training_state(assemble(state, groups, DTYPES[run.optim.precision]), run, groups)
         adam = {name: _adam_state(name, weight, state) for name, weight in training.model.named_parameters()}
         optimizer_state.load_state(training.optimizer, training.model, adam, about.adam_steps)

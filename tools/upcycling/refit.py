@@ -23,11 +23,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from looplm.cli import require
+from looplm.config import ModelConfig
 from looplm.model import LoopLM
 from pretrain.data import Batch
 from tools.upcycling.model_state import ModelState, assemble
 
 _RIDGE = 1e-3  # λ as a share of the contexts' mean square; 1e-2 is worse on SmolLM2
+
+
+def check_refit(config: ModelConfig, samples: int) -> None:
+    """Raise if a model has several loops: a layer would be fitted before the last layer of the loop before."""
+    loops, fix = config.num_loops, "a layer would be fitted before the last layer of the loop before it; give 0"
+    require(loops == 1 or samples == 0, "refit_samples", samples, f"with model.num_loops={loops} {fix}")
 
 
 @torch.no_grad()
@@ -37,16 +44,11 @@ def refit(
     """Return the converted model with fitted output projections.
 
     Args:
-        before: the model before the conversion, with one loop and no layers outside it.
+        before: the model before the conversion; :func:`check_refit` has accepted it.
         after: the converted model.
         batches: text that both read.
         groups: process groups of a single process.
-
-    Raises:
-        UserError: the model has several loops.
     """
-    loops, fix = before.config.num_loops, "each layer would be fitted before the last layer of the loop before; give 0"
-    require(loops == 1, "refit_samples", len(batches), f"with model.num_loops={loops} {fix}")
     old, new = (_Walk(assemble(state, groups).eval(), batches) for state in (before, after))
     weights = dict(after.weights)
     for number in tqdm(range(before.config.num_layers), unit="layer", disable=not sys.stderr.isatty()):

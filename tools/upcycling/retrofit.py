@@ -83,12 +83,23 @@ def search(
     ranges: Sequence[str],
     scales: Sequence[float],
     loops: int,
+    injection: Injection,
     batches: list[Batch],
     groups: ProcessGroupCollection,
 ) -> Iterator[Trial]:
-    """Yield the losses of each range with each factor, before any training."""
+    """Yield the losses of each range with each factor, before any training.
+
+    Args:
+        source: the dense model.
+        ranges: each as in :func:`retrofit`.
+        scales: factors on what each sublayer in a range adds.
+        loops: number of loops; there is a loss after each.
+        injection: ``model.injection``.
+        batches: text.
+        groups: process groups of a single process.
+    """
     for layers, scale in product(ranges, scales):
-        made = retrofit(source, layers, loops, GateConfig(kind="linear"), residual_scale=scale)
+        made = retrofit(source, layers, loops, GateConfig(kind="linear"), injection, scale)
         losses = measure(made.state, batches, loops, groups)["loss_per_depth"]
         yield Trial(layers, scale, tuple(losses))
 

@@ -41,16 +41,17 @@ def deepen(source: ModelState, layers: int, order: LayerOrder, residual_scale: f
     num_layers = source.config.num_layers
     fix = f"give a multiple of the source's {num_layers}, such as {2 * num_layers}"
     require(layers > num_layers and layers % num_layers == 0, "layers", layers, fix)
+    config = replace(source.config, num_layers=layers)
     origins = [layer % num_layers if order == "stack" else layer * num_layers // layers for layer in range(layers)]
     weights = scale_residual(copy_layers(source.weights, origins), source.config.sandwich_norm, residual_scale)
     moments = None if source.moments is None else copy_layers(source.moments, origins)
     exact = ["embedding, norms, head, gate and every copied layer, with Adam's moments where the source has them"]
     if residual_scale != 1:
         exact[0] += f"; what a sublayer adds is multiplied by {residual_scale:g}"
-    elif order == "stack":
-        exact.append(f"a loop is {layers // num_layers} loops of the source without the loop-end norm between them")
+    elif order == "stack" and config.injection == config.step_embedding == "none":
+        norms = " without the loop-end norm between them" if config.loop_norm == "state" else ""
+        exact.append(f"a loop is {layers // num_layers} loops of the source{norms}")
     approximate = ["the function: no layer was trained in the place of its copy"]
-    config = replace(source.config, num_layers=layers)
     return Upcycled(ModelState(config, source.gate, weights, moments), exact, approximate)
 
 
@@ -84,6 +85,7 @@ def change_loops(source: ModelState, loops: int) -> Upcycled:
     """
     before = source.config.num_loops
     require(loops > 0 and loops != before, "loops", loops, f"give a number above 0 other than the source's {before}")
+    config = replace(source.config, num_loops=loops)
     exact = [f"every weight; hidden states, and so losses, at each of the first {min(before, loops)} depths"]
     if not source.gate.starts_uniform:
         exact.append(f"the gate's chance to leave after each of the first {min(before, loops) - 1} loops")
@@ -103,7 +105,7 @@ def change_loops(source: ModelState, loops: int) -> Upcycled:
         weights[_STEPS] = weights[_STEPS][kept]
         if moments is not None:
             moments[_STEPS] = {name: moment_RD[kept] for name, moment_RD in moments[_STEPS].items()}
-    state = ModelState(replace(source.config, num_loops=loops), source.gate, weights, moments)
+    state = ModelState(config, source.gate, weights, moments)
     return Upcycled(state, exact, [approximate])
 
 

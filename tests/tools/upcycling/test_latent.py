@@ -195,6 +195,14 @@ def test_the_factorization_is_optimal_for_its_second_moment():
     torch.testing.assert_close((weight_NN @ lost_ND @ moment_DD @ lost_ND.mT).trace(), beyond)
 
 
+def test_as_many_samples_are_read_as_are_asked_for(corpus, single_process):
+    sha256 = json.loads((corpus / "valid.manifest.json").read_text())["tokenizer"]["sha256"]
+    for samples, masks in ((1, True), (6, False), (8, True)):
+        batches = read_samples(str(corpus / "valid"), samples, 32, MHA, sha256, single_process, masks_documents=masks)
+        assert sum(len(batch.ids_BS) for batch in batches) == samples
+        assert all((batch.document_start_SB is not None) == masks for batch in batches)
+
+
 def test_second_moments_are_those_of_attentions_input(corpus, single_process):
     state = random_state(MHA)
     record = json.loads((corpus / "valid.manifest.json").read_text())["tokenizer"]
@@ -270,16 +278,20 @@ def test_biases_and_normed_heads_are_refused(key):
 
 
 @pytest.mark.slow
-def test_mistakes_give_a_one_line_error_and_leave_nothing(mha_run, tiny_run, corpus, tmp_path, single_process):
+def test_mistakes_give_a_one_line_error_and_leave_nothing(
+    mha_run, tiny_run, corpus, tmp_path, single_process, monkeypatch
+):
+    for work in ("second_moments", "to_latent", "measure", "refit"):  # all are found before it begins
+        monkeypatch.setattr(f"tools.upcycle.{work}", lambda *_: pytest.fail("work began before the mistake was found"))
     output = f"--output={tmp_path / 'out'}"
     plain = [f"--checkpoint={mha_run.output_dir}", output]
     half = [*plain, "--kv_lora_rank=16"]
     messages = {
         r"checkpoint: 'mla' is not allowed; its attention is latent already": [
-            *(f"--checkpoint={tiny_run}", output, "--kv_lora_rank=4")
+            *(f"--checkpoint={tiny_run}", output, "--kv_lora_rank=4", f"--calibrate={corpus / 'train'}")
         ],
         r"kv_lora_rank: 33 is not allowed; give a number from 1 to the source's hidden_size=32": [
-            *(*plain, "--kv_lora_rank=33")
+            *(*plain, "--kv_lora_rank=33", f"--calibrate={corpus / 'train'}")
         ],
         r"kv_lora_rank: 0 is not": [*plain, "--kv_lora_rank=0"],
         r"qk_rope_head_dim: 12 is not allowed; give a multiple of the head's width 8, up to 32": [
@@ -287,6 +299,11 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(mha_run, tiny_run, cor
         ],
         r"qk_rope_head_dim: 40 is not": [*half, "--qk_rope_head_dim=40"],
         r"nowhere": [*half, "--calibrate=nowhere"],
+        r"elsewhere": [*half, f"--calibrate={corpus / 'train'}", "--data=elsewhere"],
+        r"seq_length: 65 is not": [*half, f"--data={corpus / 'valid'}", "--seq_length=65"],
+        r"refit_samples: 8 is not allowed; with model.num_loops=\d": [
+            *(*half, f"--calibrate={corpus / 'train'}", "--refit_samples=8")
+        ],
         r"kv_lora_rank: required": plain,
     }
     for words, argv in messages.items():

@@ -18,7 +18,7 @@ from tools.upcycle import main
 from tools.upcycling import refit as module
 from tools.upcycling.latent import to_latent
 from tools.upcycling.model_state import ModelState
-from tools.upcycling.refit import fit, refit
+from tools.upcycling.refit import check_refit, fit, refit
 
 pytestmark = pytest.mark.usefixtures("keep_process_groups")
 ONCE = replace(MHA, num_loops=1, num_query_groups=2)
@@ -103,10 +103,13 @@ def test_directions_that_no_token_had_keep_their_weights():
     assert not torch.allclose(found[:, :2], start_DC[:, :2], atol=0.01)
 
 
-def test_a_looped_model_is_refused(single_process):
-    state = random_state(MHA)
-    with pytest.raises(UserError, match=r"^refit_samples: 2 is not allowed; with model.num_loops=\d each layer would"):
-        refit(state, to_latent(state, 16, 8, None).state, batches(), single_process)
+def test_a_looped_model_is_refused():
+    with pytest.raises(
+        UserError, match=r"^refit_samples: 64 is not allowed; with model.num_loops=\d a layer would be f"
+    ):
+        check_refit(MHA, 64)
+    check_refit(MHA, 0)
+    check_refit(ONCE, 64)
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def test_the_search_writes_the_best_range(llama, corpus, tmp_path, capsys, singl
             "--search=[0:2,2:4]",
             "--scales=[0.5]",
             "--gate.kind=linear",
+            "--injection=additive",
             *words,
         ]
     )
@@ -85,6 +86,7 @@ def test_the_search_writes_the_best_range(llama, corpus, tmp_path, capsys, singl
     assert losses == sorted(losses) and len({(trial[0], trial[1]) for trial in trials}) == 6
     opened = checkpoint.open_model(str(tmp_path / "out"), single_process)
     assert opened.model.model_config.prelude_layers == int(trials[0][0].split(":")[0])
+    assert opened.model.model_config.injection == "additive"
     record = json.loads((tmp_path / "out" / "companions" / "upcycle.json").read_text())[-1]
     assert record["after"]["loss_per_depth"][-1] == pytest.approx(losses[0], abs=1e-3)
 
@@ -93,10 +95,17 @@ def test_the_search_writes_the_best_range(llama, corpus, tmp_path, capsys, singl
     ("words", "message"),
     [
         (["--layers=3:9"], "layers: '3:9' is not allowed; give FIRST:END"),
-        (["--layers=1:3", "--search=[0:2]"], "search: .* give --data too"),
+        (["--layers=0:99999999999999999999"], "layers: '0:9+' is not allowed; give FIRST:END"),
+        (["--layers=²:4"], "layers: '²:4' is not allowed; give FIRST:END"),
+        (["--layers=1:3", "--search=[0:2]"], r"search: \['0:2'\] is not allowed; .* give --data too"),
+        (["--layers=1:3", "--scales=[0.5]"], r"scales: \[0.5\] is not allowed; .* give --data too"),
+        (["--layers=1:3", "--search=[0:2,99:100]", "--data={data}"], "search: '99:100' is not allowed; give FIRST:END"),
+        (["--layers=1:3", "--data=nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_one_line(words, message, llama, tmp_path):
+def test_mistakes_are_one_line_before_anything_is_measured(words, message, llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.upcycling.retrofit.measure", lambda *_: pytest.fail("a range was measured before"))
+    words = [word.format(data=corpus / "train") for word in words]
     with pytest.raises(UserError, match=message):
         main(["retrofit", f"--input={llama}", f"--output={tmp_path / 'out'}", "--eos_token=<eos>", *words])
     assert not (tmp_path / "out").exists()
