@@ -83,6 +83,8 @@ class LossConfig:
         for key, plain in (("regularizer", "token"), ("ponder_cost", 0.0)):
             value, fix = getattr(self, key), "it needs stage 1 with loss.weights=gate; leave it out"
             require(self.regularizes or value == plain, f"loss.{key}", value, fix)
+        fix = "it needs loss.weights=gate; leave it out"
+        require(self.weights == "gate" or self.prior == "uniform", "loss.prior", self.prior, fix)
         for key in (*PENALTIES, "latent_stability", "latent_ponder_cost", "backward_loops"):
             value, fix = getattr(self, key), "the gate stage trains the gate alone; leave it out"
             require(not self.frozen_trunk or not value, f"loss.{key}", value, fix)

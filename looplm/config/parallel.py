@@ -95,7 +95,7 @@ class ParallelConfig:
             tied: True if embedding and head are one matrix.
         """
         divided = {**units, "data.seq_length": seq_length} if self.sequence_parallel else units
-        legal = _largest_divisor(self.tensor, divided.values())
+        legal = _nearest_divisor(self.tensor, divided.values())
         for name, value in divided.items():
             fix = f"it must divide {name}={value}; the nearest legal value is {legal}"
             require(value % self.tensor == 0, "parallel.tensor", self.tensor, fix)
@@ -109,7 +109,7 @@ class ParallelConfig:
 
     def _check_pipeline(self, num_layers: int) -> None:
         if self.first_stage_layers is None and self.last_stage_layers is None:
-            legal = _largest_divisor(self.pipeline, [num_layers])
+            legal = _nearest_divisor(self.pipeline, [num_layers])
             fix = f"it must divide model.num_layers={num_layers}; the nearest legal value is {legal}"
             fix += ", or give parallel.first_stage_layers or last_stage_layers"
             require(num_layers % self.pipeline == 0, "parallel.pipeline", self.pipeline, fix)
@@ -129,7 +129,8 @@ class ParallelConfig:
         require(self.context == 1 or seq_length % parts == 0, "data.seq_length", seq_length, fix)
 
 
-def _largest_divisor(limit: int, values: Collection[int]) -> int:
-    """Return the largest number up to ``limit`` that divides every value."""
+def _nearest_divisor(wanted: int, values: Collection[int]) -> int:
+    """Return the number of ranks nearest to ``wanted`` that divides every value; the smaller one of two."""
     common = math.gcd(*values)
-    return max(size for size in range(1, min(limit, common, MAX_RANKS) + 1) if common % size == 0)
+    legal = (size for size in range(1, min(common, MAX_RANKS) + 1) if common % size == 0)
+    return min(legal, key=lambda size: abs(size - wanted))

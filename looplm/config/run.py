@@ -71,7 +71,7 @@ class DataSource:
     weight: float = positive(1.0)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "data.train[]")
+        check_bounds(self, "data source")
 
 
 @dataclass(frozen=True, kw_only=True)

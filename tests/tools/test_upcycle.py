@@ -23,7 +23,7 @@ from tests.support.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_
 from tools.upcycle import main
 from tools.upcycling.measure import read_samples
 from tools.upcycling.model_state import ModelState, assemble, open_source
-from tools.upcycling.structure import change_loops, copy_layers, deepen
+from tools.upcycling.structure import change_gate, change_loops, copy_layers, deepen
 
 pytestmark = pytest.mark.usefixtures("keep_process_groups")
 ORIGINS = {"stack": [0, 1, 0, 1, 0, 1], "interleave": [0, 0, 0, 1, 1, 1]}
@@ -226,6 +226,13 @@ def test_a_run_whose_keys_do_not_fit_the_new_model_becomes_weights_alone(corpus,
 def test_a_stacked_model_claims_to_be_loops_of_the_source_only_where_it_is(changes, sentence):
     made = deepen(ModelState(dataclasses.replace(MODEL, **changes), GateConfig(), {}), 4, "stack")
     assert made.exact[1:] == ([sentence] if sentence else [])
+
+
+def test_a_gate_that_differs_only_in_keys_of_other_kinds_is_the_same():
+    state = ModelState(MODEL, GateConfig(kind="linear"), {})
+    with pytest.raises(UserError, match="kind: 'linear' is not allowed; the source has this gate already"):
+        change_gate(state, GateConfig(kind="linear", state_size=128))
+    assert change_gate(state, GateConfig(kind="mlp")).state.gate.kind == "mlp"
 
 
 @pytest.mark.slow

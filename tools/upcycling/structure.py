@@ -10,7 +10,7 @@ the quickstart's model made twice as deep the loss rose by at most 0.01 nats, ag
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from looplm.cli import require
 from looplm.config import GateConfig
+from looplm.config.model import foreign_keys
 from looplm.model.exit_gate import uniform_offset
 from tools.upcycling.model_state import ModelState, Upcycled
 
@@ -115,7 +116,9 @@ def change_gate(source: ModelState, gate: GateConfig) -> Upcycled:
     Raises:
         UserError: the source has this gate.
     """
-    require(gate != source.gate, "kind", gate.kind, f"the source has this gate already: {source.gate}")
+    read = {spec.name for spec in fields(GateConfig)} - foreign_keys(gate)
+    changed = gate.kind != source.gate.kind or any(getattr(gate, key) != getattr(source.gate, key) for key in read)
+    require(changed, "kind", gate.kind, f"the source has this gate already: {source.gate}")
     moments = None if source.moments is None else _without_gate(source.moments)
     exact = ["the trunk: every weight of it, hidden states and losses at each depth"]
     loops = source.config.num_loops

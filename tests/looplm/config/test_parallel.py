@@ -40,6 +40,11 @@ def test_layers_are_divided_among_pipeline_ranks(keys, layers):
         ({"pipeline": 2, "last_stage_layers": 0}, "parallel.last_stage_layers: 0", "give null or a number above 0"),
         ({"overlap_param_gather": True}, "parallel.overlap_param_gather: True", "without parallel.dist"),
         ({"tensor": 5}, "parallel.tensor: 5", f"it must divide model.num_attention_heads=12; {NEAREST} 4"),
+        (
+            {"tensor": 11, "sequence": False},
+            "parallel.tensor: 11",
+            f"it must divide model.num_attention_heads=12; {NEAREST} 12",
+        ),
         ({"tensor": 2, "sequence": False}, "parallel.sequence: False", "mla"),
         ({"pipeline": 4}, "parallel.pipeline: 4", f"it must divide model.num_layers=6; {NEAREST} 3"),
         ({"pipeline": 2, "first_stage_layers": 6}, "parallel.first_stage_layers: 6", "model.num_layers=6 must leave"),
