@@ -229,10 +229,11 @@ class LatentConfig(FromCheckpoint):
     """Turn plain or grouped attention into multi-head latent attention, by a low-rank factorization.
 
     Args:
-        kv_lora_rank: width of the latent; hidden_size is exact.
+        kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the rotary keys that are kept, a multiple of the head's width; null keeps those of
             all key-value heads, which is exact. One head's width gives the usual form, a single shared key.
-        latent_norm: normalize the latent, as DeepSeek-V3 does; false is exact as soon as it has the rank of the values.
+        latent_norm: normalize the latent, as DeepSeek-V3 does. Then only kv_lora_rank=hidden_size is exact, and a
+            narrow latent loses much; without, it is exact as soon as it has the rank of the values.
         calibrate: prefix of data, --samples of it, for which the factorization is optimal; null uses the weights alone.
         refit_samples: sequences of the same data to which each layer's output projection is fitted afterwards; 0 leaves
             them. 64 of 256 tokens do for a model of width 576; a wider one needs more.
@@ -240,7 +241,7 @@ class LatentConfig(FromCheckpoint):
 
     kv_lora_rank: int
     qk_rope_head_dim: int | None = None
-    latent_norm: bool = True
+    latent_norm: bool = False
     calibrate: str | None = path_field(None)
     refit_samples: int = at_least(0, 0)
 

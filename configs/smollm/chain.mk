@@ -31,7 +31,7 @@ $(SMOL_OK)/latent: $(SMOL_OK)/data
 	$(call phase,smollm 3/8: the dense model and the same with latent attention)
 	@rm -rf $(SMOL)/dense $(SMOL)/latent
 	@$(PY) -m tools.upcycle dense --input $(SMOL)/hf --output $(SMOL)/dense --layers 0:30 --loops 1
-	@$(PY) -m tools.upcycle latent --checkpoint $(SMOL)/dense --output $(SMOL)/latent --latent_norm false \
+	@$(PY) -m tools.upcycle latent --checkpoint $(SMOL)/dense --output $(SMOL)/latent \
 		--kv_lora_rank 192 --qk_rope_head_dim 192 $(SMOL_ON)
 	@touch $@
 

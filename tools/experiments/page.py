@@ -5,6 +5,7 @@ The same experiment and rows give the same bytes, in whatever order the rows com
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from looplm.bounds import require
 from looplm.failures import UserError
@@ -15,6 +16,7 @@ from tools.experiments.findings import Finding, Verdict, claim_of, decide, find
 from tools.experiments.plots import curve_by_arm, curves_of, figure_by_arm, file_name, loss_by_worth, map_by_depth
 from tools.experiments.rows import Arm, Row, arms_of
 from tools.experiments.tables import (
+    Table,
     arms_table,
     comparisons_table,
     markdown,
@@ -66,33 +68,77 @@ def write_page(
     Raises:
         UserError: no final run, runs of an arm that differ in more than the seed, or names that make no file names.
     """
-    require(is_file_name(f"{name}.md"), "name", name, "give the name of a file")
-    rows = sorted(rows, key=lambda row: (row.trial, row.arm, row.lr, row.seed))
-    arms = arms_of(rows)
-    if not arms:
-        raise UserError(f"{name}: no final run is recorded; run the experiment before its report")
-    findings = find(experiment, arms)
-    verdict = decide(experiment, findings)
-    plots = draw(name, experiment, rows, arms, worths)
+    report = Report.of(name, experiment, rows, source=source, command=command, worths=worths)
+    plots = draw(report)
     for file, svg in plots.items():
         write_whole(folder / file, svg)
-    tables = [arms_table(experiment, arms), comparisons_table(findings, arms), sweep_table(experiment, rows, arms)]
-    tables += [worth_table(worths)] if worths else []
-    write_whole(folder / f"{name}.tex", "\n".join(table.latex() for table in tables if table.rows))
-    text = page(name, experiment, rows, findings, verdict, list(plots), source=source, command=command, worths=worths)
-    write_whole(folder / f"{name}.md", text)
-    return verdict
+    write_whole(folder / f"{name}.tex", "\n".join(table.latex() for table in report.tables if table.rows))
+    write_whole(folder / f"{name}.md", page(report, list(plots)))
+    return report.verdict
 
 
-def draw(
-    name: str, experiment: Experiment, rows: Sequence[Row], arms: Mapping[str, Arm], worths: Sequence[Worth] = ()
-) -> dict[str, str]:
+class Report(NamedTuple):
+    """An experiment with all that its page tells.
+
+    Args:
+        name: of the experiment.
+        experiment: what was asked.
+        rows: records of all runs, in a fixed order.
+        arms: those with final runs.
+        findings: the comparisons.
+        verdict: the answer.
+        source: the text of the experiment's YAML file.
+        command: the command that repeats the experiment.
+        worths: what a loop is worth in each series; empty if it is not asked.
+    """
+
+    name: str
+    experiment: Experiment
+    rows: tuple[Row, ...]
+    arms: Mapping[str, Arm]
+    findings: tuple[Finding, ...]
+    verdict: Verdict
+    source: str
+    command: str
+    worths: tuple[Worth, ...]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        experiment: Experiment,
+        rows: Sequence[Row],
+        *,
+        source: str,
+        command: str,
+        worths: Sequence[Worth],
+    ) -> "Report":
+        """Compare the runs; arguments and errors are those of :func:`write_page`."""
+        require(is_file_name(f"{name}.md"), "name", name, "give the name of a file")
+        ordered = tuple(sorted(rows, key=lambda row: (row.trial, row.arm, row.lr, row.seed)))
+        arms = arms_of(ordered)
+        if not arms:
+            raise UserError(f"{name}: no final run is recorded; run the experiment before its report")
+        findings = find(experiment, arms)
+        verdict = decide(experiment, findings)
+        return cls(name, experiment, ordered, arms, findings, verdict, source, command, tuple(worths))
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Tables of arms, comparisons, rates and worth; those that nothing was measured for have no rows."""
+        sweep = sweep_table(self.experiment, self.rows, self.arms)
+        compared = comparisons_table(self.findings, self.arms)
+        return arms_table(self.experiment, self.arms), compared, sweep, worth_table(self.worths)
+
+
+def draw(report: Report) -> dict[str, str]:
     """Return the plots as SVG by file name: one per figure and per curve of those that were measured, then others.
 
     These are the law of what a loop is worth, and a map of the arm that is claimed to be better: its accuracy by level
     and number of loops.
     """
-    final = [row for row in rows if row.trial == "final"]
+    name, experiment, arms, worths = report.name, report.experiment, report.arms, report.worths
+    final = [row for row in report.rows if row.trial == "final"]
     plots = dict[str, str]()
     figures = [figure for figure in experiment.figures if any(arm.values(figure) for arm in arms.values())]
     curves = [curve for curve in experiment.curves if curve in curves_of(final)]
@@ -107,54 +153,44 @@ def draw(
     return plots if stairs is None else plots | {file_name(name, f"{_MAPPED} by level and depth"): stairs}
 
 
-def page(
-    name: str,
-    experiment: Experiment,
-    rows: Sequence[Row],
-    findings: Sequence[Finding],
-    verdict: Verdict,
-    plots: Sequence[str],
-    *,
-    source: str,
-    command: str,
-    worths: Sequence[Worth] = (),
-) -> str:
-    """Return the page in Markdown; ``plots`` are the names of the files beside it, see :func:`write_page`."""
-    arms = arms_of(rows)
-    compared = sum(finding.comparison is not None for finding in findings)
+def page(report: Report, plots: Sequence[str]) -> str:
+    """Return the page in Markdown; ``plots`` are the names of the files beside it."""
+    name, findings, verdict = report.name, report.findings, report.verdict
+    arms, compared, sweep, worth = report.tables
+    count = sum(finding.comparison is not None for finding in findings)
     parts = [
         f"# {markdown(name)}",
-        markdown(experiment.question),
-        f"Claim, fixed before the runs: {markdown(claim_of(experiment.decides))}.",
+        markdown(report.experiment.question),
+        f"Claim, fixed before the runs: {markdown(claim_of(report.experiment.decides))}.",
         f"**{verdict.answer.capitalize()}.** {markdown(verdict.reason)}",
         "## Arms",
-        arms_table(experiment, arms).markdown(),
+        arms.markdown(),
         "## Comparisons",
-        comparisons_table(findings, arms).markdown(),
-        _METHOD.format(count=compared),
+        compared.markdown(),
+        _METHOD.format(count=count),
         _list([f"{finding.title}: {finding.problem}" for finding in findings if finding.problem]),
         _list(_reasons(findings)),
-        *(_worth_section(worths) if worths else ()),
+        *(_worth_section(report.worths, worth) if report.worths else ()),
         "## Learning rates",
-        sweep_table(experiment, rows, arms).markdown() if any(row.trial == "sweep" for row in rows) else "",
-        _list(sweep_problems(rows, arms)),
+        sweep.markdown() if sweep.rows else "",
+        _list(sweep_problems(report.rows, report.arms)),
         "## Plots",
         *(f"![{markdown(file.removeprefix(f'{name}-').removesuffix('.svg'))}]({file})" for file in plots),
         "Bands around curves are 95 % t intervals over seeds." if any("-by-" in file for file in plots) else "",
         _STAIRS if any(file.endswith("-by-level-and-depth.svg") for file in plots) else "",
         "## Runs",
-        f"- command: `{command}`\n{_list(_runs(rows))}",
+        f"- command: `{report.command}`\n{_list(_runs(report.rows))}",
         "## As written before it ran",
-        "\n".join(f"    {line}".rstrip() for line in source.strip().splitlines()),
+        "\n".join(f"    {line}".rstrip() for line in report.source.strip().splitlines()),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def _worth_section(worths: Sequence[Worth]) -> list[str]:
+def _worth_section(worths: Sequence[Worth], table: Table) -> list[str]:
     """Return heading, table and explanation of what a loop is worth."""
     problems = [f"{worth.series}: {worth.problem}" for worth in worths if worth.problem]
     text = _WORTH.format(figure=markdown(worths[0].figure))
-    return ["## Worth of a loop", worth_table(worths).markdown(), text, _list(problems)]
+    return ["## Worth of a loop", table.markdown(), text, _list(problems)]
 
 
 def _reasons(findings: Sequence[Finding]) -> list[str]:

@@ -36,7 +36,7 @@ class Row:
         seed: seed of the run; runs of two arms with the same seed are compared with each other.
         trial: a run of the sweep over learning rates, or one whose figures count.
         lr: learning rate.
-        parameters: number of parameters.
+        parameters: number of parameters without the gate's.
         flops_per_token: training FLOPs of one token, forward and backward.
         steps: optimizer steps.
         tokens: tokens that the run trained on.
@@ -171,7 +171,7 @@ class Arm:
 
     Args:
         name: of the arm.
-        parameters: number of parameters.
+        parameters: number of parameters without the gate's.
         flops_per_token: training FLOPs of one token, a mean over the runs, whose seeds may draw their loops.
         tokens: tokens that each run trained on.
         learning_rates: of the runs; more than one if the arm was tuned for each seed.

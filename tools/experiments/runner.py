@@ -130,7 +130,7 @@ class Runner:
         if (folder / ORDER).exists() and (begun := Order.read(folder).settings) != settings:
             raise UserError(f"{folder}: was begun with other settings ({begun}, now {settings}); remove the folder")
         order.write(folder)
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tools.experiments.unit", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

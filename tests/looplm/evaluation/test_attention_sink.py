@@ -18,9 +18,11 @@ def ids(model: LoopLM):
     return torch.randint(model.model_config.vocab_size, (B, S), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("attention", ["mha", "mla"])
-def test_every_loop_equals_the_oracles_softmax(attention, single_process, monkeypatch):
-    config = replace(MODEL, attention=attention)
+@pytest.mark.parametrize(
+    "changes", [{"attention": "mha"}, {"attention": "mla"}, {"attention": "mha", "num_query_groups": 2}], ids=str
+)
+def test_every_loop_equals_the_oracles_softmax(changes, single_process, monkeypatch):
+    config = replace(MODEL, num_attention_heads=4, **changes)
     model, gate = LoopLM(config, GateConfig(), single_process).eval(), GateConfig()
     shares: list[float] = []
 
