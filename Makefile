@@ -122,9 +122,10 @@ recorded = $(if $(HISTORY),$(PY) -m tools.history $(1) --)
 # ---- quickstart: a finished phase leaves a stamp and is skipped from then on; an interrupted one continues; one whose
 # config has changed is repeated, with all that depends on it
 
-# The stamp of a phase is RUN/.done/PHASE, its output RUN/PHASE.
+# The stamp of a phase is RUN/.done/PHASE, that of its beginning PHASE.begun, its output RUN/PHASE.
 phase  = @echo "== $(1)"; mkdir -p $(@D)
-repeat = @if test -e $@; then rm -rf $@ $(@D:%/.done=%)/$(@F); fi
+repeat = @if test -e $@ || { test -e $@.begun && test -n "$$(find $^ -newer $@.begun)"; }; then \
+		rm -rf $@ $@.begun $(@D:%/.done=%)/$(@F); fi; test -e $@.begun || touch $@.begun
 
 ifdef HISTORY
 quickstart: $(READY)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import train_tiny
 
 from looplm import checkpoint, reference
+from looplm.encoding import encode
 from looplm.megatron import process_groups
 
 TEXT = "def forward(self, x):\n    return self.norm(x)\n"
@@ -29,7 +30,9 @@ def look_at_tiny(text: str, steps: int) -> tuple[list[str], torch.Tensor, torch.
 def look_at_checkpoint(text: str, directory: str) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Return the tokens, the gate's logits [R, S] and the losses [R, S] of a checkpoint."""
     opened = checkpoint.open_model(directory, process_groups.start(seed=0))
-    ids_S = torch.tensor(opened.tokenizer.encode(text).ids)
+    ids_S = torch.tensor(encode(opened.tokenizer, text, opened.about.begin_id))
+    if len(ids_S) < 2:
+        raise SystemExit(f"error: --text: {text!r} has {len(ids_S)} tokens; give a text of at least two")
     with torch.no_grad():
         output = opened.model(ids_S[None, :-1])
         weight_VD = opened.model.head_weight()

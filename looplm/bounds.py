@@ -93,6 +93,19 @@ def expand_path(text: str, key: str) -> str:
     return _VARIABLE.sub(value_of, text)
 
 
+def require_file_place(path: str | None, key: str) -> None:
+    """Raise a :class:`UserError` if no file can be written at ``path``, before the work that makes it; None passes."""
+    if path is None:
+        return
+    place, folder = Path(path), Path(path).parent
+    require(folder.is_dir(), key, path, "its directory does not exist; create it first")
+    require(not place.is_dir(), key, path, "it is a directory; name a file")
+    # A whole file takes the place of what is there: of a link, or of /dev/null if root asks for it.
+    replaceable = not os.path.lexists(place) or (place.is_file() and not place.is_symlink())
+    require(replaceable, key, path, "it is a link or a device; name a file")
+    require(os.access(folder, os.W_OK), key, path, "its directory cannot be written; name another")
+
+
 def check_bounds(config: Any, section: str) -> None:
     """Raise a :class:`UserError` for the first field of ``config`` whose value is out of bounds.
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from looplm.bounds import path_field, positive
+from looplm.bounds import path_field, positive, require_file_place
 from looplm.chat import ANSWERS, ChatTemplate, Message
 from looplm.checkpoint import COMPANION_FOLDER, OpenedModel, open_model
 from looplm.cli import UserError, is_unicode, parse_config, require, run_main
@@ -70,11 +70,11 @@ class GenerateConfig(GenerationConfig):
         super().__post_init__()
         given, fix = [self.prompt, self.prompts, self.interactive], "give one of prompt, prompts and interactive"
         require(sum(map(bool, given)) == 1, "prompt", self.prompt, fix)
-        if self.output is not None:
-            path, fix = Path(self.output), "it belongs to prompt and prompts; leave it out with interactive"
-            require(not self.interactive, "output", self.output, fix)
-            require(path.parent.is_dir(), "output", self.output, "its directory does not exist; create it first")
-            require(not path.is_dir(), "output", self.output, "it is a directory; name a file")
+        fix = "it belongs to prompt and prompts; leave it out with interactive"
+        require(self.output is None or not self.interactive, "output", self.output, fix)
+        require_file_place(self.output, "output")
+        fix = "a conversation begins without it; leave it out with chat"
+        require(not (self.chat and self.add_bos), "add_bos", True, fix)
 
 
 def main(argv: list[str]) -> None:
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     groups = process_groups.start(config.seed)
     try:
         opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
-        generator = Generator.of(opened, False if config.chat and config.add_bos is None else config.add_bos)
+        generator = Generator.of(opened, False if config.chat else config.add_bos)
         printer = Printer(opened.model.model_config.num_loops)
         template = _chat_template(opened) if config.chat else None
         if config.interactive:
@@ -192,7 +192,8 @@ def converse(
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused below, not a traceback
     text, turn, messages = list[int](), 0, list[Message]()
     begin = [] if generator.begin_id is None else [generator.begin_id]
-    room = max(1, generator.model.model_config.max_sequence_length - config.max_new_tokens - len(begin))
+    context = generator.model.model_config.max_sequence_length - len(begin)
+    room = max(1, context - min(config.max_new_tokens, context // 2))  # an answer may end early, a question may not
 
     def encode(words: str) -> list[int]:
         return generator.tokenizer.encode(words, add_special_tokens=False).ids

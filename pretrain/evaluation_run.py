@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from data_pipeline.synthetic.registry import open_task
-from looplm.bounds import at_least, check_bounds, path_field, positive, require
+from looplm.bounds import at_least, check_bounds, path_field, positive, require, require_file_place
 from looplm.checkpoint import ModelDescription
 from looplm.config import DataConfig, DataSource, LoggingConfig, OptimConfig, RunConfig, TaskConfig
 from looplm.failures import UserError
@@ -57,6 +57,7 @@ class EvaluateConfig:
         check_bounds(self, "")
         fix = f"each forward pass reads batch_size={self.batch_size}; give a multiple of it, or another batch_size"
         require(self.samples % self.batch_size == 0, "samples", self.samples, fix)
+        require_file_place(self.output, "output")
         require(bool(self.depth_list), "depths", self.depths, "give whole numbers above 0, such as 1,2,4,8")
         modes = get_args(CacheMode)
         require(set(self.cache_list) <= set(modes), "kv_caches", self.kv_caches, f"give some of {','.join(modes)}")

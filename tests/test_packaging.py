@@ -162,9 +162,22 @@ def test_quickstart_reruns_the_phases_that_depend_on_a_changed_config(checkout: 
     results["stage1"].parent.mkdir()
     results["stage1"].touch()  # written by the phase before it failed; the phase resumes from it
     (checkout / "broken").write_text("")
-    os.utime(checkout / "configs/quickstart/pretrain.yaml")
+    os.utime(checkout / "configs/quickstart/pretrain.yaml", (stamp, stamp))  # not changed since the phase began
     assert make(checkout) == (0, PHASES[1:])
     assert [name for name, path in results.items() if path.exists()] == ["data", "stage1"]
+
+
+@pytest.mark.slow
+def test_a_phase_that_was_interrupted_begins_anew_if_its_config_has_changed_since(checkout: Path) -> None:
+    (checkout / "broken").write_text("pretrain.train\n")
+    assert make(checkout) == (2, PHASES[:2])
+    half = checkout / "runs/quickstart/stage1/half"
+    half.parent.mkdir()
+    half.touch()
+    assert make(checkout) == (2, PHASES[1:2]) and half.exists(), "it continues"
+    begun = (checkout / "runs/quickstart/.done/stage1.begun").stat().st_mtime
+    os.utime(checkout / "configs/quickstart/pretrain.yaml", (begun + 10, begun + 10))
+    assert make(checkout) == (2, PHASES[1:2]) and not half.exists()
 
 
 @pytest.mark.slow
@@ -195,6 +208,9 @@ def test_smollm_installs_its_model_once_and_reruns_what_a_changed_config_needs(c
     conversions, trained = ["tools.upcycle"] * 3, ["pretrain.train", "pretrain.train", "pretrain.evaluate"]
     assert ran[4:] == [*conversions, *trained, "looplm.generate", "pretrain.report"]
     assert make(checkout, "smollm") == (0, [])
+    (checkout / "setup.py").touch()
+    ran = make(checkout, "smollm")[1]
+    assert set(ran) <= {"pip"}, "another environment is no reason to heal the model again"
     stamp = (checkout / "runs/smollm/.done/stage1").stat().st_mtime
     os.utime(checkout / "configs/smollm/gate.yaml", (stamp + 10, stamp + 10))
     assert make(checkout, "smollm") == (0, [*trained[1:], "looplm.generate", "pretrain.report"])

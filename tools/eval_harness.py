@@ -13,7 +13,7 @@ Shapes: S sequence, B batch, D hidden, V vocabulary, R loops.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looplm import checkpoint
-from looplm.bounds import at_least, check_bounds, path_field, positive
+from looplm.bounds import at_least, check_bounds, path_field, positive, require_file_place
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.encoding import encode
@@ -82,10 +82,7 @@ class HarnessConfig:
         require(bool(self.names), "tasks", self.tasks, "name at least one, such as arc_easy,hellaswag")
         path = self.include_path
         require(path is None or Path(path).is_dir(), "include_path", path, "there is no such folder")
-        if self.output is not None:
-            folder = Path(self.output).parent
-            require(folder.is_dir(), "output", self.output, "its directory does not exist; create it first")
-            require(not Path(self.output).is_dir(), "output", self.output, "it is a directory; name a file")
+        require_file_place(self.output, "output")
         self.generation()
 
     @property
@@ -229,21 +226,8 @@ class HarnessModel(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         for key, members in groups.items():
-            settings = dict(normalize_gen_kwargs(json.loads(key)))
-            unknown = sorted(settings.keys() - _GENERATION_KEYS)
-            if unknown:
-                keys = ", ".join(sorted(_GENERATION_KEYS))
-                raise UserError(f"tasks: generation_kwargs: {unknown[0]}: not supported; the keys are {keys}")
-            most = settings["max_gen_toks"]
-            fix = f"give fewer than the model's context of {self._context} tokens in the task's generation_kwargs"
-            require(most < self._context, "tasks: max_gen_toks", most, fix)
-            config = self._config.generation(
-                max_new_tokens=most,
-                temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
-                top_k=settings.get("top_k", 0),
-                top_p=settings.get("top_p", 1.0),
-                stop=tuple(stop for stop in settings["until"] if stop),
-            )
+            config = generation_of(self._config, json.loads(key), self._context)
+            most = config.max_new_tokens
             prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in members]
             self._tell_truncation(sum(len(prompt) > self._context - most for prompt in prompts))
             prompts = [prompt[most - self._context :] for prompt in prompts]
@@ -261,7 +245,7 @@ def main(argv: list[str]) -> None:
     found = step_folder.locate(config.checkpoint)
     about, shape = checkpoint.read_about(found), checkpoint.read_model(found)
     config.generation().exit_rule(shape.model, about.gate_trained)  # raises before the slow search for tasks
-    tasks = find_tasks(config)
+    tasks = find_tasks(config, shape.model.max_sequence_length)
     groups = process_groups.start(seed=0)
     try:
         model = HarnessModel(checkpoint.open_model(str(found), groups, _DTYPES[config.precision]), config)
@@ -277,11 +261,43 @@ def main(argv: list[str]) -> None:
         write_whole(Path(config.output), json.dumps(report, indent=1, default=str) + "\n")
 
 
-def find_tasks(config: HarnessConfig) -> TaskManager:
-    """Return the index of tasks. The harness's own, thousands of files, are only read if a task is not among yours.
+def generation_of(config: HarnessConfig, kwargs: Mapping[str, Any], context: int) -> GenerationConfig:
+    """Return a task's settings of generation.
+
+    Args:
+        config: depth, exit threshold, cache and batch size.
+        kwargs: the task's generation_kwargs.
+        context: most tokens of a text.
 
     Raises:
-        UserError: there is no such task, or its data cannot be loaded.
+        UserError: a key is not supported, or the answer alone would fill the context.
+    """
+    settings = dict(normalize_gen_kwargs(dict(kwargs)))
+    unknown = sorted(settings.keys() - _GENERATION_KEYS)
+    if unknown:
+        keys = ", ".join(sorted(_GENERATION_KEYS))
+        raise UserError(f"tasks: generation_kwargs: {unknown[0]}: not supported; the keys are {keys}")
+    most = settings["max_gen_toks"]
+    fix = f"give fewer than the model's context of {context} tokens in the task's generation_kwargs"
+    require(most < context, "tasks: max_gen_toks", most, fix)
+    return config.generation(
+        max_new_tokens=most,
+        temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
+        top_k=settings.get("top_k", 0),
+        top_p=settings.get("top_p", 1.0),
+        stop=tuple(stop for stop in settings["until"] if stop),
+    )
+
+
+def find_tasks(config: HarnessConfig, context: int) -> TaskManager:
+    """Return the index of tasks. The harness's own, thousands of files, are only read if a task is not among yours.
+
+    Args:
+        config: names of the tasks, and your own folder.
+        context: most tokens of a text; answers of a task that generates must be shorter.
+
+    Raises:
+        UserError: there is no such task, its data cannot be loaded, or it generates in a way that is not supported.
     """
     for defaults in (False, True):
         manager = TaskManager(include_path=config.include_path, include_defaults=defaults)
@@ -292,9 +308,12 @@ def find_tasks(config: HarnessConfig) -> TaskManager:
         fix = "`lm_eval ls tasks` lists the harness's own, include_path adds yours"
         raise UserError(f"tasks: {missing[0]}: no such task; {fix}")
     try:
-        manager.load(config.names)
+        tasks = manager.load(config.names)["tasks"]
     except (OSError, ValueError) as error:  # a missing file, an unreachable hub or a damaged task
         raise UserError(f"tasks: {config.tasks}: cannot be loaded: {' '.join(str(error).split())}") from error
+    for task in tasks.values():  # all kinds of requests before the first is made: scoring would be lost
+        if task.OUTPUT_TYPE == "generate_until":
+            generation_of(config, task.config.generation_kwargs or {}, context)
     return manager
 
 

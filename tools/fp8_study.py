@@ -19,7 +19,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from looplm.bounds import check_bounds, non_empty, path_field
-from looplm.cli import parse_config, require, run_main
+from looplm.cli import parse_config, require, run_main, to_dict
+from looplm.config import RunConfig
 from tools.studies.study import Study, markdown_table
 
 # In order of interest.
@@ -70,7 +71,11 @@ class Run(NamedTuple):
 def main(argv: list[str]) -> None:
     """``python -m tools.fp8_study [--seeds [1,2,3]] [--variants [bf16,hybrid-tensorwise]]``"""
     config = parse_config(StudyConfig, argv, prog="python -m tools.fp8_study", description=str(__doc__))
-    study, runs = Study(Path(config.output_dir), {"recipe": config.recipe}, Run), list[Run]()
+    recipe = parse_config(RunConfig, ["--config", config.recipe], prog="", description="")
+    validates = recipe.logging.eval_every > 0 and bool(recipe.data.valid)
+    require(validates, "recipe", config.recipe, "it validates nothing; give it data.valid and logging.eval_every")
+    settings = {"recipe": config.recipe, "keys": to_dict(recipe)}
+    study, runs = Study(Path(config.output_dir), settings, Run), list[Run]()
     for variant, seed in tqdm(list(plan(config)), unit="run", disable=None):
         name = f"{variant}_seed{seed}"
         run = study.earlier(name) or study.complete(name, train(config.recipe, study.folder / name, variant, seed))
@@ -102,7 +107,6 @@ def train(recipe: str, folder: Path, variant: str, seed: int) -> Run:
         sys.exit(f"error: {variant}, seed {seed}, ended with status {code}; see {folder / 'log.txt'}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss_per_loop"] for row in rows if row["kind"] == "valid"]
-    assert losses, f"{folder}: no validation; does the recipe have data.valid?"
     return Run(variant, seed, losses[-1][-1], losses[-1], round((time.monotonic() - begin) / 60, 2))
 
 

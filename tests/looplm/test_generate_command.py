@@ -136,6 +136,28 @@ def test_a_conversation_drops_its_oldest_text_and_survives_an_interrupted_answer
     assert asked[2][-4:] == [65, *newline, *TOKENIZER.encode("z").ids, *newline]
 
 
+def test_a_question_is_read_although_a_whole_answer_would_not_fit(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers usually end early. The context has 128 tokens, as many as the default answer."""
+    type_lines(monkeypatch, "x" * 40)
+    command.main([checkpoint, "--interactive=true", "--max_new_tokens=128", "--temperature=0"])
+    shown = capsys.readouterr()
+    assert "no longer fit" not in shown.err and "87 tokens, " in shown.out
+
+
+def test_a_conversation_has_no_second_beginning(checkpoint: str) -> None:
+    with pytest.raises(UserError, match="add_bos: True is not allowed; a conversation begins without it"):
+        command.main([checkpoint, "--prompt=a", "--chat=true", "--add_bos=true"])
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "{tmp}/link", "{tmp}/nowhere/x", "{tmp}"])
+def test_samples_take_the_place_of_no_device_link_or_folder(checkpoint: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=r"output: .* is not allowed; (it is|its directory)"):
+        command.main([checkpoint, "--prompt=a", f"--output={place.format(tmp=tmp_path)}"])
+
+
 def open_with(monkeypatch: pytest.MonkeyPatch, generator: Generator, about: About) -> None:
     for module in (command, library):
         monkeypatch.setattr(module, "open_model", lambda *_: Opened(generator.model, about))

@@ -78,7 +78,7 @@ def test_variants_are_compared_seed_by_seed_and_a_repeated_command_resumes(train
     assert losses == LOSSES and len(report["runs"]) == 4
     assert "| hybrid-tensorwise | 4.0200 | 4.9500 | 4.4850 | -0.25%, -1.00% |" in (tmp_path / "table.md").read_text()
     with pytest.raises(UserError, match=r"settings\.json: belongs to a study with other settings"):
-        main([*argv, "--recipe", "another.yaml"])
+        main([*argv, "--recipe", "configs/longer/../quickstart/pretrain.yaml"])
 
 
 def test_a_table_may_have_gaps():
@@ -99,3 +99,22 @@ def test_a_table_may_have_gaps():
 def test_bad_input_gives_a_one_line_error(keys, message):
     with pytest.raises(UserError, match=message):
         StudyConfig(**keys)
+
+
+def test_a_recipe_that_validates_nothing_is_refused_before_it_trains(tmp_path, trainer):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path("configs/quickstart/pretrain.yaml").read_text().replace("eval_every: 60", "eval_every: 0"))
+    with pytest.raises(UserError, match=r"recipe: .*recipe.yaml' is not allowed; it validates nothing"):
+        main(["--recipe", str(recipe), "--output_dir", str(tmp_path / "study")])
+    assert not trainer.commands
+
+
+def test_results_of_a_recipe_that_has_changed_since_are_not_continued(tmp_path, trainer, monkeypatch):
+    monkeypatch.setattr(study, "git_revision", lambda: "abc")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path("configs/quickstart/pretrain.yaml").read_text())
+    command = ["--recipe", str(recipe), "--output_dir", str(tmp_path / "study"), "--seeds", "[1]"]
+    main([*command, "--variants", "[bf16]"])
+    recipe.write_text(recipe.read_text().replace("lr: 2.5e-3", "lr: 5.0e-3"))
+    with pytest.raises(UserError, match="belongs to a study with other settings"):
+        main([*command, "--variants", "[bf16]"])

@@ -101,3 +101,9 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(UserError, match=r"parts: 'speeds' is not allowed; give some of environment, parity"):
         gpu_check.main(["--parts", "[speeds]"])
+
+
+def test_a_record_that_could_not_be_written_is_refused_before_the_check(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output: .*file' is not allowed; it is a file; name a folder"):
+        gpu_check.main(["--device=cpu", f"--output={tmp_path / 'file'}"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from looplm.cli import UserError
 from looplm.files import sha256_of
 from tools import history
 
@@ -56,3 +57,24 @@ def test_the_figures_of_the_quickstart_and_the_bench(tmp_path: Path, monkeypatch
     assert history.result("quickstart", "== quickstart 1/6: data\n") == "4.558 4.411"
     assert history.result("bench", "  ok      speed   1.06   ≥ 1.05\n11 of 18 aims met\n") == "11 of 18 aims met"
     assert history.result("bench", "killed before its end\n") == ""
+
+
+def test_an_unknown_name_is_refused_before_the_command_runs(table: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    with pytest.raises(UserError, match="NAME: 'tests' is not allowed; give one of test, faults, quickstart, bench"):
+        history.record("tests", [sys.executable, "-c", f"open({str(made)!r}, 'w')"])
+    assert not made.exists()
+
+
+def test_rows_that_cannot_be_read_are_left_out_of_the_plot_and_stay_in_the_table(table: Path) -> None:
+    table.write_text(f"{HEAD}2026-01-01,abc,make test,12.5,7 passed,2 cores\n2026-01-02,abc,make test,60,7 passed,2 c")
+    assert history.record("test", say("7 passed")) == 0
+    assert len(table.read_text().splitlines()) == 4 and len(history.read_rows()) == 3
+    table.unlink()
+    assert history.record("test", say("8 passed")) == 0
+    assert [row["result"] for row in history.read_rows()] == ["8 passed"], "a new table has a header"
+
+
+def test_a_table_without_rows_has_no_plot(table: Path) -> None:
+    with pytest.raises(UserError, match=r"history.csv: has no row with seconds; restore it from git"):
+        history.plot()

@@ -148,3 +148,15 @@ def test_a_step_that_fails_is_reported_with_its_rank() -> None:
     (rehearsal,) = rehearse([dataclasses.replace(plan, config=config)], jobs=1)
     assert rehearsal.faults[0].startswith("rank 3 (pipeline 1, data 1, context 0, tensor 0): TypeError: ")
     assert "looplm/model/norms.py" in rehearsal.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("place", "fix"), [("", "it is a directory"), ("nowhere/x.json", "its directory does not exist")]
+)
+def test_figures_that_could_not_be_written_are_refused_before_the_rehearsal(
+    place: str, fix: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(to_dict(small_run(PIPELINE_DATA, 4))))
+    with pytest.raises(UserError, match=f"json: .* is not allowed; {fix}"):
+        main(["--config", str(config), "--gpus", "4", "--json", str(tmp_path / place)])

@@ -19,7 +19,7 @@ from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.megatron import process_groups
 from tools.bench import pipeline
-from tools.bench.early_exit import bench_exit, random_workload, trained_workload
+from tools.bench.early_exit import bench_exit, check_workload, random_workload, trained_workload
 from tools.bench.generation import bench_decode
 from tools.bench.head import bench_head
 from tools.bench.memory import bench_recompute
@@ -55,16 +55,21 @@ def main(argv: list[str]) -> None:
     """``python -m tools.bench``"""
     config = parse_config(BenchConfig, argv, prog="python -m tools.bench", description=str(__doc__))
     recipe = parse_config(RunConfig, ["--config", config.recipe], prog="", description="")
+    if config.checkpoint is not None and "decoding" in config.parts:
+        check_workload(config.checkpoint)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {processor()}")
     groups = process_groups.start(recipe.seed)
+    figures = list[Figure]()
     try:
-        figures = list(_measured(config, recipe, groups))
-    finally:
-        process_groups.stop()
-    if "pipeline" in config.parts:
-        pipeline.launch(config.repeats)
-    if figures:
-        print_verdicts(figures)
+        try:
+            figures.extend(_measured(config, recipe, groups))
+        finally:
+            process_groups.stop()
+        if "pipeline" in config.parts:
+            pipeline.launch(config.repeats)
+    finally:  # a part that fails does not cost the verdicts of those before it
+        if figures:
+            print_verdicts(figures)
 
 
 def _measured(config: BenchConfig, recipe: RunConfig, groups: ProcessGroupCollection) -> Iterator[Figure]:

@@ -22,9 +22,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from looplm import checkpoint
-from looplm.checkpoint import OpenedModel
+from looplm.bounds import require
+from looplm.checkpoint import OpenedModel, step_folder
 from looplm.config import GateConfig, ModelConfig
 from looplm.evaluation.cached import Text, decode_texts, texts_of
+from looplm.failures import UserError
 from looplm.inference.depth_batch import DepthBatch, ExitedTokens
 from looplm.inference.early_exit import ExitDecider, ExitDecision, ExitRule
 from looplm.inference.kv_cache import CacheMode
@@ -55,6 +57,19 @@ class Workload:
     rule: ExitRule  # when tokens exit by the gate
     depths: Sequence[Sequence[int]] | None = None  # for each text and position, repeated; None if the gate decides
     opened: OpenedModel | None = None  # the checkpoint of the model; None if it is untrained
+
+
+def check_workload(directory: str) -> None:
+    """Raise a :class:`UserError` if a checkpoint has no validation text that is long enough to decode.
+
+    It opens no weights, so it can stand in front of measurements that take long.
+    """
+    step = step_folder.locate(directory)
+    run = checkpoint.read_config(step)
+    if run is None or not run.data.valid:
+        raise UserError(f"checkpoint: {step} was trained without data.valid; give one of a run that has it")
+    fix = f"its validation samples are too short for {PROMPT} + {NEW} tokens; give a checkpoint of longer ones"
+    require(run.data.seq_length >= PROMPT + NEW, "checkpoint", str(step), fix)
 
 
 def trained_workload(directory: str, groups: ProcessGroupCollection) -> Workload:

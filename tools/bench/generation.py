@@ -27,7 +27,7 @@ from tools.bench.timing import PrepareRun, print_speeds, rates
 
 LANES, ENTRIES = 16, 512
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=NEW)
-DRAFTED = replace(GREEDY, speculate=3, draft_depth=2)
+DRAFTS = 3  # tokens that are drafted at a time
 
 
 def bench_decode(workload: Workload, repeats: int) -> None:
@@ -41,17 +41,18 @@ def bench_decode(workload: Workload, repeats: int) -> None:
         for rows in BATCHES:
             contenders = _generators(workload, exported, [prompts[row % len(prompts)] for row in range(rows)])
             print_speeds(f"batch {rows}, against Hugging Face", rates(contenders, rows * NEW, repeats))
-        generations = endless_generator(model).generate(prompts[: max(BATCHES)], DRAFTED)
-        drafted, accepted = (sum(getattr(one, key) for one in generations) for key in ("drafted", "accepted"))
-        kept = f"{accepted} of {drafted} drafted tokens are accepted, {accepted / drafted:.0%}"
-        print(f"  {kept} ({DRAFTED.speculate} at a time, by {DRAFTED.draft_depth} loops)")
+        if (config := _drafted(model)) is not None:
+            generations = endless_generator(model).generate(prompts[: max(BATCHES)], config)
+            drafted, accepted = (sum(getattr(one, key) for one in generations) for key in ("drafted", "accepted"))
+            kept = f"{accepted} of {drafted} drafted tokens are accepted, {accepted / drafted:.0%}"
+            print(f"  {kept} ({DRAFTS} at a time, by {config.draft_depth} loops)")
     if model.model_config.attention == "mla":
         title = f"one layer's attention, {LANES} tokens over {ENTRIES} entries"
         print_speeds(title, rates(_attentions(model), LANES, repeats))
 
 
 def _caches(model: LoopLM, prompts: list[list[int]]) -> dict[str, PrepareRun]:
-    """Return decoding without a cache, with one, and with drafts."""
+    """Return decoding without a cache, with one, and with drafts if there are loops to leave out."""
 
     @torch.no_grad()
     def decode_without_cache() -> None:
@@ -60,11 +61,18 @@ def _caches(model: LoopLM, prompts: list[list[int]]) -> dict[str, PrepareRun]:
             h_1D = model(torch.tensor([ids], device=device.DEVICE)).hidden[-1][-1]
             ids.append(int(F.linear(h_1D, model.head_weight()).argmax()))
 
-    return {
+    ways: dict[str, PrepareRun] = {
         "without a cache": lambda: decode_without_cache,
         "with a cache": _generation(model, prompts, GREEDY),
-        "and drafts": _generation(model, prompts, DRAFTED),
     }
+    drafted = _drafted(model)
+    return ways if drafted is None else ways | {"and drafts": _generation(model, prompts, drafted)}
+
+
+def _drafted(model: LoopLM) -> GenerationConfig | None:
+    """Return decoding with drafts of at most two loops; None for a model of one loop."""
+    loops = model.model_config.num_loops
+    return replace(GREEDY, speculate=DRAFTS, draft_depth=min(2, loops - 1)) if loops > 1 else None
 
 
 def _export(opened: OpenedModel, folder: Path) -> Any:

@@ -1,7 +1,7 @@
 """Measure a pipeline's bubble: loops as virtual stages against loop by loop, both compared with their formulas.
 
     torchrun --nproc-per-node 2 -m tools.bench.pipeline
-    torchrun --nproc-per-node 4 -m tools.bench.pipeline --repeats 9
+    torchrun --nproc-per-node 4 -m tools.bench.pipeline --micro_batches "[4,8]"
 
 Each rank is a process with one thread. Both schedules run the same views of the same model on the same micro-batches,
 and are timed in turns; tests check that their losses and gradients are equal. The bubble is the time that a step takes

@@ -60,9 +60,11 @@ def tiny_recipe(recipe: RunConfig) -> RunConfig:
 
 def _resized(recipe: RunConfig, batch: tuple[int, int], **model: Any) -> RunConfig:
     size, length = batch
-    data = replace(recipe.data, seq_length=length, micro_batch_size=size, global_batch_size=size)
-    model = {"attention": "mha", "num_loops": 4, "max_sequence_length": length, **model}
-    return replace(recipe, data=data, model=replace(recipe.model, **model))
+    data = replace(recipe.data, seq_length=length, micro_batch_size=size, global_batch_size=size, rampup=None)
+    sizes = ("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads")
+    model = {key: getattr(recipe.model, key) for key in sizes} | model
+    shape = ModelConfig(attention="mha", num_loops=4, max_sequence_length=length, **model)
+    return replace(recipe, data=data, model=shape, loss=LossConfig(beta=recipe.loss.beta))
 
 
 def bench_training(recipe: RunConfig, repeats: int) -> Iterator[Figure]:
@@ -171,7 +173,7 @@ def _plain_step(recipe: RunConfig) -> Step:
 
 
 def _product_shapes(model: ModelConfig) -> list[tuple[int, int]]:
-    """Return the shapes of the weights that one loop of plain attention multiplies with."""
+    """Return the shapes of the weights that one loop multiplies with; attention has a key head for each query head."""
     width, feed = model.hidden_size, model.ffn_hidden_size
     block = [(3 * width, width), (width, width), (2 * feed, width), (width, feed)]
     return block * model.num_layers + [(model.vocab_size, width)]

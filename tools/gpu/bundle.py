@@ -42,14 +42,21 @@ Report = Sequence[Mapping[str, Any]]  # of pip: each package's metadata
 
 
 def build(folder: Path, constraints: Path, engine: bool) -> Path:
-    """Rebuild ``folder`` and return the archive beside it.
+    """Build ``folder`` and the archive beside it, which is returned; an earlier bundle there is replaced.
 
     Args:
-        folder: of the bundle; what it holds is deleted.
+        folder: of the bundle.
         constraints: the pins.
         engine: also bundle Transformer Engine, which is larger than all the rest.
+
+    Raises:
+        UserError: ``folder`` holds something that is not a bundle.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    is_bundle = all((folder / name).exists() for name in (INSTALL, "wheels", "requirements.txt"))
+    if folder.exists() and not is_bundle:
+        raise UserError(f"output: {folder} exists and is not a bundle; name a new folder")
+    whole, folder = folder, folder.parent / f".{folder.name}.partial" / folder.name
+    shutil.rmtree(folder.parent, ignore_errors=True)
     (folder / "wheels").mkdir(parents=True)
     own = [line for line in requirements() if Requirement(line).name != PLOTS]
     report = resolve([*own, *(ENGINE_NEEDS if engine else ())], constraints)
@@ -62,10 +69,14 @@ def build(folder: Path, constraints: Path, engine: bool) -> Path:
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in lines))
     copy_source(folder / "source")
     shutil.copy(Path(__file__).with_name(INSTALL), folder / INSTALL)
-    archive = folder.with_name(f"{folder.name}.tar.gz")
+    packed = folder.with_name(f"{folder.name}.tar.gz")
     # Wheels are compressed already.
-    with tarfile.open(archive, "w:gz", compresslevel=1) as file:
+    with tarfile.open(packed, "w:gz", compresslevel=1) as file:
         file.add(folder, arcname=folder.name)
+    shutil.rmtree(whole, ignore_errors=True)
+    folder.rename(whole)
+    archive = packed.replace(whole.with_name(packed.name))
+    folder.parent.rmdir()
     return archive
 
 

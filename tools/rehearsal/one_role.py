@@ -3,7 +3,7 @@
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,8 +163,6 @@ def rehearsed_config(config: RunConfig, ranks: int, micro_batches: int) -> RunCo
     return replace(config, data=replace(config.data, global_batch_size=samples, rampup=None))
 
 
-def enough_micro_batches(config: RunConfig, available: Iterable[int] | int) -> int:
+def enough_micro_batches(config: RunConfig, available: int) -> int:
     """Return the micro-batches of a step after which a longer one repeats itself: the pipeline is full twice."""
-    pipeline = config.parallel.pipeline
-    most = available if isinstance(available, int) else max(available)
-    return min(most, 2 * pipeline)
+    return min(available, 2 * config.parallel.pipeline)

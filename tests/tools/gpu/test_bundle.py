@@ -71,3 +71,22 @@ def test_another_python_is_refused_before_anything_is_installed(tmp_path: Path) 
     done = subprocess.run(["sh", str(script), sys.executable], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 2 and "is not Python 3.12" in done.stderr
     assert not list((tmp_path / "source").iterdir())
+
+
+def test_only_a_bundle_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped --output would otherwise be deleted, with all that it holds."""
+    monkeypatch.setattr(bundle, "resolve", lambda *_: [])
+    monkeypatch.setattr(bundle, "download", lambda *_, **__: None)
+    monkeypatch.setattr(bundle, "copy_source", lambda folder: folder.mkdir())
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.tex").touch()
+    with pytest.raises(UserError, match=r"output: .*work exists and is not a bundle; name a new folder"):
+        bundle.build(tmp_path / "work", tmp_path / "constraints.txt", engine=False)
+    assert (tmp_path / "work/thesis.tex").exists()
+    for _ in range(2):  # new, and in place of an earlier one
+        archive = bundle.build(tmp_path / "bundle", tmp_path / "constraints.txt", engine=False)
+        assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == [
+            *("install.sh", "requirements.txt", "source", "wheels")
+        ]
+    assert archive == tmp_path / "bundle.tar.gz"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.tar.gz", "work"]
