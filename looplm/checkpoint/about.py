@@ -184,9 +184,11 @@ def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
     The message names the first key that differs.
     """
     about, saved = read_about(step), read_model(step)
+    # A step embedding has a vector for each loop; tools.upcycle changes their number.
+    loops = {"num_loops"} if "none" not in (model.step_embedding, saved.model.step_embedding) else set[str]()
     for section, ours, theirs in (("model", model, saved.model), ("gate", gate, saved.gate)):
-        found = _shaping(theirs)
-        for key, want in _shaping(ours).items():
+        found = _shaping(theirs, loops)
+        for key, want in _shaping(ours, loops).items():
             have = found.get(key)
             if have != want:
                 raise UserError(
@@ -201,17 +203,15 @@ def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
     return about
 
 
-def _shaping(config: ModelConfig | GateConfig) -> dict[str, object]:
-    """Return the keys that shape weights, without those of other kinds of attention and gate.
+def _shaping(config: ModelConfig | GateConfig, too: set[str]) -> dict[str, object]:
+    """Return the keys that shape weights, and those of ``too``, without those of other kinds of attention and gate.
 
     A null that stands for a derived number is replaced by that number.
     """
     values = dataclasses.asdict(config)
     if isinstance(config, ModelConfig):
         values |= {"num_query_groups": config.query_groups, "head_dim": config.attention_head_dim}
-    free = CHANGEABLE | foreign_keys(config)
-    if isinstance(config, ModelConfig) and config.step_embedding != "none":
-        free -= {"num_loops"}  # there is a vector for each; tools.upcycle changes it
+    free = (CHANGEABLE | foreign_keys(config)) - too
     return {key: value for key, value in values.items() if key not in free}
 
 

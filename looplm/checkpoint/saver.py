@@ -78,7 +78,7 @@ class Saver:
         companions = Path(self._config.output_dir) / COMPANION_FOLDER
         state = sharded_state(training, is_loading=False)
         config = to_dict(self._config)
-        self._saving = Saving(final, state, config, about, tokenizer, companions, after, self._writer)
+        self._saving = Saving(final, state, config, about, tokenizer, companions, after, self._writer, True)
         if not self._config.checkpoint.in_background:
             self.close()
 

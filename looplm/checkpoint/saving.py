@@ -40,6 +40,7 @@ class Saving:
         companions: a folder to copy, if it exists.
         after: called in the process that has published the checkpoint.
         writer: takes the job, and others later; None writes in this process, in :meth:`advance`.
+        owns_folder: all that is beside ``final`` is this run's, and what a failure leaves half done there is mended.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class Saving:
         companions: Path | None = None,
         after: Callable[[], None] | None = None,
         writer: Writer | None = None,
+        owns_folder: bool = False,
     ) -> None:
-        self.final = final
+        self.final, self._owns_folder = final, owns_folder
         folder = process_groups.on_rank_0(lambda: _create(final))
         files: dict[str, Content] = {}
         if process_groups.is_rank_0():
@@ -138,7 +140,8 @@ class Saving:
         if process_groups.is_rank_0():
             with suppress(OSError):
                 step_folder.discard_partial(self.final)
-                step_folder.recover(self.final.parent)
+                if self._owns_folder:
+                    step_folder.recover(self.final.parent)
 
     def _end_writer(self) -> None:
         if self._writer is not None:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import looplm.checkpoint.optimizer_state as optimizer_state
 import looplm.checkpoint.step_folder as step_folder
-from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_model
+from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_config, read_model
 from looplm.checkpoint.contents import check_size
 from looplm.checkpoint.memory import own_storage
 from looplm.checkpoint.saving import Saving
@@ -157,6 +157,9 @@ def load_optimizer(step: Path, training: TrainingState, config: RunConfig) -> No
         raise UserError(f"{where} holds weights alone, no moments; {fix}")
     if about.objective == "adaptive_gate" != objective:
         raise UserError(f"{where} holds moments of the gate alone, loss.objective={objective} trains all; {fix}")
+    before = read_config(step)
+    if before is not None and config.loss.trains_gate and not before.loss.trains_gate:
+        raise UserError(f"{where} holds no moments of the gate, which loss.weights={before.loss.weights} froze; {fix}")
     dtype = str(training.model.config.params_dtype).removeprefix("torch.")
     if about.dtype not in ("", dtype):
         raise UserError(f"{where} was trained in {about.dtype}, this stage in {dtype}; change optim.precision or {fix}")

@@ -13,7 +13,9 @@ are folders that are not complete, or no longer:
 
 import json
 import os
+import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from glob import escape
@@ -42,8 +44,10 @@ def create_partial(final: Path) -> Path:
 
 def discard_partial(final: Path) -> None:
     """Remove the folders of :func:`create_partial` that were not published."""
+    own = re.compile(rf"\.{re.escape(final.name)}\.([0-9a-f]{{8}}\.)?partial")  # not those of a longer name
     for partial in final.parent.glob(f".{escape(final.name)}.*partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+        if own.fullmatch(partial.name):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(partial: Path, final: Path, files: Mapping[str, Fingerprint]) -> None:
@@ -133,6 +137,8 @@ def delete_after(final: Path) -> None:
 def locate(directory: str) -> Path:
     """Return the complete step directory that ``directory`` is or contains. Collective, as :func:`newest` is.
 
+    A newer one that is damaged is named on standard error.
+
     Raises:
         UserError: there is no checkpoint, or the one named is damaged.
     """
@@ -152,6 +158,8 @@ def _locate(path: Path) -> Path:
         raise UserError(
             f"{path}: no whole checkpoint here{reason}; give a training directory or a step directory of one"
         )
+    for fault in faults:
+        print(f"note: {fault}", file=sys.stderr)
     return found
 
 

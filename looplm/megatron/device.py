@@ -34,6 +34,13 @@ def rng_state() -> dict[str, torch.Tensor]:
     return {**states, "cuda": torch.cuda.get_rng_state()} if HAS_CUDA else states
 
 
+def rng_state_of(seed: int) -> torch.Tensor:
+    """Return the state that this device's random number generator has when it is seeded; it keeps its own."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if HAS_CUDA else []):
+        torch.cuda.manual_seed(seed)
+        return torch.cuda.get_rng_state()
+
+
 def set_rng_state(states: dict[str, torch.Tensor]) -> None:
     """Restore a state that :func:`rng_state` returned."""
     torch.set_rng_state(states["cpu"])

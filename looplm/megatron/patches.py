@@ -2,8 +2,8 @@
 
 | patch | without it | upstream |
 |---|---|---|
-| ``device="cuda"``, ``.cuda()`` and ``torch.cuda`` calls mean the CPU | Megatron-core needs a GPU | none known |
 | ``multi_latent_attention.HAVE_TE`` is False | MLA without Transformer Engine fails | NVIDIA/Megatron-LM#3764 |
+| ``device="cuda"``, ``.cuda()`` and ``torch.cuda`` calls mean the CPU | Megatron-core needs a GPU | none known |
 | ``mlp.bias_swiglu_impl`` is our function | fused SwiGLU compiles C++ when training starts | none known |
 | ``tensor_parallel.layers.F.embedding`` is our function | its gradient has V rows, most of them 0 | none known |
 | handles of ``isend`` are kept for a while | pipelines on gloo hang | pytorch/gloo#308 |
@@ -11,7 +11,7 @@
 | results of checkpoint writers go through a plain queue | the first save spawns a process, in seconds | none known |
 | objects in checkpoints are loaded with ``weights_only`` | a shard's pickle may run code | none known |
 
-The first five apply only without a GPU (:func:`install`), the sixth only without Transformer Engine.
+The first and the sixth apply only without Transformer Engine, the four between only without a GPU (:func:`install`).
 """
 
 import functools
@@ -66,9 +66,14 @@ _sends: deque[Any] = deque(maxlen=SENDS_KEPT)
 
 
 def install() -> None:
-    """Make checkpoints safe to read, and Megatron-core run without a GPU; the latter does nothing on CUDA or twice."""
+    """Make checkpoints safe to read, and Megatron-core run without Transformer Engine, and without a GPU.
+
+    The last does nothing on CUDA or twice.
+    """
     filesystem_async._results_queue = SimpleQueue[Any]()
     DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign,assignment]
+    if not HAS_TRANSFORMER_ENGINE:
+        multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
     if _installed or HAS_CUDA:
         return
     cuda: Any = torch.cuda
@@ -79,8 +84,6 @@ def install() -> None:
     cuda.manual_seed = torch.manual_seed  # one generator serves both: random numbers for "CUDA" come from the CPU's
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    if not HAS_TRANSFORMER_ENGINE:
-        multi_latent_attention.HAVE_TE = False  # True by mistake; Megatron-core then fails in isinstance(x, None)
     mlp.bias_swiglu_impl = swiglu
     layers.F = SimpleNamespace(**(vars(F) | {"embedding": lookup}))
     _keep_sends_alive()

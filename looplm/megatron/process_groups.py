@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    _MODEL_PARALLEL_RNG_TRACKER_NAME as _OF_RANK,
+)
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 
 from looplm.config import ParallelConfig
 from looplm.failures import Failure, Hang
@@ -74,11 +80,21 @@ def lost_peer(error: RuntimeError) -> Hang | None:
 def seeded(part: str) -> Iterator[None]:
     """Make random numbers depend only on the job's seed and ``part``, so that weights do not depend on the layout.
 
-    This applies to the CPU's generator; a GPU's random numbers differ between tensor-parallel layouts.
+    This applies to the CPU's generator. Modules that draw on a GPU take a tensor-parallel rank's own generator, which
+    is seeded here too: its numbers differ between tensor-parallel layouts, but no two parts of a model are alike.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((torch.initial_seed() + zlib.crc32(part.encode())) % 2**63)
-        yield
+    seed = (torch.initial_seed() + zlib.crc32(part.encode())) % 2**63
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    if _OF_RANK in states:
+        own = (seed + 1 + parallel_state.get_tensor_model_parallel_rank()) % 2**63
+        tracker.set_states({**states, _OF_RANK: device.rng_state_of(own)})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        tracker.set_states(states)
 
 
 def reset() -> None:

@@ -80,7 +80,8 @@ def transformer_config(
         "bias_activation_fusion": True,  # on a CPU it is looplm.megatron.swiglu
         "bias_dropout_fusion": HAS_CUDA,
         "masked_softmax_fusion": HAS_CUDA,
-        "use_cpu_initialization": not HAS_CUDA,
+        # On the CPU, weights do not depend on the layout. Transformer Engine draws its own on the GPU.
+        "use_cpu_initialization": not HAS_CUDA or engine.transformer_impl == "local",
         "perform_initialization": initialize,
         **_fp8_settings(engine),
     }

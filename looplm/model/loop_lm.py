@@ -144,7 +144,7 @@ class LoopLM(LanguageModule):
                     gather_output=False,
                     tp_group=groups.tp,
                 )
-        self.to(next(self.decoder.parameters()).device)
+        self.to(DEVICE)
 
     @property
     def shape(self) -> ModelConfig:

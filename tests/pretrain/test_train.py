@@ -186,7 +186,9 @@ def test_moments_that_do_not_fit_raise(corpus, tmp_path, single_process):
     run(run_config(corpus, tmp_path / "stage1"))
     start: dict[str, Any] = {"initial": str(tmp_path / "stage1")}
     run(run_config(corpus, tmp_path / "gate", loss={"objective": "adaptive_gate"}, checkpoint=start))
+    run(run_config(corpus, tmp_path / "last", loss={"weights": "last"}))
     cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "holds no moments of the gate, which loss.weights=last froze; leave it false": ("last", {}),
         "was trained in float32, this stage in bfloat16": ("stage1", {"precision": "bf16"}),
         "moments of the gate alone": ("gate", {}),
     }

@@ -214,7 +214,7 @@ if not HAS_COMMON:
     text="A damaged or hostile checkpoint is not opened; a run falls back to the one before and says so",
     expected="the fault by name; naming it is refused; no code runs",
 )
-def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run, name, record_property):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run, name, record_property, capsys):
     damage, words = DAMAGES[name]
     folder = run / "checkpoints"
     damage(folder / NEWEST)
@@ -223,6 +223,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run, name, r
     assert len(said) == 1 and said[0].startswith(f"{folder / NEWEST}: ") and words in said[0]
     assert said[0].endswith("; falling back to the checkpoint before it") and "\n" not in said[0]
     assert not (folder / MARK).exists(), "code of the checkpoint ran"
+    assert step_folder.locate(str(run)) == folder / BEFORE
+    assert capsys.readouterr().err == f"note: {said[0]}\n", "who names a run learns that its newest step is not used"
     if name != "step is a link":  # a link that the user names is the user's
         with pytest.raises(UserError) as raised:
             step_folder.locate(str(folder / NEWEST))
@@ -323,6 +325,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {  # what a resumed run changes, a
     "other gate": ({"gate": {"kind": "linear"}}, "gate.kind="),
     "gate state": ({"gate": {"state_size": 4}}, "gate.state_size=8, this run has 4"),
     "other attention": ({"model": {"attention": "mha"}}, "model.attention=mla, this run has mha"),
+    "step embedding": ({"model": {"step_embedding": "learned"}}, "model.step_embedding=none, this run has learned"),
 }
 
 

@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from looplm import reference
+from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM, LoopOutput
@@ -88,6 +89,12 @@ def seed() -> Iterator[None]:
         yield
 
 
+def test_the_whole_model_is_on_the_device_wherever_its_parts_are_made(single_process):
+    with torch.device("cpu"):
+        model = LoopLM(MLA, LRU, single_process)
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {DEVICE.type}
+
+
 def build(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, dtype=torch.float32) -> LoopLM:
     """Return a model in which every parameter matters: no norm is 1, and no read-out is 0.
 
@@ -158,6 +165,10 @@ def test_outputs_loss_and_gradients_equal_the_oracle(case: str, packed: bool, si
     their_params = oracle_copy(params)
     ids_BS, labels_SB, mask_SB = batch()
     document_start_SB = documents() if packed else None
+    if packed and config.latent_reads_positions:
+        with pytest.raises(UserError, match="its latents would read the document before"):
+            model(ids_BS, document_start_SB=document_start_SB)
+        return
 
     output = model(ids_BS, document_start_SB=document_start_SB)
     theirs = reference.forward(their_params, config, gate, ids_BS, document_start_SB=document_start_SB)
