@@ -5,24 +5,22 @@
     python -m tools.replay runs/mine/stage1 --step 12345 --weights runs/mine/stage1/checkpoints/step_00012000
 
 The first form takes a file that a run has written because a loss or gradient was not finite. The second takes any step
-of a run, also one before a loss spike. Weights are those that the failed run has kept for this purpose, or the newest
-checkpoint's before the step. One process computes every sample of the step, whatever the layout of the run was, and
-prints the loss and the norm of the hidden state after each loop, the gradient's norm in each module, and the text. For
-a sample with NaN or inf it names the module, loop and position where the first one arises.
+of a run, also one before a loss spike; if a rollback made the run repeat the step, its last attempt. Weights are those
+that the failed run has kept for this purpose, or the newest checkpoint's before the step. One process computes every
+sample of the step, in as many loops as the step ran, whatever the layout of the run was. It prints the loss and the
+norm of the hidden state after each loop, the gradient's norm in each module, and the text. For a sample with NaN or inf
+it names the module, loop and position where the first one arises.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer
-from torch import Tensor, nn
 
 from looplm import checkpoint
 from looplm.bounds import path_field
@@ -31,6 +29,8 @@ from looplm.cli import UserError, from_dict, parse_config, positional, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
+from looplm.model.latent_reasoning import weigh_penalties
+from looplm.yaml_text import read_yaml
 from pretrain.data import (
     Batch,
     BatchSchedule,
@@ -40,9 +40,12 @@ from pretrain.data import (
     data_order,
     micro_batches,
 )
+from pretrain.health import FAILURES
+from pretrain.loops import loops_of_step
 from pretrain.norms import MODULES, LoopNorms, module_of
 from pretrain.optim import DTYPES, freeze_trunk
 from pretrain.step import loop_losses, objective
+from tools.first_fault import Fault, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class ReplayConfig:
     Args:
         path: a file in the folder failures of a training directory, or a training directory.
         step: with a training directory: the step to replay.
-        weights: a step directory to take the weights from; null chooses it.
+        weights: a step directory before the step, or one of another run, to take the weights from; null chooses it.
         characters: characters of each document that are printed.
     """
 
@@ -62,27 +65,24 @@ class ReplayConfig:
     characters: int = 160
 
 
+class Weights(NamedTuple):
+    """Weights to replay with, and a text that says where they come from."""
+
+    folder: Path | None  # None: none exists, the run starts from its initial ones
+    origin: str
+    about: About | None = None  # None: the run has not written them
+
+
 class Target(NamedTuple):
     """A step to replay: its run, and the samples in the order of the run's data, from first to before last."""
 
     run: Path
     step: int
     samples: range
-    weights: Path | None  # None: none exists, the run starts from its initial ones
-    about: About | None  # of the weights
+    weights: Weights
+    about: About | None  # of one of the run's checkpoints, if it has any
+    undone: tuple[range, ...] = ()  # samples of earlier attempts at the step, which rollbacks have undone
     what: str = ""  # what the run said
-
-
-class Fault(NamedTuple):
-    """Place of the first value that is not finite."""
-
-    what: str  # output or gradient of the output
-    module: str
-    loop: int  # from 1
-    position: int  # in the sample
-
-    def __str__(self) -> str:
-        return f"the {self.what} of {self.module} in loop {self.loop} at position {self.position}"
 
 
 class Replayed(NamedTuple):
@@ -115,9 +115,10 @@ def find(options: ReplayConfig) -> Target:
     """Return the step that the options name.
 
     Raises:
-        UserError: the file is not a run's, or the directory has no such step.
+        UserError: the file is not a run's, the directory has no such step, or the weights have already done it.
     """
     path, step, kept, what = options.path, options.step, None, ""
+    samples: range | None = None
     if path.is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -129,37 +130,96 @@ def find(options: ReplayConfig) -> Target:
                 f"{path}: not a file about a failed step ({type(error).__name__}: {error}); {fix}"
             ) from error
         run, samples = path.resolve().parent.parent, range(first, stop)
-    elif step is None or step < 1:
-        raise UserError(f"--step: {step} is not a step of {path}; give its number, from 1")
     else:
-        run, samples = path, None
-    weights, about = _weights(run, step, options.weights or kept)
-    if samples is None:
-        samples = _samples_of(_read_config(run), step, about)
-    return Target(run, step, samples, weights, about, what)
+        run, steps = path, _read_config(path).optim.train_steps
+        if step is None or not 1 <= step <= steps:
+            fix = f"give its number, from 1 to optim.train_steps={steps}"
+            raise UserError(f"--step: {step} is not a step of {path}; {fix}")
+    weights = _weights(run, step, options.weights or kept)
+    about = weights.about
+    if about is None or (samples is None and about.step >= step):  # kept weights: their position is after the step
+        before = _newest(run, step - 1)
+        about = None if before is None else checkpoint.read_about(before)
+    if samples is not None:
+        return Target(run, step, samples, weights, about, what=what)
+    *undone, samples = _attempts(_read_config(run), step, about, _skipped(run))
+    return Target(run, step, samples, weights, about, tuple(undone))
 
 
-def _weights(run: Path, step: int, named: str | None) -> tuple[Path | None, About | None]:
+def _weights(run: Path, step: int, named: str | None) -> Weights:
     """Return the weights to replay with: those that are named, or else the newest before the step."""
-    if named is not None:
-        found = step_folder.locate(named)
+    found, about, done = _newest(run, step - 1) if named is None else step_folder.locate(named), None, 0
+    if found is None:
+        initial = _read_config(run).checkpoint.initial
+        if initial is None:
+            return Weights(None, "the run's initial weights")
+        found = step_folder.locate(initial)
     else:
-        newest = step_folder.newest(run / "checkpoints", print, step - 1)
-        if newest is None:
-            initial = _read_config(run).checkpoint.initial
-            return (None if initial is None else step_folder.locate(initial)), None
-        found = newest
-    return found, checkpoint.read_about(found)
+        about, folder = checkpoint.read_about(found), found.resolve().parent
+        failed = folder == (run / FAILURES).resolve()
+        if not failed and folder != _checkpoints(run).resolve():
+            return Weights(found, f"{found} (not of this run; of step {about.step} of another)")
+        done = about.step - failed  # a failed step leaves the weights as they were before it
+        if done >= step:
+            fix = "give a step directory before it, or leave --weights out"
+            raise UserError(f"--weights: {found} already includes step {step}, which is to be replayed; {fix}")
+    exact = "the step's own" if done == step - 1 else f"{step - 1 - done} steps before this one"
+    return Weights(found, f"{found} ({exact})", about)
 
 
-def _samples_of(config: RunConfig, step: int, about: About | None) -> range:
-    """Return the samples of a step, counted on from a checkpoint before it."""
+def _checkpoints(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def _newest(run: Path, up_to: int) -> Path | None:
+    return step_folder.newest(_checkpoints(run), print, up_to)
+
+
+def _attempts(
+    config: RunConfig, step: int, about: About | None, windows: Iterable[tuple[int, int]]
+) -> tuple[range, ...]:
+    """Return the samples of each of the run's attempts at a step; the last attempt is the one that counts.
+
+    A window begins at the position to which its rollback returned, and ends at that of the spike's end. So it tells
+    which steps ran before the rollback, which ran after it, and which ran twice.
+
+    Args:
+        config: the run's.
+        step: its number.
+        about: of a checkpoint before the step, from which steps are counted; None counts from the first.
+        windows: samples that each rollback has skipped, from first to before last, in the order of the rollbacks.
+    """
     schedule = BatchSchedule(config.data, 1)
-    done, consumed, skipped = (0, 0, ()) if about is None else (about.step, about.samples, about.health.skipped_samples)
+    done, consumed = (0, 0) if about is None else (about.step, about.samples)
     for _ in range(done, step - 1):
         consumed += schedule.at(consumed)[1]
-    first = consumed + sum(stop - start for start, stop in skipped)
-    return range(first, first + schedule.at(consumed)[1])
+    size, found, skipped, start = schedule.at(consumed)[1], list[range](), 0, 0
+    for first, stop in windows:
+        if start <= consumed < stop - skipped:
+            found.append(range(consumed + skipped, consumed + skipped + size))
+        start, skipped = first - skipped, skipped + stop - first
+    if start <= consumed:
+        found.append(range(consumed + skipped, consumed + skipped + size))
+    return tuple(found)
+
+
+def _skipped(run: Path) -> list[tuple[int, int]]:
+    """Return the samples that each rollback has skipped. A checkpoint knows of those before it, metrics.jsonl of all.
+
+    A checkpoint to which the run has returned does not know of that rollback.
+    """
+    steps = step_folder.steps_in(_checkpoints(run))
+    newest = next((step for step in steps if step_folder.find_fault(step, deep=False) is None), None)
+    found = [] if newest is None else list(checkpoint.read_about(newest).health.skipped_samples)
+    log = run / "metrics.jsonl"
+    if log.is_file():
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if '"kind": "rollback"' in line:
+                    with suppress(ValueError, KeyError, TypeError):  # half a line, of a process that was killed
+                        first, stop = json.loads(line)["skipped_samples"]
+                        found.append((int(first), int(stop)))
+    return list(dict.fromkeys(found))
 
 
 def _read_config(run: Path) -> RunConfig:
@@ -167,8 +227,10 @@ def _read_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path}: is missing; give a training directory, or a file of its folder failures")
-    config = from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
-    return replace(config, parallel=ParallelConfig(), data=replace(config.data, micro_batch_size=1, num_workers=0))
+    config = from_dict(RunConfig, read_yaml(str(path)).values, where=str(path))
+    engine = replace(config.engine, fp8_params=False)  # they need a distributed optimizer, and no checkpoint has them
+    data = replace(config.data, micro_batch_size=1, num_workers=0)
+    return replace(config, parallel=ParallelConfig(), engine=engine, data=data)
 
 
 def replay(
@@ -176,17 +238,14 @@ def replay(
 ) -> list[Replayed]:
     """Compute and print every sample of the step."""
     model = LoopLM(config.model, config.gate, groups, DTYPES[config.optim.precision], engine=config.engine)
-    origin = "the run's initial weights"
-    if target.weights is not None:
-        about = checkpoint.load_weights(target.weights, model, config.gate)
-        steps = target.step - 1 - about.step if target.about is not None else target.step - 1
-        exact = "the step's own" if target.weights.parent.name == "failures" else f"{steps} steps before this one"
-        origin = f"{target.weights} ({exact})"
+    if target.weights.folder is not None:
+        checkpoint.load_weights(target.weights.folder, model, config.gate)
     if config.loss.frozen_trunk:
         freeze_trunk(model)
+    weigh_penalties(model, config.loss)
     model.train()
-    print(f"{target.run}, step {target.step}: samples {target.samples[0]}-{target.samples[-1]}\nweights: {origin}")
-    print(f"in the run: {target.what}\n" if target.what else "")
+    loops = loops_of_step(config, target.step - 1)
+    print("\n".join(_heading(target, config, loops)))
 
     tokenizer = Tokenizer.from_buffer(corpus.tokenizer_json)
     horizon = _horizon(config, target.about)
@@ -194,7 +253,7 @@ def replay(
     batches = micro_batches(train_set, config.data, target.samples.start, 0, 1)
     norms, found = LoopNorms(model), list[Replayed]()
     for sample, batch in zip(target.samples, batches, strict=False):
-        result = _compute(model, norms, batch, config)
+        result = _compute(model, norms, batch, config, loops)
         found.append(result)
         print(f"sample {sample}  loss {result.loss:.4f}  per loop {_numbers(result.loss_per_loop)}")
         print(f"  hidden state's rms before the loop-end norm, per loop: {_numbers(result.hidden_rms)}")
@@ -216,23 +275,41 @@ def replay(
     return found
 
 
+def _heading(target: Target, config: RunConfig, loops: int) -> Iterator[str]:
+    """Yield what is replayed, line by line."""
+    yield f"{target.run}, step {target.step}: samples {_span(target.samples)}"
+    if target.undone:
+        undone = ", then ".join(map(_span, target.undone))
+        yield f"attempt {len(target.undone) + 1} at this step; undone by rollbacks: samples {undone}"
+    if config.loss.varies_loops:
+        yield f"loops of this step: {loops} of {config.model.num_loops}"
+    yield f"weights: {target.weights.origin}"
+    if target.what:
+        yield f"in the run: {target.what}"
+    yield ""
+
+
+def _span(samples: range) -> str:
+    return f"{samples[0]}-{samples[-1]}"
+
+
 def _horizon(config: RunConfig, about: About | None) -> int:
     if about is not None and about.horizon_samples:
         return about.horizon_samples
     return config.data.horizon_samples or BatchSchedule(config.data, 1).samples_of(config.optim.train_steps)
 
 
-def _compute(model: LoopLM, norms: LoopNorms, batch: Batch, config: RunConfig) -> Replayed:
-    """Run one sample forward and backward, watching every module."""
-    norms.restart()
+def _compute(model: LoopLM, norms: LoopNorms, batch: Batch, config: RunConfig, loops: int) -> Replayed:
+    """Run one sample forward and backward in that many loops, watching every module."""
+    norms.restart(loops)
     norms.forget_recomputed()
     model.zero_grad(set_to_none=True)
-    watch, tokens = _Watch(model, batch.ids_BS.size(1)), batch.mask_SB.sum().clamp(min=1)
+    watch, tokens = Watch(model, batch.ids_BS.size(1)), batch.mask_SB.sum().clamp(min=1)
     with watch:
-        losses = loop_losses(model, batch, config.loss, norms=norms)
+        losses = loop_losses(model, batch, config.loss, loops, norms, loops)
         watch.look("loss", "the head", losses.token_loss_RSB)
-        mean = objective(config.loss, losses, batch.mask_SB) / tokens
-        mean.backward()
+        total = objective(config.loss, losses, batch.mask_SB)
+        total.backward()  # a sum over the tokens, as in training: the penalties of latents are added to its gradients
     squares = dict.fromkeys(MODULES, 0.0)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -240,56 +317,12 @@ def _compute(model: LoopLM, norms: LoopNorms, batch: Batch, config: RunConfig) -
     size = batch.ids_BS.numel() * config.model.hidden_size
     return Replayed(
         tokens=int(batch.mask_SB.sum()),
-        loss=mean.item(),
+        loss=(total / tokens).item(),
         loss_per_loop=((losses.token_loss_RSB * batch.mask_SB).flatten(1).sum(1) / tokens).tolist(),
-        hidden_rms=[(found[0].double().square() / size).sqrt().item() for found in norms.hidden],
-        grad_norms={module: square**0.5 for module, square in squares.items() if square != 0},
+        hidden_rms=[(found[0].double().square() / size).sqrt().item() for found in norms.hidden[:loops]],
+        grad_norms={module: square**0.5 / tokens.item() for module, square in squares.items() if square != 0},
         fault=watch.fault,
     )
-
-
-class _Watch:
-    """Hooks on every module, which find the first output, or else the first gradient, that is not finite.
-
-    A module that is called again belongs to the next loop. Backward starts at the last loop's end, so the first
-    gradient found is the one closest to the loss.
-    """
-
-    def __init__(self, model: nn.Module, length: int) -> None:
-        self._model, self._length, self._hooks = model, length, list[Any]()
-        self.fault: Fault | None = None
-
-    def __enter__(self) -> None:
-        for name, module in self._model.named_modules():
-            if not list(module.children()):
-                self._hooks.append(module.register_forward_hook(partial(self._after, name, count(1))))
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def look(self, what: str, name: str, value: Tensor, loop: int | None = None) -> None:
-        """Note the place of the first number that is not finite; without ``loop``, loops are the first dimension."""
-        if self.fault is not None or bool(value.isfinite().all()):
-            return
-        place = (~value.isfinite()).nonzero()[0].tolist()
-        position = place[value.shape.index(self._length)] if self._length in value.shape else 0
-        self.fault = Fault(what, name, place[0] + 1 if loop is None else loop, position)
-
-    def _after(self, name: str, calls: "count[int]", module: nn.Module, inputs: Any, output: Any) -> None:
-        loop = next(calls)
-        for value in _tensors(output):
-            self.look("output", name, value, loop)
-            if value.requires_grad:
-                value.register_hook(partial(self.look, "gradient of the output", name, loop=loop))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _documents(batch: Batch, tokenizer: Tokenizer, characters: int) -> Iterator[str]:
