@@ -192,6 +192,11 @@ class BatchSchedule:
         for key, value in sizes.items():
             require(value % unit == 0, key, value, f"give a multiple of {parts} = {unit}")
         self._data, self._samples_per_microbatch = data, data.micro_batch_size * data_parallel_size
+        self._pipeline = pipeline
+
+    def validation(self, samples: int) -> int:
+        """Return micro-batches per rank that read at least ``samples`` samples and fill the pipeline evenly."""
+        return -(-samples // (self._samples_per_microbatch * self._pipeline)) * self._pipeline
 
     def at(self, consumed_samples: int) -> tuple[int, int]:
         """Return micro-batches per rank and samples over all ranks for the step that starts at ``consumed_samples``."""
@@ -201,9 +206,8 @@ class BatchSchedule:
             size = ramp.start + (consumed_samples * rises // ramp.samples) * ramp.increment
         return size // self._samples_per_microbatch, size
 
-    def samples_of(self, steps: int) -> int:
-        """Return the samples that the first ``steps`` steps consume."""
-        consumed = 0
+    def samples_of(self, steps: int, consumed: int = 0) -> int:
+        """Return the samples that are consumed ``steps`` steps after ``consumed`` were."""
         for _ in range(steps):
             consumed += self.at(consumed)[1]
         return consumed

@@ -6,7 +6,16 @@ from typing import Literal, get_args
 from data_pipeline.synthetic.registry import open_task
 from looplm.bounds import at_least, check_bounds, path_field, positive, require, require_file_place
 from looplm.checkpoint import ModelDescription
-from looplm.config import DataConfig, DataSource, LoggingConfig, OptimConfig, RunConfig, TaskConfig
+from looplm.config import (
+    DataConfig,
+    DataSource,
+    EngineConfig,
+    LoggingConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TaskConfig,
+)
 from looplm.failures import UserError
 from looplm.inference.early_exit import ExitSignal, check_signal
 from looplm.inference.kv_cache import CacheMode
@@ -58,6 +67,8 @@ class EvaluateConfig:
         fix = f"each forward pass reads batch_size={self.batch_size}; give a multiple of it, or another batch_size"
         require(self.samples % self.batch_size == 0, "samples", self.samples, fix)
         require_file_place(self.output, "output")
+        fix = "a task is made while it is measured; leave out one of valid and task"
+        require(self.task is None or self.valid is None, "valid", self.valid, fix)
         require(bool(self.depth_list), "depths", self.depths, "give whole numbers above 0, such as 1,2,4,8")
         modes = get_args(CacheMode)
         require(set(self.cache_list) <= set(modes), "kv_caches", self.kv_caches, f"give some of {','.join(modes)}")
@@ -144,7 +155,8 @@ def _text_run(config: EvaluateConfig, trained: RunConfig | None, stored: ModelDe
         trained = RunConfig(output_dir=folder, data=data, optim=optim, **stored._asdict())
     data = replace(trained.data, task=None, train=valid, seq_length=config.seq_length or trained.data.seq_length)
     data = replace(data, valid=valid, micro_batch_size=rows, global_batch_size=rows, rampup=None)
-    return replace(trained, data=data, logging=replace(trained.logging, eval_samples=config.samples))
+    logging, layout = LoggingConfig(eval_samples=config.samples), ParallelConfig()  # not those of the training
+    return replace(trained, data=data, logging=logging, parallel=layout, engine=EngineConfig())
 
 
 def _task_run(

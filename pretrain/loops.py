@@ -1,6 +1,7 @@
 """Number of loops of each training step (``loss.loop_onset``, ``loss.sampled_loops``).
 
-It depends on the run's seed and the step alone, so all ranks agree, and a resumed run repeats it.
+It depends on the run's seed, its number of steps and the step alone, so all ranks agree, and a resumed run repeats it.
+A run that is extended moves its onset: give ``loss.loop_onset`` the same number of steps as a share of the new one.
 """
 
 import math

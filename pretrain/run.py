@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from looplm import checkpoint
 from looplm.chat import TEMPLATE_FILE
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
-from looplm.cli import to_dict
+from looplm.cli import require, to_dict
 from looplm.config import RunConfig
 from looplm.evaluation.dynamics import LoopDynamics, loop_dynamics
 from looplm.files import write_whole, writing
@@ -47,19 +47,19 @@ class Run:
         self._schedule = BatchSchedule(config.data, groups.dp.size(), config.parallel.pipeline)
         checkpoint.prepare(config)
         self._saver = checkpoint.Saver(config)
+        own = self._newest_of_its_own()
         watchdog.start_up("model")
-        self._trainer, self._initial = build(config, groups)
+        self._trainer, self._initial = build(config, groups, resumes=own is not None)
         watchdog.start_up("checkpoint")
-        state = self._trainer.state
         initial = None if self._initial is None else checkpoint.read_about(self._initial)
-        resumes = config.checkpoint.resume
-        self._resumed = checkpoint.resume(self._folder / "checkpoints", state, config, print) if resumes else None
+        self._resumed = None if own is None else checkpoint.resume(own, self._trainer.state, config)
         refuse_other_data(config, corpus, self._resumed, initial)
         watchdog.start_up("data index")
-        self._total_samples = self._schedule.samples_of(config.optim.train_steps)
+        self._total_samples = self._samples_of_the_run()
         self._progress = Progress.start(config, self._total_samples, self._resumed, initial)
         self._batches = self._training_batches()
-        samples = max(config.logging.eval_samples, config.data.micro_batch_size * groups.dp.size())
+        self._validated = self._schedule.validation(config.logging.eval_samples)  # micro-batches on each rank
+        samples = self._validated * config.data.micro_batch_size * groups.dp.size()
         self._valid_set = build_valid_set(config.data, corpus, samples, config.seed, index_cache(config))
 
     def begin(self) -> bool:
@@ -155,13 +155,11 @@ class Run:
         return True
 
     def _validate(self) -> None:
-        """Record the statistics of ``logging.eval_samples`` validation sequences, the same ones every time."""
+        """Record the statistics of the validation samples, the same ones every time."""
         if self._valid_set is None:
             return
         self._watchdog.enter(f"validation after step {self._progress.step}")
-        samples_at_once = self._config.data.micro_batch_size * self._groups.dp.size()
-        count = max(1, self._config.logging.eval_samples // samples_at_once)
-        stats = self._trainer.evaluate_until(self._stop.agree, self._validation_batches(), count)
+        stats = self._trainer.evaluate_until(self._stop.agree, self._validation_batches(), self._validated)
         if stats is None:
             self._log.say(f"validation cut short by {self._stop.asked}; it is repeated when the run continues")
         else:
@@ -200,6 +198,34 @@ class Run:
 
     # ---- parts of the start
 
+    def _newest_of_its_own(self) -> Path | None:
+        """Return the checkpoint from which the run goes on, if it has one.
+
+        Raises:
+            UserError: an earlier run's steps are here, and this one shall not go on with them: later commands would
+                take the one with the highest number.
+        """
+        folder = self._folder / "checkpoints"
+        if self._config.checkpoint.resume:
+            return step_folder.newest(folder, print)
+        used = process_groups.on_rank_0(lambda: bool(step_folder.steps_in(folder)))
+        fix = f"{folder} holds steps of an earlier run; remove them, or give a new output_dir"
+        require(not used, "checkpoint.resume", False, fix)
+        return None
+
+    def _samples_of_the_run(self) -> int:
+        """Return the samples up to the last step: those of a resumed run, and what the steps that are left consume.
+
+        Raises:
+            UserError: the run has more steps behind it.
+        """
+        steps = self._config.optim.train_steps
+        if self._resumed is None:
+            return self._schedule.samples_of(steps)
+        fix = f"{self._folder} has trained {self._resumed.step} steps; give at least as many"
+        require(self._resumed.step <= steps, "optim.train_steps", steps, fix)
+        return self._schedule.samples_of(steps - self._resumed.step, self._resumed.samples)
+
     def _training_batches(self) -> Iterator[Batch]:
         """Return this rank's micro-batches from the run's position on."""
         progress, rank, ranks = self._progress, self._groups.dp.rank(), self._groups.dp.size()
@@ -221,6 +247,12 @@ class Run:
         yield f"{self._folder}: {begins} step {step} of {config.optim.train_steps}"
         if config.logging.eval_every and self._valid_set is None:
             yield f"logging.eval_every: {config.logging.eval_every} has no effect, because data.valid is empty"
+        samples = self._validated * config.data.micro_batch_size * self._groups.dp.size()
+        if self._valid_set is not None and samples != config.logging.eval_samples:
+            yield (
+                f"logging.eval_samples: {config.logging.eval_samples} becomes {samples}, so that every rank of this "
+                "layout reads whole micro-batches"
+            )
         if config.engine.emulated:
             yield (
                 f"EMULATED: engine.fp8={config.engine.fp8}. Linear layers round their operands and multiply in fp32; "
@@ -234,15 +266,22 @@ class Run:
         write_whole(self._folder / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
         own = self._folder / COMPANION_FOLDER
         if self._initial is not None and (self._initial / COMPANION_FOLDER).is_dir() and not own.exists():
+            partial = own.with_name(f".{own.name}.partial")
             with writing(own):
-                shutil.copytree(self._initial / COMPANION_FOLDER, own)
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(self._initial / COMPANION_FOLDER, partial)
+                partial.rename(own)
         if self._corpus.chat_template is not None:  # an export then says how to talk to the model
             write_whole(own / TEMPLATE_FILE, self._corpus.chat_template)
 
 
-def build(config: RunConfig, groups: ProcessGroupCollection) -> tuple[Trainer, Path | None]:
-    """Return the trainer, and the checkpoint from which weights (optionally also Adam's moments) were loaded."""
-    initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
+def build(config: RunConfig, groups: ProcessGroupCollection, *, resumes: bool = False) -> tuple[Trainer, Path | None]:
+    """Return the trainer, and the checkpoint from which weights (optionally also Adam's moments) were loaded.
+
+    A run that resumes needs none: the stage before it may be gone by then.
+    """
+    name = None if resumes else config.checkpoint.initial
+    initial = None if name is None else step_folder.locate(name)
     return build_trainer(config, groups, initial), initial
 
 

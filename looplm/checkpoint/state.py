@@ -79,15 +79,12 @@ def save_weights(
     Saving(final, {"model": sharded_weights(model)}, config, about, tokenizer, companions).wait()
 
 
-def resume(folder: Path, training: TrainingState, config: RunConfig, say: Callable[[str], None]) -> About | None:
-    """Load the newest complete checkpoint of ``folder`` into ``training``; return None without one.
+def resume(found: Path, training: TrainingState, config: RunConfig) -> About:
+    """Load one of a run's own checkpoints into ``training``, so that the run goes on.
 
     Raises:
         UserError: the checkpoint's weights have other shapes, or another training stage wrote it.
     """
-    found = step_folder.newest(folder, say)
-    if found is None:
-        return None
     about = check_fit(found, config.model, config.gate)
     if step_folder.step_name(about.step) != found.name:
         raise UserError(f"{found}: its about.json is that of step {about.step}; remove this step directory")

@@ -213,10 +213,11 @@ class LoggingConfig:
 
     Args:
         log_every: steps between lines of metrics.jsonl and TensorBoard points.
-        eval_every: steps between validations; 0 never validates.
-        eval_samples: sequences of a validation.
-        dynamics_samples: of these, sequences on which a validation also looks at the loops themselves: attention on the
-            first token, and the spectral radius of each loop (24 backward passes); 0 does not look.
+        eval_every: steps between validations; 0 validates only after the last step. Without data.valid there are none.
+        eval_samples: samples of a validation; rounded up to whole micro-batches on every rank.
+        dynamics_samples: of these, samples (at least one on each rank) on which a validation also looks at the loops
+            themselves: attention on the first token, and the spectral radius of each loop (24 backward passes); 0 does
+            not look.
         tensorboard: write TensorBoard curves to OUTPUT_DIR/tensorboard.
         peak_tflops: peak of one device, for model FLOPs utilization; null looks it up (GPU) or measures it (CPU).
     """
@@ -294,11 +295,10 @@ class RunConfig:
         looks, fix = self.logging.dynamics_samples, "it needs the whole model on each rank, and engine.transformer_impl"
         require(whole or not looks, "logging.dynamics_samples", looks, f"{fix}=local; leave it 0")
         has_data = bool(self.data.valid) or self.data.task is not None
-        validates = self.logging.eval_every > 0 and has_data
-        fix = "only a validation looks at the loops: set logging.eval_every and data.valid, or leave it 0"
-        require(validates or not looks, "logging.dynamics_samples", looks, fix)
-        fix = "losses of different numbers of loops cannot be compared; leave it out with loss.sampled_loops"
-        comparable = self.loss.sampled_loops == "none" or self.health.spike_factor is None
+        fix = "only a validation looks at the loops: name data.valid, or leave it 0"
+        require(has_data or not looks, "logging.dynamics_samples", looks, fix)
+        fix = "losses of different numbers of loops cannot be compared; leave it out with loss.sampled_loops, loop_onset"
+        comparable = not self.loss.varies_loops or self.health.spike_factor is None
         require(comparable, "health.spike_factor", self.health.spike_factor, fix)
         fix = "the gate stage needs a trained trunk: name the stage-1 directory"
         require(not frozen or initial is not None, "checkpoint.initial", None, fix)

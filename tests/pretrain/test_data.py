@@ -277,6 +277,16 @@ def test_batch_ramp_up():
 
 
 @pytest.mark.parametrize(
+    ("ranks", "pipeline", "micro", "samples", "expected"),
+    [(1, 1, 4, 64, 16), (1, 1, 4, 63, 16), (16, 4, 4, 64, 4), (1, 2, 1, 5, 6), (3, 1, 8, 64, 3)],
+)
+def test_a_validation_reads_whole_micro_batches_that_fill_the_pipeline(ranks, pipeline, micro, samples, expected):
+    data = DataConfig(train=(DataSource(prefix="x"),), micro_batch_size=micro, global_batch_size=micro * 192)
+    count = BatchSchedule(data, ranks, pipeline).validation(samples)
+    assert count == expected and count % pipeline == 0 and count * micro * ranks >= samples
+
+
+@pytest.mark.parametrize(
     ("ranks", "key", "values"),
     [
         (3, "data.global_batch_size", {"global_batch_size": 4, "micro_batch_size": 2}),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,35 @@ def test_a_longer_run_keeps_the_order_of_the_shorter_one(corpus, tmp_path, singl
     longer = dataclasses.replace(short, optim=dataclasses.replace(short.optim, train_steps=9))
     assert exact(run(longer)[:6]) == exact(first)
     assert len(train_rows(longer.output_dir)) == 9
+
+
+def test_a_resumed_run_with_another_batch_has_samples_for_all_its_steps(corpus, tmp_path, single_process):
+    steady = {"schedule": "constant", "decay_steps": 0}
+    first = run_config(corpus, tmp_path / "run", optim=steady, data={"global_batch_size": 4})
+    run(first)
+    data = dataclasses.replace(first.data, global_batch_size=2, micro_batch_size=2)
+    longer = dataclasses.replace(first, data=data, optim=dataclasses.replace(first.optim, train_steps=9))
+    assert [row["samples"] for row in run(longer)][5:] == [24, 26, 28, 30]
+    shorter = dataclasses.replace(first, optim=dataclasses.replace(first.optim, train_steps=7))
+    with pytest.raises(UserError, match=r"optim.train_steps: 7 is not allowed; .*run has trained 9 steps; give at le"):
+        run(shorter)
+
+
+def test_a_run_that_shall_not_resume_needs_a_folder_without_steps(corpus, tmp_path, single_process):
+    first = run_config(corpus, tmp_path / "run", checkpoint={"resume": False})
+    run(first)
+    with pytest.raises(UserError, match=r"checkpoint.resume: False is not allowed; .*holds steps of an earlier run"):
+        run(first)
+
+
+def test_a_stage_resumes_without_the_one_before_it(corpus, tmp_path, single_process):
+    run(run_config(corpus, tmp_path / "first"))
+    start = {"initial": str(tmp_path / "first"), "save_every": 3, "keep": 9}
+    second = run_config(corpus, tmp_path / "second", checkpoint=start)
+    straight = run(second)
+    shutil.rmtree(tmp_path / "first")
+    (tmp_path / "second/checkpoints/step_00000006/manifest.json").unlink()
+    assert exact(run(second)) == exact(straight)
 
 
 def test_golden_losses(corpus, tmp_path, single_process):
@@ -154,7 +184,7 @@ def test_a_later_stage_can_inherit_the_moments(corpus, tmp_path, single_process)
     def moments(folder: str) -> dict[str, dict[str, torch.Tensor]]:
         config = run_config(corpus, tmp_path / folder)
         trainer, _ = build(config, single_process)
-        assert checkpoint.resume(tmp_path / folder / "checkpoints", trainer.state, config, print) is not None
+        checkpoint.resume(step_folder.locate(str(tmp_path / folder)), trainer.state, config)
         return optimizer_state.plain_state(trainer.optimizer, trainer.model)
 
     one = {"train_steps": 1, "warmup_steps": 0, "decay_steps": 0}

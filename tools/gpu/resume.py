@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from looplm import checkpoint
-from looplm.checkpoint import optimizer_state
+from looplm.checkpoint import optimizer_state, step_folder
 from looplm.cli import from_dict
 from looplm.config import RunConfig
 from pretrain.data import check_corpus
@@ -126,7 +126,7 @@ def final_state(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, 
     """Return weights and optimizer state of a run's last checkpoint, by name."""
     trainer, _ = build(config, groups)
     state = trainer.state
-    checkpoint.resume(Path(config.output_dir) / "checkpoints", state, config, print)
+    checkpoint.resume(step_folder.locate(config.output_dir), state, config)
     tensors = {name: parameter.detach().cpu() for name, parameter in state.model.named_parameters()}
     for name, values in optimizer_state.plain_state(state.optimizer, state.model).items():
         tensors |= {f"{key} of {name}": value.detach().cpu().clone() for key, value in values.items()}

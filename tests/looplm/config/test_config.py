@@ -74,7 +74,9 @@ MISTAKES = {
     ("--logging.dynamics_samples", "65"): r"logging\.dynamics_samples: 65 .*at most logging\.eval_samples=64",
     ("--logging.dynamics_samples", "8", "--parallel.tensor", "2"): r"logging\.dynamics_samples: 8 .*whole model",
     ("--logging.dynamics_samples", "8", "--logging.eval_every", "5"): r"logging\.dynamics_samples: 8 .*data\.valid",
-    ("--logging.dynamics_samples", "8", "--data.valid", "[{prefix: v}]"): r"logging\.dynamics_samples: 8 .*eval_every",
+    (
+        *("--loss.loop_onset", "0.5", "--health.spike_factor", "8"),
+    ): r"health\.spike_factor: 8\.0 .*different numbers of loops",
     ("--gate.kind", "linear", "--gate.sequence_level", "true"): r"gate\.sequence_level: True .*lru",
     ("--loss.beta", "-1"): r"loss\.beta: -1\.0 ",
     ("--loss.geometric_rate", "1"): r"loss\.geometric_rate: 1\.0 ",
