@@ -223,7 +223,7 @@ def _text(value: Any) -> str | None:
 
 def _path(value: Any) -> Path | None:
     text = str(value) if isinstance(value, Path) else _text(value)
-    return None if text is None else Path(text)
+    return Path(text) if text else None  # Path("") would be the working directory
 
 
 _SCALARS: dict[Any, Any] = {int: _whole, float: _number, bool: _truth, str: _text, Path: _path}

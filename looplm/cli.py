@@ -47,7 +47,8 @@ from looplm.yaml_text import parse_yaml, read_yaml
 ConfigType = TypeVar("ConfigType")
 
 WIDTH = 118  # of --help
-_PATH_FAULTS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
+_PATH_FAULTS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *_FORBIDDEN)
 
 
 def positional(metavar: str) -> Any:
@@ -130,6 +131,7 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run ``main(argv)`` and exit: 0 on success, or one line on stderr and the status of a :class:`Failure`.
 
     Every rank raises a shared failure, such as a user's mistake, so rank 0 alone prints it. Others are one rank's own.
+    Before the ranks have joined, one node alone may lack a file or a GPU, so the first rank of each node prints it.
     A full or broken disk becomes a failure wherever it was met. After Ctrl-C the status is 130, and 141 if whoever read
     the output has closed it (``| head``), as in a shell.
     """
@@ -148,12 +150,21 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         print("interrupted by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Failure as error:
-        if not error.is_shared:
-            print(f"error: {error}" if rank is None else f"error: rank {rank}: {error}", file=sys.stderr)
-        elif rank in (None, "0"):
+        if rank is None or (rank == "0" and error.is_shared):
             print(f"error: {error}", file=sys.stderr)
+        elif not error.is_shared or (os.environ.get("LOCAL_RANK") == "0" and not _has_joined()):
+            print(f"error: rank {rank}: {error}", file=sys.stderr)
         sys.exit(error.status)
     sys.exit(0)
+
+
+def _has_joined() -> bool:
+    """Return True if torch.distributed is or was initialized by torchrun's variables; a command leaves it at its end.
+
+    Torch keeps the address of the last job. It is not imported for this: few commands need it.
+    """
+    torch_state = sys.modules.get("torch.distributed.distributed_c10d")
+    return getattr(torch_state, "_default_pg_init_method", None) is not None
 
 
 def _run_and_flush(main: Callable[[list[str]], None]) -> None:
@@ -179,7 +190,8 @@ def _path_failure(error: OSError) -> UserError | None:
     """Return the mistake of a path that cannot be one of a file or folder; None if the error is another."""
     if error.errno not in _PATH_FAULTS or error.filename is None:
         return None
-    return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; give another path, or remove what is there")
+    fix = "its permissions" if error.errno in _FORBIDDEN else "remove what is there"
+    return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; give another path, or {fix}")
 
 
 def is_unicode(text: str) -> bool:

@@ -32,6 +32,7 @@ from looplm.encoding import remove_limits
 from looplm.json_file import read_object
 
 _FIX = "repair the template, or remove it to chat in LoopLM's own"
+_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _PROBE = (Message("user", "2 + 2?"), Message(ANSWERS, "4"))
 _SHOWN = 40  # characters of a content in a message
 
@@ -61,6 +62,8 @@ class ImportedTemplate:
             self._template = _compile(source)
         except TemplateSyntaxError as error:
             raise UserError(f"{where}:{error.lineno}: not a valid template ({error.message}); {_FIX}") from error
+        except RecursionError as error:
+            raise UserError(f"{where}: not a valid template (it is nested too deep); {_FIX}") from error
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return a conversation so far as text, up to the point where the model's answer begins.
@@ -75,7 +78,7 @@ class ImportedTemplate:
         given: dict[str, Any] = {"messages": listed, "tools": None, "documents": None, "add_generation_prompt": asks}
         try:
             return self._template.render({**self._tokens, **given})
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except _FAULTS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self._where}: does not render this conversation ({reason}); {_FIX}") from error
 

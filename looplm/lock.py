@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from looplm.failures import UserError
+from looplm.files import writing
 
 FILE = ".lock"
 BEAT = 5.0  # seconds between two signs of life
@@ -52,8 +53,14 @@ class FolderLock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock, or raise a :class:`UserError` that names the holder."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        """Take the lock.
+
+        Raises:
+            UserError: another process holds it; the message names it.
+            StorageFailure: the folder cannot be made.
+        """
+        with writing(self._path.parent):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + self._wait
         while True:
             try:

@@ -122,6 +122,14 @@ class ModelDescription(NamedTuple):
     gate: GateConfig
 
 
+class Difference(NamedTuple):
+    """A key, with its value for the weights of a checkpoint and the one that a run wants."""
+
+    key: str
+    saved: object
+    wanted: object
+
+
 def read_about(step: Path) -> About:
     """Return the about.json of a step directory, of this format version or an older one."""
     path = step / "about.json"
@@ -178,23 +186,31 @@ def _read_yaml(step: Path) -> tuple[dict[str, Any], str]:
     return read_yaml(path).values, path
 
 
+def find_difference(saved: ModelDescription, wanted: ModelDescription) -> Difference | None:
+    """Return the first key that shapes weights and differs; None if the weights of ``saved`` fit ``wanted``."""
+    # A step embedding has a vector for each loop; tools.upcycle changes their number.
+    embeds = "none" not in (wanted.model.step_embedding, saved.model.step_embedding)
+    loops = {"num_loops"} if embeds else set[str]()
+    for section, ours, theirs in (("model", wanted.model, saved.model), ("gate", wanted.gate, saved.gate)):
+        found = _shaping(theirs, loops)
+        for key, want in _shaping(ours, loops).items():
+            have = found.get(key)
+            if have != want:
+                return Difference(f"{section}.{key}", have, want)
+    return None
+
+
 def check_fit(step: Path, model: ModelConfig, gate: GateConfig) -> About:
     """Return a checkpoint's about.json; raise a :class:`UserError` if its weights do not fit the given configuration.
 
     The message names the first key that differs.
     """
-    about, saved = read_about(step), read_model(step)
-    # A step embedding has a vector for each loop; tools.upcycle changes their number.
-    loops = {"num_loops"} if "none" not in (model.step_embedding, saved.model.step_embedding) else set[str]()
-    for section, ours, theirs in (("model", model, saved.model), ("gate", gate, saved.gate)):
-        found = _shaping(theirs, loops)
-        for key, want in _shaping(ours, loops).items():
-            have = found.get(key)
-            if have != want:
-                raise UserError(
-                    f"{step}: made with {section}.{key}={have}, this run has {want}; "
-                    f"set {section}.{key} to {have} or start from another checkpoint"
-                )
+    about = read_about(step)
+    if (different := find_difference(read_model(step), ModelDescription(model, gate))) is not None:
+        key, have, want = different
+        raise UserError(
+            f"{step}: made with {key}={have}, this run has {want}; set {key} to {have} or start from another checkpoint"
+        )
     writer, reader = about.versions.get("megatron-core", ""), version("megatron-core")
     if _release(writer) > _release(reader) and not (step / "state/common.pt").exists():
         raise UserError(

@@ -297,7 +297,7 @@ class RunConfig:
         has_data = bool(self.data.valid) or self.data.task is not None
         fix = "only a validation looks at the loops: name data.valid, or leave it 0"
         require(has_data or not looks, "logging.dynamics_samples", looks, fix)
-        fix = "losses of different numbers of loops cannot be compared; leave it out with loss.sampled_loops, loop_onset"
+        fix = "different numbers of loops do not compare; leave it out with loss.sampled_loops and loss.loop_onset"
         comparable = not self.loss.varies_loops or self.health.spike_factor is None
         require(comparable, "health.spike_factor", self.health.spike_factor, fix)
         fix = "the gate stage needs a trained trunk: name the stage-1 directory"

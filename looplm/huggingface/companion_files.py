@@ -120,8 +120,12 @@ def write(
         _update(companions / CONFIG, target, config_json.to_config_json(before, dtype_before or dtype), config)
     _update(companions / GENERATION, target, ids if same_ids else {}, ids)
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    defaults |= {"model_max_length": after.model.max_sequence_length}
-    _update(companions / TOKENIZER_CONFIG, target, token_names if same_ids else {}, token_names, defaults)
+    longest = {"model_max_length": after.model.max_sequence_length}
+    told: dict[str, Any] = {**token_names}
+    stated = read_json(companions / TOKENIZER_CONFIG) if (companions / TOKENIZER_CONFIG).is_file() else {}
+    if before is not None and stated.get("model_max_length") == before.model.max_sequence_length:
+        told |= longest  # a limit that was the model's follows it; another one stays
+    _update(companions / TOKENIZER_CONFIG, target, {**token_names} if same_ids else {}, told, defaults | longest)
     if after.hf_layout == LOOPLM:
         for path in CODE:
             shutil.copyfile(path, target / path.name)
@@ -146,7 +150,8 @@ def _token_names(ids: TokenIds, companions: Path, tokenizer: Tokenizer) -> dict[
         texts = [tokenizer.id_to_token(one) for one in found]
         stated = before.get(f"{key}_token")
         stated = stated.get("content") if isinstance(stated, dict) else stated
-        names[f"{key}_token"] = str(stated if stated in texts else texts[0])
+        if stated in texts or texts[0] is not None:  # an id without a token has no name
+            names[f"{key}_token"] = str(stated if stated in texts else texts[0])
     return names
 
 

@@ -255,7 +255,7 @@ def merge_changes(original: Mapping[str, Any], before: Mapping[str, Any], after:
     """
     changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
     kept = {key: value for key, value in original.items() if key in after or key not in before}
-    if "rope_theta" in changed and "rope_parameters" in kept:
+    if "rope_theta" in changed and kept.get("rope_parameters"):
         kept["rope_parameters"] = {**kept["rope_parameters"], "rope_theta": changed["rope_theta"]}
     if "torch_dtype" in changed and "dtype" in kept:
         kept["dtype"] = changed["torch_dtype"]

@@ -55,7 +55,7 @@ def _hugging_face(folder: Path) -> list[Row]:
 def _checkpoint(path: Path) -> list[Row]:
     faults: list[str] = []
     if (path / "manifest.json").is_file():
-        fault = step_folder.find_fault(path)
+        fault = step_folder.find_fault(path.resolve())  # a link that the user names is the user's
         step = path if fault is None else None
         faults = [] if fault is None else [fault]
     else:

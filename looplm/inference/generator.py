@@ -114,12 +114,14 @@ class Generator:
 
         ``prompts`` is read only as there is room for the next one, so it may be endless.
         """
+        require(not isinstance(prompts, str), "prompts", prompts, "give a list of prompts")
         settings, model_config = config or GenerationConfig(), self.model.model_config
         rule = settings.exit_rule(model_config, self.gate_trained)
         finished = list[ActiveRequest]()
 
         def valid_requests() -> Iterator[ActiveRequest]:
             for index, prompt in enumerate(prompts):
+                require(not isinstance(prompt, int), "prompts", prompt, "give a list of prompts, each a text or ids")
                 request = prompt if isinstance(prompt, Request) else Request(prompt)
                 active = ActiveRequest(
                     request, index, settings, self.tokenizer, model_config, self.eos_ids, self.begin_id

@@ -54,7 +54,8 @@ def probabilities(logits_NV: Tensor, temperature: float, top_k: int = 0, top_p: 
     if temperature == 0:
         certain_NV = torch.zeros_like(logits_NV, dtype=torch.float64)
         return certain_NV.scatter_(-1, logits_NV.argmax(-1, keepdim=True), 1.0)
-    scaled_NV = logits_NV.double() / temperature
+    scaled_NV = logits_NV.double()
+    scaled_NV = (scaled_NV - scaled_NV.amax(-1, keepdim=True)) / temperature  # a tiny one would give inf, and then NaN
     if top_k == 0 and top_p == 1:
         return scaled_NV.softmax(-1)
     vocab_size = logits_NV.size(-1)

@@ -53,7 +53,7 @@ class TextStream:
         if piece.endswith(_INCOMPLETE):
             self._append(Token(token_id, "", depth), "")
             return []
-        self._context, self._pending = self._pending, []
+        self._end_piece(piece)
         self._append(Token(token_id, piece, depth), piece if mark is None else mark)
         self._end_before_stop(self._lengths[-1])
         # The longest ending of the text that a stop string begins with may still be cut off.
@@ -77,7 +77,14 @@ class TextStream:
             self.tokens[-1] = self.tokens[-1]._replace(text=piece)
             self._lengths[-1] = len(piece)
             self._text += piece
-            self._context, self._pending = self._pending, []
+            self._end_piece(piece)
+
+    def _end_piece(self, piece: str) -> None:
+        """Decode the next token behind the pending ones, and behind what was before them if they have no text.
+
+        Behind a special token alone, the next word would be the first of a text, and lose its space.
+        """
+        self._context, self._pending = self._pending if piece else self._context + self._pending, []
 
     def _decode_pending(self) -> str:
         """Decode in context, because some tokenizers drop the space before the first word of a text."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from looplm.chat import END, JINJA, SPECIAL_TOKENS, START, ChatTemplate, Message
 from looplm.cli import UserError
+from looplm.inference.text_stream import TextStream
 from tests.support.tiny import CONVERSATIONS, write_tokenizer
 
 HARD = [
@@ -225,3 +226,17 @@ def test_other_tokenizers_are_refused(make: Callable[[], Tokenizer]) -> None:
     with pytest.raises(UserError, match=r"^t: encodes conversations otherwise than the exported template") as caught:
         ChatTemplate(make(), "t")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_word_that_is_generated_behind_a_special_token_keeps_its_space(scheme: str) -> None:
+    """Behind that token alone, which has no text, the word would be the first of a text."""
+    tokenizer = sentencepiece(METASPACE(prepend_scheme=scheme, split=True))
+    tokenizer.decoder = decoders.Metaspace()
+    words = tokenizer.encode("two words", add_special_tokens=False).ids
+    start = tokenizer.token_to_id(START)
+    assert start is not None
+    ids = [*words, start, *words]
+    stream = TextStream(tokenizer, [])
+    shown = [token for one in ids for token in stream.push(one, 1)] + stream.close()
+    assert "".join(token.text for token in shown) == tokenizer.decode(ids)

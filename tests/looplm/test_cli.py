@@ -1,7 +1,10 @@
 """The command line: positionals, switches, subcommands, --help, and the origin of wrong values."""
 
 import ast
+import errno
+import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from looplm import cli
 from looplm.bounds import check_bounds, positive
-from looplm.cli import UserError, parse_command, parse_config, positional, run_main, switch
+from looplm.cli import UserError, _path_failure, parse_command, parse_config, positional, run_main, switch
 from looplm.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +91,66 @@ def test_a_mistake_is_one_line_and_exit_status_2(argv, message, monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         run_main(lambda argv: print(command(*argv)))
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "joined", "printed"),
+    [
+        ("0", "0", False, "error: x: missing\n"),
+        ("8", "0", False, "error: rank 8: x: missing\n"),
+        ("9", "1", False, ""),
+        ("0", "0", True, "error: x: missing\n"),
+        ("8", "0", True, ""),
+    ],
+)
+def test_the_first_rank_of_each_node_prints_a_mistake_before_the_ranks_have_joined(
+    rank: str, local_rank: str, joined: bool, printed: str, monkeypatch, capsys
+):
+    def fail(_: list[str]) -> None:
+        raise UserError("x: missing")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr(cli, "_has_joined", lambda: joined)
+    with pytest.raises(SystemExit) as ended:
+        run_main(fail)
+    assert (ended.value.code, capsys.readouterr().err) == (2, printed)
+
+
+@pytest.mark.slow
+def test_data_that_one_node_lacks_is_named_by_its_first_rank(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}/run\n"
+        "model: {vocab_size: 320, hidden_size: 32, ffn_hidden_size: 48, num_layers: 2, num_attention_heads: 2}\n"
+        "optim: {train_steps: 1, warmup_steps: 0, decay_steps: 0, precision: fp32}\n"
+        f"data: {{train: [{{prefix: {tmp_path}/no}}], seq_length: 32, micro_batch_size: 1, global_batch_size: 16}}\n"
+    )
+    variables = {"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}
+    command = [sys.executable, "-m", "pretrain.train", "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: rank 8: {tmp_path}/no.manifest.json: cannot be read")
+
+
+@pytest.mark.slow
+def test_a_job_that_was_left_is_remembered():
+    """Torch keeps no public trace of a job that its process has left."""
+    code = (
+        "from looplm import cli; assert not cli._has_joined()\n"
+        "import torch.distributed as dist; assert not cli._has_joined()\n"
+        "from looplm.megatron import process_groups\n"
+        "process_groups.start(0); assert cli._has_joined()\n"
+        "process_groups.stop(); assert not dist.is_initialized() and cli._has_joined()"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_ctrl_c_is_one_line_and_exit_status_130(monkeypatch, capsys):
@@ -211,3 +275,8 @@ def test_every_commands_help_shows_an_example(path):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     assert re.search(rf"-m {re.escape(module)}\b", text)
+
+
+def test_a_path_that_may_not_be_read_is_a_mistake_of_one_line() -> None:
+    failure = _path_failure(PermissionError(errno.EACCES, "Permission denied", "runs/theirs"))
+    assert str(failure) == "runs/theirs: Permission denied; give another path, or its permissions"

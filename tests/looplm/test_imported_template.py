@@ -136,8 +136,10 @@ def test_what_cannot_be_trained_on_is_refused(source: str, answer: str, words: s
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("\n{% for %}", "t.jinja:2: not a valid template ("),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        (f"{{{{ {'(' * 3000}1{')' * 3000} }}}}", "nested too deep"),
     ],
-    ids=str,
+    ids=lambda value: value[:40],
 )
 def test_templates_that_fail_or_reach_out_are_refused_in_one_line(source: str, words: str) -> None:
     with pytest.raises(UserError) as caught:

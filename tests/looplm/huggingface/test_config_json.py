@@ -120,6 +120,14 @@ def test_the_rope_base_and_dtype_keys_of_transformers_5():
     assert after["rope_parameters"]["rope_theta"] == after["rope_theta"] == 1e6 and after["dtype"] == "float32"
 
 
+def test_no_parameters_of_the_rotary_embedding_stay_none():
+    values = RELEASED | {"rope_parameters": None}
+    then = from_config_json(values, {}, WHERE)
+    now = then._replace(model=dataclasses.replace(then.model, rope_base=4e4))
+    after = merge_changes(values, to_config_json(then, torch.float32), to_config_json(now, torch.float32))
+    assert after["rope_theta"] == 4e4 and after["rope_parameters"] is None
+
+
 def test_only_what_has_changed_is_changed():
     then = from_config_json(CONFIG, {}, WHERE)
     written = to_config_json(then, torch.float32)

@@ -209,9 +209,13 @@ def test_an_export_of_a_trained_import_changes_only_what_has_changed(corpus, tmp
     source = ouro.write_folder(tmp_path / "hf", tensors, shared, corpus / "tokenizer.json")
     (source / "README.md").write_text("# Theirs\n")
     (source / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.9}')
+    longest = ouro.CONFIG["max_position_embeddings"]
+    told = json.loads((source / "tokenizer_config.json").read_text()) | {"model_max_length": longest}
+    (source / "tokenizer_config.json").write_text(json.dumps(told))
     import_source(examine(source), tmp_path / "ours", single_process)
     imported = checkpoint.read_model(tmp_path / "ours").model
-    model = dataclasses.replace(imported, num_loops=2, head_dim=8, num_query_groups=4)
+    longer = {"max_sequence_length": 2 * longest}
+    model = dataclasses.replace(imported, num_loops=2, head_dim=8, num_query_groups=4, **longer)
     start = {"initial": str(tmp_path / "ours")}
     config = run_config(corpus, tmp_path / "run", model=model, gate=LINEAR, checkpoint=start)
     assert train(config, check_corpus(config.data, config.model.vocab_size), single_process)
@@ -230,10 +234,12 @@ def test_an_export_of_a_trained_import_changes_only_what_has_changed(corpus, tmp
     export(tmp_path / "run", tmp_path / "out", single_process, dtype=torch.bfloat16)
     after = json.loads((tmp_path / "out/config.json").read_text())
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    assert after == ouro.CONFIG | ids | {"total_ut_steps": 2, "torch_dtype": "bfloat16"}
+    changed = {"total_ut_steps": 2, "torch_dtype": "bfloat16", "max_position_embeddings": 2 * longest}
+    assert after == ouro.CONFIG | ids | changed
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == ids | {"top_p": 0.9}
     named = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert (named["eos_token"], named["pad_token"], named["extra"]) == ("<eos>", "<pad>", [1])
+    assert named["model_max_length"] == 2 * longest, "transformers would cut texts at the old length"
     trained = tensors_of(tmp_path / "out")
     assert {value.dtype for value in trained.values()} == {torch.bfloat16} and trained.keys() == tensors.keys()
     assert not torch.equal(trained["lm_head.weight"], tensors["lm_head.weight"].bfloat16())

@@ -77,6 +77,19 @@ def test_shared_caches_and_early_exit_equal_the_oracle(
     assert len(seen) > 1, "the gate must decide something, or this proves nothing"
 
 
+@pytest.mark.parametrize("prompts", ["abc", [5, 7]])
+def test_prompts_that_are_no_list_of_prompts_are_refused(prompts: Any, single_process: ProcessGroupCollection):
+    generator = Generator(build(MLA, GATES["lru"], single_process), TOKENIZER, NEVER)
+    with pytest.raises(UserError, match=r"prompts: .* is not allowed; give a list of prompts"):
+        generator.generate(prompts, GREEDY)
+
+
+def test_a_tiny_temperature_takes_the_likeliest_token():
+    logits_NV = torch.tensor([[3.0, 1.0, -2.0], [-7.0, 0.5, 0.0]])
+    assert torch.equal(probabilities(logits_NV, 1e-308), probabilities(logits_NV, 0.0))
+    assert torch.allclose(probabilities(logits_NV, 0.7), (logits_NV.double() / 0.7).softmax(-1))
+
+
 @pytest.mark.parametrize(("key", "value"), [("latent_mixing", 3), ("latent_sequence_halting", True)])
 def test_a_latent_that_reads_other_positions_is_not_decoded(
     key: str, value: Any, single_process: ProcessGroupCollection
