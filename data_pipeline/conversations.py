@@ -17,7 +17,7 @@ _ROLE_NAMES = {**{role: role for role in ROLES}, "human": "user", "gpt": "assist
 _LEARNED, _MASKED = ("weight", "train", "training", "trainable", "loss"), ("masked", "mask")
 _UNRENDERED = ("tools", "functions", "system")
 MESSAGE_KEYS = (*_ROLE_KEYS, *_CONTENT_KEYS, *_LEARNED, *_MASKED)
-RECORD_KEYS = (*_UNRENDERED, "weight", "train", "masked")  # keys beside the messages that say what is in them
+RECORD_KEYS = (*_UNRENDERED, *_LEARNED, *_MASKED)  # keys beside the messages that say what is in them
 
 
 def read_conversation(record: Mapping[str, Any], chat: ChatConfig, where: str) -> list[Message]:

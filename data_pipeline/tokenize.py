@@ -95,7 +95,8 @@ def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
             documents: Iterable[Document] = islice(read_documents(source, files[source.name]), _TRIED_DOCUMENTS)
             for step in build_filters(source):
                 documents = step.run(documents)
-            list(encoder.encode_texts(list(documents)))
+            encode = encoder.encode_texts if source.chat is None else encoder.encode_conversations
+            list(encode(list(documents)))
     return files
 
 

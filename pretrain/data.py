@@ -110,7 +110,7 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
             )
     fix = f"the tokenizer of {first_prefix} has {first.vocab_size} tokens; give at least as many"
     require(first.vocab_size <= vocab_size, "model.vocab_size", vocab_size, fix)
-    end_id, template = _conversations(checked[: len(data.train)])
+    end_id, template = _conversations(checked[: len(data.train)], checked[len(data.train) :])
     return Corpus(
         tokenizer_json=(Path(first_prefix).parent / first.tokenizer.path).read_bytes(),
         tokenizer=first.tokenizer,
@@ -123,16 +123,18 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
     )
 
 
-def _conversations(trained: list[tuple[str, Manifest]]) -> tuple[int | None, str | None]:
-    """Return the chat end token and the template of the sources that hold conversations; None without one."""
-    talks = [(prefix, manifest.chat) for prefix, manifest in trained if manifest.chat is not None]
-    if not talks:
-        return None, None
-    first_prefix, first = talks[0]
+def _conversations(
+    trained: list[tuple[str, Manifest]], validated: list[tuple[str, Manifest]]
+) -> tuple[int | None, str | None]:
+    """Return the chat end token and the template of the training sources that hold conversations; None without one."""
+    talks = [(prefix, manifest.chat) for prefix, manifest in (*trained, *validated) if manifest.chat is not None]
     for prefix, talk in talks:
+        first_prefix, first = talks[0]
         if (talk.template, talk.template_sha256) != (first.template, first.template_sha256):
             fix = "pack the conversations of both in one template"
             raise UserError(f"{prefix}: packed in another chat template than {first_prefix}; {fix}")
+    if not any(manifest.chat is not None for _, manifest in trained):
+        return None, None
     if first.template_sha256 is None:
         return first.end_id, chat.JINJA
     return first.end_id, (Path(first_prefix).parent / first.template).read_text(encoding="utf-8")

@@ -73,13 +73,21 @@ def find_jumps(stages: Sequence[Stage]) -> list[StageJump]:
 
 def _jump(before: Stage, after: Stage) -> StageJump:
     loop = min(before.loops, after.loops)
-    last_N, first_N = (stage.train["loss_per_loop"][:, loop - 1] for stage in (before, after))
+    last_N, first_N = (_losses(stage, loop) for stage in (before, after))
     first_N = first_N[:FIRST]
     window = min(WINDOW, len(first_N))
     means_N = np.convolve(first_N, np.ones(window) / window, mode="valid")  # NaN if one of its values is not finite
     nats = float(means_N.max() - last_N[-LAST:].mean())
-    same = before.run is not None and after.run is not None and before.run.data.train == after.run.data.train
+    data = [None if stage.run is None else (stage.run.data.train, stage.run.data.task) for stage in (before, after)]
+    same = data[0] is not None and data[0] == data[1]
     return StageJump(before=before.name, after=after.name, loop=loop, nats=nats, same_data=same)
+
+
+def _losses(stage: Stage, loop: int) -> np.ndarray:
+    """Return the losses of a loop in the logged steps that ran it (``loss.loop_onset``, ``loss.sampled_loops``)."""
+    ran_N = stage.train["exit_distribution"][:, loop - 1] != 0
+    losses_N: np.ndarray = stage.train["loss_per_loop"][:, loop - 1]
+    return losses_N[ran_N] if ran_N.any() else losses_N
 
 
 def table(stages: Sequence[Stage], jumps: Sequence[StageJump]) -> list[list[str]]:

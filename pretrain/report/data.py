@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -104,7 +105,7 @@ def read_stages(run: Path) -> list[Stage]:
     """
     found = []
     for path in (run / "metrics.jsonl", *run.glob("*/metrics.jsonl")):
-        records = _read_lines(path)
+        records = _read_lines(path, growing=True)
         train, valid = ([entry for entry in records if entry[1].get("kind") == kind] for kind in ("train", "valid"))
         if train:
             name = path.parent.resolve().name
@@ -162,11 +163,25 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error}); write it again or remove it") from error
 
 
-def _read_lines(path: Path) -> list[tuple[str, Record]]:
-    """Return the objects of a JSON-lines file, each with its ``file:line``; an empty list if there is no such file."""
+def _read_lines(path: Path, *, growing: bool = False) -> list[tuple[str, Record]]:
+    """Return the objects of a JSON-lines file, each with its ``file:line``; an empty list if there is no such file.
+
+    With ``growing``, half a line at the end is left out with a note: its writer was killed, or is writing.
+    """
     lines = _read_text(path).split("\n") if path.is_file() else []
+    if growing and lines and lines[-1].strip() and not _is_json(lines[-1]):
+        print(f"note: {path}:{len(lines)}: is half a line, of a run that was killed; left out", file=sys.stderr)
+        lines = lines[:-1]
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     return [(where, _parse(line, where)) for where, line in numbered]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse(text: str, where: str) -> Record:

@@ -204,6 +204,12 @@ def test_a_turn_may_be_left_unlearned(tmp_path, key, off, on, record_property):
     record_property("seen", "that answer alone has no loss; 0.5 is one line")
 
 
+@pytest.mark.parametrize(("key", "off"), [("weight", 0), ("train", False), ("trainable", False), ("mask", True)])
+def test_a_whole_record_may_be_left_unlearned(tmp_path, key, off):
+    (messages,) = read(source(write(tmp_path / "a.jsonl", [{"messages": turns({}, {}, {}), key: off}])))
+    assert not any(learned for *_, learned in messages)
+
+
 def test_marks_that_cannot_be_followed_are_refused(tmp_path):
     for change, message in (
         (({}, {"weight": 1}, {}), "message 2 of the role 'user' is to be learned; only answers are"),
@@ -369,8 +375,10 @@ def test_conversations_in_two_templates_are_not_mixed(tmp_path: Path) -> None:
     chat = {"template": "chat_template.jinja", "template_sha256": sha256_of(tmp_path / "b" / "chat_template.jinja")}
     path.write_text(json.dumps({**values, "chat": {**values["chat"], **chat}}))
     sources = tuple(DataSource(prefix=str(tmp_path / name / "train")) for name in "ab")
-    with pytest.raises(UserError, match=r"b/train: packed in another chat template than .*a/train; pack"):
-        check_corpus(DataConfig(train=sources, seq_length=200), 400)
+    apart = {"train": sources[:1], "valid": sources[1:]}  # the losses would be those of another format
+    for mixed in (DataConfig(train=sources, seq_length=200), DataConfig(**apart, seq_length=200)):
+        with pytest.raises(UserError, match=r"b/train: packed in another chat template than .*a/train; pack"):
+            check_corpus(mixed, 400)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,15 @@ def test_a_late_spike_and_a_nan_count_as_jumps(run):
         stage_jumps.main([str(run), "--max_jump", "0.3"])
 
 
+def test_only_steps_that_ran_the_loop_are_compared(run):
+    lines = (run / "gate/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows[:3]:  # as with loss.loop_onset
+        row["loss_per_loop"], row["exit_distribution"] = [3.5, None], [1.0, 0.0]
+    (run / "gate/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {one.after: one.nats for one in find_jumps(read_stages(run))}["gate"] == pytest.approx(0)
+
+
 def test_the_command_prints_a_row_per_stage_and_enforces_the_limit(run, capsys):
     stage_jumps.main([str(run), "--max_jump", "0.3"])
     heads, *rows, _ = capsys.readouterr().out.splitlines()

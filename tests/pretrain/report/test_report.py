@@ -293,7 +293,7 @@ def test_text_beyond_the_trained_depth_has_colors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("stage1/metrics.jsonl", '{"kind": "train", "step": 1', r"stage1/metrics.jsonl:1: not JSON"),
+        ("stage1/metrics.jsonl", '{"kind": "train", "step": 1\n', r"stage1/metrics.jsonl:1: not JSON"),
         ("stage1/metrics.jsonl", "\n[1]", r"metrics.jsonl:2: a JSON list, not an object"),
         ("stage1/metrics.jsonl", '{"kind": "train", "step": 1}', r"metrics.jsonl:1: loss_per_loop: None is not a list"),
         ("stage1/metrics.jsonl", '{"kind": "train", "step": "x"}', r"metrics.jsonl:1: step: 'x' is not a number"),
@@ -316,6 +316,15 @@ def test_malformed_files_are_one_line_errors(tmp_path: Path, name: str, content:
         main([str(tmp_path)])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_half_a_line_of_a_killed_run_is_left_out_with_a_note(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path, steps=3)
+    before = build_page(run)
+    with (run / "stage1/metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "train", "step": 4, "lo')
+    assert build_page(run) == before
+    assert "metrics.jsonl:" in (told := capsys.readouterr().err) and "is half a line, of a run that was killed" in told
 
 
 def test_no_output_folder_and_no_input(tmp_path: Path) -> None:
