@@ -76,6 +76,7 @@ class Corpus:
     conversations: tuple[str, ...] = ()  # prefixes that hold conversations
     end_id: int | None = None  # the chat end token, if any training source is conversational
     chat_template: str | None = None  # then also the template, in Jinja
+    trained: str = ""  # hash of the training sources; empty for a task
     left_out: tuple[str, ...] = ()  # messages about conversations that are too long for a sample
 
     @property
@@ -115,7 +116,8 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
         tokenizer_json=(Path(first_prefix).parent / first.tokenizer.path).read_bytes(),
         tokenizer=first.tokenizer,
         vocab_size=first.vocab_size,
-        fingerprint=hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest(),
+        fingerprint=_fingerprint(checked),
+        trained=_fingerprint(checked[: len(data.train)]),
         conversations=tuple(prefix for prefix, manifest in checked if manifest.chat is not None),
         end_id=end_id,
         chat_template=template,
@@ -157,10 +159,23 @@ def _size(prefix: str) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def _fingerprint(checked: list[tuple[str, Manifest]]) -> str:
+    return hashlib.sha256("".join(manifest.fingerprint for _, manifest in checked).encode()).hexdigest()
+
+
 def data_order(config: RunConfig, corpus: Corpus) -> str:
     """Return a fingerprint of everything that decides which tokens the n-th training sample holds."""
+    return _order_of(config, corpus.trained or corpus.fingerprint)
+
+
+def is_order(found: str, config: RunConfig, corpus: Corpus) -> bool:
+    """Return True if a checkpoint's fingerprint is that of this data; earlier ones count the validation sources too."""
+    return found in (data_order(config, corpus), _order_of(config, corpus.fingerprint))
+
+
+def _order_of(config: RunConfig, fingerprint: str) -> str:
     weights = [source.weight for source in config.data.train]
-    parts = (corpus.fingerprint, weights, config.data.seq_length, config.seed)
+    parts = (fingerprint, weights, config.data.seq_length, config.seed)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         count, rest = divmod(config.samples, config.batch_size * ranks)
         fix = f"give a multiple of {config.batch_size * ranks}: {ranks} ranks read batch_size={config.batch_size} each"
         require(rest == 0, "samples", config.samples, fix)
-        opened = checkpoint.open_model(str(step), groups)
+        opened = checkpoint.open_step(step, groups)
         valid_set = build_valid_set(run.data, corpus, config.samples, run.seed, index_cache(run), config.split)
         assert valid_set is not None  # validation_run names data.valid
         batches = list(islice(micro_batches(valid_set, run.data, 0, rank, ranks), count))

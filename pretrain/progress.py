@@ -6,7 +6,7 @@ from looplm import checkpoint
 from looplm.checkpoint import About, Health
 from looplm.cli import UserError
 from looplm.config import RunConfig
-from pretrain.data import Corpus, data_order
+from pretrain.data import Corpus, data_order, is_order
 from pretrain.optim import DTYPES
 
 
@@ -87,7 +87,7 @@ def refuse_other_data(config: RunConfig, corpus: Corpus, resumed: About | None, 
                 f"{where}: trained with another tokenizer ({about.tokenizer_sha256[:12]}) than the data's "
                 f"({corpus.tokenizer.sha256[:12]}); tokenize the data with {where}/…/tokenizer.json"
             )
-    if resumed is not None and resumed.data_order != data_order(config, corpus):
+    if resumed is not None and not is_order(resumed.data_order, config, corpus):
         raise UserError(
             f"{config.output_dir}: was trained on other data, weights, data.seq_length or seed than given now; "
             "restore them, or give a new output_dir and name this one in checkpoint.initial"

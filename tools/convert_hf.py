@@ -116,7 +116,7 @@ def _export(config: ExportConfig) -> None:
     hf_layout = choose_hf_layout(config.layout, checkpoint.read_model(step))
     groups = process_groups.start(seed=0)
     try:
-        opened = checkpoint.open_model(str(step), groups, dtype=None)
+        opened = checkpoint.open_step(step, groups, dtype=None)
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         export_model(opened, config.output, hf_layout, dtype, int(config.max_shard_gb * GB))
         _warn_of_texts(opened.tokenizer, opened.about.begin_id)

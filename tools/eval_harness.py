@@ -248,7 +248,7 @@ def main(argv: list[str]) -> None:
     tasks = find_tasks(config, shape.model.max_sequence_length)
     groups = process_groups.start(seed=0)
     try:
-        model = HarnessModel(checkpoint.open_model(str(found), groups, _DTYPES[config.precision]), config)
+        model = HarnessModel(checkpoint.open_step(found, groups, _DTYPES[config.precision]), config)
         settings = {"num_fewshot": config.num_fewshot, "limit": config.limit, "log_samples": False}
         results = simple_evaluate(model, tasks=config.names, task_manager=tasks, **settings)
     finally:

@@ -37,7 +37,7 @@ from pretrain.data import (
     Corpus,
     build_train_set,
     check_corpus,
-    data_order,
+    is_order,
     micro_batches,
 )
 from pretrain.health import FAILURES
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     target = find(options)
     config = _read_config(target.run)
     corpus = check_corpus(config.data, config.model.vocab_size)
-    if target.about is not None and target.about.data_order != data_order(config, corpus):
+    if target.about is not None and not is_order(target.about.data_order, config, corpus):
         raise UserError(f"{target.run}/config.yaml: its data have changed since this step; restore them")
     groups = process_groups.start(config.seed)
     try:

@@ -23,5 +23,6 @@ from looplm.checkpoint.state import load_optimizer as load_optimizer
 from looplm.checkpoint.state import load_run as load_run
 from looplm.checkpoint.state import load_weights as load_weights
 from looplm.checkpoint.state import open_model as open_model
+from looplm.checkpoint.state import open_step as open_step
 from looplm.checkpoint.state import resume as resume
 from looplm.checkpoint.state import save_weights as save_weights

@@ -184,7 +184,11 @@ def open_model(
         groups: from :func:`looplm.megatron.process_groups.start`.
         dtype: precision to compute in; None for that of the stored weights.
     """
-    found = step_folder.locate(directory)
+    return open_step(step_folder.locate(directory), groups, dtype)
+
+
+def open_step(found: Path, groups: ProcessGroupCollection, dtype: torch.dtype | None = torch.float32) -> OpenedModel:
+    """Do the same with a step directory that was located: every byte of it has been checked."""
     about, described = read_about(found), read_model(found)
     check_size(found, described)
     model_config, gate = described

@@ -375,8 +375,8 @@ def test_conversations_in_two_templates_are_not_mixed(tmp_path: Path) -> None:
     chat = {"template": "chat_template.jinja", "template_sha256": sha256_of(tmp_path / "b" / "chat_template.jinja")}
     path.write_text(json.dumps({**values, "chat": {**values["chat"], **chat}}))
     sources = tuple(DataSource(prefix=str(tmp_path / name / "train")) for name in "ab")
-    apart = {"train": sources[:1], "valid": sources[1:]}  # the losses would be those of another format
-    for mixed in (DataConfig(train=sources, seq_length=200), DataConfig(**apart, seq_length=200)):
+    apart = DataConfig(train=sources[:1], valid=sources[1:], seq_length=200)  # losses would be of another format
+    for mixed in (DataConfig(train=sources, seq_length=200), apart):
         with pytest.raises(UserError, match=r"b/train: packed in another chat template than .*a/train; pack"):
             check_corpus(mixed, 400)
 

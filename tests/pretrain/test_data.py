@@ -16,7 +16,7 @@ import yaml
 from data_pipeline.manifest import read_manifest
 from data_pipeline.token_file import read_index
 from looplm.cli import UserError, to_dict
-from looplm.config import DataConfig, DataSource, ParallelConfig, RampUpConfig
+from looplm.config import DataConfig, DataSource, ParallelConfig, RampUpConfig, RunConfig
 from looplm.failures import StorageFailure
 from looplm.files import sha256_of
 from looplm.megatron import process_groups
@@ -27,6 +27,7 @@ from pretrain.data import (
     check_corpus,
     data_order,
     index_cache,
+    is_order,
     micro_batches,
 )
 from pretrain.train import main as train_main
@@ -299,13 +300,23 @@ def test_a_batch_that_does_not_fit_the_ranks_raises(ranks, key, values):
         BatchSchedule(data, ranks)
 
 
-def test_data_order_changes_with_seed_and_length_only(corpus, tmp_path):
+def test_data_order_changes_with_what_decides_the_samples_and_with_nothing_else(corpus, tmp_path):
     config = run_config(corpus, tmp_path)
-    found = check_corpus(config.data, config.model.vocab_size)
+
+    def order(run: RunConfig) -> str:
+        return data_order(run, check_corpus(run.data, run.model.vocab_size))
+
     same = dataclasses.replace(config, output_dir="elsewhere", optim=dataclasses.replace(config.optim, lr=1.0))
-    assert data_order(same, found) == data_order(config, found)
-    for changed in ({"seed": 9}, {"data": {"seq_length": 16}}):
-        assert data_order(run_config(corpus, tmp_path, **changed), found) != data_order(config, found)
+    unvalidated = run_config(corpus, tmp_path, data={"valid": ()})
+    assert order(same) == order(unvalidated) == order(config)
+    (source,) = config.data.train
+    twice = (source, dataclasses.replace(source, weight=2.0))
+    others = ({"seed": 9}, {"data": {"seq_length": 16}}, {"data": {"train": twice}}, {"data": {"train": twice[::-1]}})
+    assert len({order(run_config(corpus, tmp_path, **changed)) for changed in others} - {order(config)}) == 4
+    found = check_corpus(config.data, config.model.vocab_size)
+    before = dataclasses.replace(found, trained="")  # as checkpoints were written that counted the validation sources
+    assert is_order(data_order(config, before), config, found) and is_order(order(config), config, found)
+    assert not is_order(order(run_config(corpus, tmp_path, seed=9)), config, found)
 
 
 def _truncate(folder: Path) -> None:

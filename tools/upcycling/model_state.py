@@ -68,7 +68,7 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
     run, about = checkpoint.read_config(step), checkpoint.read_about(step)
     files = step / "tokenizer.json", tuple(sorted((step / COMPANION_FOLDER).glob("*")))
     if run is None or about.objective != "entropy_regularised":
-        opened = checkpoint.open_model(str(step), groups)
+        opened = checkpoint.open_step(step, groups)
         state = ModelState(opened.model.model_config, opened.gate, _weights(opened.model))
         return Source(step, state, about, *files)
     training = _training_state(LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision]), run, groups)
