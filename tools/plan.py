@@ -20,12 +20,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from looplm.bounds import check_bounds, path_field, positive
-from looplm.cli import parse_config, require, run_main
+from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
 from tools import timeline
 from tools.planning.estimate import budget_of
-from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, GpuName, NetworkName
+from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, GpuName, NetworkName, is_legal_number
 from tools.planning.report import describe_search, detail, explain_refusals, table
 from tools.planning.search import Ranking, rank_layouts
 from tools.rehearsal.rehearsal import plan_rehearsal, rehearse
@@ -65,10 +65,9 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
-        whole = self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0
         nearest = max(1, round(self.gpus / self.gpus_per_node)) * self.gpus_per_node
         fix = f"give whole nodes of gpus_per_node={self.gpus_per_node}, {nearest} for instance"
-        require(whole, "gpus", self.gpus, fix)
+        require(is_legal_number(self.gpus, self.gpus_per_node), "gpus", self.gpus, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +110,12 @@ def main(argv: list[str]) -> None:
     if {"--help", "-h"} & set(argv):  # the planner's own keys only: the recipe's take pages, see pretrain.train --help
         parse_config(PlanOptions, ["--help"], prog=PROG, description=str(__doc__))
     config = parse_config(PlanConfig, argv, prog=PROG, description=str(__doc__))
-    print("\n".join(plan(config)))
+    for line in plan(config):
+        print(line, flush=True)
 
 
-def plan(config: PlanConfig) -> list[str]:
-    """Return the lines of the report, and write ``config.json``.
+def plan(config: PlanConfig) -> Iterator[str]:
+    """Yield the lines of the report, those of a rehearsal as they come, and write ``config.json``.
 
     Raises:
         UserError: the recipe has no layout on so many GPUs, or none fits.
@@ -129,14 +129,20 @@ def plan(config: PlanConfig) -> list[str]:
         layouts = [one.as_dict(cluster) for one in ranking.fastest_per_division()[: config.top]]
         report = {"gpu": config.gpu, "gpus": config.gpus, "network": config.network, "tokens": budget.tokens}
         write_whole(Path(config.json), json.dumps(report | {"layouts": layouts}, indent=1) + "\n")
-    lines += detail(ranking.fitting[0], cluster, budget)
-    return [*lines, *_rehearsed(config, ranking)] if config.rehearse else lines
+    yield from lines
+    yield from detail(ranking.fitting[0], cluster, budget)
+    if config.rehearse:
+        yield from _rehearsed(config, ranking)
 
 
 def _rehearsed(config: PlanConfig, ranking: Ranking) -> Iterator[str]:
     """Yield the planned figures beside those of a rehearsal, for the fastest layout and the recipe's own."""
-    layouts = {"fastest": ranking.fitting[0].run.config, "own": config.recipe}
-    plans = [plan_rehearsal(name, layout, config.gpus, "all", None) for name, layout in layouts.items()]
+    plans = [plan_rehearsal("fastest", ranking.fitting[0].run.config, config.gpus, "all", None)]
+    try:
+        plans.append(plan_rehearsal("own", config.recipe, config.gpus, "all", None))
+    except UserError as error:
+        yield ""
+        yield f"own, not rehearsed: {error}"
     for rehearsal in rehearse(plans, jobs=2):
         yield ""
         yield from describe(rehearsal)

@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from tqdm import tqdm
 
-from looplm.cli import from_dict, parse_config, run_main
+from looplm.cli import from_dict, parse_config, require, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
@@ -36,6 +36,7 @@ from tools.planning.planned_run import PlannedRun
 TOLERANCE = 0.03
 TIMEOUT_S = 600
 PARTS = ("weights", "gradients", "optimizer", "activations")
+Sections = dict[str, dict[str, Any]]
 
 
 class MemoryCheck(NamedTuple):
@@ -44,20 +45,29 @@ class MemoryCheck(NamedTuple):
     ranks: int
     layout: ParallelConfig
     attention: str = "mla"
-    sections: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (of a NamedTuple, never changed)
+    sections: Sections = {}  # noqa: RUF012 (of a NamedTuple, never changed)
 
 
-BF16 = {"optim": {"precision": "bf16"}}
+BF16: Sections = {"optim": {"precision": "bf16"}}
 AROUND = {"model": {"prelude_layers": 1, "coda_layers": 1}}
 PLAIN_LATENT = {"model": {"kv_latent_norm": False}}
-REASONING = {"model": {"latent_iterations": 3, "latent_halting": True}}
+REASONING: Sections = {"model": {"latent_iterations": 3, "latent_halting": True}}
+ONE_DOCUMENT = {"data": {"document_masking": False}}
+MIXING: Sections = {"model": {"latent_iterations": 3, "latent_mixing": 3}, **ONE_DOCUMENT}
+BY_SEQUENCE: Sections = {
+    "model": REASONING["model"] | MIXING["model"] | {"latent_sequence_halting": True},
+    "loss": {"latent_stability": 0.1},
+    **ONE_DOCUMENT,
+    **BF16,
+}
+LAST_LOSS: Sections = {"loss": {"weights": "last"}}
+PENALIZED: Sections = {"loss": {"stability": 0.1, "sparsity": 0.1}}
 ADDED = {"model": {"injection": "additive"}}
 INJECTED = {"model": {"injection": "linear"}}
 BY_CHANNEL = {"model": {"injection": "diagonal"}}
 STEPS = {"model": {"step_embedding": "learned", "num_layers": 1, "num_loops": 6, "ffn_hidden_size": 32}}
 HEAD_GATE = {"model": {"attention_gate": "head"}}
 ELEMENT_GATE = {"model": {"attention_gate": "element"}}
-ONE_DOCUMENT = {"data": {"document_masking": False}}
 CHECKS: dict[str, MemoryCheck] = {
     "alone, none, MLA": MemoryCheck(1, ParallelConfig()),
     "alone, none, MHA": MemoryCheck(1, ParallelConfig(), "mha"),
@@ -69,12 +79,17 @@ CHECKS: dict[str, MemoryCheck] = {
     "alone, none, MLA, prelude and coda": MemoryCheck(1, ParallelConfig(), sections=AROUND),
     "alone, none, MLA, plain latent": MemoryCheck(1, ParallelConfig(), sections=PLAIN_LATENT),
     "alone, none, MLA, latent reasoning": MemoryCheck(1, ParallelConfig(), sections=REASONING),
+    "alone, none, MLA, latent reasoning, bf16": MemoryCheck(1, ParallelConfig(), sections=REASONING | BF16),
+    "alone, none, MLA, latent mixing": MemoryCheck(1, ParallelConfig(), sections=MIXING),
+    "alone, none, MLA, latent mixing, bf16": MemoryCheck(1, ParallelConfig(), sections=BY_SEQUENCE),
     "alone, none, MLA, linear injection": MemoryCheck(1, ParallelConfig(), sections=INJECTED),
     "alone, none, MHA, additive injection": MemoryCheck(1, ParallelConfig(), "mha", ADDED),
     "alone, loop, MLA, linear injection": MemoryCheck(1, ParallelConfig(recompute="loop"), sections=INJECTED),
     "alone, loop, MHA, diagonal injection": MemoryCheck(1, ParallelConfig(recompute="loop"), "mha", BY_CHANNEL),
     "PP2, none, MHA, diagonal injection": MemoryCheck(2, ParallelConfig(pipeline=2), "mha", BY_CHANNEL),
     "PP2, loop, MLA, linear injection": MemoryCheck(2, ParallelConfig(pipeline=2, recompute="loop"), sections=INJECTED),
+    "alone, none, MHA, last loop's loss, bf16": MemoryCheck(1, ParallelConfig(), "mha", LAST_LOSS | BF16),
+    "alone, none, MHA, penalized states, bf16": MemoryCheck(1, ParallelConfig(), "mha", PENALIZED | BF16),
     "alone, none, MHA, step embedding": MemoryCheck(1, ParallelConfig(), "mha", STEPS),
     "alone, none, MHA, head gate": MemoryCheck(1, ParallelConfig(), "mha", HEAD_GATE),
     "alone, selective, MLA, element gate": MemoryCheck(1, ParallelConfig(recompute="selective"), sections=ELEMENT_GATE),
@@ -129,7 +144,7 @@ def recipe_of(check: MemoryCheck, width: int = 256) -> RunConfig:
         "data": data,
         "parallel": asdict(layout),
     }
-    recipe |= {key: recipe[key] | values for key, values in check.sections.items()}
+    recipe |= {key: recipe.get(key, {}) | values for key, values in check.sections.items()}
     return from_dict(RunConfig, recipe, where="tools.plan_check")
 
 
@@ -203,6 +218,7 @@ def main(argv: list[str]) -> None:
         return
     config = parse_config(CheckConfig, argv, prog="python -m tools.plan_check", description=str(__doc__))
     names = [name for name in CHECKS if config.only in name]
+    require(bool(names), "only", config.only, f"no check's name contains it; there are {' | '.join(CHECKS)}")
     print(f"{'layout':<42}{'rank':>5}  {'part':<12}{'predicted':>12}{'measured':>12}{'off':>8}")
     worst = 0.0
     for ranks in tqdm(sorted({CHECKS[name].ranks for name in names}), unit="job", disable=None):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from looplm.config import (
 )
 from looplm.parameters import gate_parameters
 from pretrain.data import BatchSchedule
+from pretrain.loops import loops_of_step
+from tools import plan as plan_command
 from tools.plan import PlanConfig, main
 from tools.planning import communication, schedule
+from tools.planning import estimate as estimates
 from tools.planning.activations import in_flight, layer_bytes, peak_activation_bytes
 from tools.planning.estimate import budget_of, days, estimate, pass_time, step_time
-from tools.planning.flops import backward_flops, forward_flops, model_flops_per_token
-from tools.planning.hardware import GIB, GPUS, LATENCY_S, Assumptions, Cluster
+from tools.planning.flops import backward_flops, forward_flops, fp8_share, model_flops_per_token
+from tools.planning.hardware import GIB, GPUS, LATENCY_S, Assumptions, Cluster, is_legal_number
 from tools.planning.layouts import find_layouts
 from tools.planning.planned_run import PlannedRun
-from tools.planning.search import rank_layouts
+from tools.planning.search import _more_gpus, rank_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON: dict[str, Any] = {
@@ -46,9 +50,21 @@ GATE_FLOPS = 2 * 2 * 1024 * sum(row.size for row in gate_parameters(MLA, GateCon
 OURO = ["--config", str(ROOT / "configs/ouro-1.4b/mha.yaml"), "--config", str(ROOT / "configs/ouro-1.4b/stage1a.yaml")]
 # A handful of layouts: the command does the same work for any number.
 FEW = [*OURO, "--gpu", "h100", "--gpus", "2", "--model.num_loops", "2", "--data.seq_length", "1024"]
+TOO_LARGE = ["--gpu", "a100-40", "--data.seq_length", "4096", "--model.hidden_size", "9216"]
+TOO_LARGE += ["--data.rampup", "null", "--data.global_batch_size", "1152"]
 FP8 = ["--engine.transformer_impl", "transformer_engine", "--engine.fp8", "hybrid"]
 
 AROUND = replace(MLA, prelude_layers=1, coda_layers=2)
+INJECTED = replace(MHA, injection="linear")
+ENGINE = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
+# Keys that refuse some of the layouts that are tried.
+RESTRICTIVE: dict[str, dict[str, Any]] = {
+    "sampled loops": {"loss": {"sampled_loops": "uniform"}},
+    "loop onset": {"loss": {"loop_onset": 0.5}},
+    "delayed scaling": {"engine": ENGINE | {"fp8_recipe": "delayed"}},
+    "FP8 weights": {"engine": ENGINE | {"fp8_params": True}, "parallel": {"distributed_optimizer": True}},
+    "penalized states": {"loss": {"stability": 0.1}},
+}
 
 
 def recipe(model: ModelConfig = MLA, **sections: Any) -> RunConfig:
@@ -99,7 +115,7 @@ def test_in_flight_passes_match_the_schedule(sizes: tuple[int, int, int]) -> Non
     assert [in_flight(one, rank) for rank in range(ranks)] == [schedule.in_flight([row]) for row in slots]
 
 
-@pytest.mark.parametrize("model", [MLA, MHA, AROUND])
+@pytest.mark.parametrize("model", [MLA, MHA, AROUND, INJECTED])
 def test_flops_of_all_passes_match_accounting(model: ModelConfig) -> None:
     """Without recomputation and mask, all loops and ranks together compute the model's FLOPs.
 
@@ -136,6 +152,29 @@ def test_the_head_computes_its_gradients_in_the_forward_pass() -> None:
     product = 2 * MLA.vocab_size * MLA.hidden_size * 2 * 1024
     assert [forward_flops(stage, 0).head - GATE_FLOPS for stage in stages] == [3 * product, product]
     assert backward_flops(stages[0], 0).head == 2 * GATE_FLOPS
+
+
+def test_a_last_loops_loss_has_one_backward_of_the_head_and_the_coda() -> None:
+    """The other loops have one product of the head's size; the gate is not trained, so it runs forward only."""
+    one, all_loops = planned(model=AROUND, loss={"weights": "last"}), planned(model=AROUND)
+    product, loops = 2 * AROUND.vocab_size * AROUND.hidden_size * 2 * 1024, AROUND.num_loops
+    assert loops * (forward_flops(one, 0).head - GATE_FLOPS) == pytest.approx(product * (loops - 1 + 3))
+    assert forward_flops(one, 0).layers == forward_flops(all_loops, 0).layers
+    assert backward_flops(one, 0).head == 0
+    layer = forward_flops(all_loops, 0).layers / all_loops.layers_in_a_pass(0)
+    saved = 2 * 2 * layer * (loops - 1)  # two layers
+    assert loops * (backward_flops(all_loops, 0).layers - backward_flops(one, 0).layers) == pytest.approx(saved)
+    on = cluster(1)
+    assert all(pass_time(one, 0, on, way).total < pass_time(all_loops, 0, on, way).total for way in (False, True))
+
+
+def test_the_injection_is_on_the_first_rank_and_in_every_later_loop() -> None:
+    product = 2 * 512 * (2 * 512) * 2 * 1024 / 2  # of the half of the positions that a tensor-parallel rank holds
+    without, one = (planned(model=model, parallel={"pipeline": 2, "tensor": 2}) for model in (MHA, INJECTED))
+    for flops, factor in ((forward_flops, 1), (backward_flops, 2)):
+        more = flops(one, 0).head - flops(without, 0).head
+        assert more == pytest.approx(factor * product * 3 / 4)
+        assert flops(one, 1) == flops(without, 1)
 
 
 def test_documents_cost_no_mask() -> None:
@@ -247,10 +286,68 @@ def test_the_budget_follows_a_growing_batch() -> None:
     grown = recipe(data={"global_batch_size": 64, "rampup": ramp}, optim={"train_steps": 12})
     budget = budget_of(grown)
     assert budget.tokens == BatchSchedule(grown.data, 1).samples_of(12) * 1024
-    assert sum(budget.steps.values()) == 12 and set(budget.steps) == {16, 32, 48, 64}
+    assert sum(budget.steps.values()) == 12 and set(budget.steps) == {(size, 4) for size in (16, 32, 48, 64)}
     one, on = PlannedRun(grown, 4), cluster(4)
-    by_hand = sum(count * step_time(one, on, size).total for size, count in budget.steps.items()) / 86400
+    by_hand = sum(count * step_time(one, on, size).total for (size, _), count in budget.steps.items()) / 86400
     assert days(one, on, budget) == pytest.approx(by_hand)
+
+
+def steps_one_by_one(config: RunConfig) -> Counter[tuple[int, int]]:
+    """Count what training asks for in each step: its samples and its loops."""
+    batches, consumed, steps = BatchSchedule(config.data, 1), 0, Counter[tuple[int, int]]()
+    for step in range(config.optim.train_steps):
+        size = batches.at(consumed)[1]
+        steps[size, loops_of_step(config, step)] += 1
+        consumed += size
+    return steps
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"sampled_loops": "uniform"},
+        {"sampled_loops": "poisson"},
+        {"loop_onset": 0.35, "onset_loops": 2},
+        {"loop_onset": 0.35, "sampled_loops": "uniform"},
+        {"loop_onset": 1.0},
+    ],
+)
+def test_the_budget_counts_the_loops_of_each_step(loss: dict[str, Any]) -> None:
+    ramp = RampUpConfig(start=16, increment=16, samples=1600)
+    varied = recipe(data={"global_batch_size": 64, "rampup": ramp}, optim={"train_steps": 75}, loss=loss)
+    budget, steps = budget_of(varied), steps_one_by_one(varied)
+    assert budget.steps == steps
+    assert budget.tokens == BatchSchedule(varied.data, 1).samples_of(75) * 1024
+    assert budget.mean_loops == pytest.approx(sum(loops_of_step(varied, step) for step in range(75)) / 75)
+    one, on = PlannedRun(varied, 4), cluster(4)
+    by_hand = sum(n * step_time(replace(one, loops=loops), on, size).total for (size, loops), n in steps.items())
+    assert days(one, on, budget) == pytest.approx(by_hand / 86400)
+
+
+def test_a_long_runs_loops_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of steps ask for no more than thousands of numbers, whose mean is near the expected one."""
+    asked: list[int] = []
+
+    def counted(config: RunConfig, step: int) -> int:
+        asked.append(step)
+        return loops_of_step(config, step)
+
+    monkeypatch.setattr(estimates, "loops_of_step", counted)
+    long = recipe(optim={"train_steps": 3_000_000}, loss={"sampled_loops": "uniform", "loop_onset": 0.1})
+    budget = budget_of(long)
+    assert asked == list(range(300_000, 300_000 + estimates.DRAWS))
+    assert sum(budget.steps.values()) == 3_000_000
+    assert budget.mean_loops == pytest.approx(0.1 * 1 + 0.9 * 2.5, rel=0.01)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"pipeline": 2}])
+@pytest.mark.parametrize("model", [AROUND, INJECTED])
+def test_a_step_of_fewer_loops_is_one_of_a_model_with_fewer(model: ModelConfig, parallel: dict[str, Any]) -> None:
+    fewer = planned(2, replace(model, num_loops=2), parallel=parallel)
+    shortened = replace(planned(2, model, parallel=parallel), loops=2)
+    assert step_time(shortened, cluster(4), 64) == step_time(fewer, cluster(4), 64)
+    assert peak_activation_bytes(shortened, 0) == peak_activation_bytes(fewer, 0)
+    assert model_flops_per_token(shortened) == model_flops_per_token(fewer)
 
 
 def test_ouro_computed_by_hand() -> None:
@@ -303,6 +400,26 @@ def test_every_legal_layout_is_found() -> None:
     assert found.refused["data.global_batch_size"] > 0
 
 
+@pytest.mark.parametrize("sections", RESTRICTIVE.values(), ids=RESTRICTIVE)
+def test_a_key_refuses_only_the_layouts_that_it_cannot_have(sections: dict[str, dict[str, Any]]) -> None:
+    """Every variant is tried, and each refusal counted, whatever is refused before it."""
+    plain, found = find_layouts(recipe(MHA), 4, node=4), find_layouts(recipe(MHA, **sections), 4, node=4)
+    assert len(found.legal) + found.refused.total() == len(plain.legal) + plain.refused.total()
+    assert len(found.legal) == sum(is_legal(one.config, sections) for one in plain.legal) > 0
+    assert rank_layouts(recipe(MHA, **sections), cluster(4)).fitting
+
+
+def is_legal(config: RunConfig, sections: dict[str, dict[str, Any]]) -> bool:
+    """Return True if a run accepts these keys in its layout, without overlap if its loops vary."""
+    changed = {key: replace(getattr(config, key), **sections[key]) for key in sections if key != "parallel"}
+    overlap = not changed.get("loss", config.loss).varies_loops
+    try:
+        replace(config, **changed, parallel=replace(config.parallel, overlap_grad_reduce=overlap))
+    except UserError:
+        return False
+    return True
+
+
 def test_fitting_layouts_are_ranked_by_time() -> None:
     small, on = recipe(), cluster(4)
     ranking = rank_layouts(small, on)
@@ -324,6 +441,24 @@ def test_fp8_speeds_up_only_the_layers() -> None:
     assert bf16.matmul == pytest.approx((flops.layers + flops.head) / peak)
     assert fp8.matmul == pytest.approx((flops.layers * 989 / 1979 + flops.head) / peak)
     assert replace(fp8, matmul=0.0) == replace(bf16, matmul=0.0)
+
+
+def test_only_the_engines_linear_layers_are_in_fp8() -> None:
+    """Not those of the layers that stay in bf16, of prelude and coda, and of latent reasoning."""
+    kept: dict[str, Any] = {"engine": ENGINE | {"first_layers_bf16": 2, "last_layers_bf16": 1}}
+    halves = planned(model=AROUND, **kept, parallel={"pipeline": 2})
+    # Four layers, of which two and one are kept; the prelude runs in one of four loops, and the coda has two layers.
+    assert fp8_share(halves, 0, backward=False) == pytest.approx((4 - 2) / (4 + 1 / 4))
+    assert fp8_share(halves, 1, backward=False) == pytest.approx((4 - 1) / (4 + 2))
+    assert fp8_share(planned(**kept), 0, backward=False) == pytest.approx(5 / 8)
+    refined = planned(model=replace(MLA, latent_iterations=3))
+    cell = 2 * 3 * 64**2 * (1 + 3)  # once for the latent, and for the state in every step
+    layer = forward_flops(refined, 0).layers / 8 / (2 * 1024)
+    assert fp8_share(refined, 0, backward=True) == pytest.approx(1 - cell / layer)
+    one, on, peak = planned(**kept), cluster(1, fp8=True), 989e12 * 0.65
+    flops = backward_flops(one, 0)
+    by_hand = flops.layers * (5 / 8 * 989 / 1979 + 3 / 8) + flops.head
+    assert pass_time(one, 0, on, backward=True).matmul == pytest.approx(by_hand / peak)
 
 
 def test_the_recipes_engine_section_decides_the_matmul_precision(capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,6 +494,35 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert pasted["data"] == {"micro_batch_size": first["micro_batch_size"]}
 
 
+def test_the_pasted_lines_are_the_planned_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They leave nothing of the recipe's own layout in force."""
+    own = {
+        **{"tensor": 2, "sequence": False, "pipeline": 4, "first_stage_layers": 7, "last_stage_layers": 3},
+        **{"distributed_optimizer": True, "overlap_param_gather": True, "accumulate_fp32": False},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"parallel": own, "data": {"micro_batch_size": 8}}))
+    stacked = [*FEW, "--config", str(tmp_path / "own.yaml")]
+    main([*stacked, "--json", str(tmp_path / "plan.json")])
+    lines = capsys.readouterr().out.splitlines()
+    (tmp_path / "pasted.yaml").write_text("\n".join(lines[lines.index("parallel:") :]))
+    first = json.loads((tmp_path / "plan.json").read_text())["layouts"][0]
+    config = parse_config(
+        PlanConfig, [*stacked, "--config", str(tmp_path / "pasted.yaml")], prog="plan", description=""
+    )
+    assert asdict(config.parallel) == first["parallel"] and not config.parallel.overlap_param_gather
+    assert config.parallel.pipeline == 1 and config.data.micro_batch_size == first["micro_batch_size"]
+
+
+def test_sampled_loops_make_a_run_shorter(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for sampled in ([], ["--loss.sampled_loops", "uniform"]):
+        main([*FEW, "--model.num_loops", "4", "--parallel.overlap_grad_reduce", "false", "--top", "1", *sampled])
+        lines = capsys.readouterr().out.splitlines()
+        found.append(float(next(line.split()[-1] for line in lines if line.startswith(" own "))))
+    assert "365,628 steps of 2.5" in lines[0] and any("at the full batch and 4 loops" in line for line in lines)
+    assert 0.55 < found[1] / found[0] < 0.7  # 2.5 loops of 4, and what a step has once
+
+
 def test_help_shows_only_the_planners_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*OURO, "--help"])
@@ -379,6 +543,27 @@ def test_the_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixtu
     assert f"this recipe cannot run here as written: {reason}" in capsys.readouterr().out
 
 
+def test_a_rehearsal_begins_after_the_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report is printed whatever the rehearsal does, and the recipe's own layout need not fit the GPUs."""
+    names: list[str] = []
+    printed: list[str] = []
+
+    def rehearse(plans: list[Any], jobs: int) -> list[Any]:
+        names.extend(one.name for one in plans)
+        printed.append(capsys.readouterr().out)
+        assert "\nparallel:\n" in printed[-1]
+        return []
+
+    monkeypatch.setattr(plan_command, "rehearse", rehearse)
+    main([*FEW, "--rehearse", "true"])
+    assert names == ["fastest", "own"]
+    names.clear()
+    main([*FEW, "--parallel.context", "8", "--rehearse", "true"])
+    assert names == ["fastest"] and "\nown, not rehearsed: parallel.tensor x pipeline x context: 8 is" in printed[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -397,9 +582,17 @@ def test_the_recipes_own_layout_may_not_fit_the_gpus(capsys: pytest.CaptureFixtu
             "gpus: 7 is not allowed; the recipe has no layout .* data.global_batch_size.* 4 below and 8 above",
         ),
         (
+            [*FEW, "--gpus", "24", "--data.rampup", "null", "--data.global_batch_size", "20"],
+            "gpus: 24 is not allowed; the recipe has no layout .* 16 below and 32 above",
+        ),
+        (
             [*FEW, "--gpu", "a100-40", "--data.seq_length", "4096", "--model.hidden_size", "6144"],
             "gpus: 2 hold no layout .* recompute .* GiB of 35.5 usable on each; "
             "nearest that fits: --gpu a100-80 or --gpus 4$",
+        ),
+        (
+            [*FEW, *TOO_LARGE, "--gpus", "3", "--gpus_per_node", "4"],
+            "gpus: 3 hold no layout .* nearest that fits: --gpu h200 or --gpus 8$",
         ),
     ],
 )
@@ -413,6 +606,15 @@ def test_every_module_named_in_the_docs_exists() -> None:
     page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
     named = re.findall(r"tools/planning/\w+\.py", page)
     assert named and all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "node", "larger"), [(1, 8, [2, 4, 8, 16, 32]), (3, 4, [4, 8, 16]), (5, 8, [8, 16]), (24, 8, [48, 96])]
+)
+def test_more_gpus_are_a_number_that_the_planner_takes(gpus: int, node: int, larger: list[int]) -> None:
+    for wanted in larger:
+        gpus = _more_gpus(gpus, node)
+        assert gpus == wanted and is_legal_number(gpus, node)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ backward. Under a pipeline these are the passes that its schedule has in flight.
 
 from math import ceil
 
+from looplm.config import PENALTIES
 from looplm.parameters import gate_rows
 from tools.planning.planned_run import PlannedRun
 
@@ -55,7 +56,7 @@ def _unlooped_bytes(run: PlannedRun, rank: int) -> float:
     # The coda's input is kept anyway, by the next loop or the gate; or by neither, after a step embedding in bf16.
     alone = model.step_embedding != "none" and run.number_bytes != FP32 and run.config.parallel.pipeline == 1
     own = coda * layer + ends - (0.0 if alone else hidden) if coda else 0.0
-    return ceil(passes / model.num_loops) * prelude * layer + passes * own
+    return ceil(passes / run.num_loops) * prelude * layer + passes * own
 
 
 def _injection_bytes(run: PlannedRun, rank: int) -> float:
@@ -73,7 +74,7 @@ def _injection_bytes(run: PlannedRun, rank: int) -> float:
         states += model.injection == "diagonal"
     elif layout.recompute in ("none", "selective"):
         states += model.injection != "diagonal"
-    later = passes - ceil(passes / model.num_loops)
+    later = passes - ceil(passes / run.num_loops)
     return later * states * run.shard_tokens * model.hidden_size * run.number_bytes
 
 
@@ -101,7 +102,7 @@ def in_flight(run: PlannedRun, rank: int) -> int:
     Megatron's interleaved 1F1B starts with 2 (P - 1 - rank) + (R - 1) P forward passes and then alternates. A single
     loop takes the plain schedule, which starts with P - 1 - rank.
     """
-    loops, ranks = run.config.model.num_loops, run.config.parallel.pipeline
+    loops, ranks = run.num_loops, run.config.parallel.pipeline
     if ranks == 1:
         return loops
     if loops == 1:
@@ -192,10 +193,26 @@ def _latent_bytes(run: PlannedRun) -> float:
 
 
 def _reasoning_bytes(run: PlannedRun) -> float:
-    """Return the bytes kept of the unit that refines the latent: of a step its gates, its new state and its state."""
-    model, tokens = run.config.model, run.shard_tokens
-    states = 1 if model.latent_halting else 0  # stacked for their mean
-    return tokens * model.kv_lora_rank * model.latent_iterations * (STEP_STATES + states) * run.number_bytes
+    """Return the bytes kept of the unit that refines the latent: of each step what its cell reads and computes.
+
+    The last state is counted with the latents, as the input of the up-projection.
+    """
+    model, loss, steps = run.config.model, run.config.loss, run.config.model.latent_iterations
+    if steps == 0:
+        return 0.0
+    latents, in_fp32 = float(steps * STEP_STATES), 0
+    if model.latent_mixing:  # the cell reads a sum, so the latent is one more; the convolution keeps padded states
+        length = run.config.data.seq_length
+        latents += 1 + steps * (length + model.latent_mixing - 1) / length
+    if model.latent_halting:
+        latents += steps  # stacked for their mean
+        if run.number_bytes == FP32:  # the readout keeps the states themselves; the cell has kept all but the last
+            latents += steps if model.latent_mixing else 1
+        else:  # each readout keeps an fp32 copy
+            in_fp32 += steps * (2 if model.latent_sequence_halting else 1)
+    if loss.latent_stability or loss.latent_ponder_cost:
+        in_fp32 += steps  # differences of the states, squared
+    return run.shard_tokens * model.kv_lora_rank * (latents * run.number_bytes + in_fp32 * FP32)
 
 
 def _rotary_bytes(run: PlannedRun) -> float:
@@ -205,10 +222,23 @@ def _rotary_bytes(run: PlannedRun) -> float:
 
 
 def _loss_bytes(run: PlannedRun) -> float:
-    """Return the bytes kept after a loop by the head, which has computed the hidden state's gradient, and the gate."""
+    """Return the bytes kept after a loop, on average, by the head, the gate, and the penalties of the states.
+
+    The head has computed the hidden state's gradient, unless the loop's losses have none.
+    """
     losses = run.tokens * 2 * FP32  # each token's loss and its weight
     gradient = run.shard_tokens * run.config.model.hidden_size * run.number_bytes
-    return losses + gradient + _gate_bytes(run)
+    with_gradient = run.loops_with_head_gradients / run.num_loops
+    return losses + gradient * with_gradient + _gate_bytes(run) + _penalty_bytes(run)
+
+
+def _penalty_bytes(run: PlannedRun) -> float:
+    """Return the bytes kept by the penalties of the states: fp32 differences of the loops, and for sparsity copies."""
+    loss = run.config.loss
+    if not any(getattr(loss, key) for key in PENALTIES):
+        return 0.0
+    states = (run.num_loops - 1) / run.num_loops + (loss.sparsity > 0 and run.number_bytes < FP32)
+    return states * run.shard_tokens * run.config.model.hidden_size * FP32
 
 
 def _deepest_bytes(run: PlannedRun) -> float:
@@ -218,15 +248,18 @@ def _deepest_bytes(run: PlannedRun) -> float:
     In bf16 the gate keeps an fp32 copy instead, and under a pipeline every loop's hidden state is its own
     (:func:`_gate_bytes`).
     """
-    if run.config.parallel.pipeline > 1 or run.number_bytes != FP32:
+    if run.config.parallel.pipeline > 1 or run.number_bytes != FP32 or not run.config.loss.trains_gate:
         return 0.0
     model = run.config.model
-    return (model.num_loops if model.step_embedding != "none" else 1) * run.shard_tokens * model.hidden_size * FP32
+    return (run.num_loops if model.step_embedding != "none" else 1) * run.shard_tokens * model.hidden_size * FP32
 
 
 def _gate_bytes(run: PlannedRun) -> float:
-    """Return the bytes kept after a loop by the gate: an fp32 hidden state unless shared, and values of its own."""
+    """Return the bytes kept after a loop by the gate: an fp32 hidden state unless shared, and values of its own.
+
+    A gate that is not trained needs no input for the gradients of its weights.
+    """
     config, layout = run.config, run.config.parallel
-    kept_anyway = not run.frozen and layout.pipeline == 1
-    copy = 0 if run.number_bytes == FP32 and kept_anyway else config.model.hidden_size
+    kept_anyway = not run.frozen and layout.pipeline == 1 and run.number_bytes == FP32
+    copy = 0 if kept_anyway or not config.loss.trains_gate else config.model.hidden_size
     return run.shard_tokens * (copy + gate_rows(config.model, config.gate).kept_values) * FP32

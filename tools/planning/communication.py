@@ -45,12 +45,13 @@ def tensor_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool)
     calls = 4 if model.attention_gate == "none" else 5  # the gate's linear layer gathers its input by itself
     # Gathered and scattered once each around both sublayers; without sequence parallelism all-reduced, the same bytes.
     layer = run.tokens * (attention + 3 * model.hidden_size) * run.number_bytes
-    layers, operations = run.layers_in_a_pass(rank) * layer, run.layers_in_a_pass(rank) * calls
+    passed = run.layers_in_a_pass(rank, backward)
+    layers, operations = passed * layer, passed * calls
     head = run.tokens * model.hidden_size * run.number_bytes if run.is_last(rank) else 0.0
     traffic = _ring(cluster, layout.tensor, 1, layers + head, operations)
     if not backward:
         return traffic
-    hidden_again = _ring(cluster, layout.tensor, 1, run.layers_in_a_pass(rank) * _gathered_again(run), operations)
+    hidden_again = _ring(cluster, layout.tensor, 1, passed * _gathered_again(run), operations)
     again = layout.recompute in ("full", "loop")
     recomputed = _ring(cluster, layout.tensor, 1, layers, operations) if again else Traffic()
     moved = traffic.bytes + recomputed.bytes + hidden_again.bytes
@@ -76,7 +77,7 @@ def context_traffic(run: PlannedRun, rank: int, cluster: Cluster, backward: bool
         return Traffic()
     widths = model.attention_widths
     width = widths.key_heads * (widths.query_key + widths.value)
-    layers = run.layers_in_a_pass(rank)
+    layers = run.layers_in_a_pass(rank, backward)
     size = layers * run.tokens * layout.context * width / layout.tensor * run.number_bytes
     times = 2 if backward and layout.recompute != "none" else 1
     return _ring(cluster, layout.context, layout.tensor, size * times, layers * times)
@@ -100,7 +101,7 @@ def messages_sent(run: PlannedRun, rank: int) -> int:
     Each pass has one of either, except at the ends of the line of all loops: nothing follows the last rank's last loop,
     and nothing comes before the first rank's first. With a frozen trunk nothing is sent back.
     """
-    layout, passes = run.config.parallel, run.config.model.num_loops * run.micro_batches
+    layout, passes = run.config.parallel, run.num_loops * run.micro_batches
     if layout.pipeline == 1:
         return 0
     forward = passes - (run.micro_batches if run.is_last(rank) else 0)

@@ -65,6 +65,11 @@ class Assumptions:
         check_bounds(self, "assume")
 
 
+def is_legal_number(gpus: int, node: int) -> bool:
+    """Return True if a cluster may have ``gpus`` GPUs: a part of one node, or whole nodes of ``node`` GPUs."""
+    return gpus <= node or gpus % node == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Equal nodes of equal GPUs."""

@@ -23,10 +23,10 @@ class LayoutSearch:
     refused: Counter[str] = field(default_factory=Counter)  # how many, by the key that the refusal names
     reasons: dict[str, str] = field(default_factory=dict)  # one refusal for each key, in its own words
 
-    def refuse(self, error: UserError, count: int) -> None:
-        """Record that ``count`` layouts were refused because of ``error``."""
+    def refuse(self, error: UserError) -> None:
+        """Record that a layout was refused because of ``error``."""
         key = str(error).partition(":")[0]
-        self.refused[key] += count
+        self.refused[key] += 1
         self.reasons.setdefault(key, str(error))
 
 
@@ -38,7 +38,8 @@ def find_layouts(recipe: RunConfig, gpus: int, node: int) -> LayoutSearch:
     """
     search, given = LayoutSearch(), recipe.parallel
     base = replace(given, sequence=None, first_stage_layers=None, last_stage_layers=None)
-    base = replace(base, overlap_grad_reduce=True, overlap_param_gather=False)  # some layouts have nothing to gather
+    # Weights of loops that a step does not run have no gradients to wait for, and some layouts have nothing to gather.
+    base = replace(base, overlap_grad_reduce=not recipe.loss.varies_loops, overlap_param_gather=False)
     # A frozen trunk runs without autograd, so there is nothing to recompute.
     modes: tuple[Recompute, ...] = ("none",) if recipe.loss.frozen_trunk else get_args(Recompute)
     micro_batches = sorted({*MICRO_BATCHES, recipe.data.micro_batch_size})
@@ -54,13 +55,13 @@ def find_layouts(recipe: RunConfig, gpus: int, node: int) -> LayoutSearch:
         variants = [
             replace(layout, recompute=mode, distributed_optimizer=shard) for mode, shard in product(modes, shards)
         ]
-        for micro_batch in micro_batches:
+        for micro_batch, variant in product(micro_batches, variants):
             try:
-                config = _with_layout(recipe, layout, micro_batch, replicas)
+                config = _with_layout(recipe, variant, micro_batch, replicas)
             except UserError as error:
-                search.refuse(error, len(variants))
-                continue
-            search.legal += [PlannedRun(replace(config, parallel=variant), replicas) for variant in variants]
+                search.refuse(error)
+            else:
+                search.legal.append(PlannedRun(config, replicas))
     return search
 
 

@@ -62,7 +62,7 @@ def _working_bytes(run: PlannedRun, rank: int) -> float:
     layout, model = config.parallel, config.model
     hidden = run.shard_tokens * model.hidden_size * e
     if run.frozen:  # no graph keeps the loops' hidden states, but all of them wait for the head
-        return head + (model.num_loops * hidden if layout.pipeline == 1 else 0.0)
+        return head + (run.num_loops * hidden if layout.pipeline == 1 else 0.0)
     # A layer's gradients on their way back: three of the feed-forward layer's inner width, its input's and output's.
     feed_forward = 3 * run.tokens * model.ffn_hidden_size * e / layout.tensor
     # Attention's come later, when what the feed-forward layer had kept, of about that size, and its norms are free.
@@ -73,8 +73,8 @@ def _working_bytes(run: PlannedRun, rank: int) -> float:
         backward += 3 * run.tokens * model.hidden_size * e
     if layout.pipeline == 1 and layout.recompute in ("full", "loop"):
         # The gradients from the head wait for their loop's backward. Otherwise they are at the peak among what is kept.
-        backward += model.num_loops * hidden
-    elif layout.pipeline == 1 and model.num_loops > 1:
+        backward += run.loops_with_head_gradients * hidden
+    elif layout.pipeline == 1 and run.num_loops > 1:
         # One graph: a weight's gradients of all loops are summed before they are added to the buffer.
         backward += sum(run.parameters(rank).get(part, 0.0) for part in ("layers", "coda")) * e
     at_peak = peak_activation_bytes(run, rank)

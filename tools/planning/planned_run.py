@@ -35,6 +35,12 @@ class PlannedRun:
     config: RunConfig  # with the layout's ``parallel`` and ``data.micro_batch_size``
     replicas: int  # data-parallel ranks (DP)
     padded_heads: bool = True  # attention keeps values as wide as queries, as on a GPU; on a CPU as wide as they are
+    loops: int | None = None  # of a step that runs fewer (loss.loop_onset, loss.sampled_loops); None for the model's
+
+    @property
+    def num_loops(self) -> int:
+        """Loops of a step (R)."""
+        return self.loops or self.config.model.num_loops
 
     @property
     def micro_batches(self) -> int:
@@ -49,6 +55,13 @@ class PlannedRun:
     def frozen(self) -> bool:
         """True if only the gate is trained (stage 2)."""
         return self.config.loss.frozen_trunk
+
+    @property
+    def loops_with_head_gradients(self) -> int:
+        """Loops of a step whose cross-entropies have gradients."""
+        if self.frozen:
+            return 0
+        return 1 if self.config.loss.weights == "last" else self.num_loops
 
     @property
     def number_bytes(self) -> int:
@@ -81,11 +94,15 @@ class PlannedRun:
         """Return the number of layers on each pipeline rank."""
         return self.config.parallel.layers_per_rank(self.config.model.num_layers)
 
-    def layers_in_a_pass(self, rank: int) -> float:
-        """Return the layers that pipeline rank ``rank`` runs in a pass, of all R loops on average."""
+    def layers_in_a_pass(self, rank: int, backward: bool = False) -> float:
+        """Return the layers that pipeline rank ``rank`` runs in a pass, forward or backward, on average over the loops.
+
+        A coda's backward follows the head's.
+        """
         model, layers = self.config.model, float(self.layers_per_rank()[rank])
-        layers += model.prelude_layers / model.num_loops if rank == 0 else 0
-        return layers + (model.coda_layers if self.is_last(rank) else 0)
+        layers += model.prelude_layers / self.num_loops if rank == 0 else 0
+        read = self.loops_with_head_gradients / self.num_loops if backward else 1
+        return layers + (model.coda_layers * read if self.is_last(rank) else 0)
 
     def is_last(self, rank: int) -> bool:
         """Return True if pipeline rank ``rank`` holds the head and the gate."""

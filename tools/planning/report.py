@@ -2,6 +2,8 @@
 
 from dataclasses import asdict
 
+import yaml
+
 from looplm.accounting import parameter_counts
 from looplm.cli import UserError
 from looplm.config import RunConfig
@@ -24,10 +26,6 @@ TIME_NAMES = {
     "weights": "weights gathered from shares",
     "optimizer": "optimizer",
 }
-LAYOUT_KEYS = (
-    *("tensor", "pipeline", "last_stage_layers", "context"),
-    *("distributed_optimizer", "overlap_grad_reduce", "recompute"),
-)
 
 
 def describe_search(recipe: RunConfig, cluster: Cluster, gpu_name: str, budget: Budget, ranking: Ranking) -> list[str]:
@@ -35,10 +33,12 @@ def describe_search(recipe: RunConfig, cluster: Cluster, gpu_name: str, budget: 
     model, search, assume = recipe.model, ranking.search, cluster.assume
     total = sum(parameter_counts(model, recipe.gate).values())
     tried = len(search.legal) + search.refused.total()
+    steps = f"{recipe.optim.train_steps:,} steps"
+    steps += f" of {budget.mean_loops:.2f} loops on average" if recipe.loss.varies_loops else ""
     peak = cluster.gpu.fp8_tflops if cluster.fp8 else cluster.gpu.bf16_tflops
     return [
         f"recipe: {total:,} parameters, {model.depth_summary}, "
-        f"{recipe.data.seq_length:,} positions, {budget.tokens:.3g} tokens in {recipe.optim.train_steps:,} steps",
+        f"{recipe.data.seq_length:,} positions, {budget.tokens:.3g} tokens in {steps}",
         f"cluster: {cluster.gpus} {gpu_name}, {cluster.node} a node, {cluster.network_gbs:g} GB/s each between nodes; "
         f"{cluster.usable_bytes / GIB:.1f} of {cluster.gpu.memory_gib:g} GiB usable",
         f"assumed: {assume.matmul:.0%} of {peak:g} {'fp8' if cluster.fp8 else 'bf16'} TFLOP/s in matrix products, "
@@ -87,13 +87,14 @@ def _row(one: Estimate, cluster: Cluster, budget: Budget, price: float | None) -
 def detail(one: Estimate, cluster: Cluster, budget: Budget) -> list[str]:
     """Return every pipeline rank's memory, the step's time, the bytes sent, and lines to paste into a recipe."""
     config, total = one.run.config, one.time.total
+    loops = f" and {one.run.num_loops} loops" if config.loss.varies_loops else ""
     heads = "".join(f"{name:>{width}}" for name, width in MEMORY_WIDTHS.items())
     lines = ["", "The first in detail", "", "memory of a rank, GiB", f"  {'pipeline rank':<14}{heads}{'all':>8}"]
     for rank in range(config.parallel.pipeline):
         memory = rank_memory(one.run, rank)
         cells = "".join(f"{getattr(memory, name) / GIB:>{width}.2f}" for name, width in MEMORY_WIDTHS.items())
         lines.append(f"  {rank:<14}{cells}{memory.total / GIB:>8.2f}")
-    lines += ["", f"a step of {config.data.global_batch_size:,} samples, seconds"]
+    lines += ["", f"a step of {config.data.global_batch_size:,} samples{loops}, seconds"]
     for key, seconds in asdict(one.time).items():
         if seconds > 0:
             lines.append(f"  {TIME_NAMES[key]:<36}{seconds:>9.3f}{seconds / total:>8.1%}")
@@ -102,17 +103,14 @@ def detail(one: Estimate, cluster: Cluster, budget: Budget) -> list[str]:
     if sent:
         lines += ["", f"moved by a rank in a step, GiB: {', '.join(sent)}"]
     lines.append(
-        f"{one.tokens_per_s * DAY_S:,.3g} tokens a day at the full batch; {days(one.run, cluster, budget):,.1f} days "
-        f"of pure training for {budget.tokens:.3g} tokens"
+        f"{one.tokens_per_s * DAY_S:,.3g} tokens a day at the full batch{loops}; "
+        f"{days(one.run, cluster, budget):,.1f} days of pure training for {budget.tokens:.3g} tokens"
     )
     return [*lines, "", *layout_as_yaml(one)]
 
 
 def layout_as_yaml(one: Estimate) -> list[str]:
-    """Return the layout as lines of YAML."""
-    config, lines = one.run.config, ["parallel:"]
-    for key in LAYOUT_KEYS:
-        value = getattr(config.parallel, key)
-        if value is not None:
-            lines.append(f"  {key}: {str(value).lower() if isinstance(value, bool) else value}")
-    return [*lines, "data:", f"  micro_batch_size: {config.data.micro_batch_size}"]
+    """Return the layout as lines of YAML, with every key, so that none of the recipe's own values stays in force."""
+    config = one.run.config
+    pasted = {"parallel": asdict(config.parallel), "data": {"micro_batch_size": config.data.micro_batch_size}}
+    return yaml.safe_dump(pasted, sort_keys=False).splitlines()

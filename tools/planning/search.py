@@ -7,7 +7,7 @@ from tqdm import tqdm
 from looplm.cli import UserError
 from looplm.config import RunConfig
 from tools.planning.estimate import Estimate, estimate
-from tools.planning.hardware import GIB, GPUS, Cluster
+from tools.planning.hardware import GIB, GPUS, Cluster, is_legal_number
 from tools.planning.layouts import LayoutSearch, find_layouts
 from tools.planning.memory import fullest_rank_memory
 from tools.planning.planned_run import PlannedRun
@@ -55,8 +55,9 @@ def _fits(run: PlannedRun, cluster: Cluster) -> bool:
 def _no_layout_message(recipe: RunConfig, cluster: Cluster, search: LayoutSearch) -> str:
     """Return the most common refusal, and the nearest numbers of GPUs below and above that have a layout."""
     ranges = (range(cluster.gpus - 1, 0, -1), range(cluster.gpus + 1, 2 * cluster.gpus + 1))
+    legal = ((n for n in numbers if is_legal_number(n, cluster.node)) for numbers in ranges)
     below, above = (
-        next((n for n in numbers if find_layouts(recipe, n, cluster.node).legal), "none") for numbers in ranges
+        next((n for n in numbers if find_layouts(recipe, n, cluster.node).legal), "none") for numbers in legal
     )
     reason = search.reasons[search.refused.most_common(1)[0][0]] if search.refused else "nothing divides them"
     return (
@@ -70,15 +71,20 @@ def _too_large_message(recipe: RunConfig, cluster: Cluster, search: LayoutSearch
     leanest = min(search.legal, key=lambda run: fullest_rank_memory(run).total)
     needed, layout = fullest_rank_memory(leanest).total, leanest.config.parallel
     fixes = [f"--gpu {name}" for name in GPUS if _fits(leanest, replace(cluster, gpu=GPUS[name]))][:1]
-    number = 2 * cluster.gpus
+    number = _more_gpus(cluster.gpus, cluster.node)
     while number <= MOST_GPUS:
         if any(_fits(run, cluster) for run in find_layouts(recipe, number, cluster.node).legal):
             fixes.append(f"--gpus {number}")
             break
-        number *= 2
+        number = _more_gpus(number, cluster.node)
     fix = f"nearest that fits: {' or '.join(fixes)}" if fixes else "nothing in the tables fits; shorten data.seq_length"
     return (
         f"gpus: {cluster.gpus} hold no layout of the recipe: the leanest (tensor {layout.tensor}, pipeline "
         f"{layout.pipeline}, context {layout.context}, micro-batch {leanest.config.data.micro_batch_size}, recompute "
         f"{layout.recompute}) needs {needed / GIB:.1f} GiB of {cluster.usable_bytes / GIB:.1f} usable on each; {fix}"
     )
+
+
+def _more_gpus(gpus: int, node: int) -> int:
+    """Return twice the number of GPUs, but the whole node if that were more than a part of it."""
+    return min(2 * gpus, node) if gpus < node else 2 * gpus

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from looplm.cli import UserError
 from looplm.config import LossConfig, ParallelConfig
 from tests.support.launch import run_ranks
 from tools import plan_check
@@ -17,7 +18,10 @@ pytestmark = pytest.mark.slow  # every test here starts a process or trains
 ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alone, loop, MHA, bf16"]
 ALONE += ["alone, none, MHA, step embedding", "alone, none, MHA, head gate", "alone, selective, MLA, element gate"]
 ALONE += ["alone, none, MLA, plain latent", "alone, none, MLA, prelude and coda", "alone, full, MHA, prelude and coda"]
-ALONE += ["alone, none, MLA, latent reasoning", "alone, none, MLA, linear injection"]
+ALONE += ["alone, none, MLA, latent reasoning", "alone, none, MLA, latent reasoning, bf16"]
+ALONE += ["alone, none, MLA, latent mixing", "alone, none, MLA, latent mixing, bf16"]
+ALONE += ["alone, none, MLA, linear injection"]
+ALONE += ["alone, none, MHA, last loop's loss, bf16", "alone, none, MHA, penalized states, bf16"]
 TOGETHER = [
     "DP2 + distributed optimizer, MLA, bf16",
     "TP2, none, MLA",
@@ -59,6 +63,11 @@ def test_two_processes(tmp_path: Path) -> None:
     assert list(measured) == TOGETHER
     for name in TOGETHER:
         assert_near(compare(name, measured[name], WIDTH))
+
+
+def test_a_selection_without_a_check_is_refused() -> None:
+    with pytest.raises(UserError, match=r"only: 'TP3' is not allowed; .* alone, none, MLA \| .* \| TP2, none, MLA \|"):
+        plan_check.main(["--only", "TP3"])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
