@@ -99,6 +99,8 @@ def _training(run: RunConfig, about: About) -> list[str]:
     optim, loss, data = run.optim, run.loss, run.data
     whole = sum(source.weight for source in data.train)
     sources = [(f"`{Path(source.prefix).name}`", f"{source.weight / whole:.1%}") for source in data.train]
+    if data.task is not None:
+        sources = [(f"the synthetic task `{data.task.name}`, made while training", "100.0%")]
     rates = f"lr {optim.lr:g}, {optim.schedule} to {optim.min_lr:g}, betas {optim.beta1:g}, {optim.beta2:g}"
     recipe = [
         ("stage", loss.objective + (f", beta {loss.beta:g}" if loss.objective == "entropy_regularised" else "")),

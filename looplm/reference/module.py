@@ -15,7 +15,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class ReferenceLM(nn.Module):
-    """A module that owns the parameters, under the product's names, and computes stage 1's loss."""
+    """A module that owns the parameters, under the product's names, and computes stage 1's loss.
+
+    Its own initial weights are the product's only for models without sandwich norms, injection and step embedding, up
+    to the embedding's scale: load weights where that matters.
+    """
 
     def __init__(self, cfg: Any, gate_cfg: Any, fused_attention: bool = True) -> None:
         super().__init__()

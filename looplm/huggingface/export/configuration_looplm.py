@@ -52,8 +52,9 @@ class LoopLMConfig(PretrainedConfig):
         num_loops: number of loops to run, which may exceed that of training; None for ``total_ut_steps``.
         early_exit_threshold: a token's logits are those of the first loop by which its cumulative exit probability
             reaches this; 1 takes the last loop.
-        early_exit_gate: lru (a GRU state carried over the loops), linear (Ouro's), or another gate of the model's code.
+        early_exit_gate: lru (a GRU state carried over the loops), linear (Ouro's) or mlp (one hidden layer).
         gate_state_size: lru only: width of the state.
+        gate_hidden_size: mlp only: width of the hidden layer.
         gate_sequence_level: lru only: the gate also reads the running mean of its state over the text so far.
         gate_trained: True if the gate's own training stage was run; otherwise a threshold below 1 is refused.
         sandwich_norm: also normalize the output of each sublayer, before the residual add.
@@ -112,6 +113,7 @@ class LoopLMConfig(PretrainedConfig):
         early_exit_threshold: float = 1.0,
         early_exit_gate: str = "lru",
         gate_state_size: int = 64,
+        gate_hidden_size: int = 64,
         gate_sequence_level: bool = False,
         gate_trained: bool = False,
         sandwich_norm: bool = True,
