@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from looplm.cli import UserError, parse_config, run_main
 from pretrain.cluster.rehearsal import rehearse
-from pretrain.cluster.submit import SubmitConfig, find_faults, find_missing_data, plan, script, submit
+from pretrain.cluster.submit import SubmitConfig, find_data_faults, find_faults, plan, script, submit
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     if not faults:  # the dependents of a stage that failed to parse would fail for the same reason
         for index, job in enumerate(jobs):
             faults += find_faults(job, jobs[:index], awaited=config.after is not None)
-        faults += find_missing_data(jobs)
+        faults += find_data_faults(jobs)
     if config.preflight and jobs and jobs[0].run is not None:
         jobs.insert(0, replace(jobs[0], name="preflight", launcher="preflight.sbatch"))
     if config.dry_run:

@@ -144,7 +144,8 @@ class LoopLM(LanguageModule):
                     gather_output=False,
                     tp_group=groups.tp,
                 )
-        self.to(DEVICE)
+        if not any(parameter.is_meta for parameter in self.parameters()):  # a model of shapes alone stays one
+            self.to(DEVICE)
 
     @property
     def shape(self) -> ModelConfig:

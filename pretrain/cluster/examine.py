@@ -12,9 +12,9 @@ from data_pipeline.manifest import read_manifest
 from looplm import checkpoint
 from looplm.accounting import checkpoint_bytes
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError
+from looplm.cli import UserError, require
 from looplm.config import RunConfig
-from looplm.megatron import device
+from looplm.megatron import device, process_groups
 from looplm.megatron.settings import check_engine
 from pretrain.cluster import findings, probes
 from pretrain.cluster.findings import Finding
@@ -76,35 +76,63 @@ def _data(config: RunConfig, nodes: dict[str, int]) -> Iterator[Finding]:
             return
     seen = {node: corpora[rank] for node, rank in nodes.items()}
     yield findings.same_data({node: "" if one is None else one.fingerprint for node, one in seen.items()})
-    weights = {source.prefix: source.weight for source in config.data.train}
     tokens = schedule_on(config, dist.get_world_size()).samples_of(config.optim.train_steps) * config.data.seq_length
-    needed = {prefix: tokens * weight / sum(weights.values()) for prefix, weight in weights.items()}
-    yield findings.passes(needed, {prefix: read_manifest(prefix).tokens for prefix in weights})
+    if config.data.task is None:
+        weights = {source.prefix: source.weight for source in config.data.train}
+        needed = {prefix: tokens * weight / sum(weights.values()) for prefix, weight in weights.items()}
+        yield findings.passes(needed, {prefix: read_manifest(prefix).tokens for prefix in weights})
+    else:
+        yield findings.made_while_training(tokens)
     first = corpora[0]
     assert first is not None
-    # Only one rank reads whole checkpoints.
-    yield gather(_start(config, first) if dist.get_rank() == 0 else Finding("ok", "start", ""))[0]
+    try:
+        yield _start(config, first)
+    except UserError as error:
+        yield Finding("FAIL", "start", str(error))
 
 
 def _start(config: RunConfig, corpus: Corpus) -> Finding:
-    """Check that the checkpoint from which the run resumes or starts is complete and fits."""
-    steps = step_folder.steps_in(Path(config.output_dir) / "checkpoints") if config.checkpoint.resume else []
-    step = next((step for step in steps if step_folder.find_fault(step) is None), None)
-    try:
-        initial = None if config.checkpoint.initial is None else step_folder.locate(config.checkpoint.initial)
+    """Check that the checkpoint from which the run resumes or starts is complete and fits, as pretrain.run does.
+
+    Collective. Only rank 0 reads whole checkpoints.
+
+    Raises:
+        UserError: the checkpoint is damaged or does not fit; on every rank.
+    """
+    newest, step = process_groups.on_rank_0(lambda: _own_steps(config))
+    name = config.checkpoint.initial if step is None else None  # a run that resumes does not read it
+    initial = None if name is None else step_folder.locate(name)
+
+    def check() -> Finding:
         resumed, initial_about = (
             None if path is None else checkpoint.check_fit(path, config.model, config.gate) for path in (step, initial)
         )
         refuse_other_data(config, corpus, resumed, initial_about)
-    except UserError as error:
-        return Finding("FAIL", "start", str(error))
-    if steps and steps[0] != step:
-        return Finding("warn", "start", f"{steps[0]} is broken; the run would resume from {step or 'the start'}")
-    total = config.optim.train_steps
-    if resumed is not None:
-        return Finding("ok", "start", f"resumes from {step}, after step {resumed.step} of {total}")
-    origin = f"the weights of {initial}, which are complete and fit" if initial else "fresh weights"
-    return Finding("ok", "start", f"step 1 of {total}, from {origin}")
+        total, at = config.optim.train_steps, 0 if resumed is None else resumed.step
+        fix = f"{config.output_dir} has trained {at} steps; give at least as many"
+        require(at <= total, "optim.train_steps", total, fix)
+        if newest != step:
+            return Finding("warn", "start", f"{newest} is broken; the run would resume from {step or 'the start'}")
+        if resumed is not None:
+            return Finding("ok", "start", f"resumes from {step}, after step {at} of {total}")
+        origin = f"the weights of {initial}, which are complete and fit" if initial else "fresh weights"
+        return Finding("ok", "start", f"step 1 of {total}, from {origin}")
+
+    return process_groups.on_rank_0(check)
+
+
+def _own_steps(config: RunConfig) -> tuple[Path | None, Path | None]:
+    """Return the run's newest checkpoint, and its newest complete one.
+
+    Raises:
+        UserError: there are some, and checkpoint.resume is false.
+    """
+    folder = Path(config.output_dir) / "checkpoints"
+    steps = step_folder.steps_in(folder)
+    fix = f"{folder} holds steps of an earlier run; remove them, or give a new output_dir"
+    require(config.checkpoint.resume or not steps, "checkpoint.resume", False, fix)
+    whole = next((step for step in steps if step_folder.find_fault(step) is None), None)
+    return steps[0] if steps else None, whole
 
 
 def _storage(config: RunConfig, groups: ProcessGroupCollection, ranks: list[RankInfo]) -> Iterator[Finding]:
@@ -115,5 +143,5 @@ def _storage(config: RunConfig, groups: ProcessGroupCollection, ranks: list[Rank
     free, kept = gather((disk_usage(folder).free, kept))[0]
     yield findings.disk(free, size, keep, kept)
     speed = probes.write_speed(folder, groups, FILE_BYTES)
-    yield findings.saving(speed, size, config.checkpoint.save_every)
+    yield findings.saving(speed, size, config.checkpoint.save_every, config.checkpoint.in_background)
     yield findings.memory(ranks, size, speed.writers)

@@ -18,7 +18,7 @@ CLOCK_WARN, CLOCK_FAIL = 1.0, 60.0  # seconds from the median
 GPU_MEMORY_IN_USE = 0.05  # share of a GPU's memory that other processes may hold
 SLOW_GPU = 0.8  # of the median rate
 SLOW_NETWORK = 10 * GB  # bytes/s; NVLink and InfiniBand give several times as much
-SLOW_SAVE = 300.0  # seconds
+SLOW_SAVE = 300.0  # seconds in which training waits
 SMALL_SHM = 1 * GB
 MANY_PASSES = 4.0  # over the same text: further ones teach little (Muennighoff et al., arXiv 2305.16264)
 
@@ -184,6 +184,11 @@ def passes(needed: Mapping[str, float], held: Mapping[str, int]) -> Finding:
     return _judge("mix", text, "warn", times[most] > MANY_PASSES, "; add data or lower its weight")
 
 
+def made_while_training(needed: int) -> Finding:
+    """Report the tokens of a synthetic task: every sample is new."""
+    return Finding("ok", "mix", f"{needed / GB:,.4g} billion tokens to train on, made while training")
+
+
 def disk(free: int, checkpoint: int, keep: int, kept: int) -> Finding:
     """Check the room for the checkpoints that stay, and for one more, which is written before the oldest is deleted.
 
@@ -201,15 +206,24 @@ def disk(free: int, checkpoint: int, keep: int, kept: int) -> Finding:
     return Finding("ok", "disk", f"{text} (a quota is not detected)")
 
 
-def saving(speed: WriteSpeed, checkpoint: int, every: int) -> Finding:
-    """Judge how long the run stops for a checkpoint of so many bytes."""
+def saving(speed: WriteSpeed, checkpoint: int, every: int, in_background: bool) -> Finding:
+    """Judge how long a checkpoint of so many bytes takes. Each rank hashes its files while it writes them.
+
+    Args:
+        speed: of writing and hashing.
+        checkpoint: bytes.
+        every: steps between checkpoints; 0 saves at the end only.
+        in_background: True if training continues meanwhile.
+    """
     if speed.fault:
         return Finding("FAIL", "saving", f"{speed.fault}; let this user write there, or move output_dir")
-    seconds = checkpoint / speed.writing + checkpoint / speed.hashing
-    speeds = f"{speed.writing / GB:.2f} GB/s from {speed.writers} ranks, hashed at {speed.hashing / GB:.2f}"
-    text = f"{speeds}: about {seconds:,.0f} s for a checkpoint, {f'every {every} steps' if every else 'at the end'}"
-    fix = "; take a faster file system or a larger checkpoint.save_every"
-    return _judge("saving", text, "warn", seconds > SLOW_SAVE, fix)
+    seconds = checkpoint / min(speed.writing, speed.writers * speed.hashing)
+    speeds = f"{speed.writing / GB:.2f} GB/s from {speed.writers} ranks, each hashes {speed.hashing / GB:.2f} GB/s"
+    when = f"every {every} steps" if every else "at the end"
+    beside = "beside training" if in_background else "in which training waits"
+    text = f"{speeds}: a save takes about {seconds:,.0f} s, {beside}, {when}"
+    fix = "; set checkpoint.in_background, take a faster file system or a larger checkpoint.save_every"
+    return _judge("saving", text, "warn", seconds > SLOW_SAVE and not in_background, fix)
 
 
 def memory(ranks: Sequence[RankInfo], checkpoint: int, writers: int) -> Finding:

@@ -109,7 +109,7 @@ class WriteSpeed:
     fault: str = ""  # why it cannot be written
     writers: int = 0  # ranks that write
     writing: float = 0.0  # bytes per second of all writers together, until everything is on the disk
-    hashing: float = 0.0  # bytes per second of rank 0, which hashes every file
+    hashing: float = 0.0  # bytes per second of one rank; every rank hashes its own files while it writes
 
 
 def write_speed(folder: Path, groups: ProcessGroupCollection, num_bytes: int) -> WriteSpeed:

@@ -1,24 +1,26 @@
 """Submission of a recipe's stages to Slurm: the plan of jobs, its checks, and the sbatch commands."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.verify import check_prefix
 from looplm.bounds import check_bounds, expand_path, path_field, positive
-from looplm.checkpoint import CHANGEABLE
+from looplm.checkpoint import ModelDescription, check_fit, find_difference, read_about
 from looplm.cli import UserError, parse_config, require
 from looplm.config import RunConfig
 from pretrain.data import check_corpus, schedule_on
 
 LAUNCHERS = "pretrain/slurm"
 GPUS_PER_NODE = 8  # for training, unless a stage says otherwise
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # the dry run makes a shell variable of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class StageConfig:
     """A stage of the recipe, which is one job: training, or a command between two trainings.
 
     Args:
-        name: for --start and --stop.
+        name: for --start and --stop; letters first, then also digits, "_" and "-".
         config: files on top of those of the earlier stages; {attention} is replaced by the key attention.
         run: command to run instead of training, on one node as one process: the words after "python -m".
         nodes: number of nodes of a training job.
@@ -41,6 +43,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "stages[]")
+        fix = 'give letters, then also digits, "_" and "-"'
+        require(_NAME.fullmatch(self.name) is not None, "stages[].name", self.name, fix)
         one = (self.run is None) == bool(self.config)
         require(one, "stages[].config", list(self.config), "a stage has either config, to train, or run")
         require(self.run is None or self.nodes == 1, "stages[].nodes", self.nodes, "a command runs on one node")
@@ -81,11 +85,13 @@ class SubmitConfig:
     def __post_init__(self) -> None:
         check_bounds(self, "")
         names = [stage.name for stage in self.stages]
-        unique = len(set(names)) == len(names) > 0
-        require(unique, "stages[].name", names, "give at least one stage, each with a name of its own")
+        unique = len({_variable(name) for name in names}) == len(names) > 0
+        fix = 'give at least one stage, each with a name of its own ("-" and "_" count as the same)'
+        require(unique, "stages[].name", names, fix)
         for key in ("start", "stop"):
             name = getattr(self, key)
             require(name is None or name in names, key, name, f"the stages are {', '.join(names)}")
+        _split(self.arguments, "arguments")
         ordered = names.index(self.start or names[0]) <= names.index(self.stop or names[-1])
         require(ordered, "stop", self.stop, f"it comes before start={self.start}")
 
@@ -105,23 +111,31 @@ class Job:
 
 
 def plan(config: SubmitConfig) -> tuple[list[Job], list[str]]:
-    """Return the planned jobs, and an error for each stage that could not be planned."""
+    """Return the planned jobs, and an error for each stage that could not be planned or writes where another does."""
     names = [stage.name for stage in config.stages]
     wanted = names[names.index(config.start or names[0]) : names.index(config.stop or names[-1]) + 1]
     files: list[str] = []
     jobs, faults = [], []
-    for stage in config.stages:
+    owners: dict[Path, str] = {}  # name of the stage that writes to a directory
+    for stage in config.stages:  # also those before --start, whose directories later ones must not write to
         files += [path.replace("{attention}", config.attention) for path in stage.config]
-        if stage.name in wanted:
-            try:
-                jobs.append(_training(stage, files, config) if stage.run is None else _command(stage, stage.run))
-            except UserError as error:
-                faults.append(f"{stage.name}: {error}")
+        try:
+            job = _training(stage, files, config) if stage.run is None else _command(stage, stage.run)
+        except UserError as error:
+            faults += [f"{stage.name}: {error}"] if stage.name in wanted else []
+            continue
+        owner = stage.name if job.writes is None else owners.setdefault(_place(job.writes), stage.name)
+        if stage.name not in wanted:
+            continue
+        jobs.append(job)
+        if owner != stage.name:
+            fix = "give each stage an output directory of its own"
+            faults.append(f"{stage.name}: writes to {job.writes}, as {owner} does; {fix}")
     return jobs, faults
 
 
 def _training(stage: StageConfig, files: list[str], config: SubmitConfig) -> Job:
-    arguments = [word for path in files for word in ("--config", path)] + shlex.split(config.arguments)
+    arguments = [word for path in files for word in ("--config", path)] + _split(config.arguments, "arguments")
     run = parse_config(RunConfig, arguments, prog="pretrain.train", description="")
     nodes, gpus = config.nodes or stage.nodes, stage.gpus or GPUS_PER_NODE
     reads, writes = run.checkpoint.initial, run.output_dir
@@ -129,10 +143,13 @@ def _training(stage: StageConfig, files: list[str], config: SubmitConfig) -> Job
 
 
 def _command(stage: StageConfig, run: str) -> Job:
-    words = shlex.split(run)
-    module = Path(*words[0].split(".")).with_suffix(".py")
-    require(module.is_file(), "run", words[0], "it is not a module of this repository")
-    options = {option: value for option, value in pairwise(words) if option.startswith("--")}
+    words = _split(run, "run")
+    require(bool(words), "run", run, 'give the words after "python -m"')
+    module = Path(*words[0].split("."))
+    found = re.fullmatch(r"\w+(\.\w+)*", words[0]) and (module.with_suffix(".py"), module / "__main__.py")
+    require(any(path.is_file() for path in found or ()), "run", words[0], "it is not a module of this repository")
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    options = {option: value for option, value in pairwise(split) if option.startswith("--")}
     paths = {
         option: expand_path(options[option], option) for option in ("--checkpoint", "--output") if option in options
     }
@@ -140,40 +157,97 @@ def _command(stage: StageConfig, run: str) -> Job:
     return Job(stage.name, "task.sbatch", tuple(words), 1, stage.gpus or 0, reads, writes)
 
 
+def _split(text: str, key: str) -> list[str]:
+    """Split a text into words as a shell does."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{key}: {text!r} is not allowed; quote it as in a shell ({error})") from error
+
+
+def _place(path: str) -> Path:
+    """Return one form of a path that may be written in several."""
+    return Path(path).resolve()
+
+
 def find_faults(job: Job, before: list[Job], awaited: bool = False) -> Iterator[str]:
     """Yield why a job could not run after those ``before`` it, each in one line that begins with its name.
 
     With ``awaited``, the first job waits for a job outside this recipe, which may write what it starts from.
     """
-    writers = [other for other in before if job.reads is not None and other.writes == job.reads]
-    known = bool(writers) or (awaited and not before)
+    writer = _writer_for(job, before)
+    known = writer is not None or (awaited and not before)
     if job.reads is not None and not known and not _holds_checkpoint(Path(job.reads)):
         yield f"{job.name}: starts from {job.reads}, which holds no checkpoint and which no earlier stage writes"
     if job.run is None:
         return
-    for writer in writers:
-        if writer.run is not None:
-            have, want = asdict(writer.run.model), asdict(job.run.model)
-            for key, value in want.items():
-                if value != have[key] and key not in CHANGEABLE:
-                    yield f"{job.name}: model.{key} is {value}, in {writer.name} {have[key]}; it shapes the weights"
+    wanted, step = ModelDescription(job.run.model, job.run.gate), _step_in(job.reads)
+    if writer is not None and writer.run is not None:
+        different = find_difference(ModelDescription(writer.run.model, writer.run.gate), wanted)
+        if different is not None:
+            key, have, want = different
+            yield f"{job.name}: {key} is {want}, in {writer.name} {have}; it shapes the weights"
+    elif writer is None and step is not None and (fault := _fault_of(check_fit, step, *wanted)):
+        yield f"{job.name}: {fault}"
     ranks = job.nodes * job.gpus
     if fault := _fault_of(schedule_on, job.run, ranks):
         yield f"{job.name} on {ranks} GPUs: {fault}"
 
 
-def find_missing_data(jobs: list[Job]) -> list[str]:
+def find_data_faults(jobs: list[Job]) -> list[str]:
     """Return the faults of the data that the stages read, each once, with the names of those stages."""
     readers: dict[str, list[str]] = {}
-    for job in jobs:
+    tokenizers: dict[str, str | None] = {}  # hash of the tokenizer of each stage's weights, by its name
+    others = []
+    for index, job in enumerate(jobs):
+        origin, theirs = _origin(job, jobs[:index], tokenizers)
+        tokenizers[job.name] = theirs
         if job.run is None:
             continue
         data = job.run.data
         faults = [_fault_of(check_prefix, source.prefix, False) for source in (*data.train, *data.valid)]
-        faults = faults if any(faults) else [_fault_of(check_corpus, data, job.run.model.vocab_size)]
+        if not any(faults):
+            try:
+                own = check_corpus(data, job.run.model.vocab_size).tokenizer.sha256
+                tokenizers[job.name] = own
+                if theirs not in (None, own):
+                    fault = f"its data are made with another tokenizer ({own[:12]}) than the weights of {origin}"
+                    fix = "tokenize the data of all stages with the same one"
+                    others.append(f"{job.name}: {fault} ({str(theirs)[:12]}); {fix}")
+            except UserError as error:
+                faults = [str(error)]
         for fault in filter(None, faults):
             readers.setdefault(fault, []).append(job.name)
-    return [f"{', '.join(names)}: {fault}" for fault, names in readers.items()]
+    return [f"{', '.join(names)}: {fault}" for fault, names in readers.items()] + others
+
+
+def _origin(job: Job, before: list[Job], tokenizers: dict[str, str | None]) -> tuple[str, str | None]:
+    """Return a name of the weights that a job starts from, and the hash of their tokenizer; None if it is not known."""
+    writer, step = _writer_for(job, before), _step_in(job.reads)
+    if writer is not None:
+        return writer.name, tokenizers[writer.name]
+    try:
+        return str(step), None if step is None else read_about(step).tokenizer_sha256
+    except UserError:  # find_faults reports it
+        return str(step), None
+
+
+def _writer_for(job: Job, before: list[Job]) -> Job | None:
+    """Return the last job that writes the checkpoint from which a later one starts; None if there is no such job."""
+    if job.reads is None:
+        return None
+    place = _place(job.reads)
+    return next((other for other in reversed(before) if other.writes and _place(other.writes) == place), None)
+
+
+def _step_in(folder: str | None) -> Path | None:
+    """Return the step directory of a checkpoint that exists already, without a look at its hashes; None without one."""
+    if folder is None:
+        return None
+    path, latest = Path(folder), Path(folder) / "checkpoints" / "latest"
+    if not (path / "manifest.json").is_file() and latest.is_file():
+        path = latest.parent / latest.read_text(encoding="utf-8").strip()
+    return path if (path / "about.json").is_file() else None
 
 
 def _fault_of(check: Callable[..., object], *arguments: object) -> str | None:
@@ -207,10 +281,15 @@ def script(config: SubmitConfig, jobs: list[Job]) -> Iterator[str]:
     for job in jobs:
         words = sbatch(config, job, dependency)
         quoted = (word if word.startswith("--dependency") else shlex.quote(word) for word in words)
-        variable = job.name.replace("-", "_")
+        variable = _variable(job.name)
         yield f"{variable}=$({' '.join(quoted)})"
         yield f"#   {_dry_run(job)}"
         dependency = f"${variable}"
+
+
+def _variable(name: str) -> str:
+    """Return the name of the shell variable for a stage's job."""
+    return name.replace("-", "_")
 
 
 def _dry_run(job: Job) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from looplm.accounting import checkpoint_bytes, parameter_counts
 from looplm.cli import UserError, to_dict
-from looplm.config import EngineConfig, ParallelConfig, RunConfig
+from looplm.config import EngineConfig, ParallelConfig, RunConfig, TaskConfig, WordProblemConfig
 from looplm.megatron.device import Description
 from pretrain import preflight
 from pretrain.cluster import examine, findings, probes
@@ -54,7 +54,7 @@ def four_ranks(**changed: Any) -> list[RankInfo]:
     return [*ranks[:3], last]
 
 
-SPEED = WriteSpeed(writers=2, writing=2e9, hashing=1e9)
+SPEED = WriteSpeed(writers=2, writing=2e9, hashing=1.5e9)
 CASES: list[tuple[Callable[[], Finding], str, str]] = [
     (lambda: findings.enough_gpus(8, 8), "ok", "8 ranks on this node, 8 GPUs"),
     (lambda: findings.enough_gpus(8, 4), "FAIL", "8 ranks on this node, 4 GPUs; start as many"),
@@ -123,12 +123,22 @@ CASES: list[tuple[Callable[[], Finding], str, str]] = [
     (lambda: findings.disk(20 * GB, 20 * GB, 4, 4), "ok", "need 20.0"),
     (lambda: findings.disk(19 * GB, 20 * GB, 4, 4), "FAIL", "need 20.0"),
     (
-        lambda: findings.saving(SPEED, 20 * GB, 1000),
+        lambda: findings.saving(SPEED, 20 * GB, 1000, False),
         "ok",
-        "2.00 GB/s from 2 ranks, hashed at 1.00: about 30 s for a checkpoint, every 1000 steps",
+        "2.00 GB/s from 2 ranks, each hashes 1.50 GB/s: a save takes about 10 s, in which training waits, every 1000",
     ),
-    (lambda: findings.saving(SPEED, 600 * GB, 0), "warn", "about 900 s for a checkpoint, at the end; take a faster"),
-    (lambda: findings.saving(WriteSpeed(fault="x cannot be written"), 1, 1), "FAIL", "x cannot be written"),
+    (
+        lambda: findings.saving(dataclasses.replace(SPEED, hashing=0.5e9), 20 * GB, 0, True),
+        "ok",
+        "each hashes 0.50 GB/s: a save takes about 20 s, beside training, at the end",
+    ),
+    (lambda: findings.saving(SPEED, 800 * GB, 0, True), "ok", "a save takes about 400 s, beside training, at the end"),
+    (
+        lambda: findings.saving(SPEED, 800 * GB, 0, False),
+        "warn",
+        "a save takes about 400 s, in which training waits, at the end; set checkpoint.in_background",
+    ),
+    (lambda: findings.saving(WriteSpeed(fault="x cannot be written"), 1, 1, True), "FAIL", "x cannot be written"),
     (
         lambda: findings.memory(four_ranks(), 20 * GB, 1),
         "ok",
@@ -165,10 +175,22 @@ def test_the_layout_is_compared_with_the_ranks(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
-    """Return the findings by subject, of two sound ranks and with a damaged rank 1."""
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory, single_process: Any) -> Path:
+    """Return the folder of a run, which no test may change."""
+    folder = tmp_path_factory.mktemp("trained") / "stage1"
+    config = run_config(corpus, folder, optim={"train_steps": 2, "warmup_steps": 0, "decay_steps": 0})
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(
+    corpus: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, list[str]]]:
+    """Return the findings by subject, of two sound ranks and with a damaged rank 1, of a run from other weights."""
     folder = tmp_path_factory.mktemp("preflight")
-    (folder / "config.json").write_text(json.dumps(to_dict(run_config(corpus, folder / "runs/stage"))))
+    config = run_config(corpus, folder / "runs/stage", checkpoint={"initial": str(trained)})
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
     log = tmp_path_factory.mktemp("log") / "log.txt"
     run_ranks(2, preflight_worker.run, (folder / "config.json", folder / "found.json"), log, timeout=300)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "found.json"], "something was left behind"
@@ -176,14 +198,17 @@ def on_two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {name: {about: [level, text] for level, about, text in lines} for name, lines in found.items()}
 
 
+@pytest.mark.slow
 def test_two_sound_ranks(on_two_ranks: dict) -> None:
     sound = on_two_ranks["sound"]
     assert list(sound) == SUBJECTS
     assert {about for about, (level, _) in sound.items() if level == "FAIL"} == set()
     assert "all-reduce over 2 ranks (nodes: 1)" in sound["network"][1]
     assert "from 1 ranks" in sound["saving"][1], "one of two replicas writes"
+    assert "which are complete and fit" in sound["start"][1]
 
 
+@pytest.mark.slow
 def test_a_wrong_clock_and_wrong_sums_are_found(on_two_ranks: dict) -> None:
     damaged = on_two_ranks["damaged"]
     assert {about for about, (level, _) in damaged.items() if level == "FAIL"} == {"all-reduce", "clocks"}
@@ -216,15 +241,6 @@ def test_go(
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory, single_process: Any) -> Path:
-    """Return the folder of a run, which no test may change."""
-    folder = tmp_path_factory.mktemp("trained") / "stage1"
-    config = run_config(corpus, folder, optim={"train_steps": 2, "warmup_steps": 0, "decay_steps": 0})
-    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
-    return folder
-
-
 def finding_on(subject: str, config: RunConfig, groups: Any) -> Finding:
     return {finding.subject: finding for finding in examine.examine(config, groups)}[subject]
 
@@ -251,6 +267,23 @@ def test_the_checkpoint_that_a_run_starts_from(
     assert broken.text.endswith("step_00000002 is broken; the run would resume from the start")
     lost = start(tmp_path / "new", checkpoint={"initial": str(copy)})
     assert (lost.level, "no whole checkpoint here" in lost.text) == ("FAIL", True)
+    assert "after step 2 of 6" in start(trained, checkpoint={"initial": str(copy)}).text, "it needs no other weights"
+    again = start(trained, checkpoint={"resume": False})
+    assert (again.level, "checkpoint.resume: False is not allowed; " in again.text) == ("FAIL", True)
+    assert start(tmp_path / "new", checkpoint={"resume": False}).text == "step 1 of 6, from fresh weights"
+    short = start(trained, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})
+    assert (short.level, "has trained 2 steps; give at least as many" in short.text) == ("FAIL", True)
+
+
+@pytest.mark.slow
+def test_a_synthetic_task_is_made_while_training(corpus: Path, tmp_path: Path, single_process: Any) -> None:
+    task = {"task": TaskConfig(word_problem=WordProblemConfig(group="S3")), "train": (), "valid": ()}
+    config = run_config(corpus, tmp_path / "run", data=task)
+    found = {finding.subject: finding for finding in examine.examine(config, single_process)}
+    assert list(found) == SUBJECTS and "FAIL" not in {finding.level for finding in found.values()}
+    tokens = 6 * 4 * 32 / 1e9
+    assert found["mix"].text == f"{tokens:,.4g} billion tokens to train on, made while training"
+    assert found["start"].text == "step 1 of 6, from fresh weights"
 
 
 @pytest.mark.slow
