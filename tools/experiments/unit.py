@@ -129,6 +129,7 @@ def _complete(folder: Path, order: Order) -> None:
 def _measured(order: Order, folder: Path) -> Results:
     """Measure the checkpoint on each split, and return figures and curves."""
     figures, curves = train_figures(Path(order.run.output_dir) / "metrics.jsonl")
+    (folder / MEASURED).mkdir(exist_ok=True)
     for split, config in evaluations(order.measure, order.run, order.trial).items():
         path = folder / MEASURED / f"{split}.json"
         config_file = path.with_suffix(".yaml")
