@@ -17,7 +17,8 @@ _ROLE_NAMES = {**{role: role for role in ROLES}, "human": "user", "gpt": "assist
 _LEARNED, _MASKED = ("weight", "train", "training", "trainable", "loss"), ("masked", "mask")
 _UNRENDERED = ("tools", "functions", "system")
 MESSAGE_KEYS = (*_ROLE_KEYS, *_CONTENT_KEYS, *_LEARNED, *_MASKED)
-RECORD_KEYS = (*_UNRENDERED, *_LEARNED, *_MASKED)  # keys beside the messages that say what is in them
+_BESIDE = tuple(key for key in (*_LEARNED, *_MASKED) if key != "loss")  # beside messages, that is often a score
+RECORD_KEYS = (*_UNRENDERED, *_BESIDE)  # keys beside the messages that say what is in them
 
 
 def read_conversation(record: Mapping[str, Any], chat: ChatConfig, where: str) -> list[Message]:

@@ -190,7 +190,7 @@ def _path_failure(error: OSError) -> UserError | None:
     """Return the mistake of a path that cannot be one of a file or folder; None if the error is another."""
     if error.errno not in _PATH_FAULTS or error.filename is None:
         return None
-    fix = "its permissions" if error.errno in _FORBIDDEN else "remove what is there"
+    fix = "change its permissions" if error.errno in _FORBIDDEN else "remove what is there"
     return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; give another path, or {fix}")
 
 

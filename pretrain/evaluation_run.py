@@ -1,4 +1,4 @@
-"""What an evaluation reads and measures, derived and checked before anything is loaded."""
+"""Settings of an evaluation, and the run as it is measured; all is checked before anything is loaded."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args

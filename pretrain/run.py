@@ -55,8 +55,7 @@ class Run:
         self._resumed = None if own is None else checkpoint.resume(own, self._trainer.state, config)
         refuse_other_data(config, corpus, self._resumed, initial)
         watchdog.start_up("data index")
-        self._total_samples = self._samples_of_the_run()
-        self._progress = Progress.start(config, self._total_samples, self._resumed, initial)
+        self._progress = Progress.start(config, self._samples_of_the_run(), self._resumed, initial)
         self._batches = self._training_batches()
         self._validated = self._schedule.validation(config.logging.eval_samples)  # micro-batches on each rank
         samples = self._validated * config.data.micro_batch_size * groups.dp.size()
@@ -229,8 +228,9 @@ class Run:
     def _training_batches(self) -> Iterator[Batch]:
         """Return this rank's micro-batches from the run's position on."""
         progress, rank, ranks = self._progress, self._groups.dp.rank(), self._groups.dp.size()
-        skipped = progress.position - progress.samples
-        train_set = build_train_set(self._config, self._corpus, self._total_samples + skipped, progress.horizon_samples)
+        steps, skipped = self._config.optim.train_steps - progress.step, progress.position - progress.samples
+        total = self._schedule.samples_of(steps, progress.samples) + skipped  # a rollback may return to smaller batches
+        train_set = build_train_set(self._config, self._corpus, total, progress.horizon_samples)
         return micro_batches(train_set, self._config.data, progress.position, rank, ranks)
 
     def _was_stopped_in_a_validation(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where the numbers of a forward and backward pass first stop being finite: the module, loop and position."""
+"""Hooks that find where numbers first stop being finite in a forward and backward pass: module, loop and position."""
 
 from collections.abc import Iterator
 from functools import partial

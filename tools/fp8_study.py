@@ -19,8 +19,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from looplm.bounds import check_bounds, non_empty, path_field
-from looplm.cli import parse_config, require, run_main, to_dict
+from looplm.cli import parse_config, require, run_main
 from looplm.config import RunConfig
+from looplm.yaml_text import read_yaml
 from tools.studies.study import Study, markdown_table
 
 # In order of interest.
@@ -72,9 +73,8 @@ def main(argv: list[str]) -> None:
     """``python -m tools.fp8_study [--seeds [1,2,3]] [--variants [bf16,hybrid-tensorwise]]``"""
     config = parse_config(StudyConfig, argv, prog="python -m tools.fp8_study", description=str(__doc__))
     recipe = parse_config(RunConfig, ["--config", config.recipe], prog="", description="")
-    validates = recipe.logging.eval_every > 0 and bool(recipe.data.valid)
-    require(validates, "recipe", config.recipe, "it validates nothing; give it data.valid and logging.eval_every")
-    settings = {"recipe": config.recipe, "keys": to_dict(recipe)}
+    require(bool(recipe.data.valid), "recipe", config.recipe, "it validates nothing; give it data.valid")
+    settings = {"recipe": config.recipe, "keys": read_yaml(config.recipe).values}
     study, runs = Study(Path(config.output_dir), settings, Run), list[Run]()
     for variant, seed in tqdm(list(plan(config)), unit="run", disable=None):
         name = f"{variant}_seed{seed}"

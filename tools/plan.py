@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from looplm.bounds import check_bounds, path_field, positive
+from looplm.bounds import check_bounds, path_field, positive, require_file_place
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
@@ -65,6 +65,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
+        require_file_place(self.json, "json")
         nearest = max(1, round(self.gpus / self.gpus_per_node)) * self.gpus_per_node
         fix = f"give whole nodes of gpus_per_node={self.gpus_per_node}, {nearest} for instance"
         require(is_legal_number(self.gpus, self.gpus_per_node), "gpus", self.gpus, fix)

@@ -122,12 +122,12 @@ def plan(config: StudyConfig, run: RunConfig) -> dict[str, PlannedResult]:
     half = ("--kv_lora_rank", str(width // 2), "--qk_rope_head_dim", str(width // 2))
     calibrated = ("--calibrate", run.data.train[0].prefix)
     looped = ("--layers", f"1:{1 + config.layers}", "--loops", str(run.model.num_loops))
-    last_rate = run.optim.min_lr or run.optim.lr
+    last_rate, normed = run.optim.min_lr or run.optim.lr, ("--latent_norm", "true")  # as in docs/LOG.md
     return {
         "stacked": PlannedResult("mla", "depth", (*deeper, "--how", "stack"), last_rate),
         "interleaved": PlannedResult("mla", "depth", (*deeper, "--how", "interleave"), last_rate),
-        "latent-full": PlannedResult("mha", "latent", ("--kv_lora_rank", str(width)), last_rate, exact=True),
-        "latent-half": PlannedResult("mha", "latent", (*half, *calibrated), last_rate),
+        "latent-full": PlannedResult("mha", "latent", ("--kv_lora_rank", str(width), *normed), last_rate, exact=True),
+        "latent-half": PlannedResult("mha", "latent", (*half, *calibrated, *normed), last_rate),
         "looped": PlannedResult("llama", "dense", looped, run.optim.lr),
     }
 

@@ -12,6 +12,7 @@ from looplm.checkpoint.about import git_revision as git_revision
 from looplm.checkpoint.about import read_about as read_about
 from looplm.checkpoint.about import read_config as read_config
 from looplm.checkpoint.about import read_model as read_model
+from looplm.checkpoint.about import upgrade_config as upgrade_config
 from looplm.checkpoint.about import versions as versions
 from looplm.checkpoint.disk import number_at_once as number_at_once
 from looplm.checkpoint.disk import prepare as prepare

@@ -188,7 +188,7 @@ def open_model(
 
 
 def open_step(found: Path, groups: ProcessGroupCollection, dtype: torch.dtype | None = torch.float32) -> OpenedModel:
-    """Do the same with a step directory that was located: every byte of it has been checked."""
+    """Do what :func:`open_model` does with a step directory that ``step_folder.locate`` has verified."""
     about, described = read_about(found), read_model(found)
     check_size(found, described)
     model_config, gate = described

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -119,8 +119,9 @@ def plan(config: SubmitConfig) -> tuple[list[Job], list[str]]:
     owners: dict[Path, str] = {}  # name of the stage that writes to a directory
     for stage in config.stages:  # also those before --start, whose directories later ones must not write to
         files += [path.replace("{attention}", config.attention) for path in stage.config]
+        given = config if stage.name in wanted else replace(config, arguments="")  # which are for those that run
         try:
-            job = _training(stage, files, config) if stage.run is None else _command(stage, stage.run)
+            job = _training(stage, files, given) if stage.run is None else _command(stage, stage.run)
         except UserError as error:
             faults += [f"{stage.name}: {error}"] if stage.name in wanted else []
             continue
@@ -177,7 +178,8 @@ def find_faults(job: Job, before: list[Job], awaited: bool = False) -> Iterator[
     """
     writer = _writer_for(job, before)
     known = writer is not None or (awaited and not before)
-    if job.reads is not None and not known and not _holds_checkpoint(Path(job.reads)):
+    resumes = job.run is not None and job.run.checkpoint.resume and _holds_checkpoint(Path(job.run.output_dir))
+    if job.reads is not None and not known and not resumes and not _holds_checkpoint(Path(job.reads)):
         yield f"{job.name}: starts from {job.reads}, which holds no checkpoint and which no earlier stage writes"
     if job.run is None:
         return

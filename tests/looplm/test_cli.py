@@ -279,4 +279,4 @@ def test_every_commands_help_shows_an_example(path):
 
 def test_a_path_that_may_not_be_read_is_a_mistake_of_one_line() -> None:
     failure = _path_failure(PermissionError(errno.EACCES, "Permission denied", "runs/theirs"))
-    assert str(failure) == "runs/theirs: Permission denied; give another path, or its permissions"
+    assert str(failure) == "runs/theirs: Permission denied; give another path, or change its permissions"

@@ -1,4 +1,4 @@
-"""What is measured after a run, as evaluations that are checked before the first run trains."""
+"""Evaluations after a run, checked before the first run trains."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal

@@ -35,7 +35,7 @@ class Runner:
     def __init__(self, config: ExperimentConfig, folder: Path, record: Path) -> None:
         self.config, self.folder, self.record = config, folder, record
         self._read = dict[Path, Row]()
-        self._checked = set[str]()  # labels of records that are of this experiment
+        self._checked = set[tuple[str, str, int, int]]()  # records that are of this experiment
 
     def rows(self) -> tuple[Row, ...]:
         """Return the records of the experiment's runs: those of the file, and those of the folder that it lacks.
@@ -111,7 +111,8 @@ class Runner:
 
     def _check(self, row: Row, path: Path) -> None:
         """Raise unless a record is one of the experiment as it is now. Older records have no settings, but sizes."""
-        if row.label in self._checked:
+        key = row.label, row.settings, row.parameters, row.tokens
+        if key in self._checked:
             return
         fix = "restore the experiment's file, or remove the record"
         if row.arm not in self.config.arms:
@@ -120,15 +121,20 @@ class Runner:
         same = (row.parameters, row.tokens) == (size.parameters, size.trained_tokens)
         if not same or row.settings not in ("", settings_of(self.config, row.arm)):
             raise UserError(f"{path}: {row.label}: was made with other settings than the experiment has now; {fix}")
-        self._checked.add(row.label)
+        self._checked.add(key)
 
     def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
         folder = self.folder / unit.name
         folder.mkdir(parents=True, exist_ok=True)
         run, settings = config_of(self.config, unit, folder), settings_of(self.config, unit.arm)
         order = Order(trial=unit.trial, arm=unit.arm, measure=self.config.measure, run=run, settings=settings)
-        if (folder / ORDER).exists() and (begun := Order.read(folder).settings) != settings:
-            raise UserError(f"{folder}: was begun with other settings ({begun}, now {settings}); remove the folder")
+        if (folder / ORDER).exists():
+            try:
+                begun = Order.read(folder).settings
+            except UserError as error:
+                raise UserError(f"{folder}: was begun by another release; remove the folder ({error})") from error
+            if begun not in ("", settings):  # an older order has none
+                raise UserError(f"{folder}: was begun with other settings ({begun}, now {settings}); remove the folder")
         order.write(folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tools.experiments.unit", str(folder)]

@@ -116,6 +116,8 @@ class ExperimentConfig(Experiment):
         require(1 <= depth <= loops, "tuned_by", self.tuned_by, f"arm {arm} has {loops} loops")
         tuned = {source.prefix for source in run.data.valid if len(self.sweep.rates) > 1}
         for name, split in self.measure.tests.items():
+            fix = "text is tested on other text than that of data.valid; give its prefix"
+            require(run.data.task is not None or split.valid is not None, f"measure.tests.{name}.valid", None, fix)
             require(split.valid not in tuned, f"measure.tests.{name}.valid", split.valid, _TUNED)
 
     def _refuse_unfair(self, pair: Pair) -> None:

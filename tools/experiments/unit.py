@@ -61,7 +61,7 @@ class Order:
     arm: str
     measure: MeasureConfig
     run: RunConfig
-    settings: str
+    settings: str = ""
 
     def write(self, folder: Path) -> None:
         """Write the order."""

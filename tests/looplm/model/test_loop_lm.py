@@ -13,7 +13,7 @@ from looplm import reference
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.megatron.device import DEVICE
-from looplm.model import LoopLM, LoopOutput
+from looplm.model import LoopLM, LoopOutput, loop_lm
 from looplm.model.exit_gate import exit_log_probs
 from looplm.model.head import token_losses
 from looplm.model.losses import adaptive_gate_loss, exit_regularizer, masked_mean
@@ -89,10 +89,10 @@ def seed() -> Iterator[None]:
         yield
 
 
-def test_the_whole_model_is_on_the_device_wherever_its_parts_are_made(single_process):
-    with torch.device("cpu"):
-        model = LoopLM(MLA, LRU, single_process)
-    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {DEVICE.type}
+def test_the_whole_model_is_moved_to_the_device_wherever_its_parts_are_made(single_process, monkeypatch):
+    monkeypatch.setattr(loop_lm, "DEVICE", torch.device("meta"))  # stands for another device than that of the parts
+    model = LoopLM(MLA, LRU, single_process)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def build(model: ModelConfig, gate: GateConfig, groups: ProcessGroupCollection, dtype=torch.float32) -> LoopLM:

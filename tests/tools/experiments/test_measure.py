@@ -18,6 +18,7 @@ TEXT_MEASURE = {"refit_steps": 0, "tests": {"other": {"valid": "c"}}}
 def on_text(**changes: Any) -> dict[str, Any]:
     """Return changes that make the experiment one on text."""
     measure = TEXT_MEASURE | changes.pop("measure", {})
+    measure["tests"] = {"longer": {"seq_length": 12, "valid": "c"}} | measure["tests"]
     data = {**TEXT, **changes.pop("data", {})}
     return {"base": {"data": data}, "measure": measure, "decides": {"figure": "other.loss"}, "figures": ["other.loss"]}
 
@@ -42,7 +43,7 @@ def test_text_has_no_test_but_those_that_are_named():
     found = evaluations(config.measure, config_of(config, Unit("final", "1x2", 1, 1e-3), Path("f")), "final")
     assert {name: (split.valid, split.split) for name, split in found.items()} == {
         "valid": (None, "valid"),
-        "longer": (None, "valid"),
+        "longer": ("c", "valid"),
         "other": ("c", "valid"),
     }
 
@@ -75,6 +76,10 @@ def test_text_has_no_test_but_those_that_are_named():
         (on_text(measure={"votes": [1]}), r"measure.votes: \(1,\) is not allowed; only a task has a test of its own"),
         (on_text(data={"valid": []}), r"data.valid: \[\] is not allowed; an experiment is measured on one source"),
         (on_text(measure={"tests": {"other": {"task": {"p_hop": {}}}}}), r"tests.other.task: .*the run reads text"),
+        (
+            on_text(measure={"tests": {"other": {"seq_length": 9}}}),
+            r"other.valid: None is not allowed; text is tested",
+        ),
         (on_text(measure={"tests": {"other": {"valid": "b"}}}), r"tests.other.valid: 'b' is not allowed; the sweep"),
     ],
 )
