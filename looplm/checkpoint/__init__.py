@@ -7,6 +7,8 @@ from looplm.checkpoint.about import About as About
 from looplm.checkpoint.about import Health as Health
 from looplm.checkpoint.about import ModelDescription as ModelDescription
 from looplm.checkpoint.about import check_fit as check_fit
+from looplm.checkpoint.about import check_moments as check_moments
+from looplm.checkpoint.about import check_resume as check_resume
 from looplm.checkpoint.about import find_difference as find_difference
 from looplm.checkpoint.about import git_revision as git_revision
 from looplm.checkpoint.about import read_about as read_about

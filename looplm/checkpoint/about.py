@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from looplm.checkpoint.step_folder import step_name
 from looplm.cli import UserError, from_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.config.model import foreign_keys
@@ -22,6 +23,7 @@ from looplm.yaml_text import read_yaml
 FORMAT_VERSION = 3  # of the checkpoints that this release writes; _upgrade reads older ones
 _GIT_SECONDS = 10.0  # for git's look at all files; a shared file system or a busy machine may take longer
 WEIGHTS_ONLY = "weights"  # takes the place of the objective if no run of ours made the checkpoint
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # optim.precision by the dtype in about.json
 
 # Keys that may differ between a checkpoint and the run that starts from it. All others shape the weights.
 CHANGEABLE = {"num_loops", "rope_base", "max_sequence_length", "norm_eps"}
@@ -199,6 +201,52 @@ def read_model(step: Path) -> ModelDescription:
 def _read_yaml(step: Path) -> tuple[dict[str, Any], str]:
     path = str(step / "config.yaml")
     return read_yaml(path).values, path
+
+
+def check_resume(step: Path, config: RunConfig) -> About:
+    """Return a checkpoint's about.json, if a run of this configuration may go on from it.
+
+    Raises:
+        UserError: the checkpoint's weights have other shapes, or another training stage wrote it.
+    """
+    about = check_fit(step, config.model, config.gate)
+    if step.name != step_name(about.step):
+        raise UserError(f"{step}: its about.json is that of step {about.step}; remove this step directory")
+    if about.objective == WEIGHTS_ONLY:
+        raise UserError(f"{step}: holds weights alone, no run to resume; name it in checkpoint.initial")
+    if about.objective != config.loss.objective:
+        raise UserError(
+            f"{step}: belongs to the stage loss.objective={about.objective}, not {config.loss.objective}; "
+            "give this stage an output_dir of its own and name the other in checkpoint.initial"
+        )
+    precision = _PRECISIONS.get(about.dtype, config.optim.precision)
+    if precision != config.optim.precision:
+        raise UserError(
+            f"{step}: trained with optim.precision={precision}, this run has {config.optim.precision}; set "
+            f"optim.precision to {precision}, or give a new output_dir and name this one in checkpoint.initial"
+        )
+    return about
+
+
+def check_moments(step: Path, config: RunConfig) -> About:
+    """Return a checkpoint's about.json, if its moments may be those that a stage begins with.
+
+    Raises:
+        UserError: the checkpoint has no moments, or they belong to other parameters or another precision.
+    """
+    about, objective = read_about(step), config.loss.objective
+    where, fix = f"checkpoint.initial_optimizer: {step}", "leave it false"
+    if about.objective == WEIGHTS_ONLY:
+        raise UserError(f"{where} holds weights alone, no moments; {fix}")
+    if about.objective == "adaptive_gate" != objective:
+        raise UserError(f"{where} holds moments of the gate alone, loss.objective={objective} trains all; {fix}")
+    before = read_config(step)
+    if before is not None and config.loss.trains_gate and not before.loss.trains_gate:
+        raise UserError(f"{where} holds no moments of the gate, which loss.weights={before.loss.weights} froze; {fix}")
+    if _PRECISIONS.get(about.dtype, config.optim.precision) != config.optim.precision:
+        dtype = {precision: dtype for dtype, precision in _PRECISIONS.items()}[config.optim.precision]
+        raise UserError(f"{where} was trained in {about.dtype}, this stage in {dtype}; change optim.precision or {fix}")
+    return about
 
 
 def find_difference(saved: ModelDescription, wanted: ModelDescription) -> Difference | None:

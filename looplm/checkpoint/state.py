@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import looplm.checkpoint.optimizer_state as optimizer_state
 import looplm.checkpoint.step_folder as step_folder
-from looplm.checkpoint.about import WEIGHTS_ONLY, About, check_fit, read_about, read_config, read_model
+from looplm.checkpoint.about import About, check_fit, check_moments, check_resume, read_about, read_model
 from looplm.checkpoint.contents import check_size
 from looplm.checkpoint.memory import own_storage
 from looplm.checkpoint.saving import Saving
@@ -41,7 +41,6 @@ from looplm.encoding import read_tokenizer
 from looplm.megatron import device
 from looplm.model import EXTRA_STATE, LoopLM
 
-_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # optim.precision by the dtype in about.json
 _ANOTHER = "remove it, so that the checkpoint before it is used, or take another"
 
 
@@ -85,22 +84,7 @@ def resume(found: Path, training: TrainingState, config: RunConfig) -> About:
     Raises:
         UserError: the checkpoint's weights have other shapes, or another training stage wrote it.
     """
-    about = check_fit(found, config.model, config.gate)
-    if step_folder.step_name(about.step) != found.name:
-        raise UserError(f"{found}: its about.json is that of step {about.step}; remove this step directory")
-    if about.objective == WEIGHTS_ONLY:
-        raise UserError(f"{found}: holds weights alone, no run to resume; name it in checkpoint.initial")
-    if about.objective != config.loss.objective:
-        raise UserError(
-            f"{found}: belongs to the stage loss.objective={about.objective}, not {config.loss.objective}; "
-            "give this stage an output_dir of its own and name the other in checkpoint.initial"
-        )
-    precision = _PRECISIONS.get(about.dtype, config.optim.precision)
-    if precision != config.optim.precision:
-        raise UserError(
-            f"{found}: trained with optim.precision={precision}, this run has {config.optim.precision}; set "
-            f"optim.precision to {precision}, or give a new output_dir and name this one in checkpoint.initial"
-        )
+    about = check_resume(found, config)
     load_run(found, training)
     return about
 
@@ -148,18 +132,7 @@ def load_optimizer(step: Path, training: TrainingState, config: RunConfig) -> No
     Raises:
         UserError: the checkpoint has no moments, or they belong to other parameters or another precision.
     """
-    about, objective = read_about(step), config.loss.objective
-    where, fix = f"checkpoint.initial_optimizer: {step}", "leave it false"
-    if about.objective == WEIGHTS_ONLY:
-        raise UserError(f"{where} holds weights alone, no moments; {fix}")
-    if about.objective == "adaptive_gate" != objective:
-        raise UserError(f"{where} holds moments of the gate alone, loss.objective={objective} trains all; {fix}")
-    before = read_config(step)
-    if before is not None and config.loss.trains_gate and not before.loss.trains_gate:
-        raise UserError(f"{where} holds no moments of the gate, which loss.weights={before.loss.weights} froze; {fix}")
-    dtype = str(training.model.config.params_dtype).removeprefix("torch.")
-    if about.dtype not in ("", dtype):
-        raise UserError(f"{where} was trained in {about.dtype}, this stage in {dtype}; change optim.precision or {fix}")
+    about = check_moments(step, config)
     weights = training.model.sharded_state_dict()
     wanted = optimizer_state.sharded_state(training.optimizer, training.model, weights, is_loading=True)
     state = _load(step, {"optimizer": wanted})

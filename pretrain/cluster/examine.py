@@ -104,9 +104,10 @@ def _start(config: RunConfig, corpus: Corpus) -> Finding:
     initial = None if name is None else step_folder.locate(name)
 
     def check() -> Finding:
-        resumed, initial_about = (
-            None if path is None else checkpoint.check_fit(path, config.model, config.gate) for path in (step, initial)
-        )
+        resumed = None if step is None else checkpoint.check_resume(step, config)
+        initial_about = None if initial is None else checkpoint.check_fit(initial, config.model, config.gate)
+        if initial is not None and config.checkpoint.initial_optimizer:
+            checkpoint.check_moments(initial, config)
         refuse_other_data(config, corpus, resumed, initial_about)
         total, at = config.optim.train_steps, 0 if resumed is None else resumed.step
         fix = f"{config.output_dir} has trained {at} steps; give at least as many"

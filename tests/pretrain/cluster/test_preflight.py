@@ -271,6 +271,11 @@ def test_the_checkpoint_that_a_run_starts_from(
     again = start(trained, checkpoint={"resume": False})
     assert (again.level, "checkpoint.resume: False is not allowed; " in again.text) == ("FAIL", True)
     assert start(tmp_path / "new", checkpoint={"resume": False}).text == "step 1 of 6, from fresh weights"
+    for other in (
+        start(trained, optim={"precision": "bf16"}),
+        start(tmp_path / "new", checkpoint=initial | {"initial_optimizer": True}, optim={"precision": "bf16"}),
+    ):
+        assert other.level == "FAIL" and "optim.precision" in other.text, "the first job would end so"
     short = start(trained, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})
     assert (short.level, "has trained 2 steps; give at least as many" in short.text) == ("FAIL", True)
 
