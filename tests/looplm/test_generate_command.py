@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import cli
@@ -134,6 +135,22 @@ def test_a_conversation_drops_its_oldest_text_and_survives_an_interrupted_answer
     assert "note: the oldest 393 tokens no longer fit and are dropped" in capsys.readouterr().err
     newline = TOKENIZER.encode("\n").ids
     assert asked[2][-4:] == [65, *newline, *TOKENIZER.encode("z").ids, *newline]
+
+
+def test_the_checkpoint_is_opened_as_asked(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = list[tuple[str, torch.dtype]]()
+
+    def open_model(path: str, _: object, dtype: torch.dtype) -> Opened:
+        asked.append((path, dtype))
+        return Opened(generator.model)
+
+    monkeypatch.setattr(command, "open_model", open_model)
+    monkeypatch.setattr(process_groups, "stop", lambda: None)
+    for words in ([], ["--precision=bf16"]):
+        command.main(["--checkpoint=runs/any", "--prompt=a", "--max_new_tokens=1", *words])
+    assert asked == [("runs/any", torch.float32), ("runs/any", torch.bfloat16)]
 
 
 def test_a_question_is_read_although_a_whole_answer_would_not_fit(

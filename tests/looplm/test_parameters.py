@@ -9,7 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import reference
-from looplm.accounting import forward_flops_per_token, parameter_counts
+from looplm.accounting import forward_flops_per_token, parameter_counts, training_flops_per_token
 from looplm.config import GateConfig, ModelConfig
 from looplm.config.model import ATTENTION_KEYS, GATE_KEYS, foreign_keys
 from looplm.model import LoopLM
@@ -145,3 +145,12 @@ def test_an_unknown_kind_is_refused_everywhere(single_process) -> None:
     with pytest.raises(ValueError, match=r"gate\.kind: 'none' is unknown here"):
         build_exit_gate(config, unknown)
     assert set(ATTENTIONS) == {"mla", "mha"} and {"lru", "linear"} <= set(GATES)
+
+
+def test_a_frozen_trunk_has_no_backward_but_the_gates(single_process):
+    model, gate, loops = ModelConfig(**SIZES, attention="mha"), GateConfig(kind="mlp", hidden_size=8), 3
+    forward = forward_flops_per_token(model, gate, 16, loops)
+    made = LoopLM(model, gate, single_process).gate
+    matrices = sum(weight.numel() for weight in made.parameters() if weight.dim() == 2)
+    assert training_flops_per_token(model, gate, 16, loops) == 3 * forward
+    assert training_flops_per_token(model, gate, 16, loops, frozen_trunk=True) == forward + 4 * loops * matrices

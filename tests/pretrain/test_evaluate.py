@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,15 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
         ("last", 1.0),
     ]
     assert all(0 < row["tokens"] < report["tokens"] and 1 <= row["mean_depth"] <= 3 for row in rows)
+    assert rows[1]["mean_depth"] == rows[3]["mean_depth"] == 3, "threshold 1 is full depth"
     assert abs(rows[1]["loss"] - report["depths"][1]["loss"]) < 0.5, "the same samples except their first tokens"
+
+    depths = dict[str, Any]()
+    for name in ("valid", "train"):
+        output = tmp_path / f"on_{name}.json"
+        main([*arguments, "--valid", str(corpus / name), "--output", str(output)])
+        depths[name] = json.loads(output.read_text())["depths"]
+    assert depths["valid"] == report["depths"] and depths["train"] != depths["valid"]
 
     with pytest.raises(UserError, match="prompt_tokens: 32"):  # leaves no token to measure
         main([*arguments, "--kv_caches=last", "--prompt_tokens=32"])

@@ -18,7 +18,9 @@ from pretrain.trainer import Trainer, _gradient_factor
 from tests.support.parity import assert_close_relative, grad_of, oracle_copy
 from tests.support.tiny import MODEL
 
-OPTIM = OptimConfig(train_steps=10, lr=3e-3, min_lr=1e-3, warmup_steps=2, decay_steps=4, precision="fp32")
+# No key of AdamW has its default, or that of Megatron's.
+ADAM: dict[str, Any] = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-4, "weight_decay": 0.3}
+OPTIM = OptimConfig(train_steps=10, lr=3e-3, min_lr=1e-3, warmup_steps=2, decay_steps=4, precision="fp32", **ADAM)
 GATE = GateConfig(state_size=8)
 
 

@@ -142,6 +142,15 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     assert len(answers["attention_sink"]) == 6 and len(answers["loop_radius"]) == 5
     assert answers["levels"]["levels"] == list(range(1, 8)) and answers["levels"]["labels"] == [32] * 7
     assert report["depths"][1]["loss"] == pytest.approx(answers["depths"][2]["loss"], rel=1e-5)
+    by_split = dict[str, torch.Tensor]()
+    for split in SPLITS[1:]:
+        held_out = TaskDataset(open_task(TASK), 8, split, whole.seed, 32).__getitems__(list(range(32)))
+        with torch.no_grad():
+            logits_SBV = opened[0].model(held_out["tokens"]).hidden[-1] @ opened[0].model.head_weight().T
+        counts_SB = held_out["loss_mask"].t().bool()
+        by_split[split] = torch.nn.functional.cross_entropy(logits_SBV[counts_SB], held_out["labels"].t()[counts_SB])
+    assert report["depths"][1]["loss"] == pytest.approx(by_split["test"].item(), rel=1e-4)
+    assert abs(by_split["test"] - by_split["valid"]) > 1e-3, "the comparison above does not tell the splits apart"
     last = answers["depths"][2]["accuracy_by_level"][-1]
     assert answers["voted"] == [{"votes": votes, "solved": last} for votes in (1, 3)], "without a chain: the argmax"
     decoded = answers["depths"][2]["accuracy"]

@@ -104,6 +104,13 @@ def test_a_stage_resumes_without_the_one_before_it(corpus, tmp_path, single_proc
     assert exact(run(second)) == exact(straight)
 
 
+def test_permanent_checkpoints_of_a_run_stay(corpus, tmp_path, single_process):
+    run(run_config(corpus, tmp_path / "run", checkpoint={"save_every": 1, "keep": 1, "keep_every": 2}))
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").glob("step_*"))] == [
+        step_folder.step_name(step) for step in (2, 4, 6)
+    ]
+
+
 def test_golden_losses(corpus, tmp_path, single_process):
     """A refactoring must not change them. Give the reason for any change in the commit message."""
     rows = run(run_config(corpus, tmp_path))

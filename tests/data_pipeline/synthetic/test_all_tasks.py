@@ -1,14 +1,17 @@
 """What holds for every synthetic task: vocabulary, determinism, shapes, and any configuration in the allowed ranges."""
 
 import dataclasses
+import json
 import random
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from data_pipeline.synthetic.registry import TASKS, fingerprint_of, open_task, tokenizer_of
+from data_pipeline.synthetic.registry import TASKS, VERSION, fingerprint_of, open_task, tokenizer_of
 from data_pipeline.synthetic.task import END, NO_LEVEL, SPLITS, Examples
 from looplm.cli import UserError
 from looplm.config import TaskConfig, WordProblemConfig
@@ -54,6 +57,15 @@ def test_the_same_seed_makes_the_same_bytes(name: str) -> None:
         assert [x_NS.tobytes() for x_NS in one] == [x_NS.tobytes() for x_NS in two]
         other = samples(open_named(name, config_class(name)()), 100, LENGTH, split, seed=4)
         assert not np.array_equal(one.ids_NS, other.ids_NS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_samples_are_those_of_their_version(name: str) -> None:
+    """A generator that returns something else needs another registry.VERSION, and new hashes here."""
+    golden = json.loads((Path(__file__).parent / "golden_samples.json").read_text())
+    drawn = samples(open_named(name, config_class(name)()), 50, LENGTH)
+    found = sha256(b"".join(x_NS.tobytes() for x_NS in drawn)).hexdigest()
+    assert (golden["version"], golden[name]) == (VERSION, found)
 
 
 @pytest.mark.parametrize("name", TASKS)

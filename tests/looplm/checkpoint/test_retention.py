@@ -14,6 +14,7 @@ from looplm.checkpoint import step_folder
 from looplm.checkpoint.step_folder import step_name
 from looplm.checkpoint.verify import _REQUIRED as REQUIRED
 from looplm.config import CheckpointConfig
+from looplm.failures import StorageFailure
 
 
 def make_step(folder: Path, step: int) -> Path:
@@ -136,3 +137,15 @@ def test_saving_a_step_again(moment, tmp_path, monkeypatch, record_property) -> 
     which = "old" if (tmp_path / step_name(5) / "mark").exists() else "new"
     assert which == ("new" if moment == "after the renames" else "old")
     record_property("seen", f"{moment}: the {which} one")
+
+
+@pytest.mark.parametrize("content", [None, b"ab"], ids=["absent", "cut"])
+def test_a_file_of_another_rank_that_is_not_seen_here_publishes_nothing(content: bytes | None, tmp_path: Path) -> None:
+    """The ranks of a job on several nodes write to one folder, which must be the same on all."""
+    final = tmp_path / step_name(3)
+    partial = step_folder.create_partial(final)
+    if content is not None:
+        (partial / "shard").write_bytes(content)
+    with pytest.raises(StorageFailure, match=r"shard was written by another rank and is not seen here"):
+        step_folder.publish(partial, final, {"shard": (3, "xxh3:0")})
+    assert not final.exists()

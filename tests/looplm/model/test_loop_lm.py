@@ -1,5 +1,6 @@
 """The whole model compared with the reference: hidden states, gate, losses, every gradient; sharing; and attention."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -323,6 +324,14 @@ def test_a_fresh_step_embedding_changes_no_bit(single_process: ProcessGroupColle
         named(LoopLM(config, LRU, single_process)(ids_BS)) for config in (MLA, replace(MLA, step_embedding="learned"))
     )
     assert all(torch.equal(value, stepped[name]) for name, value in plain.items())
+
+
+def test_a_fresh_cell_keeps_as_much_of_the_latent_in_any_number_of_steps(single_process: ProcessGroupCollection):
+    model = LoopLM(replace(MLA, latent_iterations=3), LRU, single_process)
+    width = MLA.kv_lora_rank
+    for layer in model.decoder.layers:
+        update_C = layer.self_attention.kv_layernorm.cell.bias_ih[width : 2 * width]
+        assert torch.allclose(update_C, torch.full_like(update_C, math.log(5.0))), "(1 - 1 / 6)^3 of it"
 
 
 def test_a_tied_head_is_the_embeddings_own_tensor(single_process: ProcessGroupCollection):

@@ -43,6 +43,9 @@ measure: {samples: 16, batch_size: 16, refit_steps: 1, tests: {longer: {seq_leng
 """
 
 
+PAIR = {"better": "1x2", "than": "1x1", "matched": "parameters"}
+
+
 def mini(**changes: Any) -> ExperimentConfig:
     return from_dict(ExperimentConfig, merged(yaml.safe_load(MINI), changes), where="mini")
 
@@ -135,7 +138,9 @@ def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
     [
         ({"arms": {"1x1": {"model": {"num_layers": 2}}}}, "1x2 and 1x1 are not matched in parameters: 2,"),
         ({"pairs": [{"better": "1x2", "than": "1x1", "matched": "flops"}]}, "not matched in flops"),
-        ({"pairs": [{"better": "1x2", "than": "2x2", "matched": "flops"}]}, "decides|pairs.than: '2x2' is not allowed"),
+        ({"pairs": [PAIR, {"better": "1x2", "than": "2x2", "matched": "flops"}]}, "pairs.than: '2x2' is not allowed"),
+        ({"figures": ["test.accuracy", "valid.loss"]}, r"figures: \['valid.loss'\] is not allowed; name held-out data"),
+        ({"curves": ["valid.loss by depth"]}, r"curves: \['valid.loss by depth'\] is not allowed; name held-out data"),
         ({"seeds": [1, 1000]}, r"sweep.seeds: 1000 is not allowed; rates tuned on a seed would favour it"),
         ({"measure": {"tests": {"valid": {}}}}, r"measure.tests: 'valid' is not allowed"),
         ({"seeds": [1, 1]}, r"seeds: 1 is not allowed; give each once"),

@@ -40,7 +40,7 @@ def test_one_loop_is_the_dense_model(case, injection, layers, corpus, tmp_path, 
     assert not made.state.config.prelude_layers or made.state.config.prelude_layers == int(layers[0])
 
 
-@pytest.mark.parametrize("injection", ["none", "linear"])
+@pytest.mark.parametrize("injection", ["none", "linear", "diagonal"])
 def test_two_loops_are_the_ranges_layers_twice(llama, injection, single_process):
     source = open_dense(llama, None, "<eos>").state
     twice = copy_layers(source.weights, [0, 1, 2, 1, 2, 3])
