@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from looplm.cli import UserError, from_dict
+from looplm.cli import UserError, parse_config
 from tests.support.experiments import a_row
 from tests.tools.experiments.test_runs import MINI, mini
 from tools import experiment
@@ -113,7 +112,7 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path):
 @pytest.mark.parametrize("record", sorted(Path("docs/evidence").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_the_records_of_the_repository_are_of_its_experiments(record, tmp_path):
     [file] = Path("configs/experiments").rglob(f"{record.stem}.yaml")
-    config = from_dict(ExperimentConfig, yaml.safe_load(file.read_text()), where=str(file))
+    config = parse_config(ExperimentConfig, ["--config", str(file)], prog="test", description="")  # as the command does
     assert Runner(config, tmp_path, record).rows()
 
 
