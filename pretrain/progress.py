@@ -1,10 +1,11 @@
 """Position of a run in its data and its schedule, as a checkpoint records it."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from looplm import checkpoint
-from looplm.checkpoint import About, Health
-from looplm.cli import UserError
+from looplm.checkpoint import About, Health, step_folder
+from looplm.cli import UserError, require
 from looplm.config import RunConfig
 from pretrain.data import Corpus, data_order, is_order
 from pretrain.optim import DTYPES
@@ -79,8 +80,27 @@ def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
     )
 
 
-def refuse_other_data(config: RunConfig, corpus: Corpus, resumed: About | None, initial: About | None) -> None:
-    """Raise if the weights belong to another tokenizer, or if the run would resume in other data or another order."""
+def own_steps(config: RunConfig) -> list[Path]:
+    """Return the step directories that an output_dir holds, newest first, damaged ones too.
+
+    Raises:
+        UserError: there are some, and ``checkpoint.resume`` is false: later commands would take the one with the
+            highest number, whichever run wrote it.
+    """
+    folder = Path(config.output_dir) / "checkpoints"
+    steps = step_folder.steps_in(folder)
+    fix = f"{folder} holds steps of an earlier run; remove them, or give a new output_dir"
+    require(config.checkpoint.resume or not steps, "checkpoint.resume", False, fix)
+    return steps
+
+
+def check_start(config: RunConfig, corpus: Corpus, resumed: About | None, initial: About | None) -> None:
+    """Check that a run may begin or resume with these weights and these data.
+
+    Raises:
+        UserError: the weights belong to another tokenizer, or the run would resume in other data or another order, or
+            has more steps behind it than it is to have.
+    """
     for about, where in ((initial, config.checkpoint.initial), (resumed, config.output_dir)):
         if about is not None and about.tokenizer_sha256 != corpus.tokenizer.sha256:
             raise UserError(
@@ -92,3 +112,6 @@ def refuse_other_data(config: RunConfig, corpus: Corpus, resumed: About | None, 
             f"{config.output_dir}: was trained on other data, weights, data.seq_length or seed than given now; "
             "restore them, or give a new output_dir and name this one in checkpoint.initial"
         )
+    if resumed is not None:
+        fix = f"{config.output_dir} has trained {resumed.step} steps; give at least as many"
+        require(resumed.step <= config.optim.train_steps, "optim.train_steps", config.optim.train_steps, fix)

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from looplm import checkpoint
 from looplm.chat import TEMPLATE_FILE
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
-from looplm.cli import require, to_dict
+from looplm.cli import to_dict
 from looplm.config import RunConfig
 from looplm.evaluation.dynamics import LoopDynamics, loop_dynamics
 from looplm.files import write_whole, writing
@@ -25,7 +25,7 @@ from pretrain.data import Batch, BatchSchedule, Corpus, build_train_set, build_v
 from pretrain.loops import loops_of_step
 from pretrain.metrics import RunLog, last_validation
 from pretrain.optim import DTYPES
-from pretrain.progress import Progress, describe, refuse_other_data
+from pretrain.progress import Progress, check_start, describe, own_steps
 from pretrain.trainer import Step, Trainer
 from pretrain.watchdog import Watchdog
 
@@ -53,13 +53,13 @@ class Run:
         watchdog.start_up("checkpoint")
         initial = None if self._initial is None else checkpoint.read_about(self._initial)
         self._resumed = None if own is None else checkpoint.resume(own, self._trainer.state, config)
-        refuse_other_data(config, corpus, self._resumed, initial)
+        check_start(config, corpus, self._resumed, initial)
         watchdog.start_up("data index")
         self._progress = Progress.start(config, self._samples_of_the_run(), self._resumed, initial)
         self._batches = self._training_batches()
         self._validated = self._schedule.validation(config.logging.eval_samples)  # micro-batches on each rank
-        samples = self._validated * config.data.micro_batch_size * groups.dp.size()
-        self._valid_set = build_valid_set(config.data, corpus, samples, config.seed, index_cache(config))
+        self._eval_samples = self._validated * config.data.micro_batch_size * groups.dp.size()
+        self._valid_set = build_valid_set(config.data, corpus, self._eval_samples, config.seed, index_cache(config))
 
     def begin(self) -> bool:
         """Open the logs and say what begins. Return False if a signal came first; then nothing has been written."""
@@ -198,31 +198,21 @@ class Run:
     # ---- parts of the start
 
     def _newest_of_its_own(self) -> Path | None:
-        """Return the checkpoint from which the run goes on, if it has one.
+        """Return the checkpoint from which the run resumes, if it has one.
 
         Raises:
-            UserError: an earlier run's steps are here, and this one shall not go on with them: later commands would
-                take the one with the highest number.
+            UserError: an earlier run's steps are here, and this one must not resume from them.
         """
-        folder = self._folder / "checkpoints"
         if self._config.checkpoint.resume:
-            return step_folder.newest(folder, print)
-        used = process_groups.on_rank_0(lambda: bool(step_folder.steps_in(folder)))
-        fix = f"{folder} holds steps of an earlier run; remove them, or give a new output_dir"
-        require(not used, "checkpoint.resume", False, fix)
+            return step_folder.newest(self._folder / "checkpoints", print)
+        process_groups.on_rank_0(lambda: own_steps(self._config))
         return None
 
     def _samples_of_the_run(self) -> int:
-        """Return the samples up to the last step: those of a resumed run, and what the steps that are left consume.
-
-        Raises:
-            UserError: the run has more steps behind it.
-        """
+        """Return the samples up to the last step: those of a resumed run, and what the steps that are left consume."""
         steps = self._config.optim.train_steps
         if self._resumed is None:
             return self._schedule.samples_of(steps)
-        fix = f"{self._folder} has trained {self._resumed.step} steps; give at least as many"
-        require(self._resumed.step <= steps, "optim.train_steps", steps, fix)
         return self._schedule.samples_of(steps - self._resumed.step, self._resumed.samples)
 
     def _training_batches(self) -> Iterator[Batch]:
@@ -247,11 +237,10 @@ class Run:
         yield f"{self._folder}: {begins} step {step} of {config.optim.train_steps}"
         if config.logging.eval_every and self._valid_set is None:
             yield f"logging.eval_every: {config.logging.eval_every} has no effect, because data.valid is empty"
-        samples = self._validated * config.data.micro_batch_size * self._groups.dp.size()
-        if self._valid_set is not None and samples != config.logging.eval_samples:
+        if self._valid_set is not None and self._eval_samples != config.logging.eval_samples:
             yield (
-                f"logging.eval_samples: {config.logging.eval_samples} becomes {samples}, so that every rank of this "
-                "layout reads whole micro-batches"
+                f"logging.eval_samples: {config.logging.eval_samples} becomes {self._eval_samples}, so that every rank "
+                "of this layout reads whole micro-batches"
             )
         if config.engine.emulated:
             yield (

@@ -204,7 +204,7 @@ def _read_yaml(step: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_resume(step: Path, config: RunConfig) -> About:
-    """Return a checkpoint's about.json, if a run of this configuration may go on from it.
+    """Return a checkpoint's about.json, if a run of this configuration may resume from it.
 
     Raises:
         UserError: the checkpoint's weights have other shapes, or another training stage wrote it.

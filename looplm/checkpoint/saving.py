@@ -40,7 +40,7 @@ class Saving:
         companions: a folder to copy, if it exists.
         after: called in the process that has published the checkpoint.
         writer: takes the job, and others later; None writes in this process, in :meth:`advance`.
-        owns_folder: all that is beside ``final`` is this run's, and what a failure leaves half done there is mended.
+        owns_folder: all that is beside ``final`` is this run's, and what a failure leaves half done there is repaired.
     """
 
     def __init__(

@@ -14,13 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import (
-    _MODEL_PARALLEL_RNG_TRACKER_NAME as _OF_RANK,
-)
-from megatron.core.tensor_parallel.random import (
-    get_cuda_rng_tracker,
-    model_parallel_cuda_manual_seed,
-)
+from megatron.core.tensor_parallel import random as megatron_random
 
 from looplm.config import ParallelConfig
 from looplm.failures import Failure, Hang
@@ -59,7 +53,7 @@ def start(seed: int, layout: ParallelConfig | None = None, timeout: timedelta = 
             distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         )
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    megatron_random.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
@@ -84,11 +78,11 @@ def seeded(part: str) -> Iterator[None]:
     is seeded here too: its numbers differ between tensor-parallel layouts, but no two parts of a model are alike.
     """
     seed = (torch.initial_seed() + zlib.crc32(part.encode())) % 2**63
-    tracker = get_cuda_rng_tracker()
+    tracker, of_rank = megatron_random.get_cuda_rng_tracker(), megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME
     states = tracker.get_states()
-    if _OF_RANK in states:
+    if of_rank in states:
         own = (seed + 1 + parallel_state.get_tensor_model_parallel_rank()) % 2**63
-        tracker.set_states({**states, _OF_RANK: device.rng_state_of(own)})
+        tracker.set_states({**states, of_rank: device.rng_state_of(own)})
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from data_pipeline.manifest import read_manifest
 from looplm import checkpoint
 from looplm.accounting import checkpoint_bytes
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError, require
+from looplm.cli import UserError
 from looplm.config import RunConfig
 from looplm.megatron import device, process_groups
 from looplm.megatron.settings import check_engine
@@ -20,7 +20,7 @@ from pretrain.cluster import findings, probes
 from pretrain.cluster.findings import Finding
 from pretrain.cluster.probes import RankInfo, gather
 from pretrain.data import Corpus, check_corpus, schedule_on
-from pretrain.progress import refuse_other_data
+from pretrain.progress import check_start, own_steps
 
 ALL_REDUCE_BYTES = 1 << 28 if device.HAS_CUDA else 1 << 22
 FILE_BYTES = 1 << 28 if device.HAS_CUDA else 1 << 24  # per rank that writes
@@ -99,7 +99,7 @@ def _start(config: RunConfig, corpus: Corpus) -> Finding:
     Raises:
         UserError: the checkpoint is damaged or does not fit; on every rank.
     """
-    newest, step = process_groups.on_rank_0(lambda: _own_steps(config))
+    newest, step = process_groups.on_rank_0(lambda: _newest_steps(config))
     name = config.checkpoint.initial if step is None else None  # a run that resumes does not read it
     initial = None if name is None else step_folder.locate(name)
 
@@ -108,30 +108,21 @@ def _start(config: RunConfig, corpus: Corpus) -> Finding:
         initial_about = None if initial is None else checkpoint.check_fit(initial, config.model, config.gate)
         if initial is not None and config.checkpoint.initial_optimizer:
             checkpoint.check_moments(initial, config)
-        refuse_other_data(config, corpus, resumed, initial_about)
-        total, at = config.optim.train_steps, 0 if resumed is None else resumed.step
-        fix = f"{config.output_dir} has trained {at} steps; give at least as many"
-        require(at <= total, "optim.train_steps", total, fix)
+        check_start(config, corpus, resumed, initial_about)
+        total = config.optim.train_steps
         if newest != step:
             return Finding("warn", "start", f"{newest} is broken; the run would resume from {step or 'the start'}")
         if resumed is not None:
-            return Finding("ok", "start", f"resumes from {step}, after step {at} of {total}")
+            return Finding("ok", "start", f"resumes from {step}, after step {resumed.step} of {total}")
         origin = f"the weights of {initial}, which are complete and fit" if initial else "fresh weights"
         return Finding("ok", "start", f"step 1 of {total}, from {origin}")
 
     return process_groups.on_rank_0(check)
 
 
-def _own_steps(config: RunConfig) -> tuple[Path | None, Path | None]:
-    """Return the run's newest checkpoint, and its newest complete one.
-
-    Raises:
-        UserError: there are some, and checkpoint.resume is false.
-    """
-    folder = Path(config.output_dir) / "checkpoints"
-    steps = step_folder.steps_in(folder)
-    fix = f"{folder} holds steps of an earlier run; remove them, or give a new output_dir"
-    require(config.checkpoint.resume or not steps, "checkpoint.resume", False, fix)
+def _newest_steps(config: RunConfig) -> tuple[Path | None, Path | None]:
+    """Return the run's newest checkpoint, and its newest complete one."""
+    steps = own_steps(config)
     whole = next((step for step in steps if step_folder.find_fault(step) is None), None)
     return steps[0] if steps else None, whole
 

@@ -62,7 +62,7 @@ class Workload:
 def check_workload(directory: str) -> None:
     """Raise a :class:`UserError` if a checkpoint has no validation text that is long enough to decode.
 
-    It opens no weights, so it can stand in front of measurements that take long.
+    It opens no weights, so it can precede measurements that take long.
     """
     step = step_folder.locate(directory)
     run = checkpoint.read_config(step)

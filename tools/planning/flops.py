@@ -62,7 +62,7 @@ def fp8_share(run: PlannedRun, rank: int, backward: bool) -> float:
     """Return the share of the layers' products in one pass that are in FP8, if ``engine.fp8`` is.
 
     The others are those of the layers outside the loops, those of the layers that ``engine.first_layers_bf16`` and
-    ``last_layers_bf16`` keep, and those of latent reasoning, whose cell is none of the engine's linear layers.
+    ``last_layers_bf16`` keep, and those of latent reasoning, whose cell is not one of the engine's linear layers.
     """
     config, model, layers = run.config, run.config.model, run.layers_per_rank()
     first = sum(layers[:rank])

@@ -59,7 +59,7 @@ class Projections(NamedTuple):
 
 
 def latent_config(
-    plain: ModelConfig, kv_lora_rank: int, qk_rope_head_dim: int | None, latent_norm: bool = True
+    plain: ModelConfig, kv_lora_rank: int, qk_rope_head_dim: int | None, latent_norm: bool
 ) -> ModelConfig:
     """Return the configuration of the model with MLA; the arguments are those of :func:`to_latent`.
 
@@ -101,7 +101,7 @@ def to_latent(
     kv_lora_rank: int,
     qk_rope_head_dim: int | None,
     moments_LDD: Sequence[Tensor] | None,
-    latent_norm: bool = True,
+    latent_norm: bool,
 ) -> Upcycled:
     """Return the model with MLA instead of MHA.
 

@@ -95,7 +95,7 @@ def assemble(state: ModelState, groups: ProcessGroupCollection, dtype: torch.dty
 
 
 def converted_run(run: RunConfig, state: ModelState, output: Path) -> RunConfig:
-    """Return the run that goes on with a converted model.
+    """Return the run that continues with a converted model.
 
     Raises:
         UserError: keys of the run do not fit the model.

@@ -1,4 +1,4 @@
-"""What is measured after a run: what could not be is refused before the first run trains."""
+"""Evaluations after a run: those that cannot be made are refused before the first run trains."""
 
 from pathlib import Path
 from typing import Any

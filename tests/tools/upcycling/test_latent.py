@@ -57,7 +57,7 @@ def test_full_width_is_exact(case, calibrated, single_process):
     if calibrated:
         half_DDL = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         moments = [half_DD @ half_DD.mT * 32 / half_DD.square().sum() for half_DD in half_DDL]
-    latent, exact, approximate = to_latent(state, 32, None, moments)
+    latent, exact, approximate = to_latent(state, 32, None, moments, latent_norm=True)
     assert (
         latent.config.attention == "mla" and latent.config.qk_nope_head_dim == 0 and not approximate and len(exact) == 4
     )
@@ -80,7 +80,8 @@ def test_without_its_norm_a_latent_as_wide_as_the_values_is_exact(single_process
     assert_close_relative({"oracle": hidden(latent)}, {"oracle": expected}, tolerance=1e-4)
     model = assemble(latent, single_process)
     assert_close_relative({"model": torch.stack(model(IDS_BS).hidden)}, {"model": expected}, tolerance=1e-4)
-    assert relative_error(hidden(to_latent(state, width, None, None).state), expected) > 0.1, "the norm is in the way"
+    normed = to_latent(state, width, None, None, latent_norm=True)
+    assert relative_error(hidden(normed.state), expected) > 0.1, "the norm is in the way"
     narrower = to_latent(state, width - 1, None, None, latent_norm=False)
     assert f"their rank is {width}" in narrower.approximate[0]
 
@@ -90,7 +91,7 @@ def test_error_falls_with_width_to_zero(single_process):
     expected = hidden(state)
 
     def error(rank: int, rope: int | None) -> float:
-        return (hidden(to_latent(state, rank, rope, None).state) - expected).pow(2).mean().item()
+        return (hidden(to_latent(state, rank, rope, None, latent_norm=True).state) - expected).pow(2).mean().item()
 
     by_rank = [error(rank, None) for rank in (8, 16, 24, 32)]
     by_rope = [error(32, rope) for rope in (8, 16, 24, 32)]
@@ -99,10 +100,11 @@ def test_error_falls_with_width_to_zero(single_process):
 
 
 def test_one_rotary_key_is_the_usual_form():
-    latent, _, approximate = to_latent(random_state(MHA), 16, 8, None)
+    latent, _, approximate = to_latent(random_state(MHA), 16, 8, None, latent_norm=True)
     assert latent.config.qk_rope_period is None and latent.config.qk_nope_head_dim == 8
     assert "1 of 4 mixed ones" in approximate[0] and "latent of 16 of 32" in approximate[1]
-    assert to_latent(random_state(replace(MHA, num_query_groups=1)), 32, 8, None).state.config.qk_nope_head_dim == 0
+    one_group = to_latent(random_state(replace(MHA, num_query_groups=1)), 32, 8, None, latent_norm=True)
+    assert one_group.state.config.qk_nope_head_dim == 0
 
 
 @pytest.mark.parametrize("rope_base", [1.0, 50.0, 1e4])
@@ -110,9 +112,10 @@ def test_a_key_without_position_gives_the_mean_score_of_near_tokens(rope_base, m
     """With a base of 1 all frequencies are 1, so a mean over near distances leaves almost nothing of such a key."""
     config = replace(MHA, rope_base=rope_base)
     state = random_state(config)
-    found = to_latent(state, 32, 8, None).state.weights
+    found = to_latent(state, 32, 8, None, latent_norm=True).state.weights
     monkeypatch.setattr("tools.upcycling.latent._NEAR", 1)
-    plain = to_latent(state, 32, 8, None).state.weights  # its keys without position are as they would be at distance 0
+    # Its keys without position are as they would be at distance 0.
+    plain = to_latent(state, 32, 8, None, latent_norm=True).state.weights
     name = "decoder.layers.1.self_attention.linear_kv_{}_proj.weight"
     key_HKD, unturned_HKD = (
         (w[name.format("up")] @ w[name.format("down")][:32]).unflatten(0, (4, 16))[:, :8] for w in (found, plain)
@@ -175,9 +178,8 @@ def test_heads_that_share_one_key_need_one_rotary_key(asking):
         unread = qkv[asking:, 1, pairs]
         qkv[:, 1] = qkv[0, 1].clone()
         qkv[asking:, 1, pairs], qkv[asking:, 0, pairs] = unread, 0
-    assert_close_relative(
-        {"hidden": hidden(to_latent(state, 32, 8, None).state)}, {"hidden": hidden(state)}, tolerance=1e-4
-    )
+    latent = to_latent(state, 32, 8, None, latent_norm=True)
+    assert_close_relative({"hidden": hidden(latent.state)}, {"hidden": hidden(state)}, tolerance=1e-4)
 
 
 def test_the_factorization_is_optimal_for_its_second_moment():
@@ -254,7 +256,7 @@ def test_a_trained_model_at_half_width_trains_on_and_generates(mha_run, corpus, 
 @pytest.mark.slow
 def test_a_model_of_nothing_but_rotary_keys_generates(tiny_run, single_process):
     opened = checkpoint.open_model(str(tiny_run), single_process)
-    model = assemble(to_latent(random_state(MHA), 32, None, None).state, single_process)
+    model = assemble(to_latent(random_state(MHA), 32, None, None, latent_norm=True).state, single_process)
     assert_same_text_without_a_cache(Generator(model, opened.tokenizer, opened.about.eos_ids, False))
 
 
@@ -274,7 +276,7 @@ def test_biases_and_normed_heads_are_refused(key):
     with pytest.raises(
         UserError, match=f"checkpoint: 'model.{key}=true' is not allowed; latent attention has no place"
     ):
-        to_latent(state, 4, None, None)
+        to_latent(state, 4, None, None, latent_norm=True)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_the_states_come_closer_to_those_before(single_process):
 
 def test_an_exact_conversion_keeps_its_projections(single_process):
     before = random_state(ONCE)
-    after = to_latent(before, D, None, None).state
+    after = to_latent(before, D, None, None, latent_norm=True).state
     fitted = refit(before, after, batches(), single_process)
     assert_close_relative(fitted.weights, after.weights, tolerance=1e-4)
 
