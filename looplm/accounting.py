@@ -8,8 +8,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import get_args
 
-from looplm.config import GateConfig, ModelConfig
-from looplm.parameters import Section, gate_parameters, parameters
+from looplm.config import GateConfig, LossConfig, ModelConfig
+from looplm.parameters import Section, parameters
 
 
 @cache
@@ -56,30 +56,47 @@ def forward_flops_per_token(model: ModelConfig, gate: GateConfig, seq_length: in
         seq_length: tokens in a sample; a token sees half of them on average.
         num_loops: how often the stack, the gate, the coda and the head run.
     """
-    matrices = [row for row in parameters(model, gate) if row.role == "matrix"]
-    injection = sum(row.size for row in matrices if row.section == "injection")  # in every loop but the first
-    once = float(sum(row.size * row.uses for row in matrices if row.section == "prelude") - injection)
-    looped = float(sum(row.size * row.uses for row in matrices if row.section != "prelude"))
-    if model.tie_embeddings:
-        looped += model.vocab_size * model.hidden_size  # the head multiplies with the embedding's table
-    widths = model.attention_widths
-    layer_scores = model.num_attention_heads * (widths.query_key + widths.value) * seq_length / 2
-    once += model.prelude_layers * layer_scores
-    looped += (model.num_layers + model.coda_layers) * layer_scores
-    return 2.0 * (once + num_loops * looped)
+    parts = _section_flops(model, gate, seq_length)
+    once = parts["prelude"] - parts["injection"]  # in every loop but the first
+    return once + num_loops * (sum(parts.values()) - parts["prelude"])
 
 
 def training_flops_per_token(
-    model: ModelConfig, gate: GateConfig, seq_length: int, num_loops: int, frozen_trunk: bool = False
+    model: ModelConfig, gate: GateConfig, loss: LossConfig, seq_length: int, num_loops: int
 ) -> float:
-    """Return the FLOPs of one token's training step: backward costs twice the forward; a frozen trunk has no backward.
+    """Return the FLOPs of one token's training step: backward costs twice the forward of all that is trained.
 
-    Recomputation is not counted: this is the work that the model needs, not the work that an implementation does.
+    With ``loss.weights: last`` the coda and the head of other loops have no backward; a frozen trunk has none, nor has
+    a gate that is not trained. ``loss.backward_loops`` is not counted. Nor is recomputation: this is the work that the
+    model needs, not the work that an implementation does.
     """
     forward = forward_flops_per_token(model, gate, seq_length, num_loops)
-    if not frozen_trunk:
-        return 3 * forward
-    return forward + 2 * 2.0 * num_loops * sum(row.size for row in gate_parameters(model, gate) if row.role == "matrix")
+    parts = _section_flops(model, gate, seq_length)
+    gates = num_loops * parts["gate"]
+    if loss.frozen_trunk:
+        return forward + 2 * gates
+    read_outs = (num_loops - 1) * (parts["coda"] + parts["head"]) if loss.weights == "last" else 0.0
+    return 3 * forward - 2 * (read_outs + (0.0 if loss.trains_gate else gates))
+
+
+@cache
+def _section_flops(model: ModelConfig, gate: GateConfig, seq_length: int) -> Mapping[str, float]:
+    """Return the FLOPs of one token's way forward through each section, once."""
+    products = dict.fromkeys(get_args(Section), 0.0)
+    for row in parameters(model, gate):
+        if row.role == "matrix":
+            products[row.section] += row.size * row.uses
+    if model.tie_embeddings:
+        products["head"] += model.vocab_size * model.hidden_size  # it multiplies with the embedding's table
+    widths = model.attention_widths
+    scores = model.num_attention_heads * (widths.query_key + widths.value) * seq_length / 2
+    for section, layers in (
+        ("prelude", model.prelude_layers),
+        ("layers", model.num_layers),
+        ("coda", model.coda_layers),
+    ):
+        products[section] += layers * scores
+    return {section: 2.0 * count for section, count in products.items()}
 
 
 def cache_values_per_token(model: ModelConfig, num_caches: int) -> int:

@@ -151,8 +151,7 @@ class RunLog:
 
     def _flops_per_token(self, loops: int) -> float:
         config = self._config
-        length, frozen = config.data.seq_length, config.loss.frozen_trunk
-        return training_flops_per_token(config.model, config.gate, length, loops, frozen_trunk=frozen)
+        return training_flops_per_token(config.model, config.gate, config.loss, config.data.seq_length, loops)
 
     def _open_board(self, step: int) -> None:
         """Continue the curves after ``step``."""

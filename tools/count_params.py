@@ -34,7 +34,6 @@ def main(argv: list[str]) -> None:
 def describe(config: RunConfig) -> str:
     """Return the table that the command prints."""
     model, gate, length = config.model, config.gate, config.data.seq_length
-    frozen = config.loss.frozen_trunk
     counts = parameter_counts(model, gate)
     total = sum(counts.values())
     rows = [
@@ -45,7 +44,7 @@ def describe(config: RunConfig) -> str:
     rows += [f"{'total':<16}{total:>16,}", ""]
     rows.append(f"{model.depth_summary}, the same weights in every loop; per token:")
     for loops in sorted({1, 2, 4, 8, model.num_loops}):
-        flops = training_flops_per_token(model, gate, length, loops, frozen_trunk=frozen)
+        flops = training_flops_per_token(model, gate, config.loss, length, loops)
         mark = "  <- this recipe" if loops == model.num_loops else ""
         rows.append(f"{loops:>4} loops {flops / 1e6:>14,.1f} training MFLOP at sequence length {length}{mark}")
     for name, caches in (("per_loop", model.num_loops), ("last", 1)):

@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import reference
 from looplm.accounting import forward_flops_per_token, parameter_counts, training_flops_per_token
-from looplm.config import GateConfig, ModelConfig
+from looplm.config import GateConfig, LossConfig, ModelConfig
 from looplm.config.model import ATTENTION_KEYS, GATE_KEYS, foreign_keys
 from looplm.model import LoopLM
 from looplm.model.exit_gate import build_exit_gate
@@ -147,10 +147,19 @@ def test_an_unknown_kind_is_refused_everywhere(single_process) -> None:
     assert set(ATTENTIONS) == {"mla", "mha"} and {"lru", "linear"} <= set(GATES)
 
 
-def test_a_frozen_trunk_has_no_backward_but_the_gates(single_process):
-    model, gate, loops = ModelConfig(**SIZES, attention="mha"), GateConfig(kind="mlp", hidden_size=8), 3
+def test_what_is_not_trained_has_no_backward(single_process):
+    model, gate, loops = ModelConfig(**SIZES, attention="mha", coda_layers=1), GateConfig(kind="mlp", hidden_size=8), 3
     forward = forward_flops_per_token(model, gate, 16, loops)
     made = LoopLM(model, gate, single_process).gate
     matrices = sum(weight.numel() for weight in made.parameters() if weight.dim() == 2)
-    assert training_flops_per_token(model, gate, 16, loops) == 3 * forward
-    assert training_flops_per_token(model, gate, 16, loops, frozen_trunk=True) == forward + 4 * loops * matrices
+
+    def training(**loss: Any) -> float:
+        return training_flops_per_token(model, gate, LossConfig(**loss), 16, loops)
+
+    no_coda = dataclasses.replace(model, coda_layers=0)
+    coda = forward_flops_per_token(model, gate, 16, 1) - forward_flops_per_token(no_coda, gate, 16, 1)
+    read_out = coda + 2 * model.vocab_size * model.hidden_size
+    assert coda > 0 and training() == 3 * forward
+    assert training(objective="adaptive_gate") == forward + 4 * loops * matrices
+    assert training(weights="uniform") == 3 * forward - 4 * loops * matrices
+    assert training(weights="last") == training(weights="uniform") - 2 * (loops - 1) * read_out

@@ -102,7 +102,7 @@ def test_a_run_resumes_bit_for_bit_validates_all_loops_and_counts_what_ran(corpu
     straight, ran = run(whole), [loops_of_step(whole, step) for step in range(STEPS)]
     assert len(set(ran)) > 1 and [row["loops"] for row in straight] == ran
     for row in straight:
-        per_token = training_flops_per_token(whole.model, whole.gate, whole.data.seq_length, row["loops"])
+        per_token = training_flops_per_token(whole.model, whole.gate, whole.loss, whole.data.seq_length, row["loops"])
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * per_token / 1e12)
         assert [value is None for value in row["loss_per_loop"]] == [loop >= row["loops"] for loop in range(3)]
     lines = map(json.loads, (Path(whole.output_dir) / "metrics.jsonl").read_text().splitlines())

@@ -116,21 +116,24 @@ def test_in_flight_passes_match_the_schedule(sizes: tuple[int, int, int]) -> Non
 
 
 @pytest.mark.parametrize("model", [MLA, MHA, AROUND, INJECTED])
-def test_flops_of_all_passes_match_accounting(model: ModelConfig) -> None:
+@pytest.mark.parametrize("weights", ["gate", "last", "uniform"])
+def test_flops_of_all_passes_match_accounting(model: ModelConfig, weights: str) -> None:
     """Without recomputation and mask, all loops and ranks together compute the model's FLOPs.
 
     Attention's kernels compute more than that: padded values, and the scores again in backward.
     """
-    plain: dict[str, Any] = {"data": {"document_masking": False}}
+    plain: dict[str, Any] = {"data": {"document_masking": False}, "loss": {"weights": weights}}
     one = planned(2, model, **plain, parallel={"tensor": 2, "pipeline": 2, "context": 2})
     widths = model.attention_widths
     padded = 2 * widths.query_key / (widths.query_key + widths.value)
     each = 0.0
     for rank in range(2):
         forward, backward = forward_flops(one, rank), backward_flops(one, rank)
-        assert backward.attention == 2.5 * forward.attention
-        each += (forward + backward).total - 3.5 * forward.attention + 3 * forward.attention / padded
-    asked = training_flops_per_token(model, GateConfig(), 1024, 4) * 2 * 1024
+        coda_of_last = weights == "last" and model.coda_layers and rank == 1
+        assert coda_of_last or backward.attention == 2.5 * forward.attention
+        attention = (forward.attention + 2 * backward.attention / 2.5) / padded
+        each += (forward + backward).total - forward.attention - backward.attention + attention
+    asked = training_flops_per_token(model, GateConfig(), one.config.loss, 1024, 4) * 2 * 1024
     assert 4 * each * 2 * 2 == pytest.approx(asked)
     assert model_flops_per_token(one) * 2 * 1024 == pytest.approx(asked)
 
@@ -356,7 +359,7 @@ def test_ouro_computed_by_hand() -> None:
     model, gate = plan.model, plan.gate
     counts = parameter_counts(model, gate)
     weights = counts["layers"] + counts["head"]  # the embedding is a look-up
-    flops = training_flops_per_token(model, gate, 4096, 8)
+    flops = training_flops_per_token(model, gate, plan.loss, 4096, 8)
     attention = 6 * 8 * 24 * 16 * (128 + 128) * 4096 / 2
     assert flops == pytest.approx(6 * 8 * weights + attention, rel=1e-3)
     one = PlannedRun(replace(plan.recipe, data=replace(plan.data, rampup=None, micro_batch_size=1)), 512)

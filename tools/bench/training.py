@@ -187,7 +187,7 @@ def _product_flops(recipe: RunConfig) -> float:
 def _all_flops(recipe: RunConfig) -> float:
     """Return the FLOPs of a step by token; to those of the weights they add attention's and the gate's."""
     model = recipe.model
-    return training_flops_per_token(model, recipe.gate, recipe.data.seq_length, model.num_loops)
+    return training_flops_per_token(model, recipe.gate, recipe.loss, recipe.data.seq_length, model.num_loops)
 
 
 def _products(recipe: RunConfig) -> Step:

@@ -149,7 +149,7 @@ class Size:
         ran, tokens = Counter({config.model.num_loops: steps}), length * steps * rows
         if config.loss.varies_loops:
             ran = Counter(loops_of_step(config, step) for step in range(steps))
-        cost = {loops: training_flops_per_token(config.model, config.gate, length, loops) for loops in ran}
+        cost = {loops: training_flops_per_token(config.model, config.gate, config.loss, length, loops) for loops in ran}
         flops = sum(length * rows * count * cost[loops] for loops, count in ran.items())
         return cls(sum(counts.values()) - counts.get("gate", 0), flops, tokens, flops / tokens)
 

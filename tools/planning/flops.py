@@ -124,6 +124,4 @@ def backward_flops(run: PlannedRun, rank: int) -> Flops:
 def model_flops_per_token(run: PlannedRun) -> float:
     """Return the FLOPs that the model needs, without recomputation: the numerator of model FLOPs utilization."""
     config = run.config
-    return training_flops_per_token(
-        config.model, config.gate, config.data.seq_length, run.num_loops, frozen_trunk=run.frozen
-    )
+    return training_flops_per_token(config.model, config.gate, config.loss, config.data.seq_length, run.num_loops)
