@@ -87,7 +87,7 @@ def own_steps(config: RunConfig) -> list[Path]:
         UserError: there are some, and ``checkpoint.resume`` is false: later commands would take the one with the
             highest number, whichever run wrote it.
     """
-    folder = Path(config.output_dir) / "checkpoints"
+    folder = step_folder.of_run(config.output_dir)
     steps = step_folder.steps_in(folder)
     fix = f"{folder} holds steps of an earlier run; remove them, or give a new output_dir"
     require(config.checkpoint.resume or not steps, "checkpoint.resume", False, fix)

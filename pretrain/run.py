@@ -204,7 +204,7 @@ class Run:
             UserError: an earlier run's steps are here, and this one must not resume from them.
         """
         if self._config.checkpoint.resume:
-            return step_folder.newest(self._folder / "checkpoints", print)
+            return step_folder.newest(step_folder.of_run(self._folder), print)
         process_groups.on_rank_0(lambda: own_steps(self._config))
         return None
 

@@ -44,7 +44,7 @@ def hold(folder: Path, max_starts: int) -> Iterator[None]:
                 (folder / STARTS).unlink(missing_ok=True)
             lock.release()
             with suppress(OSError):  # they hold what the run wrote
-                (folder / "checkpoints").rmdir()
+                step_folder.of_run(folder).rmdir()
             with suppress(OSError):
                 folder.rmdir()
 
@@ -52,7 +52,7 @@ def hold(folder: Path, max_starts: int) -> Iterator[None]:
 def _begin(lock: FolderLock, folder: Path, max_starts: int) -> None:
     with writing(folder):
         lock.acquire()
-    steps = step_folder.steps_in(folder / "checkpoints")
+    steps = step_folder.steps_in(step_folder.of_run(folder))
     newest = int(steps[0].name.removeprefix("step_")) if steps else 0
     starts = _starts_since(folder / STARTS, newest)
     if 0 < max_starts <= starts:

@@ -10,7 +10,6 @@ elsewhere.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 from looplm import checkpoint
@@ -87,7 +86,7 @@ def roll_back(
         )
     saver.close()  # the checkpoint in the making may be the one to return to
     before = progress.step - progress.health.losses_above
-    found = step_folder.newest(Path(config.output_dir) / "checkpoints", say, before)
+    found = step_folder.newest(step_folder.of_run(config.output_dir), say, before)
     if found is None:
         raise NumericalFailure(
             f"{spike}; there is no checkpoint of step {before} or earlier to return to; lower checkpoint.save_every"

@@ -157,7 +157,7 @@ def _weights(run: Path, step: int, named: str | None) -> Weights:
     else:
         about, folder = checkpoint.read_about(found), found.resolve().parent
         failed = folder == (run / FAILURES).resolve()
-        if not failed and folder != _checkpoints(run).resolve():
+        if not failed and folder != step_folder.of_run(run).resolve():
             return Weights(found, f"{found} (not of this run; of step {about.step} of another)")
         done = about.step - failed  # a failed step leaves the weights as they were before it
         if done >= step:
@@ -167,12 +167,8 @@ def _weights(run: Path, step: int, named: str | None) -> Weights:
     return Weights(found, f"{found} ({exact})", about)
 
 
-def _checkpoints(run: Path) -> Path:
-    return run / "checkpoints"
-
-
 def _newest(run: Path, up_to: int) -> Path | None:
-    return step_folder.newest(_checkpoints(run), print, up_to)
+    return step_folder.newest(step_folder.of_run(run), print, up_to)
 
 
 def _attempts(
@@ -208,7 +204,7 @@ def _skipped(run: Path) -> list[tuple[int, int]]:
 
     A checkpoint to which the run has returned does not know of that rollback.
     """
-    steps = step_folder.steps_in(_checkpoints(run))
+    steps = step_folder.steps_in(step_folder.of_run(run))
     newest = next((step for step in steps if step_folder.find_fault(step, deep=False) is None), None)
     found = [] if newest is None else list(checkpoint.read_about(newest).health.skipped_samples)
     log = run / "metrics.jsonl"

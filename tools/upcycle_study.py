@@ -168,7 +168,7 @@ def produce(name: str, planned: PlannedResult, config: StudyConfig, run: RunConf
     try:
         tokenizer = check_corpus(run.data, run.model.vocab_size).tokenizer
         batches = read_samples(held_out, config.samples, run.data.seq_length, run.model, tokenizer.sha256, groups)
-        steps = sorted(step_folder.steps_in(trained_on / "checkpoints"))
+        steps = sorted(step_folder.steps_in(step_folder.of_run(trained_on)))
         curve = [last_loss(str(step), batches, groups) for step in steps]
         within = logit_difference(source, start, batches[0], groups) if planned.exact else None
     finally:

@@ -20,7 +20,7 @@ def prepare(config: RunConfig) -> None:
     Raises:
         UserError: the disk cannot be written, or has too little room.
     """
-    process_groups.on_rank_0(lambda: _prepare(config, Path(config.output_dir) / "checkpoints"))
+    process_groups.on_rank_0(lambda: _prepare(config, step_folder.of_run(config.output_dir)))
 
 
 def _prepare(config: RunConfig, folder: Path) -> None:

@@ -12,7 +12,6 @@ from looplm.checkpoint.writer import Writer
 from looplm.cli import to_dict
 from looplm.config import CheckpointConfig, RunConfig
 from looplm.failures import NumericalFailure, StorageFailure
-from looplm.files import write_whole
 from looplm.megatron import process_groups
 
 
@@ -30,7 +29,7 @@ class Saver:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._say: Callable[[str], None] = print
-        self._folder = Path(config.output_dir) / "checkpoints"
+        self._folder = step_folder.of_run(config.output_dir)
         self._whole = set[str]()
         self._saving: Saving | None = None
         try:
@@ -123,5 +122,5 @@ class Saver:
 
 def _tidy(final: Path, config: CheckpointConfig, whole: frozenset[str], healthy: int) -> None:
     """Point ``latest`` at a new checkpoint, and delete old ones."""
-    write_whole(final.parent / "latest", final.name + "\n")
+    step_folder.note_latest(final)
     step_folder.delete_old(final.parent, config.keep, config.keep_every, whole, healthy)

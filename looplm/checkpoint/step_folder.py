@@ -21,13 +21,19 @@ from collections.abc import Callable, Collection, Mapping
 from glob import escape
 from pathlib import Path
 
-from looplm.checkpoint.verify import MANIFEST, Fingerprint
+from looplm.checkpoint.verify import MANIFEST as MANIFEST
+from looplm.checkpoint.verify import Fingerprint
 from looplm.checkpoint.verify import find_fault as find_fault
 from looplm.checkpoint.verify import fingerprint as fingerprint
 from looplm.cli import UserError
 from looplm.failures import StorageFailure
 from looplm.files import fsync, write_whole, writing
 from looplm.megatron import process_groups
+
+
+def of_run(output_dir: str | Path) -> Path:
+    """Return the folder that holds the steps of a run."""
+    return Path(output_dir) / "checkpoints"
 
 
 def create_partial(final: Path) -> Path:
@@ -126,9 +132,14 @@ def _delete(step: Path) -> None:
     shutil.rmtree(deleted, ignore_errors=True)
 
 
+def note_latest(step: Path) -> None:
+    """Write the name of a step to ``latest`` beside it, for people and scripts; this code looks at the folders."""
+    write_whole(step.parent / "latest", step.name + "\n")
+
+
 def delete_after(final: Path) -> None:
     """Delete every later step than ``final``, and point ``latest`` at it."""
-    write_whole(final.parent / "latest", final.name + "\n")
+    note_latest(final)
     for step in steps_in(final.parent):
         if _number(step) > _number(final):
             _delete(step)
@@ -152,7 +163,7 @@ def _locate(path: Path) -> Path:
             raise UserError(f"{path}: {fault}; take another step directory")
         return path
     faults: list[str] = []
-    found = _newest(path / "checkpoints", faults.append)
+    found = _newest(of_run(path), faults.append)
     if found is None:
         reason = f" ({'; '.join(faults)})" if faults else ""
         raise UserError(
@@ -161,6 +172,13 @@ def _locate(path: Path) -> Path:
     for fault in faults:
         print(f"note: {fault}", file=sys.stderr)
     return found
+
+
+def glance(directory: str | Path) -> Path | None:
+    """Return the step directory that ``directory`` is, or the newest that it contains, without a look at its files."""
+    path = Path(directory)
+    steps = [path] if (path / MANIFEST).is_file() else steps_in(of_run(path))
+    return next(iter(steps), None)
 
 
 def newest(folder: Path, say: Callable[[str], None], up_to: int | None = None) -> Path | None:

@@ -23,7 +23,7 @@ Row = tuple[str, str]
 
 def inspect(path: Path) -> str:
     """Return the table of a Hugging Face directory, a training directory, or a step directory."""
-    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+    if (path / step_folder.MANIFEST).is_file() or step_folder.of_run(path).is_dir():
         rows = _checkpoint(path)
     elif (path / CONFIG).is_file():
         rows = _hugging_face(path)
@@ -54,12 +54,12 @@ def _hugging_face(folder: Path) -> list[Row]:
 
 def _checkpoint(path: Path) -> list[Row]:
     faults: list[str] = []
-    if (path / "manifest.json").is_file():
+    if (path / step_folder.MANIFEST).is_file():
         fault = step_folder.find_fault(path.resolve())  # a link that the user names is the user's
         step = path if fault is None else None
         faults = [] if fault is None else [fault]
     else:
-        step = step_folder.newest(path / "checkpoints", faults.append)
+        step = step_folder.newest(step_folder.of_run(path), faults.append)
     if step is None:
         return [("directory", f"{path}: checkpoint"), ("whole", f"no: {'; '.join(faults) or 'no checkpoint here'}")]
     about, (model, gate) = checkpoint.read_about(step), checkpoint.read_model(step)

@@ -131,7 +131,7 @@ def _storage(config: RunConfig, groups: ProcessGroupCollection, ranks: list[Rank
     size = checkpoint_bytes(config.model, config.gate, config.optim.precision, config.loss.frozen_trunk)
     output, keep = Path(config.output_dir), max(1, checkpoint.number_at_once(config) - 1)
     folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
-    kept = min(keep, len(step_folder.steps_in(output / "checkpoints")))
+    kept = min(keep, len(step_folder.steps_in(step_folder.of_run(output))))
     free, kept = gather((disk_usage(folder).free, kept))[0]
     yield findings.disk(free, size, keep, kept)
     speed = probes.write_speed(folder, groups, FILE_BYTES)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from data_pipeline.verify import check_prefix
 from looplm.bounds import check_bounds, expand_path, path_field, positive
-from looplm.checkpoint import ModelDescription, check_fit, find_difference, read_about
+from looplm.checkpoint import ModelDescription, check_fit, find_difference, read_about, step_folder
 from looplm.cli import UserError, parse_config, require
 from looplm.config import RunConfig
 from pretrain.data import check_corpus, schedule_on
@@ -109,6 +109,11 @@ class Job:
     writes: str | None = None  # directory of the checkpoints that it writes
     run: RunConfig | None = None  # the run that it trains; None for a command
 
+    @property
+    def step(self) -> Path | None:
+        """The step directory that it starts from; None if there is none yet."""
+        return None if self.reads is None else step_folder.glance(self.reads)
+
 
 def plan(config: SubmitConfig) -> tuple[list[Job], list[str]]:
     """Return the planned jobs, and an error for each stage that could not be planned or writes where another does."""
@@ -178,12 +183,12 @@ def find_faults(job: Job, before: list[Job], awaited: bool = False) -> Iterator[
     """
     writer = _writer_for(job, before)
     known = writer is not None or (awaited and not before)
-    resumes = job.run is not None and job.run.checkpoint.resume and _holds_checkpoint(Path(job.run.output_dir))
-    if job.reads is not None and not known and not resumes and not _holds_checkpoint(Path(job.reads)):
+    resumes = job.run is not None and job.run.checkpoint.resume and step_folder.glance(job.run.output_dir) is not None
+    if job.reads is not None and not known and not resumes and job.step is None:
         yield f"{job.name}: starts from {job.reads}, which holds no checkpoint and which no earlier stage writes"
     if job.run is None:
         return
-    wanted, step = ModelDescription(job.run.model, job.run.gate), _step_in(job.reads)
+    wanted, step = ModelDescription(job.run.model, job.run.gate), job.step
     if writer is not None and writer.run is not None:
         different = find_difference(ModelDescription(writer.run.model, writer.run.gate), wanted)
         if different is not None:
@@ -225,11 +230,11 @@ def find_data_faults(jobs: list[Job]) -> list[str]:
 
 def _origin(job: Job, before: list[Job], tokenizers: dict[str, str | None]) -> tuple[str, str | None]:
     """Return a name of the weights that a job starts from, and the hash of their tokenizer; None if it is not known."""
-    writer, step = _writer_for(job, before), _step_in(job.reads)
+    writer, step = _writer_for(job, before), job.step
     if writer is not None:
         return writer.name, tokenizers[writer.name]
     try:
-        return str(step), None if step is None else read_about(step).tokenizer_sha256
+        return str(step), read_about(step).tokenizer_sha256 if step else None
     except UserError:  # find_faults reports it
         return str(step), None
 
@@ -242,27 +247,12 @@ def _writer_for(job: Job, before: list[Job]) -> Job | None:
     return next((other for other in reversed(before) if other.writes and _place(other.writes) == place), None)
 
 
-def _step_in(folder: str | None) -> Path | None:
-    """Return the step directory of a checkpoint that exists already, without a look at its hashes; None without one."""
-    if folder is None:
-        return None
-    path, latest = Path(folder), Path(folder) / "checkpoints" / "latest"
-    if not (path / "manifest.json").is_file() and latest.is_file():
-        path = latest.parent / latest.read_text(encoding="utf-8").strip()
-    return path if (path / "about.json").is_file() else None
-
-
 def _fault_of(check: Callable[..., object], *arguments: object) -> str | None:
     try:
         check(*arguments)
     except UserError as error:
         return str(error)
     return None
-
-
-def _holds_checkpoint(folder: Path) -> bool:
-    """Return True if a run or an upcycling has left a checkpoint there; opening it shows whether it is complete."""
-    return (folder / "manifest.json").exists() or (folder / "checkpoints" / "latest").exists()
 
 
 def sbatch(config: SubmitConfig, job: Job, dependency: int | str | None) -> list[str]:

@@ -119,7 +119,7 @@ def kernels(deterministic: bool) -> Iterator[None]:
 
 def break_last_checkpoint(output: Path) -> None:
     """Leave a run as if it had died before its last save."""
-    (output / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").unlink()
+    (step_folder.of_run(output) / step_folder.step_name(STEPS) / step_folder.MANIFEST).unlink()
 
 
 def final_state(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, Tensor]:

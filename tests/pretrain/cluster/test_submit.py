@@ -89,10 +89,9 @@ def test_each_stage_waits_for_the_previous_one(slurm: Path, recipe: Path, capsys
 
 
 @pytest.mark.slow
-def test_start_and_stop_select_stages(slurm: Path, recipe: Path) -> None:
-    made = recipe.parent / "runs/one/checkpoints"
-    made.mkdir(parents=True)
-    (made / "latest").touch()
+def test_start_and_stop_select_stages(slurm: Path, recipe: Path, corpus: Path, single_process: Any) -> None:
+    one = run_config(corpus, recipe.parent / "runs/one", optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})
+    train(one, check_corpus(one.data, one.model.vocab_size), single_process)
     chain.main(["--config", str(recipe), "--start", "two", "--stop", "two", "--preflight", "false"])
     (job,) = submitted(slurm)
     assert "--job-name=tiny-two" in job and "--dependency" not in job
