@@ -225,9 +225,10 @@ class BatchSchedule:
 
     def samples_of(self, steps: int, consumed: int = 0) -> int:
         """Return the samples that are consumed ``steps`` steps after ``consumed`` were."""
-        for _ in range(steps):
-            consumed += self.at(consumed)[1]
-        return consumed
+        ramp = self._data.rampup
+        while ramp is not None and consumed < ramp.samples and steps > 0:
+            consumed, steps = consumed + self.at(consumed)[1], steps - 1
+        return consumed + max(steps, 0) * self._data.global_batch_size
 
 
 def schedule_on(config: RunConfig, ranks: int) -> BatchSchedule:

@@ -22,6 +22,7 @@ from looplm.yaml_text import read_yaml
 
 FORMAT_VERSION = 3  # of the checkpoints that this release writes; _upgrade reads older ones
 _GIT_SECONDS = 10.0  # for git's look at all files; a shared file system or a busy machine may take longer
+_ROOT = Path(__file__).parents[2]  # of the checkout
 WEIGHTS_ONLY = "weights"  # takes the place of the objective if no run of ours made the checkpoint
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # optim.precision by the dtype in about.json
 
@@ -312,12 +313,16 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_revision() -> str:
-    """Return the revision of the running code, or an empty string outside a git checkout.
+    """Return the revision of the running code, or an empty string outside a git checkout of it.
+
+    An installed package lies perhaps inside the checkout of another project, whose revision says nothing.
 
     Git is asked once, because a slow one would delay every save. The answer ends in ``-dirty`` if files were changed,
     and in ``-unchecked`` if git took too long to look at all of them.
     """
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+    if not (_ROOT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12"]
     for options, ending in ((["--dirty"], ""), ([], "-unchecked")):
         try:
             done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=_GIT_SECONDS)

@@ -110,7 +110,7 @@ def _training(run: RunConfig, about: About) -> list[str]:
         ("precision", optim.precision),
         ("started from", f"`{Path(run.checkpoint.initial).name}`" if run.checkpoint.initial else "random weights"),
         ("software", ", ".join(f"{name} {version}" for name, version in about.versions.items() if version != "absent")),
-        ("code", f"LoopLM {about.git_revision}"),
+        ("code", f"LoopLM {about.git_revision or 'of a revision that was not recorded'}"),
     ]
     return [
         "## Data of the last stage\n\n" + _table(("source", "share of the samples"), sources),

@@ -273,7 +273,12 @@ def test_batch_ramp_up():
     )
     schedule = BatchSchedule(data, data_parallel_size=1)
     assert schedule.at(0) == (2, 4) and schedule.at(10)[1] == 6 and schedule.at(10_000) == (4, 8)
-    assert schedule.samples_of(2) == 8
+    assert schedule.samples_of(2) == 8 and schedule.samples_of(0, 24) == schedule.samples_of(-1, 24) == 24
+    for consumed in (0, 14, 20, 36):
+        total = consumed
+        for steps in range(1, 9):
+            total += schedule.at(total)[1]
+            assert schedule.samples_of(steps, consumed) == total
     assert schedule.at(0) == (2, 4), "asking about later steps changes nothing"
 
 

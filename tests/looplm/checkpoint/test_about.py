@@ -14,6 +14,8 @@ pytestmark = pytest.mark.slow  # every test here starts a process
 @pytest.fixture
 def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give the path that a test writes its own git to. No answer of another git is remembered, before or after."""
+    (tmp_path / ".git").touch()  # as a worktree has it
+    monkeypatch.setattr(about, "_ROOT", tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     git_revision.cache_clear()
     yield tmp_path / "git"
@@ -37,6 +39,13 @@ def test_a_slow_git_costs_the_word_on_changes_and_never_the_run(script, revision
     assert git_revision() == revision
     fake_git.unlink()
     assert git_revision() == revision, "it is asked once"
+
+
+def test_a_package_inside_another_projects_checkout_has_no_revision(fake_git):
+    fake_git.write_text("#!/bin/sh\necho 1234abc\n")
+    fake_git.chmod(0o755)
+    (fake_git.parent / ".git").unlink()
+    assert git_revision() == ""
 
 
 def test_keys_that_earlier_releases_did_not_heed_do_not_keep_a_checkpoint_from_being_read():
