@@ -36,6 +36,8 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
             fix = f"loosen sources.{source.name}.filters or min_chars, or add text"
             raise UserError(f"sources.{source.name}: no document is left after its filters ({dropped}); {fix}")
         runner.report(f"read {source.name}", counts[-1]["total"], dropped)
+        fix = "change validation_fraction or give it more documents"
+        _require_splits(config, source.name, _splits_of(documents / source.name, config), fix)
     filters = find_duplicates(config.dedup, documents, work, runner)
     split = partial(_add_prefix, config.seed, config.validation_fraction)
     written = JsonLinesReader(Folder(str(documents)))
@@ -46,10 +48,30 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
     note = f"{_dropped(duplicates)}; split by text" if config.validation_fraction else _dropped(duplicates)
     runner.report("deduplicate and split", counts[-1]["total"], note)
     for source in config.sources:
-        for part in (TRAIN, VALID) if config.validation_fraction else (TRAIN,):
-            if not (work / "split" / f"{source.name}_{part}").exists():
-                fix = "change validation_fraction or give it more documents"
-                raise UserError(f"sources.{source.name}: no document is left for its {part} split; {fix}")
+        left = {part for part in (TRAIN, VALID) if (work / "split" / f"{source.name}_{part}").exists()}
+        fix = "all were duplicates, of each other or of other sources' documents; leave the source out or give it more"
+        _require_splits(config, source.name, left, fix)
+
+
+def _splits_of(folder: Path, config: PipelineConfig) -> set[str]:
+    """Return the splits into which the documents of a folder fall; no more are read than it takes to see all."""
+    found = set[str]()
+    for document in JsonLinesReader(Folder(str(folder))).run():
+        found.add(split_of(document.text, config.seed, config.validation_fraction))
+        if len(found) == len(_splits(config)):
+            break
+    return found
+
+
+def _splits(config: PipelineConfig) -> tuple[str, ...]:
+    return (TRAIN, VALID) if config.validation_fraction else (TRAIN,)
+
+
+def _require_splits(config: PipelineConfig, source: str, found: set[str], fix: str) -> None:
+    """Raise a :class:`UserError` if a source has no document for one of the splits."""
+    for part in _splits(config):
+        if part not in found:
+            raise UserError(f"sources.{source}: no document is left for its {part} split; {fix}")
 
 
 def split_of(text: str, seed: int, validation_fraction: float) -> str:

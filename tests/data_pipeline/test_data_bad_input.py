@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import tokenize
+from data_pipeline import documents, tokenize
 from looplm.cli import UserError
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
@@ -90,6 +90,18 @@ def test_config_and_sources(run: Callable[..., str], change: tuple[str, str], ne
 def test_values(run: Callable[..., str], arguments: list[str], needles: list[str]) -> None:
     line = run(*arguments)
     assert all(needle in line for needle in needles), line
+
+
+def test_a_split_without_documents_is_refused_before_the_search_for_duplicates(run, monkeypatch) -> None:
+    monkeypatch.setattr(documents, "find_duplicates", lambda *_: pytest.fail("searched"))
+    assert "valid split" in run("--validation_fraction", "1e-9")
+
+
+def test_a_source_of_duplicates_alone_is_refused(run: Callable[..., str], tmp_path: Path) -> None:
+    both = f'paths: ["{tmp_path}/a.jsonl"]}}\n  - {{name: b, kind: jsonl, paths: ["{tmp_path}/b.jsonl"]}}'
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    line = run(change=(f'paths: ["{tmp_path}/a.jsonl"]}}', both))
+    assert "no document is left for its train split; all were duplicates" in line
 
 
 def test_truncated_input_found_while_reading(run: Callable[..., str], tmp_path: Path) -> None:
