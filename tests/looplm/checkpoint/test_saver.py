@@ -106,6 +106,49 @@ def observed_step(published: list[int], _: Path) -> Callable[..., None]:
     return note
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_everything_is_on_the_disk_before_a_name_points_to_it(
+    in_background, corpus, tmp_path, single_process, monkeypatch
+) -> None:
+    """A power failure loses what was not flushed: no rename may survive without the bytes that it names."""
+    log = tmp_path / "log"
+    flushed, renamed = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        flushed(descriptor)
+        note("fsync", os.stat(descriptor))
+
+    def rename(source: Any, target: Any) -> None:
+        renamed(source, target)
+        note("rename", os.stat(target))
+
+    def note(event: str, stat: os.stat_result) -> None:
+        with log.open("a") as stream:  # several processes and threads append a line each
+            stream.write(f"{event} {stat.st_ino} {stat.st_mtime_ns}\n")
+
+    for name, observed in (("fsync", fsync), ("rename", rename), ("replace", rename)):
+        monkeypatch.setattr(os, name, observed)
+    keys = {"save_every": 3, "keep": 3, "in_background": in_background}
+    run_to_end(run_config(corpus, tmp_path / "run", checkpoint=keys), single_process)
+    events = log.read_text().splitlines()
+
+    def place(event: str, path: Path) -> int:
+        """Return when what a path holds now was flushed or renamed."""
+        stat = path.stat()
+        assert f"{event} {stat.st_ino} {stat.st_mtime_ns}" in events, f"{path}: no {event} after its last change"
+        return events.index(f"{event} {stat.st_ino} {stat.st_mtime_ns}")
+
+    folder = tmp_path / "run/checkpoints"
+    for step in step_folder.steps_in(folder):
+        published = place("rename", step)
+        assert all(place("fsync", path) < published for path in (step, *step.rglob("*")))
+    latest = place("rename", folder / "latest")
+    assert place("fsync", folder / "latest") < latest
+    newest = place("rename", step_folder.steps_in(folder)[0])
+    parent = f"fsync {folder.stat().st_ino} "
+    assert any(event.startswith(parent) for event in events[newest:latest]), "the new name is on the disk before latest"
+
+
 def test_a_save_waits_for_the_one_before(corpus, tmp_path, single_process, monkeypatch) -> None:
     slow(monkeypatch, 0.2)
     in_the_making: list[int] = []
