@@ -20,8 +20,16 @@ def survivors(texts: list[str], **options: Any) -> list[str]:
     return [document.text for document in documents]
 
 
-@pytest.mark.parametrize("name", ["gopher_quality", "gopher_repetition", "c4", "fineweb_quality"])
-def test_quality_filters_offline(corpus: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gopher_quality", "gopher_below_alpha_threshold"),
+        ("gopher_repetition", "dup_line_frac"),
+        ("c4", "too_few_sentences"),
+        ("fineweb_quality", "line_punct_ratio"),
+    ],
+)
+def test_quality_filters_offline(corpus: Any, name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise AssertionError("a filter asked for the network")
 
@@ -29,6 +37,8 @@ def test_quality_filters_offline(corpus: Any, name: str, monkeypatch: pytest.Mon
     good = corpus.document(12)
     bad = "\n".join(["the same line of the text that we have with it"] * 40) if "repetition" in name else CODE
     assert survivors([good, bad], filters=(name,)) == [good]
+    *_, quality = build_filters(SourceConfig(name="s", kind="text", paths=("x",), filters=(name,)))
+    assert quality.filter(Document(text=bad, id="0")) == (False, reason)
 
 
 def test_length() -> None:
