@@ -220,7 +220,7 @@ text-levers worth:
 	@$(PY) -m data_pipeline.tokenize --config $(TEXT)/data/packages.yaml
 	@$(call experiment,$(TEXT)/$@.yaml)
 
-smollm-long: $(SMOL_OK)/looped  ## does looping a real model pay? Against the dense one at equal FLOPs (two hours)
+smollm-long: $(SMOL_OK)/looped  ## does looping a real model pay? Against the dense one at equal FLOPs (three hours)
 	@$(PY) -m data_pipeline.tokenize --config $(TEXT)/data/prose.yaml
 	@$(call experiment,$(TEXT)/$@.yaml)
 

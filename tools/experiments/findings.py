@@ -82,6 +82,8 @@ def decide(experiment: Experiment, findings: Sequence[Finding]) -> Verdict:
     reason = f"The difference is {formats.difference(comparison)} ({seeds} seeds, 95 % interval)."
     if seeds < FEWEST_FOR_T:
         reason += f" With {seeds} seeds the interval rests on the assumption that differences are normal."
+    if deciding.problem:
+        reason += f" Not all of it is in: {deciding.problem}."
     return Verdict(answer_of(decides, comparison.difference.interval), reason)
 
 

@@ -55,7 +55,7 @@ def curve_by_arm(curve: str, arms: Mapping[str, Arm]) -> str:
 
     An arm whose seeds have different positions gets a thin line per seed.
     """
-    plot, axes = _new(height=3.2)
+    plot, axes = _new(height=3.2 + 0.2 * max(0, len(arms) // 4 - 3))  # the legend takes a line for four arms
     for arm, style in zip(arms.values(), _styles(), strict=False):
         rows = [row for row in arm.rows.values() if curve in row.curves]
         if not rows:

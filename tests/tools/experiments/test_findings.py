@@ -44,6 +44,14 @@ def test_runs_are_paired_by_seed_in_every_figure():
     )
 
 
+def test_a_verdict_names_the_seeds_that_it_does_not_rest_on():
+    rows = two_arms([0.5, 0.6, 0.7], [0.1, 0.3, 0.2])
+    del rows[-1].figures[FIGURE]
+    _, verdict = findings_of(rows, figures=(FIGURE,))
+    expected = "Not all of it is in: seed 2 of looped without a partner in once; once has no such figure for seed 2."
+    assert verdict.reason.startswith("The difference is 0.3") and verdict.reason.endswith(expected)
+
+
 def test_p_values_are_adjusted_over_the_comparisons_that_could_be_made():
     found, _ = findings_of(some_rows(), figures=(FIGURE, "missing"))
     made = [finding for finding in found if finding.comparison]
