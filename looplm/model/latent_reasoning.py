@@ -30,7 +30,6 @@ Shapes: S sequence, B batch, C latent, T iterations.
 """
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,11 +40,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from looplm.config import LossConfig
+from looplm.megatron.settings import mark_replicated
 from looplm.model.exit_gate import (
     causal_document_mean,
     exit_log_probs,
     linear_fp32,
-    mark_replicated,
     uniform_offset,
     zero_linear,
 )
@@ -99,38 +98,42 @@ class LatentReasoning(MegatronModule):
         """Return the refined latent, [S, B, C] as the latent itself. Its gradient has that of the penalties."""
         if self.norm is not None:
             latent_SBC = self.norm(latent_SBC)
-        cell, states = self.cell, [latent_SBC]
+        cell, state_SBC, states = self.cell, latent_SBC, list[Tensor]()
         input_reset, input_update, input_new = F.linear(latent_SBC, cell.weight_ih, cell.bias_ih).chunk(3, dim=-1)
         for _ in range(self.iterations):
-            before = states[-1] if self.mix is None else states[-1] + self.mix(states[-1])
+            before = state_SBC if self.mix is None else state_SBC + self.mix(state_SBC)
             reset, update, new = F.linear(before, cell.weight_hh, cell.bias_hh).chunk(3, dim=-1)
             new = torch.tanh(torch.addcmul(input_new, torch.sigmoid(input_reset + reset), new))
-            states.append(torch.lerp(new, before, torch.sigmoid(input_update + update)))
-        stop_TSB = None if self.halt is None else self._stop_probabilities(self.halt, self.halt_sequence, states[1:])
-        refined_SBC = states[-1]
-        if stop_TSB is not None:
-            refined_SBC = torch.einsum("tsb,tsbc->sbc", stop_TSB.to(refined_SBC.dtype), torch.stack(states[1:]))
-        if self.training and (self.stability or self.ponder_cost):
-            penalty = self._penalty(states, stop_TSB) * self._loss_scale(refined_SBC)
+            state_SBC = torch.lerp(new, before, torch.sigmoid(input_update + update))
+            states.append(state_SBC)
+        penalized = self.training and (self.stability or self.ponder_cost)
+        if self.halt is None and not penalized:
+            return state_SBC
+        refined_SBC, state_TSBC, stop_TSB = state_SBC, torch.stack(states), None
+        if self.halt is not None:
+            stop_TSB = self._stop_probabilities(self.halt, state_TSBC)
+            refined_SBC = (stop_TSB.to(state_TSBC.dtype).unsqueeze(-1) * state_TSBC).sum(0)
+        if penalized:
+            penalty = self._penalty(latent_SBC, state_TSBC, stop_TSB) * self._loss_scale(refined_SBC)
             refined_SBC = MoEAuxLossAutoScaler.apply(refined_SBC, penalty)
         return refined_SBC
 
-    @staticmethod
-    def _stop_probabilities(halt: nn.Linear, halt_sequence: nn.Linear | None, states: list[Tensor]) -> Tensor:
+    def _stop_probabilities(self, halt: nn.Linear, state_TSBC: Tensor) -> Tensor:
         """Return the probability of stopping at each state, [T, S, B]."""
-        logits = [
-            linear_fp32(z_SBC, halt).squeeze(-1) + uniform_offset(step, len(states))
-            for step, z_SBC in enumerate(states)
-        ]
-        if halt_sequence is not None:
-            seen = (causal_document_mean(linear_fp32(z_SBC, halt_sequence).squeeze(-1), None) for z_SBC in states)
-            logits = [own_SB + all_SB for own_SB, all_SB in zip(logits, seen, strict=True)]
-        return exit_log_probs(torch.stack(logits)).exp()
+        steps = len(state_TSBC)
+        step_T11 = torch.arange(steps, device=state_TSBC.device).view(-1, 1, 1)
+        logit_TSB = linear_fp32(state_TSBC, halt).squeeze(-1) + uniform_offset(step_T11, steps)
+        if self.halt_sequence is not None:
+            heard_TSB = linear_fp32(state_TSBC, self.halt_sequence).squeeze(-1)
+            mean_STB = causal_document_mean(heard_TSB.transpose(0, 1).flatten(1), None).view(-1, *heard_TSB[:, 0].shape)
+            logit_TSB = logit_TSB + mean_STB.transpose(0, 1)
+        return exit_log_probs(logit_TSB).exp()
 
-    def _penalty(self, states: list[Tensor], stop_TSB: Tensor | None) -> Tensor:
+    def _penalty(self, latent_SBC: Tensor, state_TSBC: Tensor, stop_TSB: Tensor | None) -> Tensor:
         """Return the sum of both penalties over the tokens; the loss too is a sum, until Megatron divides gradients."""
-        moved = [(after.float() - before.float()).square().mean(-1).sum() for before, after in pairwise(states)]
-        penalty = self.stability * torch.stack(moved).sum()
+        state_TSBC = state_TSBC.float()
+        moved_TSBC = state_TSBC - torch.cat((latent_SBC.float().unsqueeze(0), state_TSBC[:-1]))
+        penalty = self.stability * moved_TSBC.square().mean(-1).sum()
         if stop_TSB is None:
             return penalty
         step_T = torch.arange(1, len(stop_TSB) + 1, dtype=stop_TSB.dtype, device=stop_TSB.device)
@@ -150,9 +153,16 @@ class _CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, size, dtype=config.params_dtype))
 
     def forward(self, x_SBC: Tensor) -> Tensor:
-        """Return the mixed values, [S, B, C]; the last weight is that of a position itself."""
-        past_BCS = F.pad(x_SBC.permute(1, 2, 0), (self.weight.size(1) - 1, 0))
-        return F.conv1d(past_BCS, self.weight.unsqueeze(1), groups=self.weight.size(0)).permute(2, 0, 1)
+        """Return the mixed values, [S, B, C]; the last weight is that of a position itself.
+
+        A convolution of torch's would want the positions last: this is twice as fast on a CPU.
+        """
+        length, size = len(x_SBC), self.weight.size(1)
+        past_SBC = F.pad(x_SBC, (0, 0, 0, 0, size - 1, 0))
+        mixed_SBC = past_SBC[:length] * self.weight[:, 0]
+        for tap in range(1, size):
+            mixed_SBC = torch.addcmul(mixed_SBC, past_SBC[tap : tap + length], self.weight[:, tap])
+        return mixed_SBC
 
 
 def weigh_penalties(model: nn.Module, loss: LossConfig) -> None:
