@@ -29,7 +29,6 @@ START, END = SPECIAL_TOKENS = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 ANSWERS = "assistant"  # the role whose messages are learned
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"  # where transformers looks for one
-RENDERED = ("role", "content")  # keys of a message; with any other, the template would drop something
 _REFUSE = "{{ raise_exception('this template renders %s') }}"
 JINJA = (
     "{% if tools %}" + _REFUSE % "no tools" + "{% endif %}"

@@ -15,8 +15,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from looplm.bounds import path_field, positive, require_file_place
 from looplm.chat import ANSWERS, ChatTemplate, Message
 from looplm.checkpoint import COMPANION_FOLDER, OpenedModel, open_model
@@ -29,11 +27,11 @@ from looplm.inference.request import Generation, Request
 from looplm.inference.settings import GenerationConfig
 from looplm.inference.text_stream import Token
 from looplm.megatron import process_groups
+from looplm.megatron.settings import DTYPES
 
 _SEPARATOR = "---"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _COLORS = (39, 45, 49, 118, 190, 220, 208, 196)  # xterm's, from blue (exited early) to red (ran long)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,7 @@ def main(argv: list[str]) -> None:
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
     groups = process_groups.start(config.seed)
     try:
-        opened = open_model(config.checkpoint, groups, _DTYPES[config.precision])
+        opened = open_model(config.checkpoint, groups, DTYPES[config.precision])
         generator = Generator.of(opened, False if config.chat else config.add_bos)
         printer = Printer(opened.model.model_config.num_loops)
         template = _chat_template(opened) if config.chat else None

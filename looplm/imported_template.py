@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -208,9 +208,6 @@ class _GenerationTag(Extension):
     """``{% generation %}``: marks what the assistant says, for the mask of transformers; here only its body counts."""
 
     tags = {"generation"}  # noqa: RUF012
-
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Return the body, in a scope of its own as in transformers."""

@@ -37,9 +37,9 @@ class Parameter(NamedTuple):
 
     Args:
         name: in the model's state dict.
-        shape: of the whole parameter; the number of loops is in none.
+        shape: of the whole parameter. Only the step embedding's contains the number of loops.
         section: part of the model that it belongs to.
-        role: matrix (multiplied with every token in every loop), table (looked up) or vector (a norm's gain, a bias).
+        role: matrix (multiplied with every token), table (looked up) or vector (a norm's gain, a bias).
         tensor_split: None if every tensor-parallel rank holds the whole parameter.
         hugging_face_parts: tensors that it is made of there, with their shapes.
         groups: number of blocks of rows; each block holds its share of every part, one part after the other.

@@ -50,7 +50,7 @@ def read_yaml(path: str) -> Document:
         raise UserError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
     document = parse_yaml(text, path)
     if not isinstance(document.values, dict):
-        kind = "nothing" if document.values is None else f"a {'list' if _is_list(document.values) else 'text'}"
+        kind = "nothing" if document.values is None else f"a {'list' if isinstance(document.values, list) else 'text'}"
         raise UserError(f"{path}: holds {kind}, not a mapping of keys; see --print_config for the form")
     return document
 
@@ -125,10 +125,6 @@ class _Reader:
 
     def _error(self, node: yaml.Node, name: str, problem: str) -> UserError:
         return UserError(f"{self._where}:{node.start_mark.line + 1}: {name + ': ' if name else ''}{problem}")
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
 
 
 def _one_line(text: str | None) -> str:

@@ -76,7 +76,7 @@ class Corpus:
     conversations: tuple[str, ...] = ()  # prefixes that hold conversations
     end_id: int | None = None  # the chat end token, if any training source is conversational
     chat_template: str | None = None  # then also the template, in Jinja
-    trained: str = ""  # hash of the training sources; empty for a task
+    train_fingerprint: str = ""  # hash of the training sources; empty for a task
     left_out: tuple[str, ...] = ()  # messages about conversations that are too long for a sample
 
     @property
@@ -117,7 +117,7 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
         tokenizer=first.tokenizer,
         vocab_size=first.vocab_size,
         fingerprint=_fingerprint(checked),
-        trained=_fingerprint(checked[: len(data.train)]),
+        train_fingerprint=_fingerprint(checked[: len(data.train)]),
         conversations=tuple(prefix for prefix, manifest in checked if manifest.chat is not None),
         end_id=end_id,
         chat_template=template,
@@ -165,10 +165,10 @@ def _fingerprint(checked: list[tuple[str, Manifest]]) -> str:
 
 def data_order(config: RunConfig, corpus: Corpus) -> str:
     """Return a fingerprint of everything that decides which tokens the n-th training sample holds."""
-    return _order_of(config, corpus.trained or corpus.fingerprint)
+    return _order_of(config, corpus.train_fingerprint or corpus.fingerprint)
 
 
-def is_order(found: str, config: RunConfig, corpus: Corpus) -> bool:
+def matches_data_order(found: str, config: RunConfig, corpus: Corpus) -> bool:
     """Return True if a checkpoint's fingerprint is that of this data; earlier ones count the validation sources too."""
     return found in (data_order(config, corpus), _order_of(config, corpus.fingerprint))
 

@@ -129,7 +129,7 @@ def _measure_answers(
     sink, radius = (mean_over_ranks(values, groups.dp) for values in looks)
     answers = replace(meter.answers(task.level_name, groups.dp), attention_sink=sink, loop_radius=radius)
     if config.vote_list:
-        read = map(_states_read, batches)
+        read = map(_labeled, batches)
         voted = voted_answers(model, read, config.vote_list, task.writes_chain, run.seed, groups.dp)
         answers = replace(answers, voted=voted)
     if not config.refit_steps:
@@ -137,12 +137,13 @@ def _measure_answers(
     train_set = TaskDataset(task, run.data.seq_length, "train", run.seed, 1 << 30)
     with torch.enable_grad():
         heads_RVD = fit_heads(
-            model, map(_states_read, micro_batches(train_set, run.data, 0, 0, 1)), config.refit_steps, meter.loops
+            model, map(_labeled, micro_batches(train_set, run.data, 0, 0, 1)), config.refit_steps, meter.loops
         )
-    return replace(answers, refitted=accuracies(model, heads_RVD, map(_states_read, batches), groups.dp))
+    return replace(answers, refitted=accuracies(model, heads_RVD, map(_labeled, batches), groups.dp))
 
 
-def _states_read(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _labeled(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids [B, S], labels [S, B], and which of them count [S, B]."""
     return batch.ids_BS, batch.labels_SB, batch.mask_SB.bool()
 
 

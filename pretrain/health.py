@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from looplm.checkpoint import Health, TrainingState, optimizer_state
+from looplm.checkpoint import Health, TrainingState, optimizer_state, step_folder
 from looplm.config import HealthConfig, RunConfig
 from looplm.failures import NumericalFailure
 from looplm.files import write_whole
@@ -156,7 +156,7 @@ def report(
         NumericalFailure: more steps in a row were skipped than ``health.max_skipped`` allows.
     """
     allowed, folder = config.health.max_skipped, Path(config.output_dir) / FAILURES
-    path = folder / f"step_{bad.step:08d}.json"
+    path = folder / f"{step_folder.step_name(bad.step)}.json"
     _write(path, bad)
     if health.skipped_in_a_row <= allowed:
         say(f"step {bad.step}  skipped: {bad.what}; {health.skipped_in_a_row} in a row, {health.skipped} in total")

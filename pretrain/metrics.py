@@ -78,8 +78,8 @@ class RunLog:
         self.restart_clock()
         row = {"kind": "train", "step": step, "samples": progress.samples, "objective": self._config.loss.objective}
         row |= dataclasses.asdict(stats) | dataclasses.asdict(done.norms) | {"tokens": self._tokens}
-        row |= {"grad_norm": done.grad_norm, "learning_rate": done.learning_rate, "skipped": progress.health.skipped}
-        row |= {"tokens_per_second": speed, "seconds": seconds}
+        row |= {"grad_norm": done.norms.grad_norm, "learning_rate": done.learning_rate}
+        row |= {"skipped": progress.health.skipped, "tokens_per_second": speed, "seconds": seconds}
         if self._peak:
             row["mfu"] = flops / self._peak
         if self._config.loss.varies_loops:
@@ -88,7 +88,7 @@ class RunLog:
         if self._bar is None:
             self.say(
                 f"step {step}/{self._total}  loss {stats.loss:.4f}  per loop {_format(stats.loss_per_loop)}  "
-                f"mean depth {stats.mean_depth:.2f}  grad {done.grad_norm:.2f}  lr {done.learning_rate:.2e}  "
+                f"mean depth {stats.mean_depth:.2f}  grad {done.norms.grad_norm:.2f}  lr {done.learning_rate:.2e}  "
                 f"{speed:,.0f} tokens/s"
             )
 

@@ -24,8 +24,8 @@ from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
 from pretrain.optim import updated_part
 
-Module = Literal["embedding", "attention", "mlp", "norms", "gate", "head"]
-MODULES: tuple[Module, ...] = get_args(Module)
+ModuleName = Literal["embedding", "attention", "mlp", "norms", "gate", "head"]
+MODULES: tuple[ModuleName, ...] = get_args(ModuleName)
 # Norms are summed in fp32, whose largest number is 3.4e38, of gradients that are summed over the tokens.
 LARGEST_SQUARE = 1e38
 
@@ -48,7 +48,7 @@ class Norms:
 
     @classmethod
     def of_sums(
-        cls, hidden: Tensor, gradient: Tensor, tokens: int, modules: Sequence[Module], loops: int | None = None
+        cls, hidden: Tensor, gradient: Tensor, tokens: int, modules: Sequence[ModuleName], loops: int | None = None
     ) -> "Norms":
         """Return the norms of :meth:`LoopNorms.sums` and :meth:`GradientNorms.sums`, added up over the ranks.
 
@@ -68,7 +68,7 @@ class Norms:
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the whole gradient."""
+        """Norm of the whole gradient, before clipping."""
         return math.sqrt(sum(norm**2 for norm in self.grad_norms.values()))
 
 
@@ -188,17 +188,17 @@ class GradientNorms:
         return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
 
 
-def trained_modules(loss: LossConfig, tied: bool) -> tuple[Module, ...]:
+def trained_modules(loss: LossConfig, tied: bool) -> tuple[ModuleName, ...]:
     """Return the modules that have gradients; a tied head is part of the embedding."""
     if loss.frozen_trunk:
         return ("gate",)
-    absent = {"head"} if tied else set[Module]()
+    absent = {"head"} if tied else set[ModuleName]()
     return tuple(module for module in MODULES if module not in absent | ({"gate"} if not loss.trains_gate else set()))
 
 
-def module_of(name: str) -> Module:
+def module_of(name: str) -> ModuleName:
     """Return the part of the model that a parameter belongs to."""
-    rules: tuple[tuple[str, Module], ...] = (
+    rules: tuple[tuple[str, ModuleName], ...] = (
         ("embedding.", "embedding"),
         ("injection.", "embedding"),  # it brings the embedding into later loops
         ("step_embedding.", "embedding"),

@@ -11,10 +11,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.megatron.device import HAS_CUDA
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from looplm.parameters import decayed_names
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def freeze_trunk(model: LoopLM) -> None:

@@ -7,8 +7,8 @@ from looplm import checkpoint
 from looplm.checkpoint import About, Health, step_folder
 from looplm.cli import UserError, require
 from looplm.config import RunConfig
-from pretrain.data import Corpus, data_order, is_order
-from pretrain.optim import DTYPES
+from looplm.megatron.settings import DTYPES
+from pretrain.data import Corpus, data_order, matches_data_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def check_start(config: RunConfig, corpus: Corpus, resumed: About | None, initia
                 f"{where}: trained with another tokenizer ({about.tokenizer_sha256[:12]}) than the data's "
                 f"({corpus.tokenizer.sha256[:12]}); tokenize the data with {where}/…/tokenizer.json"
             )
-    if resumed is not None and not is_order(resumed.data_order, config, corpus):
+    if resumed is not None and not matches_data_order(resumed.data_order, config, corpus):
         raise UserError(
             f"{config.output_dir}: was trained on other data, weights, data.seq_length or seed than given now; "
             "restore them, or give a new output_dir and name this one in checkpoint.initial"

@@ -19,12 +19,12 @@ from looplm.config import RunConfig
 from looplm.evaluation.dynamics import LoopDynamics, loop_dynamics
 from looplm.files import write_whole, writing
 from looplm.megatron import process_groups
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from pretrain import health, launcher, spikes
 from pretrain.data import Batch, BatchSchedule, Corpus, build_train_set, build_valid_set, index_cache, micro_batches
 from pretrain.loops import loops_of_step
 from pretrain.metrics import RunLog, last_validation
-from pretrain.optim import DTYPES
 from pretrain.progress import Progress, check_start, describe, own_steps
 from pretrain.trainer import Step, Trainer
 from pretrain.watchdog import Watchdog

@@ -53,7 +53,7 @@ def _begin(lock: FolderLock, folder: Path, max_starts: int) -> None:
     with writing(folder):
         lock.acquire()
     steps = step_folder.steps_in(step_folder.of_run(folder))
-    newest = int(steps[0].name.removeprefix("step_")) if steps else 0
+    newest = step_folder.step_number(steps[0]) if steps else 0
     starts = _starts_since(folder / STARTS, newest)
     if 0 < max_starts <= starts:
         lock.release()

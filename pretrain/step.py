@@ -108,24 +108,25 @@ def loop_losses(
     loss: LossConfig,
     num_loops: int | None = None,
     norms: LoopNorms | None = None,
-    prior_loops: int | None = None,
+    gate_loops: int | None = None,
 ) -> LoopLosses:
     """Return the losses and gate logits of each token after each loop.
 
-    ``norms`` takes the norms of the hidden states. The gate decides over ``prior_loops`` loops, None for the model's.
+    ``norms`` takes the norms of the hidden states. The gate distributes exits over ``gate_loops``
+    loops, None for the model's.
     With autograd and Megatron's wrapper, the gradient of the head's weight is in its buffer when this returns
     (:func:`head_of`).
     """
-    options = loss.frozen_trunk, loss.backward_loops, prior_loops
+    options = loss.frozen_trunk, loss.backward_loops, gate_loops
     output = model(batch.ids_BS, num_loops, batch.document_start_SB, *options)
-    head = head_of(model, batch, loss, prior_loops)
+    head = head_of(model, batch, loss, gate_loops)
     if norms is not None:
         for loop, h_SBD in enumerate(output.hidden):
             norms.watch(loop, h_SBD)
-    leave_RSB, last_loop = exit_log_probs(output.gate_logit_RSB).exp(), len(output.hidden) - 1
+    exit_RSB, last_loop = exit_log_probs(output.gate_logit_RSB).exp(), len(output.hidden) - 1
     losses = [
-        head(h_SBD, leave_SB, loop == last_loop)
-        for loop, (h_SBD, leave_SB) in enumerate(zip(output.hidden, leave_RSB, strict=True))
+        head(h_SBD, exit_SB, loop == last_loop)
+        for loop, (h_SBD, exit_SB) in enumerate(zip(output.hidden, exit_RSB, strict=True))
     ]
     return LoopLosses.of(losses, output.gate_logit_RSB, _penalty(model, output, loss))
 
@@ -154,7 +155,7 @@ def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossCon
     inner: LoopLM = model if ddp is None else ddp.module
     group, sequence_parallel = inner.tp_group, inner.config.sequence_parallel
 
-    def head(h_SBD: Tensor, leave_SB: Tensor, last: bool) -> HeadLosses:
+    def head(h_SBD: Tensor, exit_SB: Tensor, last: bool) -> HeadLosses:
         inputs = h_SBD, inner.head_weight(), batch.labels_SB
         if loss.frozen_trunk:
             return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
@@ -162,7 +163,7 @@ def head_of(model: LoopLM | DistributedDataParallel, batch: Batch, loss: LossCon
             with torch.no_grad():
                 return HeadLosses(token_losses(*inputs, group, sequence_parallel), None)
         fixed = 1.0 if loss.weights == "last" else 1 / (loops or inner.model_config.num_loops)
-        weight_SB = (leave_SB if loss.weights == "gate" else fixed) * batch.mask_SB
+        weight_SB = (exit_SB if loss.weights == "gate" else fixed) * batch.mask_SB
         direct = None if ddp is None else direct_gradient(ddp, last)
         return weighted_losses(*inputs, weight_SB, group, sequence_parallel, direct)
 
@@ -203,9 +204,9 @@ def forward_step(
     if isinstance(model, LoopView):
         head = head_of(model.ddp, batch, loss, model.loops)
 
-        def watched_head(h_SBD: Tensor, leave_SB: Tensor, last: bool) -> HeadLosses:
+        def watched_head(h_SBD: Tensor, exit_SB: Tensor, last: bool) -> HeadLosses:
             norms.watch(model.loop, h_SBD)
-            return head(h_SBD, leave_SB, last)
+            return head(h_SBD, exit_SB, last)
 
         options = loss.frozen_trunk, loss.backward_loops
         output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, watched_head, *options)

@@ -31,14 +31,13 @@ EVALUATED_AT_ONCE = 4  # micro-batches per pipeline rank between two looks at a 
 class Step(NamedTuple):
     """Result of one training step; the same on every rank.
 
-    ``grad_norm`` is the gradient's before clipping. A step is ``healthy`` if its losses and gradients are finite on all
+    A step is ``healthy`` if its losses and gradients are finite on all
     ranks; otherwise it has changed neither weights nor Adam's moments. ``has_news`` is True if any rank had some.
     """
 
     stats: StepStats
     norms: Norms
     healthy: bool
-    grad_norm: float
     learning_rate: float
     has_news: bool
 
@@ -142,7 +141,7 @@ class Trainer:
             self.optimizer.prepare_grads()  # instead of step(), which would compute and read the norm a second time
             self.optimizer.step_with_ready_grads()
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        return Step(found.stats, found.norms, found.healthy, found.norms.grad_norm, learning_rate, found.has_news)
+        return Step(found.stats, found.norms, found.healthy, learning_rate, found.has_news)
 
     def backward(
         self, batches: Iterator[Batch], num_microbatches: int, loops: int | None = None

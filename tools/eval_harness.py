@@ -38,9 +38,9 @@ from looplm.files import write_whole
 from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
+from looplm.megatron.settings import DTYPES
 from looplm.model.exit_gate import exit_log_probs, q_exit
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
 
 
@@ -56,7 +56,7 @@ class HarnessConfig:
         limit: questions of each task; null for all.
         batch_size: texts side by side.
         depth: number of loops for every token; null for the trained number.
-        exit_threshold: a token exits at the first loop by which its exit probability reaches this; null runs all loops.
+        exit_threshold: a token exits at the first loop by which its summed exit probability reaches this; null: all.
         kv_cache: cache for generated text: per_loop (exact), or one that the loops share: last, mean or first.
         add_bos: begin each text with the token for that (BOS), unless it starts with it; null does so if the model's
             texts began so in training, or if an imported model's tokenizer does.
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> None:
     tasks = find_tasks(config, shape.model.max_sequence_length)
     groups = process_groups.start(seed=0)
     try:
-        model = HarnessModel(checkpoint.open_step(found, groups, _DTYPES[config.precision]), config)
+        model = HarnessModel(checkpoint.open_step(found, groups, DTYPES[config.precision]), config)
         settings = {"num_fewshot": config.num_fewshot, "limit": config.limit, "log_samples": False}
         results = simple_evaluate(model, tasks=config.names, task_manager=tasks, **settings)
     finally:

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from looplm.cli import from_dict, parse_config, require, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import process_groups
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
-from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 from tools.bench.memory import random_batch, saved_bytes
 from tools.local_ranks import run_module

@@ -28,6 +28,7 @@ from looplm.checkpoint import About, step_folder
 from looplm.cli import UserError, from_dict, parse_config, positional, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import process_groups
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from looplm.model.latent_reasoning import weigh_penalties
 from looplm.yaml_text import read_yaml
@@ -37,13 +38,13 @@ from pretrain.data import (
     Corpus,
     build_train_set,
     check_corpus,
-    is_order,
+    matches_data_order,
     micro_batches,
 )
 from pretrain.health import FAILURES
 from pretrain.loops import loops_of_step
 from pretrain.norms import MODULES, LoopNorms, module_of
-from pretrain.optim import DTYPES, freeze_trunk
+from pretrain.optim import freeze_trunk
 from pretrain.step import loop_losses, objective
 from tools.first_fault import Fault, Watch
 
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
     target = find(options)
     config = _read_config(target.run)
     corpus = check_corpus(config.data, config.model.vocab_size)
-    if target.about is not None and not is_order(target.about.data_order, config, corpus):
+    if target.about is not None and not matches_data_order(target.about.data_order, config, corpus):
         raise UserError(f"{target.run}/config.yaml: its data have changed since this step; restore them")
     groups = process_groups.start(config.seed)
     try:

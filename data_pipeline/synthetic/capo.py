@@ -113,11 +113,6 @@ def bits_learned(config: CapoConfig, name_loss: float, value_loss: float) -> flo
     return config.people * (names - name_loss / math.log(2) + values - value_loss / math.log(2))
 
 
-def most_bits(config: CapoConfig) -> float:
-    """Return :func:`bits_learned` of a model that knows everything: its names are uniform over the N people."""
-    return bits_learned(config, name_loss=math.log(config.people), value_loss=0)
-
-
 def name_bits(config: CapoConfig) -> float:
     """Return log2 of the number of possible names."""
     return NAME_TOKENS * math.log2(config.name_parts)
@@ -132,8 +127,3 @@ def losses_of(config: CapoConfig, loss_by_level: dict[int, float]) -> tuple[floa
     """
     values = sum(loss_by_level[FIRST_VALUE + attribute] for attribute in range(config.attributes))
     return NAME_TOKENS * loss_by_level[NAME], values
-
-
-def exposures(config: CapoConfig, length: int, samples: int) -> float:
-    """Return how often each person is told in that many samples of ``length`` tokens, on average."""
-    return samples * (length // (1 + NAME_TOKENS + 2 * config.attributes)) / config.people

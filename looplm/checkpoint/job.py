@@ -21,7 +21,7 @@ from looplm.failures import Failure
 from looplm.files import fsync, storage_failure
 from looplm.megatron import device
 
-_Settling = tuple[Future[None], Future[Fingerprint]]  # the end of a file's flush, and its hash
+_Pending = tuple[Future[None], Future[Fingerprint]]  # the end of a file's flush, and its hash
 
 Content = bytes | dict[str, Any] | Path  # bytes, values for YAML, or a file or folder to copy
 
@@ -63,15 +63,15 @@ def write(job: Job) -> Written:
     names = [written for name, content in small.items() for written in _write_content(job.folder, name, content)]
     results: list[list[object]] = []
     with _without_checksums(), ThreadPoolExecutor() as others:
-        settling: dict[str, _Settling] = {}
+        pending: dict[str, _Pending] = {}
         for file in job.plan.files:
             results.append(write_file(job.folder, file))
             name = f"{STATE}/{file.name}"
-            settling[name] = _settle(job.folder / name, others)
-        settling |= {name: _settle(job.folder / name, others) for name in names}
-        for flushed, _ in settling.values():
+            pending[name] = _flush_and_hash(job.folder / name, others)
+        pending |= {name: _flush_and_hash(job.folder / name, others) for name in names}
+        for flushed, _ in pending.values():
             flushed.result()
-        return Written(results, {name: found.result() for name, (_, found) in settling.items()})
+        return Written(results, {name: found.result() for name, (_, found) in pending.items()})
 
 
 def publish(job: Job, everything: list[Written]) -> None:
@@ -79,7 +79,7 @@ def publish(job: Job, everything: list[Written]) -> None:
     results = [result for written in everything for result in written.results]
     names = write_description(job.folder, job.plan.metadata, results)
     files = {name: found for written in everything for name, found in written.files.items()}
-    files |= {name: _settled(job.folder / name) for name in names}
+    files |= {name: _flush_and_hash_now(job.folder / name) for name in names}
     step_folder.publish(job.folder, job.final, files)
     if job.after is not None:
         job.after()
@@ -104,12 +104,12 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _settle(path: Path, others: Executor) -> _Settling:
+def _flush_and_hash(path: Path, others: Executor) -> _Pending:
     """Let other threads flush a file to the disk and hash it."""
     return others.submit(fsync, path), others.submit(fingerprint, path)
 
 
-def _settled(path: Path) -> Fingerprint:
+def _flush_and_hash_now(path: Path) -> Fingerprint:
     """Wait until a file is on the disk, and return its fingerprint."""
     fsync(path)
     return fingerprint(path)

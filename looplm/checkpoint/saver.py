@@ -97,11 +97,6 @@ class Saver:
         if self._saving is not None:
             self._saving.settle()
 
-    @property
-    def is_busy(self) -> bool:
-        """True while a checkpoint is in the making."""
-        return self._saving is not None
-
     def close(self) -> None:
         """Wait until the checkpoint in the making is published; raise as :meth:`poll` does."""
         if self._saving is not None:

@@ -116,7 +116,9 @@ class Saving:
             if isinstance(message, Written):
                 self._written = message
             self._is_published = message is True
-        return self._is_published or not process_groups.is_rank_0() if self._is_publishing else bool(self._written)
+        if not self._is_publishing:
+            return self._written is not None
+        return self._is_published or not process_groups.is_rank_0()
 
     def _fail(self) -> NoReturn:
         """Stop every rank's process, remove what they wrote, and raise the first failure on every rank."""

@@ -24,7 +24,6 @@ from pathlib import Path
 from looplm.checkpoint.verify import MANIFEST as MANIFEST
 from looplm.checkpoint.verify import Fingerprint
 from looplm.checkpoint.verify import find_fault as find_fault
-from looplm.checkpoint.verify import fingerprint as fingerprint
 from looplm.cli import UserError
 from looplm.failures import StorageFailure
 from looplm.files import fsync, write_whole, writing
@@ -119,10 +118,10 @@ def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str],
     kept = sound[:keep]
     if len(kept) < keep:
         return
-    spared = next((step for step in sound if healthy is not None and _number(step) <= healthy), None)
+    spared = next((step for step in sound if healthy is not None and step_number(step) <= healthy), None)
     for step in steps:
-        permanent = step == spared or (keep_every > 0 and _number(step) % keep_every == 0)
-        if _number(step) < _number(kept[-1]) and not permanent and not step.is_symlink():
+        permanent = step == spared or (keep_every > 0 and step_number(step) % keep_every == 0)
+        if step_number(step) < step_number(kept[-1]) and not permanent and not step.is_symlink():
             _delete(step)
 
 
@@ -141,7 +140,7 @@ def delete_after(final: Path) -> None:
     """Delete every later step than ``final``, and point ``latest`` at it."""
     note_latest(final)
     for step in steps_in(final.parent):
-        if _number(step) > _number(final):
+        if step_number(step) > step_number(final):
             _delete(step)
 
 
@@ -192,7 +191,7 @@ def newest(folder: Path, say: Callable[[str], None], up_to: int | None = None) -
 
 def _newest(folder: Path, say: Callable[[str], None], up_to: int | None = None) -> Path | None:
     for step in steps_in(folder):
-        if up_to is not None and _number(step) > up_to:
+        if up_to is not None and step_number(step) > up_to:
             continue
         fault = find_fault(step)
         if fault is None:
@@ -208,8 +207,8 @@ def step_name(step: int) -> str:
 
 def steps_in(folder: Path) -> list[Path]:
     """Return the step directories of ``folder``, newest first."""
-    steps = (path for path in folder.glob("step_*") if _number(path) >= 0 and path.is_dir())
-    return sorted(steps, key=_number, reverse=True)
+    steps = (path for path in folder.glob("step_*") if step_number(path) >= 0 and path.is_dir())
+    return sorted(steps, key=step_number, reverse=True)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -217,6 +216,7 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def _number(step: Path) -> int:
+def step_number(step: Path) -> int:
+    """Return the number of a step's directory; -1 if it has not the name of one."""
     digits = step.name.removeprefix("step_")
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else -1

@@ -24,7 +24,7 @@ class DepthLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdLoss:
-    """Loss and mean depth if every token exits once its exit probability reaches ``threshold``."""
+    """Loss and mean depth if every token exits once its summed exit probability reaches ``threshold``."""
 
     threshold: float
     mean_depth: float
@@ -93,7 +93,7 @@ class AnswersAtDepth:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswersAtThreshold:
-    """Answers if every token exits once its exit probability reaches ``threshold``."""
+    """Answers if every token exits once its summed exit probability reaches ``threshold``."""
 
     RETIRED: ClassVar[dict[str, str]] = {"depth_by_level": "nothing read it"}
 

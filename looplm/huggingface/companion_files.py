@@ -49,7 +49,7 @@ def collect(source: Path, into: Path) -> list[str]:
     return left_behind
 
 
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def open_checked_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer in a tokenizer.json; raise a :class:`UserError` unless its ids fit the vocabulary."""
     tokenizer = open_tokenizer(path, "name another with --tokenizer")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)

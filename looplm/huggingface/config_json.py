@@ -19,7 +19,7 @@ import torch
 
 from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
-from looplm.config.model import foreign_keys
+from looplm.config.model import MAX_DEPTH, foreign_keys
 from looplm.json_file import read_object
 
 OURO, LOOPLM = "ouro", "looplm"
@@ -75,7 +75,6 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 _NO_TOKEN = -1  # an id in the configs of older Llama-style models, for a token that there is none of
-_MOST_LAYERS = 10_000  # the table of parameters has a row for each, and is made before the weights are looked at
 # Entries of rope_scaling and rope_parameters that scale nothing; rope_theta has its own key.
 _PLAIN_ROPE: dict[str, tuple[object, ...]] = {
     "rope_type": ("default", None),
@@ -272,8 +271,8 @@ def _refuse_unsupported(values: Mapping[str, Any], where: Path) -> None:
         if values.get(key) not in allowed:
             refuse(key, repr(allowed[0]))
     layers, layer_types = values["num_hidden_layers"], values.get("layer_types")
-    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
-        refuse("num_hidden_layers", f"a whole number from 1 to {_MOST_LAYERS:,}")
+    if type(layers) is not int or not 0 < layers <= MAX_DEPTH:
+        refuse("num_hidden_layers", f"a whole number from 1 to {MAX_DEPTH:,}")
     if layer_types not in (None, [], ["full_attention"] * layers):
         refuse("layer_types", "full_attention for each layer")
     for key in ("rope_scaling", "rope_parameters"):

@@ -62,7 +62,7 @@ def examine(folder: Path, tokenizer: Path | None = None) -> ImportSource:
     path = tokenizer or folder / TOKENIZER
     if not path.is_file():
         raise UserError(f"{path}: missing; name a tokenizer.json with --tokenizer")
-    tokens = companion_files.read_tokenizer(path, description.model.vocab_size)
+    tokens = companion_files.open_checked_tokenizer(path, description.model.vocab_size)
     ids = companion_files.complete_ids(description.ids, folder, tokens)
     return ImportSource(folder, description._replace(ids=ids), tensors, path)
 

@@ -127,7 +127,7 @@ def _measurements(evaluation: Evaluation) -> list[str]:
     return [
         f"## Measured on {evaluation.tokens:,} validation tokens\n\nEvery token runs to one depth:\n\n"
         + _table(("depth (loops)", "loss", "perplexity"), depths)
-        + "\n\nEach token leaves at the first loop by which its exit probability reaches the threshold:\n\n"
+        + "\n\nEach token leaves at the first loop by which its summed exit probability reaches the threshold:\n\n"
         + _table(("threshold", "mean depth", "loss"), curve),
     ]
 

@@ -59,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask_11ST: Tensor | None, 
     return mixed_NHSV[..., :width].permute(2, 0, 1, 3).flatten(2)
 
 
-class LatentAttention:
+class CachedLatentAttention:
     """MLA. The absorbed matrices are views of the model's weights.
 
     Args:
@@ -129,8 +129,8 @@ class LatentAttention:
         return torch.bmm(mixed_HXC, self._value_up_HCV).transpose(0, 1).reshape(length, lanes, -1)
 
 
-class HeadAttention:
-    """MHA and GQA. The cache holds keys and values of each key-value head; see :class:`LatentAttention`."""
+class CachedHeadAttention:
+    """MHA and GQA. The cache holds keys and values of each key-value head; see :class:`CachedLatentAttention`."""
 
     def __init__(self, module: Any, config: ModelConfig) -> None:
         self.groups, self.width = config.query_groups, config.attention_head_dim
@@ -171,5 +171,5 @@ class HeadAttention:
         return mixed_NGSPK.permute(2, 0, 1, 3, 4).flatten(2)
 
 
-Attention = LatentAttention | HeadAttention
-ATTENTIONS: dict[str, type[Attention]] = {"mla": LatentAttention, "mha": HeadAttention}
+Attention = CachedLatentAttention | CachedHeadAttention
+ATTENTIONS: dict[str, type[Attention]] = {"mla": CachedLatentAttention, "mha": CachedHeadAttention}

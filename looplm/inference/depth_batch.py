@@ -102,7 +102,7 @@ class DepthBatch(TextBatch):
             token.loop += 1
             token.exited |= exits
             token.finished = token.exited and not (self.runs_on and token.loop < self._rule.max_depth)
-        positions, depths = ([(t.position, t.loop)[part] for t in (tokens[i] for i in exiting)] for part in (0, 1))
+        positions, depths = [tokens[i].position for i in exiting], [tokens[i].loop for i in exiting]
         logits_NV = None if decision.logits_NV is None else decision.logits_NV[exiting]
         return ExitedTokens([rows[i] for i in exiting], positions, depths, self._h_1ND[0, exiting], logits_NV)
 

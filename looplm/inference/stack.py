@@ -110,8 +110,8 @@ class LoopedStack:
             x_SND = block.norm(h_SND, block.before_attention)
             query, entry_SNW = block.attention.project(x_SND, turn_SN1K)
             context = attend(layer, block.attention, query, entry_SNW)
-            if block.gate is not None:
-                context = gated(context, F.linear(x_SND, block.gate))
+            if block.output_gate is not None:
+                context = gated(context, F.linear(x_SND, block.output_gate))
             h_SND = h_SND + block.norm(F.linear(context, block.out), block.after_attention)
             gate, up = F.linear(block.norm(h_SND, block.before_mlp), block.fc1).chunk(2, dim=-1)
             h_SND = h_SND + block.norm(F.linear(F.silu(gate) * up, block.fc2), block.after_mlp)
@@ -133,7 +133,7 @@ class _Block:
         attention = chosen(ATTENTIONS, "model.attention", config.attention)
         self.attention = attention(layer.self_attention, config)
         gates = config.attention_gate != "none"
-        self.gate = layer.self_attention.linear_gate.weight.detach() if gates else None
+        self.output_gate = layer.self_attention.linear_gate.weight.detach() if gates else None
         self.out = layer.self_attention.linear_proj.weight.detach()
         self.fc1, self.fc2 = layer.mlp.linear_fc1.weight.detach(), layer.mlp.linear_fc2.weight.detach()
         self.before_attention = layer.input_layernorm.weight.detach()

@@ -11,7 +11,8 @@
 | results of checkpoint writers go through a plain queue | the first save spawns a process, in seconds | none known |
 | objects in checkpoints are loaded with ``weights_only`` | a shard's pickle may run code | none known |
 
-The first and the sixth apply only without Transformer Engine, the four between only without a GPU (:func:`install`).
+The first applies only without Transformer Engine, the next four only without a GPU (:func:`install`). The sixth changes
+nothing with Transformer Engine.
 """
 
 import functools
@@ -68,7 +69,7 @@ _sends: deque[Any] = deque(maxlen=SENDS_KEPT)
 def install() -> None:
     """Make checkpoints safe to read, and Megatron-core run without Transformer Engine, and without a GPU.
 
-    The last does nothing on CUDA or twice.
+    The patches for a machine without a GPU are applied once.
     """
     filesystem_async._results_queue = SimpleQueue[Any]()
     DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign,assignment]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import nn
 
 from looplm.cli import require
 from looplm.config import EngineConfig, ModelConfig, ParallelConfig, Recompute
@@ -15,6 +16,7 @@ from looplm.megatron.device import (
     compute_capability,
 )
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the words of our keys
 # `loop` is LoopLM's own. Megatron can also distribute the kept activations over tensor-parallel ranks, which is not
 # used here: under sequence parallelism they are already this rank's part of the sequence.
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
@@ -135,3 +137,12 @@ def _fp8_settings(engine: EngineConfig) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": engine.first_layers_bf16,
         "num_layers_at_end_in_bf16": engine.last_layers_bf16,
     }
+
+
+def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
+    """Mark weights that every tensor-parallel rank holds whole.
+
+    Under sequence parallelism each rank sees only some positions, so Megatron must sum their gradients over the ranks.
+    """
+    for parameter in module.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

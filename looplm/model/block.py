@@ -74,10 +74,9 @@ def block_spec(
     config: TransformerConfig,
     layout: ParallelConfig,
     pipeline_rank: int,
-    engine: EngineConfig | None = None,
+    engine: EngineConfig,
 ) -> TransformerBlockSubmodules:
     """Return the spec of this pipeline rank's layers: equal blocks, and the loop-end norm on the last rank."""
-    engine = engine or EngineConfig()
     layers = layout.layers_per_rank(model.num_layers)
     spec = _layer_spec(model, config, engine, first=sum(layers[:pipeline_rank]), num_layers=model.num_layers)
     norm = RMSNorm if model.loop_norm == "state" else ReadoutNorm

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from looplm.config import GateConfig
 from looplm.megatron import context_parallel
+from looplm.megatron.settings import mark_replicated
 from looplm.parameters import chosen
 
 CausalMean = Callable[[Tensor], Tensor]
@@ -62,9 +63,9 @@ class ExitGate(MegatronModule):
     def forward(
         self,
         h_SBD: Tensor,
-        state_SBZ: Tensor | None = None,
-        loop: int = 0,
-        num_loops: int = 1,
+        state_SBZ: Tensor | None,
+        loop: int,
+        num_loops: int,
         document_start_SB: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Take one :meth:`step` with all tokens of a batch in the same loop.
@@ -109,7 +110,7 @@ class LinearExitGate(ExitGate):
 
 
 class LRUExitGate(ExitGate):
-    """A latent reasoning unit: a GRU state carried over the loops, so the gate sees how a token's state develops.
+    """A recurrent gate: a GRU carries a state over the loops, so the gate sees how a token's hidden state develops.
 
     ::
 
@@ -196,15 +197,6 @@ def build_exit_gate(
     return chosen(GATES, "gate.kind", gate.kind)(config, gate, groups)
 
 
-def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
-    """Mark weights that every tensor-parallel rank holds whole.
-
-    Under sequence parallelism each rank sees only some positions, so Megatron must sum their gradients over the ranks.
-    """
-    for parameter in module.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 def zero_linear(inputs: int, config: TransformerConfig, bias: bool = True) -> nn.Linear:
     """Return a readout to one number that starts at zero, so that an untrained gate has no opinion."""
     linear = nn.Linear(inputs, 1, bias=bias, dtype=config.params_dtype)
@@ -255,7 +247,7 @@ def exit_log_probs(logit_RSB: Tensor) -> Tensor:
     return torch.cat((F.logsigmoid(logit_RSB[:-1]), torch.zeros_like(logit_RSB[:1]))) + survival
 
 
-def leave_log_prob(logits: Sequence[Tensor], last: bool) -> Tensor:
+def exit_log_prob(logits: Sequence[Tensor], last: bool) -> Tensor:
     """Return log p_r of loop r, one row of :func:`exit_log_probs`, from the logits of the loops up to it.
 
     Args:

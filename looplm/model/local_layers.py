@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from looplm.config import ModelConfig
 from looplm.megatron.patches import accept_as_mla_down_projection
+from looplm.megatron.settings import mark_replicated
 from looplm.model.attention import AttentionModules, attention_spec
 from looplm.model.core_attention import CoreAttention
 from looplm.model.norms import RMSNorm, residual_add
@@ -36,7 +37,7 @@ class ReplicatedLinear(MegatronModule):
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        mark_replicated(self, config)
         self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:

@@ -2,8 +2,8 @@
 
 ::
 
-    ids_BS --embed, prelude--> h_SBD --+--> shared stack --> norm --> h_SBD --+--> coda --> head (looplm.model.losses)
-                                       |                                      +--> gate --> logit_SB           loop r
+    ids_BS --embed, prelude--> h_SBD --+--> shared stack --> norm --> h_SBD --+--> coda --> head (looplm.model.head)
+                                       |                                      +--> gate --> logit_SB         loop r
                                        +--------- R times, same weights <-----+
 
 The loop-end norm is inside the loop, as in Ouro: its output feeds the head, the gate and the next loop. With
@@ -184,7 +184,7 @@ class LoopLM(LanguageModule):
         document_start_SB: Tensor | None = None,
         frozen_trunk: bool = False,
         backward_loops: int | None = None,
-        prior_loops: int | None = None,
+        gate_loops: int | None = None,
     ) -> LoopOutput:
         """Run the stack ``num_loops`` times.
 
@@ -196,11 +196,10 @@ class LoopLM(LanguageModule):
                 sample is one document. On a GPU the host waits for it: give a tensor on the host.
             frozen_trunk: run everything but the gate without autograd (stage 2).
             backward_loops: how many of the last loops gradients flow through (``loss.backward_loops``); None for all.
-            prior_loops: loops of the gate's prior; None takes ``model.num_loops``.
+            gate_loops: R of the gate's exit distribution; None takes ``model.num_loops``.
 
         Returns:
-            hidden states after each loop and the gate's logits. The gate's prior is over ``prior_loops`` loops at any
-            depth; its logits beyond them mean nothing.
+            hidden states after each loop and the gate's logits; those of loops beyond ``gate_loops`` mean nothing.
         """
         num_loops = num_loops or self.model_config.num_loops
         spans, read = self.attention_spans(ids_BS, document_start_SB), list[Readout]()
@@ -219,7 +218,7 @@ class LoopLM(LanguageModule):
             read = [readout.detached() for readout in read]  # Megatron re-enables autograd around residual adds
         state, logits = None, []
         for loop, readout in enumerate(read):
-            logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB, prior_loops)
+            logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB, gate_loops)
             logits.append(logit_SB)
         return LoopOutput(tuple(readout.head_SBD for readout in read), torch.stack(logits))
 
@@ -302,11 +301,11 @@ class LoopLM(LanguageModule):
         state_SBZ: Tensor | None,
         loop: int,
         document_start_SB: Tensor | None,
-        prior_loops: int | None = None,
+        gate_loops: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gate's logit [S, B] after loop ``loop`` (0-based), for the whole sequence, and its state."""
-        prior_loops = prior_loops or self.model_config.num_loops
-        logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, prior_loops, document_start_SB)
+        gate_loops = gate_loops or self.model_config.num_loops
+        logit_SB, state_SBZ = self.gate(h_SBD, state_SBZ, loop, gate_loops, document_start_SB)
         if self.config.sequence_parallel:
             # One number per token is cheap to gather, and losses and their gradients are then equal on every rank.
             logit_SB = gather_from_sequence_parallel_region(

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from looplm.config import ModelConfig
+from looplm.megatron.settings import mark_replicated
 
 
 class RMSNorm(MegatronModule):
@@ -23,7 +24,7 @@ class RMSNorm(MegatronModule):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(config)
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        mark_replicated(self, config)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from torch import Tensor, nn
 
-from looplm.model.exit_gate import leave_log_prob
+from looplm.model.exit_gate import exit_log_prob
 from looplm.model.head import HeadLosses
 from looplm.model.loop_lm import LoopLM
 from looplm.model.losses import LoopLosses
@@ -150,8 +150,8 @@ class LoopView(nn.Module):
 
         before = self._carried.pop(micro_batch, _Carried())
         logit_SB, state = inner.gate_logit(readout.gate_SBD, before.gate_state, self.loop, document_start_SB, loops)
-        leave_SB = leave_log_prob((*before.gate_logit, logit_SB), last_loop).exp()
-        losses = head(readout.head_SBD, leave_SB, last_loop)
+        exit_SB = exit_log_prob((*before.gate_logit, logit_SB), last_loop).exp()
+        losses = head(readout.head_SBD, exit_SB, last_loop)
         if last_loop:
             logit_RSB = torch.stack((*before.gate_logit, logit_SB))
             return ViewOutput(hidden_SBD, LoopLosses.of((*before.losses, losses), logit_RSB))

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from looplm.model.exit_gate import mark_replicated
+from looplm.megatron.settings import mark_replicated
 
 
 class StepEmbedding(MegatronModule):

@@ -29,7 +29,7 @@ def survivors(texts: list[str], **options: Any) -> list[str]:
         ("fineweb_quality", "line_punct_ratio"),
     ],
 )
-def test_quality_filters_offline(corpus: Any, name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_filters_offline(corpus: Any, name: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise AssertionError("a filter asked for the network")
 

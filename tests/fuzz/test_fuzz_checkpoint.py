@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from looplm import checkpoint
 from looplm.checkpoint import step_folder
+from looplm.checkpoint.verify import fingerprint
 from looplm.config import GateConfig
 from looplm.model import LoopLM
 from tests.fuzz.mutate import Edit, anything, changed, edited, edits
@@ -76,7 +77,7 @@ def check_damaged(whole: Path, damaged: Path) -> None:
 
 def renew(step: Path) -> None:
     """Write a manifest that agrees with the files, as someone would who wants the folder to be read."""
-    files = {str(path.relative_to(step)): step_folder.fingerprint(path) for path in step_folder.files_in(step)}
+    files = {str(path.relative_to(step)): fingerprint(path) for path in step_folder.files_in(step)}
     (step / "manifest.json").write_text(json.dumps(files))
 
 

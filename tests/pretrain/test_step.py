@@ -59,7 +59,7 @@ def test_steps_equal_plain_torch(single_process):
     )
     for step, lr in enumerate((1.5e-3, 3e-3, 3e-3)):
         batches = [make_batch(2 * step, masked=7), make_batch(2 * step + 1, masked=0)]
-        stats, _, healthy, grad_norm, learning_rate, _ = trainer.train(iter(batches), 2)
+        stats, norms, healthy, learning_rate, _ = trainer.train(iter(batches), 2)
         assert healthy
         assert learning_rate == pytest.approx(lr)
 
@@ -74,7 +74,7 @@ def test_steps_equal_plain_torch(single_process):
         plain.step()
 
         assert stats.tokens == tokens.sum() and stats.loss == pytest.approx(total.item(), rel=1e-5)
-        assert grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        assert norms.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     assert_close_relative(dict(looped.named_parameters()), weights, 5e-5)
 
 
@@ -338,7 +338,7 @@ def test_accumulation_equals_one_large_batch(single_process):
     norms = []
     for batches in (small, [large]):
         _, trainer = make_trainer(single_process)
-        norms.append(trainer.train(chain(batches), len(batches)).grad_norm)
+        norms.append(trainer.train(chain(batches), len(batches)).norms.grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

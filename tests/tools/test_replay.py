@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from looplm import checkpoint
-from looplm.checkpoint import step_folder
+from looplm.checkpoint.verify import fingerprint
 from looplm.cli import UserError, to_dict
 from looplm.config import EngineConfig, ParallelConfig, RampUpConfig, RunConfig
 from looplm.model import LoopLM
@@ -301,7 +301,7 @@ def test_named_weights_do_not_change_the_samples(failed, tmp_path, keep_process_
 def rewrite_about(step: Path, values: dict[str, Any]) -> None:
     (step / "about.json").write_text(json.dumps(values))
     manifest = json.loads((step / "manifest.json").read_text())
-    manifest["about.json"] = step_folder.fingerprint(step / "about.json")
+    manifest["about.json"] = fingerprint(step / "about.json")
     (step / "manifest.json").write_text(json.dumps(manifest))
 
 

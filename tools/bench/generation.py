@@ -18,7 +18,7 @@ from looplm.checkpoint import OpenedModel
 from looplm.huggingface.config_json import LOOPLM
 from looplm.huggingface.convert import export_model
 from looplm.inference import GenerationConfig
-from looplm.inference.attention import LatentAttention
+from looplm.inference.attention import CachedLatentAttention
 from looplm.megatron import device
 from looplm.model import LoopLM
 from tools.bench.early_exit import BATCHES, CACHE, NEW, PROMPT, Workload
@@ -107,7 +107,7 @@ def _generation(model: LoopLM, prompts: list[list[int]], config: GenerationConfi
 def _attentions(model: LoopLM) -> dict[str, PrepareRun]:
     """Return attention over cached entries: expanded to heads, or absorbed, in the latent space."""
     config = model.model_config
-    attention = LatentAttention(model.decoder.layers[0].self_attention, config)
+    attention = CachedLatentAttention(model.decoder.layers[0].self_attention, config)
     nope = torch.randn(1, LANES, config.num_attention_heads, config.qk_nope_head_dim, device=device.DEVICE)
     rope = torch.randn(1, LANES, config.num_attention_heads, config.qk_rope_head_dim, device=device.DEVICE)
     entry_NTW = torch.randn(LANES, ENTRIES, config.kv_lora_rank + config.qk_rope_head_dim, device=device.DEVICE)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from looplm.config import Recompute, RunConfig
 from looplm.megatron.device import DEVICE
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from pretrain.data import Batch
-from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 
 

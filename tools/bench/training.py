@@ -17,10 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from looplm.accounting import training_flops_per_token
 from looplm.config import LossConfig, ModelConfig, Recompute, RunConfig
 from looplm.megatron import device, process_groups
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from looplm.reference import ReferenceLM
 from pretrain.data import Batch
-from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 from tools.bench.memory import peak_saved_bytes, random_batch
 from tools.bench.new_process import in_new_process, resident_peak

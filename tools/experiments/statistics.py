@@ -77,8 +77,6 @@ class Comparison(NamedTuple):
     """A figure of two arms, a and b, compared seed by seed.
 
     Args:
-        mean_a: over the seeds.
-        mean_b: over the seeds.
         difference: of a − b.
         is_constant: all differences are equal, so that nothing is known about their spread.
         test: name of the test.
@@ -90,8 +88,6 @@ class Comparison(NamedTuple):
         seeds_needed: see :func:`seeds_needed`; None, too, if the effect is unknown.
     """
 
-    mean_a: float
-    mean_b: float
     difference: Estimate
     is_constant: bool
     test: str
@@ -151,8 +147,6 @@ def compare(a_N: np.ndarray, b_N: np.ndarray) -> Comparison:
     test, reason, p = choose_test(difference_N)
     effect = None if is_constant or n == 2 else hedges_g(difference_N)
     return Comparison(
-        mean_a=float(a_N.mean()),
-        mean_b=float(b_N.mean()),
         difference=estimate(difference_N),
         is_constant=is_constant,
         test=test,

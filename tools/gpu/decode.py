@@ -13,8 +13,8 @@ from typing import get_args
 from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import device
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
-from pretrain.optim import DTYPES
 from tools.bench.endless import endless_generator
 from tools.gpu.parts import DeviceName, Job
 from tools.gpu.recipes import recipe, started

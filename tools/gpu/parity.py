@@ -31,9 +31,9 @@ from looplm.config import (
     Recompute,
 )
 from looplm.megatron.device import DEVICE
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from pretrain.data import Batch
-from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 from tools.gpu.parts import Job
 from tools.gpu.recipes import SEED, document_starts, started

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from looplm.inference import GenerationConfig
 from looplm.megatron import device
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
-from pretrain.optim import DTYPES
 from pretrain.run import build
 from tools.bench.endless import endless_generator
 from tools.gpu.parts import Job

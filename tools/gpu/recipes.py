@@ -20,7 +20,6 @@ from tools.gpu.parts import DeviceName, Job
 
 Attention = Literal["mla", "mha"]
 SEED = 1234
-DOCUMENT = 512  # mean length of packed documents on a GPU, in tokens; an eighth of the sample elsewhere too
 
 _SIZES: dict[DeviceName, dict[str, Any]] = {
     "cuda": {

@@ -51,7 +51,7 @@ def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> S
     check_shapes(found, {name: shape for row in wanted for name, shape in row.hugging_face_parts.items()}, folder)
     path = tokenizer or folder / companion_files.TOKENIZER
     require(path.is_file(), "tokenizer", str(path), "there is no such file; name the model's tokenizer.json")
-    tokens = companion_files.read_tokenizer(path, described.model.vocab_size)
+    tokens = companion_files.open_checked_tokenizer(path, described.model.vocab_size)
     ids = companion_files.complete_ids(described.ids, folder, tokens)
     named = None if eos_token is None else tokens.token_to_id(eos_token)
     eos = ids.eos if eos_token is None else () if named is None else (named,)

@@ -23,8 +23,8 @@ from looplm.checkpoint.state import sharded_state
 from looplm.cli import to_dict
 from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
 from looplm.files import write_whole
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
-from pretrain.optim import DTYPES
 from pretrain.trainer import Trainer
 
 RECORD = "upcycle.json"

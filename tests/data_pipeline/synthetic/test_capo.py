@@ -76,12 +76,17 @@ def test_nobody_occurs_twice_in_a_sample_and_all_are_told_equally_often() -> Non
     assert all(len(set(sample)) == len(sample) == 7 for sample in names)
     counts = Counter(name for sample in names for name in sample)
     assert len(counts) == 20 and max(counts.values()) < 1.15 * min(counts.values())
-    assert capo.exposures(CapoConfig(people=20), 14 * 7, 1000) == 350 == sum(counts.values()) / 20
+    assert sum(counts.values()) / 20 == 350
 
 
 def test_splits_share_no_telling() -> None:
     check_disjoint(task(wordings=40), items, 70, 3000)
     check_shares(task(wordings=2), items, 14 * 4, math.factorial(5) * 2**5, per_sample=4)
+
+
+def most_bits(config: CapoConfig) -> float:
+    """Return the bits of a model that knows everything: its names are uniform over the N people."""
+    return capo.bits_learned(config, name_loss=math.log(config.people), value_loss=0)
 
 
 def test_a_perfect_memory_has_the_most_bits_and_ignorance_none() -> None:
@@ -99,7 +104,7 @@ def test_a_perfect_memory_has_the_most_bits_and_ignorance_none() -> None:
     ]
     assert np.mean(losses) == pytest.approx(math.log(500)), "names are uniform over the people"
     bits = capo.bits_learned(config, float(np.mean(losses)), 0.0)
-    assert bits == pytest.approx(capo.most_bits(config)) == pytest.approx(500 * (12 - math.log2(500) + 5 * 5))
+    assert bits == pytest.approx(most_bits(config)) == pytest.approx(500 * (12 - math.log2(500) + 5 * 5))
     assert capo.bits_learned(config, 3 * math.log(16), 5 * math.log(32)) == pytest.approx(0)
 
 
@@ -108,7 +113,7 @@ def test_the_most_bits_are_close_to_the_logarithm_of_the_number_of_worlds() -> N
     config = CapoConfig(people=300, name_parts=20, attributes=4, values=10)
     worlds = math.comb(20**3, 300) * 10 ** (4 * 300)
     exact = math.log2(worlds)
-    assert exact - 300 * math.log2(math.e) < capo.most_bits(config) < exact
+    assert exact - 300 * math.log2(math.e) < most_bits(config) < exact
 
 
 def test_half_of_the_values_known_is_half_of_their_bits() -> None:
@@ -125,7 +130,7 @@ def test_the_bits_of_the_papers_own_population() -> None:
     values = (2 * 12 * 28 * 200 * 200 * 300 * 100 * 263) ** 0.2
     assert 5 * math.log2(values) == pytest.approx(47.6, abs=0.05)
     config = CapoConfig(people=1000, name_parts=543, values=round(values))  # 400 * 400 * 1000 names
-    assert capo.most_bits(config) / 1000 == pytest.approx(47.6 + math.log2(400 * 400 * 1000 / 1000), abs=0.1)
+    assert most_bits(config) / 1000 == pytest.approx(47.6 + math.log2(400 * 400 * 1000 / 1000), abs=0.1)
 
 
 @pytest.mark.parametrize("length", [13, 15 * 14])

@@ -10,6 +10,7 @@ import torch
 
 from looplm import checkpoint
 from looplm.checkpoint import step_folder
+from looplm.checkpoint.verify import fingerprint
 from looplm.cli import UserError
 from pretrain.data import check_corpus
 from pretrain.train import train
@@ -34,7 +35,7 @@ def rewrite_about(step: Path, change: Callable[[dict], object]) -> None:
     about = json.loads((step / "about.json").read_text())
     change(about)
     (step / "about.json").write_text(json.dumps(about))
-    files = {str(path.relative_to(step)): step_folder.fingerprint(path) for path in step_folder.files_in(step)}
+    files = {str(path.relative_to(step)): fingerprint(path) for path in step_folder.files_in(step)}
     (step / "manifest.json").write_text(json.dumps(files))
 
 

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.checkpoint.optimizer_state import load_state, sharded_state
 from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig
+from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from pretrain import optim
 from pretrain.data import Batch
@@ -39,7 +40,7 @@ class Run:
         torch.manual_seed(seed)
         config = OptimConfig(train_steps=9, warmup_steps=1, decay_steps=1, lr=1e-2, precision=precision)
         loss = LossConfig(objective=objective)
-        self.model = LoopLM(MODEL, GateConfig(state_size=8), groups, optim.DTYPES[precision], layout)
+        self.model = LoopLM(MODEL, GateConfig(state_size=8), groups, DTYPES[precision], layout)
         self.trainer = Trainer(self.model, loss, config, layout, groups)
         self.optimizer: MegatronOptimizer = self.trainer.optimizer
         self.scheduler = self.trainer.scheduler

@@ -13,6 +13,7 @@ from looplm import checkpoint
 from looplm.checkpoint import step_folder
 from looplm.checkpoint.step_folder import step_name
 from looplm.checkpoint.verify import _REQUIRED as REQUIRED
+from looplm.checkpoint.verify import fingerprint
 from looplm.config import CheckpointConfig
 from looplm.failures import StorageFailure
 
@@ -23,7 +24,7 @@ def make_step(folder: Path, step: int) -> Path:
     for name in REQUIRED:
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_text(name)
-    files = {name: step_folder.fingerprint(partial / name) for name in REQUIRED}
+    files = {name: fingerprint(partial / name) for name in REQUIRED}
     step_folder.publish(partial, final, files)
     return final
 

@@ -474,7 +474,7 @@ def test_the_stall_of_training(corpus, tmp_path, single_process, record_property
                 begin = time.perf_counter()
                 saver.save(trainer.state, about, data.tokenizer_json)
                 stall = time.perf_counter() - begin
-                while saver.is_busy:
+                while saver._saving is not None:
                     multiply_for(0.2)  # forward and backward
                     begin = time.perf_counter()
                     saver.settle()

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from looplm import checkpoint
 from looplm.checkpoint import step_folder
+from looplm.checkpoint.verify import fingerprint
 from looplm.cli import UserError
 from pretrain.data import check_corpus
 from pretrain.train import train
@@ -58,7 +59,7 @@ def edit_manifest(step: Path, change: Callable[[dict[str, Any]], object]) -> Non
 def plant(step: Path, name: str, content: bytes) -> None:
     """Replace a file and its line in the manifest, as someone does who wants it to be read."""
     (step / name).write_bytes(content)
-    edit_manifest(step, lambda manifest: manifest.update({name: step_folder.fingerprint(step / name)}))
+    edit_manifest(step, lambda manifest: manifest.update({name: fingerprint(step / name)}))
 
 
 def link(path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from looplm import reference
 from looplm.config import GateConfig
-from looplm.model.exit_gate import ExitGate, build_exit_gate, exit_entropy, exit_log_probs, leave_log_prob, q_exit
+from looplm.model.exit_gate import ExitGate, build_exit_gate, exit_entropy, exit_log_prob, exit_log_probs, q_exit
 from tests.support.parity import assert_close_relative, gradients, oracle_copy, relative_error
 
 S, B, D = 13, 3, 10
@@ -199,7 +199,7 @@ def test_exit_distribution_and_entropy_equal_the_oracle(loops: int):
 def test_one_loops_probability_needs_the_logits_up_to_it(loops: int):
     """Values, and the gradients of every logit."""
     logit, mix = torch.randn(loops, S, B, requires_grad=True), torch.randn(loops, S, B)
-    rows = [leave_log_prob(logit.unbind()[: loop + 1], last=loop == loops - 1) for loop in range(loops)]
+    rows = [exit_log_prob(logit.unbind()[: loop + 1], last=loop == loops - 1) for loop in range(loops)]
     one_by_one, together = torch.stack(rows), exit_log_probs(logit)
     assert_close_relative({"log p": one_by_one}, {"log p": together}, 1e-6)
     found, expected = (gradients((mix * log_p.exp()).sum(), {"logit": logit}) for log_p in (one_by_one, together))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from looplm import reference
-from looplm.model.exit_gate import leave_log_prob
+from looplm.model.exit_gate import exit_log_prob
 from looplm.model.losses import (
     adaptive_gate_loss,
     exit_regularizer,
@@ -56,7 +56,7 @@ def stage_1_loss(
 ) -> Tensor:
     """Return stage 1's loss from its parts, each loop's exit probability computed when that loop ends."""
     loops, logits = len(gate_logit_RSB), gate_logit_RSB.unbind()
-    shares = [leave_log_prob(logits[: loop + 1], last=loop == loops - 1).exp() for loop in range(loops)]
+    shares = [exit_log_prob(logits[: loop + 1], last=loop == loops - 1).exp() for loop in range(loops)]
     expected_SB = (torch.stack(shares) * token_loss_RSB).sum(0)
     counted_SB = torch.ones(S, B) if mask_SB is None else mask_SB
     mean_p_R = mean_exit_distribution(gate_logit_RSB, counted_SB) if of_batch else None
