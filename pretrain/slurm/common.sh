@@ -4,11 +4,12 @@
 # How a training job can end:
 #
 #   time limit         As long before the limit as --signal says, Slurm sends USR1 to the batch script only. The script
-#                      passes it on as SIGTERM through srun, which signals only torchrun, which signals the trainers.
-#                      They finish the step, save, and exit with 143; the job is requeued.
-#   scancel, preempted Slurm itself sends SIGTERM to torchrun and to this script. The script only waits: trainers that
-#                      get the signal again later would end without saving. The job is not requeued here; after a
-#                      preemption, Slurm requeues a job that has --requeue.
+#                      passes it on to srun, srun to torchrun, torchrun to the trainers. They finish the step, save, and
+#                      exit with 143; the job is requeued. SIGTERM would not do: srun answers it by killing its tasks.
+#   scancel, preempted Slurm itself sends SIGTERM to torchrun, to this script and to srun, which is told to ignore it
+#                      where it knows how (Slurm 26.05); an older one kills the trainers before they have saved. The
+#                      script only waits: trainers that get the signal again later would end without saving. The job is
+#                      not requeued here; after a preemption, Slurm requeues a job that has --requeue.
 #   hang               The trainers' watchdog ends them with 4; the job is requeued.
 #   done or failed     The job ends with the run's status (looplm/failures.py). A run that was started several times
 #                      without a new checkpoint refuses to start, with 2: no crash is repeated forever.
@@ -16,8 +17,9 @@
 set -euo pipefail
 
 # torchrun waits this long for the trainers before it kills them. Longer than health.stop_timeout, and shorter than the
-# lead in every launcher's --signal. Its own list of signals lacks USR1, which would kill it.
-torchrun_options=("--shutdown-timeout=540" "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+# lead in every launcher's --signal. It is a variable because some releases of torch 2.10 refuse --shutdown-timeout.
+shutdown_timeout=540
+torchrun_options=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1") # its own list lacks USR1
 
 die() {
     echo "error: $*" >&2
@@ -106,6 +108,12 @@ read_container() {
     fi
 }
 
+# Set srun_options: the trainers save on SIGTERM, which srun would make a SIGKILL of.
+read_srun() {
+    srun_options=()
+    if srun --help 2>/dev/null | grep -q -e --ignore-signals; then srun_options=("--ignore-signals=SIGTERM"); fi
+}
+
 # Set the trainers' environment. Variables that are already set win.
 set_environment() {
     # WARN prints NCCL's version and the cause of a failure. INFO also shows which network it found.
@@ -115,6 +123,7 @@ set_environment() {
     # collectives to TORCH_NCCL_DEBUG_INFO_TEMP_FILE + rank (default: /tmp/nccl_trace_rank_0), to explain a hang.
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$shutdown_timeout}
     # Tensor parallelism overlaps its messages with matrix products. Megatron-core starts the message first and relies
     # on a single queue to keep that order; with more, the product may occupy the GPU first. It warns if this is not 1.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
@@ -138,9 +147,10 @@ find_environment() {
 # node has ended, the others get a minute: --kill-on-bad-exit would cut off what they still write.
 torchrun_everywhere() {
     read_container
+    read_srun
     # shellcheck disable=SC2016  # the shell on the node expands SLURM_NODEID
     launch srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${cpus:+"--cpus-per-task=$cpus"} \
-        --kill-on-bad-exit=0 --wait=60 "${image_options[@]}" "${image_program[@]}" \
+        --kill-on-bad-exit=0 --wait=60 "${srun_options[@]}" "${image_options[@]}" "${image_program[@]}" \
         bash -c 'exec torchrun --node-rank="$SLURM_NODEID" "$@"' torchrun \
         --nnodes="$nodes" --nproc-per-node="$gpus" --master-addr="$master" --master-port="$(port_of "$job")" \
         --rdzv-id="$job" "${torchrun_options[@]}" -m "$@"
@@ -157,7 +167,7 @@ launch() {
     export LOOPLM_STATUS_FILE=$PWD/.looplm-job-${SLURM_JOB_ID:-0}.status
     rm -f "$LOOPLM_STATUS_FILE"
     warned="" cancelled="" cut_short=""
-    trap 'warned=1 cut_short=1; kill -TERM "$child" 2>/dev/null || true' USR1
+    trap 'warned=1 cut_short=1; kill -USR1 "$child" 2>/dev/null || true' USR1
     trap 'cancelled=1 cut_short=1' TERM
     "$@" &
     child=$!

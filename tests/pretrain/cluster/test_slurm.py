@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "pretrain/slurm"
 LAUNCHERS = ["single_node", "multi_node", "preprocess", "preflight"]
 SECONDS = 60
-TORCHRUN_OPTIONS = ["--shutdown-timeout=540", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+TORCHRUN_OPTIONS = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 
 # Run the task once for each node, as srun does, and end with the status in the file `status`.
 SRUN = """#!/bin/bash
+[[ $1 == --help ]] && exit
 printf '%s\\n' "$@" >"$RECORD/srun"
 [[ -s $RECORD/recorded ]] && cat "$RECORD/recorded" >"$LOOPLM_STATUS_FILE"
 nodes=1
@@ -36,19 +39,35 @@ TORCHRUN = '#!/bin/bash\nprintf "%s\\n" "$@" >"$RECORD/torchrun${SLURM_NODEID:-}
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then [[ $3 == 'n[07-09]' ]] && printf 'n07\\nn08\\nn09\\n'; else echo "$@" >>"$RECORD/scontrol"; fi
 """
-# Wait for SIGTERM, count how often it arrives, and end with the status in the file `status`.
+# Wait for a signal that asks to save, count how often one arrives, and end with the status in the file `status`.
 WAITER = """
 import signal, sys, time
 from pathlib import Path
-record, terms = Path(sys.argv[1]), []
-signal.signal(signal.SIGTERM, lambda number, frame: terms.append(number))
+record, asked = Path(sys.argv[1]), []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: asked.append(number))
 (record / "pid").write_text(str(__import__("os").getpid()))
 (record / "ready").touch()
-while not terms:
+while not asked:
     time.sleep(0.01)
 time.sleep(0.3)  # "saving": a second signal would arrive in this time
-(record / "terms").write_text(str(len(terms)))
+(record / "asked").write_text(str(len(asked)))
 sys.exit(int((record / "status").read_text()))
+"""
+# What srun does with signals: it passes on SIGUSR1 as it is, and SIGTERM as SIGKILL, unless it is told to ignore it.
+SIGNALLED_SRUN = """
+import signal, subprocess, sys
+from pathlib import Path
+record, waiter, knows, *options = sys.argv[1:]
+if "--help" in options:
+    sys.exit(print("  --ignore-signals=<signals_list>" if knows == "knows" else ""))
+task = subprocess.Popen([sys.executable, waiter, record])
+signal.signal(signal.SIGUSR1, lambda number, frame: task.send_signal(number))
+ignores = "--ignore-signals=SIGTERM" in options
+signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores else lambda *_: task.kill())
+(Path(record) / "srun_pid").write_text(str(__import__("os").getpid()))
+status = task.wait()
+sys.exit(status if status >= 0 else 128 - status)
 """
 
 
@@ -192,6 +211,7 @@ DEFAULTS = {
     "NCCL_DEBUG": "WARN",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "540",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "OMP_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -271,33 +291,49 @@ def test_a_finished_run_is_not_requeued(cluster: Cluster) -> None:
     assert (done.returncode, cluster.read("scontrol")) == (0, [])
 
 
-def start_waiting(cluster: Cluster, status: int) -> subprocess.Popen[bytes]:
-    """Start the launcher with a trainer that waits for SIGTERM. A real torchrun would end with 1 instead of 143."""
-    (cluster.bin / "waiter.py").write_text(WAITER)
-    cluster.install("srun", f'#!/bin/bash\nexec "{sys.executable}" "{cluster.bin}/waiter.py" "$RECORD"\n')
+def start_waiting(cluster: Cluster, launcher: str, status: int, knows: bool) -> subprocess.Popen[bytes]:
+    """Start the launcher with a trainer that waits for a signal. A real torchrun would end with 1 instead of 143."""
+    for name, script in {"waiter.py": WAITER, "srun.py": SIGNALLED_SRUN}.items():
+        (cluster.bin / name).write_text(script)
+    words = [
+        sys.executable,
+        cluster.bin / "srun.py",
+        cluster.record,
+        cluster.bin / "waiter.py",
+        "knows" if knows else "-",
+    ]
+    cluster.install("srun", f'#!/bin/bash\nexec {shlex.join(map(str, words))} "$@"\n')
     cluster.end_with(status)
-    command = ["bash", "pretrain/slurm/multi_node.sbatch", "--config", str(cluster.config)]
-    running = subprocess.Popen(command, cwd=ROOT, env=cluster.job, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (cluster.record / "ready").exists())
+    command = ["bash", f"pretrain/slurm/{launcher}.sbatch", "--config", str(cluster.config)]
+    environment = cluster.job if launcher == "multi_node" else cluster.one_node
+    running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (cluster.record / "ready").exists() and (cluster.record / "srun_pid").exists())
     return running
 
 
+@pytest.mark.parametrize("launcher", ["single_node", "multi_node"])
 @pytest.mark.parametrize(("status", "requeued"), [(143, ["requeue 4711"]), (0, [])])
-def test_slurms_warning_reaches_the_trainer_as_one_sigterm(cluster: Cluster, status: int, requeued: list[str]) -> None:
-    running = start_waiting(cluster, status)
+def test_slurms_warning_reaches_the_trainer_once(cluster: Cluster, launcher, status: int, requeued: list[str]) -> None:
+    running = start_waiting(cluster, launcher, status, knows=False)
     running.send_signal(signal.SIGUSR1)
     assert running.wait(SECONDS) == status
-    assert cluster.read("terms") == ["1"]
+    assert cluster.read("asked") == ["1"]
     assert cluster.read("scontrol") == requeued
 
 
-def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
-    """scancel signals script and trainer. If the script passed it on, the trainer would end without saving."""
-    running = start_waiting(cluster, 143)
+@pytest.mark.parametrize("launcher", ["single_node", "multi_node"])
+@pytest.mark.parametrize(("knows", "status"), [(True, 143), (False, 137)])
+def test_a_cancelled_job_saves_where_srun_lets_it_and_is_not_requeued(
+    cluster: Cluster, launcher: str, knows: bool, status: int
+) -> None:
+    """scancel signals script, srun and trainer. If the script passed it on, the trainer would end without saving."""
+    running = start_waiting(cluster, launcher, 143, knows)
     running.send_signal(signal.SIGTERM)
-    os.kill(int(cluster.read("pid")[0]), signal.SIGTERM)
-    assert running.wait(SECONDS) == 143
-    assert cluster.read("terms") == ["1"]
+    for name in ("srun_pid", "pid"):
+        with suppress(ProcessLookupError):  # srun may have killed it
+            os.kill(int(cluster.read(name)[0]), signal.SIGTERM)
+    assert running.wait(SECONDS) == status
+    assert cluster.read("asked") == (["1"] if knows else [])
     assert cluster.read("scontrol") == []
 
 
@@ -365,7 +401,7 @@ def test_headers(launcher: str) -> None:
     if launcher in ("preprocess", "preflight"):  # its arrays may still run; a preflight has nothing to resume
         assert "no-requeue" in options
         return
-    (waits,) = map(int, re.findall(r"--shutdown-timeout=(\d+)", (FOLDER / "common.sh").read_text()))
+    (waits,) = map(int, re.findall(r"^shutdown_timeout=(\d+)$", (FOLDER / "common.sh").read_text(), re.MULTILINE))
     signalled = re.fullmatch(r"B:USR1@(\d+)", options["signal"])
     assert signalled and int(signalled[1]) > waits, "torchrun would still wait when Slurm kills the job"
     assert waits > HealthConfig().stop_timeout, "torchrun would kill ranks that still save"
