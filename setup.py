@@ -7,7 +7,8 @@ from setuptools import find_namespace_packages, setup
 README = Path(__file__).parent / "README.md"  # absent in a container image, which holds packages only
 
 EXTRAS = {
-    # One NVIDIA GPU or more: FP8, fused attention. Building these needs the CUDA toolkit.
+    # One NVIDIA GPU or more: FP8, fused attention. Building these needs the CUDA toolkit. megatron-core 0.16.1 is made
+    # for Transformer Engine 2.9 to 2.11; newer ones are tested with 0.19.2 (constraints-te.txt).
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     # Raw text to token files. datatrove's bare install lacks packages that its own steps import.
     "data": [
@@ -85,7 +86,7 @@ setup(
         "safetensors>=0.4.5",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
-        "torch>=2.10",
+        "torch>=2.10.0a0",  # NVIDIA's images number a release as what comes before it: 2.10.0a0+b4e4ee81d3
         "tqdm>=4.66",
         "xxhash>=3.5,<4",  # 4 breaks the MinHash signatures of datatrove
     ],

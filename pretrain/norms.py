@@ -160,7 +160,7 @@ class GradientNorms:
                 unique = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
                 self._parts.append(_Part(name, parameter, span, unique and not replica))
         modules = [MODULES.index(module_of(part.name)) for part in self._parts]
-        self._module = torch.tensor(modules, dtype=torch.long, device=DEVICE)
+        self._is_of_MN = torch.arange(len(MODULES), device=DEVICE)[:, None] == torch.tensor(modules, device=DEVICE)
         self._counted = torch.tensor([part.counted for part in self._parts], dtype=torch.bool, device=DEVICE)
 
     def sums(self) -> Tensor:
@@ -169,9 +169,9 @@ class GradientNorms:
         A fault is a gradient that is not finite, also if another rank counts its norm.
         """
         norm_N = self._norms().double()
-        squares = torch.zeros(len(MODULES), dtype=torch.float64, device=DEVICE)
-        squares.index_add_(0, self._module, torch.where(self._counted, norm_N.square(), 0.0))
-        return torch.cat((squares, (~norm_N.isfinite()).sum().double().reshape(1)))
+        # Not index_add_, which on a GPU adds in any order; not a product, in which one infinite norm spoils all.
+        squares_M = torch.where(self._is_of_MN & self._counted, norm_N.square(), 0.0).sum(1)
+        return torch.cat((squares_M, (~norm_N.isfinite()).sum().double().reshape(1)))
 
     def not_finite(self) -> list[str]:
         """Return the names of the parameters whose gradient is not finite on this rank."""

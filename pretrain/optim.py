@@ -10,7 +10,6 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from looplm.config import LossConfig, OptimConfig, ParallelConfig
-from looplm.megatron.device import HAS_CUDA
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from looplm.parameters import decayed_names
@@ -100,18 +99,17 @@ def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: Pa
     spared = ParamKey(with_name_predicate=spares)
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={spared: ParamGroupOverride(wd_mult=0.0)})
     model_config.grad_scale_func = optimizer.scale_loss
-    if not HAS_CUDA:
-        _fuse(optimizer)
+    _fuse(optimizer)
     return optimizer
 
 
 def _fuse(optimizer: MegatronOptimizer) -> None:
     """Have torch update a parameter in one pass, without temporary tensors of its size; Megatron does not ask for it.
 
-    On a GPU, Transformer Engine or Apex bring a fused AdamW of their own.
+    On a GPU, Transformer Engine and Apex have a fused AdamW of their own.
     """
     for core in _cores(optimizer):
-        for group in core.optimizer.param_groups:
+        for group in core.optimizer.param_groups if isinstance(core.optimizer, torch.optim.AdamW) else ():
             group["fused"] = True
 
 

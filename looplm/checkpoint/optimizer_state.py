@@ -184,6 +184,8 @@ def _set_step(core: MegatronOptimizer, step: int) -> None:
     for group in core.param_groups:
         if isinstance(core.optimizer, torch.optim.AdamW):
             for main in group["params"]:  # one tensor each, because Adam counts in place
-                core.optimizer.state[main]["step"] = torch.tensor(float(step))
+                core.optimizer.state[main]["step"] = torch.tensor(
+                    float(step), device=main.device
+                )  # as a fused one does
         else:  # Transformer Engine's and Apex's Adam keep one counter for a group
             group["step"] = step

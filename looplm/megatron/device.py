@@ -134,7 +134,7 @@ def on_stream(stream: Stream | None) -> Iterator[None]:
     if stream is None:
         yield
         return
-    with torch.cuda.stream(stream):
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):  # a new thread's device is the first one
         yield
         stream.synchronize()
 

@@ -74,15 +74,18 @@ def lost_peer(error: RuntimeError) -> Hang | None:
 def seeded(part: str) -> Iterator[None]:
     """Make random numbers depend only on the job's seed and ``part``, so that weights do not depend on the layout.
 
-    This applies to the CPU's generator. Modules that draw on a GPU take a tensor-parallel rank's own generator, which
-    is seeded here too: its numbers differ between tensor-parallel layouts, but no two parts of a model are alike.
+    This applies to the CPU's generator. Modules that draw on a GPU take a tensor-parallel rank's own generator, or that
+    which all of them share if each holds the whole weight. Both are seeded here too: the numbers of the former differ
+    between tensor-parallel layouts, but no two parts of a model are alike.
     """
     seed = (torch.initial_seed() + zlib.crc32(part.encode())) % 2**63
-    tracker, of_rank = megatron_random.get_cuda_rng_tracker(), megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME
-    states = tracker.get_states()
-    if of_rank in states:
-        own = (seed + 1 + parallel_state.get_tensor_model_parallel_rank()) % 2**63
-        tracker.set_states({**states, of_rank: device.rng_state_of(own)})
+    tracker, states = megatron_random.get_cuda_rng_tracker(), megatron_random.get_cuda_rng_tracker().get_states()
+    own = {
+        megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME: 1 + parallel_state.get_tensor_model_parallel_rank(),
+        megatron_random._DATA_PARALLEL_RNG_TRACKER_NAME: -1,
+    }
+    made = {name: device.rng_state_of((seed + number) % 2**63) for name, number in own.items() if name in states}
+    tracker.set_states({**states, **made})
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

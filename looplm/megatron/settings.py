@@ -1,9 +1,11 @@
 """Translation of our configuration into Megatron-core's, including the settings that differ between CPU and CUDA."""
 
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import nn
 
@@ -47,6 +49,7 @@ def transformer_config(
     """
     layout, engine = layout or ParallelConfig(), engine or EngineConfig()
     check_engine(engine)
+    fused = HAS_CUDA and HAS_FUSED_WEIGHT_GRADIENTS
     common: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -78,7 +81,11 @@ def transformer_config(
         "deallocate_pipeline_outputs": HAS_CUDA and layout.pipeline > 1,
         "microbatch_group_size_per_vp_stage": layout.pipeline,
         **_RECOMPUTE[layout.recompute],
-        "gradient_accumulation_fusion": HAS_CUDA and HAS_FUSED_WEIGHT_GRADIENTS,
+        "gradient_accumulation_fusion": fused,
+        # Transformer Engine lets the first use of a weight in a step overwrite the buffer of its gradient, to which the
+        # other loops have added by then. Without this cache it counts no uses, and adds in each.
+        "disable_parameter_transpose_cache": fused and engine.transformer_impl == "transformer_engine",
+        "attention_backend": _attention_backend(),
         "bias_activation_fusion": True,  # on a CPU it is looplm.megatron.swiglu
         "bias_dropout_fusion": HAS_CUDA,
         "masked_softmax_fusion": HAS_CUDA,
@@ -121,6 +128,17 @@ def check_engine(engine: EngineConfig) -> None:
         need, have = _CAPABILITY[engine.fp8_recipe], compute_capability()
         fix = f"it needs compute capability {need[0]}.{need[1]}, this GPU has {have[0]}.{have[1]}"
         require(have >= need, "engine.fp8_recipe", engine.fp8_recipe, fix)
+
+
+def _attention_backend() -> AttnBackend:
+    """Return what Transformer Engine's variables choose. Megatron-core sets them itself, and fails if they differ."""
+    names = [f"NVTE_{kernel}_ATTN" for kernel in ("FLASH", "FUSED", "UNFUSED")]
+    chosen = tuple(os.environ.get(name, "1") for name in names)
+    known: dict[tuple[str, ...], AttnBackend] = {("1", "1", "1"): AttnBackend.auto, ("1", "0", "0"): AttnBackend.flash}
+    known |= {("0", "1", "0"): AttnBackend.fused, ("0", "0", "1"): AttnBackend.unfused}
+    fix = "Megatron-core knows all at 1, or one at 1 and the others at 0; set all three, or none"
+    require(chosen in known, ", ".join(names), ", ".join(chosen), fix)
+    return known[chosen]
 
 
 def _fp8_settings(engine: EngineConfig) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class PackedAttention(MegatronModule):
     """Transformer Engine's attention over whole samples or over the documents packed into them.
 
     It chooses its kernel: flash-attn if that is installed and supports the head widths, or cuDNN's, which supports
-    MLA's unequal widths.
+    MLA's unequal widths. On Hopper, of unequal widths from 128 on, cuDNN trains 192 and 128 alone (Transformer Engine
+    2.9 to 2.20, fused_attn.cpp).
     """
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:

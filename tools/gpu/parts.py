@@ -63,8 +63,8 @@ class Job:
     deadline: float = inf
 
 
-_CUDNN = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0"}
-_FLASH = {"NVTE_FUSED_ATTN": "0", "NVTE_FLASH_ATTN": "1"}
+_CUDNN = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
+_FLASH = {"NVTE_FUSED_ATTN": "0", "NVTE_FLASH_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"}
 _NVIDIA = ("transformer_engine",)
 
 PARTS: dict[str, Part] = {

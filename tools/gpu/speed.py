@@ -11,10 +11,12 @@ import gc
 import statistics
 import time
 from functools import cache, partial
+from importlib.metadata import version
 from itertools import repeat
 from typing import NamedTuple
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from packaging.version import Version
 
 from looplm.config import EngineConfig, Recompute, RunConfig
 from looplm.megatron import device
@@ -35,6 +37,7 @@ GIB = 2**30
 WARM_UP, TIMED = 2, 5
 MICRO_BATCHES = (8, 4, 2, 1)
 USABLE = 0.75  # of the device's memory
+_UNEQUAL = Version("2.18")
 
 ENGINES = {
     "local": EngineConfig(),
@@ -77,6 +80,8 @@ def run(job: Job) -> None:
 
 def measure(job: Job, case: Case, groups: ProcessGroupCollection) -> dict[str, Value]:
     """Return speed and memory of one case."""
+    if job.part == "speed-flash" and case.attention == "mla" and Version(version("transformer-engine")) < _UNEQUAL:
+        raise NotRun(f"Transformer Engine runs MLA's unequal widths on flash-attn from {_UNEQUAL} on")
     config = fitting(job, case)
     device.reset_peak_memory()
     trainer, _ = build(config, groups)

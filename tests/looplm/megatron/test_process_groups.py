@@ -2,24 +2,26 @@
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 
 from looplm.megatron.process_groups import seeded
 
 
-def drawn(part: str) -> tuple[float, float]:
-    """Return a number of the CPU's generator, and one of the generator that modules on a GPU draw from."""
+def drawn(part: str) -> tuple[float, ...]:
+    """Return a number of the CPU's generator, and of both that modules on a GPU draw from: a rank's own, and all's."""
     with seeded(part):
-        plain = float(torch.rand(()))
-        with get_cuda_rng_tracker().fork():
-            return plain, float(torch.rand(()))
+        numbers = [float(torch.rand(()))]
+        for name in (None, get_data_parallel_rng_tracker_name()):  # the latter for weights that each rank holds whole
+            with get_cuda_rng_tracker().fork(*filter(None, [name])):
+                numbers.append(float(torch.rand(())))
+    return tuple(numbers)
 
 
 def test_a_part_of_the_model_has_random_numbers_of_its_own(single_process: ProcessGroupCollection) -> None:
     torch.manual_seed(7)
     first, again, other = drawn("layer 1"), drawn("layer 1"), drawn("layer 2")
     assert first == again
-    assert first[0] != other[0] and first[1] != other[1]
+    assert len({*first, *other}) == 6
 
 
 def test_what_is_drawn_afterwards_does_not_depend_on_the_parts(single_process: ProcessGroupCollection) -> None:

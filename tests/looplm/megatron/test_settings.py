@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
 from looplm.cli import UserError
 from looplm.config import EngineConfig, ParallelConfig
@@ -43,6 +44,32 @@ def test_the_engine_as_megatrons_settings(monkeypatch):
     assert config.first_last_layers_bf16
     assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (0, 2)
     assert transformer_config(MODEL, engine=EngineConfig(fp8="emulate-e4m3")).fp8 is None
+
+
+@pytest.mark.parametrize("engine", ["local", "transformer_engine"])
+def test_each_loop_adds_to_the_gradient_of_a_weight_that_all_use(engine, monkeypatch):
+    """Transformer Engine overwrites a fused buffer at a weight's first use in a step, which is the last in backward."""
+    for name in ("HAS_CUDA", "HAS_TRANSFORMER_ENGINE", "HAS_FUSED_WEIGHT_GRADIENTS"):
+        monkeypatch.setattr(settings, name, True)
+    config = transformer_config(MODEL, engine=EngineConfig(transformer_impl=engine))
+    assert config.gradient_accumulation_fusion
+    assert config.disable_parameter_transpose_cache == (engine == "transformer_engine")
+
+
+@pytest.mark.parametrize(
+    ("given", "backend"),
+    [({}, "auto"), ({"FLASH": "1", "FUSED": "0", "UNFUSED": "0"}, "flash"),
+     ({"FLASH": "0", "UNFUSED": "0"}, "fused"), ({"FLASH": "0", "FUSED": "0"}, "unfused")],
+)  # fmt: skip
+def test_transformer_engines_variables_choose_the_kernel(given, backend, monkeypatch):
+    for kernel in ("FLASH", "FUSED", "UNFUSED"):
+        monkeypatch.delenv(f"NVTE_{kernel}_ATTN", raising=False)
+    for kernel, value in given.items():
+        monkeypatch.setenv(f"NVTE_{kernel}_ATTN", value)
+    assert transformer_config(MODEL).attention_backend is AttnBackend[backend]
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "yes")
+    with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN, NVTE_FUSED_ATTN, .*: 'yes, .*set all three, or none"):
+        transformer_config(MODEL)
 
 
 def test_the_initial_scales_reach_megatron():
