@@ -37,10 +37,14 @@ class FolderLock:
         name: of the folder for error messages.
         say: prints a line.
         wait: seconds to wait for a holder that needs the folder for a moment only.
+        key: the configuration key that names the folder, for error messages.
     """
 
-    def __init__(self, folder: Path, name: str, say: Callable[[str], None], wait: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, name: str, say: Callable[[str], None], wait: float = 0.0, key: str = "output_dir"
+    ) -> None:
         self._path, self._name, self._say, self._wait = folder.absolute() / FILE, name, say, wait
+        self._key = key
         self._descriptor = -1
         self._ended = threading.Event()
         self._me = json.dumps(_describe_process())
@@ -136,7 +140,7 @@ class FolderLock:
 
     def _refusal(self, holder: dict[str, Any] | None) -> UserError:
         fix = "wait for it, stop it, or choose another folder"
-        return UserError(f"output_dir: another run is writing {self._name} ({_name_of(holder)}); {fix}")
+        return UserError(f"{self._key}: another run is writing {self._name} ({_name_of(holder)}); {fix}")
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
@@ -149,7 +153,7 @@ class FolderLock:
                     continue
             except OSError:  # a file server that does not answer just now, or release() in the main thread
                 continue
-            print(f"error: output_dir: another run has taken {self._name} over; this one ends", file=sys.stderr)
+            print(f"error: {self._key}: another run has taken {self._name} over; this one ends", file=sys.stderr)
             sys.stderr.flush()
             os._exit(LOST)
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from looplm import checkpoint
 from looplm.bounds import check_bounds, path_field, positive
 from looplm.checkpoint import step_folder
-from looplm.cli import parse_command, require, run_main
+from looplm.checkpoint.new_folder import making
+from looplm.cli import parse_command, run_main
 from looplm.encoding import begin_id, read_tokenizer, unlike_transformers
 from looplm.huggingface.companion_files import names_sharing_an_id
 from looplm.huggingface.convert import choose_hf_layout, examine, export_model, import_source, with_tokens
@@ -89,8 +90,8 @@ def main(argv: list[str]) -> None:
     if isinstance(config, InspectConfig):
         print(inspect(config.input))
         return
-    require(not config.output.exists(), "output", str(config.output), "it exists already; name a directory to create")
-    (_import if isinstance(config, ImportConfig) else _export)(config)
+    with making(config.output):
+        (_import if isinstance(config, ImportConfig) else _export)(config)
     print(inspect(config.output))
 
 

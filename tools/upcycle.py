@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
 from looplm.bounds import at_least, check_bounds, path_field, positive
+from looplm.checkpoint.new_folder import making
 from looplm.cli import UserError, parse_command, require, run_main
 from looplm.config import GateConfig, Injection
 from looplm.megatron import process_groups
@@ -52,7 +53,14 @@ class Conversion:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
-        require(not Path(self.output).exists(), "output", self.output, "it exists already; name a new directory")
+        for key, plain in (("samples", 16), ("seq_length", None)):
+            value, fix = getattr(self, key), "it needs data; name some, or leave it out"
+            require(self.reads_data or value == plain, key, value, fix)
+
+    @property
+    def reads_data(self) -> bool:
+        """True if a key names data to read."""
+        return self.data is not None
 
     def read(
         self, prefix: str, source: Source, groups: ProcessGroupCollection, samples: int | None = None
@@ -245,6 +253,11 @@ class LatentConfig(FromCheckpoint):
     calibrate: str | None = path_field(None)
     refit_samples: int = at_least(0, 0)
 
+    @property
+    def reads_data(self) -> bool:
+        """True if a key names data to read."""
+        return self.data is not None or self.calibrate is not None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         fix = "name the data to fit to with calibrate"
@@ -282,11 +295,17 @@ COMMANDS: dict[str, type[Conversion]] = {
 def main(argv: list[str]) -> None:
     """``python -m tools.upcycle depth --checkpoint DIR --output DIR --layers 8 --how stack``"""
     word, config = parse_command(COMMANDS, argv, prog=PROG, description=str(__doc__))
+    with making(Path(config.output)):
+        record = _convert(word, config)
+    print("\n".join(describe(record)))
+
+
+def _convert(word: str, config: Conversion) -> dict[str, Any]:
     groups = process_groups.start(SEED)
     try:
-        if groups.dp.size() > 1:
-            raise UserError(f"{PROG} {word}: runs in one process; start it without torchrun")
         source = config.open(groups)
+        if source.left_behind:
+            print(f"left behind: {', '.join(source.left_behind)}", file=sys.stderr)
         config.check(source)
         batches = None if config.data is None else config.read(config.data, source, groups)
         result = resumable(config.convert(source, groups), source, Path(config.output))
@@ -299,7 +318,7 @@ def main(argv: list[str]) -> None:
         write(Path(config.output), source, result.state, record, groups)
     finally:
         process_groups.stop()
-    print("\n".join(describe(record)))
+    return record
 
 
 def resumable(result: Upcycled, source: Source, output: Path) -> Upcycled:

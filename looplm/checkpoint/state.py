@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import looplm.checkpoint.optimizer_state as optimizer_state
 import looplm.checkpoint.step_folder as step_folder
+from looplm.bounds import require
 from looplm.checkpoint.about import About, check_fit, check_moments, check_resume, read_about, read_model
 from looplm.checkpoint.contents import check_size
 from looplm.checkpoint.memory import own_storage
@@ -38,6 +39,7 @@ from looplm.checkpoint.saving import Saving
 from looplm.cli import UserError, to_dict
 from looplm.config import GateConfig, RunConfig
 from looplm.encoding import read_tokenizer
+from looplm.files import sha256_of
 from looplm.megatron import device
 from looplm.model import EXTRA_STATE, LoopLM
 
@@ -164,11 +166,22 @@ def open_step(found: Path, groups: ProcessGroupCollection, dtype: torch.dtype | 
     """Do what :func:`open_model` does with a step directory that ``step_folder.locate`` has verified."""
     about, described = read_about(found), read_model(found)
     check_size(found, described)
+    _check_tokens(found, about, described.model.vocab_size)
     model_config, gate = described
     dtype = dtype or getattr(torch, about.dtype or "float32")
     model = LoopLM(model_config, gate, groups, dtype, initialize=False)
     load_weights(found, model, gate)
     return OpenedModel(model.eval(), gate, about, read_tokenizer(found / "tokenizer.json"), found)
+
+
+def _check_tokens(step: Path, about: About, vocab_size: int) -> None:
+    """Raise a :class:`UserError` if about.json is that of another tokenizer or vocabulary: texts might never end."""
+    where, fix = f"{step}/about.json", "it is not this checkpoint's; take another step directory"
+    has = sha256_of(step / "tokenizer.json")
+    require(about.tokenizer_sha256 == has, f"{where}: tokenizer_sha256", about.tokenizer_sha256, fix)
+    require(bool(about.eos_ids), f"{where}: eos_ids", list(about.eos_ids), fix)
+    for token in (*about.eos_ids, *filter(None, (about.bos_id, about.pad_id, about.begin_id))):
+        require(0 <= token < vocab_size, f"{where}: token", token, f"the model has {vocab_size}; {fix}")
 
 
 def sharded_state(training: TrainingState, is_loading: bool) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def _rename(partial: Path, final: Path) -> None:
         fsync(path)
     replaced = final.parent / f".{final.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final) and step_number(final) < 0:
+        raise UserError(f"{final}: exists by now, and did not when this began; it is left alone; give another path")
     if final.exists():  # the same step again, after a fallback to an older one; deleted once the new one is in place
         os.rename(final, replaced)
     os.rename(partial, final)

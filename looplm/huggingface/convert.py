@@ -113,6 +113,9 @@ def _read_into(model: LoopLM, source: ImportSource) -> None:
     tensors = dict(model.named_parameters())
     for row in parameters(source.description.model, source.description.gate):
         parts = [weight_files.read_tensor(name, source.tensors[name]) for name in row.hugging_face_parts]
+        for name, part in zip(row.hugging_face_parts, parts, strict=True):
+            if not part.isfinite().all():
+                raise UserError(f"{source.tensors[name].path}: {name} holds values that are not finite; get it again")
         tensors[row.name].copy_(join(row, parts))
 
 

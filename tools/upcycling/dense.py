@@ -16,7 +16,7 @@ from looplm.config import GateConfig
 from looplm.huggingface import companion_files
 from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, from_config_json, read_json
 from looplm.huggingface.names import join
-from looplm.huggingface.weight_files import check_shapes, common_dtype, find_tensors, read_tensor
+from looplm.huggingface.weight_files import check_shapes, common_dtype, find_tensors, is_inside, read_tensor
 from looplm.parameters import parameters
 from tools.upcycling.model_state import ModelState, Source, Upcycled
 from tools.upcycling.structure import copy_layers
@@ -24,12 +24,8 @@ from tools.upcycling.structure import copy_layers
 # Properties of a family that its config.json does not mention.
 FAMILIES = dict[str, dict[str, Any]](llama={}, mistral={}, qwen2={"qkv_bias": True}, qwen3={"qk_norm": True})
 # Files that are still valid for the result, although it no longer belongs to the source's family.
-_CARRIED = (
-    GENERATION,
-    TOKENIZER_CONFIG,
-    companion_files.SPECIAL_TOKENS,
-    TEMPLATE_FILE,
-)
+_CARRIED = (GENERATION, TOKENIZER_CONFIG, companion_files.SPECIAL_TOKENS, TEMPLATE_FILE, "LICENSE")
+_READ = (CONFIG, companion_files.TOKENIZER)  # and the weights: what the result is made of
 
 
 def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> Source:
@@ -62,8 +58,11 @@ def open_dense(folder: Path, tokenizer: Path | None, eos_token: str | None) -> S
         for row in wanted
     }
     about = About.for_weights(path, eos, ids.bos, ids.pad, gate_trained=False, dtype=common_dtype(found))
-    beside = tuple(folder / name for name in _CARRIED if (folder / name).is_file())
-    return Source(folder, ModelState(described.model, GateConfig(), weights), about, path, beside)
+    state = ModelState(described.model, GateConfig(), weights)
+    own = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and ".safetensors" not in path.name]
+    beside = tuple(path for path in own if path.name in _CARRIED and path.is_file() and is_inside(path))
+    left_behind = tuple(path.name for path in own if path not in beside and path.name not in _READ)
+    return Source(folder, state, about, path, beside, left_behind=left_behind)
 
 
 def loop_layers(source: ModelState, layers: str | None, loops: int, gate: GateConfig) -> Upcycled:

@@ -20,7 +20,7 @@ from looplm import checkpoint
 from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, TrainingState, optimizer_state, step_folder
 from looplm.checkpoint.saving import Saving
 from looplm.checkpoint.state import sharded_state
-from looplm.cli import to_dict
+from looplm.cli import UserError, to_dict
 from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
 from looplm.files import write_whole
 from looplm.megatron.settings import DTYPES
@@ -57,6 +57,7 @@ class Source(NamedTuple):
     companions: tuple[Path, ...]  # further files to copy
     run: RunConfig | None = None  # the run that trained the model; None if it cannot be resumed
     scheduler: dict[str, Any] | None = None  # state of the run's learning-rate schedule
+    left_behind: tuple[str, ...] = ()  # files beside the model that do not fit the result
 
 
 def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
@@ -112,6 +113,9 @@ def write(
     With moments it is a training directory that ``pretrain.train`` resumes at the source's step, otherwise weights
     alone, for ``checkpoint.initial``. ``record`` is appended to the list in the companions' upcycle.json.
     """
+    for name, weight in state.weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{name}: the converted weight holds values that are not finite; is the source whole?")
     has_gate = any(name.startswith("gate.") for name in state.weights)
     about = replace(
         source.about,

@@ -110,3 +110,20 @@ def test_a_config_of_another_version_names_file_and_key(run):
     path.write_text(path.read_text().replace("hidden_size:", "width:", 1))
     with pytest.raises(UserError, match=r"config\.yaml: model\.width: unknown key"):
         checkpoint.read_config(path.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokenizer_sha256": "0" * 64}, "about.json: tokenizer_sha256: '0+' is not allowed; it is not this"),
+        ({"eos_ids": []}, r"about.json: eos_ids: \[\] is not allowed; it is not this"),
+        ({"eos_ids": [1, 320]}, "about.json: token: 320 is not allowed; the model has 320; it is not this"),
+        ({"bos_id": 888888}, "about.json: token: 888888 is not allowed; the model has 320; it is not this"),
+    ],
+)
+def test_an_about_of_another_model_is_refused(changed, message, run, single_process):
+    step = step_folder.steps_in(run / "checkpoints")[0]
+    rewrite_about(step, lambda about: about.update(changed))
+    with pytest.raises(UserError, match=message):
+        checkpoint.open_model(str(step), single_process)

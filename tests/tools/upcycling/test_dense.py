@@ -147,6 +147,18 @@ def test_a_range_of_layers_is_looped_and_learns(llama, corpus, tmp_path, single_
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and max(row["loss"] for row in rows) < rows[0]["loss"] + 0.1
 
 
+def test_what_is_left_behind_is_named_and_links_are_not_followed(llama, tmp_path, capsys):
+    folder = Path(shutil.copytree(llama, tmp_path / "hf"))
+    for name in ("LICENSE", "README.md"):
+        (folder / name).write_text(name)
+    (tmp_path / "secret").write_text("secret")
+    (folder / "chat_template.jinja").symlink_to("../secret")
+    main(["dense", f"--input={folder}", f"--output={tmp_path / 'ours'}", "--loops=1"])
+    assert "left behind: README.md, chat_template.jinja\n" in capsys.readouterr().err
+    carried = {path.name: path.read_text() for path in (tmp_path / "ours/companions").iterdir()}
+    assert carried["LICENSE"] == "LICENSE" and "secret" not in carried.values()
+
+
 def test_mistakes_give_a_one_line_error_and_leave_nothing(llama, corpus, tmp_path, single_process):
     def changed(**values: object) -> str:
         folder = tmp_path / "hf" / str(len(list((tmp_path / "hf").glob("*"))))
