@@ -228,6 +228,7 @@ class RetrofitConfig(FromDense):
             found = list(tqdm(trials, total=total, unit="range", disable=not sys.stderr.isatty()))
             found.sort(key=lambda trial: (not isfinite(trial.loss[-1]), trial.loss[-1]))
             print("\n".join(describe_trials(found)))
+            require(isfinite(found[0].loss[-1]), "search", ranges, "no range has a finite loss; is the source whole?")
             layers, scale = found[0].layers, found[0].residual_scale
         return retrofit(source.state, layers, self.loops, self.gate, self.injection, scale)
 
