@@ -1,4 +1,4 @@
-"""Files by what they hold: compressed ones are unpacked, and what is no UTF-8 text is named.
+"""Files opened by what they hold: compressed ones are unpacked, and what is not UTF-8 text is refused.
 
 The first bytes decide, because downloads lose or keep a suffix wrongly. pyarrow cannot read zstd windows above 128 MiB
 (``zstd --long=31``), and zstandard's stream reader ends silently at a truncated end, so frames are decoded here.

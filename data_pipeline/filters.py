@@ -1,6 +1,6 @@
 """Filters that drop documents: by length, without an answer, of low quality, and duplicates over all sources.
 
-Of datatrove's quality filters, those are offered that work without a network: C4's list of bad words and all
+Only those of datatrove's quality filters are offered that work without a network: C4's list of bad words and all
 model-based filters would be downloaded. Words and sentences are split by spaCy's blank pipelines, whose rules are part
 of the package.
 """

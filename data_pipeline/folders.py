@@ -1,4 +1,4 @@
-"""Folders for datatrove whose paths mean themselves.
+"""Folders for datatrove whose paths are taken literally.
 
 datatrove opens a folder through fsspec, which reads ``[``, ``*`` and ``?`` as a pattern and ``::`` as a chain of file
 systems, in the folder's own path too. In ``exp[1]/data``, the search for duplicates found no signatures and dropped

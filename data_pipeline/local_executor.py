@@ -1,7 +1,7 @@
 """Execution of a step in processes of this machine, none of which outlives the command or is waited for in vain.
 
-datatrove's executor gives its tasks to a pool, which waits for ever for the task of a worker that was killed, and whose
-workers go on writing after the command itself was killed.
+datatrove's executor gives its tasks to a pool, which waits forever for the task of a worker that was killed, and whose
+workers keep writing after the command itself was killed.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""YAML text to mappings, lists and texts, whose types the keys decide that they are read for.
+"""YAML text to mappings, lists and strings. The declared type of a key, not YAML's guess, decides how it is read.
 
 YAML 1.1 guesses types: ``no`` is false, ``010`` is 8, ``10:00:00`` is 36000 and ``1e-3`` is text. Here a scalar stays
 as it was written. Tags are refused, so no file can name a type to build. Keys that are given twice are refused.

@@ -295,7 +295,7 @@ def index_cache(config: RunConfig) -> Path:
 
 
 def _cache_of(cache: Path, corpus: Corpus) -> Path:
-    """Return the folder for one content: Megatron's own key is the prefix, whose data may be written anew."""
+    """Return the folder for one content: Megatron's own key is the prefix, whose data may be rewritten."""
     return cache / corpus.fingerprint[:16]
 
 

@@ -31,7 +31,7 @@ FAILURES = "failures"  # folder of a run
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchFinding:
-    """Loops (from 1) of one micro-batch whose numbers are not finite, and its samples, from first to before last."""
+    """Loops (from 1) of one micro-batch whose numbers are not finite, and its samples (first, end), end excluded."""
 
     samples: tuple[int, int]
     losses: tuple[int, ...]
@@ -63,7 +63,7 @@ class RankFinding:
 class BadStep:
     """A step that failed: its position in the data, its numbers over all ranks, and each rank's findings.
 
-    ``samples`` counts in the order of the data, from first to before last. ``weights`` is a checkpoint of the weights
+    ``samples`` counts in the order of the data: (first, end), end excluded. ``weights`` is a checkpoint of the weights
     that the step started from, if the run ended with it.
     """
 
@@ -94,7 +94,7 @@ def examine(trainer: Trainer, done: Step, step: int, samples: tuple[int, int], m
         trainer: has just run the step.
         done: its result.
         step: its number.
-        samples: its samples over all ranks, from first to before last.
+        samples: its samples over all ranks: (first, end), end excluded.
         micro_batch_size: consecutive micro-batches of that many samples went to the data-parallel ranks in turn.
     """
     groups, found = trainer.groups, list[MicroBatchFinding]()

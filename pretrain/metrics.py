@@ -98,10 +98,10 @@ class RunLog:
             self._write({"kind": "skipped", "step": bad.step, "samples": bad.samples, "what": bad.what})
 
     def spike(self, spike: Spike) -> None:
-        """Record a loss spike after which the run goes on."""
+        """Record a loss spike after which the run continues."""
         if self.enabled:
             self._write({"kind": "spike"} | dataclasses.asdict(spike))
-            self.say(f"{spike}; training goes on (health.max_rollbacks=0)")
+            self.say(f"{spike}; training continues (health.max_rollbacks=0)")
 
     def roll_back(self, progress: Progress, spike: Spike) -> None:
         """Record the return to ``progress``: later lines move to rolled_back.jsonl, and their steps will come again."""

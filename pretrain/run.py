@@ -47,7 +47,7 @@ class Run:
         self._schedule = BatchSchedule(config.data, groups.dp.size(), config.parallel.pipeline)
         checkpoint.prepare(config)
         self._saver = checkpoint.Saver(config)
-        own = self._newest_of_its_own()
+        own = self._newest_checkpoint()
         watchdog.start_up("model")
         self._trainer, self._initial = build(config, groups, resumes=own is not None)
         watchdog.start_up("checkpoint")
@@ -197,7 +197,7 @@ class Run:
 
     # ---- parts of the start
 
-    def _newest_of_its_own(self) -> Path | None:
+    def _newest_checkpoint(self) -> Path | None:
         """Return the checkpoint from which the run resumes, if it has one.
 
         Raises:

@@ -35,7 +35,7 @@ class StopRequest:
     """While active, a signal asks for a checkpoint and an orderly end. A second one, seconds later, ends at once.
 
     Forked children ignore these signals: torchrun and a terminal send them to the whole process group, but a writer of
-    checkpoints must finish and a reader of data must go on reading until its parent has saved.
+    checkpoints must finish and a reader of data must keep reading until its parent has saved.
 
     Attributes:
         asked: the signal and the rank that received it, once :meth:`agree` has told all ranks; empty before.
@@ -117,7 +117,7 @@ def ignore_signals(_: int = 0) -> None:
 def end_workers() -> None:
     """Kill the processes that prepare batches for this one.
 
-    multiprocessing would end them at exit with SIGTERM, which they ignore (:func:`ignore_signals`), and wait for ever.
+    multiprocessing would end them at exit with SIGTERM, which they ignore (:func:`ignore_signals`), and wait forever.
     """
     for child in multiprocessing.active_children():
         if child.daemon:

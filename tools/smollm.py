@@ -85,8 +85,8 @@ def convert(gguf: Path, output: Path) -> None:
         files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
         source = {"package": PACKAGE, "version": VERSION, "file": FILE, "sha256": SHA256, "licence": "Apache-2.0"}
         (folder / RECORD).write_text(json.dumps({**source, "files": files}, indent=1), encoding="utf-8")
-        for licence in _licences():
-            shutil.copyfile(licence, folder / "LICENSE")
+        for license_file in _licenses():
+            shutil.copyfile(license_file, folder / "LICENSE")
         step_folder.move_into_place(folder, output)
     finally:
         step_folder.discard_partial(output)  # exists only after a failure
@@ -117,8 +117,8 @@ def check(folder: Path) -> None:
             raise UserError(f"output: {path} is missing or damaged; {fix}")
 
 
-def _licences() -> list[Path]:
-    """Return the licence of the installed package; nothing if only its file is here."""
+def _licenses() -> list[Path]:
+    """Return the license of the installed package; nothing if only its file is here."""
     try:
         found = distribution(PACKAGE).files or []
     except PackageNotFoundError:

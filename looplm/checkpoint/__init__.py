@@ -1,4 +1,18 @@
-"""Checkpoints: complete or absent, with weights and optimizer state in one form for every parallel layout."""
+"""Checkpoints: complete or absent, with weights and optimizer state in one form for every parallel layout.
+
+step_folder.py      the folders: a step is there whole, or not at all
+verify.py           a step's files against its manifest, before any is trusted
+about.py            what a step says of itself, and whether a run may start from it
+state.py            save and load: a run's whole state, or weights alone
+saver.py            the checkpoints of a run: when, how many, which to keep
+saving.py           one of them, written by all ranks beside training
+plan.py, job.py     one rank's part: which tensors to which files, written, flushed, hashed
+writer.py           the process that does it; memory.py what it shares with its rank
+optimizer_state.py  Adam's moments, whatever optimizer and layout hold them
+contents.py         names and shapes, without reading a tensor
+disk.py             is there room, before the run
+new_folder.py       the folders of other commands: by one process, never over what is there
+"""
 
 from looplm.checkpoint.about import CHANGEABLE as CHANGEABLE
 from looplm.checkpoint.about import FORMAT_VERSION as FORMAT_VERSION

@@ -38,7 +38,7 @@ class Health:
     Args:
         skipped: steps without an update, because a loss or gradient was not finite.
         skipped_in_a_row: those at the end.
-        skipped_samples: for each rollback, the samples from first to before last that no step will see again.
+        skipped_samples: for each rollback, the samples (first, end) that no step will see again, end excluded.
         recent_losses: of the steps that a loss is compared with to find a spike.
         losses_above: losses in a row, at the end, that are above the limit of a spike.
     """

@@ -74,7 +74,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
-_NO_TOKEN = -1  # an id in the configs of older Llama-style models, for a token that there is none of
+_NO_TOKEN = -1  # an id in the configs of older Llama-style models, for a token that does not exist
 # Entries of rope_scaling and rope_parameters that scale nothing; rope_theta has its own key.
 _PLAIN_ROPE: dict[str, tuple[object, ...]] = {
     "rope_type": ("default", None),

@@ -28,7 +28,9 @@ from looplm.inference.text_stream import Token
 from looplm.model import LoopLM
 
 OnToken = Callable[[int, Token], None]
-_NOT_FINITE = "the model's logits are not finite; its weights are damaged or its training diverged"
+_NOT_FINITE = (
+    "the model's logits are not finite; its training diverged or a file is damaged; take an earlier checkpoint"
+)
 
 
 class Scheduler:

@@ -4,78 +4,36 @@ It is independent of the product: nothing here imports another package of looplm
 computes the gradients. Start with ``model.py``.
 """
 
-from looplm.reference.losses import (
-    adaptive_gate_loss,
-    entropy,
-    entropy_regularised_loss,
-    exit_distribution,
-    geometric_prior,
-    latent_penalty,
-    masked_mean,
-    q_exit,
-    state_penalty,
-    token_losses,
-)
-from looplm.reference.model import (
-    Output,
-    Params,
-    View,
-    at_least_fp32,
-    attend,
-    block,
-    evens_then_odds,
-    exit_gate,
-    forward,
-    grouped_attention,
-    gru_cell,
-    head_weight,
-    inject,
-    latent_attention,
-    mha_head_dim,
-    output_gate,
-    rms_norm,
-    rotate,
-    scope,
-    swiglu,
-    visible,
-)
-from looplm.reference.module import (
-    ReferenceLM,
-    parameter_shapes,
-)
-
-__all__ = [
-    "Output",
-    "Params",
-    "ReferenceLM",
-    "View",
-    "adaptive_gate_loss",
-    "at_least_fp32",
-    "attend",
-    "block",
-    "entropy",
-    "entropy_regularised_loss",
-    "evens_then_odds",
-    "exit_distribution",
-    "exit_gate",
-    "forward",
-    "geometric_prior",
-    "grouped_attention",
-    "gru_cell",
-    "head_weight",
-    "inject",
-    "latent_attention",
-    "latent_penalty",
-    "masked_mean",
-    "mha_head_dim",
-    "output_gate",
-    "parameter_shapes",
-    "q_exit",
-    "rms_norm",
-    "rotate",
-    "scope",
-    "state_penalty",
-    "swiglu",
-    "token_losses",
-    "visible",
-]
+from looplm.reference.losses import adaptive_gate_loss as adaptive_gate_loss
+from looplm.reference.losses import entropy as entropy
+from looplm.reference.losses import entropy_regularised_loss as entropy_regularised_loss
+from looplm.reference.losses import exit_distribution as exit_distribution
+from looplm.reference.losses import geometric_prior as geometric_prior
+from looplm.reference.losses import latent_penalty as latent_penalty
+from looplm.reference.losses import masked_mean as masked_mean
+from looplm.reference.losses import q_exit as q_exit
+from looplm.reference.losses import state_penalty as state_penalty
+from looplm.reference.losses import token_losses as token_losses
+from looplm.reference.model import Output as Output
+from looplm.reference.model import Params as Params
+from looplm.reference.model import View as View
+from looplm.reference.model import at_least_fp32 as at_least_fp32
+from looplm.reference.model import attend as attend
+from looplm.reference.model import block as block
+from looplm.reference.model import evens_then_odds as evens_then_odds
+from looplm.reference.model import exit_gate as exit_gate
+from looplm.reference.model import forward as forward
+from looplm.reference.model import grouped_attention as grouped_attention
+from looplm.reference.model import gru_cell as gru_cell
+from looplm.reference.model import head_weight as head_weight
+from looplm.reference.model import inject as inject
+from looplm.reference.model import latent_attention as latent_attention
+from looplm.reference.model import mha_head_dim as mha_head_dim
+from looplm.reference.model import output_gate as output_gate
+from looplm.reference.model import rms_norm as rms_norm
+from looplm.reference.model import rotate as rotate
+from looplm.reference.model import scope as scope
+from looplm.reference.model import swiglu as swiglu
+from looplm.reference.model import visible as visible
+from looplm.reference.module import ReferenceLM as ReferenceLM
+from looplm.reference.module import parameter_shapes as parameter_shapes

@@ -76,7 +76,7 @@ class ExperimentConfig(Experiment):
         for arm in self.arms:
             require(is_file_name(arm) and arm == arm.strip(), "arms", arm, "give a name that a folder can have")
         for seed in self.sweep.seeds:
-            require(seed not in self.seeds, "sweep.seeds", seed, "rates tuned on a seed would favour it; give another")
+            require(seed not in self.seeds, "sweep.seeds", seed, "rates tuned on a seed would favor it; give another")
         for pair in self.pairs:
             for key, arm in (("better", pair.better), ("than", pair.than)):
                 require(arm in self.arms, f"pairs.{key}", arm, f"give one of {', '.join(self.arms)}")

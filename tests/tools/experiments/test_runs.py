@@ -141,7 +141,7 @@ def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
         ({"pairs": [PAIR, {"better": "1x2", "than": "2x2", "matched": "flops"}]}, "pairs.than: '2x2' is not allowed"),
         ({"figures": ["test.accuracy", "valid.loss"]}, r"figures: \['valid.loss'\] is not allowed; name held-out data"),
         ({"curves": ["valid.loss by depth"]}, r"curves: \['valid.loss by depth'\] is not allowed; name held-out data"),
-        ({"seeds": [1, 1000]}, r"sweep.seeds: 1000 is not allowed; rates tuned on a seed would favour it"),
+        ({"seeds": [1, 1000]}, r"sweep.seeds: 1000 is not allowed; rates tuned on a seed would favor it"),
         ({"measure": {"tests": {"valid": {}}}}, r"measure.tests: 'valid' is not allowed"),
         ({"seeds": [1, 1]}, r"seeds: 1 is not allowed; give each once"),
         ({"seeds": [1, -1]}, r"seeds: -1 is not allowed"),
