@@ -7,7 +7,7 @@ status exception                         what a launcher does
 1      any other                         repeat it once: a task of a data build was killed, or there is a bug
 2      :class:`UserError`                nothing: a repetition fails the same way
 3      :class:`NumericalFailure`         nothing: someone must look at the batch (``python -m tools.replay``)
-4      :class:`Hang`                     requeue: a rank or its network no longer answered
+4      :class:`Hang`                     requeue: a rank, its network or its GPU no longer answered
 5      :class:`StorageFailure`           nothing: free or repair the disk first
 130    (``pretrain.stopping.ABANDONED``) nothing: a second signal ended a run at once, or Ctrl-C another command
 141    ``BrokenPipeError``               nothing: whoever read the output has closed it, as ``head`` does
@@ -60,7 +60,7 @@ class NumericalFailure(Failure):
 
 
 class Hang(Failure):
-    """A step or a start-up that has passed its deadline."""
+    """A step or a start-up that has passed its deadline, or a machine that has failed: a repetition may succeed."""
 
     status = 4
 

@@ -15,6 +15,7 @@ import select
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,6 +29,7 @@ from looplm.config import HealthConfig
 from looplm.failures import Failure, Hang, NumericalFailure, StorageFailure, UserError
 from looplm.files import storage_failure
 from looplm.megatron import process_groups
+from looplm.megatron.device import lost_gpu
 from pretrain import launcher
 from pretrain.stopping import STOPPED, StopRequest, end_workers
 
@@ -137,8 +139,10 @@ class Watchdog:
     def _judge(self, error: Exception) -> Exception:
         """Tell the other ranks of this rank's failure; return the failure of another rank if that is its cause."""
         lost = process_groups.lost_peer(error) if isinstance(error, RuntimeError) else None
-        disk = None if isinstance(error, Failure) else storage_failure(error)
-        found = lost or disk or error
+        broken, disk = lost_gpu(error), None if isinstance(error, Failure) else storage_failure(error)
+        if broken is not None:
+            traceback.print_exception(error)  # where, should it be a kernel's own fault
+        found = lost or broken or disk or error
         self._status = getattr(found, "status", 1)
         if self._store is None:
             return found

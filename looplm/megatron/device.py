@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
+from looplm.failures import Hang
+
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
@@ -114,6 +116,17 @@ def library_versions() -> dict[str, str]:
     if not HAS_CUDA:
         return {}
     return {"cuDNN": str(torch.backends.cudnn.version()), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
+def lost_gpu(error: Exception) -> Hang | None:
+    """Return the failure of a GPU (a memory error, a lost link) that caused ``error``; None if something else did.
+
+    A kernel's own fault, such as an illegal access, cannot be told from these. Memory that runs out is neither.
+    """
+    if not isinstance(error, torch.AcceleratorError):
+        return None
+    reason = str(error).partition("\n")[0]
+    return Hang(f"the GPU has failed ({reason}); the run can be resumed, on another node if that repeats")
 
 
 Stream = torch.cuda.Stream

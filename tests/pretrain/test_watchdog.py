@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from looplm.config import HealthConfig
 from looplm.failures import Hang
@@ -110,6 +111,19 @@ def test_a_rank_that_hangs_after_a_signal(corpus, tmp_path, record_property):
     assert [end.status for end in found] == [Hang.status, Hang.status]
     assert "s after a signal (health.stop_timeout); rank 1 is late, in step 2; stacks in " in found[1].last_line
     record_property("seen", "status 4 on both: step 2: not saved … after a signal; rank 1 is late, in step 2")
+
+
+def test_a_run_whose_gpu_fails_can_be_resumed(tmp_path, capsys):
+    failures = (
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error\nmore"), Hang),
+        (ValueError("x"), ValueError),
+    )
+    for error, kind in (*failures, (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError)):
+        with pytest.raises(kind) as caught, Watchdog(HealthConfig(), tmp_path).guard():
+            raise error
+        is_gpu = "the GPU has failed (CUDA error: uncorrectable ECC error); the run can be resumed" in str(caught.value)
+        assert is_gpu == (kind is Hang)
+        assert ("AcceleratorError" in capsys.readouterr().err) == is_gpu, "its traceback is there"
 
 
 def report(counts: dict[str, int], phase: str = "step 2", waits: bool = True) -> dict[str, Any]:
