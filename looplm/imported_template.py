@@ -2,7 +2,8 @@
 
 transformers' ``apply_chat_template`` runs a template in jinja2's immutable sandbox, with a few additions, and encodes
 the text at once. The same happens here without transformers, so a model answers the same tokens in both. A template
-comes from anyone: it can read nothing but the messages and the names of special tokens.
+comes from anyone: it can read nothing but the messages and the names of special tokens, its time and its memory are
+bounded, and whatever it raises is a fault of its file.
 
 To be trained on, a conversation is rendered as a whole. An answer is what the template adds after the point where it
 would ask for that answer, up to the special token that ends it::
@@ -12,7 +13,11 @@ would ask for that answer, up to the special token that ends it::
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +27,19 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from tokenizers import Tokenizer
 
 from looplm.chat import ANSWERS, JINJA, TEMPLATE_FILE, TOKENIZER_CONFIG, Encoded, Message
-from looplm.cli import UserError
+from looplm.cli import UserError, is_unicode
 from looplm.encoding import remove_limits
 from looplm.json_file import read_object
 
 _FIX = "repair the template, or remove it to chat in LoopLM's own"
-_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+_SECONDS, _MEMORY = 5.0, 2**30  # processor time of one rendering, which usually takes a millisecond; bytes
+_LONGEST, _POWER_BITS = 2**24, 2**12  # characters of a conversation; bits of an integer that is a power
 _PROBE = (Message("user", "2 + 2?"), Message(ANSWERS, "4"))
 _SHOWN = 40  # characters of a content in a message
 
@@ -59,11 +66,12 @@ class ImportedTemplate:
         added = tokenizer.get_added_tokens_decoder()
         self._special = {number: token.content for number, token in added.items() if token.special}
         try:
-            self._template = _compile(source)
+            with _limits():
+                self._template = _compile(source)
         except TemplateSyntaxError as error:
-            raise UserError(f"{where}:{error.lineno}: not a valid template ({error.message}); {_FIX}") from error
-        except RecursionError as error:
-            raise UserError(f"{where}: not a valid template (it is nested too deep); {_FIX}") from error
+            raise UserError(f"{where}:{error.lineno}: not a valid template ({_reason(error)}); {_FIX}") from error
+        except (Exception, _TooLong) as error:  # of Python too, which compiles what Jinja makes of the template
+            raise UserError(f"{where}: not a valid template ({_reason(error)}); {_FIX}") from error
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return a conversation so far as text, up to the point where the model's answer begins.
@@ -77,10 +85,15 @@ class ImportedTemplate:
         listed = [{"role": message.role, "content": message.content} for message in messages]
         given: dict[str, Any] = {"messages": listed, "tools": None, "documents": None, "add_generation_prompt": asks}
         try:
-            return self._template.render({**self._tokens, **given})
-        except _FAULTS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self._where}: does not render this conversation ({reason}); {_FIX}") from error
+            with _limits():
+                text = self._template.render({**self._tokens, **given})
+            if len(text) > _LONGEST:
+                raise OverflowError(f"its text is longer than {_LONGEST:,} characters")
+            if not is_unicode(text):
+                raise ValueError("its text holds half of a surrogate pair")
+            return text
+        except (Exception, _TooLong) as error:
+            raise UserError(f"{self._where}: does not render this conversation ({_reason(error)}); {_FIX}") from error
 
     def ask(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of :meth:`render`. Special tokens in a message's content count as such, as in transformers."""
@@ -170,7 +183,7 @@ def imported_template(folder: Path, tokenizer: Tokenizer, known: Mapping[str, st
         path, found = config, _default(values.get("chat_template"))
         if found is None:
             return None
-        if not isinstance(found, str):
+        if not isinstance(found, str) or not is_unicode(found):
             raise UserError(f"{config}: chat_template: {found!r} is not a template; {_FIX}")
         source = found
     if source == JINJA:  # written by a stage that trained on conversations
@@ -189,11 +202,48 @@ def _default(found: Any) -> Any:
     return named[0].get("template") if named else found
 
 
+class _TooLong(BaseException):
+    """The end of a template's time; not an Exception, because Jinja drops those while it folds constants."""
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Bound the memory that a template takes and, in the main thread, which alone receives signals, its time.
+
+    Nested loops, texts that double and widths of filters can all take for ever: too many to refuse one by one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    most = min(limit for limit in (soft, used + _MEMORY) if limit != resource.RLIM_INFINITY)
+    timed = threading.current_thread() is threading.main_thread()
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        if timed:
+            before = signal.signal(signal.SIGPROF, _end)
+            signal.setitimer(signal.ITIMER_PROF, _SECONDS, _SECONDS)  # again if one is dropped, as in a finalizer
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _end(*_: object) -> NoReturn:
+    raise _TooLong(f"it takes longer than {_SECONDS:g} seconds")
+
+
+def _reason(error: BaseException) -> str:
+    """Return what a template has raised, in one line that is not too long."""
+    if isinstance(error, MemoryError):
+        return f"it takes more than {_MEMORY / 2**30:g} GiB of memory"
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
 def _compile(source: str) -> Template:
     """Compile a template with what transformers adds to Jinja."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise,
@@ -202,6 +252,18 @@ def _compile(source: str) -> Template:
         "namespace": _Namespace,
     }
     return environment.from_string(source)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """transformers' sandbox, which refuses a power of integers with too many bits instead of computing it."""
+
+    intercepted_binops = frozenset(["**"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Return the power of two operands; it is not folded into the template while that is compiled."""
+        if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _POWER_BITS:
+            raise OverflowError("it asks for a power that is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 class _GenerationTag(Extension):
@@ -257,4 +319,4 @@ def _to_json(
 
 
 def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
+    raise TemplateError(str(message))  # whose own str() may fail, as that of a long integer does

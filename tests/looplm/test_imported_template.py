@@ -1,7 +1,10 @@
 """Chat templates of imported models: the tokens that transformers gives, and what is refused."""
 
 import json
+import resource
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from looplm import generate as command
+from looplm import imported_template as templates
 from looplm.chat import JINJA, SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.checkpoint import COMPANION_FOLDER
 from looplm.cli import UserError
@@ -137,7 +141,7 @@ def test_what_cannot_be_trained_on_is_refused(source: str, answer: str, words: s
         ("{{ 1 / 0 }}", "division by zero"),
         ("\n{% for %}", "t.jinja:2: not a valid template ("),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        (f"{{{{ {'(' * 3000}1{')' * 3000} }}}}", "nested too deep"),
+        (f"{{{{ {'(' * 3000}1{')' * 3000} }}}}", "recursion"),
     ],
     ids=lambda value: value[:40],
 )
@@ -146,6 +150,74 @@ def test_templates_that_fail_or_reach_out_are_refused_in_one_line(source: str, w
         ImportedTemplate(source, byte_tokenizer(), {}, "t.jinja").render(TALK)
     assert str(caught.value).startswith("t.jinja:") and words in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).endswith("repair the template, or remove it to chat in LoopLM's own")
+
+
+TOO_MANY_DIGITS = (
+    "Exceeds the limit (4300 digits) for integer string conversion; use sys.set_int_max_str_digits() to increase the "
+    "limit"
+)
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("{% break %}", "'break' outside loop"),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),
+        ("{{ dict(a=1, a=2) }}", "keyword argument repeated: a"),
+        ("{% macro m(a, a) %}{% endmacro %}", "duplicate argument 'l_1_a' in function definition"),
+        ("{{ ('a' | center(10000000)) | wordwrap(1) | length }}", "it takes longer than 0.5 seconds"),
+        (f"{{{{ {'9' * 5000} }}}}", TOO_MANY_DIGITS.replace("conversion", "conversion: value has 5000 digits")),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_templates_that_cannot_be_compiled_are_refused_in_one_line(
+    source: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "_SECONDS", 0.5)
+    with pytest.raises(UserError) as caught:
+        ImportedTemplate(source, byte_tokenizer(), {}, "t.jinja")
+    fix = "repair the template, or remove it to chat in LoopLM's own"
+    assert str(caught.value) == f"t.jinja: not a valid template ({reason}); {fix}"
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("{{ cycler() }}", "at least one item has to be provided"),
+        ("{{ '\\ud800' }}", "its text holds half of a surrogate pair"),
+        ("{{ messages[0].role * 5000000 }}", "its text is longer than 16,777,216 characters"),
+        ("{{ 9 ** (9 ** 9) }}", "it asks for a power that is too large"),
+        ("{{ ('a' * 10 ** 13) | length }}", "it takes more than 1 GiB of memory"),
+        ("{{ ('a' * 2000000000) | length }}", "it takes more than 1 GiB of memory"),
+        ("{{ ('%2000000000d' % 1) | length }}", "it takes more than 1 GiB of memory"),
+        (
+            "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "it takes longer than 0.5 seconds",
+        ),
+        ("{{ lipsum(n=100000000) }}", "it takes longer than 0.5 seconds"),
+        (f"{{{{ raise_exception({' * '.join(['9 ** 999'] * 5)}) }}}}", TOO_MANY_DIGITS),
+        ("{{ raise_exception('no ' * 1000) }}", f"{'no ' * 66}no"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_templates_that_hang_or_fill_the_memory_are_refused_in_one_line(
+    source: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "_SECONDS", 0.5)
+    before = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGPROF)
+    with pytest.raises(UserError) as caught:
+        ImportedTemplate(source, byte_tokenizer(), {}, "t.jinja").render(TALK)
+    fix = "repair the template, or remove it to chat in LoopLM's own"
+    assert str(caught.value) == f"t.jinja: does not render this conversation ({reason}); {fix}"
+    assert (resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGPROF)) == before
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+
+
+def test_a_thread_renders_as_the_main_one_does() -> None:
+    template = ImportedTemplate(DEFAULT_SYSTEM + "{{ 2 ** 10 }}", byte_tokenizer(), {}, "t.jinja")
+    with ThreadPoolExecutor() as threads:
+        rendered = threads.submit(template.render, TALK).result()
+    assert rendered == template.render(TALK) and rendered.endswith("1024")
 
 
 def write(folder: Path, template: str | None, config: dict[str, Any] | None = None) -> Path:
@@ -174,7 +246,7 @@ def test_where_a_template_is_looked_for(tmp_path: Path) -> None:
     assert rendered(write(tmp_path / "config", None, named)) == "<pad><bos>"
     listed = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "default"}]
     assert rendered(write(tmp_path / "listed", None, {"chat_template": listed})) == "default"
-    for wrong in (listed[:1], 7):
+    for wrong in (listed[:1], 7, "{# \ud800 #}"):
         with pytest.raises(UserError, match=r"tokenizer_config.json: chat_template: .* is not a template; repair"):
             rendered(write(tmp_path / "wrong", None, {"chat_template": wrong}))
     (tmp_path / "file/chat_template.jinja").write_bytes(b"\xff")
