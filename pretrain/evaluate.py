@@ -25,6 +25,7 @@ from looplm import checkpoint
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.config import LossConfig, RunConfig
+from looplm.config.model import MAX_DEPTH
 from looplm.evaluation.answers import AnswerMeter
 from looplm.evaluation.attention_sink import attention_sink
 from looplm.evaluation.cached import cache_losses, texts_of
@@ -50,6 +51,8 @@ THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)] + [0.975, 0.99, 1.
 def main(argv: list[str]) -> None:
     """Run ``python -m pretrain.evaluate --checkpoint DIR --depths 1,2,3,4,6,8``."""
     config = parse_config(EvaluateConfig, argv, prog="python -m pretrain.evaluate", description=str(__doc__))
+    fix = f"give whole numbers from 1 to {MAX_DEPTH:,}, such as 1,2,4,8"
+    require(max(config.depth_list) <= MAX_DEPTH, "depths", config.depths, fix)
     step = step_folder.locate(config.checkpoint)
     run = validation_run(config, checkpoint.read_config(step), checkpoint.read_model(step), str(step))
     corpus, about = check_corpus(run.data, run.model.vocab_size), checkpoint.read_about(step)

@@ -6,6 +6,7 @@ from typing import get_args
 from looplm.bounds import at_least, check_bounds, positive
 from looplm.cli import require
 from looplm.config import ModelConfig
+from looplm.config.model import MAX_DEPTH
 from looplm.inference.early_exit import ExitRule, ExitSignal, check_signal
 from looplm.inference.kv_cache import CacheMode
 
@@ -48,9 +49,9 @@ class GenerationConfig:
     exit_threshold: float | None = at_least(0, None, at_most=1)
     exit_signal: ExitSignal = "gate"
     min_depth: int = at_least(1, 1)
-    max_depth: int | None = at_least(1, None)
-    depth: int | None = at_least(1, None)
-    speculate: int = at_least(0, 0)
+    max_depth: int | None = at_least(1, None, at_most=MAX_DEPTH)
+    depth: int | None = at_least(1, None, at_most=MAX_DEPTH)
+    speculate: int = at_least(0, 0, at_most=64)
     draft_depth: int = at_least(1, 1)
     batch_size: int = at_least(1, 16)
     prefill_chunk: int = at_least(1, 1024)

@@ -120,6 +120,7 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
         (["--checkpoint", "nowhere"], "nowhere: no whole checkpoint"),
         (["--checkpoint", "x", "--depths", "0,1"], "depths: '0,1'"),
         (["--checkpoint", "x", "--depths", ""], "depths: ''"),
+        (["--checkpoint", "x", "--depths", "1,10001"], "'1,10001' is not allowed; give whole numbers from 1 to 10,000"),
         (["--checkpoint", "x", "--samples", "0"], "samples: 0"),
         (["--checkpoint", "x", "--samples", "6"], "samples: 6 is not allowed; each forward pass reads batch_size=4"),
         (["--checkpoint", "x", "--depths", "²"], "depths: '²'"),
