@@ -7,6 +7,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from looplm.cli import is_unicode
 from looplm.config import ModelConfig
 from looplm.encoding import encode
 from looplm.inference.settings import GenerationConfig
@@ -90,6 +91,8 @@ class ActiveRequest:
         begin: int | None = None,
     ) -> None:
         prompt, context, vocab_size = request.prompt, model.max_sequence_length, model.vocab_size
+        broken = isinstance(prompt, str) and not is_unicode(prompt)
+        prompt = "" if broken else prompt
         ids = encode(tokenizer, prompt, begin) if isinstance(prompt, str) else list(prompt)
         unknown = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
         self.index, self.ids = index, ids  # of the whole text: the prompt and what is added
@@ -101,7 +104,9 @@ class ActiveRequest:
         self._stream, self._eos_ids = TextStream(tokenizer, [] if unknown else ids, config.stop), eos
         max_new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         self._end, self._context = len(ids) + max_new, context
-        if not ids:
+        if broken:
+            self.fail("the prompt holds half of a surrogate pair, which is no text; remove it")
+        elif not ids:
             self.fail("the prompt is empty; give at least one token")
         elif unknown:
             self.fail(f"token id {unknown[0]} is not below the vocabulary's {vocab_size}; use the model's tokenizer")

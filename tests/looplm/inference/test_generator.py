@@ -301,9 +301,10 @@ def test_finish_reasons(generator: Generator, single_process: ProcessGroupCollec
 
 def test_an_invalid_request_does_not_affect_the_others(generator: Generator) -> None:
     [good] = generator.generate(PROMPTS[:1], GREEDY)
-    rows = generator.generate([PROMPTS[0], "", "x" * 128, [5, VOCAB], [-1], []], GREEDY)
+    rows = generator.generate([PROMPTS[0], "", "x" * 128, [5, VOCAB], [-1], [], "\ud800"], GREEDY)
     assert rows[0] == good
-    for row, word in zip(rows[1:], ["empty", "128 tokens", f"id {VOCAB}", "id -1", "empty"], strict=True):
+    words = ["empty", "128 tokens", f"id {VOCAB}", "id -1", "empty", "surrogate"]
+    for row, word in zip(rows[1:], words, strict=True):
         assert row.finish == "error" and word in str(row.error) and "\n" not in str(row.error) and not row.tokens
     assert all(row.error for row in generator.generate(["", ""], GREEDY)), "no request is valid, so nothing runs"
 
