@@ -23,6 +23,7 @@ from looplm.files import write_whole
 from looplm.huggingface.config_json import TokenIds
 from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.inference.generator import Generator
+from looplm.inference.kv_cache import check_cached
 from looplm.inference.request import Generation, Request
 from looplm.inference.settings import GenerationConfig
 from looplm.inference.text_stream import Token
@@ -82,6 +83,8 @@ def main(argv: list[str]) -> None:
     groups = process_groups.start(config.seed)
     try:
         opened = open_model(config.checkpoint, groups, DTYPES[config.precision])
+        check_cached(opened.model.model_config)
+        config.exit_rule(opened.model.model_config, opened.about.gate_trained)  # raise before the first line is read
         generator = Generator.of(opened, False if config.chat else config.add_bos)
         printer = Printer(opened.model.model_config.num_loops)
         template = _chat_template(opened) if config.chat else None
@@ -185,7 +188,6 @@ def converse(
     The oldest part of the text is dropped, with a note, when it would leave no room for an answer. An imported template
     renders the whole conversation again for each answer, because it may treat earlier turns in any way.
     """
-    config.exit_rule(generator.model.model_config, generator.gate_trained)  # raise before the first line is read
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused below, not a traceback
     text, turn, messages = list[int](), 0, list[Message]()

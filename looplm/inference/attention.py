@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.config import ModelConfig
+from looplm.inference.kv_cache import check_cached
 
 Query = tuple[Tensor, ...]
 
@@ -80,8 +81,7 @@ class CachedLatentAttention:
         else:
             self._query = module.linear_q_proj.weight.detach()
         self._down = module.linear_kv_down_proj.weight.detach()
-        fix = "a cache has no room for the states that its next latent reads; score it without a cache"
-        config.refuse_reading_positions(fix)
+        check_cached(config)
         self._refine = module.kv_layernorm if config.latent_iterations else None
         has_norm = config.kv_latent_norm and self._refine is None
         self._norm = module.kv_layernorm.weight.detach() if has_norm else None
