@@ -33,10 +33,12 @@ from looplm import checkpoint
 from looplm.bounds import at_least, check_bounds, path_field, positive, require_file_place
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError, parse_config, require, run_main
+from looplm.config import ModelConfig
 from looplm.encoding import encode
 from looplm.files import write_whole
 from looplm.inference import GenerationConfig, Generator
-from looplm.inference.kv_cache import CacheMode
+from looplm.inference.kv_cache import CacheMode, check_cached
+from looplm.inference.scheduler import NOT_FINITE
 from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES
 from looplm.model.exit_gate import exit_log_probs, q_exit
@@ -215,6 +217,8 @@ class HarnessModel(TemplateLM):
 
     def _score(self, h_SD: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
         logits_SV = F.linear(h_SD[-len(continuation) :], self._model.head_weight()).float()
+        if not logits_SV.amax(-1).isfinite().all():  # the likeliest id of NaNs is 0, and so is the best choice
+            raise UserError(f"{self._config.checkpoint}: {NOT_FINITE}")
         target_S = torch.tensor(continuation[-len(h_SD) :], device=logits_SV.device)
         value = -F.cross_entropy(logits_SV, target_S, reduction="sum")
         return float(value), bool((logits_SV.argmax(-1) == target_S).all())
@@ -245,7 +249,7 @@ def main(argv: list[str]) -> None:
     found = step_folder.locate(config.checkpoint)
     about, shape = checkpoint.read_about(found), checkpoint.read_model(found)
     config.generation().exit_rule(shape.model, about.gate_trained)  # raises before the slow search for tasks
-    tasks = find_tasks(config, shape.model.max_sequence_length)
+    tasks = find_tasks(config, shape.model)
     groups = process_groups.start(seed=0)
     try:
         model = HarnessModel(checkpoint.open_step(found, groups, DTYPES[config.precision]), config)
@@ -289,15 +293,16 @@ def generation_of(config: HarnessConfig, kwargs: Mapping[str, Any], context: int
     )
 
 
-def find_tasks(config: HarnessConfig, context: int) -> TaskManager:
+def find_tasks(config: HarnessConfig, model: ModelConfig) -> TaskManager:
     """Return the index of tasks. The harness's own, thousands of files, are only read if a task is not among yours.
 
     Args:
-        config: names of the tasks, and your own folder.
-        context: most tokens of a text; answers of a task that generates must be shorter.
+        config: names of the tasks, your own folder, and worked examples.
+        model: the checkpoint's; answers of a task that generates must be shorter than its context.
 
     Raises:
-        UserError: there is no such task, its data cannot be loaded, or it generates in a way that is not supported.
+        UserError: there is no such task, its data cannot be loaded, it has too few documents for worked examples, or it
+            generates in a way that is not supported.
     """
     for defaults in (False, True):
         manager = TaskManager(include_path=config.include_path, include_defaults=defaults)
@@ -311,9 +316,17 @@ def find_tasks(config: HarnessConfig, context: int) -> TaskManager:
         tasks = manager.load(config.names)["tasks"]
     except (OSError, ValueError) as error:  # a missing file, an unreachable hub or a damaged task
         raise UserError(f"tasks: {config.tasks}: cannot be loaded: {' '.join(str(error).split())}") from error
-    for task in tasks.values():  # all kinds of requests before the first is made: scoring would be lost
+    for name, task in tasks.items():  # all kinds of requests before the first is made: scoring would be lost
         if task.OUTPUT_TYPE == "generate_until":
-            generation_of(config, task.config.generation_kwargs or {}, context)
+            check_cached(model)
+            generation_of(config, task.config.generation_kwargs or {}, model.max_sequence_length)
+        own = task.config.num_fewshot
+        shots = own if config.num_fewshot is None or own == 0 else config.num_fewshot  # as the harness takes them
+        if shots:
+            asked_too = task.fewshot_cfg.split == task.config.test_split  # a question is no example for itself
+            most = len(task.sampler.df) - asked_too
+            fix = f"give at most {most}, as {name} has no more documents for them"
+            require(shots <= most, "num_fewshot", shots, fix)
     return manager
 
 

@@ -28,7 +28,7 @@ from looplm.inference.text_stream import Token
 from looplm.model import LoopLM
 
 OnToken = Callable[[int, Token], None]
-_NOT_FINITE = (
+NOT_FINITE = (
     "the model's logits are not finite; its training diverged or a file is damaged; take an earlier checkpoint"
 )
 
@@ -80,7 +80,7 @@ class Scheduler:
         for tokens in new:
             request = self._rows[tokens.row]
             if not tokens.finite:
-                request.fail(_NOT_FINITE)
+                request.fail(NOT_FINITE)
             request.drafted += tokens.drafted
             request.accepted += tokens.accepted
             for token_id in tokens.ids:

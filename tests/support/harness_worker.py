@@ -33,6 +33,10 @@ MISTAKES = [
     ["--tasks", "tiny_choice", "--exit_threshold", "2"],
     ["--tasks", "tiny_choice", "--limit", "0"],
     ["--tasks", "tiny_choice,tiny_long"],
+    ["--tasks", "tiny_choice", "--depth", "10001"],
+    ["--tasks", "tiny_choice", "--num_fewshot", "6"],
+    ["--tasks", "tiny_choice,tiny_own", "--num_fewshot", "5"],
+    ["--tasks", "tiny_choice,tiny_text", "--checkpoint", "step-mixing"],
 ]
 
 
@@ -108,9 +112,14 @@ def melting_pair(opened: OpenedModel) -> tuple[str, str]:
 
 def message_of(arguments: list[str]) -> str:
     """Return what a mistake's message says; nothing may have been scored before it is found."""
+    with patch.object(eval_harness, "simple_evaluate", side_effect=AssertionError("tasks were scored")):
+        return error_of(arguments)
+
+
+def error_of(arguments: list[str]) -> str:
+    """Return what the command's message says; nothing if it succeeds."""
     try:
-        with patch.object(eval_harness, "simple_evaluate", side_effect=AssertionError("tasks were scored")):
-            main(arguments)
+        main(arguments)
     except UserError as error:
         return str(error)
     return ""
@@ -125,6 +134,8 @@ if __name__ == "__main__":
     )  # a wrong name does not make it read the harness's own thousands of files
     common = ["--checkpoint", saved, "--include_path", folder]
     report = str(Path(output).with_name("report.json"))
-    main([*common, "--tasks", "tiny_choice,tiny_text", "--output", report])
+    main([*common, "--tasks", "tiny_choice,tiny_text", "--num_fewshot", "5", "--output", report])
+    broken = ["--checkpoint", f"{saved}-nan", *common[2:]]
     found = {"alike": answers_alike(saved, export, tasks), "mistakes": [message_of([*common, *m]) for m in MISTAKES]}
+    found["broken"] = [error_of([*broken, "--tasks", name]) for name in NAMES]
     Path(output).write_text(json.dumps({**found, "bos": with_bos}))

@@ -1,6 +1,7 @@
 """lm-evaluation-harness gives the same answers for a checkpoint and its export at any depth; errors take one line."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer, processors
@@ -41,6 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "exact_match"}],
     },
 }
+OWN = {"fewshot_split": "test"}  # its examples are its other questions
 
 
 def write_tasks(folder: Path) -> None:
@@ -52,7 +55,8 @@ def write_tasks(folder: Path) -> None:
             document = {"question": text[:12], "text": text * (1 + 2 * (index == 1))}  # one is longer than the context
             file.write(json.dumps({**document, "choices": ["\n    return", " a", "b):"], "answer": index % 3}) + "\n")
     long = {**TASKS["tiny_text"], "generation_kwargs": {"until": ["z"], "max_gen_toks": 64}}
-    for name, kind in {**TASKS, "tiny_long": long, "broken": TASKS["tiny_choice"]}.items():
+    others = {"tiny_long": long, "broken": TASKS["tiny_choice"], "tiny_own": {**TASKS["tiny_choice"], **OWN}}
+    for name, kind in {**TASKS, **others}.items():
         files = {"test": "missing.jsonl" if name == "broken" else str(data)}
         question = "" if name == "tiny_rolling" else "{{question}}"
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
@@ -77,6 +81,11 @@ def found(
     checkpoint.save_weights(folder / "step-bos", model, GATE, about, folder / "tokenizer.json")
     opened = checkpoint.open_model(str(folder / "step-bos"), single_process, dtype=None)
     export_model(opened, folder / "export-bos", "looplm", None, 10**9)
+    mixing = build(replace(MODEL, latent_iterations=2, latent_halting=True, latent_mixing=2), GATE, single_process)
+    checkpoint.save_weights(folder / "step-mixing", mixing, GATE, about_weights("float32"), corpus / "tokenizer.json")
+    with torch.no_grad():
+        model.head_weight().fill_(math.nan)
+    checkpoint.save_weights(folder / "step-nan", model, GATE, about_weights("float32"), corpus / "tokenizer.json")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HOME": str(folder / "hf"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "tests.support.harness_worker", "step", "export", "tasks", "found.json"]
@@ -108,6 +117,7 @@ def test_the_command_shows_and_writes_results(found: dict[str, Any]) -> None:
     report = found["report"]
     assert 0 <= report["results"]["tiny_choice"]["acc,none"] <= 1
     assert report["n-samples"]["tiny_text"]["effective"] == 5 and report["depth"] == 4
+    assert report["n-shot"]["tiny_choice"] == 5, "as many as there are documents"
     assert "tiny_choice" in found["shown"]
 
 
@@ -146,6 +156,17 @@ def test_a_choice_that_melts_into_the_context(
 @pytest.mark.slow
 def test_mistakes_give_a_one_line_error(found: dict[str, Any]) -> None:
     expected = ["tiny_chioce: no such task", "broken: cannot be loaded", "depth: 2", "exit_threshold: 2"]
-    expected += ["limit: 0", "max_gen_toks: 64"]
+    expected += ["limit: 0", "max_gen_toks: 64", "depth: 10001 is not allowed; give null or a number of at least 1"]
+    expected += [
+        "num_fewshot: 6 is not allowed; give at most 5, as tiny_choice has no more documents for them",
+        "num_fewshot: 5 is not allowed; give at most 4, as tiny_own has no more documents for them",
+        "model.latent_mixing: 2 is not allowed; a cache has no room for the states that its next latent reads",
+    ]
     for message, part in zip(found["mistakes"], expected, strict=True):
         assert part in message and "\n" not in message, message
+
+
+@pytest.mark.slow
+def test_a_model_whose_logits_are_not_finite_has_no_score(found: dict[str, Any]) -> None:
+    reason = "the model's logits are not finite; its weights are damaged or its training diverged"
+    assert found["broken"] == [f"step-nan: {reason}"] * len(TASKS)
