@@ -28,9 +28,7 @@ from looplm.inference.text_stream import Token
 from looplm.model import LoopLM
 
 OnToken = Callable[[int, Token], None]
-NOT_FINITE = (
-    "the model's logits are not finite; its training diverged or a file is damaged; take an earlier checkpoint"
-)
+NOT_FINITE = "the model's logits are not finite; its training diverged or a file is damaged; take an earlier checkpoint"
 
 
 class Scheduler:

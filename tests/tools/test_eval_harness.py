@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, processors
 
 from looplm import checkpoint
 from looplm.config import GateConfig
+from looplm.files import sha256_of
 from looplm.huggingface.convert import export_model
 from tests.support.generation_oracle import build
 from tests.support.tiny import BOS, MODEL, TEXTS, about_weights
@@ -70,22 +71,23 @@ def found(
     """Return the worker's answers for a model whose answers vary, and the command's report."""
     folder = tmp_path_factory.mktemp("harness")
     model = build(replace(MODEL, num_loops=4), GATE, single_process)
-    checkpoint.save_weights(folder / "step", model, GATE, about_weights("float32"), corpus / "tokenizer.json")
+    about = replace(about_weights("float32"), tokenizer_sha256=sha256_of(corpus / "tokenizer.json"))
+    checkpoint.save_weights(folder / "step", model, GATE, about, corpus / "tokenizer.json")
     opened = checkpoint.open_model(str(folder / "step"), single_process, dtype=None)
     export_model(opened, folder / "export", "looplm", None, 10**9)
     write_tasks(folder / "tasks")
     tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", BOS)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = replace(about_weights("float32"), begin_id=BOS)
-    checkpoint.save_weights(folder / "step-bos", model, GATE, about, folder / "tokenizer.json")
+    with_bos = replace(about, begin_id=BOS, tokenizer_sha256=sha256_of(folder / "tokenizer.json"))
+    checkpoint.save_weights(folder / "step-bos", model, GATE, with_bos, folder / "tokenizer.json")
     opened = checkpoint.open_model(str(folder / "step-bos"), single_process, dtype=None)
     export_model(opened, folder / "export-bos", "looplm", None, 10**9)
     mixing = build(replace(MODEL, latent_iterations=2, latent_halting=True, latent_mixing=2), GATE, single_process)
-    checkpoint.save_weights(folder / "step-mixing", mixing, GATE, about_weights("float32"), corpus / "tokenizer.json")
+    checkpoint.save_weights(folder / "step-mixing", mixing, GATE, about, corpus / "tokenizer.json")
     with torch.no_grad():
         model.head_weight().fill_(math.nan)
-    checkpoint.save_weights(folder / "step-nan", model, GATE, about_weights("float32"), corpus / "tokenizer.json")
+    checkpoint.save_weights(folder / "step-nan", model, GATE, about, corpus / "tokenizer.json")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HOME": str(folder / "hf"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "tests.support.harness_worker", "step", "export", "tasks", "found.json"]
@@ -168,5 +170,5 @@ def test_mistakes_give_a_one_line_error(found: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_model_whose_logits_are_not_finite_has_no_score(found: dict[str, Any]) -> None:
-    reason = "the model's logits are not finite; its weights are damaged or its training diverged"
+    reason = "the model's logits are not finite; its training diverged or a file is damaged; take an earlier checkpoint"
     assert found["broken"] == [f"step-nan: {reason}"] * len(TASKS)
