@@ -66,10 +66,10 @@ class SourceConfig:
         kind: python-stdlib (this interpreter's own source files), text (one document per file), jsonl or parquet.
         paths: files or globs, including **; not for python-stdlib. The longest start that exists under exactly that
             name is no glob. gzip, zstd, bzip2 and xz are decompressed, by content.
-        text_key: jsonl and parquet: the key or column of the text.
+        text_key: jsonl and parquet, without chat: the key or column of the text.
         chat: jsonl and parquet: the records are conversations, trained on their answers only; null: plain text.
         filters: quality filters, applied in this order; they were made for prose and reject source code.
-        language: datatrove's language code, for the filters that count words or sentences.
+        language: with filters: datatrove's language code, by which they split words and sentences.
         min_chars: shorter documents are dropped.
         max_chars: longer documents are dropped; null: no limit.
         limit: read only this many documents, in one task, for a trial; null: read all.
@@ -94,8 +94,13 @@ class SourceConfig:
         own = self.kind == "python-stdlib"
         fix = "kind=python-stdlib finds its own files; leave it out" if own else "name at least one file or glob"
         require(own != bool(paths), f"{section}.paths", paths, fix)
+        records, key = self.kind in ("jsonl", "parquet"), self.text_key
+        fix = "only kind=jsonl or parquet without chat has it; leave it out"
+        keyed = (records and self.chat is None) or key == SourceConfig.text_key
+        require(keyed, f"{section}.text_key", key, fix)
+        plain = bool(self.filters) or self.language == SourceConfig.language
+        require(plain, f"{section}.language", self.language, "only filters read it; name one, or leave it out")
         if self.chat is not None:
-            records = self.kind in ("jsonl", "parquet")
             require(records, f"{section}.chat", self.chat, "conversations are read from kind=jsonl or parquet")
             fix = "c4 rewrites text, which would change a conversation; leave it out"
             require("c4" not in self.filters, f"{section}.filters", list(self.filters), fix)
@@ -110,13 +115,13 @@ class DedupConfig:
     Args:
         exact: drop documents whose texts are equal byte for byte.
         minhash: drop near-duplicates (MinHash signatures, locality-sensitive hashing).
-        ignore: differences that near-duplicates may have in any number; numbers makes all numbers equal, so that
-            tables, sums or dates of one form are near-duplicates.
-        ngram: words per shingle; documents with fewer words have no near-duplicates.
-        buckets: bands of the signature; more bands also match less similar documents.
-        hashes_per_bucket: hashes that must agree in a band; more hashes require more similarity.
-        language: null splits words at white space (fast), and scripts without spaces into characters; a datatrove
-            code such as cmn uses that language's tokenizer.
+        ignore: minhash only: differences that near-duplicates may have in any number; numbers makes all numbers equal,
+            so that tables, sums or dates of one form are near-duplicates.
+        ngram: minhash only: words per shingle; documents with fewer words have no near-duplicates.
+        buckets: minhash only: bands of the signature; more bands also match less similar documents.
+        hashes_per_bucket: minhash only: hashes that must agree in a band; more hashes require more similarity.
+        language: minhash only: null splits words at white space (fast), and scripts without spaces into characters; a
+            datatrove code such as cmn uses that language's tokenizer.
     """
 
     exact: bool = True
@@ -129,6 +134,9 @@ class DedupConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "dedup")
+        for key in ("ignore", "ngram", "buckets", "hashes_per_bucket", "language"):
+            value, fix = getattr(self, key), "it has no effect without dedup.minhash; give that too, or leave it out"
+            require(self.minhash or value == getattr(DedupConfig, key), f"dedup.{key}", value, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +154,8 @@ class TokenizerConfig:
         chat_template: folder of the model of an existing tokenizer, with its chat_template.jinja or
             tokenizer_config.json: conversations are packed as that template renders them; null: in ChatML.
         allow_loss: an existing tokenizer may drop characters that it has no token for; they are counted.
-        train_chars: characters of text, spread over all training files, on which a tokenizer is trained.
+        train_chars: with vocab_size: characters of text, spread over all training files, on which a tokenizer is
+            trained.
         bos_token: beginning of a sequence; null if an existing tokenizer has none.
         eos_token: end of a document.
         pad_token: padding.
@@ -175,9 +184,13 @@ class TokenizerConfig:
         if self.path is not None:
             fix = "an existing tokenizer has its own; leave it out"
             require(not further, "tokenizer.special_tokens", list(further), fix)
+            characters, fix = self.train_chars, "an existing tokenizer is not trained; leave it out"
+            require(characters == TokenizerConfig.train_chars, "tokenizer.train_chars", characters, fix)
             return
         fix = "it belongs to an existing tokenizer; name that in tokenizer.path"
         require(self.chat_template is None, "tokenizer.chat_template", self.chat_template, fix)
+        fix = "a trained tokenizer has a token for every byte; leave it out"
+        require(not self.allow_loss, "tokenizer.allow_loss", True, fix)
         fix = "a trained tokenizer needs one that differs from eos_token and pad_token"
         require(bos not in (None, self.eos_token, pad), "tokenizer.bos_token", bos, fix)
         distinct = "" not in further and len({bos, self.eos_token, pad, *further}) == SPECIAL_TOKENS + len(further)

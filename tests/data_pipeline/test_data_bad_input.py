@@ -41,6 +41,10 @@ def run(tmp_path: Path, corpus: Any, jsonl: Callable) -> Callable[..., str]:
     return call
 
 
+NO_KEY = "is not allowed; only kind=jsonl or parquet without chat has it; leave it out"
+UNUSED = "is not allowed; it has no effect without dedup.minhash; give that too, or leave it out"
+
+
 @pytest.mark.parametrize(
     ("change", "needles"),
     [
@@ -60,6 +64,14 @@ def run(tmp_path: Path, corpus: Any, jsonl: Callable) -> Callable[..., str]:
         (("kind: jsonl", "kind: python-stdlib"), ["sources.a.paths", "leave it out"]),
         (("a.jsonl", "b.jsonl"), ["sources.a.paths", "b.jsonl", "matches no file"]),
         (("kind: jsonl", "kind: jsonl, text_key: body"), ["a.jsonl:1", "no key 'body'"]),
+        *(
+            (("kind: jsonl", f"kind: {kind}, text_key: body"), [f"sources.a.text_key: 'body' {NO_KEY}"])
+            for kind in ("text", "jsonl, chat: {messages_key: m}")
+        ),
+        (
+            ("kind: jsonl", "kind: jsonl, language: deu"),
+            ["sources.a.language: 'deu' is not allowed; only filters read it; name one, or leave it out"],
+        ),
         (("kind: jsonl", "kind: jsonl, min_chars: 99999"), ["sources.a", "no document is left", "12 too_short"]),
         (("kind: jsonl", "kind: jsonl, filters: [c4], language: qqq"), ["sources.a.language", "qqq"]),
     ],
@@ -83,6 +95,19 @@ def test_config_and_sources(run: Callable[..., str], change: tuple[str, str], ne
         (["--executor.tasks", "0"], ["executor.tasks", "0"]),
         (["--executor.workers", "two"], ["executor.workers", "two"]),
         (["--dedup.buckets", "0"], ["dedup.buckets", "0"]),
+        *(
+            (["--dedup.minhash", "false", f"--dedup.{key}={value}"], [f"dedup.{key}: ", UNUSED])
+            for key, value in (("ignore", "[]"), ("ngram", 4), ("buckets", 4), ("hashes_per_bucket", 4))
+        ),
+        (["--dedup.minhash=false", "--dedup.language=cmn"], [f"dedup.language: 'cmn' {UNUSED}"]),
+        (
+            ["--tokenizer.allow_loss", "true"],
+            ["tokenizer.allow_loss: True is not allowed; a trained tokenizer has a token for every byte; leave it out"],
+        ),
+        (
+            ["--tokenizer.vocab_size", "null", "--tokenizer.path", "t.json", "--tokenizer.train_chars", "9"],
+            ["tokenizer.train_chars: 9 is not allowed; an existing tokenizer is not trained; leave it out"],
+        ),
         (["--dedup.bukets", "4"], ["dedup.bukets", "did you mean dedup.buckets"]),
         (["--executor.slurm.partition", "cpu"], ["executor.slurm", "sbatch"]),
     ],
