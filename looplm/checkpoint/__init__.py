@@ -28,7 +28,6 @@ from looplm.checkpoint.about import git_revision as git_revision
 from looplm.checkpoint.about import read_about as read_about
 from looplm.checkpoint.about import read_config as read_config
 from looplm.checkpoint.about import read_model as read_model
-from looplm.checkpoint.about import upgrade_config as upgrade_config
 from looplm.checkpoint.about import versions as versions
 from looplm.checkpoint.disk import number_at_once as number_at_once
 from looplm.checkpoint.disk import prepare as prepare
@@ -43,3 +42,4 @@ from looplm.checkpoint.state import open_model as open_model
 from looplm.checkpoint.state import open_step as open_step
 from looplm.checkpoint.state import resume as resume
 from looplm.checkpoint.state import save_weights as save_weights
+from looplm.config.stored import upgrade_config as upgrade_config

@@ -15,6 +15,7 @@ from looplm.checkpoint.step_folder import step_name
 from looplm.cli import UserError, from_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.config.model import foreign_keys
+from looplm.config.stored import upgrade_config
 from looplm.encoding import begin_id, read_tokenizer
 from looplm.files import sha256_of
 from looplm.json_file import read_object
@@ -175,21 +176,6 @@ def read_config(step: Path) -> RunConfig | None:
     """Return the configuration of the run that made a checkpoint; None for weights alone."""
     values, path = _read_yaml(step)
     return from_dict(RunConfig, upgrade_config(values), where=path) if "output_dir" in values else None
-
-
-def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored run configuration without keys that earlier releases accepted and did not heed."""
-    loss, health = values.get("loss"), values.get("health")
-    if isinstance(loss, dict) and loss.get("weights", "gate") != "gate":
-        values = {**values, "loss": _without(loss, "prior", "prior_shares", "geometric_rate")}
-    varies = isinstance(loss, dict) and (loss.get("loop_onset") or loss.get("sampled_loops", "none") != "none")
-    if varies and isinstance(health, dict):
-        values = {**values, "health": _without(health, "spike_factor", "max_rollbacks")}
-    return values
-
-
-def _without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
 
 
 def read_model(step: Path) -> ModelDescription:

@@ -6,6 +6,7 @@ engine.py    backend and matmul precision of the linear layers
 tasks.py     synthetic tasks in place of text
 loss.py      the training objective
 run.py       optimizer, data, checkpoints, health, logging, and the run that holds them all
+stored.py    configurations that earlier releases have stored
 """
 
 from looplm.config.engine import EMULATED as EMULATED

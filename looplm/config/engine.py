@@ -74,6 +74,11 @@ class EngineConfig:
         fix = "mxfp8 keeps two copies of each weight; take another engine.fp8_recipe or leave it false"
         require(self.fp8_recipe != "mxfp8" or not self.fp8_params, "engine.fp8_params", True, fix)
         lower = self.fp8 not in (None, "emulate-bf16")
+        fix = "only values in FP8 are scaled; name an FP8 format in engine.fp8, or leave it out"
+        require(lower or self.fp8_recipe == EngineConfig.fp8_recipe, "engine.fp8_recipe", self.fp8_recipe, fix)
+        delayed, length = lower and self.fp8_recipe == "delayed", self.amax_history
+        fix = "only engine.fp8_recipe=delayed has a history; leave it out"
+        require(delayed or length == EngineConfig.amax_history, "engine.amax_history", length, fix)
         for key in ("first_layers_bf16", "last_layers_bf16"):
             layers = getattr(self, key)
             require(lower or layers == 0, f"engine.{key}", layers, "without engine.fp8 every layer is bf16; leave it 0")
@@ -114,7 +119,7 @@ class EngineConfig:
         for key in ("first_layers_bf16", "last_layers_bf16"):
             kept = getattr(self, key)
             require(kept <= layers, f"engine.{key}", kept, f"a pipeline rank has {layers} layers")
-        if self.fp8 not in (None, "emulate-bf16") and self.fp8_recipe == "delayed":
+        if self.fp8_recipe == "delayed":
             twice = recompute in (("loop",) if self.real_fp8 else ("full", "loop"))
             separate = self.emulated and layout.pipeline > 1
             for refused, reason in (

@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 
 from looplm.bounds import at_least, check_bounds, positive, require
 
-# Keys that only one kind of attention or of gate reads.
+# Keys that only one kind of attention or of gate reads. mha ignores the widths of mla, and a gate those of other gates,
+# so that a recipe serves several kinds: configs/upcycle-study/mha.yaml stacks on a recipe for mla.
 ATTENTION_KEYS = {
     "mla": (
         *("q_lora_rank", "kv_lora_rank", "kv_latent_norm", "latent_iterations", "latent_halting"),
@@ -59,7 +60,8 @@ class ModelConfig:
         coda_layers: layers of their own, and a norm, between the end of a loop and the head; run for every read-out.
         num_attention_heads: attention heads (H).
         num_loops: how often the stack runs in training, with the same weights (R).
-        attention: mla (multi-head latent attention, DeepSeek-V3) or mha (multi-head or grouped-query, as in Ouro).
+        attention: mla (multi-head latent attention, DeepSeek-V3) or mha (multi-head or grouped-query, as in Ouro). mha
+            ignores the widths of mla, so that one recipe serves both.
         num_query_groups: mha only: key-value heads; null means one per attention head.
         head_dim: mha only: width of a head; null means hidden_size / num_attention_heads.
         qkv_bias: mha only: biases on the query, key and value projections, as in Qwen2.
@@ -255,7 +257,8 @@ class GateConfig:
 
     Args:
         kind: lru (a GRU state carried over the loops; ours), linear (a linear layer on the hidden state; Ouro's) or mlp
-            (two layers on the hidden state and on how much the loop changed it).
+            (two layers on the hidden state and on how much the loop changed it). Each ignores the widths of the others,
+            so that one recipe serves all.
         state_size: lru only: width of the state (Z).
         sequence_level: lru only: add a readout of the running mean of the state over the document so far.
         hidden_size: mlp only: width of the hidden layer.

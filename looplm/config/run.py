@@ -23,7 +23,7 @@ class OptimConfig:
     Args:
         train_steps: optimizer steps of this stage in total.
         lr: learning rate after warm-up.
-        min_lr: learning rate at the end of the decay.
+        min_lr: wsd and cosine only: learning rate at the end of the decay.
         schedule: wsd (warm-up, stable, decay), cosine, or constant.
         warmup_steps: steps in which the learning rate rises from 0 to lr.
         decay_steps: wsd only: number of last steps, over which the learning rate falls to min_lr.
@@ -56,6 +56,8 @@ class OptimConfig:
         require(fits, "optim.warmup_steps", self.warmup_steps, fix)
         decays = self.schedule == "wsd" or self.decay_steps == 0
         require(decays, "optim.decay_steps", self.decay_steps, "only optim.schedule=wsd has it; leave it 0")
+        falls = self.schedule != "constant" or self.min_lr == 0
+        require(falls, "optim.min_lr", self.min_lr, "with optim.schedule=constant the rate never falls; leave it 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +106,11 @@ class DataConfig:
         micro_batch_size: sequences in one forward pass of a rank.
         global_batch_size: sequences in one optimizer step, over all ranks.
         rampup: let the global batch grow at the start.
-        document_masking: attention, gate and loss do not cross the borders of documents packed into one sample.
-        horizon_samples: samples in one shuffled pass over the mix, fixed at a run's start; null means the run's length.
-        cache_dir: where Megatron keeps its sample indices; null means OUTPUT_DIR/index_cache.
+        document_masking: of text: attention, gate and loss do not cross the borders of documents packed into one
+            sample.
+        horizon_samples: of text: samples in one shuffled pass over the mix, fixed at a run's start; null means the
+            run's length.
+        cache_dir: of text: where Megatron keeps its sample indices; null means OUTPUT_DIR/index_cache.
         num_workers: processes that prefetch batches.
     """
 
@@ -130,6 +134,9 @@ class DataConfig:
         if self.task is not None:
             text = [source.prefix for source in (*self.train, *self.valid)]
             require(not text, "data.task", self.task.name, f"it replaces text; leave out {', '.join(text)}")
+            for key in ("document_masking", "horizon_samples", "cache_dir"):
+                value, fix = getattr(self, key), "a task has no documents, passes or indices; leave it out"
+                require(value == getattr(DataConfig, key), f"data.{key}", value, fix)
         batch, micro, ramp = self.global_batch_size, self.micro_batch_size, self.rampup
         multiple = f"give a multiple of data.micro_batch_size={micro}"
         require(batch % micro == 0, "data.global_batch_size", batch, multiple)
@@ -180,8 +187,8 @@ class HealthConfig:
         spike_factor: a loss that exceeds the median of the last spike_window ones by more than this many of their
             standard deviations (1.4826 x their median absolute deviation) may be a spike; null looks for none. 7 is a
             usual number.
-        spike_window: losses that a loss is compared with; none is judged before that many.
-        spike_steps: steps in a row above the limit that make a spike.
+        spike_window: with spike_factor: losses that a loss is compared with; none is judged before that many.
+        spike_steps: with spike_factor: steps in a row above the limit that make a spike.
         max_rollbacks: returns to the last checkpoint before a spike, with all data between it and the spike's end
             skipped; a later spike ends the run. 0 only reports spikes.
         step_timeout: seconds that a step, validation or save may take before the watchdog ends the run; 0 never.
@@ -205,6 +212,10 @@ class HealthConfig:
         check_bounds(self, "health")
         known = self.spike_factor is not None or self.max_rollbacks == 0
         require(known, "health.max_rollbacks", self.max_rollbacks, "say what a spike is with health.spike_factor")
+        for key in ("spike_window", "spike_steps"):
+            value, fix = getattr(self, key), "without health.spike_factor none is looked for; give that too"
+            known = self.spike_factor is not None or value == getattr(HealthConfig, key)
+            require(known, f"health.{key}", value, fix)
 
 
 @dataclass(frozen=True, kw_only=True)

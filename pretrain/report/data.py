@@ -14,6 +14,8 @@ import yaml
 
 from looplm.cli import UserError, from_dict
 from looplm.config import ModelConfig, RunConfig
+from looplm.config.stored import upgrade_config
+from looplm.yaml_text import parse_yaml
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
@@ -42,7 +44,9 @@ class Stage:
         """The parsed configuration; None if the directory has no configuration."""
         if not self.config:
             return None
-        return from_dict(RunConfig, yaml.safe_load(self.config), where=f"{self.name}/config.yaml")
+        where = f"{self.name}/config.yaml"
+        values = parse_yaml(self.config, where).values
+        return from_dict(RunConfig, upgrade_config(values if isinstance(values, dict) else {}), where=where)
 
     @property
     def loops(self) -> int:

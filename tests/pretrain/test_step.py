@@ -270,10 +270,13 @@ def test_weight_decay_spares_norms_biases_and_gate(single_process):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"schedule": "constant", "decay_steps": 0}, [1.5, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
+        ({"schedule": "constant", "min_lr": 0.0, "decay_steps": 0}, [1.5, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
         ({"schedule": "wsd"}, [1.5, 3, 3, 3, 3, 3, 2.5, 2, 1.5, 1]),
         ({"schedule": "cosine", "decay_steps": 0, "warmup_steps": 0, "train_steps": 4}, [2.7071, 2, 1.2929, 1]),
-        ({"schedule": "constant", "decay_steps": 0, "warmup_steps": 10}, [0.3 * n for n in range(1, 11)]),
+        (
+            {"schedule": "constant", "min_lr": 0.0, "decay_steps": 0, "warmup_steps": 10},
+            [0.3 * n for n in range(1, 11)],
+        ),
     ],
 )
 def test_schedules(single_process, changes, expected):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.checkpoint import about, git_revision, upgrade_config
+from looplm.checkpoint import about, git_revision
 
 pytestmark = pytest.mark.slow  # every test here starts a process
 
@@ -46,12 +46,3 @@ def test_a_package_inside_another_projects_checkout_has_no_revision(fake_git):
     fake_git.chmod(0o755)
     (fake_git.parent / ".git").unlink()
     assert git_revision() == ""
-
-
-def test_keys_that_earlier_releases_did_not_heed_do_not_keep_a_checkpoint_from_being_read():
-    common = {"output_dir": "run", "seed": 7}
-    stored = {"loss": {"weights": "last", "prior": "geometric", "beta": 0.2}, "health": {"spike_factor": 8.0}}
-    found = upgrade_config(common | stored)
-    assert found == common | {"loss": {"weights": "last", "beta": 0.2}, "health": {"spike_factor": 8.0}}
-    varying = {"loss": {"loop_onset": 0.3, "prior": "geometric"}, "health": {"spike_factor": 8.0, "max_rollbacks": 2}}
-    assert upgrade_config(varying) == {"loss": varying["loss"], "health": {}}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from looplm.cli import UserError, from_dict, parse_config, to_dict
-from looplm.config import RunConfig
+from looplm.config import DataConfig, RunConfig, SumsConfig, TaskConfig
 from tests.support.tiny import run_config
 
 BASE = {
@@ -44,6 +44,7 @@ def test_round_trip_through_plain_values(tmp_path):
     assert from_dict(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config))), where="here") == config
 
 
+NO_SPIKES = r"is not allowed; without health\.spike_factor none is looked for; give that too"
 MISTAKES = {
     ("--model.num_lops", "3"): r"--model\.num_lops: unknown key; did you mean model\.num_loops\?",
     ("--model.num_loops", "three"): r"model\.num_loops: .*three",
@@ -90,6 +91,11 @@ MISTAKES = {
     ("--optim.min_lr", "1"): r"optim\.min_lr: 1\.0 .*optim\.lr=0\.0003",
     ("--optim.warmup_steps", "11"): r"optim\.warmup_steps: 11 .*optim\.train_steps=10",
     ("--optim.schedule", "cosine", "--optim.decay_steps", "3"): r"optim\.decay_steps: 3 .*wsd",
+    ("--optim.schedule", "constant", "--optim.min_lr", "1e-4"): (
+        r"^optim\.min_lr: 0\.0001 is not allowed; with optim\.schedule=constant the rate never falls; leave it 0$"
+    ),
+    ("--health.spike_window", "8"): rf"^health\.spike_window: 8 {NO_SPIKES}$",
+    ("--health.spike_steps", "2"): rf"^health\.spike_steps: 2 {NO_SPIKES}$",
     ("--optim.beta2", "1"): r"optim\.beta2: 1\.0 ",
     ("--data.global_batch_size=3", "--data.micro_batch_size", "2"): r"data\.global_batch_size: 3 .*micro_batch_size=2",
     ("--data.seq_length", "9999"): r"data\.seq_length: 9999 .*max_sequence_length=4096",
@@ -106,6 +112,14 @@ def test_a_mistake_is_one_line(tmp_path, argv):
     with pytest.raises(UserError, match=MISTAKES[argv]) as caught:
         parse(tmp_path, *argv)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("document_masking", False), ("horizon_samples", 8), ("cache_dir", "c")])
+def test_a_task_has_no_keys_of_text(key, value):
+    with pytest.raises(UserError) as refused:
+        DataConfig(task=TaskConfig(sums=SumsConfig()), **{key: value})
+    fix = "a task has no documents, passes or indices; leave it out"
+    assert str(refused.value) == f"data.{key}: {value!r} is not allowed; {fix}"
 
 
 FILES = {

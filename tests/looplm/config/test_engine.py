@@ -39,6 +39,22 @@ MHA = dataclasses.replace(WIDE, attention="mha", num_query_groups=1)
         ),
         ({**TE, "fp8": "emulate-e4m3"}, "engine.fp8: 'emulate-e4m3'", "it is for engine.transformer_impl=local"),
         ({"amax_history": 0}, "engine.amax_history: 0", ""),
+        *(
+            (
+                {**format_of, "fp8_recipe": "delayed"},
+                "engine.fp8_recipe: 'delayed'",
+                "only values in FP8 are scaled; name an FP8 format in engine.fp8, or leave it out",
+            )
+            for format_of in ({}, {"fp8": "emulate-bf16"})
+        ),
+        *(
+            (
+                {**format_of, "amax_history": 7},
+                "engine.amax_history: 7",
+                "only engine.fp8_recipe=delayed has a history; leave it out",
+            )
+            for format_of in ({}, FP8)
+        ),
         ({"fp8": "emulate-e4m3", "fp8_params": True}, "engine.fp8_params: True", "it needs engine.fp8"),
         ({**FP8, "fp8_recipe": "mxfp8", "fp8_params": True}, "engine.fp8_params: True", "mxfp8"),
         ({"first_layers_bf16": -1}, "engine.first_layers_bf16: -1", "give a number of at least 0"),

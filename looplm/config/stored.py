@@ -1,0 +1,35 @@
+"""Configurations that earlier releases have stored."""
+
+from typing import Any
+
+import yaml
+
+from looplm.yaml_text import Plain
+
+
+def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored run configuration without keys that earlier releases accepted and did not heed.
+
+    ``values`` are those of a file, whose scalars are still text, or of a configuration in memory.
+    """
+    sections = {name: section for name, section in values.items() if isinstance(section, dict)}
+
+    def stored(section: str, key: str, default: object = None) -> Any:
+        value = sections.get(section, {}).get(key, default)
+        return yaml.safe_load(value) if isinstance(value, Plain) else value
+
+    varies = bool(stored("loss", "loop_onset")) or stored("loss", "sampled_loops", "none") != "none"
+    scales = stored("engine", "fp8") not in (None, "emulate-bf16")
+    unheeded = (
+        ("loss", stored("loss", "weights", "gate") != "gate", ("prior", "prior_shares", "geometric_rate")),
+        ("optim", stored("optim", "schedule") == "constant", ("min_lr",)),
+        ("data", stored("data", "task") is not None, ("document_masking", "horizon_samples", "cache_dir")),
+        ("engine", not scales or stored("engine", "fp8_recipe") != "delayed", ("amax_history",)),
+        ("engine", not scales, ("fp8_recipe",)),
+        ("health", varies or stored("health", "spike_factor") is None, ("spike_window", "spike_steps")),
+        ("health", varies, ("spike_factor", "max_rollbacks")),
+    )
+    for section, applies, keys in unheeded:
+        if applies and section in sections:
+            sections[section] = {key: value for key, value in sections[section].items() if key not in keys}
+    return {**values, **sections}

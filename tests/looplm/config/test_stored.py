@@ -1,0 +1,56 @@
+"""Stored configurations: what an earlier release has accepted, this one reads."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from looplm.cli import UserError, from_dict, to_dict
+from looplm.config import RunConfig
+from looplm.config.stored import upgrade_config
+from looplm.yaml_text import parse_yaml
+from tests.support.tiny import run_config
+
+
+def in_a_file(values: dict[str, Any]) -> dict[str, Any]:
+    read: dict[str, Any] = parse_yaml(yaml.safe_dump(values), "here").values
+    return read
+
+
+def test_keys_that_earlier_releases_did_not_heed_do_not_keep_a_checkpoint_from_being_read():
+    common = {"output_dir": "run", "seed": 7}
+    stored = {"loss": {"weights": "last", "prior": "geometric", "beta": 0.2}, "health": {"spike_factor": 8.0}}
+    found = upgrade_config(common | stored)
+    assert found == common | {"loss": {"weights": "last", "beta": 0.2}, "health": {"spike_factor": 8.0}}
+    varying = {"loss": {"loop_onset": 0.3, "prior": "geometric"}, "health": {"spike_factor": 8.0, "max_rollbacks": 2}}
+    assert upgrade_config(varying) == {"loss": varying["loss"], "health": {}}
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"optim": {"schedule": "constant", "decay_steps": 0, "min_lr": 1e-4}},
+        {"data": {"train": [], "valid": [], "task": {"sums": {}}, "horizon_samples": 8, "cache_dir": "c"}},
+        {"data": {"train": [], "valid": [], "task": {"sums": {}}, "document_masking": False}},
+        {"engine": {"fp8_recipe": "delayed", "amax_history": 7}},
+        {"engine": {"fp8": "emulate-bf16", "fp8_recipe": "mxfp8"}},
+        {"engine": {"fp8": "emulate-hybrid", "amax_history": 7}},
+        {"health": {"spike_window": 8, "spike_steps": 2}},
+        {"loss": {"loop_onset": 0.5}, "health": {"spike_factor": 8.0, "spike_window": 8}},
+    ],
+)
+def test_keys_that_are_refused_now_do_not_keep_a_run_from_being_read(stored, tmp_path):
+    values: dict[str, Any] = to_dict(run_config(tmp_path, tmp_path))
+    values |= {section: values[section] | keys for section, keys in stored.items()}
+    with pytest.raises(UserError, match="is not allowed"):
+        from_dict(RunConfig, values, where="here")
+    for read in (values, in_a_file(values)):
+        from_dict(RunConfig, upgrade_config(read), where="here")
+
+
+def test_keys_that_have_an_effect_stay(tmp_path):
+    engine = {"fp8": "emulate-hybrid", "fp8_recipe": "delayed", "amax_history": 7}
+    health, optim = {"spike_factor": 8.0, "spike_window": 8}, {"min_lr": 1e-4}
+    config = run_config(tmp_path, tmp_path, engine=engine, health=health, optim=optim, data={"cache_dir": "c"})
+    for read in (to_dict(config), in_a_file(to_dict(config))):
+        assert from_dict(RunConfig, upgrade_config(read), where="here") == config
