@@ -227,7 +227,7 @@ def _read_config(run: Path) -> RunConfig:
     config = from_dict(RunConfig, checkpoint.upgrade_config(read_yaml(str(path)).values), where=str(path))
     engine = replace(config.engine, fp8_params=False)  # they need a distributed optimizer, and no checkpoint has them
     data = replace(config.data, micro_batch_size=1, num_workers=0)
-    return replace(config, parallel=ParallelConfig(), engine=engine, data=data)
+    return replace(config, output_dir=str(run), parallel=ParallelConfig(), engine=engine, data=data)
 
 
 def replay(

@@ -314,6 +314,8 @@ def test_a_run_with_fp8_weights_is_read_for_one_process(corpus, tmp_path):
     read = replay._read_config(tmp_path)
     assert read.engine == dataclasses.replace(engine, fp8_params=False) and read.parallel == ParallelConfig()
     assert read.model == config.model and read.optim == config.optim
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert replay._read_config(moved).output_dir == str(moved), "indices are written into the run, wherever it is"
 
 
 def test_mistakes_are_named(failed, tmp_path):

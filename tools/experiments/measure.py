@@ -88,7 +88,7 @@ def evaluations(measure: MeasureConfig, run: RunConfig, trial: Trial) -> dict[st
                 refit_steps=measure.refit_steps,
                 votes=",".join(map(str, measure.votes)),
                 kv_caches=",".join(measure.kv_caches),
-                prompt_tokens=measure.prompt_tokens,
+                prompt_tokens=measure.prompt_tokens if measure.kv_caches else plain.prompt_tokens,
             )
         for name, split in measure.tests.items():
             found[name] = replace(beyond, seq_length=split.seq_length, task=split.task, valid=split.valid)
