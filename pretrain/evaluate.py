@@ -5,9 +5,12 @@
 
 A synthetic task's answers are measured too, by depth and level. With --kv_caches also measure the checkpoint as it
 generates, token by token through each cache. The results are printed as a table and written as JSON. The validation
-data is the checkpoint's own (data.valid or data.task) unless --valid or --task names another.
+data is the checkpoint's own (data.valid or data.task) unless --valid or --task names another; --output then names the
+file. Megatron's sample indices are kept in the checkpoint's training directory, or beside the output if that directory
+cannot be written.
 """
 
+import os
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -40,7 +43,7 @@ from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
 from pretrain.data import Batch, build_valid_set, check_corpus, index_cache, micro_batches
-from pretrain.evaluation_run import EvaluateConfig, check_exits, validation_run
+from pretrain.evaluation_run import EvaluateConfig, check_exits, check_output, data_read, validation_run
 from pretrain.step import loop_losses
 from pretrain.task_data import TaskDataset
 
@@ -53,8 +56,10 @@ def main(argv: list[str]) -> None:
     config = parse_config(EvaluateConfig, argv, prog="python -m pretrain.evaluate", description=str(__doc__))
     fix = f"give whole numbers from 1 to {MAX_DEPTH:,}, such as 1,2,4,8"
     require(max(config.depth_list) <= MAX_DEPTH, "depths", config.depths, fix)
-    step = step_folder.locate(config.checkpoint)
-    run = validation_run(config, checkpoint.read_config(step), checkpoint.read_model(step), str(step))
+    check_output(config)
+    step = step_folder.locate(config.checkpoint).resolve()
+    folder = str(_index_folder(step, config.output))
+    run = validation_run(config, checkpoint.read_config(step), checkpoint.read_model(step), folder)
     corpus, about = check_corpus(run.data, run.model.vocab_size), checkpoint.read_about(step)
     check_exits(config, about.gate_trained)
     if corpus.tokenizer.sha256 != about.tokenizer_sha256:
@@ -78,13 +83,21 @@ def main(argv: list[str]) -> None:
         decoding = _measure_decoding(opened.model, batches, config, groups) if config.cache_list else None
         answers = _measure_answers(opened.model, batches, config, run, groups) if run.data.task else None
         step_number = opened.about.step
-        evaluation = replace(measured, checkpoint=str(step), step=step_number, decoding=decoding, answers=answers)
+        evaluation = replace(measured, decoding=decoding, answers=answers)
+        evaluation = replace(evaluation, checkpoint=str(step), step=step_number, data=data_read(config, run))
         is_rank_0 = process_groups.is_rank_0()  # asked while there are ranks
     finally:
         process_groups.stop()
     if is_rank_0:
         _show(evaluation)
         evaluation.write(Path(config.output or Path(config.checkpoint) / FILE_NAME))
+
+
+def _index_folder(step: Path, output: str | None) -> Path:
+    """Return the training directory of a step, or else the step's own; beside the output if it cannot be written."""
+    run = step.parent.parent
+    own = run if step.parent == step_folder.of_run(run) else step
+    return own if output is None or os.access(own, os.W_OK) else Path(output).parent
 
 
 @torch.no_grad()
@@ -151,8 +164,8 @@ def _labeled(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _show(evaluation: Evaluation) -> None:
-    trained = evaluation.trained_loops
-    print(f"{evaluation.checkpoint}: {evaluation.tokens:,} validation tokens, trained with {trained} loops")
+    trained, read = evaluation.trained_loops, ", ".join(evaluation.data)
+    print(f"{evaluation.checkpoint}: {evaluation.tokens:,} tokens of {read}, trained with {trained} loops")
     print(f"{'depth':>10} {'loss':>9} {'perplexity':>11}")
     for at in evaluation.depths:
         mark = "" if at.depth <= trained else "  beyond training"

@@ -31,8 +31,9 @@ class EvaluateConfig:
         depths: depths to report, separated by commas; they may exceed the trained number of loops.
         samples: validation samples, a multiple of batch_size.
         batch_size: samples in one forward pass of a rank.
-        valid: prefix of validation data; null for the checkpoint's own.
-        task: a synthetic task in place of the checkpoint's own, such as a harder one with the same symbols.
+        valid: prefix of validation data; null for the checkpoint's own. It needs output.
+        task: a synthetic task in place of the checkpoint's own, such as a harder one with the same symbols. It needs
+            output.
         split: of a task: valid, or test, which nothing else reads.
         refit_steps: of a task: also fit a head to the states of each depth, by that many steps; 0 fits none.
         votes: of a task: numbers of chains that the model writes for each last answer, separated by commas; the most
@@ -75,6 +76,9 @@ class EvaluateConfig:
         require(not self.votes or bool(self.vote_list), "votes", self.votes, "give whole numbers above 0, such as 1,8")
         fix = "give numbers from 0 to 1, such as 0.5,0.9,1"
         require(bool(self.threshold_list), "exit_thresholds", self.exit_thresholds, fix)
+        for key in ("exit_thresholds", "exit_signal", "prompt_tokens"):
+            value, fix = getattr(self, key), "it has no effect without kv_caches; give that too"
+            require(bool(self.cache_list) or value == getattr(EvaluateConfig, key), key, value, fix)
 
     @property
     def depth_list(self) -> list[int]:
@@ -120,7 +124,7 @@ def validation_run(
         config: what is measured.
         trained: the run that made the weights; None for imported ones.
         stored: the model and the gate of the weights.
-        folder: of indices where there is no run's.
+        folder: for Megatron's sample indices; the run's own directory may have been moved since.
 
     Raises:
         UserError: the model cannot be measured so, or there is no data.
@@ -133,6 +137,19 @@ def validation_run(
     if config.cache_list:
         _check_decoding(config, run)
     return run
+
+
+def check_output(config: EvaluateConfig) -> None:
+    """Raise if the measurements of other data would replace those of the checkpoint's own."""
+    fix = "evaluation.json is about the checkpoint's own data; name another file in output"
+    for key, value in (("valid", config.valid), ("task", config.task and config.task.name)):
+        require(value is None or config.output is not None, key, value, fix)
+
+
+def data_read(config: EvaluateConfig, run: RunConfig) -> tuple[str, ...]:
+    """Return the prefixes that are read, or the task and its split."""
+    task = run.data.task
+    return tuple(source.prefix for source in run.data.valid) if task is None else (f"{task.name} ({config.split})",)
 
 
 def check_exits(config: EvaluateConfig, gate_trained: bool) -> None:
@@ -154,9 +171,10 @@ def _text_run(config: EvaluateConfig, trained: RunConfig | None, stored: ModelDe
         data, optim = DataConfig(train=valid, seq_length=length, document_masking=masks), OptimConfig(train_steps=1)
         trained = RunConfig(output_dir=folder, data=data, optim=optim, **stored._asdict())
     data = replace(trained.data, task=None, train=valid, seq_length=config.seq_length or trained.data.seq_length)
-    data = replace(data, valid=valid, micro_batch_size=rows, global_batch_size=rows, rampup=None)
+    data = replace(data, valid=valid, micro_batch_size=rows, global_batch_size=rows, rampup=None, cache_dir=None)
     logging, layout = LoggingConfig(eval_samples=config.samples), ParallelConfig()  # not those of the training
-    return replace(trained, data=data, logging=logging, parallel=layout, engine=EngineConfig())
+    plain = replace(trained, data=data, logging=logging, parallel=layout, engine=EngineConfig())
+    return replace(plain, output_dir=folder)
 
 
 def _task_run(

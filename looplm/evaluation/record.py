@@ -146,7 +146,9 @@ class Evaluation:
         checkpoint: its step directory; empty for a model that is in memory only.
         step: of the checkpoint.
         trained_loops: loops that the model was trained with.
-        tokens: validation tokens that counted.
+        tokens: tokens that counted.
+        data: prefixes of the text that was read, or the task and its split, as in ``p_hop (test)``; empty (and absent
+            from the file) for data in memory and in older files.
         depths: losses at fixed depths.
         exit_curve: losses along the exit gate's thresholds.
         exit_distribution: mean probability of exiting after each trained loop.
@@ -158,6 +160,7 @@ class Evaluation:
     step: int = 0
     trained_loops: int
     tokens: int
+    data: tuple[str, ...] = ()
     depths: tuple[DepthLoss, ...]
     exit_curve: tuple[ThresholdLoss, ...]
     exit_distribution: tuple[float, ...]
@@ -167,8 +170,8 @@ class Evaluation:
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         values = to_dict(self)
-        for optional in ("decoding", "answers"):
-            if values[optional] is None:
+        for optional in ("data", "decoding", "answers"):
+            if not values[optional]:
                 del values[optional]
         for row in values.get("decoding", ()):
             if row["accuracy"] is None:

@@ -124,8 +124,10 @@ def _measurements(evaluation: Evaluation) -> list[str]:
         beyond = " (beyond training)" if row.depth > evaluation.trained_loops else ""
         depths.append((f"{row.depth}{beyond}", f"{row.loss:.4f}", f"{row.perplexity:.2f}"))
     curve = [(f"{row.threshold:g}", f"{row.mean_depth:.2f}", f"{row.loss:.4f}") for row in evaluation.exit_curve]
+    read = ", ".join(f"`{Path(source).name}`" for source in evaluation.data)
+    tokens = f"{evaluation.tokens:,} tokens of {read}" if read else f"{evaluation.tokens:,} validation tokens"
     return [
-        f"## Measured on {evaluation.tokens:,} validation tokens\n\nEvery token runs to one depth:\n\n"
+        f"## Measured on {tokens}\n\nEvery token runs to one depth:\n\n"
         + _table(("depth (loops)", "loss", "perplexity"), depths)
         + "\n\nEach token leaves at the first loop by which its summed exit probability reaches the threshold:\n\n"
         + _table(("threshold", "mean depth", "loss"), curve),

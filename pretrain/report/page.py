@@ -193,11 +193,13 @@ def _depths(evaluation: Evaluation) -> list[str]:
     points = [(row.depth, row.loss) for row in evaluation.depths]
     trained = [(depth, loss) for depth, loss in points if depth <= evaluation.trained_loops]
     thresholds: dict[tuple[float, float], list[float]] = {}  # by the point that they share
+    read = ", ".join(Path(source).name for source in evaluation.data)
     for row in evaluation.exit_curve:
         thresholds.setdefault((round(row.mean_depth, 3), round(row.loss, 5)), []).append(row.threshold)
     return [
         "<h2>Depth</h2><p>At each depth: all tokens run that many loops; the numbers are perplexities. Early exit: "
-        "a token leaves once its summed exit probability reaches the threshold; the numbers are thresholds.</p>",
+        "a token leaves once its summed exit probability reaches the threshold; the numbers are thresholds."
+        f"{escape(f' Measured on {read}.') if read else ''}</p>",
         _grid(
             "plots",
             plots.loss_per_depth(points, evaluation.trained_loops) if points else "",

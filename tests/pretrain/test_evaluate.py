@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ import torch
 from looplm import checkpoint, reference
 from looplm.checkpoint import step_folder
 from looplm.cli import UserError
+from looplm.config import TaskConfig, WordProblemConfig
 from looplm.evaluation.depth import DepthMeter
 from looplm.megatron import process_groups
 from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
-from pretrain.evaluate import THRESHOLDS, main
+from pretrain.evaluate import THRESHOLDS, _index_folder, main
+from pretrain.evaluation_run import EvaluateConfig, data_read, validation_run
 from pretrain.train import train
 from tests.support.tiny import run_config
 
@@ -113,10 +118,46 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     assert full["threshold"] == 1.0 and full["mean_depth"] == pytest.approx(3)
     assert full["loss"] == pytest.approx(report["depths"][1]["loss"])
 
+    shutil.rmtree(tmp_path / "run/index_cache")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    main(["--checkpoint", ".", *arguments[2:]])
+    again = json.loads((moved / "evaluation.json").read_text())
+    assert again["checkpoint"] == str(moved / "checkpoints/step_00000006") and again["data"] == [str(corpus / "valid")]
+    assert (moved / "index_cache").is_dir() and not (tmp_path / "run").exists()
+
+
+def test_sample_indices_are_kept_where_the_checkpoint_is_now(tmp_path, monkeypatch):
+    weights, step = tmp_path / "weights", tmp_path / "run/checkpoints/step_00000006"
+    assert _index_folder(weights, None) == weights and _index_folder(step, None) == tmp_path / "run"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "run")
+    assert _index_folder(step, "there/result.json") == Path("there")
+    assert _index_folder(weights, "there/result.json") == weights
+
+
+def test_an_evaluation_knows_its_data_and_writes_where_it_is_told(corpus, tmp_path):
+    trained = run_config(corpus, tmp_path / "run", data={"cache_dir": "elsewhere"})
+    stored = checkpoint.ModelDescription(trained.model, trained.gate)
+    config = EvaluateConfig(checkpoint="x")
+    run = validation_run(config, trained, stored, str(tmp_path / "moved"))
+    assert index_cache(run) == tmp_path / "moved/index_cache"
+    assert data_read(config, run) == (str(corpus / "valid"),)
+    task = EvaluateConfig(checkpoint="x", task=TaskConfig(word_problem=WordProblemConfig(group="S3")), split="test")
+    assert data_read(task, validation_run(task, trained, stored, "x")) == ("word_problem (test)",)
+
+
+OTHER_DATA = "is not allowed; evaluation.json is about the checkpoint's own data; name another file in output"
+UNDECODED = "is not allowed; it has no effect without kv_caches; give that too"
+
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--checkpoint", "x", "--valid", "y"], f"^valid: 'y' {OTHER_DATA}$"),
+        (["--checkpoint", "x", "--task.p_hop.hops=[1]"], f"^task: 'p_hop' {OTHER_DATA}$"),
+        (["--checkpoint", "x", "--exit_thresholds", "0.5"], f"^exit_thresholds: '0.5' {UNDECODED}$"),
+        (["--checkpoint", "x", "--exit_signal", "entropy"], f"^exit_signal: 'entropy' {UNDECODED}$"),
+        (["--checkpoint", "x", "--prompt_tokens", "9"], f"^prompt_tokens: 9 {UNDECODED}$"),
         (["--checkpoint", "nowhere"], "nowhere: no whole checkpoint"),
         (["--checkpoint", "x", "--depths", "0,1"], "depths: '0,1'"),
         (["--checkpoint", "x", "--depths", ""], "depths: ''"),

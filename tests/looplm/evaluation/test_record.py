@@ -42,6 +42,8 @@ def test_file_has_the_form_of_version_0_1(tmp_path: Path) -> None:
     without.write(path)
     assert path.read_text() == json.dumps({key: FILE[key] for key in FILE if key != "decoding"}, indent=1) + "\n"
     assert Evaluation.read(path) == without
+    replace(without, data=("data/valid",)).write(path)
+    assert Evaluation.read(path).data == ("data/valid",)
 
 
 def test_a_diverged_model_is_recorded(tmp_path: Path) -> None:

@@ -258,6 +258,9 @@ def test_an_export_of_a_trained_import_changes_only_what_has_changed(corpus, tmp
         assert words in card, words
     assert (tmp_path / "out/README.source.md").read_text() == "# Theirs\n"
 
+    (tmp_path / "evaluation.json").write_text(json.dumps(report | {"data": ["a/train", "p_hop (test)"]}))
+    export(tmp_path / "run", tmp_path / "out3", single_process)
+    assert "## Measured on 1,234 tokens of `train`, `p_hop (test)`\n" in (tmp_path / "out3/README.md").read_text()
     (tmp_path / "evaluation.json").write_text(json.dumps(report | {"checkpoint": "another/run/step_00000006"}))
     export(tmp_path / "run", tmp_path / "out2", single_process)
     assert "validation tokens" not in (tmp_path / "out2/README.md").read_text(), "another checkpoint's figures"

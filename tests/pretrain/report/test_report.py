@@ -220,6 +220,24 @@ def test_converted_models_have_a_table(tmp_path: Path) -> None:
         build_page(run)
 
 
+def test_the_data_of_the_evaluation_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=1)
+    assert "Measured on" not in Page(build_page(run)).text
+    (run / "evaluation.json").write_text(json.dumps(evaluation(4) | {"data": ["a/train", "b/valid"]}), encoding="utf-8")
+    assert "the numbers are thresholds. Measured on train, valid." in Page(build_page(run)).text
+
+
+def test_a_run_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    path = write_run(tmp_path, steps=1) / "stage1/config.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values["health"]["spike_window"] = 8  # without a spike_factor, which is refused now
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert "Parameters" in Page(build_page(tmp_path)).text
+    path.write_text("- 1", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^stage1/config\.yaml: output_dir: required and not given"):
+        build_page(tmp_path)
+
+
 @pytest.mark.parametrize(("steps", "loops", "figures"), [(1, 4, 17), (1, 1, 13), (400, 8, 17)])
 def test_short_shallow_and_long(tmp_path: Path, steps: int, loops: int, figures: int) -> None:
     page = Page(build_page(write_run(tmp_path, steps, loops)))
