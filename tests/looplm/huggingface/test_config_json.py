@@ -251,6 +251,7 @@ def test_any_config_is_read_or_refused_in_one_line(changes, generation, hf_layou
         (b"{", "cannot be read as JSON in UTF-8"),
         (b"[]", "holds a list, not a JSON object"),
         (b"[" * 10**5, "recursion"),
+        (b'{"a": [{"b": 1, "c": 2, "c": 3}]}', r"has the key 'c' twice; get the file again"),
         (b"", "cannot be read as JSON in UTF-8"),
     ],
     ids=repr,
