@@ -23,10 +23,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import Tokenizer
 
 from looplm import checkpoint
-from looplm.bounds import path_field
+from looplm.bounds import at_least, check_bounds, path_field, require
 from looplm.checkpoint import About, step_folder
 from looplm.cli import UserError, from_dict, parse_config, positional, run_main
 from looplm.config import ParallelConfig, RunConfig
+from looplm.failures import printable
+from looplm.json_file import read_object
 from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
@@ -63,7 +65,24 @@ class ReplayConfig:
     path: Path = positional("PATH")
     step: int | None = None
     weights: str | None = path_field(None)
-    characters: int = 160
+    characters: int = at_least(0, 160)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The part of a file about a failed step that a replay needs."""
+
+    step: int
+    samples: tuple[int, ...]
+    what: str
+    weights: str | None
+
+    def __post_init__(self) -> None:
+        ordered = len(self.samples) == 2 and 0 <= self.samples[0] < self.samples[1]
+        require(ordered, "samples", list(self.samples), "a run writes the first and the one after the last")
 
 
 class Weights(NamedTuple):
@@ -116,34 +135,27 @@ def find(options: ReplayConfig) -> Target:
     """Return the step that the options name.
 
     Raises:
-        UserError: the file is not a run's, the directory has no such step, or the weights have already done it.
+        UserError: the file is not a run's, the run has no such step, or the weights have already done it.
     """
-    path, step, kept, what = options.path, options.step, None, ""
-    samples: range | None = None
+    path, run, failed, kept = options.path, options.path, None, None
     if path.is_file():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            step, (first, stop), what = int(record["step"]), map(int, record["samples"]), str(record["what"])
-            kept = None if record["weights"] is None else str(path.with_suffix(""))  # the run may have been moved
-        except (ValueError, KeyError, TypeError) as error:
-            fix = "give one from OUTPUT_DIR/failures"
-            raise UserError(
-                f"{path}: not a file about a failed step ({type(error).__name__}: {error}); {fix}"
-            ) from error
-        run, samples = path.resolve().parent.parent, range(first, stop)
-    else:
-        run, steps = path, _read_config(path).optim.train_steps
-        if step is None or not 1 <= step <= steps:
-            fix = f"give its number, from 1 to optim.train_steps={steps}"
-            raise UserError(f"--step: {step} is not a step of {path}; {fix}")
+        require(options.step is None, "--step", options.step, f"{path} names its own; leave --step out")
+        values = read_object(path, "give one from OUTPUT_DIR/failures")
+        values = {key: values[key] for key in Failed.__annotations__ if key in values}
+        failed, run = from_dict(Failed, values, where=str(path)), path.resolve().parent.parent
+        kept = None if failed.weights is None else str(path.with_suffix(""))  # the run may have been moved
+    key, step = ("--step", options.step) if failed is None else (f"{path}: step", failed.step)
+    steps = (config := _read_config(run)).optim.train_steps
+    if step is None or not 1 <= step <= steps:
+        raise UserError(f"{key}: {step} is not a step of {run}; give its number, from 1 to optim.train_steps={steps}")
     weights = _weights(run, step, options.weights or kept)
     about = weights.about
-    if about is None or (samples is None and about.step >= step):  # kept weights: their position is after the step
+    if about is None or (failed is None and about.step >= step):  # kept weights: their position is after the step
         before = _newest(run, step - 1)
         about = None if before is None else checkpoint.read_about(before)
-    if samples is not None:
-        return Target(run, step, samples, weights, about, what=what)
-    *undone, samples = _attempts(_read_config(run), step, about, _skipped(run))
+    if failed is not None:
+        return Target(run, step, range(*failed.samples), weights, about, what=failed.what)
+    *undone, samples = _attempts(config, step, about, _skipped(run))
     return Target(run, step, samples, weights, about, tuple(undone))
 
 
@@ -213,7 +225,7 @@ def _skipped(run: Path) -> list[tuple[int, int]]:
         with log.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if '"kind": "rollback"' in line:
-                    with suppress(ValueError, KeyError, TypeError):  # half a line, of a process that was killed
+                    with suppress(ValueError, KeyError, TypeError, RecursionError):  # half a line, of a killed run
                         first, stop = json.loads(line)["skipped_samples"]
                         found.append((int(first), int(stop)))
     return list(dict.fromkeys(found))
@@ -281,9 +293,7 @@ def _heading(target: Target, config: RunConfig, loops: int) -> Iterator[str]:
     if config.loss.varies_loops:
         yield f"loops of this step: {loops} of {config.model.num_loops}"
     yield f"weights: {target.weights.origin}"
-    if target.what:
-        yield f"in the run: {target.what}"
-    yield ""
+    yield f"in the run: {printable(target.what)}\n" if target.what else ""
 
 
 def _span(samples: range) -> str:

@@ -319,10 +319,6 @@ def test_a_run_with_fp8_weights_is_read_for_one_process(corpus, tmp_path):
 
 
 def test_mistakes_are_named(failed, tmp_path):
-    for text in ("", "{}", '{"step": 1, "samples": [1], "weights": null}', '{"step": "x"}'):
-        (tmp_path / "a.json").write_text(text)
-        with pytest.raises(UserError, match=r"a\.json: not a file about a failed step"):
-            replay.main([str(tmp_path / "a.json")])
     for step in (None, 0, 9):
         words = rf"--step: {step} is not a step of \S+; give its number, from 1 to optim\.train_steps=8"
         with pytest.raises(UserError, match=words):
@@ -333,3 +329,37 @@ def test_mistakes_are_named(failed, tmp_path):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError, match=rf"config\.yaml:? ?{words}"):
             replay.main([str(tmp_path), "--step", "3"])
+
+
+FAILED = {"step": 1, "samples": [0, 4], "what": "", "weights": None}
+IN_ORDER = "is not allowed; a run writes the first and the one after the last"
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("", [], "FILE: cannot be read as JSON in UTF-8 (Expecting value: line 1 column 1 (char 0)); give one from"),
+        ("[" * 10**5, [], "FILE: cannot be read as JSON in UTF-8 (maximum recursion depth exceeded"),
+        ({"step": "x"}, [], "FILE: step: 'x' is not allowed; give a whole number"),
+        ({"step": 0}, [], "FILE: step: 0 is not a step of RUN; give its number, from 1 to optim.train_steps=8"),
+        ({"step": 9}, [], "FILE: step: 9 is not a step of RUN; give its number, from 1 to optim.train_steps=8"),
+        ({"samples": [8, 8]}, [], f"FILE: samples: [8, 8] {IN_ORDER}"),
+        ({"samples": [-4, 0]}, [], f"FILE: samples: [-4, 0] {IN_ORDER}"),
+        ({"samples": [1]}, [], f"FILE: samples: [1] {IN_ORDER}"),
+        ({}, ["--step", "7"], "--step: 7 is not allowed; FILE names its own; leave --step out"),
+        ({}, ["--characters=-5"], "characters: -5 is not allowed; give a number of at least 0"),
+    ],
+)
+def test_a_file_that_names_no_step_is_refused(content, arguments, message, corpus, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(run_config(corpus, tmp_path, optim=OPTIM))))
+    path = tmp_path / "failures/step_00000001.json"
+    path.parent.mkdir()
+    path.write_text(content if isinstance(content, str) else json.dumps(FAILED | content))
+    with pytest.raises(UserError) as caught:
+        replay.main([str(path), *arguments])
+    assert str(caught.value).startswith(message.replace("FILE", str(path)).replace("RUN", str(tmp_path)))
+
+
+def test_what_a_file_says_cannot_control_the_terminal(corpus, tmp_path):
+    target = replay.Target(tmp_path, 1, range(4), replay.Weights(None, "none"), None, what="\x1b[2J")
+    assert list(replay._heading(target, run_config(corpus, tmp_path), 3))[-1] == "in the run: \\x1b[2J\n"
