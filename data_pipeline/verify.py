@@ -3,8 +3,8 @@
     python -m data_pipeline.verify data/web_train
     python -m data_pipeline.verify data/web_train data/web_valid --deep
 
-With ``--deep`` everything is read: the hashes, every token id, and the end of every document. eos and pad may occur
-nowhere else.
+With ``--deep`` everything is read: the hashes, the tokenizer's vocabulary, every token id, and the end of every
+document. eos and pad may occur nowhere else.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
 from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
 from looplm.cli import UserError, parse_config, positional_paths, run_main, switch
+from looplm.encoding import read_tokenizer
 from looplm.files import is_file_name, sha256_of
 
 INDEX_BYTES = 1 << 28  # a larger .idx is hashed only by a deep check
@@ -26,7 +27,7 @@ class VerifyConfig:
 
     Args:
         prefixes: paths without .bin or .idx, as in data.train of a training config.
-        deep: read everything: hashes, ids, document ends.
+        deep: read everything: hashes, vocabulary, ids, document ends.
     """
 
     prefixes: tuple[str, ...] = positional_paths("PREFIX")
@@ -50,8 +51,8 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
     """Compare the files of ``prefix`` with its manifest, and return the manifest.
 
     Args:
-        deep: also read everything: hashes, ids below the vocabulary, an eos at the end of every document
-            and nowhere else, no pad.
+        deep: also read everything: hashes, the vocabulary of the tokenizer, ids below it, an eos at the end of every
+            document and nowhere else, no pad.
 
     Raises:
         UserError: the first difference.
@@ -108,6 +109,11 @@ def _check_content(manifest: Manifest, bin_path: Path, index: IndexFile) -> None
     if manifest.fingerprint != fingerprint_of(manifest.files, manifest.tokenizer):
         raise _broken(manifest_path(bin_path.with_suffix("")), "its fingerprint does not match the files")
     size, eos, pad = manifest.vocab_size, manifest.tokenizer.eos_id, manifest.tokenizer.pad_id
+    tokenizer = bin_path.parent / manifest.tokenizer.path
+    ids = read_tokenizer(tokenizer).get_vocab(with_added_tokens=True).values()
+    if (last_id := max(ids, default=-1)) != size - 1:
+        fault = f"says that the vocabulary has {size} ids, but the largest in {tokenizer} is {last_id}"
+        raise _broken(manifest_path(bin_path.with_suffix("")), fault)
     answer_tokens = ends = paddings = 0
     for tokens_N in read_blocks(bin_path, index.dtype):
         if manifest.chat is not None:

@@ -5,22 +5,24 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from looplm.binding import MAX_INT
+from looplm.checkpoint import read_model, upgrade_config
 from looplm.cli import UserError, from_dict
 from looplm.config import ModelConfig, RunConfig
-from looplm.config.stored import upgrade_config
-from looplm.yaml_text import parse_yaml
+from looplm.config.model import MAX_DEPTH
+from looplm.json_file import parse_object
+from looplm.yaml_text import read_yaml
 
 SCALARS = ("tokens", "seconds", "mean_depth", "learning_rate", "grad_norm", "tokens_per_second")
 PER_LOOP = ("loss_per_loop", "exit_distribution")
 # Not in the metrics of older releases; the last two are those of validations with logging.dynamics_samples.
 OPTIONAL_PER_LOOP = ("hidden_rms", "hidden_grad_norm", "hidden_cosine", "loop_radius", "attention_sink")
+_FIX = "write it again or remove it"
 
 Columns = dict[str, np.ndarray]
 Record = dict[str, Any]
@@ -30,23 +32,16 @@ Record = dict[str, Any]
 class Stage:
     """A training directory. Columns are float arrays over its logged steps: [N], or [N, R] for a value per loop.
 
+    ``config`` is the text of its configuration and ``run`` what it says; empty and None if the directory has none.
     ``origin`` is the name of the stage whose weights it started from, if known.
     """
 
     name: str
     config: str
+    run: RunConfig | None
     train: Columns
     valid: Columns
     origin: str | None = None
-
-    @cached_property
-    def run(self) -> RunConfig | None:
-        """The parsed configuration; None if the directory has no configuration."""
-        if not self.config:
-            return None
-        where = f"{self.name}/config.yaml"
-        values = parse_yaml(self.config, where).values
-        return from_dict(RunConfig, upgrade_config(values if isinstance(values, dict) else {}), where=where)
 
     @property
     def loops(self) -> int:
@@ -86,7 +81,6 @@ def read_conversions(run: Path) -> list[Conversion]:
         if (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
             continue
         record = _last_conversion(path)
-        sections = yaml.safe_load(_read_text(folder / "config.yaml"))
         before, after = ({} if when not in record else _object(record, when, str(path)) for when in ("before", "after"))
         loops = len(_numbers(before, "exit_distribution", str(path))) if before else 0
         found.append(
@@ -94,7 +88,7 @@ def read_conversions(run: Path) -> list[Conversion]:
                 name=folder.name,
                 kind=str(record.get("kind")),
                 source=Path(str(record.get("source"))).name,
-                model=from_dict(ModelConfig, sections["model"], where=f"{folder / 'config.yaml'}: model"),
+                model=read_model(folder).model,
                 loss_before=_numbers(before, "loss_per_depth", str(path))[:loops][-1] if before else None,
                 loss_after=_numbers(after, "loss_per_depth", str(path)) if after else None,
             )
@@ -113,7 +107,8 @@ def read_stages(run: Path) -> list[Stage]:
         train, valid = ([entry for entry in records if entry[1].get("kind") == kind] for kind in ("train", "valid"))
         if train:
             name = path.parent.resolve().name
-            stage = Stage(name=name, config=_config_text(path.parent), train=_columns(train), valid=_columns(valid))
+            text, config = _read_config(path.parent)
+            stage = Stage(name=name, config=text, run=config, train=_columns(train), valid=_columns(valid))
             is_gate = train[-1][1].get("objective") == "adaptive_gate"
             found.append((is_gate, path.stat().st_mtime, name, replace(stage, origin=_origin(stage, run))))
     waiting, ordered = [stage for *_, stage in sorted(found, key=lambda entry: entry[:3])], list[Stage]()
@@ -146,25 +141,29 @@ def read_samples(path: Path) -> list[Sample]:
             raise UserError(f"{where}: prompt or settings are not as looplm.generate writes them; write the file again")
         tokens = []
         for row in _objects(record, "tokens", where):
-            text, depth = row.get("text"), _number(row, "depth", where)
-            if not isinstance(text, str) or not depth >= 1:
-                raise UserError(f"{where}: tokens: {row!r} is not a text and a depth from 1; write the file again")
-            tokens.append((text, int(depth)))
+            text, depth = row.get("text"), _whole(row, "depth", where, 1, MAX_DEPTH)
+            if not isinstance(text, str):
+                raise UserError(f"{where}: text: {text!r:.200} is not a text; {_FIX}")
+            tokens.append((text, depth))
         samples.append(Sample(prompt=prompt, tokens=tokens, settings=settings))
     return samples
 
 
-def _config_text(folder: Path) -> str:
-    """Return the stage's resolved configuration, or its newest checkpoint's; empty if there is neither."""
+def _read_config(folder: Path) -> tuple[str, RunConfig | None]:
+    """Return the stage's resolved configuration, or its newest checkpoint's, as it is written and parsed."""
     newest_first = sorted(folder.glob("checkpoints/step_*/config.yaml"), reverse=True)
-    return next((_read_text(path) for path in (folder / "config.yaml", *newest_first) if path.is_file()), "")
+    for path in (folder / "config.yaml", *newest_first):
+        if path.is_file():
+            values = upgrade_config(read_yaml(str(path)).values)
+            return _read_text(path), from_dict(RunConfig, values, where=str(path))
+    return "", None
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); write it again or remove it") from error
+        raise UserError(f"{path}: cannot be read ({error}); {_FIX}") from error
 
 
 def _read_lines(path: Path, *, growing: bool = False) -> list[tuple[str, Record]]:
@@ -177,31 +176,21 @@ def _read_lines(path: Path, *, growing: bool = False) -> list[tuple[str, Record]
         print(f"note: {path}:{len(lines)}: is half a line, of a run that was killed; left out", file=sys.stderr)
         lines = lines[:-1]
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return [(where, _parse(line, where)) for where, line in numbered]
+    return [(where, parse_object(line, where, _FIX)) for where, line in numbered]
 
 
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
-
-
-def _parse(text: str, where: str) -> Record:
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); write it again or remove it") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; write it again or remove it")
-    return record
 
 
 def _objects(record: Record, key: str, where: str) -> list[Record]:
     rows = record.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{where}: {key}: not a list of objects; write it again or remove it")
+        raise UserError(f"{where}: {key}: not a list of objects; {_FIX}")
     return rows
 
 
@@ -210,27 +199,37 @@ def _number(record: Record, key: str, where: str) -> float:
     value = record.get(key, "missing")
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where}: {key}: {value!r} is not a number; write it again or remove it")
+    if not (isinstance(value, float) or (type(value) is int and abs(value) < MAX_INT)):
+        raise UserError(f"{where}: {key}: {value!r:.200} is not a number; {_FIX}")
     return float(value)
+
+
+def _whole(record: Record, key: str, where: str, least: int, most: int) -> int:
+    value = record.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{where}: {key}: {value!r:.200} is not a whole number from {least} to {most:,}; {_FIX}")
+    return value
 
 
 def _numbers(record: Record, key: str, where: str) -> list[float]:
     values = record.get(key)
     if not isinstance(values, list) or not values:
-        raise UserError(f"{where}: {key}: {values!r} is not a list of numbers; write it again or remove it")
+        raise UserError(f"{where}: {key}: {values!r} is not a list of numbers; {_FIX}")
     return [_number({key: value}, key, where) for value in values]
 
 
 def _last_conversion(path: Path) -> Record:
     """Return the newest entry of a model's list of conversions."""
-    return _objects(_parse('{"steps": ' + _read_text(path) + "}", str(path)), "steps", str(path))[-1]
+    steps = _objects(parse_object('{"steps": ' + _read_text(path) + "}", str(path), _FIX), "steps", str(path))
+    if not steps:
+        raise UserError(f"{path}: names no conversion; {_FIX}")
+    return steps[-1]
 
 
 def _object(record: Record, key: str, where: str) -> Record:
     value = record.get(key)
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {key}: {value!r} is not an object; write it again or remove it")
+        raise UserError(f"{where}: {key}: {value!r} is not an object; {_FIX}")
     return value
 
 
@@ -244,7 +243,7 @@ def _columns(records: Sequence[tuple[str, Record]]) -> Columns:
 
     Required are the step, losses and exits. A norm of the gradient of MODULE is the column ``grad_norms/MODULE``.
     """
-    columns = {"step": np.array([_number(record, "step", where) for where, record in records])}
+    columns = {"step": np.array([_whole(record, "step", where, 0, MAX_INT - 1) for where, record in records], float)}
     for key in SCALARS:
         columns[key] = np.array([_number({key: None, **record}, key, where) for where, record in records])
     modules = [_modules(record, where) for where, record in records]

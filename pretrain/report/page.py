@@ -8,7 +8,8 @@ from string import Template
 import numpy as np
 
 from looplm.accounting import parameter_counts
-from looplm.cli import UserError
+from looplm.cli import UserError, require
+from looplm.config.model import MAX_DEPTH
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation
 from pretrain.report import plots
 from pretrain.report.data import Conversion, Sample, Stage, read_conversions, read_samples, read_stages
@@ -39,7 +40,7 @@ def build_page(run: Path) -> str:
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; give the directory of a run, such as runs/quickstart")
     stages = read_stages(run)
-    evaluation = Evaluation.read(run / FILE_NAME) if (run / FILE_NAME).is_file() else None
+    evaluation = _read_evaluation(run / FILE_NAME) if (run / FILE_NAME).is_file() else None
     samples = read_samples(run / "samples.jsonl")
     if not (stages or evaluation or samples):
         raise UserError(
@@ -76,6 +77,15 @@ def build_page(run: Path) -> str:
     )
 
 
+def _read_evaluation(path: Path) -> Evaluation:
+    evaluation = Evaluation.read(path)
+    fix = f"give a number from 1 to {MAX_DEPTH:,}, or run pretrain.evaluate again"
+    found = [("trained_loops", evaluation.trained_loops), *(("depths[].depth", row.depth) for row in evaluation.depths)]
+    for key, depth in found:
+        require(1 <= depth <= MAX_DEPTH, f"{path}: {key}", depth, fix)
+    return evaluation
+
+
 def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
     """Return the tiles at the top: a name, a figure, and what it refers to."""
     tiles = []
@@ -100,7 +110,7 @@ def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
     tokens = {stage.name: float(np.nanmax(stage.train["tokens"], initial=0)) for stage in stages}
     seconds = {stage.name: float(np.nansum(stage.train["seconds"])) for stage in stages}
     for title, totals, form in (("Tokens seen", tokens, _short), ("Training time", seconds, _duration)):
-        if any(totals.values()):
+        if 0 < sum(totals.values()) < np.inf:
             terms = " + ".join(f"{name} {form(total)}" for name, total in totals.items())
             terms = terms if len(totals) <= LAST_STAGES else f"in {len(totals)} stages"
             tiles.append((title, form(sum(totals.values())), terms))
@@ -190,12 +200,13 @@ def _exits(stages: Sequence[Stage], evaluation: Evaluation | None) -> list[str]:
 
 
 def _depths(evaluation: Evaluation) -> list[str]:
-    points = [(row.depth, row.loss) for row in evaluation.depths]
+    points = [(row.depth, row.loss) for row in evaluation.depths if _can_be_drawn(row.loss)]
     trained = [(depth, loss) for depth, loss in points if depth <= evaluation.trained_loops]
     thresholds: dict[tuple[float, float], list[float]] = {}  # by the point that they share
     read = ", ".join(Path(source).name for source in evaluation.data)
     for row in evaluation.exit_curve:
-        thresholds.setdefault((round(row.mean_depth, 3), round(row.loss, 5)), []).append(row.threshold)
+        if _can_be_drawn(row.mean_depth) and _can_be_drawn(row.loss):
+            thresholds.setdefault((round(row.mean_depth, 3), round(row.loss, 5)), []).append(row.threshold)
     return [
         "<h2>Depth</h2><p>At each depth: all tokens run that many loops; the numbers are perplexities. Early exit: "
         "a token leaves once its summed exit probability reaches the threshold; the numbers are thresholds."
@@ -208,8 +219,16 @@ def _depths(evaluation: Evaluation) -> list[str]:
     ]
 
 
+def _can_be_drawn(value: float) -> bool:
+    """Return False for the loss of a diverged model, and for numbers that no float32 holds."""
+    return abs(value) <= float(np.finfo(np.float32).max)
+
+
 def _caches(rows: Sequence[CacheLoss]) -> list[str]:
-    curves = {row.kv_cache: sorted((r.mean_depth, r.loss) for r in rows if r.kv_cache == row.kv_cache) for row in rows}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda row: (row.mean_depth, row.loss)):
+        if _can_be_drawn(row.mean_depth) and _can_be_drawn(row.loss):
+            curves.setdefault(row.kv_cache, []).append((row.mean_depth, row.loss))
     return [
         "<h2>Caches</h2><p>Loss of text that is decoded token by token: with a cache for each loop, or with one that "
         "all loops share. At the deepest point of each, tokens run all loops; at the others, they leave early.</p>",

@@ -235,13 +235,13 @@ def _embeddable(svg: str, label: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", svg, count=5)
     svg = re.sub(r' id="[a-zA-Z.]+_[\d.]+"', "", svg)
-    svg = re.sub(r"#0a00([0-9a-f]{2})", lambda match: f"var(--loop-{int(match[1], 16)})", svg)
+    svg = re.sub(r"#0a([0-9a-f]{4})", lambda match: f"var(--loop-{int(match[1], 16)})", svg)
     svg = re.sub(r"#01010[1-4]", lambda match: _VARIABLES[match[0]], svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
 def _loop(loop: int) -> str:
-    return f"#0a00{loop:02x}"
+    return f"#0a{loop:04x}"
 
 
 def _percent(share: float, _: object = None) -> str:

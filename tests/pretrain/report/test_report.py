@@ -216,7 +216,7 @@ def test_converted_models_have_a_table(tmp_path: Path) -> None:
     row = f"loopedretrofitdense{model.depth_summary}{model.attention_widths.cached}2.00002.2500 2.1250"
     assert row in text and "unmeasuredretrofitdense" in text and "stage1retrofit" not in text
     (run / "looped/companions/upcycle.json").write_text("[{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"looped/companions/upcycle\.json: not JSON"):
+    with pytest.raises(UserError, match=r"looped/companions/upcycle\.json: cannot be read as JSON"):
         build_page(run)
 
 
@@ -308,32 +308,101 @@ def test_text_beyond_the_trained_depth_has_colors(tmp_path: Path) -> None:
     assert "depth 6" in Page(page).text
 
 
+DEEP = "[" * 10**5 + "\n"
+EVALUATION = (
+    '{"trained_loops": %d, "tokens": 1, "exit_curve": [], "exit_distribution": [], '
+    '"depths": [{"depth": %d, "loss": 1.0, "perplexity": 2.0}]}'
+)
+IN_RANGE = "give a number from 1 to 10,000, or run pretrain.evaluate again"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("stage1/metrics.jsonl", '{"kind": "train", "step": 1\n', r"stage1/metrics.jsonl:1: not JSON"),
-        ("stage1/metrics.jsonl", "\n[1]", r"metrics.jsonl:2: a JSON list, not an object"),
+        ("stage1/metrics.jsonl", '{"kind": "train", "step": 1\n', r"stage1/metrics.jsonl:1: cannot be read as JSON"),
+        ("stage1/metrics.jsonl", "\n[1]", r"metrics.jsonl:2: holds a list, not a JSON object"),
         ("stage1/metrics.jsonl", '{"kind": "train", "step": 1}', r"metrics.jsonl:1: loss_per_loop: None is not a list"),
-        ("stage1/metrics.jsonl", '{"kind": "train", "step": "x"}', r"metrics.jsonl:1: step: 'x' is not a number"),
+        ("stage1/metrics.jsonl", '{"kind": "train", "step": "x"}', r"metrics.jsonl:1: step: 'x' is not a whole number"),
         (
             "stage1/metrics.jsonl",
             '{"kind": "train", "step": 1, "grad_norms": 2}',
             r"jsonl:1: grad_norms: 2 is not",
         ),
+        (
+            "stage1/metrics.jsonl",
+            '{"kind": "train", "step": 1e999}',
+            r"metrics.jsonl:1: step: inf is not a whole number",
+        ),
+        ("stage1/metrics.jsonl", DEEP, r"metrics.jsonl:1: cannot be read as JSON in UTF-8 \(maximum recursion depth"),
+        ("stage1/config.yaml", "a: [", r"stage1/config.yaml:1: not valid YAML"),
+        (
+            "stage1/config.yaml",
+            "a: !!python/name:os.system",
+            r"config.yaml:1: a: the tag '.*' is not allowed; leave it",
+        ),
+        ("stage1/config.yaml", "[]", r"config.yaml: holds a list, not a mapping of keys"),
+        ("gate/companions/upcycle.json", "[]", r"upcycle.json: names no conversion; write it again or remove it"),
+        ("gate/companions/upcycle.json", DEEP, r"upcycle.json: cannot be read as JSON in UTF-8 \(maximum recursion"),
+        ("gate/companions/upcycle.json", "[{}]", r"gate/config.yaml: vocab_size: required and not given"),
+        ("evaluation.json", EVALUATION % (10**9, 1), rf"json: trained_loops: 1000000000 is not allowed; {IN_RANGE}"),
+        ("evaluation.json", EVALUATION % (4, 0), rf"json: depths\[\].depth: 0 is not allowed; {IN_RANGE}"),
         ("evaluation.json", "", r"evaluation.json: cannot be read as JSON"),
         ("evaluation.json", "{}", r"evaluation.json: .*required"),
         ("samples.jsonl", "{}", r"samples.jsonl:1: prompt or settings"),
-        ("samples.jsonl", '{"prompt": "", "tokens": [{"text": "a", "depth": 0}]}', r"samples.jsonl:1: tokens: .*depth"),
+        ("samples.jsonl", '{"prompt": "", "tokens": [{"text": "a", "depth": 0}]}', r"samples.jsonl:1: depth: 0 is not"),
+        (
+            "samples.jsonl",
+            '{"prompt": "", "tokens": [{"text": "a", "depth": 1e999}]}',
+            r"jsonl:1: depth: inf is not a whole",
+        ),
+        (
+            "samples.jsonl",
+            '{"prompt": "", "tokens": [{"text": 1, "depth": 1}]}',
+            r"samples.jsonl:1: text: 1 is not a text",
+        ),
         ("samples.jsonl", "\udcff", r"samples.jsonl: cannot be read"),
     ],
 )
 def test_malformed_files_are_one_line_errors(tmp_path: Path, name: str, content: str, message: str) -> None:
     path = write_run(tmp_path, steps=1) / name
+    if path.name == "upcycle.json":  # of a model that was not trained since
+        (tmp_path / "gate/metrics.jsonl").unlink()
+        (tmp_path / "gate/config.yaml").write_text("seed: 1")
+        path.parent.mkdir()
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message) as caught:
         main([str(tmp_path)])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    path = write_run(tmp_path, steps=1) / "stage1/config.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["loss"] |= {"weights": "last", "prior": "geometric"}  # which had no effect, and is refused today
+    path.write_text(yaml.safe_dump(values))
+    assert "prior: geometric" in Page(build_page(tmp_path)).text
+
+
+def test_a_diverged_model_is_drawn_without_its_losses(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=1)
+    values = evaluation(4)
+    for row in (*values["depths"][1:3], *values["exit_curve"][:2], *values["decoding"][:2]):
+        row["loss"] = math.nan
+    values["decoding"][3]["mean_depth"] = 1e308
+    (run / "evaluation.json").write_text(json.dumps(values))
+    assert Page(build_page(run)).tags.count("figure") == 17
+
+
+def test_many_loops_are_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=1)
+    (run / "evaluation.json").write_text(EVALUATION % (300, 300))
+    assert "var(--loop-300)" in build_page(run)
+
+
+def test_a_time_beyond_all_numbers_is_left_out(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a/metrics.jsonl", [line | {"seconds": math.inf} for line in metrics(3, 2)])
+    assert "Training time" not in Page(build_page(tmp_path)).text
 
 
 def test_half_a_line_of_a_killed_run_is_left_out_with_a_note(tmp_path: Path, capsys) -> None:
