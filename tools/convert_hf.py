@@ -65,7 +65,7 @@ class ExportConfig:
     output: Path
     layout: Literal["auto", "ouro", "looplm"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
-    max_shard_gb: float = positive(4.0)
+    max_shard_gb: float = positive(4.0, at_most=1_000_000)
 
     def __post_init__(self) -> None:
         check_bounds(self, "")

@@ -53,8 +53,8 @@ class PlanOptions:
     """
 
     gpu: GpuName
-    gpus: int = positive()
-    gpus_per_node: int = positive(8)
+    gpus: int = positive(at_most=1 << 20)
+    gpus_per_node: int = positive(8, at_most=1024)
     network: NetworkName = "ib-400"
     assume: Assumptions = field(default_factory=Assumptions)
     price_per_gpu_hour: float | None = positive(None)

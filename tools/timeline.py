@@ -11,6 +11,7 @@ from tools.planning import schedule
 from tools.planning.schedule import Costs, Slot
 
 COLUMNS = 140  # of a drawing, at most
+MAX_PIECES = 200_000  # of work in each direction; their simulation takes half a minute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,10 @@ class TimelineConfig:
     pipeline: int = 4
     loops: int = positive(4)
     micro_batches: int = 4
-    forward: float = positive(1.0)
-    backward: float = positive(2.0)
-    head: float = at_least(0, 0.0)
-    send: float = at_least(0, 0.0)
+    forward: float = at_least(1e-6, 1.0, at_most=1e6)
+    backward: float = at_least(1e-6, 2.0, at_most=1e6)
+    head: float = at_least(0, 0.0, at_most=1e6)
+    send: float = at_least(0, 0.0, at_most=1e6)
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
@@ -42,6 +43,9 @@ class TimelineConfig:
         groups = f"Megatron's interleaved schedule deals them in groups of pipeline={self.pipeline}"
         fits = self.micro_batches > 0 and self.micro_batches % self.pipeline == 0
         require(fits, "micro_batches", self.micro_batches, f"{groups}; the nearest legal value is {nearest}")
+        pieces = self.pipeline * self.loops * self.micro_batches
+        fix = f"pipeline x loops x micro_batches are {pieces:,}; at most {MAX_PIECES:,} can be drawn, so lower one"
+        require(pieces <= MAX_PIECES, "loops", self.loops, fix)
 
 
 def main(argv: list[str]) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 
 from data_pipeline.synthetic.registry import open_task
 from data_pipeline.synthetic.task import NO_LEVEL, Examples, Split, Task
-from looplm.bounds import at_least, check_bounds, positive
+from looplm.bounds import at_least, check_bounds, positive, require
 from looplm.cli import parse_config, run_main
 from looplm.config import TaskConfig
+
+MAX_TOKENS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,16 @@ class PrintConfig:
     """
 
     task: TaskConfig
-    seq_length: int = positive(64)
-    count: int = positive(2)
+    seq_length: int = positive(64, at_most=1_000_000)
+    count: int = positive(2, at_most=1000)
     split: Split = "train"
     seed: int = at_least(0, 0)
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
+        most = MAX_TOKENS // self.seq_length
+        fix = f"with seq_length={self.seq_length} give at most {most}: samples of {MAX_TOKENS:,} tokens are printed"
+        require(self.count <= most, "count", self.count, fix)
 
 
 def main(argv: list[str]) -> None:

@@ -35,7 +35,7 @@ class QuestionsConfig:
     """
 
     output: str = path_field()
-    count: int = positive(4000)
+    count: int = positive(4000, at_most=10_000_000)
     seed: int = 1234
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from looplm.bounds import UserError, at_least, check_bounds, positive, require
 
+_MAX_FACTS = 10_000_000  # of a world, which every process holds in memory
 _GROUP = re.compile(r"[SA][345]|Z([2-9]|[1-9][0-9]{1,2})")
 
 
@@ -108,11 +109,11 @@ class CapoConfig:
         people_seed: decides the people, whatever the seed of the run is.
     """
 
-    people: int = positive(1000)
+    people: int = positive(1000, at_most=20_000_000)
     name_parts: int = at_least(2, 32, at_most=2000)
     attributes: int = positive(5, at_most=20)
-    values: int = at_least(2, 32)
-    wordings: int = positive(4)
+    values: int = at_least(2, 32, at_most=10_000)
+    wordings: int = positive(4, at_most=10_000)
     people_seed: int = at_least(0, 0)
 
     def __post_init__(self) -> None:
@@ -139,9 +140,9 @@ class MultiHopConfig:
         world_seed: decides the facts, whatever the seed of the run is.
     """
 
-    layers: int = at_least(3, 5)
-    entities: int = at_least(2, 20)
-    relations: int = positive(8)
+    layers: int = at_least(3, 5, at_most=1000)
+    entities: int = at_least(2, 20, at_most=100_000)
+    relations: int = positive(8, at_most=10_000)
     min_hops: int = positive(1)
     max_hops: int = at_least(2, 3)
     seen: float = positive(0.25, at_most=1)
@@ -153,6 +154,9 @@ class MultiHopConfig:
         _require_range(section, "hops", self.min_hops, self.max_hops)
         fix = f"give a number below {section}.layers={self.layers}"
         require(self.max_hops < self.layers, f"{section}.max_hops", self.max_hops, fix)
+        facts = self.layers * self.entities * self.relations
+        fix = f"layers x entities x relations are {facts:,}; give at most {_MAX_FACTS:,} of these facts"
+        require(facts <= _MAX_FACTS, f"{section}.entities", self.entities, fix)
 
 
 @dataclass(frozen=True, kw_only=True)

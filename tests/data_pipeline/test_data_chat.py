@@ -284,6 +284,11 @@ def test_unmark_inverts_mark():
     assert ids.tolist() == [0, 5, NO_LOSS - 1] and has_loss.tolist() == [False, True, False]
 
 
+def test_no_more_questions_are_written_than_fit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^count: \d+ is not allowed; give a number above 0 and at most 10000000$"):
+        questions.main(["--output", str(tmp_path / "q.jsonl"), "--count", "1000000000000"])
+
+
 @pytest.fixture
 def talks(tmp_path: Path) -> list[list[dict[str, str]]]:
     """Forty conversations, and three without an answer."""

@@ -196,6 +196,10 @@ def test_mistakes_on_the_command_line(released, ours, corpus, tmp_path, capsys):
         ([*exporting[:-1], exists], "it exists already"),
         (["export", "--checkpoint", "nowhere", "--output", "x"], "nowhere: no whole checkpoint here"),
         ([*exporting, "--max_shard_gb", "0"], "max_shard_gb: 0"),
+        (
+            [*exporting, "--max_shard_gb", "1e300"],
+            r"max_shard_gb: 1e\+300 is not allowed; give a number above 0 and at most 1000000$",
+        ),
         ([*exporting, "--layout", "llama"], "layout"),
     ):
         with pytest.raises(UserError) as raised:

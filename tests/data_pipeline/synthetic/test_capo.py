@@ -145,6 +145,12 @@ def test_a_sample_that_holds_nobody_or_more_than_everyone_is_refused(length: int
         ({"name_parts": 9}, r"capo\.people: 1000 is not allowed; .*name_parts=9 makes 729 names"),
         ({"wordings": 1}, r"capo\.wordings: 1 is not allowed; there are only 120 ways"),
         ({"values": 1}, r"capo\.values: 1 is not allowed"),
+        ({"values": 2**62}, r"capo\.values: \d+ is not allowed; give a number of at least 2 and at most 10000$"),
+        ({"wordings": 2**62}, r"capo\.wordings: \d+ is not allowed; give a number above 0 and at most 10000$"),
+        (
+            {"people": 10**9, "name_parts": 2000},
+            r"people: \d+ is not allowed; give a number above 0 and at most 20000000$",
+        ),
     ],
 )
 def test_wrong_keys_are_refused(keys, message) -> None:

@@ -101,6 +101,13 @@ def test_a_sample_too_short_for_the_longest_question_is_refused() -> None:
         ({"max_hops": 5}, r"multi_hop\.max_hops: 5 is not allowed; give a number below .*layers=5"),
         ({"min_hops": 4}, r"multi_hop\.max_hops: 3 is not allowed; give at least .*min_hops=4"),
         ({"seen": 0.0}, r"multi_hop\.seen: 0\.0 is not allowed"),
+        ({"entities": 10**9}, r"multi_hop\.entities: 1000000000 is not allowed; give a number of .* at most 100000$"),
+        ({"layers": 2**62}, r"multi_hop\.layers: \d+ is not allowed; give a number of at least 3 and at most 1000$"),
+        ({"relations": 2**62}, r"multi_hop\.relations: \d+ is not allowed; give a number above 0 and at most 10000$"),
+        (
+            {"entities": 10_000, "relations": 1000},
+            r"entities: 10000 is not allowed; layers x entities x relations are 50,000,000; give at most 10,000,000 of",
+        ),
     ],
 )
 def test_wrong_keys_are_refused(keys, message) -> None:

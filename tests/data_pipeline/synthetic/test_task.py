@@ -89,6 +89,22 @@ def test_the_command_prints_token_label_and_level_below_each_other(capsys, monke
     assert len(" ".join(tokens[:4]).split()) == 4 + 30
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["--count", "1000000000000"], "count: 1000000000000 is not allowed; give a number above 0 and at most 1000"),
+        (["--seq_length", f"{2**63 - 1}"], "give a number above 0 and at most 1000000"),
+        (
+            ["--seq_length", "1000000", "--count", "11"],
+            "count: 11 is not allowed; with seq_length=1000000 give at most 10: samples of 10,000,000 tokens are printed",
+        ),
+    ],
+)
+def test_the_command_prints_no_more_than_fits(keys, message) -> None:
+    with pytest.raises(UserError, match=f"{message}$"):
+        command.main(["--task.mano.dense", "true", *keys])
+
+
 def test_the_command_needs_a_task() -> None:
     with pytest.raises(UserError, match=r"^task: required|^data\.task: None is not allowed; name exactly one"):
         command.main([])
