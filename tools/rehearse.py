@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from looplm.bounds import check_bounds, path_field, positive, require_file_place
+from looplm.bounds import check_bounds, path_field, positive, require, require_file_place
 from looplm.cli import UserError, parse_config, run_main
 from looplm.config import RunConfig
 from looplm.files import write_whole
@@ -104,6 +104,8 @@ def _chain_plans(config: ChainConfig) -> list[Plan]:
     if faults:
         raise UserError(*faults)
     stages = [job for job in chain if job.run is not None]
+    fix = "none of them trains, so there is nothing to rehearse; choose others with start and stop"
+    require(bool(stages), "stages", [job.name for job in chain], fix)
     return [_plan(job.name, job.run, config.gpus or job.nodes * job.gpus, config) for job in stages if job.run]
 
 

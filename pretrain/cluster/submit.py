@@ -16,6 +16,7 @@ from looplm.bounds import check_bounds, expand_path, path_field, positive
 from looplm.checkpoint import ModelDescription, check_fit, find_difference, read_about, step_folder
 from looplm.cli import UserError, parse_config, require
 from looplm.config import RunConfig
+from pretrain.cluster.commands import check_command
 from pretrain.data import check_corpus, schedule_on
 
 LAUNCHERS = "pretrain/slurm"
@@ -76,7 +77,7 @@ class SubmitConfig:
     nodes: int | None = positive(None)
     start: str | None = None
     stop: str | None = None
-    after: int | None = None
+    after: int | None = positive(None)
     arguments: str = ""
     preflight: bool = True
     rehearse: bool = False
@@ -92,8 +93,12 @@ class SubmitConfig:
             name = getattr(self, key)
             require(name is None or name in names, key, name, f"the stages are {', '.join(names)}")
         _split(self.arguments, "arguments")
-        ordered = names.index(self.start or names[0]) <= names.index(self.stop or names[-1])
-        require(ordered, "stop", self.stop, f"it comes before start={self.start}")
+        first, last = names.index(self.start or names[0]), names.index(self.stop or names[-1])
+        require(first <= last, "stop", self.stop, f"it comes before start={self.start}")
+        trains = any(stage.run is None for stage in self.stages[first : last + 1])
+        for key in ("nodes", "arguments", "rehearse"):
+            value = getattr(self, key)
+            require(trains or not value, key, value, "it is for training, and only commands run; leave it out")
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,11 @@ def _command(stage: StageConfig, run: str) -> Job:
     words = _split(run, "run")
     require(bool(words), "run", run, 'give the words after "python -m"')
     module = Path(*words[0].split("."))
-    found = re.fullmatch(r"\w+(\.\w+)*", words[0]) and (module.with_suffix(".py"), module / "__main__.py")
-    require(any(path.is_file() for path in found or ()), "run", words[0], "it is not a module of this repository")
+    named = re.fullmatch(r"\w+(\.\w+)*", words[0]) is not None
+    if named and (module / "__main__.py").is_file():
+        words[0], module = f"{words[0]}.__main__", module / "__main__"  # the launcher looks for a file
+    found = named and module.with_suffix(".py").is_file()
+    require(found, "run", words[0], "it is not a module of this repository")
     split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     options = {option: value for option, value in pairwise(split) if option.startswith("--")}
     paths = {
@@ -187,6 +195,8 @@ def find_faults(job: Job, before: list[Job], awaited: bool = False) -> Iterator[
     if job.reads is not None and not known and not resumes and job.step is None:
         yield f"{job.name}: starts from {job.reads}, which holds no checkpoint and which no earlier stage writes"
     if job.run is None:
+        if fault := _fault_of(check_command, job.arguments, [other.writes for other in before if other.writes]):
+            yield f"{job.name}: {fault}"
         return
     wanted, step = ModelDescription(job.run.model, job.run.gate), job.step
     if writer is not None and writer.run is not None:
