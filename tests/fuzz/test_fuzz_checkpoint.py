@@ -33,7 +33,8 @@ def whole(tmp_path_factory, single_process) -> Path:
     write_corpus(folder)
     model = LoopLM(MODEL, GATE, single_process, torch.float32)
     step = folder / "run" / "checkpoints" / "step_00000000"
-    checkpoint.save_weights(step, model, GATE, about_weights("float32"), folder / "tokenizer.json")
+    tokenizer = folder / "tokenizer.json"
+    checkpoint.save_weights(step, model, GATE, about_weights("float32", tokenizer), tokenizer)
     return step
 
 

@@ -48,7 +48,8 @@ def exports(
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.normal_()  # norms and gates too: their ones and zeros would hide a wrong shard
-            checkpoint.save_weights(folder / name, model, gate, about_weights("bfloat16"), corpus / "tokenizer.json")
+            tokenizer = corpus / "tokenizer.json"
+            checkpoint.save_weights(folder / name, model, gate, about_weights("bfloat16", tokenizer), tokenizer)
             found[name] = export(folder / name, folder / f"{name} hf", single_process)
             import_source(examine(found[name]), folder / f"{name} imported", single_process)
         jobs = []

@@ -126,8 +126,8 @@ def train_rows(folder: Path | str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "train"]
 
 
-def about_weights(dtype: str) -> About:
-    """Return the metadata of weights that do not come from a run."""
+def about_weights(dtype: str, tokenizer: Path | None = None) -> About:
+    """Return the metadata of weights that do not come from a run; they can be opened with their tokenizer."""
     return About(
         step=0,
         samples=0,
@@ -135,7 +135,7 @@ def about_weights(dtype: str) -> About:
         horizon_samples=0,
         objective=WEIGHTS_ONLY,
         gate_trained=True,
-        tokenizer_sha256="",
+        tokenizer_sha256="" if tokenizer is None else sha256_of(tokenizer),
         eos_ids=(EOS,),
         data_order="",
         versions=versions(),

@@ -71,7 +71,7 @@ def found(
     """Return the worker's answers for a model whose answers vary, and the command's report."""
     folder = tmp_path_factory.mktemp("harness")
     model = build(replace(MODEL, num_loops=4), GATE, single_process)
-    about = replace(about_weights("float32"), tokenizer_sha256=sha256_of(corpus / "tokenizer.json"))
+    about = about_weights("float32", corpus / "tokenizer.json")
     checkpoint.save_weights(folder / "step", model, GATE, about, corpus / "tokenizer.json")
     opened = checkpoint.open_model(str(folder / "step"), single_process, dtype=None)
     export_model(opened, folder / "export", "looplm", None, 10**9)

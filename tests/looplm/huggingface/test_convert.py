@@ -137,7 +137,8 @@ OWN = {
 def test_our_checkpoint_comes_back_unchanged(case, corpus, tmp_path, single_process):
     config, gate, hf_layout = OWN[case]
     model = LoopLM(config, gate, single_process, torch.bfloat16)
-    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("bfloat16"), corpus / "tokenizer.json")
+    tokenizer = corpus / "tokenizer.json"
+    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("bfloat16", tokenizer), tokenizer)
     assert export(tmp_path / "ours", tmp_path / "hf", single_process, limit=5000).hf_layout == hf_layout
     import_source(examine(tmp_path / "hf"), tmp_path / "again", single_process)
     assert_same_bits(weights_of(tmp_path / "again", single_process), weights_of(tmp_path / "ours", single_process))
@@ -183,7 +184,8 @@ TOLD = {
 def test_card_and_inventory_tell_of_the_levers(case, corpus, tmp_path, single_process):
     config, gate, _ = OWN[case]
     model = LoopLM(config, gate, single_process)
-    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("float32"), corpus / "tokenizer.json")
+    tokenizer = corpus / "tokenizer.json"
+    checkpoint.save_weights(tmp_path / "ours", model, gate, about_weights("float32", tokenizer), tokenizer)
     export(tmp_path / "ours", tmp_path / "hf", single_process)
     card, shown, told = (tmp_path / "hf/README.md").read_text(), inspect(tmp_path / "ours"), TOLD[case]
     for text, expected in zip((card, shown), told, strict=True):

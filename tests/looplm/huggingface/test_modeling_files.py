@@ -74,7 +74,7 @@ def test_an_export_is_loaded_with_its_own_code_and_saved_again(
 ) -> None:
     ours = build(MODELS[variant], GATES["sequence"], single_process, dtype)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    about = about_weights(str(dtype).removeprefix("torch."))
+    about = about_weights(str(dtype).removeprefix("torch."), tmp_path / "tokenizer.json")
     checkpoint.save_weights(tmp_path / "step", ours, GATES["sequence"], about, tmp_path / "tokenizer.json")
     opened = checkpoint.open_model(str(tmp_path / "step"), single_process, dtype=None)
     export_model(opened, tmp_path / "first", "looplm", None, 10**9)

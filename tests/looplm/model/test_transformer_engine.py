@@ -152,7 +152,7 @@ def test_a_checkpoint_carries_every_parameter_to_a_local_block_and_back(
     shapes_of = [{key: value.shape for key, value in canonical(model).items()} for model in (theirs, local)]
     assert shapes_of[0] == shapes_of[1]
 
-    about = about_weights("bfloat16")
+    about = about_weights("bfloat16", corpus / "tokenizer.json")
     checkpoint.save_weights(tmp_path / "theirs", theirs, GATE, about, corpus / "tokenizer.json")
     checkpoint.load_weights(tmp_path / "theirs", local, GATE)
     assert_same(canonical(theirs), canonical(local))
