@@ -143,7 +143,7 @@ DEEP: dict[str, tuple[Callable[[Path], object], str]] = {
     "edited fingerprint": (lambda p: edit(Path(f"{p}.manifest.json"), "fingerprint", "f"), "fingerprint"),
     "edited vocabulary": (
         lambda p: edit(Path(f"{p}.manifest.json"), "vocab_size", 10**15),
-        r"manifest.json: says that the vocabulary has 10{15} ids, but the largest in \S+/tokenizer.json is 49; build",
+        r"manifest.json: says that the vocabulary has 10{15} ids, but the largest in \S+/tokenizer.json is 49;",
     ),
 }
 
