@@ -318,11 +318,14 @@ def test_a_run_with_fp8_weights_is_read_for_one_process(corpus, tmp_path):
     assert replay._read_config(moved).output_dir == str(moved), "indices are written into the run, wherever it is"
 
 
-def test_mistakes_are_named(failed, tmp_path):
+def test_mistakes_are_named(corpus, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(run_config(corpus, run, optim=OPTIM))))
     for step in (None, 0, 9):
         words = rf"--step: {step} is not a step of \S+; give its number, from 1 to optim\.train_steps=8"
         with pytest.raises(UserError, match=words):
-            found(Path(failed.output_dir), step=step)
+            found(run, step=step)
     with pytest.raises(UserError, match=r"config\.yaml: is missing; give a training directory"):
         replay.main([str(tmp_path), "--step", "3"])
     for text, words in (("a: [", r":1: not valid YAML"), ("", "holds nothing"), ("a: 1", "a: unknown key")):
