@@ -19,7 +19,7 @@ from data_pipeline.config import PipelineConfig, SourceConfig, TokenizerConfig
 from data_pipeline.filters import build_filters
 from data_pipeline.sources import check_files, find_files, read_documents
 from looplm import chat
-from looplm.bounds import path_field, require_file_place
+from looplm.bounds import path_field
 from looplm.cli import UserError, parse_config, require, run_main
 from looplm.encoding import added_ids, open_tokenizer
 from looplm.files import write_whole
@@ -136,7 +136,7 @@ class TrainTokenizerConfig(PipelineConfig):
         super().__post_init__()
         path = self.tokenizer.path
         require(path is None, "tokenizer.path", path, "this command trains a tokenizer; give vocab_size instead")
-        require_file_place(self.output, "output")
+        require(not Path(self.output).is_dir(), "output", self.output, "it is a directory; name a file")
 
 
 def main(argv: list[str]) -> None:
