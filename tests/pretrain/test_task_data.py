@@ -138,6 +138,7 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     )
     report = json.loads((tmp_path / "whole/evaluation.json").read_text())
     answers = report["answers"]
+    assert report["data"] == ["word_problem (test)"]
     assert [row["depth"] for row in answers["depths"]] == [1, 2, 3, 4, 5, 6] and len(answers["refitted"]) == 6
     assert len(answers["attention_sink"]) == 6 and len(answers["loop_radius"]) == 5
     assert answers["levels"]["levels"] == list(range(1, 8)) and answers["levels"]["labels"] == [32] * 7
@@ -177,10 +178,11 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
         assert at["loss_by_level"] == pytest.approx(whole_at["loss_by_level"], rel=1e-5)
     with pytest.raises(AssertionError, match="samples: 32 is not allowed; give a multiple of 64: 2 ranks read"):
         measured(2, 32)
+    hops_keys = ["--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=3", f"--output={tmp_path / 'other.json'}"]
     with pytest.raises(UserError, match=r"votes: '1' is not allowed; samples of this task have their labels at diff"):
-        evaluate.main([*arguments, "--votes", "1", "--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=3"])
+        evaluate.main([*arguments, "--votes", "1", *hops_keys])
     with pytest.raises(UserError, match=r"task: p_hop has other symbols than the task of .*whole"):
-        evaluate.main([*arguments, "--task.p_hop.hops=[1,2]", "--task.p_hop.alphabet=3"])
+        evaluate.main([*arguments, *hops_keys])
     with pytest.raises(UserError, match=r"data.seq_length|max_sequence_length"):
         evaluate.main([*arguments, "--seq_length", "5000"])
 
