@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from looplm.binding import MAX_INT
-from looplm.checkpoint import read_model, upgrade_config
 from looplm.cli import UserError, from_dict
 from looplm.config import ModelConfig, RunConfig
 from looplm.config.model import MAX_DEPTH
+from looplm.config.stored import upgrade_config
 from looplm.json_file import parse_object
 from looplm.yaml_text import read_yaml
 
@@ -88,7 +88,7 @@ def read_conversions(run: Path) -> list[Conversion]:
                 name=folder.name,
                 kind=str(record.get("kind")),
                 source=Path(str(record.get("source"))).name,
-                model=read_model(folder).model,
+                model=_read_model(folder),
                 loss_before=_numbers(before, "loss_per_depth", str(path))[:loops][-1] if before else None,
                 loss_after=_numbers(after, "loss_per_depth", str(path)) if after else None,
             )
@@ -157,6 +157,11 @@ def _read_config(folder: Path) -> tuple[str, RunConfig | None]:
             values = upgrade_config(read_yaml(str(path)).values)
             return _read_text(path), from_dict(RunConfig, values, where=str(path))
     return "", None
+
+
+def _read_model(folder: Path) -> ModelConfig:
+    path = str(folder / "config.yaml")
+    return from_dict(ModelConfig, read_yaml(path).values.get("model", {}), where=path)
 
 
 def _read_text(path: Path) -> str:
