@@ -37,9 +37,9 @@ def sources(corpus: Any, jsonl: Callable) -> dict[str, Path]:
 def test_duplicates_are_dropped_over_all_sources(
     sources: Any, config: Any, build: Any, decoded: Any, exact: bool, minhash: bool, left: int
 ) -> None:
-    settings = replace(
-        config(sources, validation_fraction=0.0), dedup=DedupConfig(exact=exact, minhash=minhash, buckets=6)
-    )
+    fewer: dict[str, Any] = {"buckets": 6} if minhash else {}
+    dedup = DedupConfig(exact=exact, minhash=minhash, **fewer)
+    settings = replace(config(sources, validation_fraction=0.0), dedup=dedup)
     texts = run(build, decoded, settings)
     everything = [text for found in texts.values() for text in found]
     assert set(texts) == {"a_train", "b_train"}

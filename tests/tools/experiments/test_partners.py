@@ -66,7 +66,7 @@ def test_the_table_prints_arms_that_an_experiment_accepts():
     pairs = [("a", "b", "parameters"), ("a", "c", "flops"), ("a", "d", "flops"), ("e", "c", "parameters")]
     values = yaml.safe_load(MINI) | {"arms": arms}
     values["base"]["model"]["vocab_size"] = 300
-    values["base"]["gate"] = {}
+    values["base"] |= {"gate": {}, "loss": {}}
     values["base"]["data"]["seq_length"] = config.data.seq_length
     values["pairs"] = [{"better": better, "than": than, "matched": matched} for better, than, matched in pairs]
     values["decides"] = {"figure": "test.accuracy", "better": "a", "than": "b"}
