@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow
 import zstandard
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 _HEAD = 512  # bytes that show what a file holds
 _INPUT = 1 << 15  # compressed bytes decoded at a time; a few of them may hold many times as much

@@ -9,8 +9,7 @@ from typing import Literal
 
 from data_pipeline.token_file import NO_LOSS
 from looplm import chat
-from looplm.bounds import at_least, check_bounds, non_empty, path_field, positive
-from looplm.cli import require
+from looplm.bounds import at_least, check_bounds, non_empty, path_field, positive, require
 
 FilterName = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb_quality"]
 Difference = Literal["case", "punctuation", "accents", "numbers"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.config import ChatConfig
 from looplm.chat import ANSWERS, NAME, ROLES, Message
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 MESSAGES = "messages"  # key of a conversation in a document's metadata: [role, content, learned] lists
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")  # the second ones are ShareGPT's

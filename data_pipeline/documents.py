@@ -17,7 +17,7 @@ from data_pipeline.filters import build_filters, find_duplicates
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.sources import make_reader
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 TRAIN, VALID = "train", "valid"
 

@@ -25,8 +25,7 @@ from tqdm import tqdm
 from data_pipeline.config import ExecutorConfig, SlurmConfig
 from data_pipeline.folders import Folder
 from data_pipeline.local_executor import LocalExecutor, StepFailed
-from looplm.cli import UserError
-from looplm.failures import Failure
+from looplm.failures import Failure, UserError
 from looplm.files import write_whole
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+=,@~-]*")  # what datatrove's job scripts can hold without quotes

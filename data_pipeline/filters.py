@@ -23,7 +23,7 @@ from data_pipeline.executor import StepRunner
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from looplm.chat import ANSWERS, Message
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 _QUALITY = {
     "gopher_quality": filters.GopherQualityFilter,  # Rae et al. 2021, section A.1.1

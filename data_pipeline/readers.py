@@ -15,7 +15,7 @@ from datatrove.data import Document
 from datatrove.pipeline.readers.base import BaseDiskReader
 
 from data_pipeline.compression import open_binary, readable, refuse_foreign
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 Record = dict[str, Any]  # a JSON object or a row of a table
 

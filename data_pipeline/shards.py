@@ -20,7 +20,7 @@ from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.text_encoder import TextEncoder
 from data_pipeline.token_file import read_index, write_index
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 UNKNOWN, LOST = "unknown_tokens", "lost_characters"  # counters of a prefix
 

@@ -15,7 +15,7 @@ from data_pipeline.config import ChatConfig, SourceConfig
 from data_pipeline.conversations import MESSAGE_KEYS, MESSAGES, RECORD_KEYS, read_conversation
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader, ParquetReader, Record, SourceReader, TextReader
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 _INSTALLED = {"site-packages", "dist-packages"}  # inside the standard library's folder, but different on every machine
 

@@ -18,7 +18,7 @@ from data_pipeline.conversations import MESSAGES
 from data_pipeline.token_file import mark
 from data_pipeline.train_tokenizer import control_names, special_ids
 from looplm.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, ChatTemplate, Message
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.plain_text import as_text, control_ids, unknown_token
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 NO_LOSS = 1 << 30  # above every id (config.MAX_VOCAB_SIZE), below the sign
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -35,7 +35,8 @@ from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_
 from data_pipeline.verify import check_prefix
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
 from looplm.chat import TEMPLATE_FILE
-from looplm.cli import UserError, parse_config, run_main
+from looplm.cli import parse_config, run_main
+from looplm.failures import UserError
 from looplm.files import sha256_of, write_whole, writing
 from looplm.imported_template import ImportedTemplate
 

@@ -19,9 +19,10 @@ from data_pipeline.config import PipelineConfig, SourceConfig, TokenizerConfig
 from data_pipeline.filters import build_filters
 from data_pipeline.sources import check_files, find_files, read_documents
 from looplm import chat
-from looplm.bounds import path_field
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.bounds import path_field, require
+from looplm.cli import parse_config, run_main
 from looplm.encoding import added_ids, open_tokenizer
+from looplm.failures import UserError
 from looplm.files import write_whole
 from looplm.plain_text import as_text
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
 from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
-from looplm.cli import UserError, parse_config, positional_paths, run_main, switch
+from looplm.cli import parse_config, positional_paths, run_main, switch
 from looplm.encoding import read_tokenizer
+from looplm.failures import UserError
 from looplm.files import is_file_name, sha256_of
 
 INDEX_BYTES = 1 << 28  # a larger .idx is hashed only by a deep check

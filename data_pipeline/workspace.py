@@ -18,7 +18,8 @@ from data_pipeline.config import PipelineConfig
 from data_pipeline.local_executor import TASKS, StepFailed
 from data_pipeline.sources import common_folder
 from data_pipeline.text_encoder import template_files
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
+from looplm.failures import UserError
 from looplm.files import fsync, write_whole
 from looplm.lock import FILE, FolderLock
 

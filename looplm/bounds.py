@@ -27,7 +27,7 @@ from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from looplm.failures import UserError as UserError
+from looplm.failures import UserError
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from looplm.cli import UserError
 from looplm.encoding import remove_limits
+from looplm.failures import UserError
 from looplm.plain_text import as_text
 
 NAME = "chatml"

@@ -38,9 +38,7 @@ import yaml
 from looplm import binding
 from looplm.binding import Flag, hints_of, retired_keys, retired_of, section_of, suggest, unknown_keys
 from looplm.bounds import expand_path
-from looplm.bounds import require as require
-from looplm.failures import Failure
-from looplm.failures import UserError as UserError
+from looplm.failures import Failure, UserError
 from looplm.files import storage_failure
 from looplm.yaml_text import parse_yaml, read_yaml
 

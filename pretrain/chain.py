@@ -11,7 +11,8 @@ sbatch's own environment variables (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIM
 
 from dataclasses import replace
 
-from looplm.cli import UserError, parse_config, run_main
+from looplm.cli import parse_config, run_main
+from looplm.failures import UserError
 from pretrain.cluster.rehearsal import rehearse
 from pretrain.cluster.submit import SubmitConfig, find_data_faults, find_faults, plan, script, submit
 

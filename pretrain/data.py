@@ -26,8 +26,9 @@ from data_pipeline.synthetic.task import SPLITS, Split
 from data_pipeline.token_file import read_index
 from data_pipeline.verify import check_prefix
 from looplm import chat
-from looplm.cli import UserError, require
+from looplm.bounds import require
 from looplm.config import DataConfig, DataSource, RunConfig, TaskConfig
+from looplm.failures import UserError
 from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE, HAS_CUDA
 from pretrain.index_cache import checked_cache

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from data_pipeline.synthetic.registry import open_task
 from looplm import checkpoint
+from looplm.bounds import require
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.cli import parse_config, run_main
 from looplm.config import LossConfig, RunConfig
 from looplm.config.model import MAX_DEPTH
 from looplm.evaluation.answers import AnswerMeter
@@ -38,6 +39,7 @@ from looplm.evaluation.dynamics import mean_over_ranks
 from looplm.evaluation.readout import accuracies, fit_heads
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation, TaskAnswers
 from looplm.evaluation.spectral_radius import spectral_radius
+from looplm.failures import UserError
 from looplm.inference.early_exit import ExitRule
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups

@@ -11,8 +11,9 @@ its CPU (python -m tools.rehearse), before the ranks join.
 
 import os
 
-from looplm.cli import UserError, parse_config, run_main
+from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from looplm.megatron import device, process_groups
 from pretrain.cluster import findings
 from pretrain.cluster.examine import examine

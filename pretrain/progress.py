@@ -4,9 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from looplm import checkpoint
+from looplm.bounds import require
 from looplm.checkpoint import About, Health, step_folder
-from looplm.cli import UserError, require
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from looplm.megatron.settings import DTYPES
 from pretrain.data import Corpus, data_order, matches_data_order
 

@@ -6,8 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError
-from looplm.failures import Failure, Hang
+from looplm.failures import Failure, Hang, UserError
 from looplm.files import write_whole, writing
 from looplm.lock import FolderLock
 from looplm.megatron import process_groups

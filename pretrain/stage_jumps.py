@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from looplm.accounting import parameter_counts
-from looplm.cli import UserError, parse_config, positional, run_main
+from looplm.cli import parse_config, positional, run_main
+from looplm.failures import UserError
 from pretrain.report.data import Stage, read_stages
 
 LAST, FIRST, WINDOW = 10, 20, 10  # steps: at the end of one stage; at the start of the next, in means of so many

@@ -14,8 +14,9 @@ import docstring_parser
 
 from data_pipeline.config import PipelineConfig
 from looplm.bounds import is_path
-from looplm.cli import UserError, run_main
+from looplm.cli import run_main
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from looplm.files import write_whole
 from looplm.inference import GenerationConfig
 

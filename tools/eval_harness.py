@@ -30,11 +30,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looplm import checkpoint
-from looplm.bounds import at_least, check_bounds, path_field, positive, require_file_place
+from looplm.bounds import at_least, check_bounds, path_field, positive, require, require_file_place
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.cli import parse_config, run_main
 from looplm.config import ModelConfig
 from looplm.encoding import encode
+from looplm.failures import UserError
 from looplm.files import write_whole
 from looplm.inference import GenerationConfig, Generator
 from looplm.inference.kv_cache import CacheMode, check_cached

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from looplm.bounds import check_bounds, path_field, positive
-from looplm.cli import UserError, parse_command, parse_config, positional_paths, run_main
+from looplm.cli import parse_command, parse_config, positional_paths, run_main
+from looplm.failures import UserError
 from tools.experiments.findings import claim_of
 from tools.experiments.page import write_page
 from tools.experiments.rows import arms_of

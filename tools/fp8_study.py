@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from looplm.bounds import check_bounds, non_empty, path_field
-from looplm.cli import parse_config, require, run_main
+from looplm.bounds import check_bounds, non_empty, path_field, require
+from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.yaml_text import read_yaml
 from tools.studies.study import Study, markdown_table

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from looplm.bounds import check_bounds, path_field
-from looplm.cli import UserError, parse_config, run_main
+from looplm.cli import parse_config, run_main
+from looplm.failures import UserError
 from tools.gpu import bundle
 
 

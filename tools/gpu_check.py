@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from looplm.bounds import check_bounds, non_empty, path_field
-from looplm.cli import parse_config, require, run_main
+from looplm.bounds import check_bounds, non_empty, path_field, require
+from looplm.cli import parse_config, run_main
 from tools.gpu import report
 from tools.gpu.parts import PARTS, DeviceName, stretched
 from tools.gpu.process import run_part

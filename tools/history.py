@@ -20,9 +20,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from looplm.bounds import require
 from looplm.checkpoint import git_revision
-from looplm.cli import UserError, require, run_main
-from looplm.failures import StorageFailure
+from looplm.cli import run_main
+from looplm.failures import StorageFailure, UserError
 from looplm.files import sha256_of, write_whole
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from looplm.bounds import check_bounds, path_field, positive, require_file_place
-from looplm.cli import UserError, parse_config, require, run_main
+from looplm.bounds import check_bounds, path_field, positive, require, require_file_place
+from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from looplm.files import write_whole
 from tools import timeline
 from tools.planning.estimate import budget_of

@@ -22,7 +22,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from tqdm import tqdm
 
-from looplm.cli import from_dict, parse_config, require, run_main
+from looplm.bounds import require
+from looplm.cli import from_dict, parse_config, run_main
 from looplm.config import ParallelConfig, RunConfig
 from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES

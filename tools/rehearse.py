@@ -18,8 +18,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from looplm.bounds import check_bounds, path_field, positive, require, require_file_place
-from looplm.cli import UserError, parse_config, run_main
+from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from looplm.files import write_whole
 from pretrain.cluster.submit import SubmitConfig
 from pretrain.cluster.submit import plan as plan_chain

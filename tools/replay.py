@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from looplm import checkpoint
 from looplm.bounds import at_least, check_bounds, path_field, require
 from looplm.checkpoint import About, step_folder
-from looplm.cli import UserError, from_dict, parse_config, positional, run_main
+from looplm.cli import from_dict, parse_config, positional, run_main
 from looplm.config import ParallelConfig, RunConfig
-from looplm.failures import printable
+from looplm.failures import UserError, printable
 from looplm.json_file import read_object
 from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES

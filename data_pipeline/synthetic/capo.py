@@ -13,8 +13,8 @@ import math
 import numpy as np
 
 from data_pipeline.synthetic.task import END, NO_LEVEL, Examples, Ints, Split, Task, draw, require_length
-from looplm.bounds import UserError
 from looplm.config import CapoConfig
+from looplm.failures import UserError
 
 NAME_TOKENS = 3
 WORDING, NAME, FIRST_VALUE = 0, 1, 2  # levels

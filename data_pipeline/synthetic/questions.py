@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from looplm.bounds import check_bounds, path_field, positive
-from looplm.cli import UserError, parse_config, run_main
+from looplm.cli import parse_config, run_main
+from looplm.failures import UserError
 from looplm.files import write_whole
 
 WORDS = ("apple", "blue", "cat", "data", "east", "file", "green", "house", "index", "line", "moon", "north", "open")

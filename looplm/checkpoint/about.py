@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from looplm.checkpoint.step_folder import step_name
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.config.model import foreign_keys
 from looplm.config.stored import upgrade_config
 from looplm.encoding import begin_id, read_tokenizer
+from looplm.failures import UserError
 from looplm.files import sha256_of
 from looplm.json_file import read_object
 from looplm.yaml_text import read_yaml

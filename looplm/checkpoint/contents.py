@@ -6,7 +6,7 @@ import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
 
 from looplm.checkpoint.about import ModelDescription
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.parameters import Shape, parameters
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import looplm.checkpoint.step_folder as step_folder
 from looplm.accounting import checkpoint_bytes
-from looplm.cli import UserError
 from looplm.config import RunConfig
-from looplm.failures import StorageFailure
+from looplm.failures import StorageFailure, UserError
 from looplm.files import free_bytes, write_whole
 from looplm.megatron import process_groups
 

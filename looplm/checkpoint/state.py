@@ -36,9 +36,10 @@ from looplm.checkpoint.about import About, check_fit, check_moments, check_resum
 from looplm.checkpoint.contents import check_size
 from looplm.checkpoint.memory import own_storage
 from looplm.checkpoint.saving import Saving
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import GateConfig, RunConfig
 from looplm.encoding import read_tokenizer
+from looplm.failures import UserError
 from looplm.files import sha256_of
 from looplm.megatron import device
 from looplm.model import EXTRA_STATE, LoopLM

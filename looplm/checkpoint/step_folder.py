@@ -24,8 +24,7 @@ from pathlib import Path
 from looplm.checkpoint.verify import MANIFEST as MANIFEST
 from looplm.checkpoint.verify import Fingerprint
 from looplm.checkpoint.verify import find_fault as find_fault
-from looplm.cli import UserError
-from looplm.failures import StorageFailure
+from looplm.failures import StorageFailure, UserError
 from looplm.files import fsync, write_whole, writing
 from looplm.megatron import process_groups
 

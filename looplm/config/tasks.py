@@ -8,7 +8,8 @@ import math
 import re
 from dataclasses import dataclass, fields
 
-from looplm.bounds import UserError, at_least, check_bounds, positive, require
+from looplm.bounds import at_least, check_bounds, positive, require
+from looplm.failures import UserError
 
 _MAX_FACTS = 10_000_000  # of a world, which every process holds in memory
 _GROUP = re.compile(r"[SA][345]|Z([2-9]|[1-9][0-9]{1,2})")

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from looplm.chat import TOKENIZER_CONFIG
-from looplm.cli import UserError
 from looplm.encoding import open_tokenizer
+from looplm.failures import UserError
 from looplm.huggingface import config_json
 from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, TokenIds, read_json
 from looplm.huggingface.weight_files import is_inside

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.config.model import MAX_DEPTH, foreign_keys
+from looplm.failures import UserError
 from looplm.json_file import read_object
 
 OURO, LOOPLM = "ouro", "looplm"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from looplm import checkpoint
 from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, OpenedModel, step_folder
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.huggingface import companion_files, weight_files
 from looplm.huggingface.companion_files import CARD, TOKENIZER
 from looplm.huggingface.config_json import LOOPLM, OURO, HFDescription, TokenIds, looplm_fault, ouro_fault

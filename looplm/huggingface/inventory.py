@@ -9,9 +9,9 @@ import torch
 from looplm import checkpoint
 from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, ModelDescription, step_folder
 from looplm.checkpoint.contents import stored_tensors
-from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.config.model import GATE_KEYS
+from looplm.failures import UserError
 from looplm.huggingface.companion_files import read_description
 from looplm.huggingface.config_json import CONFIG, TokenIds, looplm_fault, ouro_fault
 from looplm.huggingface.convert import examine

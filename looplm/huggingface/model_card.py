@@ -10,9 +10,9 @@ import torch
 
 from looplm.accounting import parameter_counts
 from looplm.checkpoint import About, OpenedModel, read_config
-from looplm.cli import UserError
 from looplm.config import ModelConfig, RunConfig
 from looplm.evaluation.record import FILE_NAME, Evaluation
+from looplm.failures import UserError
 from looplm.huggingface.config_json import HFDescription
 
 _HEAD = """---

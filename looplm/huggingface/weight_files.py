@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.files import fsync, is_file_name
 from looplm.huggingface.names import Shape
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from looplm.bounds import at_least, check_bounds, positive
-from looplm.cli import require
+from looplm.bounds import at_least, check_bounds, positive, require
 from looplm.config import ModelConfig
 from looplm.config.model import MAX_DEPTH
 from looplm.inference.early_exit import ExitRule, ExitSignal, check_signal

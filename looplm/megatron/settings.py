@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import nn
 
-from looplm.cli import require
+from looplm.bounds import require
 from looplm.config import EngineConfig, ModelConfig, ParallelConfig, Recompute
 from looplm.megatron.device import (
     HAS_CUDA,

@@ -12,8 +12,8 @@ from data_pipeline.manifest import read_manifest
 from looplm import checkpoint
 from looplm.accounting import checkpoint_bytes
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from looplm.megatron import device, process_groups
 from looplm.megatron.settings import check_engine
 from pretrain.cluster import findings, probes

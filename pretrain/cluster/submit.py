@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.verify import check_prefix
-from looplm.bounds import check_bounds, expand_path, path_field, positive
+from looplm.bounds import check_bounds, expand_path, path_field, positive, require
 from looplm.checkpoint import ModelDescription, check_fit, find_difference, read_about, step_folder
-from looplm.cli import UserError, parse_config, require
+from looplm.cli import parse_config
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from pretrain.cluster.commands import check_command
 from pretrain.data import check_corpus, schedule_on
 

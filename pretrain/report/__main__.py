@@ -6,7 +6,8 @@ python -m pretrain.report runs/quickstart
 from dataclasses import dataclass
 from pathlib import Path
 
-from looplm.cli import UserError, parse_config, positional, run_main
+from looplm.cli import parse_config, positional, run_main
+from looplm.failures import UserError
 from looplm.files import write_whole
 from pretrain.report.page import build_page
 

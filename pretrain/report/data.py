@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from looplm.binding import MAX_INT
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
 from looplm.config import ModelConfig, RunConfig
 from looplm.config.model import MAX_DEPTH
 from looplm.config.stored import upgrade_config
+from looplm.failures import UserError
 from looplm.json_file import parse_object
 from looplm.yaml_text import read_yaml
 

@@ -8,9 +8,10 @@ from string import Template
 import numpy as np
 
 from looplm.accounting import parameter_counts
-from looplm.cli import UserError, require
+from looplm.bounds import require
 from looplm.config.model import MAX_DEPTH
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation
+from looplm.failures import UserError
 from pretrain.report import plots
 from pretrain.report.data import Conversion, Sample, Stage, read_conversions, read_samples, read_stages
 from pretrain.stage_jumps import find_jumps, table

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline import documents, tokenize
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from data_pipeline import tokenize
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.verify import check_prefix
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 

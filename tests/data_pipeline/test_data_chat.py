@@ -25,8 +25,8 @@ from data_pipeline.token_file import NO_LOSS, mark, unmark
 from data_pipeline.train_tokenizer import train_tokenizer
 from data_pipeline.verify import check_prefix
 from looplm.chat import SPECIAL_TOKENS, ChatTemplate, Message
-from looplm.cli import UserError
 from looplm.config import DataConfig, DataSource
+from looplm.failures import UserError
 from looplm.files import sha256_of
 from looplm.imported_template import ImportedTemplate
 from pretrain.data import check_corpus

@@ -8,7 +8,7 @@ from datatrove.data import Document
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.filters import build_filters, check_language
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 CODE = "\n".join(f"if x[{index}] == {{'a': {index}}}: y.append(x[{index}])" for index in range(60))
 

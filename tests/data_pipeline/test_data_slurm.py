@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.config import SlurmConfig
 from data_pipeline.verify import check_prefix
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 

@@ -16,7 +16,7 @@ import zstandard
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources import check_files, find_files, make_reader, read_documents
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 TEXTS = ["one\ntwo", "Grüße, 世界 🙂", "three"]
 

@@ -15,7 +15,7 @@ from data_pipeline.manifest import read_manifest, write_manifest
 from data_pipeline.text_encoder import TextEncoder, rewriting
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
 from data_pipeline.verify import check_prefix
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from data_pipeline import verify
 from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.shards import merge_shards
 from data_pipeline.verify import check_prefix
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.files import sha256_of
 
 EOS = 1

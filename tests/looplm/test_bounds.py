@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from looplm.bounds import at_least, check_bounds, non_empty, positive
-from looplm.cli import UserError, from_dict, to_dict
+from looplm.cli import from_dict, to_dict
+from looplm.failures import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

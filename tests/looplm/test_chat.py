@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from looplm.chat import END, JINJA, SPECIAL_TOKENS, START, ChatTemplate, Message
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.inference.text_stream import TextStream
 from tests.support.tiny import CONVERSATIONS, write_tokenizer
 

@@ -14,8 +14,9 @@ import pytest
 
 from looplm import cli
 from looplm.bounds import check_bounds, positive
-from looplm.cli import UserError, _path_failure, parse_command, parse_config, positional, run_main, switch
+from looplm.cli import _path_failure, parse_command, parse_config, positional, run_main, switch
 from looplm.config import RunConfig
+from looplm.failures import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

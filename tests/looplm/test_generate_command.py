@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import cli
 from looplm import generate as command
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.inference import Generation, GenerationConfig, Generator, Request
 from looplm.inference import generator as library
 from looplm.inference.text_stream import Token

@@ -18,7 +18,7 @@ from looplm import generate as command
 from looplm import imported_template as templates
 from looplm.chat import JINJA, SPECIAL_TOKENS, ChatTemplate, Message
 from looplm.checkpoint import COMPANION_FOLDER
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.inference import Generation, Generator
 from looplm.inference import generator as library

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from looplm.binding import hints_of, section_of
-from looplm.bounds import UserError, expand_path, is_path
+from looplm.bounds import expand_path, is_path
 from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
+from looplm.failures import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "model: {vocab_size: 64, hidden_size: 32, ffn_hidden_size: 48, num_layers: 2, num_attention_heads: 4}"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from looplm.bounds import UserError
 from looplm.cli import parse_config
 from looplm.config import RunConfig
+from looplm.failures import UserError
 
 BASE = """output_dir: run
 model: {vocab_size: 64, hidden_size: 32, ffn_hidden_size: 48, num_layers: 2, num_attention_heads: 4}

@@ -15,9 +15,9 @@ import yaml
 
 from data_pipeline.manifest import read_manifest
 from data_pipeline.token_file import read_index
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import DataConfig, DataSource, ParallelConfig, RampUpConfig, RunConfig
-from looplm.failures import StorageFailure
+from looplm.failures import StorageFailure, UserError
 from looplm.files import sha256_of
 from looplm.megatron import process_groups
 from pretrain.data import (

@@ -13,9 +13,9 @@ import torch
 
 from looplm import checkpoint, reference
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError
 from looplm.config import TaskConfig, WordProblemConfig
 from looplm.evaluation.depth import DepthMeter
+from looplm.failures import UserError
 from looplm.megatron import process_groups
 from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
 from pretrain.evaluate import THRESHOLDS, _index_folder, main

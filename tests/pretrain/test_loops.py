@@ -12,8 +12,8 @@ import torch
 
 from looplm import reference
 from looplm.accounting import training_flops_per_token
-from looplm.cli import UserError
 from looplm.config import PENALTIES, HealthConfig, LossConfig, ModelConfig, ParallelConfig
+from looplm.failures import UserError
 from looplm.megatron import process_groups
 from pretrain import health
 from pretrain.data import check_corpus

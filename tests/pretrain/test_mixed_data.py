@@ -16,8 +16,8 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.token_file import NO_LOSS, read_index
 from looplm import chat, checkpoint, generate
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError
 from looplm.config import DataSource
+from looplm.failures import UserError
 from pretrain.data import build_train_set, build_valid_set, check_corpus, index_cache, micro_batches
 from pretrain.mixed_data import best_fit, pack
 from pretrain.progress import Progress, describe

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from looplm import lock
-from looplm.cli import UserError
 from looplm.config import HealthConfig
-from looplm.failures import Hang, StorageFailure
+from looplm.failures import Hang, StorageFailure, UserError
 from looplm.lock import FolderLock
 from pretrain.run_lock import hold
 from pretrain.trainer import Trainer

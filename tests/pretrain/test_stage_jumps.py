@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import CheckpointConfig, DataConfig, DataSource, LossConfig, ModelConfig, OptimConfig, RunConfig
+from looplm.failures import UserError
 from pretrain import stage_jumps
 from pretrain.report.data import read_stages
 from pretrain.report.page import build_page

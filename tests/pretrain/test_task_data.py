@@ -14,8 +14,9 @@ import torch
 from data_pipeline.synthetic.registry import open_task
 from data_pipeline.synthetic.task import SPLITS
 from looplm import checkpoint
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
 from looplm.config import DataConfig, RunConfig, TaskConfig, WordProblemConfig
+from looplm.failures import UserError
 from looplm.megatron import process_groups
 from pretrain import evaluate
 from pretrain.data import build_train_set, check_corpus, micro_batches

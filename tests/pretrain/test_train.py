@@ -15,8 +15,9 @@ import yaml
 
 from looplm import checkpoint
 from looplm.checkpoint import optimizer_state, step_folder
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import EngineConfig, RampUpConfig, RunConfig
+from looplm.failures import UserError
 from looplm.megatron import process_groups
 from pretrain.data import check_corpus
 from pretrain.run import build

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from looplm import checkpoint
 from looplm.checkpoint import OpenedModel
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.megatron import process_groups
 from tools import eval_harness
 from tools.eval_harness import HarnessConfig, HarnessModel, main

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from looplm.checkpoint import step_folder
 from looplm.checkpoint.verify import fingerprint
-from looplm.cli import UserError
-from looplm.failures import StorageFailure
+from looplm.failures import StorageFailure, UserError
 from looplm.huggingface.inventory import inspect
 from looplm.huggingface.weight_files import find_tensors
 from looplm.inference import GenerationConfig, Generator

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tools import fp8_study
 from tools.fp8_study import Run, StudyConfig, main, plan, table
 from tools.studies import study

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tools import gpu_check
 from tools.gpu import report
 from tools.gpu.parts import PARTS

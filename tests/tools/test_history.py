@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.files import sha256_of
 from tools import history
 

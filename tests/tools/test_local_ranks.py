@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tools.local_ranks import run_module
 
 pytestmark = pytest.mark.slow  # every test here starts processes

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from looplm.accounting import parameter_counts, training_flops_per_token
-from looplm.cli import UserError, parse_config
+from looplm.cli import parse_config
 from looplm.config import (
     DataConfig,
     DataSource,
@@ -22,6 +22,7 @@ from looplm.config import (
     RampUpConfig,
     RunConfig,
 )
+from looplm.failures import UserError
 from looplm.parameters import gate_parameters
 from pretrain.data import BatchSchedule
 from pretrain.loops import loops_of_step

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from looplm.cli import UserError
 from looplm.config import ParallelConfig
+from looplm.failures import UserError
 from tools.rehearsal.hollow import HollowExecutor
 from tools.rehearsal.matching import find_faults
 from tools.rehearsal.recorder import Recorder

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import ModelConfig, ParallelConfig, RunConfig
+from looplm.failures import UserError
 from tests.support.launch import run_ranks
 from tests.support.rehearsal_worker import play_roles, read_real, read_roles, record_real_step
 from tests.support.tiny import MODEL, run_config

@@ -16,8 +16,9 @@ import yaml
 
 from looplm import checkpoint
 from looplm.checkpoint.verify import fingerprint
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import EngineConfig, ParallelConfig, RampUpConfig, RunConfig
+from looplm.failures import UserError
 from looplm.model import LoopLM
 from pretrain.norms import LoopNorms
 from pretrain.run import Run

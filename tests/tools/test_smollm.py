@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from looplm.cli import UserError
 from looplm.config import GateConfig
+from looplm.failures import UserError
 from tests.support.parity import assert_close_relative
 from tools import smollm
 from tools.smollm import FILE, RECORD, main

@@ -11,8 +11,9 @@ import yaml
 from data_pipeline.manifest import TokenizerRecord
 from looplm import checkpoint, reference
 from looplm.checkpoint import step_folder
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
 from looplm.config import GateConfig, RunConfig
+from looplm.failures import UserError
 from looplm.files import sha256_of
 from looplm.model import LoopLM
 from looplm.model.exit_gate import exit_log_probs

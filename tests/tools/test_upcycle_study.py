@@ -5,7 +5,8 @@ import json
 import pytest
 import yaml
 
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
+from looplm.failures import UserError
 from tests.support.tiny import run_config
 from tools import upcycle_study
 from tools.upcycle_study import Result, StudyConfig, main, plan, table

@@ -23,8 +23,8 @@ from megatron.core.pipeline_parallel.schedules import backward_step, forward_ste
 from megatron.core.timers import Timers
 from torch import Tensor
 
-from looplm.bounds import check_bounds, positive
-from looplm.cli import parse_config, require, run_main
+from looplm.bounds import check_bounds, positive, require
+from looplm.cli import parse_config, run_main
 from looplm.config import GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from looplm.megatron import process_groups
 from looplm.megatron.device import DEVICE

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from looplm.bounds import UserError
+from looplm.failures import UserError
 from tools.experiments.rows import Row, merge_rows, read_row, read_rows
 from tools.experiments.runs import ExperimentConfig, Size, Unit, config_of, final_units, settings_of, sweep_units
 from tools.experiments.unit import BUSY, ORDER, ROW, Order

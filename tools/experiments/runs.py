@@ -17,8 +17,9 @@ from typing import Any
 
 from looplm.accounting import parameter_counts, training_flops_per_token
 from looplm.bounds import at_least, check_bounds, non_empty, positive, require
-from looplm.cli import UserError, from_dict, to_plain
+from looplm.cli import from_dict, to_plain
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from looplm.files import is_file_name
 from pretrain.loops import loops_of_step
 from tools.experiments.experiment import Experiment, Pair

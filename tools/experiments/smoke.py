@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from looplm.bounds import check_bounds, path_field, positive
-from looplm.cli import UserError, from_dict, parse_config, run_main
+from looplm.cli import from_dict, parse_config, run_main
+from looplm.failures import UserError
 from looplm.files import write_whole
 from tools import experiment
 from tools.experiments.runs import ExperimentConfig, merged

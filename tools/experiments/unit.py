@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from looplm.checkpoint import git_revision
-from looplm.cli import UserError, from_dict, parse_config, positional_paths, run_main, to_dict
+from looplm.cli import from_dict, parse_config, positional_paths, run_main, to_dict
 from looplm.config import RunConfig
 from looplm.evaluation.record import Evaluation
-from looplm.failures import NumericalFailure
+from looplm.failures import NumericalFailure, UserError
 from looplm.files import write_whole
 from looplm.json_file import read_object
 from looplm.lock import FolderLock

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from looplm.checkpoint import git_revision
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "3.12"

@@ -11,7 +11,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from looplm.cli import from_dict, require
+from looplm.bounds import require
+from looplm.cli import from_dict
 from looplm.config import EngineConfig, Recompute, RunConfig
 from looplm.megatron import device, process_groups
 from pretrain.data import Batch

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import get_args
 
-from looplm.cli import UserError
 from looplm.config import ParallelConfig, Recompute, RunConfig
+from looplm.failures import UserError
 from pretrain.data import BatchSchedule
 from tools.planning.planned_run import PlannedRun
 

@@ -5,8 +5,8 @@ from dataclasses import asdict
 import yaml
 
 from looplm.accounting import parameter_counts
-from looplm.cli import UserError
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from tools.planning.estimate import DAY_S, Budget, Estimate, days, estimate
 from tools.planning.hardware import GIB, Cluster
 from tools.planning.layouts import own_layout

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from looplm.cli import UserError
 from looplm.config import RunConfig
+from looplm.failures import UserError
 from tools.planning.estimate import Estimate, estimate
 from tools.planning.hardware import GIB, GPUS, Cluster, is_legal_number
 from tools.planning.layouts import LayoutSearch, find_layouts

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from looplm.cli import UserError
 from looplm.config import ParallelConfig
+from looplm.failures import UserError
 
 
 class Role(NamedTuple):

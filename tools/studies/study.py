@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from looplm.checkpoint import git_revision, versions
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.files import write_whole
 
 ResultType = TypeVar("ResultType", bound=NamedTuple)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from looplm.bounds import require
 from looplm.chat import TEMPLATE_FILE, TOKENIZER_CONFIG
 from looplm.checkpoint import About
-from looplm.cli import UserError, require
 from looplm.config import GateConfig
+from looplm.failures import UserError
 from looplm.huggingface import companion_files
 from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, from_config_json, read_json
 from looplm.huggingface.names import join

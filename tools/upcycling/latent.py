@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from looplm.accounting import cache_values_per_token
-from looplm.cli import require
+from looplm.bounds import require
 from looplm.config import ModelConfig
 from looplm.huggingface.names import split
 from looplm.parameters import layer_parameters

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from looplm.cli import UserError, require
+from looplm.bounds import require
 from looplm.config import DataConfig, DataSource, LossConfig, ModelConfig
 from looplm.evaluation.depth import DepthMeter
+from looplm.failures import UserError
 from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
 from pretrain.step import loop_losses
 from tools.upcycling.model_state import ModelState, assemble

@@ -20,8 +20,9 @@ from looplm import checkpoint
 from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, TrainingState, optimizer_state, step_folder
 from looplm.checkpoint.saving import Saving
 from looplm.checkpoint.state import sharded_state
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
+from looplm.failures import UserError
 from looplm.files import write_whole
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM

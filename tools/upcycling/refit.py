@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from looplm.cli import require
+from looplm.bounds import require
 from looplm.config import ModelConfig
 from looplm.model import LoopLM
 from pretrain.data import Batch

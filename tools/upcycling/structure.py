@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from looplm.cli import require
+from looplm.bounds import require
 from looplm.config import GateConfig
 from looplm.config.model import foreign_keys
 from looplm.model.exit_gate import uniform_offset

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from data_pipeline.synthetic.registry import TASKS, VERSION, fingerprint_of, open_task, tokenizer_of
 from data_pipeline.synthetic.task import END, NO_LEVEL, SPLITS, Examples
-from looplm.cli import UserError
 from looplm.config import TaskConfig, WordProblemConfig
+from looplm.failures import UserError
 from tests.support.synthetic import open_named, samples
 
 LENGTH = 80

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.synthetic.task import NO_LEVEL, Task
-from looplm.cli import UserError
 from looplm.config import CausalLoopsConfig
+from looplm.failures import UserError
 from tests.support import synthetic
 from tests.support.synthetic import Answers, Words, check_disjoint, check_labels, samples
 

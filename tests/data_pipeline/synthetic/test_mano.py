@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from data_pipeline.synthetic.task import Task
-from looplm.cli import UserError
 from looplm.config import ManoConfig
+from looplm.failures import UserError
 from tests.support import synthetic
 from tests.support.synthetic import Answers, Words, check_disjoint, check_labels, check_levels, check_shares, samples
 

@@ -3,8 +3,8 @@
 import pytest
 
 from data_pipeline.synthetic.task import Task
-from looplm.cli import UserError
 from looplm.config import MultiHopConfig
+from looplm.failures import UserError
 from tests.support import synthetic
 from tests.support.synthetic import Answers, Words, check_disjoint, check_labels, check_levels, check_shares, samples
 

@@ -6,7 +6,7 @@ import pytest
 from data_pipeline.synthetic import __main__ as command
 from data_pipeline.synthetic.packing import Items, pack
 from data_pipeline.synthetic.task import NO_LEVEL, Ints, draw, split_of
-from looplm.cli import UserError
+from looplm.failures import UserError
 
 
 @pytest.mark.parametrize("width", [1, 3, 40])

@@ -11,7 +11,7 @@ import torch
 from looplm import checkpoint
 from looplm.checkpoint import step_folder
 from looplm.checkpoint.verify import fingerprint
-from looplm.cli import UserError
+from looplm.failures import UserError
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.tiny import run_config

@@ -19,9 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from looplm import checkpoint
 from looplm.checkpoint import job, saving, step_folder, writer
 from looplm.checkpoint.memory import SharedMemory
-from looplm.cli import UserError
 from looplm.config import RunConfig
-from looplm.failures import StorageFailure
+from looplm.failures import StorageFailure, UserError
 from pretrain.data import check_corpus
 from pretrain.progress import Progress, describe
 from pretrain.run import build

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from looplm.cli import UserError, from_dict, parse_config, to_dict
+from looplm.cli import from_dict, parse_config, to_dict
 from looplm.config import DataConfig, RunConfig, SumsConfig, TaskConfig
+from looplm.failures import UserError
 from tests.support.tiny import run_config
 
 BASE = {

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from looplm.cli import UserError
 from looplm.config import EngineConfig, GateConfig, ModelConfig
+from looplm.failures import UserError
 from looplm.model import LoopLM
 from looplm.model.local_layers import ReplicatedLinear
 from looplm.parameters import linear_widths

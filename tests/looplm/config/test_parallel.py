@@ -2,8 +2,8 @@
 
 import pytest
 
-from looplm.cli import UserError
 from looplm.config import ParallelConfig
+from looplm.failures import UserError
 
 WIDTHS = {"model.num_attention_heads": 12, "model.vocab_size": 48}
 NEAREST = "the nearest legal value is"

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import yaml
 
-from looplm.cli import UserError, from_dict, to_dict
+from looplm.cli import from_dict, to_dict
 from looplm.config import RunConfig
 from looplm.config.stored import upgrade_config
+from looplm.failures import UserError
 from looplm.yaml_text import parse_yaml
 from tests.support.tiny import run_config
 

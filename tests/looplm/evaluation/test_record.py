@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
 from looplm.evaluation.record import CacheLoss, DepthLoss, Evaluation, ThresholdLoss, perplexity
+from looplm.failures import UserError
 
 CACHE = {"kv_cache": "last", "exit_signal": "gate", "exit_threshold": 0.5, "tokens": 90}
 EVALUATION = Evaluation(

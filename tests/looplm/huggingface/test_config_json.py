@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
+from looplm.failures import UserError
 from looplm.huggingface import config_json
 from looplm.huggingface.config_json import (
     LOOPLM,

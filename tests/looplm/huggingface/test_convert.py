@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from looplm import checkpoint
 from looplm.checkpoint import WEIGHTS_ONLY, step_folder
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import GateConfig
+from looplm.failures import UserError
 from looplm.files import sha256_of
 from looplm.huggingface import companion_files
 from looplm.huggingface.convert import choose_hf_layout, examine, export_model, import_source, with_tokens

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.huggingface.weight_files import check_shapes, common_dtype, find_tensors, read_tensor, write_tensors
 
 SHAPES = {"a.weight": (4, 6), "b.weight": (3,), "c.weight": (2, 50), "d.bias": (1,)}

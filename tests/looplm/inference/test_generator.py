@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tokenizers import AddedToken
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.inference import Generation, GenerationConfig, Generator
 from looplm.inference.early_exit import ExitSignal, certainty, confidence, steadiness
 from looplm.inference.kv_cache import CacheMode

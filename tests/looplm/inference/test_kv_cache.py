@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm.accounting import cache_values_per_token
-from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
 from looplm.evaluation.cached import LockstepDecoder
+from looplm.failures import UserError
 from looplm.inference import GenerationConfig
 from looplm.inference.early_exit import ExitRule, ExitSignal
 from looplm.inference.kv_cache import CacheMode, KVCache

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.inference import GenerationConfig, Generator, Request, speculation
 from looplm.inference.batch import TextBatch
 from looplm.inference.sampling import probabilities

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.inference import GenerationConfig, Generator
 from looplm.inference.text_stream import TextStream, Token
 from tests.support.generation_oracle import BOS, EOS, GATES, MLA, build, byte_tokenizer

@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from looplm.cli import UserError
 from looplm.config import EngineConfig, ParallelConfig
+from looplm.failures import UserError
 from looplm.megatron import settings
 from looplm.megatron.device import HAS_TRANSFORMER_ENGINE
 from looplm.megatron.settings import check_engine, transformer_config

@@ -11,8 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from looplm import reference
-from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
+from looplm.failures import UserError
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM, LoopOutput, loop_lm
 from looplm.model.exit_gate import exit_log_probs

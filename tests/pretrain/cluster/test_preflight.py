@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from looplm.accounting import checkpoint_bytes, parameter_counts
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import EngineConfig, ParallelConfig, RunConfig, TaskConfig, WordProblemConfig
+from looplm.failures import UserError
 from looplm.megatron.device import Description
 from pretrain import preflight
 from pretrain.cluster import examine, findings, probes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from pretrain.cluster.submit import Job, StageConfig, SubmitConfig, find_faults, plan
 from tools import rehearse
 

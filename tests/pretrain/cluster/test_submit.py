@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from looplm.cli import UserError, parse_config, to_dict
+from looplm.cli import parse_config, to_dict
+from looplm.failures import UserError
 from pretrain import chain
 from pretrain.cluster.submit import StageConfig, SubmitConfig, find_faults, plan
 from pretrain.data import check_corpus, schedule_on

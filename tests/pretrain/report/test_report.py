@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
 from looplm.config import DataConfig, DataSource, ModelConfig, OptimConfig, RunConfig
+from looplm.failures import UserError
 from pretrain.report.__main__ import main
 from pretrain.report.page import build_page
 from pretrain.report.plots import loop_colors

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tests.support import pipeline_worker
 from tests.support.launch import run_ranks
 from tools.bench.pipeline import PipelineBenchConfig, main

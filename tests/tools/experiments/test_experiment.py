@@ -2,7 +2,8 @@
 
 import pytest
 
-from looplm.cli import UserError, from_dict, to_dict
+from looplm.cli import from_dict, to_dict
+from looplm.failures import UserError
 from tests.support.experiments import an_experiment
 from tools.experiments.experiment import Decides, Experiment, Pair
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tests.tools.experiments.test_runs import mini
 from tools.experiments.measure import evaluations
 from tools.experiments.runs import Unit, config_of

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tests.support.experiments import a_row, an_experiment, some_rows
 from tools.experiments.experiment import Decides
 from tools.experiments.page import write_page

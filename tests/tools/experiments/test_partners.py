@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
 from looplm.config import LossConfig, RunConfig
+from looplm.failures import UserError
 from tests.tools.experiments.test_runs import MINI
 from tools import count_params
 from tools.experiments.partners import partners, table

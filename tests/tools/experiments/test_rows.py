@@ -6,7 +6,8 @@ from threading import Timer
 
 import pytest
 
-from looplm.cli import UserError, to_dict
+from looplm.cli import to_dict
+from looplm.failures import UserError
 from looplm.lock import FolderLock
 from tests.support.experiments import a_row, some_rows
 from tools.experiments import rows as module

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from looplm.cli import UserError, parse_config
+from looplm.cli import parse_config
+from looplm.failures import UserError
 from tests.support.experiments import a_row
 from tests.tools.experiments.test_runs import MINI, mini
 from tools import experiment

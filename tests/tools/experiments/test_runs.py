@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
+from looplm.failures import UserError
 from tools.experiments.rows import Row
 from tools.experiments.runs import (
     ExperimentConfig,

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from data_pipeline.synthetic.registry import TASKS
-from looplm.cli import UserError, from_dict
+from looplm.cli import from_dict
+from looplm.failures import UserError
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.tiny import VOCAB, train_rows, write_corpus

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tools.experiments import statistics
 from tools.experiments.statistics import (
     benjamini_hochberg,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tests.support.experiments import a_row, an_experiment
 from tests.tools.experiments.test_runs import mini
 from tools.experiments.page import write_page

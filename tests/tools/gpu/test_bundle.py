@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tools import gpu_bundle
 from tools.gpu import bundle
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from looplm.megatron import device
 from looplm.model.spans import document_spans
 from tools.gpu import environment, profile, resume, speed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
+from looplm.failures import UserError
 from tools.gpu import report
 from tools.gpu.parts import PARTS, TOTAL_S, stretched
 from tools.gpu.record import LONGEST, Mismatch, NotRun, PartRecord, Row, Rows, read_rows, short, status_of

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from looplm.cli import UserError
 from looplm.config import LossConfig, ParallelConfig
+from looplm.failures import UserError
 from tests.support.launch import run_ranks
 from tools import plan_check
 from tools.plan_check import CHECKS, PARTS, TOLERANCE, MemoryCheck, compare, measure, planned_run, recipe_of

@@ -15,7 +15,8 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from looplm.cli import UserError, parse_config
+from looplm.cli import parse_config
+from looplm.failures import UserError
 from looplm.megatron import patches
 from tools.plan import main
 from tools.planning import schedule

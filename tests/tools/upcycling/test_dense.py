@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from looplm import checkpoint
-from looplm.cli import UserError
 from looplm.config import GateConfig
+from looplm.failures import UserError
 from looplm.huggingface.convert import export_model
 from looplm.inference import GenerationConfig, Generator
 from pretrain.data import check_corpus

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from looplm import checkpoint, reference
-from looplm.cli import UserError
 from looplm.config import GateConfig, ModelConfig
+from looplm.failures import UserError
 from looplm.inference import GenerationConfig, Generator
 from pretrain.data import check_corpus
 from pretrain.train import train

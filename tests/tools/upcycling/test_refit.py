@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from looplm import reference
-from looplm.cli import UserError
+from looplm.failures import UserError
 from pretrain.data import Batch, check_corpus
 from pretrain.train import train
 from tests.support.parity import assert_close_relative, relative_error

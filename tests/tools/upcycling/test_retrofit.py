@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from looplm import checkpoint
-from looplm.cli import UserError
 from looplm.config import GateConfig
+from looplm.failures import UserError
 from tests.support.parity import assert_close_relative
 from tests.tools.upcycling.test_dense import CASES, IDS_BS, SIZES, save
 from tools.upcycle import main
