@@ -17,7 +17,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ from looplm.failures import UserError
 from looplm.json_file import read_object
 
 _FIX = "repair the template, or remove it to chat in LoopLM's own"
+_ONE_AT_A_TIME = threading.Lock()  # the limit of memory is the process's
 _SECONDS, _MEMORY = 5.0, 2**30  # processor time of one rendering, which usually takes a millisecond; bytes
 _LONGEST, _POWER_BITS = 2**24, 2**12  # characters of a conversation; bits of an integer that is a power
 _PROBE = (Message("user", "2 + 2?"), Message(ANSWERS, "4"))
@@ -211,23 +212,21 @@ class _TooLong(BaseException):
 def _limits() -> Iterator[None]:
     """Bound the memory that a template takes and, in the main thread, which alone receives signals, its time.
 
-    Nested loops, texts that double and widths of filters can all take for ever: too many to refuse one by one.
+    Nested loops, texts that double and widths of filters can all take forever: too many to refuse one by one.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    most = min(limit for limit in (soft, used + _MEMORY) if limit != resource.RLIM_INFINITY)
-    timed = threading.current_thread() is threading.main_thread()
-    try:
+    with _ONE_AT_A_TIME, ExitStack() as before:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        most = min(limit for limit in (soft, used + _MEMORY) if limit != resource.RLIM_INFINITY)
+        before.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-        if timed:
-            before = signal.signal(signal.SIGPROF, _end)
-            signal.setitimer(signal.ITIMER_PROF, _SECONDS, _SECONDS)  # again if one is dropped, as in a finalizer
+        if threading.current_thread() is threading.main_thread():
+            before.callback(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, _end))
+            again = _SECONDS  # if one is dropped, as in a finalizer
+            before.callback(
+                signal.setitimer, signal.ITIMER_PROF, *signal.setitimer(signal.ITIMER_PROF, _SECONDS, again)
+            )
         yield
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, before)
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _end(*_: object) -> NoReturn:

@@ -45,7 +45,9 @@ def check_command(words: Sequence[str], made: Iterable[str]) -> None:
     try:
         vars(module).update({name: partial(_parse_and_stop, parse) for name, parse in parsers.items()})
         with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-            stand_ins = {word: word.replace(_value(word), f"{folder}/{path.name}") for word, path in awaited.items()}
+            stand_ins = {
+                word: f"{word.removesuffix(_value(word))}{folder}/{path.name}" for word, path in awaited.items()
+            }
             module.main([stand_ins.get(word, word) for word in words[1:]])
     except _Parsed:
         return
@@ -59,8 +61,12 @@ def check_command(words: Sequence[str], made: Iterable[str]) -> None:
 def _path_in(word: str, places: Sequence[Path]) -> Path | None:
     """Return the missing file that a word names in one of the directories; None if it names no such file."""
     path = Path(os.path.expandvars(os.path.expanduser(_value(word)))).absolute()
-    inside = any(place in path.resolve().parents for place in places)
-    return path if inside and not path.exists() else None
+    folder = path.resolve().parent
+    # An output may also be the first beside such a directory, which is then made with all that it lies in.
+    made = any(
+        place in (folder, *folder.parents) or (folder in place.parents and not folder.exists()) for place in places
+    )
+    return path if made and not path.exists() else None
 
 
 def _value(word: str) -> str:

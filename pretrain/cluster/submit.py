@@ -94,12 +94,12 @@ class SubmitConfig:
             name = getattr(self, key)
             require(name is None or name in names, key, name, f"the stages are {', '.join(names)}")
         _split(self.arguments, "arguments")
-        first, last = names.index(self.start or names[0]), names.index(self.stop or names[-1])
-        require(first <= last, "stop", self.stop, f"it comes before start={self.start}")
-        trains = any(stage.run is None for stage in self.stages[first : last + 1])
+        ordered = names.index(self.start or names[0]) <= names.index(self.stop or names[-1])
+        require(ordered, "stop", self.stop, f"it comes before start={self.start}")
+        trains = any(stage.run is None for stage in self.stages)
         for key in ("nodes", "arguments", "rehearse"):
             value = getattr(self, key)
-            require(trains or not value, key, value, "it is for training, and only commands run; leave it out")
+            require(trains or not value, key, value, "it is for training, and no stage here trains; leave it out")
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ def find_faults(job: Job, before: list[Job], awaited: bool = False) -> Iterator[
     if job.reads is not None and not known and not resumes and job.step is None:
         yield f"{job.name}: starts from {job.reads}, which holds no checkpoint and which no earlier stage writes"
     if job.run is None:
-        if fault := _fault_of(check_command, job.arguments, [other.writes for other in before if other.writes]):
+        made = [*(other.writes for other in before), job.reads if awaited and not before else None]
+        if fault := _fault_of(check_command, job.arguments, [path for path in made if path]):
             yield f"{job.name}: {fault}"
         return
     wanted, step = ModelDescription(job.run.model, job.run.gate), job.step

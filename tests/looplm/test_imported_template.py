@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -218,6 +219,19 @@ def test_a_thread_renders_as_the_main_one_does() -> None:
     with ThreadPoolExecutor() as threads:
         rendered = threads.submit(template.render, TALK).result()
     assert rendered == template.render(TALK) and rendered.endswith("1024")
+
+
+def test_threads_leave_the_limits_of_the_process_as_they_were() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+
+    def enter(after: float) -> None:
+        time.sleep(after)
+        with templates._limits():
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor() as threads:  # the second enters and leaves after the first, in which it began
+        list(threads.map(enter, [0.0, 0.05]))
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 
 def write(folder: Path, template: str | None, config: dict[str, Any] | None = None) -> Path:

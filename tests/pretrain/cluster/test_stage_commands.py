@@ -77,6 +77,14 @@ def test_what_an_earlier_stage_makes_may_be_missing(words: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_lies_beside_a_folder_to_come_or_in_an_awaited_one_may_be_missing(tmp_path: Path) -> None:
+    made = tmp_path / "run/stage1"
+    words = f"pretrain.evaluate --checkpoint {made} --output {tmp_path}"
+    assert faults(f"{words}/run/evaluation.json", writes=str(made)) == []
+    [job], _ = plan(SubmitConfig(name="x", stages=(StageConfig(name="a", run=f"{words}/run/stage1/evaluation.json"),)))
+    assert list(find_faults(job, [], awaited=True)) == [] != list(find_faults(job, []))
+
+
 def test_a_command_whose_package_is_absent_here_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tools.eval_harness", None)
     assert faults("tools.eval_harness --nosuchkey 1") == []
@@ -104,9 +112,10 @@ def test_shipped_recipes_use_options_that_their_commands_have() -> None:
 def test_a_key_of_training_is_refused_if_only_commands_run(key: str, value: object) -> None:
     with pytest.raises(UserError) as caught:
         SubmitConfig(name="x", stages=(StageConfig(name="a", run="tools.upcycle"),), **{key: value})  # type: ignore[arg-type]
-    assert (
-        str(caught.value) == f"{key}: {value!r} is not allowed; it is for training, and only commands run; leave it out"
-    )
+    fix = "it is for training, and no stage here trains; leave it out"
+    assert str(caught.value) == f"{key}: {value!r} is not allowed; {fix}"
+    stages = (StageConfig(name="a", config=("x.yaml",)), StageConfig(name="b", run="tools.upcycle"))
+    SubmitConfig(name="x", stages=stages, start="b", **{key: value})  # type: ignore[arg-type]  # of the recipe's file
 
 
 def test_a_job_before_the_first_one_has_a_number() -> None:
