@@ -8,6 +8,7 @@ the result is weights alone, for checkpoint.initial. With --data, losses before 
     python -m tools.upcycle retrofit --input models/SmolLM2-135M --output runs/looped --layers 10:20 --loops 2
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
@@ -54,6 +55,7 @@ class Conversion:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
+        require(not os.path.lexists(self.output), "output", self.output, "it exists already; name a new directory")
         for key, plain in (("samples", 16), ("seq_length", None)):
             value, fix = getattr(self, key), "it needs data; name some, or leave it out"
             require(self.reads_data or value == plain, key, value, fix)

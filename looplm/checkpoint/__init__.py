@@ -35,6 +35,7 @@ from looplm.checkpoint.saver import Saver as Saver
 from looplm.checkpoint.saving import COMPANION_FOLDER as COMPANION_FOLDER
 from looplm.checkpoint.state import OpenedModel as OpenedModel
 from looplm.checkpoint.state import TrainingState as TrainingState
+from looplm.checkpoint.state import check_tokens as check_tokens
 from looplm.checkpoint.state import load_optimizer as load_optimizer
 from looplm.checkpoint.state import load_run as load_run
 from looplm.checkpoint.state import load_weights as load_weights

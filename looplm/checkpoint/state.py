@@ -167,7 +167,7 @@ def open_step(found: Path, groups: ProcessGroupCollection, dtype: torch.dtype | 
     """Do what :func:`open_model` does with a step directory that ``step_folder.locate`` has verified."""
     about, described = read_about(found), read_model(found)
     check_size(found, described)
-    _check_tokens(found, about, described.model.vocab_size)
+    check_tokens(found, about, described.model.vocab_size)
     model_config, gate = described
     dtype = dtype or getattr(torch, about.dtype or "float32")
     model = LoopLM(model_config, gate, groups, dtype, initialize=False)
@@ -175,7 +175,7 @@ def open_step(found: Path, groups: ProcessGroupCollection, dtype: torch.dtype | 
     return OpenedModel(model.eval(), gate, about, read_tokenizer(found / "tokenizer.json"), found)
 
 
-def _check_tokens(step: Path, about: About, vocab_size: int) -> None:
+def check_tokens(step: Path, about: About, vocab_size: int) -> None:
     """Raise a :class:`UserError` if about.json is that of another tokenizer or vocabulary: texts might never end."""
     where, fix = f"{step}/about.json", "it is not this checkpoint's; take another step directory"
     has = sha256_of(step / "tokenizer.json")

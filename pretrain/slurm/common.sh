@@ -111,7 +111,8 @@ read_container() {
 # Set srun_options: the trainers save on SIGTERM, which srun would make a SIGKILL of.
 read_srun() {
     srun_options=()
-    if srun --help 2>/dev/null | grep -q -e --ignore-signals; then srun_options=("--ignore-signals=SIGTERM"); fi
+    # Not into grep -q, which may end before srun has written all: with pipefail, that looks like "not found".
+    [[ $(srun --help 2>/dev/null || true) != *--ignore-signals* ]] || srun_options=("--ignore-signals=SIGTERM")
 }
 
 # Set the trainers' environment. Variables that are already set win.

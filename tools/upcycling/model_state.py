@@ -73,6 +73,7 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
         opened = checkpoint.open_step(step, groups)
         state = ModelState(opened.model.model_config, opened.gate, _weights(opened.model))
         return Source(step, state, about, *files)
+    checkpoint.check_tokens(step, about, run.model.vocab_size)
     training = _training_state(LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision]), run, groups)
     checkpoint.load_run(step, training)
     weights, moments = _weights(training.model), optimizer_state.plain_state(training.optimizer, training.model)

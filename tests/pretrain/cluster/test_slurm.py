@@ -60,7 +60,8 @@ import signal, subprocess, sys
 from pathlib import Path
 record, waiter, knows, *options = sys.argv[1:]
 if "--help" in options:
-    sys.exit(print("  --ignore-signals=<signals_list>" if knows == "knows" else ""))
+    print("  --ignore-signals=<signals_list>" if knows == "knows" else "", flush=True)
+    sys.exit(print("  --another-option\\n" * 10_000))  # into a pipe that nobody may read any more
 task = subprocess.Popen([sys.executable, waiter, record])
 signal.signal(signal.SIGUSR1, lambda number, frame: task.send_signal(number))
 ignores = "--ignore-signals=SIGTERM" in options
