@@ -215,11 +215,13 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_dict(cls: type[ConfigType], values: dict[str, Any], *, where: str) -> ConfigType:
+def from_dict(cls: type[ConfigType], values: Any, *, where: str) -> ConfigType:
     """Invert :func:`to_dict`; ``where`` names the source in error messages.
 
     Keys of earlier releases that have no effect any more are left out.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: {values!r:.80} stands where the keys of {cls.__name__} belong; restore the file")
     for key, fix in unknown_keys(cls, values):
         raise UserError(f"{where}: {key}: unknown key; {fix}")
     try:

@@ -14,8 +14,8 @@ import pytest
 
 from looplm import cli
 from looplm.bounds import check_bounds, positive
-from looplm.cli import _path_failure, parse_command, parse_config, positional, run_main, switch
-from looplm.config import RunConfig
+from looplm.cli import _path_failure, from_dict, parse_command, parse_config, positional, run_main, switch
+from looplm.config import GateConfig, RunConfig
 from looplm.failures import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,3 +281,9 @@ def test_every_commands_help_shows_an_example(path):
 def test_a_path_that_may_not_be_read_is_a_mistake_of_one_line() -> None:
     failure = _path_failure(PermissionError(errno.EACCES, "Permission denied", "runs/theirs"))
     assert str(failure) == "runs/theirs: Permission denied; give another path, or change its permissions"
+
+
+@pytest.mark.parametrize("values", ["vocab_size", ["a"], None, 3])
+def test_a_section_that_is_no_mapping_is_refused(values):
+    with pytest.raises(UserError, match=r"^config\.yaml: .+ stands where the keys of GateConfig belong; restore"):
+        from_dict(GateConfig, values, where="config.yaml")
