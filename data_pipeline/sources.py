@@ -16,6 +16,7 @@ from data_pipeline.conversations import MESSAGE_KEYS, MESSAGES, RECORD_KEYS, rea
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader, ParquetReader, Record, SourceReader, TextReader
 from looplm.failures import UserError
+from looplm.files import is_unicode
 
 _INSTALLED = {"site-packages", "dist-packages"}  # inside the standard library's folder, but different on every machine
 
@@ -40,7 +41,7 @@ def find_files(source: SourceConfig) -> list[Path]:
             fix = "give a file or a glob such as DIR/*.jsonl.gz"
             raise UserError(f"sources.{source.name}.paths: {pattern!r} matches no file; {fix}")
         for path in matches:
-            if any("\ud800" <= character <= "\udfff" for character in str(path)):
+            if not is_unicode(str(path)):
                 raise UserError(f"sources.{source.name}.paths: the name of {str(path)!r} is not UTF-8; rename it")
         found.update(matches)
     return sorted(found)

@@ -106,6 +106,11 @@ def require_file_place(path: str | None, key: str) -> None:
     require(os.access(folder, os.W_OK), key, path, "its directory cannot be written; name another")
 
 
+def require_absent(path: str | Path, key: str) -> None:
+    """Raise a :class:`UserError` if anything is at ``path``, where a directory is to be made; a dangling link is."""
+    require(not os.path.lexists(path), key, str(path), "it exists already; name a new directory")
+
+
 def check_bounds(config: Any, section: str) -> None:
     """Raise a :class:`UserError` for the first field of ``config`` whose value is out of bounds.
 

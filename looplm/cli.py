@@ -39,7 +39,7 @@ from looplm import binding
 from looplm.binding import Flag, hints_of, retired_keys, retired_of, section_of, suggest, unknown_keys
 from looplm.bounds import expand_path
 from looplm.failures import Failure, UserError
-from looplm.files import storage_failure
+from looplm.files import is_unicode, storage_failure
 from looplm.yaml_text import parse_yaml, read_yaml
 
 ConfigType = TypeVar("ConfigType")
@@ -190,11 +190,6 @@ def _path_failure(error: OSError) -> UserError | None:
         return None
     fix = "change its permissions" if error.errno in _FORBIDDEN else "remove what is there"
     return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; give another path, or {fix}")
-
-
-def is_unicode(text: str) -> bool:
-    """Return False if a text from outside holds bytes that are not UTF-8, which Python keeps as half surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

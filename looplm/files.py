@@ -45,6 +45,11 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
+def is_unicode(text: str) -> bool:
+    """Return False if a text from outside holds bytes that are not UTF-8, which Python keeps as half surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def is_file_name(name: object) -> bool:
     """Return True for the name of a file or folder: no path, no control characters, and not too long for a disk."""
     is_text = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and printable(name) == name

@@ -18,9 +18,9 @@ from typing import Literal
 from looplm.bounds import path_field, positive, require, require_file_place
 from looplm.chat import ANSWERS, ChatTemplate, Message
 from looplm.checkpoint import COMPANION_FOLDER, OpenedModel, open_model
-from looplm.cli import is_unicode, parse_config, run_main
+from looplm.cli import parse_config, run_main
 from looplm.failures import UserError
-from looplm.files import write_whole
+from looplm.files import is_unicode, write_whole
 from looplm.huggingface.config_json import TokenIds
 from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.inference.generator import Generator

@@ -33,9 +33,9 @@ from jinja2.utils import Namespace
 from tokenizers import Tokenizer
 
 from looplm.chat import ANSWERS, JINJA, TEMPLATE_FILE, TOKENIZER_CONFIG, Encoded, Message
-from looplm.cli import is_unicode
 from looplm.encoding import remove_limits
 from looplm.failures import UserError
+from looplm.files import is_unicode
 from looplm.json_file import read_object
 
 _FIX = "repair the template, or remove it to chat in LoopLM's own"

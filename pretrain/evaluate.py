@@ -29,7 +29,6 @@ from looplm.bounds import require
 from looplm.checkpoint import step_folder
 from looplm.cli import parse_config, run_main
 from looplm.config import LossConfig, RunConfig
-from looplm.config.model import MAX_DEPTH
 from looplm.evaluation.answers import AnswerMeter
 from looplm.evaluation.attention_sink import attention_sink
 from looplm.evaluation.cached import cache_losses, texts_of
@@ -56,8 +55,6 @@ THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)] + [0.975, 0.99, 1.
 def main(argv: list[str]) -> None:
     """Run ``python -m pretrain.evaluate --checkpoint DIR --depths 1,2,3,4,6,8``."""
     config = parse_config(EvaluateConfig, argv, prog="python -m pretrain.evaluate", description=str(__doc__))
-    fix = f"give whole numbers from 1 to {MAX_DEPTH:,}, such as 1,2,4,8"
-    require(max(config.depth_list) <= MAX_DEPTH, "depths", config.depths, fix)
     check_output(config)
     step = step_folder.locate(config.checkpoint).resolve()
     folder = str(_index_folder(step, config.output))
@@ -85,8 +82,14 @@ def main(argv: list[str]) -> None:
         decoding = _measure_decoding(opened.model, batches, config, groups) if config.cache_list else None
         answers = _measure_answers(opened.model, batches, config, run, groups) if run.data.task else None
         step_number = opened.about.step
-        evaluation = replace(measured, decoding=decoding, answers=answers)
-        evaluation = replace(evaluation, checkpoint=str(step), step=step_number, data=data_read(config, run))
+        evaluation = replace(
+            measured,
+            checkpoint=str(step),
+            step=step_number,
+            data=data_read(config, run),
+            decoding=decoding,
+            answers=answers,
+        )
         is_rank_0 = process_groups.is_rank_0()  # asked while there are ranks
     finally:
         process_groups.stop()

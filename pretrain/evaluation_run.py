@@ -16,6 +16,7 @@ from looplm.config import (
     RunConfig,
     TaskConfig,
 )
+from looplm.config.model import MAX_DEPTH
 from looplm.failures import UserError
 from looplm.inference.early_exit import ExitSignal, check_signal
 from looplm.inference.kv_cache import CacheMode
@@ -71,6 +72,8 @@ class EvaluateConfig:
         fix = "a task is made while it is measured; leave out one of valid and task"
         require(self.task is None or self.valid is None, "valid", self.valid, fix)
         require(bool(self.depth_list), "depths", self.depths, "give whole numbers above 0, such as 1,2,4,8")
+        fix = f"give whole numbers from 1 to {MAX_DEPTH:,}, such as 1,2,4,8"
+        require(max(self.depth_list) <= MAX_DEPTH, "depths", self.depths, fix)
         modes = get_args(CacheMode)
         require(set(self.cache_list) <= set(modes), "kv_caches", self.kv_caches, f"give some of {','.join(modes)}")
         require(not self.votes or bool(self.vote_list), "votes", self.votes, "give whole numbers above 0, such as 1,8")

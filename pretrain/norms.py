@@ -160,8 +160,9 @@ class GradientNorms:
                 unique = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
                 self._parts.append(_Part(name, parameter, span, unique and not replica))
         modules = [MODULES.index(module_of(part.name)) for part in self._parts]
-        self._is_of_MN = torch.arange(len(MODULES), device=DEVICE)[:, None] == torch.tensor(modules, device=DEVICE)
-        self._counted = torch.tensor([part.counted for part in self._parts], dtype=torch.bool, device=DEVICE)
+        counted = torch.tensor([part.counted for part in self._parts], dtype=torch.bool, device=DEVICE)
+        is_of_MN = torch.arange(len(MODULES), device=DEVICE)[:, None] == torch.tensor(modules, device=DEVICE)
+        self._counted_MN = is_of_MN & counted
 
     def sums(self) -> Tensor:
         """Return the squared norm of each of :data:`MODULES`, as far as this rank counts it, and the number of faults.
@@ -170,7 +171,7 @@ class GradientNorms:
         """
         norm_N = self._norms().double()
         # Not index_add_, which on a GPU adds in any order; not a product, in which one infinite norm spoils all.
-        squares_M = torch.where(self._is_of_MN & self._counted, norm_N.square(), 0.0).sum(1)
+        squares_M = torch.where(self._counted_MN, norm_N.square(), 0.0).sum(1)
         return torch.cat((squares_M, (~norm_N.isfinite()).sum().double().reshape(1)))
 
     def not_finite(self) -> list[str]:

@@ -112,8 +112,8 @@ def loop_losses(
 ) -> LoopLosses:
     """Return the losses and gate logits of each token after each loop.
 
-    ``norms`` takes the norms of the hidden states. The gate distributes exits over ``gate_loops``
-    loops, None for the model's.
+    ``norms`` takes the norms of the hidden states. The gate distributes exits over
+    ``gate_loops`` loops, None for the model's.
     With autograd and Megatron's wrapper, the gradient of the head's weight is in its buffer when this returns
     (:func:`head_of`).
     """

@@ -31,8 +31,8 @@ EVALUATED_AT_ONCE = 4  # micro-batches per pipeline rank between two looks at a 
 class Step(NamedTuple):
     """Result of one training step; the same on every rank.
 
-    A step is ``healthy`` if its losses and gradients are finite on all
-    ranks; otherwise it has changed neither weights nor Adam's moments. ``has_news`` is True if any rank had some.
+    A step is ``healthy`` if its losses and gradients are finite on all ranks; otherwise it has changed neither weights
+    nor Adam's moments. ``has_news`` is True if any rank had some.
     """
 
     stats: StepStats

@@ -27,6 +27,7 @@ from looplm.bounds import at_least, check_bounds, path_field, require
 from looplm.checkpoint import About, step_folder
 from looplm.cli import from_dict, parse_config, positional, run_main
 from looplm.config import ParallelConfig, RunConfig
+from looplm.config.stored import upgrade_config
 from looplm.failures import UserError, printable
 from looplm.json_file import read_object
 from looplm.megatron import process_groups
@@ -236,7 +237,7 @@ def _read_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path}: is missing; give a training directory, or a file of its folder failures")
-    config = from_dict(RunConfig, checkpoint.upgrade_config(read_yaml(str(path)).values), where=str(path))
+    config = from_dict(RunConfig, upgrade_config(read_yaml(str(path)).values), where=str(path))
     engine = replace(config.engine, fp8_params=False)  # they need a distributed optimizer, and no checkpoint has them
     data = replace(config.data, micro_batch_size=1, num_workers=0)
     return replace(config, output_dir=str(run), parallel=ParallelConfig(), engine=engine, data=data)

@@ -8,7 +8,6 @@ the result is weights alone, for checkpoint.initial. With --data, losses before 
     python -m tools.upcycle retrofit --input models/SmolLM2-135M --output runs/looped --layers 10:20 --loops 2
 """
 
-import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
@@ -18,7 +17,7 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
-from looplm.bounds import at_least, check_bounds, path_field, positive, require
+from looplm.bounds import at_least, check_bounds, path_field, positive, require, require_absent
 from looplm.checkpoint.new_folder import making
 from looplm.cli import parse_command, run_main
 from looplm.config import GateConfig, Injection
@@ -55,7 +54,7 @@ class Conversion:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
-        require(not os.path.lexists(self.output), "output", self.output, "it exists already; name a new directory")
+        require_absent(self.output, "output")
         for key, plain in (("samples", 16), ("seq_length", None)):
             value, fix = getattr(self, key), "it needs data; name some, or leave it out"
             require(self.reads_data or value == plain, key, value, fix)

@@ -43,4 +43,3 @@ from looplm.checkpoint.state import open_model as open_model
 from looplm.checkpoint.state import open_step as open_step
 from looplm.checkpoint.state import resume as resume
 from looplm.checkpoint.state import save_weights as save_weights
-from looplm.config.stored import upgrade_config as upgrade_config

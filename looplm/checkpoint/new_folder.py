@@ -1,11 +1,10 @@
 """A folder that a command makes: whole or not at all, by one process, and never over what is there."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from looplm.bounds import require
+from looplm.bounds import require_absent
 from looplm.checkpoint import step_folder
 from looplm.failures import UserError
 from looplm.lock import FolderLock
@@ -19,7 +18,7 @@ def making(output: Path) -> Iterator[None]:
     Raises:
         UserError: it exists, its place cannot be written, another process is making it, or this command has ranks.
     """
-    require(not os.path.lexists(output), "output", str(output), "it exists already; name a new directory")
+    require_absent(output, "output")
     if process_groups.expected_ranks() > 1:
         raise UserError("this command runs in one process; start it without torchrun")
     folder = output.absolute().with_name(f".{output.name}.making")

@@ -183,9 +183,7 @@ def _allocate(core: MegatronOptimizer) -> None:
 def _set_step(core: MegatronOptimizer, step: int) -> None:
     for group in core.param_groups:
         if isinstance(core.optimizer, torch.optim.AdamW):
-            for main in group["params"]:  # one tensor each, because Adam counts in place
-                core.optimizer.state[main]["step"] = torch.tensor(
-                    float(step), device=main.device
-                )  # as a fused one does
+            for main in group["params"]:  # one tensor each, as Adam counts in place; beside it, as it is fused
+                core.optimizer.state[main]["step"] = torch.tensor(float(step), device=main.device)
         else:  # Transformer Engine's and Apex's Adam keep one counter for a group
             group["step"] = step

@@ -7,9 +7,9 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from looplm.cli import is_unicode
 from looplm.config import ModelConfig
 from looplm.encoding import encode
+from looplm.files import is_unicode
 from looplm.inference.settings import GenerationConfig
 from looplm.inference.text_stream import TextStream, Token
 

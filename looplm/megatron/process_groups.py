@@ -79,7 +79,8 @@ def seeded(part: str) -> Iterator[None]:
     between tensor-parallel layouts, but no two parts of a model are alike.
     """
     seed = (torch.initial_seed() + zlib.crc32(part.encode())) % 2**63
-    tracker, states = megatron_random.get_cuda_rng_tracker(), megatron_random.get_cuda_rng_tracker().get_states()
+    tracker = megatron_random.get_cuda_rng_tracker()
+    states = tracker.get_states()
     own = {
         megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME: 1 + parallel_state.get_tensor_model_parallel_rank(),
         megatron_random._DATA_PARALLEL_RNG_TRACKER_NAME: -1,

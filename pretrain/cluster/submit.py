@@ -117,7 +117,7 @@ class Job:
 
     @property
     def step(self) -> Path | None:
-        """The step directory that it starts from; None if there is none yet."""
+        """The step directory that it starts from; None if it is not there yet."""
         return None if self.reads is None else step_folder.glance(self.reads)
 
 
