@@ -22,6 +22,8 @@ from looplm.inference.early_exit import ExitSignal, check_signal
 from looplm.inference.kv_cache import CacheMode
 from pretrain.task_data import TaskDataset
 
+MAX_VOTES = 1_000  # each is a chain, written token by token
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -76,7 +78,8 @@ class EvaluateConfig:
         require(max(self.depth_list) <= MAX_DEPTH, "depths", self.depths, fix)
         modes = get_args(CacheMode)
         require(set(self.cache_list) <= set(modes), "kv_caches", self.kv_caches, f"give some of {','.join(modes)}")
-        require(not self.votes or bool(self.vote_list), "votes", self.votes, "give whole numbers above 0, such as 1,8")
+        few = not self.votes or (bool(self.vote_list) and max(self.vote_list) <= MAX_VOTES)
+        require(few, "votes", self.votes, f"give whole numbers from 1 to {MAX_VOTES:,}, such as 1,8")
         fix = "give numbers from 0 to 1, such as 0.5,0.9,1"
         require(bool(self.threshold_list), "exit_thresholds", self.exit_thresholds, fix)
         for key in ("exit_thresholds", "exit_signal", "prompt_tokens"):

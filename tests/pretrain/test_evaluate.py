@@ -162,6 +162,8 @@ UNDECODED = "is not allowed; it has no effect without kv_caches; give that too"
         (["--checkpoint", "x", "--depths", "0,1"], "depths: '0,1'"),
         (["--checkpoint", "x", "--depths", ""], "depths: ''"),
         (["--checkpoint", "x", "--depths", "1,10001"], "'1,10001' is not allowed; give whole numbers from 1 to 10,000"),
+        (["--checkpoint", "x", "--votes", "1,1001"], "'1,1001' is not allowed; give whole numbers from 1 to 1,000,"),
+        (["--checkpoint", "x", "--votes", "none"], "votes: 'none' is not allowed"),
         (["--checkpoint", "x", "--samples", "0"], "samples: 0"),
         (["--checkpoint", "x", "--samples", "6"], "samples: 6 is not allowed; each forward pass reads batch_size=4"),
         (["--checkpoint", "x", "--depths", "²"], "depths: '²'"),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 import torch
@@ -33,7 +34,7 @@ from looplm.inference.kv_cache import CacheMode
 from looplm.inference.prefill import Prefill
 from looplm.inference.stack import LoopedStack
 from looplm.model import LoopLM
-from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
+from pretrain.data import build_valid_set, check_corpus, micro_batches
 from tools.bench.timing import PrepareRun, print_speeds, rates
 
 Strategy = Literal["full depth", "select-after", "compaction", "continuous depth batching"]
@@ -187,8 +188,9 @@ def _validation_texts(folder: Path) -> list[Text]:
     run = checkpoint.read_config(folder)
     assert run is not None, "the checkpoint was made by a run"
     corpus = check_corpus(run.data, run.model.vocab_size)
-    valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, index_cache(run))
-    assert valid_set is not None, "the recipe has data.valid"
     count = max(1, run.logging.eval_samples // run.data.micro_batch_size)
-    batches = islice(micro_batches(valid_set, run.data, 0, 0, 1), count)
-    return [text for batch in batches for text in texts_of(*batch[:4])]
+    with TemporaryDirectory() as indices:  # the run's own folder may have been moved since, or be another's
+        valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, Path(indices))
+        assert valid_set is not None, "the recipe has data.valid"
+        batches = islice(micro_batches(valid_set, run.data, 0, 0, 1), count)
+        return [text for batch in batches for text in texts_of(*batch[:4])]

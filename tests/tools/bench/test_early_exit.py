@@ -42,8 +42,10 @@ def test_every_strategy_follows_the_given_depths(single_process, capsys):
 def test_the_lowest_threshold_within_a_percent_is_taken(corpus, tmp_path, single_process, capsys):
     config = run_config(corpus, tmp_path / "run")
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
-    workload = early_exit.trained_workload(str(tmp_path / "run"), single_process)
-    all_texts = early_exit._validation_texts(tmp_path / "run/checkpoints/step_00000006")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    workload = early_exit.trained_workload(str(tmp_path / "moved"), single_process)
+    all_texts = early_exit._validation_texts(tmp_path / "moved/checkpoints/step_00000006")
+    assert not (tmp_path / "run").exists(), "nothing is written where the run once was"
     texts = [text for text in all_texts if len(text.ids) >= PROMPT + NEW]
     assert list(workload.texts) == [text.ids for text in texts]
 
