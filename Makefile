@@ -232,7 +232,7 @@ evidence-smoke: $(READY)  ## an experiment of each task in small, up to its page
 # Keep the order of files: sorted by their number of tests, the longest single test would be the last.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY)  ## all tests, in two processes
+test: $(READY)  ## the tests, in two processes: a sample of the layouts, the quick ones of the faults
 	@HISTORY= OMP_NUM_THREADS=1 $(if $(TESTS),,$(call recorded,test)) $(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 faults: $(READY)  ## every fault, also those that take long to inject; writes docs/reliability.md (half an hour)

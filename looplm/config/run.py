@@ -27,7 +27,7 @@ class OptimConfig:
         schedule: wsd (warm-up, stable, decay), cosine, or constant.
         warmup_steps: steps in which the learning rate rises from 0 to lr.
         decay_steps: wsd only: number of last steps, over which the learning rate falls to min_lr.
-        weight_decay: weight decay of matrices; norms, biases and the gate have none.
+        weight_decay: of matrices; norms, biases, the gate, the injection and the step embedding have none.
         beta1: AdamW's first-moment decay.
         beta2: AdamW's second-moment decay.
         eps: AdamW's epsilon.

@@ -200,7 +200,7 @@ def test_torchrun_stops_on_a_signal(corpus, tmp_path, record_property, target):
 
 @pytest.mark.hard
 @pytest.mark.promise(
-    text="A run whose terminal is closed saves and ends; under nohup it goes on",
+    text="A run whose terminal is closed saves and ends; under nohup it continues",
     expected="status 143 and the last step saved; under nohup status 0",
 )
 @pytest.mark.parametrize("prefix", [[], ["nohup"]], ids=["plain", "nohup"])

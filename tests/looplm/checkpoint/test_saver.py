@@ -352,7 +352,7 @@ def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
     ],
 )
 @pytest.mark.promise(
-    text="A disk that becomes full or read-only during a save ends the run cleanly; once mended, the command resumes",
+    text="A disk that becomes full or read-only during a save ends the run cleanly; once repaired, the command resumes",
     expected="status 5 on all ranks, one line about the disk, nothing left behind that fills it, no sample lost",
 )
 def test_a_disk_that_fills_up(how, room, ranks, disk, corpus, tmp_path, record_property) -> None:

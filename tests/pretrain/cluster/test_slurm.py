@@ -350,12 +350,12 @@ def test_slurm_runs_a_copy_of_the_launcher(cluster: Cluster, tmp_path: Path) -> 
 
 
 def test_preprocessing_hides_its_own_size_from_its_arrays(cluster: Cluster) -> None:
-    cluster.install("python", '#!/bin/bash\nprintf "%s\\n" "$@" "${!SLURM_@}" >"$RECORD/python"\n')
-    done = cluster.run(
-        "preprocess", "--config", str(cluster.config), env=cluster.job | {"SLURM_CONF": "/etc/slurm.conf"}
-    )
+    cluster.install("python", '#!/bin/bash\nprintf "%s\\n" "$@" "${!SLURM_@}" "${!SBATCH_@}" >"$RECORD/python"\n')
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine"}
+    overriding = {"SBATCH_PARTITION": "gpu", "SBATCH_TIMELIMIT": "24:00:00", "SBATCH_QOS": "high"}
+    done = cluster.run("preprocess", "--config", str(cluster.config), env=cluster.job | kept | overriding)
     assert (done.returncode, done.stderr) == (0, "")
-    assert cluster.read("python") == ["-m", "data_pipeline.tokenize", "--config", str(cluster.config), "SLURM_CONF"]
+    assert cluster.read("python") == ["-m", "data_pipeline.tokenize", "--config", str(cluster.config), *kept]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
