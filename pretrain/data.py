@@ -78,6 +78,7 @@ class Corpus:
     end_id: int | None = None  # the chat end token, if any training source is conversational
     chat_template: str | None = None  # then also the template, in Jinja
     train_fingerprint: str = ""  # hash of the training sources; empty for a task
+    train_tokens: tuple[int, ...] = ()  # in each training source; empty for a task
     left_out: tuple[str, ...] = ()  # messages about conversations that are too long for a sample
 
     @property
@@ -119,6 +120,7 @@ def check_corpus(data: DataConfig, vocab_size: int) -> Corpus:
         vocab_size=first.vocab_size,
         fingerprint=_fingerprint(checked),
         train_fingerprint=_fingerprint(checked[: len(data.train)]),
+        train_tokens=tuple(manifest.tokens for _, manifest in checked[: len(data.train)]),
         conversations=tuple(prefix for prefix, manifest in checked if manifest.chat is not None),
         end_id=end_id,
         chat_template=template,
@@ -252,20 +254,53 @@ class _Tokenizer:
         self.special_tokens_dict = {"eos_token": record.eos_id}
 
 
-def build_train_set(config: RunConfig, corpus: Corpus, train_samples: int, horizon: int) -> Dataset[Any]:
-    """Return the training mix, in passes of ``horizon`` samples.
+def samples_without_repetition(data: DataConfig, corpus: Corpus) -> int:
+    """Return how many samples of the training mix surely need no source twice; 0 with conversations and for a task.
+
+    Up to there, Megatron's order does not depend on the number of samples that it is asked for. In a mix, it asks each
+    source for a surplus.
+    """
+    if not corpus.train_tokens or any(source.prefix in corpus.conversations for source in data.train):
+        return 0
+    once = [(tokens - 1) // data.seq_length for tokens in corpus.train_tokens]
+    if len(once) == 1:
+        return once[0]
+    surplus, weights = 1 + MixConfig.mid_level_dataset_surplus, [source.weight for source in data.train]
+    shares = [weight / sum(weights) for weight in weights]
+    return max(0, min(int((own / surplus - 1) / share) for own, share in zip(once, shares, strict=True)))
+
+
+def build_train_set(
+    config: RunConfig, corpus: Corpus, train_samples: int, horizon: int, first: int = 0
+) -> Dataset[Any]:
+    """Return the training mix, in passes of ``horizon`` samples. Those before sample ``first`` are not built.
 
     Megatron shuffles all epochs that ``num_samples`` needs together, so a longer run would see another order from the
     start. The pass length is therefore fixed when a run starts: an extended run appends a pass and leaves the earlier
-    ones as they were.
+    ones as they were. Within a pass that repeats no source the order is the same for any number of samples, so that no
+    more need to be indexed than are read; the number is rounded up, or every rollback would index them anew.
     """
     data = config.data
     if data.task is not None:  # every sample is new: there are no passes
         return TaskDataset(open_task(data.task), data.seq_length, "train", config.seed, train_samples)
-    cache, passes = index_cache(config), range(-(-train_samples // horizon))
+    cache, any_length = index_cache(config), horizon <= samples_without_repetition(data, corpus)
+    passes = list[Any]()
     with checked_cache(_cache_of(cache, corpus)):
-        built = [_build(data, data.train, corpus, horizon, config.seed + index, cache) for index in passes]
-    return ConcatDataset([Subset(dataset, range(horizon)) for dataset in built])
+        for index, start in enumerate(range(0, train_samples, horizon)):
+            if start + horizon <= first:
+                passes.append(range(horizon))  # keeps its place
+                continue
+            read = min(horizon, train_samples - start) if any_length else horizon
+            size = min(horizon, _rounded_up(read)) if any_length else horizon
+            built = _build(data, data.train, corpus, size, config.seed + index, cache)
+            passes.append(Subset(built, range(read)))
+    return ConcatDataset(passes)
+
+
+def _rounded_up(number: int) -> int:
+    """Return a number that is at most an eighth larger, and the same for most numbers that are a little larger."""
+    unit = 1 << max(0, number.bit_length() - 4)
+    return -(-number // unit) * unit
 
 
 def build_valid_set(

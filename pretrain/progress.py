@@ -9,7 +9,7 @@ from looplm.checkpoint import About, Health, step_folder
 from looplm.config import RunConfig
 from looplm.failures import UserError
 from looplm.megatron.settings import DTYPES
-from pretrain.data import Corpus, data_order, matches_data_order
+from pretrain.data import Corpus, data_order, matches_data_order, samples_without_repetition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Progress:
     """Position of a run."""
 
     horizon_samples: int  # in one shuffled pass over the data; fixed when the run starts
+    first_sample: int = 0  # with which the run began, in the data's order
     inherited_steps: int = 0  # of earlier stages in Adam's moments; its bias correction counts them too
     step: int = 0  # optimizer steps done
     samples: int = 0  # training samples consumed
@@ -24,28 +25,48 @@ class Progress:
     health: Health = field(default_factory=Health)
 
     @classmethod
-    def start(cls, config: RunConfig, total_samples: int, resumed: About | None, initial: About | None) -> "Progress":
+    def start(
+        cls, config: RunConfig, corpus: Corpus, total_samples: int, resumed: About | None, initial: About | None
+    ) -> "Progress":
         """Return the position at which a run of ``total_samples`` samples starts or resumes.
 
         ``resumed`` describes the run's own checkpoint, ``initial`` the one that its weights come from; None if there is
-        no such checkpoint.
+        no such checkpoint. A pass that has begun becomes as long as the data without a repetition: its order so far
+        stays.
         """
-        if resumed is None:
-            inherited = initial.adam_steps if initial and config.checkpoint.initial_optimizer else 0
-            return cls(horizon_samples=config.data.horizon_samples or total_samples, inherited_steps=inherited)
+        if resumed is not None:
+            start = cls.at(resumed)
+        else:
+            first, before = first_sample(config, corpus, initial), stage_before(config, corpus, initial)
+            horizon = config.data.horizon_samples or first + total_samples
+            start = cls(
+                horizon_samples=horizon if before is None else before.horizon_samples,
+                inherited_steps=initial.adam_steps if initial and config.checkpoint.initial_optimizer else 0,
+                first_sample=first,
+            )
+        if start.position > start.horizon_samples:
+            return start
+        return replace(
+            start, horizon_samples=max(start.horizon_samples, samples_without_repetition(config.data, corpus))
+        )
+
+    @classmethod
+    def at(cls, about: About) -> "Progress":
+        """Return the position that a checkpoint of the run describes."""
         return cls(
-            horizon_samples=resumed.horizon_samples,
-            inherited_steps=resumed.adam_steps - (resumed.step - resumed.health.skipped),
-            step=resumed.step,
-            samples=resumed.samples,
-            tokens=resumed.tokens,
-            health=resumed.health,
+            horizon_samples=about.horizon_samples,
+            inherited_steps=about.adam_steps - (about.step - about.health.skipped),
+            step=about.step,
+            first_sample=about.first_sample,
+            samples=about.samples,
+            tokens=about.tokens,
+            health=about.health,
         )
 
     @property
     def position(self) -> int:
-        """Number of samples in the data's order before the next step: those consumed and those skipped for good."""
-        return self.samples + sum(stop - first for first, stop in self.health.skipped_samples)
+        """Number of samples in the data's order before the next step: of earlier stages, consumed, and skipped."""
+        return self.first_sample + self.samples + self.health.samples_left_out
 
     @property
     def adam_steps(self) -> int:
@@ -58,6 +79,19 @@ class Progress:
         return replace(self, step=self.step + 1, samples=samples, tokens=tokens, health=health)
 
 
+def stage_before(config: RunConfig, corpus: Corpus, initial: About | None) -> About | None:
+    """Return ``initial`` if its run read the same data in the same order, so that this one reads on; else None."""
+    return initial if initial is not None and matches_data_order(initial.data_order, config, corpus) else None
+
+
+def first_sample(config: RunConfig, corpus: Corpus, initial: About | None) -> int:
+    """Return the sample, in the data's order, with which a run begins that starts from the checkpoint ``initial``."""
+    if config.data.first_sample is not None:
+        return config.data.first_sample
+    before = stage_before(config, corpus, initial)
+    return 0 if before is None else before.position
+
+
 def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
     """Return the description that is saved with a checkpoint at this position."""
     return About(
@@ -65,6 +99,7 @@ def describe(config: RunConfig, corpus: Corpus, progress: Progress) -> About:
         samples=progress.samples,
         tokens=progress.tokens,
         horizon_samples=progress.horizon_samples,
+        first_sample=progress.first_sample,
         objective=config.loss.objective,
         gate_trained=config.model.num_loops > 1 and config.loss.trains_gate,
         tokenizer_sha256=corpus.tokenizer.sha256,
@@ -114,5 +149,7 @@ def check_start(config: RunConfig, corpus: Corpus, resumed: About | None, initia
             "restore them, or give a new output_dir and name this one in checkpoint.initial"
         )
     if resumed is not None:
+        first, fix = config.data.first_sample, f"{config.output_dir} began with {resumed.first_sample}; leave it out"
+        require(first in (None, resumed.first_sample), "data.first_sample", first, fix)
         fix = f"{config.output_dir} has trained {resumed.step} steps; give at least as many"
         require(resumed.step <= config.optim.train_steps, "optim.train_steps", config.optim.train_steps, fix)

@@ -55,7 +55,7 @@ class Run:
         self._resumed = None if own is None else checkpoint.resume(own, self._trainer.state, config)
         check_start(config, corpus, self._resumed, initial)
         watchdog.start_up("data index")
-        self._progress = Progress.start(config, self._samples_of_the_run(), self._resumed, initial)
+        self._progress = Progress.start(config, corpus, self._samples_of_the_run(), self._resumed, initial)
         self._batches = self._training_batches()
         self._validated = self._schedule.validation(config.logging.eval_samples)  # micro-batches on each rank
         self._eval_samples = self._validated * config.data.micro_batch_size * groups.dp.size()
@@ -218,10 +218,11 @@ class Run:
     def _training_batches(self) -> Iterator[Batch]:
         """Return this rank's micro-batches from the run's position on."""
         progress, rank, ranks = self._progress, self._groups.dp.rank(), self._groups.dp.size()
-        steps, skipped = self._config.optim.train_steps - progress.step, progress.position - progress.samples
-        total = self._schedule.samples_of(steps, progress.samples) + skipped  # a rollback may return to smaller batches
-        train_set = build_train_set(self._config, self._corpus, total, progress.horizon_samples)
-        return micro_batches(train_set, self._config.data, progress.position, rank, ranks)
+        steps, other = self._config.optim.train_steps - progress.step, progress.position - progress.samples
+        total = self._schedule.samples_of(steps, progress.samples) + other  # a rollback may return to smaller batches
+        horizon, first = progress.horizon_samples, progress.position
+        train_set = build_train_set(self._config, self._corpus, total, horizon, first)
+        return micro_batches(train_set, self._config.data, first, rank, ranks)
 
     def _was_stopped_in_a_validation(self) -> bool:
         """Return True if a checkpoint's validation is missing: a run that is stopped in one saves that step."""
@@ -235,6 +236,8 @@ class Run:
         yield from self._corpus.left_out
         begins = "resuming after" if self._resumed else "starting at"
         yield f"{self._folder}: {begins} step {step} of {config.optim.train_steps}"
+        if self._progress.first_sample and not self._resumed:
+            yield f"reads on at sample {self._progress.first_sample:,} of the mix, where {self._initial} stopped"
         if config.logging.eval_every and self._valid_set is None:
             yield f"logging.eval_every: {config.logging.eval_every} has no effect, because data.valid is empty"
         if self._valid_set is not None and self._eval_samples != config.logging.eval_samples:
@@ -252,7 +255,11 @@ class Run:
 
     def _write_description(self) -> None:
         """Write the configuration and the companion files, which come from the initial checkpoint if it has some."""
-        write_whole(self._folder / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
+        data = dataclasses.replace(self._config.data, first_sample=self._progress.first_sample)
+        if data.task is None:
+            data = dataclasses.replace(data, horizon_samples=self._progress.horizon_samples)
+        resolved = dataclasses.replace(self._config, data=data)
+        write_whole(self._folder / "config.yaml", yaml.safe_dump(to_dict(resolved), sort_keys=False))
         own = self._folder / COMPANION_FOLDER
         if self._initial is not None and (self._initial / COMPANION_FOLDER).is_dir() and not own.exists():
             partial = own.with_name(f".{own.name}.partial")

@@ -7,7 +7,6 @@ spike and skips the data in between: spikes come from certain data *and* a certa
 elsewhere.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -94,11 +93,11 @@ def roll_back(
     saver.forget_after(found)
     checkpoint.load_run(found, state)
     about = checkpoint.read_about(found)
-    first = about.samples + sum(stop - start for start, stop in windows)
+    first = about.first_sample + about.samples + progress.health.samples_left_out
     windows = (*windows, (first, progress.position))
     say(
         f"{spike}; back to step {about.step} (rollback {len(windows)} of {allowed}), "
         f"samples {first}-{progress.position - 1} are skipped"
     )
-    returned = Progress.start(config, progress.horizon_samples, about, None)
-    return dataclasses.replace(returned, health=replace(returned.health, skipped_samples=windows))
+    health = replace(about.health, skipped_samples=windows)
+    return replace(Progress.at(about), horizon_samples=progress.horizon_samples, health=health)

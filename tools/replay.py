@@ -48,6 +48,7 @@ from pretrain.health import FAILURES
 from pretrain.loops import loops_of_step
 from pretrain.norms import MODULES, LoopNorms, module_of
 from pretrain.optim import freeze_trunk
+from pretrain.progress import Progress
 from pretrain.step import loop_losses, objective
 from tools.first_fault import Fault, Watch
 
@@ -203,13 +204,13 @@ def _attempts(
     done, consumed = (0, 0) if about is None else (about.step, about.samples)
     for _ in range(done, step - 1):
         consumed += schedule.at(consumed)[1]
-    size, found, skipped, start = schedule.at(consumed)[1], list[range](), 0, 0
+    size, found, other, start = schedule.at(consumed)[1], list[range](), config.data.first_sample or 0, 0
     for first, stop in windows:
-        if start <= consumed < stop - skipped:
-            found.append(range(consumed + skipped, consumed + skipped + size))
-        start, skipped = first - skipped, skipped + stop - first
+        if start <= consumed < stop - other:
+            found.append(range(consumed + other, consumed + other + size))
+        start, other = first - other, other + stop - first
     if start <= consumed:
-        found.append(range(consumed + skipped, consumed + skipped + size))
+        found.append(range(consumed + other, consumed + other + size))
     return tuple(found)
 
 
@@ -258,9 +259,11 @@ def replay(
     print("\n".join(_heading(target, config, loops)))
 
     tokenizer = Tokenizer.from_buffer(corpus.tokenizer_json)
-    horizon = _horizon(config, target.about)
-    train_set = build_train_set(config, corpus, max(horizon, target.samples.stop), horizon)
-    batches = micro_batches(train_set, config.data, target.samples.start, 0, 1)
+    total = BatchSchedule(config.data, 1).samples_of(config.optim.train_steps)
+    horizon = Progress.start(config, corpus, total, target.about, None).horizon_samples
+    first = target.samples.start
+    train_set = build_train_set(config, corpus, max(horizon, target.samples.stop), horizon, first)
+    batches = micro_batches(train_set, config.data, first, 0, 1)
     norms, found = LoopNorms(model), list[Replayed]()
     for sample, batch in zip(target.samples, batches, strict=False):
         result = _compute(model, norms, batch, config, loops)
@@ -299,12 +302,6 @@ def _heading(target: Target, config: RunConfig, loops: int) -> Iterator[str]:
 
 def _span(samples: range) -> str:
     return f"{samples[0]}-{samples[-1]}"
-
-
-def _horizon(config: RunConfig, about: About | None) -> int:
-    if about is not None and about.horizon_samples:
-        return about.horizon_samples
-    return config.data.horizon_samples or BatchSchedule(config.data, 1).samples_of(config.optim.train_steps)
 
 
 def _compute(model: LoopLM, norms: LoopNorms, batch: Batch, config: RunConfig, loops: int) -> Replayed:

@@ -51,13 +51,18 @@ class Health:
     recent_losses: tuple[float, ...] = ()
     losses_above: int = 0
 
+    @property
+    def samples_left_out(self) -> int:
+        """Number of the skipped samples."""
+        return sum(stop - first for first, stop in self.skipped_samples)
+
 
 @dataclass(frozen=True)
 class About:
     """The content of about.json. Ids that are not known are None; an unknown ``dtype`` is empty.
 
-    A text ends with any of ``eos_ids``. ``begin_id`` stands before each text, usually ``bos_id``; None if texts begin
-    without such a token.
+    The run began with sample ``first_sample`` of the data's order. A text ends with any of ``eos_ids``. ``begin_id``
+    stands before each text, usually ``bos_id``; None if texts begin without such a token.
     """
 
     step: int
@@ -77,6 +82,7 @@ class About:
     dtype: str = ""
     optimizer_step: int | None = None
     health: Health = field(default_factory=Health)
+    first_sample: int = 0
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -113,6 +119,11 @@ class About:
         """Name of :attr:`eos_ids` in 0.1, when a text could end with one token only."""
         warnings.warn("About.eos_id is now About.eos_ids", DeprecationWarning, stacklevel=2)
         return self.eos_ids
+
+    @property
+    def position(self) -> int:
+        """Number of samples in the data's order behind it: of earlier stages, consumed, and skipped for good."""
+        return self.first_sample + self.samples + self.health.samples_left_out
 
     @property
     def adam_steps(self) -> int:

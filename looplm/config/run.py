@@ -108,8 +108,10 @@ class DataConfig:
         rampup: let the global batch grow at the start.
         document_masking: of text: attention, gate and loss do not cross the borders of documents packed into one
             sample.
-        horizon_samples: of text: samples in one shuffled pass over the mix, fixed at a run's start; null means the
-            run's length.
+        first_sample: number of the sample, in the order of these data, with which a stage begins; null reads on where
+            checkpoint.initial stopped if that read the same data in the same order, and begins with 0 if not.
+        horizon_samples: of text: samples in one shuffled pass over the mix, fixed at a run's start, or at that of the
+            stage that it reads on from; null means the run's length. A pass is at least as long as no source repeats.
         cache_dir: of text: where Megatron keeps its sample indices; null means OUTPUT_DIR/index_cache.
         num_workers: processes that prefetch batches.
     """
@@ -122,6 +124,7 @@ class DataConfig:
     global_batch_size: int = positive(1)
     rampup: RampUpConfig | None = None
     document_masking: bool = True
+    first_sample: int | None = at_least(0, None)
     horizon_samples: int | None = positive(None)
     cache_dir: str | None = path_field(None)
     num_workers: int = at_least(0, 0)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from shutil import disk_usage
 
@@ -20,7 +21,7 @@ from pretrain.cluster import findings, probes
 from pretrain.cluster.findings import Finding
 from pretrain.cluster.probes import RankInfo, gather
 from pretrain.data import Corpus, check_corpus, schedule_on
-from pretrain.progress import check_start, own_steps
+from pretrain.progress import check_start, first_sample, own_steps
 
 ALL_REDUCE_BYTES = 1 << 28 if device.HAS_CUDA else 1 << 22
 FILE_BYTES = 1 << 28 if device.HAS_CUDA else 1 << 24  # per rank that writes
@@ -76,19 +77,29 @@ def _data(config: RunConfig, nodes: dict[str, int]) -> Iterator[Finding]:
             return
     seen = {node: corpora[rank] for node, rank in nodes.items()}
     yield findings.same_data({node: "" if one is None else one.fingerprint for node, one in seen.items()})
-    tokens = schedule_on(config, dist.get_world_size()).samples_of(config.optim.train_steps) * config.data.seq_length
+    shared = corpora[0]
+    assert shared is not None
+    samples = schedule_on(config, dist.get_world_size()).samples_of(config.optim.train_steps)
     if config.data.task is None:
+        tokens = (_read_before(config, shared) + samples) * config.data.seq_length
         weights = {source.prefix: source.weight for source in config.data.train}
         needed = {prefix: tokens * weight / sum(weights.values()) for prefix, weight in weights.items()}
         yield findings.passes(needed, {prefix: read_manifest(prefix).tokens for prefix in weights})
     else:
-        yield findings.made_while_training(tokens)
-    first = corpora[0]
-    assert first is not None
+        yield findings.made_while_training(samples * config.data.seq_length)
     try:
-        yield _start(config, first)
+        yield _start(config, shared)
     except UserError as error:
         yield Finding("FAIL", "start", str(error))
+
+
+def _read_before(config: RunConfig, corpus: Corpus) -> int:
+    """Return the samples of these data that earlier stages have read; 0 if their checkpoint cannot be opened."""
+    name, initial = config.checkpoint.initial, None
+    if name is not None:
+        with suppress(UserError):  # :func:`_start` reports it
+            initial = checkpoint.read_about(step_folder.locate(name))
+    return first_sample(config, corpus, initial)
 
 
 def _start(config: RunConfig, corpus: Corpus) -> Finding:

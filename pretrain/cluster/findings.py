@@ -176,7 +176,7 @@ def same_data(fingerprints: Mapping[str, str]) -> Finding:
 
 
 def passes(needed: Mapping[str, float], held: Mapping[str, int]) -> Finding:
-    """Judge how often the run reads each source's tokens."""
+    """Judge how often the run, with the stages that it reads on from, reads each source's tokens."""
     times = {prefix: needed[prefix] / held[prefix] for prefix in needed}
     most = max(times, key=lambda prefix: times[prefix])
     totals = f"{sum(needed.values()) / GB:,.4g} billion tokens to train on, {sum(held.values()) / GB:,.4g} there"

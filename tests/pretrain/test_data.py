@@ -29,6 +29,7 @@ from pretrain.data import (
     index_cache,
     matches_data_order,
     micro_batches,
+    samples_without_repetition,
 )
 from pretrain.train import main as train_main
 from tests.support.tiny import EOS, VOCAB, run_config, write_prefix
@@ -56,17 +57,57 @@ def test_order_depends_only_on_consumed_samples(corpus, tmp_path, single_process
     assert [row for pair in zip(*ranks, strict=True) for row in pair] == alone[4:]
 
 
-@pytest.mark.promise(
-    text="A run that is extended reads the same samples as before, then new passes",
-    expected="the same first 24 samples",
-)
-def test_an_extended_run_appends_a_pass(corpus, tmp_path, single_process, record_property):
-    config = run_config(corpus, tmp_path)
+def read(config, found, samples: int, horizon: int, first: int = 0) -> list[tuple[int, ...]]:
+    train_set = build_train_set(config, found, samples, horizon, first)
+    return [tuple(row) for row in ids(micro_batches(train_set, config.data, first, 0, 1))]
+
+
+@pytest.fixture
+def varied(corpus, tmp_path):
+    """Return a run's configuration on two sources of which no two samples are alike."""
+    record, random = read_manifest(corpus / "train").tokenizer, np.random.default_rng(0)
+    shutil.copy(corpus / "tokenizer.json", tmp_path)
+    for name in ("a", "b"):
+        documents = [[*random.integers(10, 200, 40).tolist(), EOS] for _ in range(200)]
+        write_prefix(tmp_path / name, documents, record, "train")
+    sources = (DataSource(prefix=str(tmp_path / "a"), weight=2), DataSource(prefix=str(tmp_path / "b")))
+    return run_config(corpus, tmp_path / "run", data={"train": sources, "micro_batch_size": 1})
+
+
+@pytest.mark.parametrize(("sources", "held"), [(1, 256), (2, 382)])
+def test_up_to_where_no_source_repeats_the_order_is_the_same_for_any_number_of_samples(
+    sources, held, varied, single_process
+):
+    config = dataclasses.replace(varied, data=dataclasses.replace(varied.data, train=varied.data.train[:sources]))
     found = check_corpus(config.data, config.model.vocab_size)
-    short = ids(micro_batches(build_train_set(config, found, 24, 24), config.data, 0, 0, 1))
-    longer = ids(micro_batches(build_train_set(config, found, 40, 24), config.data, 0, 0, 1))
-    assert longer[:24] == short and len(longer) == 48 and longer[24:] != short
-    record_property("seen", "the same first 24 samples")
+    once = samples_without_repetition(config.data, found)
+    every = read(config, found, once, once)
+    assert len(every) == len(set(every)) == once, "no sample comes twice"
+    assert 0.99 * held <= once <= held
+    for samples in (24, 40, once - 1):
+        assert read(config, found, samples, once) == every[:samples]
+    assert read(config, found, once, once, 30) == every[30:]
+
+
+@pytest.mark.promise(
+    text="A run that is extended reads the same samples as before, then a new pass",
+    expected="the same first samples, another order after them",
+)
+def test_beyond_the_data_an_extended_run_appends_a_pass(varied, single_process, record_property):
+    config, found = varied, check_corpus(varied.data, varied.model.vocab_size)
+    horizon = samples_without_repetition(config.data, found) + 24
+    short, longer = read(config, found, horizon, horizon), read(config, found, horizon + 2, horizon)
+    assert longer[:horizon] == short and len(longer) == 2 * horizon
+    assert sorted(longer[horizon:]) != sorted(short) and longer[horizon:] != short
+    assert read(config, found, horizon + 2, horizon, horizon) == longer[horizon:], "a pass that is over is not built"
+    record_property("seen", "the same first samples, another order after them")
+
+
+def test_a_rollback_seldom_needs_another_index(varied, tmp_path, single_process):
+    found = check_corpus(varied.data, varied.model.vocab_size)
+    for samples in (98, 99, 103):
+        build_train_set(varied, found, samples, samples_without_repetition(varied.data, found))
+    assert len(list(tmp_path.rglob("*-shuffle_index.npy"))) == 2, "one of each source"
 
 
 def test_labels_are_the_next_tokens_and_masks_follow_documents(corpus, tmp_path, single_process):

@@ -68,12 +68,48 @@ def test_resume_with_growing_batch(corpus, tmp_path, single_process):
     assert exact(run(halves)) == exact(straight)
 
 
-def test_a_longer_run_keeps_the_order_of_the_shorter_one(corpus, tmp_path, single_process):
-    short = run_config(corpus, tmp_path / "run", optim={"schedule": "constant", "decay_steps": 0})
-    first = run(short)
-    longer = dataclasses.replace(short, optim=dataclasses.replace(short.optim, train_steps=9))
-    assert exact(run(longer)[:6]) == exact(first)
-    assert len(train_rows(longer.output_dir)) == 9
+STEADY = {"schedule": "constant", "decay_steps": 0, "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("horizon", [None, 80])
+def test_an_extended_run_equals_one_that_was_longer_from_the_start(corpus, tmp_path, single_process, horizon):
+    data = {"horizon_samples": horizon}  # 80 samples need the data twice
+    whole = run(run_config(corpus, tmp_path / "whole", optim={**STEADY, "train_steps": 9}, data=data))
+    short = run_config(corpus, tmp_path / "run", optim=STEADY, data=data)
+    run(short)
+    assert exact(run(dataclasses.replace(short, optim=dataclasses.replace(short.optim, train_steps=9)))) == exact(whole)
+
+
+def test_a_stage_reads_on_where_the_one_before_it_stopped(corpus, tmp_path, single_process, capsys):
+    """With the same data in the same order, and Adam's moments, two stages are one run."""
+    whole = run(run_config(corpus, tmp_path / "whole", optim={**STEADY, "train_steps": 12}))
+    run(run_config(corpus, tmp_path / "first", optim=STEADY))
+    start = {"initial": str(tmp_path / "first"), "initial_optimizer": True, "save_every": 3, "keep": 9}
+    second = run_config(corpus, tmp_path / "second", optim=STEADY, checkpoint=start)
+    figures = ("loss", "loss_per_loop", "grad_norm")
+    assert [[row[key] for key in figures] for row in run(second)] == [
+        [row[key] for key in figures] for row in whole[6:]
+    ]
+    assert "reads on at sample 24 of the mix, where " in capsys.readouterr().err
+    about = checkpoint.read_about(step_folder.locate(second.output_dir))
+    assert (about.first_sample, about.samples, about.position) == (24, 24, 48)
+    (tmp_path / "second/checkpoints/step_00000006/manifest.json").unlink()
+    shutil.rmtree(tmp_path / "first")
+    assert [row["loss"] for row in run(second)] == [row["loss"] for row in whole[6:]]
+    assert "reads on" not in capsys.readouterr().err
+    stored = yaml.safe_load((tmp_path / "second/config.yaml").read_text())["data"]
+    assert (stored["first_sample"], stored["horizon_samples"]) == (24, about.horizon_samples)
+    with pytest.raises(UserError, match=r"data\.first_sample: 0 is not allowed; .*second began with 24; leave it out"):
+        run(dataclasses.replace(second, data=dataclasses.replace(second.data, first_sample=0)))
+
+
+@pytest.mark.parametrize(("data", "seed", "first"), [({}, 1234, 24), ({"first_sample": 8}, 1234, 8), ({}, 9, 0)])
+def test_a_stage_begins_anew_with_another_order_or_where_it_is_told(
+    data, seed, first, corpus, tmp_path, single_process
+):
+    run(run_config(corpus, tmp_path / "first"))
+    run(run_config(corpus, tmp_path / "next", data=data, seed=seed, checkpoint={"initial": str(tmp_path / "first")}))
+    assert checkpoint.read_about(step_folder.locate(str(tmp_path / "next"))).first_sample == first
 
 
 def test_a_resumed_run_with_another_batch_has_samples_for_all_its_steps(corpus, tmp_path, single_process):

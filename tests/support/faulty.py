@@ -146,8 +146,8 @@ def spoiled_data(samples: Collection[int], skipped: range = range(0)) -> Iterato
     """Give some training samples wrong labels, and leave ``skipped`` out of the order, in the runs of this process."""
     real, build = training_data.micro_batches, training_data.build_train_set
 
-    def build_train_set(config: RunConfig, corpus: Any, samples: int, horizon: int) -> Any:
-        return build(config, corpus, samples + len(skipped), horizon)
+    def build_train_set(config: RunConfig, corpus: Any, samples: int, horizon: int, first: int) -> Any:
+        return build(config, corpus, samples + len(skipped), horizon, first)
 
     def micro_batches(dataset: Any, data: Any, consumed: int, rank: int, ranks: int) -> Iterator[Any]:
         size = data.micro_batch_size

@@ -249,7 +249,7 @@ def test_a_spike_that_ends_the_run_shows_its_own_samples(corpus, tmp_path, singl
 @pytest.mark.slow
 def test_samples_after_rollbacks_of_a_growing_batch(corpus, tmp_path, single_process):
     ramp = RampUpConfig(start=2, increment=2, samples=40)
-    config = spiky(corpus, tmp_path, rollbacks=2, rampup=ramp, global_batch_size=6)
+    config = spiky(corpus, tmp_path, rollbacks=2, rampup=ramp, global_batch_size=6, first_sample=4)
     attempts = run_watched(config, [*range(40, 52), *range(70, 82)])
     assert outcome(config)["error"] is None and sum(len(ran) > 1 for ran in attempts.values()) > 3
     for last in (20, 12, 8):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.manifest import read_manifest
 from looplm.accounting import checkpoint_bytes, parameter_counts
 from looplm.cli import to_dict
 from looplm.config import EngineConfig, ParallelConfig, RunConfig, TaskConfig, WordProblemConfig
@@ -279,6 +280,16 @@ def test_the_checkpoint_that_a_run_starts_from(
         assert other.level == "FAIL" and "optim.precision" in other.text, "the first job would end so"
     short = start(trained, optim={"train_steps": 1, "warmup_steps": 0, "decay_steps": 0})
     assert (short.level, "has trained 2 steps; give at least as many" in short.text) == ("FAIL", True)
+
+
+@pytest.mark.slow
+def test_the_passes_count_what_earlier_stages_have_read(
+    corpus: Path, trained: Path, tmp_path: Path, single_process: Any
+) -> None:
+    held = read_manifest(corpus / "train").tokens
+    for initial, read in ((str(trained), 8 + 24), (None, 24), (str(tmp_path), 24)):
+        config = run_config(corpus, tmp_path / "new", checkpoint={"initial": initial})
+        assert f"is read {read * 32 / held:.2f} times" in finding_on("mix", config, single_process).text
 
 
 @pytest.mark.slow
