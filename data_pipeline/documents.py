@@ -17,6 +17,7 @@ from data_pipeline.filters import build_filters, find_duplicates
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.sources import make_reader
+from data_pipeline.token_file import MAX_DOCUMENTS
 from looplm.failures import UserError
 
 TRAIN, VALID = "train", "valid"
@@ -35,6 +36,9 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
         if not counts[-1]["total"]:
             fix = f"loosen sources.{source.name}.filters or min_chars, or add text"
             raise UserError(f"sources.{source.name}: no document is left after its filters ({dropped}); {fix}")
+        if counts[-1]["total"] > MAX_DOCUMENTS:  # days before it would be a prefix that training refuses
+            amounts = f"{counts[-1]['total']:,} documents, a prefix holds at most {MAX_DOCUMENTS:,}"
+            raise UserError(f"sources.{source.name}: {amounts}; split its paths over several sources")
         runner.report(f"read {source.name}", counts[-1]["total"], dropped)
         fix = "change validation_fraction or give it more documents"
         _require_splits(config, source.name, _splits_of(documents / source.name, config), fix)

@@ -17,6 +17,7 @@ import numpy as np
 
 from looplm.failures import UserError
 
+MAX_DOCUMENTS = 2**31 - 1  # of a prefix: Megatron numbers documents in int32, and further ones wrap below 0
 NO_LOSS = 1 << 30  # above every id (config.MAX_VOCAB_SIZE), below the sign
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

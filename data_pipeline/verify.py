@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.manifest import Manifest, fingerprint_of, manifest_path, read_manifest
-from data_pipeline.token_file import IndexFile, read_blocks, read_index, unmark
+from data_pipeline.token_file import MAX_DOCUMENTS, IndexFile, read_blocks, read_index, unmark
 from looplm.cli import parse_config, positional_paths, run_main, switch
 from looplm.encoding import read_tokenizer
 from looplm.failures import UserError
@@ -70,6 +70,9 @@ def check_prefix(prefix: str | Path, deep: bool) -> Manifest:
             raise _broken(folder / name, f"{size} bytes, the manifest says {record.bytes}; truncated or replaced")
     if not manifest.documents:
         raise _broken(manifest_path(prefix), "describes no document")
+    if manifest.documents > MAX_DOCUMENTS:
+        fix = "split the source into several and build the data again"
+        raise _broken(manifest_path(prefix), f"{manifest.documents:,} documents, more than {MAX_DOCUMENTS:,}", fix)
     index = read_index(idx_path)
     found = (index.documents, index.tokens, index.bin_bytes)
     described = (manifest.documents, manifest.tokens, manifest.files[bin_path.name].bytes)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from data_pipeline.config import PipelineConfig
+from data_pipeline.sources import find_files
 from looplm.accounting import cache_values_per_token, forward_flops_per_token, parameter_counts
 from looplm.checkpoint import CHANGEABLE
 from looplm.cli import parse_config
@@ -62,6 +63,10 @@ OURO = {
     for kind in ("mha", "mla")
     for stage in STAGES[size == "2.6b" :]
 }
+_SYNTHETIC = ("distill", "diverse_qa_pairs", "extract_knowledge", "knowledge_list", "wrap_medium")
+NEMOTRON = {quality: ["kind=actual/kind2=actual"] for quality in ("high", "medium-high", "medium", "medium-low", "low")}
+NEMOTRON["high"] += [f"kind=synthetic/kind2={kind}" for kind in _SYNTHETIC]
+NEMOTRON["low"] += ["kind=synthetic/kind2=wrap_medium"]
 MHA = ModelConfig(
     vocab_size=96, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, attention="mha"
 )
@@ -120,6 +125,28 @@ def test_a_data_recipe_writes_every_prefix_that_a_training_recipe_reads():
     for names in (*RECIPES.values(), *TINY.values(), *OURO.values()):
         config = load(*names)
         assert made >= {source.prefix for source in (*config.data.train, *config.data.valid)}, names
+
+
+@pytest.mark.parametrize(("stage", "qualities"), [("stage1", NEMOTRON), ("stage2", ["high"])])
+def test_each_file_of_nemotron_cc_is_in_one_prefix(stage, qualities, tmp_path, monkeypatch):
+    """The whole set has more documents than a prefix holds."""
+    names = ("CC-MAIN-2013-20-part-00000", "CC-MAIN-2024-30-part-00001")
+    place = tmp_path / "data/raw/nemotron-cc"
+    for folder in (f"quality={quality}/{kind}" for quality, kinds in NEMOTRON.items() for kind in kinds):
+        (place / folder).mkdir(parents=True)
+        for name in names:
+            (place / folder / f"{name}.jsonl.zstd").touch()
+    monkeypatch.chdir(tmp_path)
+    data = data_recipe(ROOT / f"configs/ouro-1.4b/data/{stage}.yaml")
+    found = [path for source in data.sources if "nemotron" in source.name for path in find_files(source)]
+    assert sorted(found) == sorted(path for name in qualities for path in place.glob(f"quality={name}/**/*.zstd"))
+
+
+@pytest.mark.parametrize(("stage", "share"), [("stage1a", 73.4), ("stage2", 80.0)])
+def test_the_parts_of_nemotron_cc_have_its_share_together(stage, share):
+    data = load(*OURO["1.4b", "mha", stage]).data
+    assert sum(source.weight for source in data.train) == pytest.approx(100)
+    assert sum(source.weight for source in data.train if "nemotron" in source.prefix) == pytest.approx(share)
 
 
 def test_only_the_last_stage_trains_on_conversations():

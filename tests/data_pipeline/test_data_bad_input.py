@@ -81,6 +81,12 @@ def test_config_and_sources(run: Callable[..., str], change: tuple[str, str], ne
     assert all(needle in line for needle in needles), line
 
 
+def test_more_documents_than_a_prefix_holds(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENTS", 11)
+    line = "sources.a: 12 documents, a prefix holds at most 11; split its paths over several sources"
+    assert run() == line
+
+
 @pytest.mark.parametrize(
     ("arguments", "needles"),
     [

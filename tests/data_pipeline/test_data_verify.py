@@ -186,6 +186,16 @@ def test_faults_found_by_reading(prefix: Path, fault: str, record_property: Any)
     record_property("seen", f"status {caught.value.status}: {caught.value}".replace(f"{prefix.parent}/", ""))
 
 
+def test_more_documents_than_megatron_can_number_are_refused(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "MAX_DOCUMENTS", 3)
+    check_prefix(prefix, deep=True)
+    monkeypatch.setattr(verify, "MAX_DOCUMENTS", 2)
+    with pytest.raises(UserError) as caught:
+        check_prefix(prefix, deep=False)
+    fix = "split the source into several and build the data again"
+    assert str(caught.value) == f"{prefix}.manifest.json: 3 documents, more than 2; {fix}"
+
+
 def test_links_to_whole_files_are_followed(prefix: Path) -> None:
     folder = prefix.parent.parent / "links"
     folder.mkdir()
