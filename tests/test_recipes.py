@@ -228,6 +228,15 @@ def test_ouros_stages_continue_each_other_and_train_on_the_published_tokens(size
         before = config
 
 
+@pytest.mark.parametrize("names", [*RECIPES.values(), *TINY.values(), *OURO.values()], ids=lambda names: names[-1])
+def test_a_stage_takes_over_the_optimizer_or_warms_up(names):
+    """Without either, it begins at the full rate without moments. Stages of other parameters cannot take them over."""
+    config = load(*names)
+    takes_over, warms_up = config.checkpoint.initial_optimizer, config.optim.warmup_steps > 0
+    assert takes_over or warms_up
+    assert not takes_over or Path(names[-1]).stem in ("stage1b", "stage2", "stage3", "stage4")
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_has_the_predicted_parameters(name, gate, single_process):
