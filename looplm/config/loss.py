@@ -37,7 +37,8 @@ class LossConfig:
         latent_ponder_cost: stage 1: weight of the mean number of these steps (model.latent_halting), summed alike. Both
             are added to the gradients, not to the loss that is logged.
         backward_loops: stage 1: how many of the last loops the gradient of a loss flows through; the state that enters
-            the first of them is a constant. null: through all.
+            the first of them is a constant. null: through all. With weights=last the embedding then learns only through
+            model.injection, or from sampled_loops.
         loop_onset: stage 1: share of optim.train_steps, from the first step on, that run onset_loops loops; the others
             run model.num_loops. Record runs of small models switch loops on after 35 to 70 %.
         onset_loops: stage 1, with loop_onset: loops of those steps.
@@ -121,6 +122,10 @@ class LossConfig:
         require(len(shares) in (0, loops), "loss.prior_shares", shares, fix)
         last, fix = self.backward_loops or 1, f"it must not exceed model.num_loops={loops}"
         require(last <= loops, "loss.backward_loops", last, fix)
+        fix = "with loss.weights=last no gradient would reach the embedding; take uniform or gate, or a model.injection"
+        truncated = self.weights == "last" and self.backward_loops not in (None, loops)
+        reached = not truncated or model.injection != "none" or self.sampled_loops != "none"
+        require(reached, "loss.backward_loops", last, fix)
         for key in PENALTIES:
             value = getattr(self, key)
             fix = "the loops' states are never together on a rank of a pipeline; take parallel.pipeline=1"

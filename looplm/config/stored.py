@@ -8,7 +8,9 @@ from looplm.yaml_text import Plain
 
 
 def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored run configuration without keys that earlier releases accepted and did not heed.
+    """Return a stored run configuration without keys that earlier releases should have refused.
+
+    They did not heed them, or (``loss.backward_loops``) left the embedding without gradients.
 
     ``values`` are those of a file, whose scalars are still text, or of a configuration in memory.
     """
@@ -18,9 +20,12 @@ def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
         value = sections.get(section, {}).get(key, default)
         return yaml.safe_load(value) if isinstance(value, Plain) else value
 
-    varies = bool(stored("loss", "loop_onset")) or stored("loss", "sampled_loops", "none") != "none"
+    samples = stored("loss", "sampled_loops", "none") != "none"
+    varies = samples or bool(stored("loss", "loop_onset"))
     scales = stored("engine", "fp8") not in (None, "emulate-bf16")
-    unheeded = (
+    last, injects = stored("loss", "weights") == "last", stored("model", "injection", "none") != "none"
+    refused = (
+        ("loss", last and not injects and not samples, ("backward_loops",)),
         ("loss", stored("loss", "weights", "gate") != "gate", ("prior", "prior_shares", "geometric_rate")),
         ("optim", stored("optim", "schedule") == "constant", ("min_lr",)),
         ("data", stored("data", "task") is not None, ("document_masking", "horizon_samples", "cache_dir")),
@@ -29,7 +34,7 @@ def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
         ("health", varies or stored("health", "spike_factor") is None, ("spike_window", "spike_steps")),
         ("health", varies, ("spike_factor", "max_rollbacks")),
     )
-    for section, applies, keys in unheeded:
+    for section, applies, keys in refused:
         if applies and section in sections:
             sections[section] = {key: value for key, value in sections[section].items() if key not in keys}
     return {**values, **sections}

@@ -87,6 +87,10 @@ MISTAKES = {
     ("--loss.weights", "last", "--loss.prior", "geometric"): r"loss\.prior: 'geometric' .*loss\.weights=gate",
     ("--loss.weights", "last", "--loss.ponder_cost", "1"): r"loss\.ponder_cost: 1\.0 .*loss\.weights=gate",
     ("--loss.weights", "last", "--loss.regularizer", "batch"): r"loss\.regularizer: 'batch' .*loss\.weights=gate",
+    ("--loss.weights", "last", "--loss.backward_loops", "2"): (
+        r"^loss\.backward_loops: 2 is not allowed; with loss\.weights=last no gradient would reach the embedding; take "
+        r"uniform or gate, or a model\.injection$"
+    ),
     ("--model.sandwich_norm", "false", "--model.residual_gain", "loops"): r"model\.residual_gain: 'loops' .*sandwich",
     ("--loss.objective", "adaptive_gate"): r"checkpoint\.initial: None .*stage-1 directory",
     ("--optim.min_lr", "1"): r"optim\.min_lr: 1\.0 .*optim\.lr=0\.0003",

@@ -37,6 +37,8 @@ def test_keys_that_earlier_releases_did_not_heed_do_not_keep_a_checkpoint_from_b
         {"engine": {"fp8": "emulate-bf16", "fp8_recipe": "mxfp8"}},
         {"engine": {"fp8": "emulate-hybrid", "amax_history": 7}},
         {"health": {"spike_window": 8, "spike_steps": 2}},
+        {"loss": {"weights": "last", "backward_loops": 1}},
+        {"loss": {"weights": "last", "backward_loops": 1, "loop_onset": 0.5}},
         {"loss": {"loop_onset": 0.5}, "health": {"spike_factor": 8.0, "spike_window": 8}},
     ],
 )
@@ -47,6 +49,19 @@ def test_keys_that_are_refused_now_do_not_keep_a_run_from_being_read(stored, tmp
         from_dict(RunConfig, values, where="here")
     for read in (values, in_a_file(values)):
         from_dict(RunConfig, upgrade_config(read), where="here")
+
+
+@pytest.mark.parametrize(
+    ("loss", "model"),
+    [
+        ({"weights": "uniform"}, {}),
+        ({"weights": "last"}, {"injection": "diagonal"}),
+        ({"weights": "last", "sampled_loops": "uniform"}, {}),
+    ],
+)
+def test_a_truncated_gradient_that_reaches_the_embedding_stays(loss, model, tmp_path):
+    config = run_config(tmp_path, tmp_path, loss=loss | {"backward_loops": 1}, model=model)
+    assert from_dict(RunConfig, upgrade_config(to_dict(config)), where="here") == config
 
 
 def test_keys_that_have_an_effect_stay(tmp_path):
