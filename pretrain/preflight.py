@@ -31,6 +31,10 @@ def main(argv: list[str]) -> None:
         gpus = findings.enough_gpus(ranks_on_node, device.visible_gpus())
         if gpus.level == "FAIL":
             raise UserError(f"{gpus.subject}: {gpus.text}")
+    files = findings.open_files(process_groups.files_needed(ranks, config.parallel), process_groups.raise_file_limit())
+    if files.level == "FAIL":  # in gloo, as the ranks join
+        raise UserError(f"{files.subject}: {files.text}")
+    _say(files)
     found = []
     if rehearses and os.environ.get("RANK", "0") == "0":
         found.append(rehearse_stage(argv, ranks))

@@ -4,9 +4,11 @@ import gc
 import math
 import os
 import re
+import resource
+import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -21,6 +23,7 @@ from looplm.failures import Failure, Hang
 from looplm.megatron import device, patches
 
 TIMEOUT = timedelta(minutes=30)
+_OTHER_FILES = 300  # small groups, libraries, devices, NCCL's connections, logs, data
 
 Result = TypeVar("Result")
 
@@ -38,6 +41,7 @@ def start(seed: int, layout: ParallelConfig | None = None, timeout: timedelta = 
     """
     layout = layout or ParallelConfig()
     patches.install()
+    raise_file_limit()
     if not dist.is_initialized():
         if "RANK" in os.environ:
             device.bind_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
@@ -55,6 +59,29 @@ def start(seed: int, layout: ParallelConfig | None = None, timeout: timedelta = 
     torch.manual_seed(seed)
     megatron_random.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def raise_file_limit() -> int:
+    """Raise the number of files that this process may have open as far as the system allows, and return it.
+
+    A group of W ranks opens W + 3 on a rank, because each has a gloo half. Slurm passes on the limit of the login
+    shell, often 1,024, which the groups of some 90 ranks exceed.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # containers may refuse even that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def files_needed(ranks: int, layout: ParallelConfig) -> int:
+    """Return the number of files that a rank has open at most.
+
+    Of Megatron's groups, two have all ranks, two those of a pipeline rank, and six those that also share their part of
+    the matrices. The others are small.
+    """
+    parts = 2 + 2 / layout.pipeline + 6 / (layout.pipeline * layout.tensor)
+    return round(parts * ranks) + _OTHER_FILES
 
 
 def expected_ranks() -> int:

@@ -61,6 +61,13 @@ def enough_gpus(ranks_on_node: int, visible: int) -> Finding:
     return _judge("gpus", text, "FAIL", visible < ranks_on_node, fix)
 
 
+def open_files(needed: int, limit: int) -> Finding:
+    """Compare the files that a rank may have open with those that it needs: nearly all are connections to others."""
+    text = f"a rank may have {limit:,} open, and needs at most {needed:,}"
+    fix = f"; raise the hard limit (ulimit -Hn, limits.conf, LimitNOFILE of slurmd) to at least {needed}"
+    return _judge("files", text, "FAIL", limit < needed, fix)
+
+
 def no_gpu(driver: str, built_for: str) -> Finding:
     """Judge ranks without a GPU: on purpose, or with a driver that torch cannot use.
 

@@ -60,6 +60,13 @@ SPEED = WriteSpeed(writers=2, writing=2e9, hashing=1.5e9)
 CASES: list[tuple[Callable[[], Finding], str, str]] = [
     (lambda: findings.enough_gpus(8, 8), "ok", "8 ranks on this node, 8 GPUs"),
     (lambda: findings.enough_gpus(8, 4), "FAIL", "8 ranks on this node, 4 GPUs; start as many"),
+    (lambda: findings.open_files(5420, 5420), "ok", "a rank may have 5,420 open, and needs at most 5,420"),
+    (
+        lambda: findings.open_files(5420, 4096),
+        "FAIL",
+        "a rank may have 4,096 open, and needs at most 5,420; raise the hard limit (ulimit -Hn, limits.conf, "
+        "LimitNOFILE of slurmd) to at least 5420",
+    ),
     (lambda: findings.no_gpu("", ""), "warn", "would train on the CPU"),
     (lambda: findings.no_gpu("NVRM 580", "13.1"), "FAIL", "torch is built for CUDA 13.1; take a newer driver"),
     (lambda: findings.no_gpu("NVRM 580", ""), "FAIL", "this is torch's CPU build"),
@@ -176,6 +183,13 @@ def test_the_layout_is_compared_with_the_ranks(tmp_path: Path) -> None:
         findings.layout(config, 8, 8)
 
 
+def test_too_few_files_end_the_command_before_the_ranks_join(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.process_groups, "raise_file_limit", lambda: 100)
+    monkeypatch.setattr(preflight.process_groups, "start", pytest.fail)
+    with pytest.raises(UserError, match=r"^files: a rank may have 100 open, and needs at most 310; raise"):
+        run(run_config(tmp_path, tmp_path), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory, single_process: Any) -> Path:
     """Return the folder of a run, which no test may change."""
@@ -235,7 +249,7 @@ def test_go(
 ) -> None:
     run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines[:-1]] == ["layout", "ranks", *SUBJECTS]
+    assert [line.split()[1] for line in lines[:-1]] == ["layout", "files", "ranks", *SUBJECTS]
     assert lines[-1] == "go"
     monkeypatch.setenv("RANK", "1")
     run(run_config(corpus, tmp_path / "runs/stage"), tmp_path)
