@@ -28,7 +28,8 @@ class ParallelConfig:
         overlap_grad_reduce: reduce gradients over the replicas while the backward pass still runs.
         overlap_param_gather: gather the weights from their shards while the next forward pass runs; it needs
             distributed_optimizer.
-        accumulate_fp32: accumulate and reduce gradients in fp32 even if the weights are bf16.
+        accumulate_fp32: accumulate and reduce gradients in fp32 even if the weights are bf16. Without Apex's fused
+            kernels and pipelines, recompute none and selective first sum a weight's gradients over the loops in bf16.
         recompute: activations that backward recomputes: none; selective (the attention core); full (every layer);
             loop (every loop of the stack: only the hidden states between loops are kept).
     """

@@ -58,6 +58,7 @@ def _machines(config: RunConfig, ranks: list[RankInfo]) -> Iterator[Finding]:
     except UserError as error:
         fault = str(error)
     yield findings.engine(config.engine, gather(fault))
+    yield findings.gradients(config, device.HAS_CUDA and device.HAS_FUSED_WEIGHT_GRADIENTS)
     for check in (findings.software, findings.speed, findings.clocks, findings.shared_memory):
         yield check(ranks)
 

@@ -35,6 +35,7 @@ SUBJECTS = [
     "network",
     "gpus",
     "engine",
+    "gradients",
     "software",
     "speed",
     "clocks",
@@ -181,6 +182,29 @@ def test_the_layout_is_compared_with_the_ranks(tmp_path: Path) -> None:
         findings.layout(config, 3, 3)
     with pytest.raises(UserError, match=r"data.global_batch_size: 4 .*=2 x 4 data-parallel ranks = 8"):
         findings.layout(config, 8, 8)
+
+
+COARSE = (
+    "summed in fp32; but a weight's over the 3 loops in bf16: take parallel.recompute=loop, or install Apex's kernels"
+)
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout", "fused", "text"),
+    [
+        ("bf16", {}, False, COARSE),
+        ("bf16", {"recompute": "selective"}, False, COARSE),
+        ("bf16", {}, True, "summed in fp32"),
+        ("bf16", {"recompute": "loop"}, False, "summed in fp32"),
+        ("bf16", {"recompute": "full"}, False, "summed in fp32"),
+        ("bf16", {"pipeline": 2}, False, "summed in fp32"),
+        ("bf16", {"accumulate_fp32": False}, False, "summed in bf16"),
+        ("fp32", {"accumulate_fp32": False}, False, "summed in fp32"),
+    ],
+)
+def test_where_the_gradients_of_a_looped_weight_are_summed(tmp_path, precision, layout, fused, text):
+    config = run_config(tmp_path, tmp_path, optim={"precision": precision}, parallel=ParallelConfig(**layout))
+    assert findings.gradients(config, fused) == ("warn" if text == COARSE else "ok", "gradients", text)
 
 
 def test_too_few_files_end_the_command_before_the_ranks_join(tmp_path, monkeypatch):
@@ -344,7 +368,7 @@ def test_no_go_lists_every_failed_check(
     with pytest.raises(UserError) as caught:
         run(config, tmp_path)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "no go: 4 of 12 checks failed"
+    assert lines[0] == "no go: 4 of 13 checks failed"
     assert [line.removeprefix("error: ").split(":")[0] for line in lines[1:]] == ["engine", "data", "disk", "saving"]
     assert "Transformer Engine is not installed" in lines[1]
     assert "train.bin: 5 bytes" in lines[2] and "No space left on device" in lines[4]
