@@ -22,7 +22,8 @@ from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from pretrain import health, launcher, spikes
-from pretrain.data import Batch, BatchSchedule, Corpus, build_train_set, build_valid_set, index_cache, micro_batches
+from pretrain.batch_schedule import BatchSchedule
+from pretrain.data import Batch, Corpus, build_train_set, build_valid_set, index_cache, micro_batches
 from pretrain.loops import loops_of_step
 from pretrain.metrics import RunLog, last_validation
 from pretrain.progress import Progress, check_start, describe, own_steps

@@ -15,7 +15,8 @@ from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.megatron import process_groups
 from pretrain import launcher, run_lock
-from pretrain.data import Corpus, check_corpus, schedule_on
+from pretrain.batch_schedule import schedule_on
+from pretrain.data import Corpus, check_corpus
 from pretrain.run import Run
 from pretrain.stopping import STOPPED
 from pretrain.watchdog import Watchdog

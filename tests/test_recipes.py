@@ -16,7 +16,7 @@ from looplm.checkpoint import CHANGEABLE
 from looplm.cli import parse_config
 from looplm.config import GateConfig, ModelConfig, RunConfig
 from looplm.model import LoopLM
-from pretrain.data import BatchSchedule
+from pretrain.batch_schedule import BatchSchedule
 from tests.support.tiny import MODEL
 from tools.count_params import describe
 

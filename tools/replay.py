@@ -35,9 +35,9 @@ from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from looplm.model.latent_reasoning import weigh_penalties
 from looplm.yaml_text import read_yaml
+from pretrain.batch_schedule import BatchSchedule
 from pretrain.data import (
     Batch,
-    BatchSchedule,
     Corpus,
     build_train_set,
     check_corpus,

@@ -17,10 +17,11 @@ from looplm.config import RunConfig
 from looplm.failures import UserError
 from looplm.megatron import device, process_groups
 from looplm.megatron.settings import check_engine
+from pretrain.batch_schedule import schedule_on
 from pretrain.cluster import findings, probes
 from pretrain.cluster.findings import Finding
 from pretrain.cluster.probes import RankInfo, gather
-from pretrain.data import Corpus, check_corpus, schedule_on
+from pretrain.data import Corpus, check_corpus
 from pretrain.progress import check_start, first_sample, own_steps
 
 ALL_REDUCE_BYTES = 1 << 28 if device.HAS_CUDA else 1 << 22

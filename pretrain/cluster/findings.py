@@ -9,8 +9,8 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 from looplm.config import EngineConfig, RunConfig
+from pretrain.batch_schedule import schedule_on
 from pretrain.cluster.probes import RankInfo, WriteSpeed
-from pretrain.data import schedule_on
 
 GB = 10**9
 CAPABILITY = {"fp32": (0, 0), "bf16": (8, 0)}  # lowest compute capability with matrix products in the format

@@ -17,8 +17,9 @@ from looplm.checkpoint import ModelDescription, check_fit, find_difference, read
 from looplm.cli import parse_config
 from looplm.config import RunConfig
 from looplm.failures import UserError
+from pretrain.batch_schedule import schedule_on
 from pretrain.cluster.commands import check_command
-from pretrain.data import check_corpus, schedule_on
+from pretrain.data import check_corpus
 
 LAUNCHERS = "pretrain/slurm"
 GPUS_PER_NODE = 8  # for training, unless a stage says otherwise

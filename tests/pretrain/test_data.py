@@ -20,8 +20,8 @@ from looplm.config import DataConfig, DataSource, ParallelConfig, RampUpConfig, 
 from looplm.failures import StorageFailure, UserError
 from looplm.files import sha256_of
 from looplm.megatron import process_groups
+from pretrain.batch_schedule import BatchSchedule
 from pretrain.data import (
-    BatchSchedule,
     build_train_set,
     build_valid_set,
     check_corpus,

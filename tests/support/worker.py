@@ -24,7 +24,8 @@ from looplm.megatron import process_groups
 from looplm.model import LoopLM, local_layers
 from looplm.model.local_layers import ReplicatedLinear
 from pretrain import optim
-from pretrain.data import BatchSchedule, build_train_set, check_corpus, micro_batches
+from pretrain.batch_schedule import BatchSchedule
+from pretrain.data import build_train_set, check_corpus, micro_batches
 from pretrain.loops import loops_of_step
 from pretrain.train import train
 from pretrain.trainer import Trainer

@@ -24,7 +24,7 @@ from looplm.config import (
 )
 from looplm.failures import UserError
 from looplm.parameters import gate_parameters
-from pretrain.data import BatchSchedule
+from pretrain.batch_schedule import BatchSchedule
 from pretrain.loops import loops_of_step
 from tools import plan as plan_command
 from tools.plan import PlanConfig, main

@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from looplm.config import DataConfig, RunConfig
-from pretrain.data import BatchSchedule
+from pretrain.batch_schedule import BatchSchedule
 from pretrain.loops import loops_of_step
 from tools.planning import communication
 from tools.planning.activations import written_bytes

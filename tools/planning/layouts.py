@@ -8,7 +8,7 @@ from typing import get_args
 
 from looplm.config import ParallelConfig, Recompute, RunConfig
 from looplm.failures import UserError
-from pretrain.data import BatchSchedule
+from pretrain.batch_schedule import BatchSchedule
 from tools.planning.planned_run import PlannedRun
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)

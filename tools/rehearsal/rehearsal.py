@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from looplm.accounting import weight_bytes
 from looplm.config import RunConfig
-from pretrain.data import schedule_on
+from pretrain.batch_schedule import schedule_on
 from tools.planning.planned_run import PlannedRun
 from tools.rehearsal.matching import find_faults
 from tools.rehearsal.one_role import RoleReport, enough_micro_batches, rehearsed_config

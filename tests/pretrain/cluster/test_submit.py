@@ -12,8 +12,9 @@ import yaml
 from looplm.cli import parse_config, to_dict
 from looplm.failures import UserError
 from pretrain import chain
+from pretrain.batch_schedule import schedule_on
 from pretrain.cluster.submit import StageConfig, SubmitConfig, find_faults, plan
-from pretrain.data import check_corpus, schedule_on
+from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.tiny import EOS, TEXTS, run_config, write_prefix, write_tokenizer
 from tests.test_recipes import OURO, STAGES, load
