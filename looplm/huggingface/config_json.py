@@ -2,7 +2,7 @@
 
 There are two Hugging Face layouts. ``ouro`` is that of the released Ouro models with all its keys: multi-head or
 grouped attention, sandwich norms, the linear gate, an untied head. ``looplm`` is ours, and its code travels with it; it
-holds every model but those whose latents read other positions.
+holds every model but those whose latents read other positions, or give the rotary key.
 
 A key that changes what the model computes, in a way that ours cannot, is refused. An unknown key is kept:
 :func:`merge_changes` changes only those entries of a ``config.json`` that have changed since it was read.

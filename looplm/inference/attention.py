@@ -80,9 +80,13 @@ class CachedLatentAttention:
             self._query = module.linear_q_up_proj.weight.detach()
         else:
             self._query = module.linear_q_proj.weight.detach()
-        self._down = module.linear_kv_down_proj.weight.detach()
+        down = module.linear_kv_down_proj
+        self._down = down.weight.detach()
         check_cached(config)
         self._refine = module.kv_layernorm if config.latent_iterations else None
+        self._rotary_key = None
+        if config.latent_rotary_key:
+            self._refine, self._rotary_key = down.unit, down.rotary_key.weight.detach()
         has_norm = config.kv_latent_norm and self._refine is None
         self._norm = module.kv_layernorm.weight.detach() if has_norm else None
         self._up = module.linear_kv_up_proj.weight.detach()
@@ -98,12 +102,15 @@ class CachedLatentAttention:
             down = torch.rms_norm(down, self._query_norm.shape, self._query_norm, self.eps)
         query = F.linear(down, self._query).unflatten(-1, (self.heads, -1))
         nope, rope = query.split_with_sizes([self.nope, self.rope], -1)
-        latent, key_rope = F.linear(x_SND, self._down).split_with_sizes([self.latent, self.rope], -1)
-        turned = rotate(torch.cat((rope, key_rope.unsqueeze(2)), dim=2), turn_SN1K)
+        projected = F.linear(x_SND, self._down)
+        latent, key_rope = projected[..., : self.latent], projected[..., self.latent :]
         if self._norm is not None:
             latent = torch.rms_norm(latent, self._norm.shape, self._norm, self.eps)
         if self._refine is not None:
             latent = self._refine(latent)
+        if self._rotary_key is not None:
+            key_rope = F.linear(latent, self._rotary_key)
+        turned = rotate(torch.cat((rope, key_rope.unsqueeze(2)), dim=2), turn_SN1K)
         return (nope, turned[:, :, : self.heads]), torch.cat((latent, turned[:, :, self.heads]), dim=-1)
 
     def attend_prompt(self, query: Query, entry_TNW: Tensor, mask_11ST: Tensor | None) -> Tensor:

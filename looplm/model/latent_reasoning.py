@@ -12,7 +12,8 @@ each, as the exit gate's distribution is (:mod:`looplm.model.exit_gate`)::
     keys and values grow from sum_t p_t z_t
 
 The unit sees one position at a time; attention and the loops mix positions. So a cache holds its result, and decoding
-needs no other state. The rotary key is projected from the hidden state and passes it by, as it passes the latent by.
+needs no other state. The rotary key is projected from the hidden state and passes it by, as it passes the latent by,
+unless ``model.latent_rotary_key`` projects it from what the unit returns.
 Two switches let it see more, and are refused where that would need more. ``model.latent_mixing`` adds to the state in
 front of each step what a causal convolution makes of the last positions, for each of the C numbers on its own.
 ``model.latent_sequence_halting`` adds ``mean_{j<=i} w' . z_t(j)`` to the logit of position i.
@@ -163,6 +164,30 @@ class _CausalConvolution(nn.Module):
         for tap in range(1, size):
             mixed_SBC = torch.addcmul(mixed_SBC, past_SBC[tap : tap + length], self.weight[:, tap])
         return mixed_SBC
+
+
+class RefinedDownProjection(MegatronModule):
+    """MLA's down projection with the unit inside, so that the rotary key can be projected from the refined latent.
+
+    Args:
+        config: Megatron's, of MLA; every tensor-parallel rank holds the weights whole.
+        unit: refines the latent.
+    """
+
+    def __init__(self, config: TransformerConfig, unit: LatentReasoning) -> None:
+        super().__init__(config)
+        latent, key = config.kv_lora_rank, config.qk_pos_emb_head_dim
+        self.weight = nn.Parameter(torch.empty(latent, config.hidden_size, dtype=config.params_dtype))
+        self.rotary_key = nn.Linear(latent, key, bias=False, dtype=config.params_dtype)
+        for weight in (self.weight, self.rotary_key.weight):
+            config.init_method(weight)
+        self.unit = unit
+        mark_replicated(self, config)
+
+    def forward(self, x_SBD: Tensor) -> tuple[Tensor, None]:
+        """Return refined latent and rotary key side by side, [S, B, C + K], as Megatron expects of the projection."""
+        refined_SBC = self.unit(F.linear(x_SBD, self.weight))
+        return torch.cat((refined_SBC, self.rotary_key(refined_SBC)), dim=-1), None
 
 
 def weigh_penalties(model: nn.Module, loss: LossConfig) -> None:

@@ -142,12 +142,15 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
         q_SBHK = F.linear(latent, p["linear_q_up_proj.weight"])
     q_nope, q_rope = q_SBHK.unflatten(-1, (heads, nope + rope)).split([nope, rope], dim=-1)
 
-    latent_SBC, k_rope = F.linear(x_SBD, p["linear_kv_down_proj.weight"]).split([cfg.kv_lora_rank, rope], dim=-1)
-    name = "kv_layernorm.norm.weight" if cfg.latent_iterations else "kv_layernorm.weight"
+    down_SBX = F.linear(x_SBD, p["linear_kv_down_proj.weight"])
+    latent_SBC, k_rope = down_SBX[:, :, : cfg.kv_lora_rank], down_SBX[:, :, cfg.kv_lora_rank :]
+    unit = scope(p, "linear_kv_down_proj.unit." if cfg.latent_rotary_key else "kv_layernorm.")
     if cfg.kv_latent_norm:
-        latent_SBC = rms_norm(latent_SBC, p[name], cfg.norm_eps)
+        latent_SBC = rms_norm(latent_SBC, unit["norm.weight" if cfg.latent_iterations else "weight"], cfg.norm_eps)
     if cfg.latent_iterations:
-        latent_SBC = refine(scope(p, "kv_layernorm."), cfg, latent_SBC, view)
+        latent_SBC = refine(unit, cfg, latent_SBC, view)
+    if cfg.latent_rotary_key:
+        k_rope = F.linear(latent_SBC, p["linear_kv_down_proj.rotary_key.weight"])
     kv = F.linear(latent_SBC, p["linear_kv_up_proj.weight"])
     k_nope, v_SBHK = kv.unflatten(-1, (heads, nope + cfg.v_head_dim)).split([nope, cfg.v_head_dim], dim=-1)
 

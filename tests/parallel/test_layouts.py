@@ -68,6 +68,7 @@ LATER = (
     "mla latent reasoning",
     "mla one loop",
     "mla latents that read other positions",
+    "mla latent rotary key",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -103,6 +104,11 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
         ),
         LRU,
         LATENT_LOSS | ONE_DOCUMENT,
+    ),
+    LATER[24]: (
+        dataclasses.replace(MLA, latent_iterations=2, latent_halting=True, latent_rotary_key=True),
+        LRU,
+        LATENT_LOSS,
     ),
     "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
@@ -217,6 +223,7 @@ CASES = [
     *cases(LATER[20], "PP2"),
     *cases(LATER[21], "TP2 + SP"),
     *cases(LATER[23], "PP2"),
+    *cases(LATER[24], "TP2 + SP"),
 ]
 if EVERYTHING:
     CASES += [
@@ -238,6 +245,7 @@ if EVERYTHING:
         *cases(LATER[21], "PP2", "CP2", "DP2, overlapped"),
         *cases(LATER[22], "PP2", "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
         *cases(LATER[23], "PP2, loop", "PP2 x DP2, overlapped"),
+        *cases(LATER[24], "PP2", "CP2", "DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),

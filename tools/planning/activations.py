@@ -212,6 +212,8 @@ def _reasoning_bytes(run: PlannedRun) -> float:
             in_fp32 += steps * (2 if model.latent_sequence_halting else 1)
     if loss.latent_stability or loss.latent_ponder_cost:
         in_fp32 += steps  # differences of the states, squared
+    if model.latent_rotary_key:
+        latents += 1  # the key's projection reads it; the up-projection reads it joined with the key
     return run.shard_tokens * model.kv_lora_rank * (latents * run.number_bytes + in_fp32 * FP32)
 
 

@@ -58,6 +58,7 @@ MISTAKES = {
     ("--loss.latent_stability", "1"): r"loss\.latent_stability: 1\.0 .*latent_iterations",
     ("--model.latent_iterations", "2", "--loss.latent_ponder_cost", "1"): r"loss\.latent_ponder_cost: 1\.0 .*halting",
     ("--model.latent_mixing", "3"): r"model\.latent_mixing: 3 .*latent_iterations",
+    ("--model.latent_rotary_key", "true"): r"model\.latent_rotary_key: True .*latent_iterations",
     ("--model.latent_sequence_halting", "true"): r"model\.latent_sequence_halting: True .*latent_halting=true",
     ("--model.latent_iterations", "2", "--model.latent_mixing", "3", "--parallel.context", "2"): (
         r"model\.latent_mixing: 3 .*parallel\.context=1"

@@ -278,7 +278,7 @@ def test_a_key_that_our_layout_does_not_know_is_refused(monkeypatch):
     """A new key of the model must not be dropped without a word."""
     assert all(looplm_fault(model) is None for model in (MHA, *MODELS.values()))
     every = {field.name for field in dataclasses.fields(ModelConfig)}
-    refused = {"latent_mixing": 3, "latent_sequence_halting": True}  # they cannot be decoded either
+    refused = {"latent_mixing": 3, "latent_sequence_halting": True, "latent_rotary_key": True}
     assert every - {*refused} == {*config_json._MODEL_KEYS, *config_json._LOOPLM_KEYS, *SET}, "others can be exported"
     for key, value in refused.items():
         changes: dict[str, Any] = {"latent_iterations": 2, "latent_halting": True, key: value}

@@ -66,6 +66,14 @@ CASES = {
         replace(MLA, latent_iterations=3, latent_halting=True, latent_mixing=3, latent_sequence_halting=True),
         LRU,
     ),
+    "mla-latent-rotary-key": (
+        replace(MLA, latent_iterations=2, latent_halting=True, latent_rotary_key=True),
+        LRU,
+    ),
+    "mla-plain-latent-rotary-key": (
+        replace(MLA, latent_iterations=1, latent_rotary_key=True, kv_latent_norm=False, q_lora_rank=14),
+        LINEAR,
+    ),
     "mla-linear-injection": (replace(MLA, injection="linear", prelude_layers=1), LRU),
     "mla-additive-injection": (replace(MLA, injection="additive"), LINEAR),
     "mha-diagonal-injection": (replace(MHA, injection="diagonal", loop_norm="readout"), LRU),
