@@ -84,7 +84,12 @@ def count(health: Health, done: Step, config: HealthConfig) -> Health:
     """Return the state of the run's health after one more step."""
     if done.healthy:
         return spikes.watch(replace(health, skipped_in_a_row=0), done.stats.loss, config)
-    return replace(health, skipped=health.skipped + 1, skipped_in_a_row=health.skipped_in_a_row + 1)
+    return replace(
+        health,
+        skipped=health.skipped + 1,
+        skipped_in_a_row=health.skipped_in_a_row + 1,
+        skipped_above=health.skipped_above + (health.losses_above > 0),
+    )
 
 
 def examine(trainer: Trainer, done: Step, step: int, samples: tuple[int, int], micro_batch_size: int) -> BadStep:

@@ -50,7 +50,7 @@ def watch(health: Health, loss: float, config: HealthConfig) -> Health:
     if highest is not None and loss > highest:
         return replace(health, losses_above=health.losses_above + 1)
     recent = (*health.recent_losses, loss)[-config.spike_window :]
-    return replace(health, recent_losses=recent, losses_above=0)
+    return replace(health, recent_losses=recent, losses_above=0, skipped_above=0)
 
 
 def find(progress: Progress, loss: float, config: HealthConfig) -> Spike | None:
@@ -63,7 +63,7 @@ def find(progress: Progress, loss: float, config: HealthConfig) -> Spike | None:
 
 def accept(health: Health) -> Health:
     """Return the state in which nothing is known of earlier losses, as after a spike that is only reported."""
-    return replace(health, recent_losses=(), losses_above=0)
+    return replace(health, recent_losses=(), losses_above=0, skipped_above=0)
 
 
 def roll_back(
@@ -84,7 +84,7 @@ def roll_back(
             f"with: python -m tools.replay {config.output_dir} --step {spike.step}"
         )
     saver.close()  # the checkpoint in the making may be the one to return to
-    before = progress.step - progress.health.losses_above
+    before = progress.step - progress.health.steps_above
     found = step_folder.newest(step_folder.of_run(config.output_dir), say, before)
     if found is None:
         raise NumericalFailure(

@@ -43,6 +43,7 @@ class Health:
         skipped_samples: for each rollback, the samples (first, end) that no step will see again, end excluded.
         recent_losses: of the steps that a loss is compared with to find a spike.
         losses_above: losses in a row, at the end, that are above the limit of a spike.
+        skipped_above: steps without an update since the first of those losses.
     """
 
     skipped: int = 0
@@ -50,6 +51,12 @@ class Health:
     skipped_samples: tuple[tuple[int, int], ...] = ()
     recent_losses: tuple[float, ...] = ()
     losses_above: int = 0
+    skipped_above: int = 0
+
+    @property
+    def steps_above(self) -> int:
+        """Steps since the last one before the losses above the limit of a spike."""
+        return self.losses_above + self.skipped_above
 
     @property
     def samples_left_out(self) -> int:

@@ -72,7 +72,7 @@ class Saver:
         """
         self.close()
         final = self._folder / step_folder.step_name(about.step)
-        healthy = about.step - max(about.health.skipped_in_a_row, about.health.losses_above)
+        healthy = about.step - max(about.health.skipped_in_a_row, about.health.steps_above)
         after = partial(_tidy, final, self._config.checkpoint, frozenset(self._whole | {final.name}), healthy)
         companions = Path(self._config.output_dir) / COMPANION_FOLDER
         state = sharded_state(training, is_loading=False)

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from looplm import checkpoint
 from looplm.checkpoint import Health, step_folder
 from looplm.config import HealthConfig, RampUpConfig, RunConfig
 from pretrain import spikes
-from tests.support.faulty import outcome, run_spoiled
+from pretrain.health import count
+from tests.support.faulty import Fault, injected, outcome, run_spoiled
 from tests.support.launch import launch
 from tests.support.tiny import run_config, train_rows
 
@@ -39,6 +41,17 @@ def test_a_spike_is_several_losses_in_a_row():
     assert spikes.watch(once, 9.0, WATCHED).losses_above == WATCHED.spike_steps
     assert spikes.watch(Health(), 5.0, HealthConfig()) == Health(), "no losses are kept if no spike is looked for"
     assert spikes.accept(spikes.watch(once, 9.0, WATCHED)) == Health()
+
+
+@pytest.mark.parametrize(("losses", "steps"), [("9", 1), ("n9", 1), ("9n", 2), ("9n9", 3), ("9n5", 0), ("9n5n9", 1)])
+def test_a_step_without_an_update_is_part_of_the_spike_around_it(losses, steps):
+    """``n`` is a step whose loss is not finite. One before the spike changed nothing: the run may return to it."""
+    health = Health(recent_losses=STEADY)
+    for loss in losses:
+        done: Any = SimpleNamespace(healthy=loss != "n", stats=SimpleNamespace(loss=float(loss.replace("n", "nan"))))
+        health = count(health, done, WATCHED)
+    assert health.steps_above == steps
+    assert spikes.accept(health).steps_above == 0
 
 
 def spiky(corpus: Path, folder: Path, **changes: Any) -> RunConfig:
@@ -101,10 +114,12 @@ def test_a_spike_is_rolled_back_and_its_data_are_skipped(corpus, tmp_path, singl
 
 
 @pytest.mark.slow
-def test_the_checkpoint_before_a_spike_stays_until_it_is_known(corpus, tmp_path, single_process):
+@pytest.mark.parametrize(("skipped", "bad"), [((), range(24, 32)), ((8,), range(24, 36))])
+def test_the_checkpoint_before_a_spike_stays_until_it_is_known(skipped, bad, corpus, tmp_path, single_process):
     """Step 7 belongs to the spike, is saved, and would push the only older checkpoint off the disk."""
     config = spiky(corpus, tmp_path, checkpoint={"save_every": 1, "keep": 1})
-    run_spoiled(config, range(24, 32))
+    with injected(Fault(kind="gradient", steps=skipped)):
+        run_spoiled(config, bad)
     assert [row["step"] for row in lines(config) if row["kind"] == "rollback"] == [6]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000014"]
     assert (tmp_path / "checkpoints/latest").read_text() == "step_00000014\n"
