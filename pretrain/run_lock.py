@@ -13,6 +13,8 @@ from looplm.megatron import process_groups
 
 STARTS = ".starts.json"
 
+_counted = set[Path]()  # where starts of this process are counted
+
 
 @contextmanager
 def hold(folder: Path, max_starts: int) -> Iterator[None]:
@@ -40,12 +42,19 @@ def hold(folder: Path, max_starts: int) -> Iterator[None]:
     finally:
         if process_groups.is_rank_0():
             if ended_by_itself:
-                (folder / STARTS).unlink(missing_ok=True)
+                take_back()
+            _counted.clear()
             lock.release()
             with suppress(OSError):  # they hold what the run wrote
                 step_folder.of_run(folder).rmdir()
             with suppress(OSError):
                 folder.rmdir()
+
+
+def take_back() -> None:
+    """Set back the count of this process's starts, also for an end that skips the rest of :func:`hold`."""
+    for path in _counted:
+        path.unlink(missing_ok=True)
 
 
 def _begin(lock: FolderLock, folder: Path, max_starts: int) -> None:
@@ -60,6 +69,7 @@ def _begin(lock: FolderLock, folder: Path, max_starts: int) -> None:
             f"output_dir: {folder} was started {starts} times without a checkpoint after step {newest}, and crashed, "
             "hung or was killed each time; find the cause in its log, then add --health.max_starts 0 once"
         )
+    _counted.add(folder / STARTS)
     write_whole(folder / STARTS, json.dumps({"step": newest, "starts": starts + 1}) + "\n")
 
 

@@ -30,7 +30,7 @@ from looplm.failures import Failure, Hang, NumericalFailure, StorageFailure, Use
 from looplm.files import storage_failure
 from looplm.megatron import process_groups
 from looplm.megatron.device import lost_gpu
-from pretrain import launcher
+from pretrain import launcher, run_lock
 from pretrain.stopping import STOPPED, StopRequest, end_workers
 
 INTERVAL = 1.0  # seconds between two looks at the store and at the deadlines
@@ -299,6 +299,9 @@ def _names(ranks: list[int]) -> str:
 
 def _end(status: int) -> NoReturn:
     launcher.record(status)
+    if status == STOPPED:
+        with suppress(OSError):
+            run_lock.take_back()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -16,7 +16,9 @@ from looplm import lock
 from looplm.config import HealthConfig
 from looplm.failures import Hang, StorageFailure, UserError
 from looplm.lock import FolderLock
+from pretrain import run, watchdog
 from pretrain.run_lock import hold
+from pretrain.stopping import STOPPED
 from pretrain.trainer import Trainer
 from tests.faults import harness
 from tests.pretrain.test_stopping import before, slow_steps
@@ -169,6 +171,26 @@ def test_starts_without_progress_are_bounded(corpus, tmp_path, record_property):
     harness.complete(dataclasses.replace(config, health=HealthConfig(max_starts=0)), 1)
     assert not harness.leftovers(tmp_path / "run"), "the count is gone"
     record_property("seen", "status 2: … was started 2 times without a checkpoint after step 0 …")
+
+
+def _hang_in_start_up(victim: int, rank: int) -> None:
+    def signaled() -> None:
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    watchdog.STARTUP_GRACE = 0.5
+    before(run, "build", 1, signaled)
+
+
+@pytest.mark.parametrize("signaled", [0, 1])
+def test_a_stop_during_start_up_is_no_start_without_progress(signaled, corpus, tmp_path):
+    config = run_config(corpus, tmp_path / "run", health={"max_starts": 1}, logging={"tensorboard": False})
+    for _ in range(2):
+        ends = harness.finish(config, 2, partial(_hang_in_start_up, signaled))
+        assert [end.status for end in ends] == [STOPPED, STOPPED], ends
+        assert ends[signaled].last_line == f"rank {signaled}: stopped during start-up (model); nothing is lost"
+    assert not list((tmp_path / "run").glob(".starts*"))
 
 
 def test_what_counts_as_a_start_without_progress(tmp_path, single_process):
