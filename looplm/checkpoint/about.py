@@ -133,6 +133,11 @@ class About:
         return self.first_sample + self.samples + self.health.samples_left_out
 
     @property
+    def healthy_step(self) -> int:
+        """Last step before those at the end that were skipped, or that may be the start of a loss spike."""
+        return self.step - max(self.health.skipped_in_a_row, self.health.steps_above)
+
+    @property
     def adam_steps(self) -> int:
         """Steps behind Adam's moments: without the skipped ones, with those of a run whose moments were taken over."""
         return self.step if self.optimizer_step is None else self.optimizer_step

@@ -39,7 +39,10 @@ class Saver:
         process_groups.share_failure(failure)
 
     def attached(self, resumed: About | None, say: Callable[[str], None]) -> "Saver":
-        """Return this, to enter before the first step.
+        """Return this, to enter before the first step. Collective.
+
+        Older checkpoints than the resumed one count as whole if their files have their sizes. Otherwise none would ever
+        be deleted by a run whose starts save fewer than ``checkpoint.keep`` each.
 
         Args:
             resumed: the checkpoint that the run continues, which has been verified.
@@ -47,7 +50,9 @@ class Saver:
         """
         self._say = say
         if resumed is not None:
-            self._whole.add(step_folder.step_name(resumed.step))
+            keep, healthy = self._config.checkpoint.keep, resumed.healthy_step
+            find = partial(step_folder.whole_up_to, self._folder, resumed.step, keep, healthy)
+            self._whole.update(process_groups.on_rank_0(find))
         return self
 
     def __enter__(self) -> "Saver":
@@ -72,8 +77,8 @@ class Saver:
         """
         self.close()
         final = self._folder / step_folder.step_name(about.step)
-        healthy = about.step - max(about.health.skipped_in_a_row, about.health.steps_above)
-        after = partial(_tidy, final, self._config.checkpoint, frozenset(self._whole | {final.name}), healthy)
+        whole = frozenset(self._whole | {final.name})
+        after = partial(_tidy, final, self._config.checkpoint, whole, about.healthy_step)
         companions = Path(self._config.output_dir) / COMPANION_FOLDER
         state = sharded_state(training, is_loading=False)
         config = to_dict(self._config)

@@ -110,8 +110,8 @@ def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str],
         folder: holds the steps.
         keep: number of newest ones to keep.
         keep_every: 0 keeps no others.
-        whole: names of the steps that this run has written or verified. Others may be damaged and do not count, and
-            neither does one whose files have disappeared or changed their size since.
+        whole: names of the steps that this run has written, verified or found by :func:`whole_up_to`. Others may be
+            damaged and do not count, and neither does one whose files have disappeared or changed their size since.
         healthy: the newest whole one up to this step stays too, because later ones may hold the start of a loss spike.
     """
     steps = steps_in(folder)
@@ -124,6 +124,21 @@ def delete_old(folder: Path, keep: int, keep_every: int, whole: Collection[str],
         permanent = step == spared or (keep_every > 0 and step_number(step) % keep_every == 0)
         if step_number(step) < step_number(kept[-1]) and not permanent and not step.is_symlink():
             _delete(step)
+
+
+def whole_up_to(folder: Path, verified: int, keep: int, healthy: int) -> list[str]:
+    """Return the names of the newest whole steps up to ``verified``, as many as :func:`delete_old` needs to know.
+
+    These are ``keep`` of them, and more until one is not after ``healthy``. Only the sizes of their files are compared,
+    because to read so many takes minutes. Later ones than ``verified`` are damaged: the run did not resume from them.
+    """
+    found = list[str]()
+    for step in steps_in(folder):
+        if step_number(step) <= verified and find_fault(step, deep=False) is None:
+            found.append(step.name)
+            if len(found) >= keep and step_number(step) <= healthy:
+                break
+    return found
 
 
 def _delete(step: Path) -> None:

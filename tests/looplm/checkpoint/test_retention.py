@@ -72,6 +72,22 @@ def test_the_disk_must_hold_what_a_run_holds_at_once(keys, tmp_path) -> None:
     assert most <= checkpoint.number_at_once(config) <= most + keep  # a permanent one can be among the newest
 
 
+@pytest.mark.parametrize(
+    ("verified", "keep", "healthy", "found"),
+    [
+        (40, 2, 40, [40, 30]),
+        (40, 9, 40, [40, 30, 10]),  # 20 is damaged
+        (40, 1, 35, [40, 30]),  # 40 may be in a loss spike
+        (30, 2, 30, [30, 10]),  # 40 was found damaged
+    ],
+)
+def test_what_a_run_that_resumes_knows_to_be_whole(verified, keep, healthy, found, tmp_path) -> None:
+    for step in (10, 20, 30, 40):
+        make_step(tmp_path, step)
+    (tmp_path / step_name(20) / "about.json").write_text("x")
+    assert step_folder.whole_up_to(tmp_path, verified, keep, healthy) == [step_name(step) for step in found]
+
+
 @pytest.mark.parametrize("damage", ["missing file", "cut file", "missing manifest"])
 def test_a_step_that_was_damaged_since_does_not_count(damage: str, tmp_path: Path) -> None:
     for step in (10, 20, 30):

@@ -167,6 +167,17 @@ def test_a_save_waits_for_the_one_before(corpus, tmp_path, single_process, monke
     ]
 
 
+def test_old_checkpoints_are_deleted_by_starts_that_save_fewer_than_stay(corpus, tmp_path, single_process) -> None:
+    for last in range(4, 8):
+        keys = {"save_every": 4, "keep": 3}
+        run_to_end(run_config(corpus, tmp_path, checkpoint=keys, optim={"train_steps": last}), single_process)
+    assert [step.name for step in step_folder.steps_in(tmp_path / "checkpoints")] == [
+        "step_00000007",
+        "step_00000006",
+        "step_00000005",
+    ]
+
+
 def test_companions_are_copied(corpus, tmp_path, single_process) -> None:
     (tmp_path / "companions/deep").mkdir(parents=True)
     (tmp_path / "companions/deep/a.txt").write_text("a")
