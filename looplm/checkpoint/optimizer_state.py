@@ -10,6 +10,10 @@ and a loaded one has a single step counter that every parameter advances. Its re
 bucket but the first at a wrong offset. Therefore this module reads and writes the tensors themselves.
 """
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -23,47 +27,63 @@ from looplm.checkpoint.memory import own_storage
 
 MAIN = "fp32_param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+GROUP_BYTES = 1 << 30  # of the state that a rank reads at a time
 
 State = dict[str, dict[str, Tensor]]  # parameter name → state name → tensor
 
 
-def sharded_state(
-    optimizer: MegatronOptimizer, model: nn.Module, weights: dict[str, Any], is_loading: bool
-) -> dict[str, dict[str, Any]]:
-    """Return the state as sharded tensors, to save or to load into. Collective when saving.
+def sharded_state(optimizer: MegatronOptimizer, model: nn.Module, weights: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the state as sharded tensors, to save. Collective.
 
     Args:
         optimizer: from :func:`pretrain.optim.build_optimizer`.
         model: the model whose parameters it updates.
         weights: the model's sharded state dict.
-        is_loading: return empty tensors instead of the state.
 
     Returns:
-        Sharded tensors by parameter name and state name. When a distributed optimizer is saved, the first data-parallel
-        rank returns all of them and the other ranks return none.
+        Sharded tensors by parameter name and state name. Of a distributed optimizer, the first data-parallel rank
+        returns all of them and the other ranks return none.
     """
     trained = _trained(model)
-    if not trained:  # a pipeline rank without the gate, in the gate's training stage
+    if not trained:
         return {}
-    if is_loading:
-        values = {
-            parameter: {
-                name: torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                for name in _state_names(parameter)
-            }
-            for parameter in trained.values()
-        }
-    else:
-        values = _whole_state(_unchained(optimizer), trained)
-    sharded_parameters = get_param_id_to_sharded_param_map(weights, trained.values())
+    sharded, values = _sharded_parameters(weights, trained), _whole_state(_unchained(optimizer), trained)
     return {
         parameter_name: {
-            name: make_sharded_optimizer_tensor(sharded_parameters[index], value, f"optimizer.state.{name}")
+            name: make_sharded_optimizer_tensor(sharded[parameter_name], value, f"optimizer.state.{name}")
             for name, value in values[parameter].items()
         }
-        for index, (parameter_name, parameter) in enumerate(trained.items())
+        for parameter_name, parameter in trained.items()
         if parameter in values
     }
+
+
+def load(
+    optimizer: MegatronOptimizer,
+    model: nn.Module,
+    weights: dict[str, Any],
+    read: Callable[[dict[str, dict[str, Any]]], State],
+    step: int,
+) -> None:
+    """Read a stored state in groups of tensors; copy each into the optimizer and free it. Collective.
+
+    All at once would take 12 bytes of host memory for each parameter on every rank, although a rank of a distributed
+    optimizer keeps a share of them only.
+
+    Args:
+        optimizer: of any of Megatron's kinds, in any parallel layout.
+        model: the model whose parameters it updates.
+        weights: the model's sharded state dict.
+        read: fills sharded tensors by parameter name and state name, and returns what it has read. All ranks call it
+            for the same stored tensors; for a rank that holds no part of them, its argument is empty.
+        step: number of optimizer steps done, for Adam's bias correction.
+    """
+    core, trained = _unchained(optimizer), _trained(model)
+    _allocate(core)
+    sharded = _sharded_parameters(weights, trained)
+    for group in _groups(sharded, trained):
+        _copy(core, trained, read(_empty(group, sharded, trained)))
+    _set_step(core, step)
 
 
 def plain_state(optimizer: MegatronOptimizer, model: nn.Module) -> State:
@@ -86,25 +106,18 @@ def own_state(optimizer: MegatronOptimizer, model: nn.Module) -> dict[str, Tenso
     return found
 
 
-@torch.no_grad()
 def load_state(optimizer: MegatronOptimizer, model: nn.Module, state: State, step: int) -> None:
-    """Copy a loaded state into the optimizer.
+    """Copy the state of a single process into the optimizer.
 
     Args:
         optimizer: of any of Megatron's kinds, in any parallel layout.
         model: the model whose parameters it updates.
-        state: what was loaded in place of the sharded tensors of :func:`sharded_state`.
+        state: whole tensors of every trained parameter.
         step: number of optimizer steps done, for Adam's bias correction.
     """
-    core = _unchained(optimizer)
+    core, trained = _unchained(optimizer), _trained(model)
     _allocate(core)
-    for parameter_name, parameter in _trained(model).items():
-        if isinstance(core, DistributedOptimizer) and parameter not in core.model_param_group_index_map:
-            continue  # other ranks update it
-        main, first = _main(core, parameter)
-        for name, value in state[parameter_name].items():
-            part = value.flatten()[first : first + main.numel()]
-            _state_tensor(core, main, name).copy_(part.view(main.shape))
+    _copy(core, trained, {name: state[name] for name in trained})
     _set_step(core, step)
 
 
@@ -117,6 +130,62 @@ def _unchained(optimizer: MegatronOptimizer) -> MegatronOptimizer:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _sharded_parameters(weights: dict[str, Any], trained: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """Return the sharded tensors of the trained parameters, by name."""
+    if not trained:  # a pipeline rank without the gate, in the gate's training stage
+        return {}
+    found = get_param_id_to_sharded_param_map(weights, trained.values())
+    return {name: found[index] for index, name in enumerate(trained)}
+
+
+def _groups(sharded: dict[str, Any], trained: dict[str, nn.Parameter]) -> Iterator[set[tuple[str, str]]]:
+    """Yield groups of at most :data:`GROUP_BYTES` on any rank; a larger tensor is alone. Collective.
+
+    A group holds pairs of a state's name and a key. Megatron stores the parameters of all layers as one tensor with one
+    key, and torch reads such a tensor only if a rank asks for all that it holds of it.
+    """
+    own = Counter[tuple[str, str]]()
+    for parameter_name, parameter in trained.items():
+        for name in _state_names(parameter):
+            own[name, sharded[parameter_name].key] += 4 * parameter.numel()
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    group, size = set[tuple[str, str]](), 0
+    for pair, its_size in reduce(or_, everyone).items():  # the largest of each
+        if group and size + its_size > GROUP_BYTES:
+            yield group
+            group, size = set(), 0
+        group, size = {*group, pair}, size + its_size
+    yield group
+
+
+def _empty(
+    group: set[tuple[str, str]], sharded: dict[str, Any], trained: dict[str, nn.Parameter]
+) -> dict[str, dict[str, Any]]:
+    """Return sharded tensors to read a group into, by parameter name and state name."""
+    found: dict[str, dict[str, Any]] = {}
+    for parameter_name, parameter in trained.items():
+        for name in _state_names(parameter):
+            if (name, sharded[parameter_name].key) in group:
+                value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                tensor = make_sharded_optimizer_tensor(sharded[parameter_name], value, f"optimizer.state.{name}")
+                found.setdefault(parameter_name, {})[name] = tensor
+    return found
+
+
+@torch.no_grad()
+def _copy(core: MegatronOptimizer, trained: dict[str, nn.Parameter], state: State) -> None:
+    """Copy whole tensors into the optimizer, or this rank's part of them."""
+    for parameter_name, values in state.items():
+        parameter = trained[parameter_name]
+        if isinstance(core, DistributedOptimizer) and parameter not in core.model_param_group_index_map:
+            continue  # other ranks update it
+        main, first = _main(core, parameter)
+        for name, value in values.items():
+            part = value.flatten()[first : first + main.numel()]
+            _state_tensor(core, main, name).copy_(part.view(main.shape))
 
 
 def _state_names(parameter: nn.Parameter) -> tuple[str, ...]:

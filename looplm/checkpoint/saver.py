@@ -80,7 +80,7 @@ class Saver:
         whole = frozenset(self._whole | {final.name})
         after = partial(_tidy, final, self._config.checkpoint, whole, about.healthy_step)
         companions = Path(self._config.output_dir) / COMPANION_FOLDER
-        state = sharded_state(training, is_loading=False)
+        state = sharded_state(training)
         config = to_dict(self._config)
         self._saving = Saving(final, state, config, about, tokenizer, companions, after, self._writer, True)
         if not self._config.checkpoint.in_background:

@@ -94,8 +94,17 @@ def resume(found: Path, training: TrainingState, config: RunConfig) -> About:
 
 def load_run(step: Path, training: TrainingState) -> None:
     """Load a run's whole state from one of its step directories."""
-    wanted = sharded_state(training, is_loading=True)
-    state, missing, unexpected = _load(step, wanted, strict=StrictHandling.RETURN_ALL)
+    parts = {"model": training.model.sharded_state_dict(), **_small_parts(training)}
+    state, missing, unexpected = _load(step, parts, strict=StrictHandling.RETURN_ALL)
+
+    def read(wanted: dict[str, Any]) -> optimizer_state.State:
+        found, not_wanted, unknown = _load(step, {"optimizer": wanted}, strict=StrictHandling.RETURN_ALL)
+        missing.intersection_update(not_wanted)
+        unexpected.update(unknown)
+        return optimizer_state.State(found.get("optimizer", {}))
+
+    adam_steps, weights = read_about(step).adam_steps, training.model.sharded_state_dict()
+    optimizer_state.load(training.optimizer, training.model, weights, read, adam_steps)
     # Older checkpoints hold empty extra states.
     different = [key for key in sorted({*missing, *unexpected}) if EXTRA_STATE not in key]
     if different:
@@ -104,8 +113,6 @@ def load_run(step: Path, training: TrainingState) -> None:
             "resume with the configuration that wrote it"
         )
     training.model.load_state_dict(state["model"])
-    adam_steps = read_about(step).adam_steps
-    optimizer_state.load_state(training.optimizer, training.model, state["optimizer"], adam_steps)
     try:
         training.scheduler.num_steps = 0  # Megatron adds the loaded steps to those of a schedule that has run
         training.scheduler.load_state_dict(state["scheduler"])
@@ -137,9 +144,12 @@ def load_optimizer(step: Path, training: TrainingState, config: RunConfig) -> No
     """
     about = check_moments(step, config)
     weights = training.model.sharded_state_dict()
-    wanted = optimizer_state.sharded_state(training.optimizer, training.model, weights, is_loading=True)
-    state = _load(step, {"optimizer": wanted})
-    optimizer_state.load_state(training.optimizer, training.model, state["optimizer"], about.adam_steps)
+
+    def read(wanted: dict[str, Any]) -> optimizer_state.State:
+        found = _load(step, {"optimizer": wanted})
+        return optimizer_state.State(found.get("optimizer", {}))
+
+    optimizer_state.load(training.optimizer, training.model, weights, read, about.adam_steps)
 
 
 def load_weights(step: Path, model: LoopLM, gate: GateConfig) -> About:
@@ -185,18 +195,21 @@ def check_tokens(step: Path, about: About, vocab_size: int) -> None:
         require(0 <= token < vocab_size, f"{where}: token", token, f"the model has {vocab_size}; {fix}")
 
 
-def sharded_state(training: TrainingState, is_loading: bool) -> dict[str, Any]:
-    """Return a run's whole state in Megatron's sharded form, to save or to load into."""
+def sharded_state(training: TrainingState) -> dict[str, Any]:
+    """Return a run's whole state in Megatron's sharded form, to save. Collective."""
     weights = training.model.sharded_state_dict()
-    for factory in [] if is_loading else weights.values():  # the optimizer's factories are copies of them
+    for factory in weights.values():  # the optimizer's factories are copies of them
         if isinstance(factory, ShardedTensorFactory):
             factory.build_fn = partial(_build_halves, factory.build_fn)
     return {
         "model": weights,
-        "optimizer": optimizer_state.sharded_state(training.optimizer, training.model, weights, is_loading),
-        "scheduler": training.scheduler.state_dict(),
-        "rng": device.rng_state(),
+        "optimizer": optimizer_state.sharded_state(training.optimizer, training.model, weights),
+        **_small_parts(training),
     }
+
+
+def _small_parts(training: TrainingState) -> dict[str, Any]:
+    return {"scheduler": training.scheduler.state_dict(), "rng": device.rng_state()}
 
 
 def sharded_weights(model: LoopLM) -> dict[str, Any]:

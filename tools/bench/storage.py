@@ -120,7 +120,7 @@ def _checkpoints(recipe: RunConfig, groups: ProcessGroupCollection, tokenizer: P
         return save_new
 
     def save_new() -> None:
-        Saving(final, sharded_state(trainer.state, is_loading=False), to_dict(recipe), about, tokenizer).wait()
+        Saving(final, sharded_state(trainer.state), to_dict(recipe), about, tokenizer).wait()
 
     def verify() -> None:
         fault = step_folder.find_fault(final)

@@ -144,7 +144,7 @@ def write(
         training.scheduler.load_state_dict(source.scheduler)
         partial = step_folder.create_partial(output)
         step = step_folder.of_run(partial) / step_folder.step_name(about.step)
-        saved = sharded_state(training, is_loading=False)
+        saved = sharded_state(training)
         Saving(step, saved, to_dict(run), about, source.tokenizer, companions).wait()
         step_folder.note_latest(step)
         shutil.copytree(companions, partial / COMPANION_FOLDER)

@@ -13,8 +13,13 @@ from looplm.checkpoint import step_folder
 from looplm.checkpoint.verify import fingerprint
 from looplm.failures import UserError
 from pretrain.data import check_corpus
+from pretrain.run import build
 from pretrain.train import train
 from tests.support.tiny import run_config
+
+MOMENTS = ["optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."]
+GATE_PARAMETERS = [f"gate.cell.{kind}_{side}" for kind in ("bias", "weight") for side in ("hh", "ih")]
+GATE_PARAMETERS += ["gate.input_proj.weight", "gate.readout.bias", "gate.readout.weight"]
 
 
 @pytest.mark.slow
@@ -37,6 +42,25 @@ def rewrite_about(step: Path, change: Callable[[dict], object]) -> None:
     (step / "about.json").write_text(json.dumps(about))
     files = {str(path.relative_to(step)): fingerprint(path) for path in step_folder.files_in(step)}
     (step / "manifest.json").write_text(json.dumps(files))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sections", "parts", "names"),
+    [
+        ({"model": {"step_embedding": "learned"}}, [*MOMENTS, ""], ["step_embedding.weight"]),
+        ({"loss": {"weights": "last"}}, MOMENTS, GATE_PARAMETERS),
+    ],
+)
+def test_a_state_of_other_parameters_is_refused(sections, parts, names, trained, corpus, tmp_path, single_process):
+    step = trained / "checkpoints/step_00000006"
+    state = build(run_config(corpus, tmp_path, **sections), single_process)[0].state
+    with pytest.raises(UserError) as raised:
+        checkpoint.load_run(step, state)
+    assert str(raised.value) == (
+        f"{step}: not a checkpoint of this run: only one of the two has "
+        f"{', '.join(part + name for part in parts for name in names)}; resume with the configuration that wrote it"
+    )
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm.checkpoint.optimizer_state import load_state, sharded_state
+from looplm.checkpoint import optimizer_state
 from looplm.config import GateConfig, LossConfig, OptimConfig, ParallelConfig
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
@@ -50,15 +50,23 @@ class Run:
         batch = Batch(ids[:, :-1], ids[:, 1:].t().contiguous(), torch.ones(32, 2), None)
         return self.trainer.train(iter([batch]), 1)[0].loss
 
-    def state(self, is_loading: bool) -> dict:
+    def state(self) -> dict:
         weights = self.model.sharded_state_dict()
-        return {"model": weights, "optimizer": sharded_state(self.optimizer, self.model, weights, is_loading)}
+        return {"model": weights, "optimizer": optimizer_state.sharded_state(self.optimizer, self.model, weights)}
 
-    def load(self, folder: str, step: int) -> None:
-        state = dist_checkpointing.load(self.state(is_loading=True), folder)
+    def load(self, folder: str, step: int) -> list[int]:
+        """Load a state; return the sizes of the groups in which the optimizer's was read."""
+        state = dist_checkpointing.load({"model": self.model.sharded_state_dict()}, folder)
         self.model.load_state_dict(state["model"])
-        load_state(self.optimizer, self.model, state["optimizer"], step)
+        sizes = list[int]()
+
+        def read(wanted: dict) -> optimizer_state.State:
+            sizes.append(sum(4 * tensor.data.numel() for values in wanted.values() for tensor in values.values()))
+            return dist_checkpointing.load({"optimizer": wanted}, folder)["optimizer"]
+
+        optimizer_state.load(self.optimizer, self.model, self.model.sharded_state_dict(), read, step)
         self.scheduler.step(step)
+        return sizes
 
     def adam_steps(self) -> list[float]:
         return [state["step"].item() for state in self.optimizer.chained_optimizers[0].optimizer.state.values()]
@@ -72,6 +80,12 @@ def small_buckets(monkeypatch):
     )
 
 
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """Read the state in several groups, as that of a large model."""
+    monkeypatch.setattr(optimizer_state, "GROUP_BYTES", 40_960)  # as much as the largest tensor
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("target", LAYOUTS)
@@ -80,9 +94,10 @@ def test_another_optimizer_continues_where_one_stopped(source, target, precision
     first = Run(single_process, LAYOUTS[source], precision, seed=1)
     for step in range(3):
         first.train(step)
-    dist_checkpointing.save(first.state(is_loading=False), str(tmp_path))
+    dist_checkpointing.save(first.state(), str(tmp_path))
     second = Run(single_process, LAYOUTS[target], precision, seed=2)
-    second.load(str(tmp_path), 3)
+    sizes = second.load(str(tmp_path), 3)
+    assert len(sizes) > 3 and max(sizes) <= optimizer_state.GROUP_BYTES
     assert second.adam_steps() == first.adam_steps() and set(second.adam_steps()) == {3.0}
     for step in range(3, 6):
         # The norm that clips the gradients is summed in the order of the buckets.
@@ -92,5 +107,5 @@ def test_another_optimizer_continues_where_one_stopped(source, target, precision
 
 def test_a_frozen_trunk_has_no_state(single_process):
     run = Run(single_process, LAYOUTS["distributed"], "fp32", seed=1, objective="adaptive_gate")
-    names = run.state(is_loading=True)["optimizer"]
+    names = run.state()["optimizer"]
     assert names and all(name.startswith("gate.") for name in names)
