@@ -10,7 +10,7 @@ plan.py, job.py     one rank's part: which tensors to which files, written, flus
 writer.py           the process that does it; memory.py what it shares with its rank
 optimizer_state.py  Adam's moments, whatever optimizer and layout hold them
 contents.py         names and shapes, without reading a tensor
-disk.py             is there room, before the run
+disk.py             is there room, before the run; host_memory.py the main memory that saving and loading take
 new_folder.py       the folders of other commands: by one process, never over what is there
 """
 
@@ -31,6 +31,8 @@ from looplm.checkpoint.about import read_model as read_model
 from looplm.checkpoint.about import versions as versions
 from looplm.checkpoint.disk import number_at_once as number_at_once
 from looplm.checkpoint.disk import prepare as prepare
+from looplm.checkpoint.host_memory import HostMemory as HostMemory
+from looplm.checkpoint.host_memory import host_bytes as host_bytes
 from looplm.checkpoint.saver import Saver as Saver
 from looplm.checkpoint.saving import COMPANION_FOLDER as COMPANION_FOLDER
 from looplm.checkpoint.state import OpenedModel as OpenedModel

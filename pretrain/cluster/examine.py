@@ -149,4 +149,4 @@ def _storage(config: RunConfig, groups: ProcessGroupCollection, ranks: list[Rank
     yield findings.disk(free, size, keep, kept)
     speed = probes.write_speed(folder, groups, FILE_BYTES)
     yield findings.saving(speed, size, config.checkpoint.save_every, config.checkpoint.in_background)
-    yield findings.memory(ranks, size, speed.writers)
+    yield findings.memory(ranks, checkpoint.host_bytes(config), speed.writers, config.health.max_rollbacks > 0)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Literal, NamedTuple
 
+from looplm.checkpoint import HostMemory
 from looplm.config import EngineConfig, RunConfig
 from pretrain.batch_schedule import schedule_on
 from pretrain.cluster.probes import RankInfo, WriteSpeed
@@ -252,14 +253,25 @@ def saving(speed: WriteSpeed, checkpoint: int, every: int, in_background: bool) 
     return _judge("saving", text, "warn", seconds > SLOW_SAVE and not in_background, fix)
 
 
-def memory(ranks: Sequence[RankInfo], checkpoint: int, writers: int) -> Finding:
-    """Check the main memory for the part of a checkpoint that the writers of a node gather while they write it."""
+def memory(ranks: Sequence[RankInfo], needs: HostMemory, writers: int, rolls_back: bool) -> Finding:
+    """Check the main memory for a save, by the writers of a node, and for a resume, by all of its ranks.
+
+    Args:
+        ranks: all of them.
+        needs: of the run's checkpoints.
+        writers: ranks that write a checkpoint.
+        rolls_back: True if the run may load a checkpoint after it has saved one.
+    """
     least = min(ranks, key=lambda info: info.ram_bytes)
     ranks_on_node = max(Counter(info.node for info in ranks).values())
-    needed = checkpoint * min(writers, ranks_on_node) // writers
-    text = f"at least {least.ram_bytes / GB:.1f} GB free on every node; a checkpoint takes {needed / GB:.2f} of a node"
+    share = min(writers, ranks_on_node) / writers
+    saving = share * needs.saving
+    loading = ranks_on_node * needs.loading + rolls_back * share * needs.staying
+    name = "rollback" if rolls_back else "resume"
+    takes = f"a save takes {saving / GB:.2f} of a node, a {name} {loading / GB:.2f}"
+    text = f"at least {least.ram_bytes / GB:.1f} GB free on every node; {takes}"
     fix = f": too little on {least.node}; ask for all of the node's memory (--mem=0, --exclusive)"
-    return _judge("memory", text, "FAIL", least.ram_bytes < needed, fix)
+    return _judge("memory", text, "FAIL", least.ram_bytes < max(saving, loading), fix)
 
 
 def shared_memory(ranks: Sequence[RankInfo]) -> Finding:

@@ -12,6 +12,7 @@ import pytest
 
 from data_pipeline.manifest import read_manifest
 from looplm.accounting import checkpoint_bytes, parameter_counts
+from looplm.checkpoint import HostMemory
 from looplm.cli import to_dict
 from looplm.config import EngineConfig, ParallelConfig, RunConfig, TaskConfig, WordProblemConfig
 from looplm.failures import UserError
@@ -57,6 +58,7 @@ def four_ranks(**changed: Any) -> list[RankInfo]:
     return [*ranks[:3], last]
 
 
+NEEDS = HostMemory(saving=20 * GB, loading=4 * GB, staying=12 * GB)
 SPEED = WriteSpeed(writers=2, writing=2e9, hashing=1.5e9)
 CASES: list[tuple[Callable[[], Finding], str, str]] = [
     (lambda: findings.enough_gpus(8, 8), "ok", "8 ranks on this node, 8 GPUs"),
@@ -150,16 +152,31 @@ CASES: list[tuple[Callable[[], Finding], str, str]] = [
     ),
     (lambda: findings.saving(WriteSpeed(fault="x cannot be written"), 1, 1, True), "FAIL", "x cannot be written"),
     (
-        lambda: findings.memory(four_ranks(), 20 * GB, 1),
+        lambda: findings.memory(four_ranks(), NEEDS, 1, False),
         "ok",
-        "at least 1000.0 GB free on every node; a checkpoint takes 20.00",
+        "at least 1000.0 GB free on every node; a save takes 20.00 of a node, a resume 8.00",
     ),
     (
-        lambda: findings.memory(four_ranks(ram_bytes=12 * GB), 20 * GB, 1),
+        lambda: findings.memory(four_ranks(ram_bytes=12 * GB), NEEDS, 1, False),
         "FAIL",
-        "12.0 GB free on every node; a checkpoint takes 20.00 of a node: too little on n2",
+        "at least 12.0 GB free on every node; a save takes 20.00 of a node, a resume 8.00: too little on n2; "
+        "ask for all of the node's memory (--mem=0, --exclusive)",
     ),
-    (lambda: findings.memory(four_ranks(ram_bytes=12 * GB), 20 * GB, 4), "ok", "a checkpoint takes 10.00"),
+    (
+        lambda: findings.memory(four_ranks(ram_bytes=12 * GB), NEEDS._replace(loading=7 * GB), 4, False),
+        "FAIL",
+        "a save takes 10.00 of a node, a resume 14.00: too little on n2",
+    ),
+    (
+        lambda: findings.memory(four_ranks(ram_bytes=12 * GB), NEEDS, 4, False),
+        "ok",
+        "a save takes 10.00 of a node, a resume 8.00",
+    ),
+    (
+        lambda: findings.memory(four_ranks(ram_bytes=12 * GB), NEEDS, 4, True),
+        "FAIL",
+        "a save takes 10.00 of a node, a rollback 14.00: too little on n2",
+    ),
     (lambda: findings.shared_memory(four_ranks()), "ok", "1000.0 GB of /dev/shm"),
     (lambda: findings.shared_memory(four_ranks(shm_bytes=64 * 10**6)), "warn", "0.1 GB of /dev/shm, on n2"),
 ]
