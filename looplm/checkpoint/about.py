@@ -176,7 +176,7 @@ def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
     ======= =====================================================================================================
     1       no format_version (releases before 0.2.0); bos_id, pad_id, dtype and optimizer_step came one by one
     2       format_version
-    3       eos_id became eos_ids; begin_id; health
+    3       eos_id became eos_ids; begin_id; health; first_sample
     ======= =====================================================================================================
     """
     found = values.get("format_version", 1)
