@@ -7,7 +7,8 @@ import pytest
 from datatrove.data import Document
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.filters import build_filters, check_language
+from data_pipeline.conversations import MESSAGES
+from data_pipeline.filters import AnswerFilter, _content, build_filters, check_language
 from looplm.failures import UserError
 
 CODE = "\n".join(f"if x[{index}] == {{'a': {index}}}: y.append(x[{index}])" for index in range(60))
@@ -53,3 +54,16 @@ def test_languages_that_cannot_be_split_here(code: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         check_language(code, "sources.s.language")
     check_language("eng", "sources.s.language")
+
+
+def test_conversations_with_other_marks_have_other_contents():
+    one, two = (
+        Document("a b", mark, metadata={MESSAGES: [["user", "a", True], ["assistant", "b", mark == "1"]]})
+        for mark in "01"
+    )
+    assert _content(one) != _content(two)
+
+
+def test_a_conversation_without_a_learned_answer_is_left_out():
+    talk = [["user", "a", True], ["assistant", "b", False]]
+    assert AnswerFilter().filter(Document("ab", "1", metadata={MESSAGES: talk})) == (False, "without_answer")

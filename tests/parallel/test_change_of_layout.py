@@ -82,7 +82,7 @@ def runs(corpus, tmp_path_factory, single_process) -> dict[str, list[dict]]:
 
     train_alone(folder / "alone")
     worker.run_training(with_fewer_loops(folder / "fewer loops", PLAIN))
-    uninterrupted = {"DP2": PLAIN, "CP2": CP2, "DP2 dist overlap": DIST_OVERLAP}
+    uninterrupted = {"DP2": PLAIN, "CP2": CP2, "PP2": PP2, "DP2 dist overlap": DIST_OVERLAP}
     jobs = [job(folder / name, layout) for name, layout in uninterrupted.items()]
     jobs += [job(folder / "DP2 bf16", PLAIN, "bf16"), job(folder / "DP2 dist overlap bf16", DIST_OVERLAP, "bf16")]
     jobs += [partial(worker.run_training, with_fewer_loops(folder / "fewer loops at PP2", PP2))]
@@ -129,7 +129,7 @@ RESHARDED = [
 ON_FOUR_RANKS = ("TP2 PP2", "TP2 DP2 dist")
 COMPARED = [  # with the run on one process
     name
-    for name in [*RESHARDED, "CP2", "DP2", "DP2 dist overlap", "TP2 PP2"]
+    for name in [*RESHARDED, "CP2", "DP2", "PP2", "DP2 dist overlap", "TP2 PP2"]
     if EVERYTHING or not any(layout in name for layout in ON_FOUR_RANKS)
 ]
 

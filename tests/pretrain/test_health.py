@@ -262,3 +262,11 @@ def test_no_rank_takes_a_step_that_is_not_finite_on_one(name, two_ranks, corpus,
 def test_the_gate_stage_of_a_pipeline_skips_too(two_ranks):
     found = json.loads((two_ranks / "gate/outcome.json").read_text())
     assert found["error"] is None and found["changed"] == [[], [1, 3, 4]], "the first rank has no gate"
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_before_skipped_steps_stays(corpus, tmp_path):
+    saves = {"save_every": 3, "keep": 1}
+    config = run_config(corpus, tmp_path, optim={**TWELVE, "train_steps": 6}, checkpoint=saves)
+    run_faulty(config, Fault(kind="gradient", steps={5, 6}))
+    assert steps_of(tmp_path) == [3, 6]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from typing import Any, get_args
 
 import pytest
@@ -395,3 +395,26 @@ def test_the_ranks_exchange_numbers_once_in_a_step(single_process, monkeypatch, 
     done = trainer.train(repeat(make_batch(1, masked=2)), 2, has_news=lambda: news)
     assert done.healthy and done.has_news == news
     assert len([size for size in messages if size < 100]) == 1, messages
+
+
+def test_an_evaluation_of_several_chunks_is_the_mean_of_all(single_process):
+    _, trainer = make_trainer(single_process)
+    batches = [make_batch(seed, masked=seed) for seed in range(6)]
+    alone = [trainer.evaluate(repeat(batch), 1) for batch in batches]
+    tokens, whole = sum(stats.tokens for stats in alone), trainer.evaluate(iter(batches), 6)
+    assert whole.tokens == tokens
+    assert whole.loss == pytest.approx(sum(stats.loss * stats.tokens for stats in alone) / tokens, rel=1e-6)
+
+
+def test_norms_of_the_states_equal_the_reference(single_process):
+    looped, trainer = make_opinionated(single_process, LossConfig(weights="last"))
+    batch, plain = make_batch(5, masked=3), oracle_copy(dict(looped.named_parameters()))
+    hidden = reference.forward(plain, looped.model_config, GATE, batch.ids_BS).hidden
+    head = reference.head_weight(plain, looped.model_config)
+    losses = reference.token_losses(hidden[-1], head, batch.labels_SB)
+    gradients = torch.autograd.grad(reference.masked_mean(losses, batch.mask_SB), hidden)
+    _, norms = trainer.backward(iter([batch]), 1)
+    flat = [h.flatten() for h in hidden]
+    cosines = [1.0, *(torch.cosine_similarity(a, b, dim=0).item() for a, b in pairwise(flat))]
+    assert norms.hidden_cosine == pytest.approx(cosines, rel=1e-5) and max(cosines[1:]) < 0.999
+    assert norms.hidden_grad_norm == pytest.approx([g.norm().item() for g in gradients], rel=1e-4)

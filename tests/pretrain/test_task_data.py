@@ -19,7 +19,7 @@ from looplm.config import DataConfig, RunConfig, TaskConfig, WordProblemConfig
 from looplm.failures import UserError
 from looplm.megatron import process_groups
 from pretrain import evaluate
-from pretrain.data import build_train_set, check_corpus, micro_batches
+from pretrain.data import build_train_set, build_valid_set, check_corpus, micro_batches
 from pretrain.task_data import TaskDataset
 from pretrain.train import train
 from tests.support.launch import run_ranks
@@ -203,3 +203,12 @@ def test_a_process_that_still_holds_a_loader_ends():
     """Its workers ignore the SIGTERM with which multiprocessing would end them, and wait for."""
     ended = subprocess.run([sys.executable, "-c", HOLDS_A_LOADER], timeout=120, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_run_validates_on_the_valid_split(tmp_path):
+    data = config(tmp_path).data
+    found = build_valid_set(data, check_corpus(data, 7), 4, 1, tmp_path)
+    expected = TaskDataset(open_task(TASK), data.seq_length, "valid", 1, 4)
+    assert isinstance(found, TaskDataset)
+    rows = [0, 1, 2, 3]
+    assert torch.equal(found.__getitems__(rows)["tokens"], expected.__getitems__(rows)["tokens"])

@@ -389,3 +389,10 @@ def named(output: LoopOutput | reference.Output) -> dict[str, Tensor]:
     """Return hidden states and gate logits by name."""
     hidden = {f"hidden after loop {loop}": h_SBD for loop, h_SBD in enumerate(output.hidden, start=1)}
     return {**hidden, "gate logits": output.gate_logit_RSB}
+
+
+def test_no_two_layers_start_alike(single_process):
+    model = LoopLM(replace(MLA, prelude_layers=1, coda_layers=1), LRU, single_process)
+    blocks: list[Any] = [model.prelude, model.decoder, model.coda]
+    layers = [layer for block in blocks for layer in block.layers]
+    assert len({tuple(layer.mlp.linear_fc1.weight[0, :4].tolist()) for layer in layers}) == len(layers)

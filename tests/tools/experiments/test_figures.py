@@ -183,3 +183,23 @@ def test_the_training_curve_has_fifty_points_at_most(tmp_path):
     assert figures == {"train.loss": 1 / 120}
     assert curves["train.steps"] == tuple(map(float, range(1, 121, 3)))
     assert curves["train.loss by step"][1] == 1 / 4
+
+
+def test_headline_figures_are_those_of_the_trained_depth():
+    found = evaluation()
+    assert found.answers is not None
+    depths = tuple(DepthLoss(depth=n, loss=5.0 - n, perplexity=1.0) for n in (1, 2, 3, 4))
+    at = tuple(
+        replace(
+            found.answers.depths[0],
+            depth=n,
+            accuracy=0.5 + n / 10,
+            whole_samples=n / 10,
+            accuracy_by_level=(1.0, 0.2 * n),
+        )
+        for n in (1, 2, 3, 4)
+    )
+    answers = replace(found.answers, depths=at, attention_sink=(0.1, 0.3, 0.8, 0.9))
+    figures, _ = figures_of("test", replace(found, depths=depths, answers=answers), run())
+    assert figures["test.loss"] == 3.0 and figures["test.accuracy"] == 0.7 and figures["test.whole_samples"] == 0.2
+    assert figures["test.accuracy@level=2"] == 0.4 and figures["test.attention_sink"] == pytest.approx(0.2)
