@@ -304,3 +304,8 @@ def test_the_command(tmp_path: Path, corpus: Any, jsonl: Any, capsys: pytest.Cap
     module.main(["--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "t" / "t.json")])
     assert vocab_size(Tokenizer.from_file(str(tmp_path / "t" / "t.json"))) == 300
     assert "300 tokens" in capsys.readouterr().out
+
+
+def test_digits_are_tokens_of_their_own():
+    tokenizer = train_tokenizer(["2024 2024 2024"] * 50, TokenizerConfig(vocab_size=320))
+    assert not [token for token in tokenizer.get_vocab() if sum(map(str.isdigit, token)) > 1]

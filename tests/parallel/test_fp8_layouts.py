@@ -9,11 +9,11 @@ import torch
 from looplm.config import EngineConfig, ParallelConfig, Recipe
 from tests.support import worker
 from tests.support.fp8_reference import FORMATS, products, under_scale
-from tests.support.launch import EVERYTHING, launch
+from tests.support.launch import launch
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import MODEL, run_config
 
-pytestmark = pytest.mark.skipif(not EVERYTHING, reason="make test-layouts runs these")
+pytestmark = pytest.mark.slow
 MHA = dataclasses.replace(MODEL, attention="mha")
 LAYOUTS = {"sequence": ParallelConfig(tensor=2), "no sequence": ParallelConfig(tensor=2, sequence=False)}
 RECIPES: tuple[Recipe, ...] = ("tensorwise", "delayed")

@@ -418,3 +418,16 @@ def test_norms_of_the_states_equal_the_reference(single_process):
     cosines = [1.0, *(torch.cosine_similarity(a, b, dim=0).item() for a, b in pairwise(flat))]
     assert norms.hidden_cosine == pytest.approx(cosines, rel=1e-5) and max(cosines[1:]) < 0.999
     assert norms.hidden_grad_norm == pytest.approx([g.norm().item() for g in gradients], rel=1e-4)
+
+
+def test_exits_of_a_gate_with_an_opinion_equal_the_reference(single_process):
+    looped, trainer = make_opinionated(single_process, LossConfig())
+    batch, weights = make_batch(5, masked=3), oracle_copy(dict(looped.named_parameters()))
+    output = reference.forward(weights, looped.model_config, GATE, batch.ids_BS)
+    p_RSB = reference.exit_distribution(output.gate_logit_RSB)
+    exits = [reference.masked_mean(p_SB, batch.mask_SB).item() for p_SB in p_RSB]
+    stats = trainer.evaluate(repeat(batch), 1)
+    assert stats.exit_distribution == pytest.approx(exits, rel=1e-5)
+    assert stats.mean_depth == pytest.approx(sum(n * share for n, share in enumerate(exits, 1)), rel=1e-5)
+    entropy_SB = reference.entropy(p_RSB)
+    assert stats.entropy == pytest.approx(reference.masked_mean(entropy_SB, batch.mask_SB).item(), rel=1e-5)
