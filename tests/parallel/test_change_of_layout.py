@@ -14,8 +14,9 @@ from unittest import mock
 
 import pytest
 
+from looplm.accounting import training_flops_per_token
 from looplm.checkpoint import optimizer_state
-from looplm.config import ParallelConfig, RunConfig
+from looplm.config import LossConfig, ParallelConfig, RunConfig
 from tests.parallel.test_layouts import LRU, MLA
 from tests.support import worker
 from tests.support.launch import EVERYTHING, launch
@@ -165,3 +166,11 @@ def test_bf16_main_weights_pass_between_the_optimizers(name, runs):
     assert [row["step"] for row in runs[name]] == [1, 2, 3, 4, 5, 6]
     found, expected = ([row["loss"] for row in runs[run]] for run in (name, before))
     assert found[:5] == pytest.approx(expected[:5], rel=1e-6) and found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["alone", "DP2", "CP2"])
+def test_mfu_counts_every_rank(name, runs):
+    per_token = training_flops_per_token(MLA, LRU, LossConfig(), 32, MLA.num_loops)
+    for row in runs[name]:
+        expected = row["tokens_per_second"] * per_token / (1e12 * (1 if name == "alone" else 2))
+        assert row["mfu"] == pytest.approx(expected, rel=1e-3)

@@ -284,3 +284,13 @@ def test_training_works_after_generation(single_process: ProcessGroupCollection)
     ids_BS, _ = teacher_forced(model, ExitRule(max_depth=4, threshold=0.5), "last")
     model(ids_BS).hidden[-1].sum().backward()
     assert all(p.grad is not None for p in model.decoder.parameters())
+
+
+def test_rotations_of_far_positions_are_exact(single_process: ProcessGroupCollection) -> None:
+    """bf16 holds whole numbers up to 256 only."""
+    stack = LoopedStack(LoopLM(MLA, GATES["lru"], single_process, torch.bfloat16))
+    position, width = torch.tensor([0, 257, 1500]), MLA.qk_rope_head_dim
+    angle = position[:, None] / MLA.rope_base ** (torch.arange(0, width, 2) / width)
+    expected = torch.stack((angle.cos(), angle.sin()), -1).bfloat16().float()
+    found = torch.view_as_real(stack.turns(position, 1501)[:, 0])
+    torch.testing.assert_close(found.reshape(expected.shape).cpu(), expected, atol=8e-3, rtol=0)

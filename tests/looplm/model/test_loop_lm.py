@@ -396,3 +396,11 @@ def test_no_two_layers_start_alike(single_process):
     blocks: list[Any] = [model.prelude, model.decoder, model.coda]
     layers = [layer for block in blocks for layer in block.layers]
     assert len({tuple(layer.mlp.linear_fc1.weight[0, :4].tolist()) for layer in layers}) == len(layers)
+
+
+def test_a_state_dict_with_other_names_is_refused(single_process):
+    model = LoopLM(MLA, LRU, single_process)
+    state = model.state_dict()
+    state["decoder.layer.0"] = state.pop("decoder.final_layernorm.weight")
+    with pytest.raises(RuntimeError, match=r"decoder\.final_layernorm\.weight, decoder\.layer\.0"):
+        model.load_state_dict(state)
