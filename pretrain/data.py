@@ -230,7 +230,7 @@ def build_train_set(
     Megatron shuffles all epochs that ``num_samples`` needs together, so a longer run would see another order from the
     start. The pass length is therefore fixed when a run starts: an extended run appends a pass and leaves the earlier
     ones as they were. Within a pass that repeats no source the order is the same for any number of samples, so that no
-    more need to be indexed than are read; the number is rounded up, or every rollback would index them anew.
+    more need to be indexed than are read; the number is rounded up, or every rollback would build another index.
     """
     data = config.data
     if data.task is not None:  # every sample is new: there are no passes

@@ -93,11 +93,12 @@ def roll_back(
     saver.forget_after(found)
     checkpoint.load_run(found, state)
     about = checkpoint.read_about(found)
-    first = about.first_sample + about.samples + progress.health.samples_left_out
+    health = replace(about.health, skipped_samples=windows)  # those of earlier rollbacks
+    returned = replace(Progress.at(about), horizon_samples=progress.horizon_samples, health=health)
+    first = returned.position
     windows = (*windows, (first, progress.position))
     say(
         f"{spike}; back to step {about.step} (rollback {len(windows)} of {allowed}), "
         f"samples {first}-{progress.position - 1} are skipped"
     )
-    health = replace(about.health, skipped_samples=windows)
-    return replace(Progress.at(about), horizon_samples=progress.horizon_samples, health=health)
+    return replace(returned, health=replace(health, skipped_samples=windows))

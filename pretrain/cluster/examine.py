@@ -97,10 +97,11 @@ def _data(config: RunConfig, nodes: dict[str, int]) -> Iterator[Finding]:
 
 def _read_before(config: RunConfig, corpus: Corpus) -> int:
     """Return the samples of these data that earlier stages have read; 0 if their checkpoint cannot be opened."""
-    name, initial = config.checkpoint.initial, None
-    if name is not None:
-        with suppress(UserError):  # :func:`_start` reports it
-            initial = checkpoint.read_about(step_folder.locate(name))
+    name = config.checkpoint.initial
+    step, initial = None if name is None else step_folder.glance(name), None
+    if step is not None:
+        with suppress(UserError):  # :func:`_start` reports it, and reads whole checkpoints
+            initial = checkpoint.read_about(step)
     return first_sample(config, corpus, initial)
 
 
