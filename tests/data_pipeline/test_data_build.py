@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_pipeline import tokenize
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.train_tokenizer import train_tokenizer
 from data_pipeline.verify import check_prefix
 from looplm.failures import UserError
 
@@ -41,6 +42,20 @@ def test_counts_and_texts(corpus: Any, jsonl: Any, config: Any, build: Any, deco
     files = {f"a_{split}.{kind}" for split in ("train", "valid") for kind in ("bin", "idx", "manifest.json")}
     assert {path.name for path in output.iterdir()} == files | {"data_pipeline.json", "logs", "tokenizer.json"}
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_tokenizer_learns_from_the_training_documents_alone(
+    source: Any, config: Any, build: Any, decoded: Any, monkeypatch: Any
+) -> None:
+    learned = list[str]()
+
+    def train(texts: Iterable[str], settings: TokenizerConfig) -> Tokenizer:
+        learned.extend(texts)
+        return train_tokenizer(learned, settings)
+
+    monkeypatch.setattr(tokenize, "train_tokenizer", train)
+    output = build(config(source))
+    assert sorted(learned) == sorted(decoded(output / "a_train")) and decoded(output / "a_valid")
 
 
 def test_same_result_twice_and_no_work_the_third_time(

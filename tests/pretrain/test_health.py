@@ -18,9 +18,11 @@ from looplm.checkpoint import Health, step_folder
 from looplm.cli import run_main, to_dict
 from looplm.config import LossConfig, ParallelConfig, RunConfig
 from looplm.failures import NumericalFailure
+from pretrain.data import check_corpus
 from pretrain.health import finite_or_null, require_finite
 from pretrain.run import build
-from pretrain.train import main
+from pretrain.train import main, train
+from pretrain.trainer import Step, Trainer
 from tests.support.faulty import Fault, injected, outcome, run_faulty
 from tests.support.launch import SERVER, launch
 from tests.support.tiny import run_config, train_rows
@@ -143,6 +145,24 @@ def test_weights_and_moments_that_are_not_finite_are_not_saved(corpus, tmp_path,
     name = r"decoder\.layers\.0\.mlp\.linear_fc1\.weight"
     with pytest.raises(NumericalFailure, match=f"step 7: {name} is not finite on rank 0; no checkpoint is written"):
         require_finite(trainer.state, 7)
+
+
+@pytest.mark.slow
+def test_a_run_looks_at_what_it_saves(corpus, tmp_path, single_process, monkeypatch):
+    config, real = run_config(corpus, tmp_path, checkpoint={"save_every": 3}), Trainer.train
+    steps = list[Step]()
+
+    def spoils_the_third_step(self: Trainer, *args: Any) -> Any:
+        done = real(self, *args)
+        steps.append(done)
+        if len(steps) == 3:
+            self.state.model.decoder.final_layernorm.weight.data[0] = math.inf
+        return done
+
+    monkeypatch.setattr(Trainer, "train", spoils_the_third_step)
+    with pytest.raises(NumericalFailure, match=f"step 3: {LAST_NORM} is not finite on rank 0; no checkpoint"):
+        train(config, check_corpus(config.data, config.model.vocab_size), single_process)
+    assert not steps_of(tmp_path)
 
 
 def test_json_has_null_for_numbers_that_are_not_finite():

@@ -123,6 +123,13 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
 
     monkeypatch.setattr(process_groups, "stop", lambda: None)  # the test session still needs its process groups
     arguments = ["--checkpoint", whole.output_dir, "--depths", "1,3,6", "--samples", "32", "--batch_size", "16"]
+    fitted_on = list[str]()
+
+    def made(*sizes: Any) -> TaskDataset:
+        fitted_on.append(sizes[2])
+        return TaskDataset(*sizes)
+
+    monkeypatch.setattr(evaluate, "TaskDataset", made)
     evaluate.main(
         [
             *arguments,
@@ -139,7 +146,7 @@ def test_a_run_on_a_task_resumes_bit_for_bit_and_is_measured(tmp_path, single_pr
     )
     report = json.loads((tmp_path / "whole/evaluation.json").read_text())
     answers = report["answers"]
-    assert report["data"] == ["word_problem (test)"]
+    assert report["data"] == ["word_problem (test)"] and fitted_on == ["train"], "no head is fitted to what it answers"
     assert [row["depth"] for row in answers["depths"]] == [1, 2, 3, 4, 5, 6] and len(answers["refitted"]) == 6
     assert len(answers["attention_sink"]) == 6 and len(answers["loop_radius"]) == 5
     assert answers["levels"]["levels"] == list(range(1, 8)) and answers["levels"]["labels"] == [32] * 7

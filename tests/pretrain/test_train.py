@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from looplm import checkpoint
 from looplm.checkpoint import optimizer_state, step_folder
@@ -281,11 +282,15 @@ def test_loss_falls(corpus, tmp_path, single_process):
 
 
 def test_metrics_are_complete(corpus, tmp_path, single_process):
-    row = run(run_config(corpus, tmp_path))[-1]
+    *earlier, row = run(run_config(corpus, tmp_path))
     assert sum(row["exit_distribution"]) == pytest.approx(1, abs=1e-5)
     assert 1 <= row["mean_depth"] <= 3 and row["entropy"] > 0
     assert row["tokens"] == 6 * 4 * 32 and row["tokens_per_second"] > 0 and 0 < row["mfu"] < 1
-    assert list((tmp_path / "tensorboard").iterdir())
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    drawn = {event.step: event.value for event in board.Scalars("train/loss")}
+    assert drawn == pytest.approx({each["step"]: each["loss"] for each in (*earlier, row)})
+    assert board.Scalars("train/loss_per_loop/3")[-1].value == pytest.approx(row["loss_per_loop"][2])
 
 
 def test_errors_come_before_training(corpus, tmp_path, single_process):

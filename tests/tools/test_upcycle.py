@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_prefix
-from tools.upcycle import main
+from tools.upcycle import LoopsConfig, main
 from tools.upcycling.measure import read_samples
 from tools.upcycling.model_state import ModelState, assemble, open_source
 from tools.upcycling.structure import change_gate, change_loops, copy_layers, deepen
@@ -32,9 +33,10 @@ IDS_BS = torch.arange(24).view(2, 12) % VOCAB
 
 
 def resume(output: Path, groups, steps: int) -> list[dict]:
-    """Resume an upcycled run from its own config.yaml."""
+    """Resume an upcycled run, or the copy of one, from its own config.yaml."""
     config = from_dict(RunConfig, yaml.safe_load((output / "config.yaml").read_text()), where="config.yaml")
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, train_steps=steps))
+    optim = dataclasses.replace(config.optim, train_steps=steps)
+    config = dataclasses.replace(config, optim=optim, output_dir=str(output))
     train(config, check_corpus(config.data, config.model.vocab_size), groups)
     return train_rows(output)
 
@@ -72,6 +74,10 @@ def test_a_deeper_run_has_every_copy_with_its_moments_and_resumes(
 
     rows = resume(output, single_process, 8)
     assert [row["step"] for row in rows] == [7, 8], "it resumes at the source's step"
+    shutil.copytree(tiny_run, tmp_path / "same")
+    same = resume(tmp_path / "same", single_process, steps=8)[-2:]
+    assert [row["learning_rate"] for row in rows] == [row["learning_rate"] for row in same]
+    assert [row["samples"] for row in rows] == [row["samples"] for row in same]
     (kept,) = json.loads((output / "checkpoints/step_00000008/companions/upcycle.json").read_text())
     assert kept == record
 
@@ -92,6 +98,17 @@ def test_the_reported_losses_match_the_reference(tiny_run, corpus, tmp_path, sin
         losses = [reference.token_losses(h_SBD, head_VD, batch.labels_SB) for h_SBD in output.hidden]
         means = [reference.masked_mean(loss_SB, batch.mask_SB).item() for loss_SB in losses]
         assert record[when]["loss_per_depth"] == pytest.approx(means, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masks", [True, False])
+def test_samples_are_read_as_the_source_was_trained(masks, corpus, tmp_path, single_process):
+    config = run_config(corpus, tmp_path / "run", data={"document_masking": masks})
+    train(config, check_corpus(config.data, config.model.vocab_size), single_process)
+    prefix = str(corpus / "valid")
+    conversion = LoopsConfig(checkpoint=config.output_dir, output=str(tmp_path / "out"), data=prefix, loops=2)
+    (batch, *_) = conversion.read(prefix, conversion.open(single_process), single_process)
+    assert (batch.document_start_SB is not None) == masks
 
 
 @pytest.mark.slow

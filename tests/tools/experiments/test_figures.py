@@ -114,7 +114,9 @@ def test_the_rise_over_solved_levels_leaves_out_those_that_no_depth_solves():
     def figures(*accuracy: float) -> dict[str, float]:
         found = evaluation(levels, exits)
         assert found.answers is not None
-        depths = (found.answers.depths[0], replace(found.answers.depths[1], accuracy_by_level=accuracy))
+        first, second = found.answers.depths
+        deeper = replace(second, depth=3, accuracy_by_level=(0.0,) * 4)  # beyond training nothing is solved
+        depths = first, replace(second, accuracy_by_level=accuracy), deeper
         answers = replace(found.answers, depths=depths)
         return figures_of("test", replace(found, answers=answers), run(loss={"weights": "gate"})).figures
 
