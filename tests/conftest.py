@@ -2,6 +2,8 @@
 
 import gc
 import os
+import platform
+import socket
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -26,8 +28,9 @@ guarded = False  # True while a test without the marker slow runs
 
 
 def refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
-    """Audit hook: raise if a guarded test starts a process."""
-    if guarded and event in STARTS_A_PROCESS:
+    """Audit hook: raise if a guarded test starts a process, or asks the server that forks ``forkserver`` processes."""
+    asks_a_server = event == "socket.connect" and getattr(arguments[0], "family", None) == socket.AF_UNIX
+    if guarded and (event in STARTS_A_PROCESS or asks_a_server):
         raise AssertionError(f"{event}: this test starts a process; mark it slow")
 
 
@@ -37,6 +40,7 @@ def refuse_training(*_: object) -> NoReturn:
 
 
 sys.addaudithook(refuse_processes)
+platform.processor()  # starts a process once; whichever test asks first would be refused
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,9 @@
 """Tests without the marker slow can neither start a process nor train (tests/conftest.py)."""
 
 import os
+import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,16 @@ def test_an_unmarked_test_cannot_start_a_process() -> None:
         subprocess.run(["true"])
     with pytest.raises(AssertionError, match="mark it slow"):
         os.fork()
+
+
+def test_an_unmarked_test_cannot_ask_for_a_process(tmp_path: Path) -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as server,
+        socket.socket(socket.AF_UNIX) as client,
+        pytest.raises(AssertionError, match="mark it slow"),
+    ):
+        server.bind(str(tmp_path / "listener"))
+        client.connect(str(tmp_path / "listener"))
 
 
 def test_an_unmarked_test_cannot_train() -> None:

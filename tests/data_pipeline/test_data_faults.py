@@ -21,6 +21,7 @@ from data_pipeline.config import DedupConfig
 from data_pipeline.local_executor import StepFailed
 from data_pipeline.verify import check_prefix
 from looplm.failures import StorageFailure
+from tests.support import disks
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
@@ -189,12 +190,8 @@ def test_a_killed_removal_does_not_look_like_work_to_continue(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of 400 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("may not mount a disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # tracebacks still hold its files
+    with disks.small_disk(tmp_path / "disk", "size=400k") as folder:
+        yield folder
 
 
 @pytest.mark.promise(
@@ -213,24 +210,16 @@ def test_a_full_disk(
     record_property: Any,
 ) -> None:
     settings = config({"a": jsonl("a", texts)}, workers=workers, output_dir=str(small_disk / "out"))
-    filler = small_disk / "filler"
     for free_kb in (0, 20, 60, 100):  # full at the start, and in later steps
-        filler.unlink(missing_ok=True)
+        filler = disks.fill(small_disk, free_kb << 10)
         with pytest.raises(StorageFailure, match="the disk is full") as caught:
-            fill(filler, free_kb)
             build(settings)
         assert "\n" not in str(caught.value) and caught.value.status == 5
         assert not (small_disk / "out").exists()
-    filler.unlink()
-    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+        filler.unlink()
+    disks.run_as_root("mount", "-o", "remount,size=64m", str(small_disk))
     assert result(build(settings)) == undisturbed(settings, build, tmp_path)
     record_property("seen", "status 5: the disk is full; then the undisturbed bytes")
-
-
-def fill(filler: Path, free_kb: int) -> None:
-    """Let a file grow until the disk has ``free_kb`` left."""
-    with filler.open("ab") as stream:
-        stream.write(bytes(max(0, psutil.disk_usage(str(filler.parent)).free - free_kb * 1024)))
 
 
 @pytest.mark.promise(

@@ -3,9 +3,8 @@
 import dataclasses
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from looplm.config import RunConfig
 from tests.faults import harness
 from tests.faults.layouts import Reference, config_of
+from tests.support.disks import fill, small_disk
 
 pytestmark = pytest.mark.slow
 LAYOUT = "pipeline"  # each rank writes shards of its own
@@ -74,43 +74,25 @@ def test_a_save_that_one_rank_cannot_finish(
     resume_exactly(config, whole)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return the folder of a tmpfs of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.hard
 @pytest.mark.promise(
     text="A disk that fills up during a run ends it cleanly; with space again, the same command continues exactly",
     expected="status 5 on both ranks, one line; the checkpoint before it stays; no half-written one is loaded",
 )
 def test_a_disk_that_fills_up(
-    corpus: Path, small_disk: Path, references: Callable[[str], Reference], record_property: Any
+    corpus: Path, tmp_path: Path, references: Callable[[str], Reference], record_property: Any
 ) -> None:
-    whole, config = references(LAYOUT), config_of(LAYOUT, corpus, small_disk / "run")
-    with harness.Job(config, 2) as job:
-        latest = small_disk / "run/checkpoints/latest"
-        job.wait_for(latest.exists)
-        filler = (small_disk / "filler").open("wb", buffering=0)
-        block = bytes(4096)
-        try:
-            while filler.write(block) == len(block):
-                pass
-        except OSError:
-            filler.truncate(filler.tell() - 40_000)  # enough for metrics, too little for a checkpoint
-        ends = job.ends()
-    line = refused_save(config, ends, latest.read_text().strip())
-    assert "the disk is full" in line
-    filler.close()
-    (small_disk / "filler").unlink()
-    resume_exactly(config, whole)
+    with small_disk(tmp_path / "disk") as folder:
+        whole, config = references(LAYOUT), config_of(LAYOUT, corpus, folder / "run")
+        with harness.Job(config, 2) as job:
+            latest = folder / "run/checkpoints/latest"
+            job.wait_for(latest.exists)
+            filler = fill(folder, 40_000)  # enough for metrics, too little for a checkpoint
+            ends = job.ends()
+        line = refused_save(config, ends, latest.read_text().strip())
+        assert "the disk is full" in line
+        filler.unlink()
+        resume_exactly(config, whole)
     record_property("seen", "status 5 on both ranks: the disk is full; then as the uninterrupted run")
 
 

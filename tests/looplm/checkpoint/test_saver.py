@@ -5,9 +5,9 @@ import io
 import os
 import pickle
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pretrain.progress import Progress, describe
 from pretrain.run import build
 from pretrain.train import train
 from tests.faults import harness
+from tests.support.disks import fill, run_as_root, small_disk
 from tests.support.tiny import run_config, train_rows
 
 pytestmark = pytest.mark.slow
@@ -307,31 +308,8 @@ def is_running(pid: int) -> bool:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Return a function that mounts a small disk in memory."""
-    mounted: list[Path] = []
-
-    def mount(options: str = "size=4m") -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            pytest.skip(f"no permission to mount a tmpfs: {result.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path, room: int) -> None:
-    """Write a file that leaves ``room`` bytes on the disk."""
-    filler = (folder / "filler").open("wb", buffering=0)
-    try:
-        while True:
-            filler.write(bytes(1 << 14))
-    except OSError:
-        filler.truncate(filler.tell() - room)
+    with ExitStack() as mounted:
+        yield lambda *options: mounted.enter_context(small_disk(tmp_path / "disk", *options))
 
 
 def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
@@ -346,8 +324,8 @@ def spoil_disk(folder: Path, how: str, room: int, rank: int) -> None:
                 fill(folder, room)
             else:
                 place = str(folder / "checkpoints")  # output_dir itself is busy: a file in it is locked
-                subprocess.run(["mount", "--bind", place, place], check=True)
-                subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+                run_as_root("mount", "--bind", place, place)
+                run_as_root("mount", "-o", "remount,bind,ro", place)
         save(self, *arguments)
 
     checkpoint.Saver.save = spoiled  # type: ignore[method-assign,assignment]
@@ -378,7 +356,7 @@ def test_a_disk_that_fills_up(how, room, ranks, disk, corpus, tmp_path, record_p
         assert not list((folder / "checkpoints").glob(".*")), "half a checkpoint keeps the disk full"
         (folder / "filler").unlink()
     else:
-        subprocess.run(["umount", str(folder / "checkpoints")], check=True)
+        run_as_root("umount", str(folder / "checkpoints"))
     harness.complete(config, ranks)
     assert [row["step"] for row in train_rows(folder)] == [1, 2, 3, 4, 5, 6]
     assert not list((folder / "checkpoints").glob(".*"))

@@ -11,6 +11,7 @@ from tests.support.launch import run_ranks
 from tools.bench.pipeline import PipelineBenchConfig, main
 
 
+@pytest.mark.slow
 def test_both_schedules_compute_the_same_and_are_printed(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     run_ranks(2, pipeline_worker.run, (), log, timeout=300)

@@ -63,6 +63,7 @@ def test_utilization_and_memory_are_compared_with_the_planner(monkeypatch: pytes
     assert [unknown[key] for key in missing] == [None] * 4 and list(unknown) == list(values)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_the_speed_parts_step_stands_beside_the_plan() -> None:
     config = recipe("cpu", "mla")
     rehearsed = speed.rehearsed_bytes(config)
