@@ -4,8 +4,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("looplm", "data_pipeline", "pretrain", "tools")
 MAX_LINES = 400
@@ -74,10 +72,8 @@ def imported_names(module: str, tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield base, node.lineno
 
 
-EDGES = {
-    module: sorted({name for name, _ in imported_names(module, tree) if name in PATHS and name != module})
-    for module, tree in TREES.items()
-}
+IMPORTED = {module: sorted({name for name, _ in imported_names(module, tree)}) for module, tree in TREES.items()}
+EDGES = {module: [name for name in names if name in PATHS and name != module] for module, names in IMPORTED.items()}
 
 
 def row_of(module: str) -> int:
@@ -92,10 +88,14 @@ def row_of(module: str) -> int:
     return best[1]
 
 
-@pytest.mark.parametrize("module", PATHS)
-def test_imports_point_upward(module: str) -> None:
-    wrong = [target for target in EDGES[module] if target != "looplm" and row_of(target) > row_of(module)]
-    assert not wrong, f"{module} imports {wrong}, which are in rows below its own"
+def test_imports_point_upward() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in EDGES.items()
+        for target in targets
+        if target != "looplm" and row_of(target) > row_of(module)
+    ]
+    assert not wrong, f"imports from rows below: {wrong}"
 
 
 def test_there_are_no_import_cycles() -> None:
@@ -112,41 +112,46 @@ def test_there_are_no_import_cycles() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", PATHS)
-def test_imports_are_at_the_top_of_a_file(module: str) -> None:
-    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    inner = [f"{name}, line {line}" for function in functions for name, line in imported_names(module, function)]
-    assert not inner, f"{module} imports inside a function: {inner}"
+def test_imports_are_at_the_top_of_a_file() -> None:
+    inner = [
+        f"{module}, line {line}: {name}"
+        for module, tree in TREES.items()
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for name, line in imported_names(module, function)
+    ]
+    assert not inner, f"imports inside functions: {inner}"
 
 
-@pytest.mark.parametrize("module", PATHS)
-def test_process_groups_and_cuda_are_used_only_by_their_owners(module: str) -> None:
-    names = [name for name, _ in imported_names(module, TREES[module])]
-    state = [name for name in names if {"parallel_state", "mpu"} & set(name.split("."))]
-    assert not state or module == OWNER_OF_PROCESS_GROUPS, (
-        f"{module} imports {state}; only {OWNER_OF_PROCESS_GROUPS} may"
-    )
-    assert "torch.cuda." not in SOURCES[module] or module.startswith(OWNERS_OF_CUDA), (
-        f"{module} uses torch.cuda; ask looplm.megatron.device"
-    )
+def test_process_groups_and_cuda_are_used_only_by_their_owners() -> None:
+    state = [
+        module
+        for module, names in IMPORTED.items()
+        if any({"parallel_state", "mpu"} & set(name.split(".")) for name in names)
+    ]
+    assert state == [OWNER_OF_PROCESS_GROUPS], f"they import Megatron's process groups: {state}"
+    cuda = [name for name, source in SOURCES.items() if "torch.cuda." in source and not name.startswith(OWNERS_OF_CUDA)]
+    assert not cuda, f"they use torch.cuda, and should ask looplm.megatron.device: {cuda}"
 
 
-@pytest.mark.parametrize("module", [name for name in PATHS if name.startswith(INDEPENDENT)])
-def test_the_reference_and_the_export_import_no_other_module_of_ours(module: str) -> None:
-    names = [name for name, _ in imported_names(module, TREES[module]) if name.split(".")[0] in (*PACKAGES, "tests")]
-    ours = [name for name in names if not name.startswith(tuple(f"{package}." for package in INDEPENDENT))]
-    assert not ours, f"{module} imports {ours}"
+def test_the_reference_and_the_export_import_no_other_module_of_ours() -> None:
+    own = tuple(f"{package}." for package in INDEPENDENT)
+    ours = [
+        f"{module} imports {name}"
+        for module, names in IMPORTED.items()
+        if module.startswith(INDEPENDENT)
+        for name in names
+        if name.split(".")[0] in PACKAGES and not name.startswith(own)
+    ]
+    assert not ours, ours
 
 
-@pytest.mark.parametrize("module", PATHS)
-def test_no_product_module_imports_tests(module: str) -> None:
-    names = [name for name, _ in imported_names(module, TREES[module]) if name.split(".")[0] == "tests"]
-    assert not names, f"{module} imports {names}"
+def test_no_product_module_imports_tests() -> None:
+    wrong = [module for module, names in IMPORTED.items() if any(name.split(".")[0] == "tests" for name in names)]
+    assert not wrong, f"they import tests: {wrong}"
 
 
-@pytest.mark.parametrize("module", PATHS)
-def test_a_file_can_be_read_in_one_sitting(module: str) -> None:
-    lines = SOURCES[module].count("\n")
-    assert lines <= MAX_LINES, (
-        f"{PATHS[module].relative_to(ROOT)} has {lines} lines, more than {MAX_LINES}; find the concept to move out"
-    )
+def test_a_file_can_be_read_in_one_sitting() -> None:
+    lines = {name: source.count("\n") for name, source in SOURCES.items()}
+    long = {name: count for name, count in lines.items() if count > MAX_LINES}
+    assert not long, f"longer than {MAX_LINES} lines; find the concept to move out: {long}"

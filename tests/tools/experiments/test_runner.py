@@ -23,6 +23,7 @@ from tools.experiments.runs import ExperimentConfig, Size, Unit, config_of, merg
 from tools.experiments.unit import Order
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -110,9 +111,9 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path):
         Runner(mini(), tmp_path, tmp_path / "mini.jsonl").run(1)
 
 
-@pytest.mark.parametrize("record", sorted(Path("docs/evidence").glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("record", sorted((ROOT / "docs/evidence").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_the_records_of_the_repository_are_of_its_experiments(record, tmp_path):
-    [file] = Path("configs/experiments").rglob(f"{record.stem}.yaml")
+    [file] = (ROOT / "configs/experiments").rglob(f"{record.stem}.yaml")
     config = parse_config(ExperimentConfig, ["--config", str(file)], prog="test", description="")  # as the command does
     assert Runner(config, tmp_path, record).rows()
 

@@ -17,7 +17,8 @@ from tests.support.tiny import VOCAB, train_rows, write_corpus
 from tools.experiments import smoke
 from tools.experiments.runs import ExperimentConfig, final_units, sweep_units
 
-FILES = sorted(Path("configs/experiments").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[3]
+FILES = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_a_file_of_every_task_is_run():
-    files = smoke.one_per_task(Path("configs/experiments"))
+    files = smoke.one_per_task(ROOT / "configs/experiments")
     tasks = [task for path in files for task in read(path)["base"]["data"]["task"]]
     assert sorted(tasks) == sorted(TASKS) and any("kv_caches" in read(path)["measure"] for path in files)
     assert len(FILES) >= 12
@@ -46,7 +47,7 @@ def test_an_experiment_in_small_asks_the_same_with_little_work(path):
 
 
 def test_the_first_experiment_keeps_a_sweep_and_two_seeds():
-    values = read(Path("configs/experiments/p_hop.yaml"))
+    values = read(ROOT / "configs/experiments/p_hop.yaml")
     config = from_dict(ExperimentConfig, smoke.shrunk(values, whole=True), where="test")
     assert len(sweep_units(config)) == 2 * len(config.arms) == 4 and len(config.seeds) == 2
 
@@ -70,7 +71,7 @@ def test_every_arm_trains(path, tmp_path, single_process):
 @pytest.mark.parametrize("name", ["text-levers", "worth"])
 def test_every_arm_on_text_trains(name, tmp_path, single_process):
     write_corpus(tmp_path)
-    path = Path(f"configs/experiments/text/{name}.yaml")
+    path = ROOT / f"configs/experiments/text/{name}.yaml"
     config = from_dict(ExperimentConfig, read(path), where=str(path))
     prefixes = {split: [{"prefix": str(tmp_path / split)}] for split in ("train", "valid")}
     data = {**prefixes, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 2}
@@ -87,7 +88,7 @@ def test_every_arm_on_text_trains(name, tmp_path, single_process):
 @pytest.mark.slow
 def test_one_file_runs_up_to_its_page(tmp_path, capfd):
     (tmp_path / "in").mkdir()
-    values = read(Path("configs/experiments/caches_words.yaml"))
+    values = read(ROOT / "configs/experiments/caches_words.yaml")
     (tmp_path / "in/caches.yaml").write_text(yaml.safe_dump(values))
     smoke.main(["--experiments", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")])
     page = (tmp_path / "out/evidence/caches.md").read_text()
