@@ -35,9 +35,10 @@ class Norms:
     """Norms of one training step, over all ranks; lists have one entry per loop.
 
     ``hidden_rms`` is the root mean square of the residual stream before the loop-end norm, which makes any growth
-    invisible. ``hidden_grad_norm`` is the norm of the loss's gradient with respect to the normed hidden state; zeros
-    if the trunk is frozen. ``hidden_cosine`` is the cosine of the normed hidden states of a loop and of the one before,
-    both with all tokens as one vector, and 1 for the first loop: a loop near 1 hardly moves the state. ``grad_norms``
+    invisible. A loop's state is what the next loop reads: normed, with ``model.loop_norm: readout`` not.
+    ``hidden_grad_norm`` is the norm of the loss's gradient with respect to it, through this loop's read-out and all
+    later loops; zeros if the trunk is frozen. ``hidden_cosine`` is the cosine of the states of a loop and of the one
+    before, both with all tokens as one vector, and 1 for the first loop: near 1 it hardly moves. ``grad_norms``
     are those of the trained modules, before clipping. Loops that the step did not run have NaN.
     """
 

@@ -6,6 +6,7 @@ Shapes: S sequence, B micro-batch, R loops.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -112,7 +113,7 @@ def loop_losses(
 ) -> LoopLosses:
     """Return the losses and gate logits of each token after each loop.
 
-    ``norms`` takes the norms of the hidden states. The gate distributes exits over
+    ``norms`` takes the norms of the loops' states. The gate distributes exits over
     ``gate_loops`` loops, None for the model's.
     With autograd and Megatron's wrapper, the gradient of the head's weight is in its buffer when this returns
     (:func:`head_of`).
@@ -121,7 +122,7 @@ def loop_losses(
     output = model(batch.ids_BS, num_loops, batch.document_start_SB, *options)
     head = head_of(model, batch, loss, gate_loops)
     if norms is not None:
-        for loop, h_SBD in enumerate(output.hidden):
+        for loop, h_SBD in enumerate(output.state):
             norms.watch(loop, h_SBD)
     exit_RSB, last_loop = exit_log_probs(output.gate_logit_RSB).exp(), len(output.hidden) - 1
     losses = [
@@ -203,13 +204,8 @@ def forward_step(
     norms.forget_recomputed()
     if isinstance(model, LoopView):
         head = head_of(model.ddp, batch, loss, model.loops)
-
-        def watched_head(h_SBD: Tensor, exit_SB: Tensor, last: bool) -> HeadLosses:
-            norms.watch(model.loop, h_SBD)
-            return head(h_SBD, exit_SB, last)
-
-        options = loss.frozen_trunk, loss.backward_loops
-        output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, watched_head, *options)
+        options = loss.frozen_trunk, loss.backward_loops, partial(norms.watch, model.loop)
+        output_SBD, losses = model(batch.ids_BS, batch.document_start_SB, head, *options)
     else:
         losses = loop_losses(model, batch, loss, loops, norms, loops)
         output_SBD = losses.token_loss_RSB

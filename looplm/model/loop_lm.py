@@ -44,14 +44,16 @@ EXTRA_STATE = "_extra_state"  # torch's suffix for the extra state of a module
 
 
 class LoopOutput(NamedTuple):
-    """For every loop the hidden state that the head reads [S, B, D], and the gate's logits [R, S, B].
+    """For every loop the hidden state that the head reads [S, B, D], the gate's logits [R, S, B], and the loop's state.
 
-    S counts the positions of the given ids. Under sequence parallelism the hidden states are this rank's part of them;
-    the logits are whole.
+    The ``state`` [S, B, D] is what the next loop reads. It is the hidden state too, unless a coda or a norm of the
+    read-out lies between. S counts the positions of the given ids. Under sequence parallelism states are this rank's
+    part of them; the logits are whole.
     """
 
     hidden: tuple[Tensor, ...]
     gate_logit_RSB: Tensor
+    state: tuple[Tensor, ...]
 
 
 class Readout(NamedTuple):
@@ -199,10 +201,10 @@ class LoopLM(LanguageModule):
             gate_loops: R of the gate's exit distribution; None takes ``model.num_loops``.
 
         Returns:
-            hidden states after each loop and the gate's logits; those of loops beyond ``gate_loops`` mean nothing.
+            hidden states, logits and states of each loop; logits of loops beyond ``gate_loops`` mean nothing.
         """
         num_loops = num_loops or self.model_config.num_loops
-        spans, read = self.attention_spans(ids_BS, document_start_SB), list[Readout]()
+        spans, states, read = self.attention_spans(ids_BS, document_start_SB), list[Tensor](), list[Readout]()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_trunk):
             h_SBD = entered_SBD = self.enter(ids_BS, spans)
             for loop in range(num_loops):
@@ -213,14 +215,16 @@ class LoopLM(LanguageModule):
                 if self.step_embedding is not None:
                     h_SBD = self.step_embedding(h_SBD, loop)
                 h_SBD = self._run(self.decoder, h_SBD, spans)
+                states.append(h_SBD)
                 read.append(self.read_out(h_SBD, spans))
         if frozen_trunk:
-            read = [readout.detached() for readout in read]  # Megatron re-enables autograd around residual adds
+            # Megatron re-enables autograd around residual adds.
+            read, states = [readout.detached() for readout in read], [h_SBD.detach() for h_SBD in states]
         state, logits = None, []
         for loop, readout in enumerate(read):
             logit_SB, state = self.gate_logit(readout.gate_SBD, state, loop, document_start_SB, gate_loops)
             logits.append(logit_SB)
-        return LoopOutput(tuple(readout.head_SBD for readout in read), torch.stack(logits))
+        return LoopOutput(tuple(readout.head_SBD for readout in read), torch.stack(logits), tuple(states))
 
     def attention_spans(self, ids_BS: Tensor, document_start_SB: Tensor | None) -> Tensor | None:
         """Return which keys each query sees, in the core's form, for all layers and loops; None for all earlier ones.

@@ -122,6 +122,7 @@ class LoopView(nn.Module):
         head: Head,
         frozen_trunk: bool = False,
         backward_loops: int | None = None,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> ViewOutput:
         """Run this rank's layers once.
 
@@ -131,6 +132,7 @@ class LoopView(nn.Module):
             head: called on the last rank, after the gate.
             frozen_trunk: use autograd for the gate only.
             backward_loops: as in :meth:`LoopLM.forward`.
+            watch: called on the last rank with the loop's state.
         """
         micro_batch, self._calls = self._calls, self._calls + 1
         inner, loops = self.inner, self.loops
@@ -147,6 +149,8 @@ class LoopView(nn.Module):
             readout = inner.read_out(hidden_SBD, spans)
         if frozen_trunk:  # Megatron re-enables autograd around residual adds
             hidden_SBD, readout = hidden_SBD.detach(), readout.detached()
+        if watch is not None:
+            watch(hidden_SBD)
 
         before = self._carried.pop(micro_batch, _Carried())
         logit_SB, state = inner.gate_logit(readout.gate_SBD, before.gate_state, self.loop, document_start_SB, loops)

@@ -35,6 +35,7 @@ class Output(NamedTuple):
     hidden: tuple[Tensor, ...]  # R tensors [S, B, D]: what the head reads after each loop
     gate_logit_RSB: Tensor
     refinements: list["Refinement"]  # of each layer and loop
+    state: tuple[Tensor, ...]  # R tensors [S, B, D]: what the next loop reads
 
 
 class Refinement(NamedTuple):
@@ -66,7 +67,7 @@ def forward(
 
     h_SBD = F.embedding(ids_BS.T, params["embedding.word_embeddings.weight"])
     h_SBD = layers("prelude", cfg.prelude_layers, h_SBD)
-    entered_SBD, state_SBZ, hidden, logits = h_SBD, None, [], []
+    entered_SBD, state_SBZ, states, hidden, logits = h_SBD, None, [], [], []
     num_loops = num_loops or cfg.num_loops
     for loop in range(num_loops):
         if backward_loops is not None and 0 < loop == num_loops - backward_loops:
@@ -79,13 +80,14 @@ def forward(
         read_SBD = rms_norm(h_SBD, params["decoder.final_layernorm.weight"], cfg.norm_eps)
         if cfg.loop_norm == "state":  # otherwise the next loop and a coda continue the residual stream
             h_SBD = read_SBD
+        states.append(h_SBD)
         logit_SB, state_SBZ = exit_gate(gate, gate_cfg, read_SBD, state_SBZ, loop, cfg.num_loops, view.visible_BSS)
         if cfg.coda_layers:
             read_SBD = layers("coda", cfg.coda_layers, h_SBD)
             read_SBD = rms_norm(read_SBD, params["coda.final_layernorm.weight"], cfg.norm_eps)
         hidden.append(read_SBD)
         logits.append(logit_SB)
-    return Output(tuple(hidden), torch.stack(logits), view.refinements)
+    return Output(tuple(hidden), torch.stack(logits), view.refinements, tuple(states))
 
 
 def inject(p: Params, kind: str, h_SBD: Tensor, entered_SBD: Tensor) -> Tensor:

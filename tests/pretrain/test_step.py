@@ -406,15 +406,17 @@ def test_an_evaluation_of_several_chunks_is_the_mean_of_all(single_process):
     assert whole.loss == pytest.approx(sum(stats.loss * stats.tokens for stats in alone) / tokens, rel=1e-6)
 
 
-def test_norms_of_the_states_equal_the_reference(single_process):
-    looped, trainer = make_opinionated(single_process, LossConfig(weights="last"))
+@pytest.mark.parametrize("changes", [{}, {"loop_norm": "readout"}, {"coda_layers": 1}], ids=str)
+def test_norms_of_the_states_equal_the_reference(changes, single_process):
+    looped, trainer = make_opinionated(single_process, LossConfig(weights="last"), **changes)
     batch, plain = make_batch(5, masked=3), oracle_copy(dict(looped.named_parameters()))
-    hidden = reference.forward(plain, looped.model_config, GATE, batch.ids_BS).hidden
+    expected = reference.forward(plain, looped.model_config, GATE, batch.ids_BS)
     head = reference.head_weight(plain, looped.model_config)
-    losses = reference.token_losses(hidden[-1], head, batch.labels_SB)
-    gradients = torch.autograd.grad(reference.masked_mean(losses, batch.mask_SB), hidden)
+    losses = reference.token_losses(expected.hidden[-1], head, batch.labels_SB)
+    gradients = torch.autograd.grad(reference.masked_mean(losses, batch.mask_SB), expected.state)
+    assert all(gradient.any() for gradient in gradients), "every loop's state reaches the last loop's loss"
     _, norms = trainer.backward(iter([batch]), 1)
-    flat = [h.flatten() for h in hidden]
+    flat = [h.flatten() for h in expected.state]
     cosines = [1.0, *(torch.cosine_similarity(a, b, dim=0).item() for a, b in pairwise(flat))]
     assert norms.hidden_cosine == pytest.approx(cosines, rel=1e-5) and max(cosines[1:]) < 0.999
     assert norms.hidden_grad_norm == pytest.approx([g.norm().item() for g in gradients], rel=1e-4)
