@@ -98,7 +98,7 @@ def table(stages: Sequence[Stage], jumps: Sequence[StageJump]) -> list[list[str]
     rows = [[*heads, "steps", "tokens", "loss", "validation", "jump"]]
     for stage in stages:
         steps, rates_N = stage.train["step"][-1], stage.train["learning_rate"]
-        loss = f"{stage.train['loss_per_loop'][-LAST:, -1].mean():.3f}"
+        loss = f"{_losses(stage, stage.loops)[-LAST:].mean():.3f}"
         valid = f"{stage.valid['loss_per_loop'][-1, -1]:.3f}" if stage.valid["step"].size else ""
         cells = [f"{steps:.0f}", f"{stage.train['tokens'][-1]:,.0f}", loss, valid, marked.get(stage.name, "")]
         rows.append([stage.name, *_settings(stage), f"{np.nanmax(rates_N):.0e} → {rates_N[-1]:.0e}", *cells])

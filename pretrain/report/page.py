@@ -108,7 +108,7 @@ def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
     if runs := [stage.run for stage in stages if stage.run is not None]:
         count = sum(parameter_counts(runs[-1].model, runs[-1].gate).values())
         tiles.append(("Parameters", _short(count), "shared by all loops"))
-    tokens = {stage.name: float(np.nanmax(stage.train["tokens"], initial=0)) for stage in stages}
+    tokens = _tokens(stages)
     seconds = {stage.name: float(np.nansum(stage.train["seconds"])) for stage in stages}
     for title, totals, form in (("Tokens seen", tokens, _short), ("Training time", seconds, _duration)):
         if 0 < sum(totals.values()) < np.inf:
@@ -118,6 +118,17 @@ def _headline(stages: Sequence[Stage], evaluation: Evaluation | None) -> str:
     texts = (tuple(map(escape, tile)) for tile in tiles)
     cells = (f"<div><small>{name}</small><b>{figure}</b><small>{about}</small></div>" for name, figure, about in texts)
     return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _tokens(stages: Sequence[Stage]) -> dict[str, float]:
+    """Return the tokens that each stage trained on. One that resumes a converted run counts that run's tokens on."""
+    tokens, before = dict[str, float](), (np.inf, 0.0)
+    for stage in stages:
+        counted = float(np.nanmax(stage.train["tokens"], initial=0))
+        resumes = stage.train["step"][0] > before[0] and stage.train["tokens"][0] > before[1]
+        tokens[stage.name] = counted - (before[1] if resumes else 0.0)
+        before = stage.train["step"][-1], counted
+    return tokens
 
 
 def _notes(stages: Sequence[Stage], evaluation: Evaluation | None, samples: Sequence[Sample]) -> list[str]:

@@ -15,7 +15,7 @@ from looplm.failures import UserError
 from pretrain import stage_jumps
 from pretrain.report.data import read_stages
 from pretrain.report.page import build_page
-from pretrain.stage_jumps import find_jumps
+from pretrain.stage_jumps import find_jumps, table
 
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=2, attention="mha"
@@ -112,6 +112,8 @@ def test_only_steps_that_ran_the_loop_are_compared(run):
         row["loss_per_loop"], row["exit_distribution"] = [3.5, None], [1.0, 0.0]
     (run / "gate/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert {one.after: one.nats for one in find_jumps(read_stages(run))}["gate"] == pytest.approx(0)
+    heads, *table_rows = table(read_stages(run), [])
+    assert {row[0]: row[heads.index("loss")] for row in table_rows}["gate"] == "3.400"
 
 
 def test_the_command_prints_a_row_per_stage_and_enforces_the_limit(run, capsys):

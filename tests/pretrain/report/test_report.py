@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -281,6 +282,16 @@ def test_loops_that_a_step_did_not_run_are_left_out_and_are_no_fault(tmp_path: P
     page = Page(build_page(tmp_path))
     assert "not finite" not in page.text and not re.search(r"\bnan\b", page.text)
     assert f"{lines[9]['loss_per_loop'][1]:.2f} →" in page.text, "the headline starts with the first step of all loops"
+
+
+def test_tokens_of_a_run_that_a_conversion_continues_count_once(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a/metrics.jsonl", metrics(20, 2))
+    grown = [line for line in metrics(30, 2) if line["step"] > 20]
+    write_lines(tmp_path / "b/metrics.jsonl", grown)
+    write_lines(tmp_path / "c/metrics.jsonl", metrics(10, 2))
+    os.utime(tmp_path / "a/metrics.jsonl", (1, 1))
+    os.utime(tmp_path / "b/metrics.jsonl", (2, 2))
+    assert "Tokens seen81.9 Ka 41 K + b 20.5 K + c 20.5 K" in " ".join(Page(build_page(tmp_path)).text.split())
 
 
 def test_stages_with_different_numbers_of_loops(tmp_path: Path) -> None:
