@@ -78,7 +78,8 @@ def main(argv: list[str]) -> None:
         print(plan(config, runner))
     elif word == "report":
         command_line = f"{PROG} run {path}"
-        rows = runner.merge()
+        runner.merge()
+        rows = runner.rows()
         verdict = write_page(
             evidence,
             path.stem,
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> None:
             rows,
             source=path.read_text(),
             command=command_line,
+            missing=runner.total - len(rows),
             worths=config.worths(arms_of(rows)),
         )
         print(f"{evidence / path.stem}.md: {verdict.answer}. {verdict.reason}")

@@ -32,6 +32,7 @@ def a_row(**values: Any) -> Row:
         "machine": "2 cores, x86_64",
         "commit": "0123456",
         "figures": {"test.accuracy": 0.5},
+        "settings": "89abcdef",
     }
     return Row(**{**default, **values})
 

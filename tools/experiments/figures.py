@@ -36,20 +36,22 @@ def figures_of(split: str, found: Evaluation, run: RunConfig) -> Results:
         run: the run that was measured.
     """
     loops = run.model.num_loops
+    gated = run.loss.trains_gate and loops > 1
     losses = {at.depth: at.loss for at in found.depths}
     figures = {"loss": losses[loops]} | {f"loss@depth={depth}": loss for depth, loss in losses.items()}
     curves: Curves = {
         "loss by depth": tuple(losses.values()),
         "exit probability by depth": found.exit_distribution,
-        "mean depths": tuple(at.mean_depth for at in found.exit_curve),
-        "loss by mean depth": tuple(at.loss for at in found.exit_curve),
     }
+    if gated:
+        curves["mean depths"] = tuple(at.mean_depth for at in found.exit_curve)
+        curves["loss by mean depth"] = tuple(at.loss for at in found.exit_curve)
     figures |= _cache_figures(found)
     if found.answers is not None:
-        answers = _answers(found.answers, loops)
+        answers = _answers(found.answers, loops, gated)
         figures, curves = figures | answers.figures, curves | answers.curves
         figures |= _capo_figures(answers.figures, run)
-    if run.loss.trains_gate and loops > 1:
+    if gated:
         figures |= _exit_figures(found, curves, run)
     return Results(
         {f"{split}.{name}": value for name, value in figures.items()},
@@ -58,13 +60,14 @@ def figures_of(split: str, found: Evaluation, run: RunConfig) -> Results:
 
 
 def train_figures(metrics: Path) -> Results:
-    """Return the last training loss, and the curve of the losses."""
+    """Return the last training loss, and the curve of the losses; a loss that was not finite is NaN."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row for row in rows if row.get("kind") == "train"]
     kept = steps[:: -(-len(steps) // _POINTS)]
-    curves = {"train.loss by step": tuple(row["loss"] for row in kept)}
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in steps]
+    curves = {"train.loss by step": tuple(losses[:: -(-len(steps) // _POINTS)])}
     curves["train.steps"] = tuple(float(row["step"]) for row in kept)
-    return Results({"train.loss": steps[-1]["loss"]}, curves)
+    return Results({"train.loss": losses[-1]}, curves)
 
 
 def _cache_figures(found: Evaluation) -> dict[str, float]:
@@ -83,13 +86,12 @@ def _cache_figures(found: Evaluation) -> dict[str, float]:
     return figures
 
 
-def _answers(answers: TaskAnswers, loops: int) -> Results:
-    """Return what was answered at each depth and level."""
+def _answers(answers: TaskAnswers, loops: int, gated: bool) -> Results:
+    """Return what was answered at each depth and level, and along a trained gate's thresholds."""
     trained = answers.depths[loops - 1]
     figures = {"accuracy": trained.accuracy, "whole_samples": trained.whole_samples}
     levels = tuple(map(float, answers.levels.levels))
     curves: Curves = {"levels": levels, "accuracy by level": trained.accuracy_by_level}
-    curves["exit depth by level"] = answers.levels.expected_depth
     for at in answers.depths:
         figures[f"accuracy@depth={at.depth}"] = at.accuracy
         curves[f"accuracy@depth={at.depth} by level"] = at.accuracy_by_level
@@ -113,7 +115,9 @@ def _answers(answers: TaskAnswers, loops: int) -> Results:
     figures |= {f"solved@votes={voted.votes}": voted.solved for voted in answers.voted}
     if answers.refitted:
         curves["refitted accuracy by depth"] = answers.refitted
-    curves["accuracy by mean depth"] = tuple(at.accuracy for at in answers.exits)
+    if gated:
+        curves["exit depth by level"] = answers.levels.expected_depth
+        curves["accuracy by mean depth"] = tuple(at.accuracy for at in answers.exits)
     return Results(figures, curves)
 
 

@@ -3,6 +3,7 @@
 The same experiment and rows give the same bytes, in whatever order the rows come.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,7 @@ def write_page(
     *,
     source: str,
     command: str,
+    missing: int = 0,
     worths: Sequence[Worth] = (),
 ) -> Verdict:
     """Write NAME.md, NAME.tex and the plots into a folder, and return the verdict.
@@ -63,12 +65,13 @@ def write_page(
         rows: records of all runs.
         source: the text of the experiment's YAML file.
         command: the command that repeats the experiment.
+        missing: runs that are planned and not recorded yet.
         worths: what a loop is worth in each series, where the experiment asks for it.
 
     Raises:
         UserError: no final run, runs of an arm that differ in more than the seed, or names that make no file names.
     """
-    report = Report.of(name, experiment, rows, source=source, command=command, worths=worths)
+    report = Report.of(name, experiment, rows, source=source, command=command, missing=missing, worths=worths)
     plots = draw(report)
     for file, svg in plots.items():
         write_whole(folder / file, svg)
@@ -111,6 +114,7 @@ class Report(NamedTuple):
         *,
         source: str,
         command: str,
+        missing: int,
         worths: Sequence[Worth],
     ) -> "Report":
         """Compare the runs; arguments and errors are those of :func:`write_page`."""
@@ -121,6 +125,9 @@ class Report(NamedTuple):
             raise UserError(f"{name}: no final run is recorded; run the experiment before its report")
         findings = find(experiment, arms)
         verdict = decide(experiment, findings)
+        if missing:
+            unfinished = f"Not finished: {missing} of {len(ordered) + missing} planned runs are missing."
+            verdict = verdict._replace(reason=f"{verdict.reason} {unfinished}")
         return cls(name, experiment, ordered, arms, findings, verdict, source, command, tuple(worths))
 
     @property
@@ -209,10 +216,22 @@ def _runs(rows: Sequence[Row]) -> list[str]:
         f"seeds: {_numbers(seeds)} final, {_numbers(swept) or 'none'} in the sweep",
         f"machine: {'; '.join(machines)}",
         f"commit: {', '.join(commits)}",
+        *_mixed(final),
         f"time: {formats.duration(sum(row.seconds for row in rows))} in all, "
         f"{formats.duration(max(row.seconds for row in rows))} for the longest run",
         f"tokens: {formats.count(sum(row.tokens for row in rows))} trained in all",
     ]
+
+
+def _mixed(final: Sequence[Row]) -> list[str]:
+    """Return, of each seed whose arms come from several commits, which arms are not of the most frequent one."""
+    items = []
+    for seed in sorted({row.seed for row in final}):
+        of_seed = [row for row in final if row.seed == seed]
+        (usual, _), *others = Counter(row.commit for row in of_seed).most_common()
+        arms = [f"{row.arm} of {row.commit}" for row in of_seed if row.commit != usual]
+        items += [f"seed {seed} is of {usual}, but {', '.join(arms)}"] if others else []
+    return items
 
 
 def _numbers(numbers: Iterable[int]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from tools.experiments.rows import Arm, Row, positions_name
@@ -66,7 +67,9 @@ def curve_by_arm(curve: str, arms: Mapping[str, Arm]) -> str:
                 axes.plot(row.positions(curve), row.curves[curve], color=style["color"], linewidth=0.7)
             axes.plot([], [], color=style["color"], label=f"{arm.name} (each seed)")
             continue
-        _band(axes, np.array(positions.pop()), np.array([row.curves[curve] for row in rows]), style, arm.name)
+        lost = sum(row.diverged for row in arm.rows.values())
+        name = f"{arm.name} ({lost} diverged)" if lost else arm.name
+        _band(axes, np.array(positions.pop()), np.array([row.curves[curve] for row in rows]), style, name)
     key = positions_name(curve).rpartition(".")[2].removesuffix("s")
     axes.set_xlabel(key)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -166,6 +169,8 @@ def _styles() -> "cycle[dict[str, Any]]":
 
 def _svg(plot: Figure, title: str) -> str:
     text = io.StringIO()
+    for words in plot.findobj(Text):
+        words.set_parse_math(False)  # a name may hold dollars
     with rc_context({"svg.hashsalt": title}, fname=_STYLE):
         plot.savefig(text, format="svg", metadata={"Date": None, "Title": title})
     return text.getvalue()

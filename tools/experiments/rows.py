@@ -45,7 +45,7 @@ class Row:
         commit: git revision of the code.
         figures: results by name, such as "test.accuracy" or "test.accuracy@depth=2".
         curves: series of results by name, and their positions.
-        settings: fingerprint of the keys that made the run; empty in older records.
+        settings: fingerprint of the keys that made the run.
         diverged: the training ended in losses or gradients that were not finite: each figure counts as NaN.
     """
 
@@ -62,7 +62,7 @@ class Row:
     commit: str = non_empty()
     figures: dict[str, float]
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    settings: str = ""
+    settings: str = non_empty()
     diverged: bool = False
 
     def __post_init__(self) -> None:

@@ -40,10 +40,9 @@ class Runner:
     def rows(self) -> tuple[Row, ...]:
         """Return the records of the experiment's runs: those of the file, and those of the folder that it lacks.
 
-        A run that was made at another rate than the best, because the sweep has more rates now, does not count.
-
         Raises:
-            UserError: a record is of an arm that the experiment lacks, or was made with other settings.
+            UserError: a record is of an arm that the experiment lacks, was made with other settings, or at another rate
+                than the best, because the sweep has more rates now.
         """
         for path in sorted(self.folder.glob(f"*/{ROW}")):
             if path not in self._read:
@@ -55,6 +54,7 @@ class Runner:
         found = [*recorded, *self._read.values()]
         trials = [next((row for row in found if unit.is_of(row)), None) for unit in sweep_units(self.config)]
         known = [row for row in trials if row is not None]
+        self._refuse_other_rates(found, known)
         runs = [next((row for row in found if unit.is_of(row)), None) for unit in final_units(self.config, known)]
         return (*known, *(row for row in runs if row is not None))
 
@@ -110,7 +110,7 @@ class Runner:
                 signal.signal(signal.SIGTERM, before)
 
     def _check(self, row: Row, path: Path) -> None:
-        """Raise unless a record is one of the experiment as it is now. Older records have no settings, but sizes."""
+        """Raise unless a record is one of the experiment as it is now."""
         key = row.label, row.settings, row.parameters, row.tokens
         if key in self._checked:
             return
@@ -119,9 +119,17 @@ class Runner:
             raise UserError(f"{path}: {row.label}: the experiment has no such arm; {fix}")
         size = Size.of(config_of(self.config, Unit(row.trial, row.arm, row.seed, row.lr), self.folder))
         same = (row.parameters, row.tokens) == (size.parameters, size.trained_tokens)
-        if not same or row.settings not in ("", settings_of(self.config, row.arm)):
+        if not same or row.settings != settings_of(self.config, row.arm):
             raise UserError(f"{path}: {row.label}: was made with other settings than the experiment has now; {fix}")
         self._checked.add(key)
+
+    def _refuse_other_rates(self, found: Sequence[Row], trials: Sequence[Row]) -> None:
+        """Raise if a final run was made at another rate than the best: a run at the best would be its double."""
+        for unit in final_units(self.config, trials):
+            for row in found:
+                if (row.trial, row.arm, row.seed) == (unit.trial, unit.arm, unit.seed) and not unit.is_of(row):
+                    fix = f"remove the run's record and its folder, or the rates that made {unit.lr:g} the best"
+                    raise UserError(f"{self.record}: {row.label}: the best of the sweep's rates is {unit.lr:g}; {fix}")
 
     def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
         folder = self.folder / unit.name
@@ -133,7 +141,7 @@ class Runner:
                 begun = Order.read(folder).settings
             except UserError as error:
                 raise UserError(f"{folder}: was begun by another release; remove the folder ({error})") from error
-            if begun not in ("", settings):  # an older order has none
+            if begun != settings:
                 raise UserError(f"{folder}: was begun with other settings ({begun}, now {settings}); remove the folder")
         order.write(folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -21,6 +21,7 @@ from looplm.cli import from_dict, to_plain
 from looplm.config import RunConfig
 from looplm.failures import UserError
 from looplm.files import is_file_name
+from pretrain.batch_schedule import schedule_on
 from pretrain.loops import loops_of_step
 from tools.experiments.experiment import Experiment, Pair
 from tools.experiments.measure import MeasureConfig, Trial, evaluations
@@ -76,6 +77,7 @@ class ExperimentConfig(Experiment):
         _require_distinct("seeds", self.seeds)
         for arm in self.arms:
             require(is_file_name(arm) and arm == arm.strip(), "arms", arm, "give a name that a folder can have")
+            require(not arm.startswith("_"), "arms", arm, "legends leave out names that begin with _")
         for seed in self.sweep.seeds:
             require(seed not in self.seeds, "sweep.seeds", seed, "rates tuned on a seed would favor it; give another")
         for pair in self.pairs:
@@ -146,12 +148,14 @@ class Size:
     def of(cls, config: RunConfig) -> "Size":
         """Return the size of a run."""
         counts = parameter_counts(config.model, config.gate)
-        length, steps, rows = config.data.seq_length, config.optim.train_steps, config.data.global_batch_size
-        ran, tokens = Counter({config.model.num_loops: steps}), length * steps * rows
-        if config.loss.varies_loops:
-            ran = Counter(loops_of_step(config, step) for step in range(steps))
-        cost = {loops: training_flops_per_token(config.model, config.gate, config.loss, length, loops) for loops in ran}
-        flops = sum(length * rows * count * cost[loops] for loops, count in ran.items())
+        length, samples, schedule = config.data.seq_length, Counter[int](), schedule_on(config, ranks=1)
+        for step in range(config.optim.train_steps):
+            samples[loops_of_step(config, step)] += schedule.at(samples.total())[1]
+        tokens = length * samples.total()
+        flops = sum(
+            length * count * training_flops_per_token(config.model, config.gate, config.loss, length, loops)
+            for loops, count in samples.items()
+        )
         return cls(sum(counts.values()) - counts.get("gate", 0), flops, tokens, flops / tokens)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from looplm.bounds import non_empty
 from looplm.checkpoint import git_revision
 from looplm.cli import from_dict, parse_config, positional_paths, run_main, to_dict
 from looplm.config import RunConfig
@@ -61,7 +62,7 @@ class Order:
     arm: str
     measure: MeasureConfig
     run: RunConfig
-    settings: str = ""
+    settings: str = non_empty()
 
     def write(self, folder: Path) -> None:
         """Write the order."""

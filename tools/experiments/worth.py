@@ -10,7 +10,7 @@ good as R times as many layers; with φ = 0 they are as good as one. Embedding a
 leave the width alone, so that all of its arms have the same.
 
 The law is fitted to each seed by least squares; φ's interval is that of the seeds. For a φ and an α, E and A are linear
-and exact, so that only two numbers are searched, from several starts.
+and exact, so that only two numbers are searched, from the best points of a grid.
 
 Shapes: M arms of a series.
 """
@@ -22,7 +22,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 from looplm.accounting import parameter_counts
 from looplm.bounds import check_bounds, non_empty, require
@@ -31,7 +31,7 @@ from tools.experiments.rows import Arm
 from tools.experiments.statistics import Comparison, Estimate, compare, estimate
 
 _PHI, _ALPHA = (-1.0, 2.0), (0.02, 2.0)  # where they are searched
-_STARTS = tuple(product((0.0, 0.5, 1.0), (0.1, 0.5)))
+_STARTS = 8  # the best points of a grid, from which they are searched
 _UNKNOWNS = 4
 
 
@@ -81,10 +81,14 @@ class Fit(NamedTuple):
     error: float
 
     @property
+    def has_no_phi(self) -> bool:
+        """True if φ was searched up to a bound, so that it is none of the law's."""
+        return min(abs(self.phi - end) for end in _PHI) < 1e-3
+
+    @property
     def is_at_end(self) -> bool:
         """True if one of the exponents was searched up to a bound."""
-        distances = [abs(self.phi - end) for end in _PHI] + [abs(self.alpha / end - 1) for end in _ALPHA]
-        return min(distances) < 1e-3
+        return self.has_no_phi or min(abs(self.alpha / end - 1) for end in _ALPHA) < 1e-3
 
 
 class Worth(NamedTuple):
@@ -96,7 +100,7 @@ class Worth(NamedTuple):
         layers: of each arm.
         losses: of each arm, the mean over ``fits``' seeds.
         fits: by seed.
-        phi: over the seeds; None for fewer than two.
+        phi: over the seeds; None for fewer than two, or if one of them has none.
         against_first: φ compared with that of the first series by seed; None for the first, or if it cannot be.
         problem: why there is no fit, or less than all seeds; empty if neither.
     """
@@ -144,7 +148,7 @@ def worth_of(worth: WorthConfig, layers: Mapping[str, Layers], arms: Mapping[str
     first = found[0].fits
     for place, other in enumerate(found[1:], start=1):
         shared = sorted(first.keys() & other.fits.keys())
-        if len(shared) > 1:
+        if len(shared) > 1 and not any(fits[seed].has_no_phi for fits in (other.fits, first) for seed in shared):
             phis = (np.array([fits[seed].phi for seed in shared]) for fits in (other.fits, first))
             found[place] = other._replace(against_first=compare(*phis))
     return tuple(found)
@@ -163,13 +167,16 @@ def fit(layers: Sequence[Layers], losses: Sequence[float]) -> Fit:
         return weights, columns @ weights - loss_M
 
     bounds = ([_PHI[0], math.log(_ALPHA[0])], [_PHI[1], math.log(_ALPHA[1])])
-    searched = (
-        least_squares(lambda at: linear(*at)[1], (phi, math.log(alpha)), bounds=bounds) for phi, alpha in _STARTS
-    )
-    best = min(searched, key=lambda result: result.cost)
+    grid = product(np.linspace(*_PHI, 31), np.log(np.geomspace(*_ALPHA, 21)))
+    starts = sorted(grid, key=lambda at: float((linear(*at)[1] ** 2).sum()))[:_STARTS]
+    best = min((least_squares(lambda at: linear(*at)[1], start, bounds=bounds) for start in starts), key=_cost)
     (floor, scale), left_M = linear(*best.x)
     phi, alpha = float(best.x[0]), math.exp(best.x[1])
     return Fit(phi, alpha, float(floor), float(scale * unit**alpha), float(np.sqrt((left_M**2).mean())))
+
+
+def _cost(result: OptimizeResult) -> float:
+    return float(result.cost)
 
 
 def _of_series(name: str, worth: WorthConfig, layers: Mapping[str, Layers], arms: Mapping[str, Arm]) -> Worth:
@@ -193,5 +200,6 @@ def _of_series(name: str, worth: WorthConfig, layers: Mapping[str, Layers], arms
             f"φ or α is at an end of its range for seeds {', '.join(map(str, at_end))}: the law does not fit"
         )
     losses = tuple(float(np.mean([by_seed[seed] for seed in seeds])) for by_seed in values)
-    phi = estimate(np.array([found.phi for found in fits.values()])) if len(fits) > 1 else None
+    phis = np.array([found.phi for found in fits.values() if not found.has_no_phi])
+    phi = estimate(phis) if 1 < len(phis) == len(fits) else None
     return Worth(name, worth.figure, of_arm, losses, fits, phi, None, "; ".join(problems))

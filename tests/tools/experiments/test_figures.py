@@ -20,8 +20,10 @@ from looplm.evaluation.record import (
     TaskAnswers,
     ThresholdLoss,
 )
+from tests.support.experiments import a_row
 from tests.tools.experiments.test_runs import mini
 from tools.experiments.figures import depth_rise, figures_of, train_figures
+from tools.experiments.rows import read_row, write_row
 
 CURVE = ((0.1, 1.0, 2.0, 0.25), (0.5, 1.25, 1.5, 0.5), (0.9, 2.0, 1.0, 0.75))  # threshold, depth, loss, accuracy
 
@@ -78,11 +80,13 @@ def test_what_was_measured_is_named_by_split_depth_and_level():
         "test.loss@level=1": 1.0,
         "test.loss@level=2": 2.0,
     }, "a gate that was not trained has no figures"
-    assert curves["test.loss by mean depth"] == (2.0, 1.5, 1.0) and curves["test.mean depths"] == (1.0, 1.25, 2.0)
+    assert not [name for name in curves if "mean depth" in name or "exit depth" in name], "nor does it send tokens out"
 
 
 def test_a_trained_gate_has_its_depth_on_average_by_level_and_at_half_of_the_compute():
-    figures, _ = figures_of("valid", evaluation(), run(loss={"weights": "gate"}))
+    figures, curves = figures_of("valid", evaluation(), run(loss={"weights": "gate"}))
+    assert curves["valid.loss by mean depth"] == (2.0, 1.5, 1.0) and curves["valid.mean depths"] == (1.0, 1.25, 2.0)
+    assert curves["valid.exit depth by level"] == (1.0, 1.5) and "valid.accuracy by mean depth" in curves
     assert figures["valid.exit_depth"] == pytest.approx(0.25 + 2 * 0.75)
     assert figures["valid.exit_depth@level=2"] == 1.5 and figures["valid.exit_depth_rise"] == pytest.approx(0.5)
     assert figures["valid.loss@half_depth"] == pytest.approx(1.5 - 0.5 / 3), "1.5 loops: a third of 1.25 to 2.0"
@@ -179,12 +183,16 @@ def test_capo_has_bits_and_their_logarithm():
 
 
 def test_the_training_curve_has_fifty_points_at_most(tmp_path):
-    rows = [{"kind": "start"}, *({"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 121))]
+    losses = {step: None if step == 4 else 1 / step for step in range(1, 121)}  # step 4 was skipped
+    rows = [{"kind": "start"}, *({"kind": "train", "step": step, "loss": loss} for step, loss in losses.items())]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures, curves = train_figures(tmp_path / "metrics.jsonl")
     assert figures == {"train.loss": 1 / 120}
     assert curves["train.steps"] == tuple(map(float, range(1, 121, 3)))
-    assert curves["train.loss by step"][1] == 1 / 4
+    assert math.isnan(curves["train.loss by step"][1]) and curves["train.loss by step"][2] == 1 / 7
+    row = a_row(figures=figures, curves=curves)
+    write_row(tmp_path / "row.json", row)
+    assert math.isnan(read_row(tmp_path / "row.json").curves["train.loss by step"][1]), "the run has a record"
 
 
 def test_headline_figures_are_those_of_the_trained_depth():

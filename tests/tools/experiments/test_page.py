@@ -1,6 +1,7 @@
 """The page of an experiment: what a reader finds on it, and the files beside it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,19 @@ def test_every_plot_is_on_the_page_and_beside_it(folder, text):
         "words-test.accuracy-by-depth.svg",
     ]
     assert {file.name for file in folder.iterdir()} == {*linked, "words.md", "words.tex"}
+
+
+def test_an_experiment_that_is_not_finished_says_so(tmp_path):
+    verdict = write_page(tmp_path, "words", an_experiment(), some_rows(), source=SOURCE, command=COMMAND, missing=2)
+    assert verdict.reason.endswith(" Not finished: 2 of 25 planned runs are missing.")
+    assert f"**Yes.** {verdict.reason}\n" in (tmp_path / "words.md").read_text(encoding="utf-8")
+
+
+def test_arms_of_other_revisions_than_their_seeds_are_named(tmp_path):
+    commits = {("deep", 1): "fedcba9", ("once", 3): "fedcba9-dirty"}
+    rows = [replace(row, commit=commits.get((row.arm, row.seed), row.commit)) for row in some_rows()]
+    text = written(tmp_path, rows)
+    assert "- seed 1 is of 0123456, but deep of fedcba9\n- seed 3 is of 0123456, but once of fedcba9-dirty\n" in text
 
 
 def test_problems_and_reasons_are_told(text):

@@ -49,6 +49,16 @@ def test_a_curve_has_a_line_per_arm_and_a_band():
     assert "Collection" not in curve_by_arm("test.accuracy by level", alone), "one seed has no interval"
 
 
+def test_a_curve_says_how_many_seeds_it_lacks():
+    rows = [a_row(seed=0, curves={"loss by depth": (3.0, 2.0)}), a_row(seed=1, figures={}, diverged=True)]
+    assert "looped (1 diverged)" in words(curve_by_arm("loss by depth", arms_of(rows)))
+
+
+def test_a_name_with_dollars_is_a_name():
+    rows = [a_row(arm="cost_$5_or_$6", curves={"loss by depth": (3.0, 2.0)})]
+    assert "cost_$5_or_$6" in words(curve_by_arm("loss by depth", arms_of(rows)))
+
+
 def test_seeds_with_other_positions_are_lines_of_their_own():
     rows = [
         a_row(seed=seed, curves={"steps": (1.0, 2.0 + seed), "loss by step": (3.0, math.nan if seed else 2.0)})

@@ -93,13 +93,24 @@ def test_a_record_of_other_settings_is_refused(tmp_path):
     for other in (mini(base={"optim": {"train_steps": 7}}), mini(measure={"samples": 32})):
         with pytest.raises(UserError, match=r"mini.jsonl: arm 1x2, seed 1, final, lr 0.001: was made with other sett"):
             Runner(other, tmp_path / "runs", record).rows()
-    old = replace(a_record(config, unit, settings=""), tokens=17)
+    old = replace(a_record(config, unit), tokens=17)
     write_row(tmp_path / "old/row.json", old)
     with pytest.raises(UserError, match=r"old/row.json: arm 1x2.* was made with other settings"):
         Runner(config, tmp_path, tmp_path / "no.jsonl").rows()
     write_row(tmp_path / "runs/final_9x9/row.json", replace(old, arm="9x9"))
     with pytest.raises(UserError, match=r"final_9x9/row.json: arm 9x9, .*: the experiment has no such arm; restore"):
         Runner(config, tmp_path / "runs", record).rows()
+
+
+def test_a_final_run_at_another_rate_than_the_best_is_refused(tmp_path):
+    """Its double at the best rate could not be recorded, and a report would count neither."""
+    config, record = mini(), tmp_path / "mini.jsonl"
+    trials = [a_record(config, unit, figures={"valid.loss": unit.lr}) for unit in sweep_units(config)]
+    unit = Unit("final", "1x2", 1, 0.002)
+    merge_rows(record, [*trials, a_record(config, unit)])
+    message = r"mini.jsonl: arm 1x2, seed 1, final, lr 0.002: the best of the sweep's rates is 0.001; remove the run's"
+    with pytest.raises(UserError, match=message):
+        Runner(config, tmp_path / "runs", record).run(1)
 
 
 def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path):

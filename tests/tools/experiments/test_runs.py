@@ -65,6 +65,7 @@ def row(unit: Unit, loss: float) -> Row:
         machine="m",
         commit="c",
         figures={"valid.loss": loss},
+        settings="s",
     )
 
 
@@ -127,6 +128,17 @@ def test_a_runs_flops_are_those_of_the_loops_that_its_steps_run():
     assert onset.flops_per_token == pytest.approx(onset.flops / onset.trained_tokens)
 
 
+def test_a_run_whose_batch_grows_trains_on_fewer_tokens():
+    rampup = {"start": 2, "increment": 2, "samples": 8}
+    run = mini(base={"data": {"micro_batch_size": 2, "global_batch_size": 4, "rampup": rampup}}).run_config("1x2")
+    size, constant = Size.of(run), Size.of(replace(run, data=replace(run.data, rampup=None)))
+    assert (size.trained_tokens, constant.trained_tokens) == (
+        run.data.seq_length * (2 + 2 + 2 + 2 + 4 + 4),
+        run.data.seq_length * 6 * 4,
+    )
+    assert size.flops / size.trained_tokens == pytest.approx(constant.flops / constant.trained_tokens)
+
+
 def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
     run = config_of(mini(), Unit("sweep", "1x2", 1000, 0.002), Path("f"))
     assert (run.model.num_loops, run.seed, run.optim.lr, run.optim.train_steps) == (2, 1000, 0.002, 4)
@@ -142,6 +154,7 @@ def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
         ({"pairs": [PAIR, {"better": "1x2", "than": "2x2", "matched": "flops"}]}, "pairs.than: '2x2' is not allowed"),
         ({"figures": ["test.accuracy", "valid.loss"]}, r"figures: \['valid.loss'\] is not allowed; name held-out data"),
         ({"curves": ["valid.loss by depth"]}, r"curves: \['valid.loss by depth'\] is not allowed; name held-out data"),
+        ({"arms": {"_1x1": {}}}, "arms: '_1x1' is not allowed; legends leave out names that begin with _"),
         ({"seeds": [1, 1000]}, r"sweep.seeds: 1000 is not allowed; rates tuned on a seed would favor it"),
         ({"measure": {"tests": {"valid": {}}}}, r"measure.tests: 'valid' is not allowed"),
         ({"seeds": [1, 1]}, r"seeds: 1 is not allowed; give each once"),
