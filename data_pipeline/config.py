@@ -255,7 +255,8 @@ class PipelineConfig:
         executor: division of the work, on this machine or Slurm.
         validation_fraction: share of the documents held out, chosen by a hash of their texts; 0 holds out none.
         seed: seed of that choice.
-        replace: rebuild an output_dir that was made with other settings instead of refusing.
+        replace: rebuild an output_dir, or finished steps of an unfinished one, that were made with other settings or
+            input files instead of refusing.
         verbose: show datatrove's own log on the terminal; it is always in OUTPUT_DIR/logs.
     """
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data_pipeline.config import ExecutorConfig, SlurmConfig
 from data_pipeline.folders import Folder
-from data_pipeline.local_executor import LocalExecutor, StepFailed
+from data_pipeline.local_executor import FINISHED, LocalExecutor, StepFailed
 from looplm.failures import Failure, UserError
 from looplm.files import write_whole
 
@@ -66,6 +66,7 @@ class StepRunner:
                 executor(list(pipeline), tasks, workers, Folder(str(folder)), work=work).run()
             else:
                 self._run_on_slurm(self.config.slurm, name, list(pipeline), tasks, folder)
+        (folder / FINISHED).touch()
         return _counters(folder)
 
     def counts_by_task(self, name: str) -> list[list[Counter[str]]]:

@@ -21,6 +21,7 @@ from datatrove.executor import LocalPipelineExecutor
 from looplm.failures import Failure
 
 TASKS = ".tasks"  # file of the work folder that every task's process holds locked
+FINISHED = "finished"  # file in the log folder of a step whose tasks are all done
 
 
 class StepFailed(Failure):

@@ -3,7 +3,7 @@
 Each step is a datatrove pipeline: read and filter every source; find exact and near-duplicates over all sources; drop
 them and split by document; train a tokenizer on the training documents (or take an existing one); tokenize. The shards
 are then merged into OUTPUT_DIR/SOURCE_train and OUTPUT_DIR/SOURCE_valid (.bin, .idx, .manifest.json). Nothing is
-downloaded. An interrupted run continues where it stopped when the command is repeated.
+downloaded. A run that was interrupted, or ended by an error, continues when the command is repeated.
 
     python -m data_pipeline.tokenize --config data.yaml
 """
@@ -53,16 +53,16 @@ def build(config: PipelineConfig) -> None:
     """Build OUTPUT_DIR unless it is already complete.
 
     Raises:
-        UserError: bad input; nothing is left behind.
-        StepFailed: a task was killed. The next run continues.
-        StorageFailure: the disk failed. The next run continues.
+        UserError: bad input.
+        StepFailed: a task was killed.
+        StorageFailure: the disk failed. After each of them the next run continues.
     """
     multiprocess.set_forkserver_preload(["data_pipeline.documents", "data_pipeline.shards"])  # once, not per worker
     output = Path(config.output_dir).resolve()
     files = _check_inputs(config)
     identity = identity_of(config, files)
     if not is_finished(output, identity, config.replace):
-        with writing(output), workspace(output, identity) as work:
+        with writing(output), workspace(output, identity, config.replace) as work:
             runner = StepRunner(config.executor, work / "final" / "logs", config.verbose)
             split_documents(config, files, work, runner)
             _make_tokenizer(config, work / "split", work / "final" / "tokenizer.json", runner)

@@ -1,21 +1,23 @@
 """The output folder, complete or absent: built in OUTPUT_DIR.partial and renamed when it is finished.
 
-Its ``data_pipeline.json`` records settings and input files, so that a second run knows if there is anything to do.
+The ``data_pipeline.json`` of both records settings and input files, so that a second run knows what there is to do.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.local_executor import TASKS, StepFailed
+from data_pipeline.local_executor import FINISHED, TASKS, StepFailed
 from data_pipeline.sources import common_folder
 from data_pipeline.text_encoder import template_files
 from looplm.cli import to_dict
@@ -67,29 +69,31 @@ def is_finished(output: Path, identity: dict[str, Any], replace: bool) -> bool:
 
 
 @contextmanager
-def workspace(output: Path, identity: dict[str, Any]) -> Iterator[Path]:
+def workspace(output: Path, identity: dict[str, Any], replace: bool) -> Iterator[Path]:
     """Yield a folder to work in, whose subfolder ``final`` becomes ``output`` if the block succeeds.
 
-    After a crash the folder stays, and the next run with the same settings continues in it. After a mistake in the data
-    it is removed.
+    Otherwise the folder stays, and the next run continues in it with every step whose settings and input files are the
+    same.
+
+    Raises:
+        UserError: finished steps of other settings would be lost, and may not be replaced.
     """
     work = output.with_name(f"{output.name}.partial")
     lock = FolderLock(work, str(output), print)
     lock.acquire()
     try:
         _wait_for_tasks(work)
-        if _read_identity(work) != identity:
+        if (found := _read_identity(work)) is None:
             _clear(work)
-            write_whole(work / _IDENTITY, json.dumps(identity, indent=2) + "\n")
+        elif changed := ", ".join(_differences(found, identity)):
+            _keep_same(work, found, identity, changed, replace)
+        write_whole(work / _IDENTITY, json.dumps(identity, indent=2) + "\n")
         (work / "final").mkdir(exist_ok=True)
         yield work
         shutil.copy(work / _IDENTITY, work / "final")
         _publish(work / "final", output)
-    except UserError:
-        _remove(work)
-        raise
-    else:
-        _remove(work)
+        _clear(work)
+        shutil.rmtree(work)
     finally:
         lock.release()
 
@@ -112,14 +116,52 @@ def _wait_for_tasks(work: Path) -> None:
 def _clear(work: Path) -> None:
     """Remove everything but the locks, the identity first: a killed removal must not look like work to continue."""
     (work / _IDENTITY).unlink(missing_ok=True)
-    for child in work.iterdir():
-        if child.name not in (FILE, TASKS):
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    _remove(child for child in work.iterdir() if child.name not in (FILE, TASKS))
 
 
-def _remove(work: Path) -> None:
-    _clear(work)
-    shutil.rmtree(work)
+def _keep_same(work: Path, old: dict[str, Any], new: dict[str, Any], changed: str, replace: bool) -> None:
+    """Remove what the steps wrote that do not depend on the same settings and input files any more."""
+    same, logs = re.compile(_same_steps(old, new)), sorted((work / "final" / "logs").glob("*"))
+    outdated = [log for log in logs if not same.fullmatch(log.name)]
+    lost = ", ".join(log.name for log in outdated if (log / FINISHED).exists())
+    where = os.path.relpath(work)
+    if lost and not replace:
+        fix = "restore them, add --replace true or choose another folder"
+        raise UserError(f"output_dir: {where} holds finished steps ({lost}) of other settings ({changed}); {fix}")
+    kept = ", ".join(log.name for log in logs if log not in outdated) or "nothing"
+    print(f"{where}: was begun with other settings ({changed}); keeping {kept}")
+    for log in outdated:  # whole and first: a step is repeated if its log is missing, so a killed removal does no harm
+        os.rename(log, tempfile.mkdtemp(dir=work))
+    read = {f"read-{folder.name}": folder for folder in (work / "documents").glob("*")}
+    _remove(folder for step, folder in read.items() if not same.fullmatch(step))
+    others = (FILE, TASKS, _IDENTITY, "documents", "final")
+    _remove(child for child in work.iterdir() if child.name not in others and not same.fullmatch(child.name))
+    _remove(child for child in (work / "final").glob("*") if child.name != "logs")
+
+
+def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return a pattern of the steps, and of the folders other than documents, that both identities describe alike."""
+    before, after = _reading(old), _reading(new)
+    same = [f"read-{re.escape(name)}" for name in after if not _differences(before.get(name, {}), after[name])]
+    if len(same) == len(after) and list(before) == list(after) and not _differences(old["dedup"], new["dedup"]):
+        same.append("(exact|minhash).*")
+        if all(old[key] == new[key] for key in ("seed", "validation_fraction")):
+            same.append("split")
+    return "|".join(same)
+
+
+def _reading(identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return everything on which the reading of each source depends."""
+    inputs, executor = identity["inputs"], identity["executor"]
+    return {
+        source["name"]: {"source": source, "inputs": inputs[source["name"]], "executor": executor}
+        for source in identity["sources"]
+    }
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _publish(final: Path, output: Path) -> None:

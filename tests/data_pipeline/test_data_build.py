@@ -125,7 +125,7 @@ def test_unfinished_work_of_other_settings_is_not_used(
         patch.setattr(tokenize, "write_prefixes", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config(source))
-    other = build(config(source, seed=99))
+    other = build(config(source, seed=99, replace=True))
     clean = build(config(source, seed=99, output_dir=str(tmp_path / "clean")))
     assert check_prefix(other / "a_train", deep=True) == check_prefix(clean / "a_train", deep=True)
 

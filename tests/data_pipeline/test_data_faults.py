@@ -183,7 +183,7 @@ def test_a_killed_removal_does_not_look_like_work_to_continue(
         patch.setattr(Path, "iterdir", lambda folder: iter([folder / name for name in order]))
         patch.setattr("data_pipeline.workspace.shutil.rmtree", remove_two)
         with pytest.raises(ZeroDivisionError):
-            build(replace(settings, seed=9))
+            build(replace(settings, seed=9, replace=True))
     assert result(build(settings)) == undisturbed(settings, build, tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_a_bad_line_on_another_machine_is_named_here(
     settings = config(source, tasks=1)
     with pytest.raises(UserError, match=r"a.jsonl:4: no key 'text'"):
         build(replace(settings, executor=replace(settings.executor, slurm=slurm)))
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_array_of_a_killed_command_is_waited_for(
