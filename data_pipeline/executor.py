@@ -6,27 +6,24 @@ tasks in the log folder, so an interrupted run continues where it stopped.
 
 import json
 import re
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import SlurmPipelineExecutor
 from datatrove.utils.logging import setup_default_logger
 from loguru import logger
 from tqdm import tqdm
 
-from data_pipeline.config import ExecutorConfig, SlurmConfig
+from data_pipeline.config import ExecutorConfig
 from data_pipeline.folders import Folder
-from data_pipeline.local_executor import FINISHED, LocalExecutor, StepFailed
-from looplm.failures import Failure, UserError
-from looplm.files import write_whole
+from data_pipeline.local_executor import FINISHED, LocalExecutor
+from data_pipeline.slurm import run_on_slurm
+from looplm.failures import UserError
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+=,@~-]*")  # what datatrove's job scripts can hold without quotes
 
@@ -55,7 +52,7 @@ class StepRunner:
 
         Raises:
             UserError: the data is at fault.
-            StepFailed: a Slurm job ended without finishing.
+            StepFailed: a task's process was killed, or a Slurm job ended without finishing.
         """
         folder, tasks = self.logs / name, tasks or self.config.tasks
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +62,7 @@ class StepRunner:
                 workers, work = min(self.config.workers, tasks), str(self.logs.parents[1])
                 executor(list(pipeline), tasks, workers, Folder(str(folder)), work=work).run()
             else:
-                self._run_on_slurm(self.config.slurm, name, list(pipeline), tasks, folder)
+                run_on_slurm(self.config.slurm, name, list(pipeline), tasks, self.config.workers, folder)
         (folder / FINISHED).touch()
         return _counters(folder)
 
@@ -77,24 +74,6 @@ class StepRunner:
         """Print one line: the amount that a step produced, the seconds since the previous line, and a note."""
         previous, self._reported = self._reported, time.time()
         print(f"{what:<24} {amount:>12,} {unit:<10} {self._reported - previous:7.1f} s  {note}", flush=True)
-
-    def _run_on_slurm(self, config: SlurmConfig, name: str, pipeline: list[Callable], tasks: int, folder: Path) -> None:
-        root = Path(__file__).resolve().parents[1]  # jobs must find this package and this interpreter's scripts
-        env_command = f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{root}:$PYTHONPATH"'
-        options: dict[str, Any] = {key: value for key, value in asdict(config).items() if key != "poll_seconds"}
-        options |= {"workers": self.config.workers, "job_name": f"looplm-{name}", "logging_dir": Folder(str(folder))}
-        executor = SlurmPipelineExecutor(pipeline, tasks=tasks, env_command=env_command, **options)
-        submitted = folder / "job_id"
-        if submitted.exists():  # by a command that was killed; its tasks write the same files
-            job = submitted.read_text()
-            while executor.get_incomplete_ranks() and _is_queued(job):
-                time.sleep(config.poll_seconds)
-        executor.run()
-        write_whole(submitted, str(executor.job_id))
-        while executor.get_incomplete_ranks():
-            time.sleep(config.poll_seconds)
-            if not _is_queued(str(executor.job_id)) and executor.get_incomplete_ranks():
-                raise _failure(name, folder)
 
 
 class _QuietExecutor(LocalExecutor):
@@ -141,12 +120,6 @@ def _progress_bar(name: str, folder: Path, tasks: int) -> Iterator[None]:
         watcher.join()
 
 
-def _is_queued(job: str) -> bool:
-    """Return True if Slurm lists the job as pending or running."""
-    queue = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True)
-    return bool(queue.stdout.strip())
-
-
 def _counters(folder: Path) -> list[Counter[str]]:
     tasks = [_task_counters(path) for path in sorted(folder.glob("stats/*.json"))]
     return [sum(counters, Counter()) for counters in zip(*tasks, strict=True)]
@@ -159,12 +132,3 @@ def _task_counters(path: Path) -> list[Counter[str]]:
         stats = part["stats"].items()
         counters.append(Counter({key: value["total"] if isinstance(value, dict) else value for key, value in stats}))
     return counters
-
-
-def _failure(name: str, folder: Path) -> Failure:
-    """Return the mistake in the data that a task on another machine logged, or else a pointer to the logs."""
-    for log in sorted(folder.glob("logs/task_*.log")):
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            if "UserError: " in line:
-                return UserError(line.split("UserError: ", 1)[1])
-    return StepFailed(f"step {name}: its Slurm job ended before all tasks were done; see {folder} and run again")

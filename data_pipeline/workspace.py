@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.local_executor import FINISHED, TASKS, StepFailed
+from data_pipeline.slurm import JOB, unfinished_job
 from data_pipeline.sources import common_folder
 from data_pipeline.text_encoder import template_files
 from looplm.cli import to_dict
@@ -128,6 +129,10 @@ def _keep_same(work: Path, old: dict[str, Any], new: dict[str, Any], changed: st
     if lost and not replace:
         fix = "restore them, add --replace true or choose another folder"
         raise UserError(f"output_dir: {where} holds finished steps ({lost}) of other settings ({changed}); {fix}")
+    for log in outdated:
+        if (job := unfinished_job(log)) is not None:
+            fix = f"end it by scancel, or remove {log / JOB} if it has ended, and run again"
+            raise UserError(f"output_dir: Slurm job {job} still writes {log.name} of other settings ({changed}); {fix}")
     kept = ", ".join(log.name for log in logs if log not in outdated) or "nothing"
     print(f"{where}: was begun with other settings ({changed}); keeping {kept}")
     for log in outdated:  # whole and first: a step is repeated if its log is missing, so a killed removal does no harm

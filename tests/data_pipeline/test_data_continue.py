@@ -84,6 +84,21 @@ def test_steps_of_the_same_settings_are_kept(change, differs, kept, settings, tm
     assert capsys.readouterr().out == "", "the work is of these settings now"
 
 
+def test_a_job_array_that_still_writes_outdated_files_is_named(settings, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        begin(settings, do_every_step)
+    before = steps_and_folders(tmp_path / "out.partial")
+    monkeypatch.setattr(workspace, "unfinished_job", lambda log: "7" if log.name == "split" else None)
+    line = (
+        "output_dir: Slurm job 7 still writes split of other settings (seed 1234 -> 9); "
+        f"end it by scancel, or remove {tmp_path}/out.partial/final/logs/split/job_id if it has ended, and run again"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        begin(replace(settings, seed=9), replace=True)
+    assert steps_and_folders(tmp_path / "out.partial") == before
+
+
 @pytest.mark.parametrize("removals", range(6))
 def test_a_killed_removal_leaves_no_step_without_its_files(removals, settings, tmp_path, monkeypatch) -> None:
     with pytest.raises(ZeroDivisionError):
