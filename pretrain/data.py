@@ -37,6 +37,7 @@ from pretrain.stopping import end_workers, ignore_signals
 from pretrain.task_data import TaskDataset
 
 _NO_ID = -1
+_VALID_SEED = 1234  # of the order of validation text, whatever RunConfig.seed is; its default
 atexit.register(end_workers)  # of a loader that is still in use then
 FULL_CHECK_BYTES = 1 << 28  # a larger .bin file is read whole only by data_pipeline.verify --deep
 
@@ -258,13 +259,15 @@ def _rounded_up(number: int) -> int:
 def build_valid_set(
     data: DataConfig, corpus: Corpus, samples: int, seed: int, cache: Path, split: Split = "valid"
 ) -> Dataset[Any] | None:
-    """Return ``samples`` samples of ``data.valid`` or of a task, always the same for one seed; None without data.valid.
+    """Return ``samples`` samples of ``data.valid`` or of a task; None without data.valid.
+
+    Those of text are the same for every seed, so that runs of several seeds are compared on the same text.
 
     Args:
         data: its sequence length and sources count.
         corpus: the checked sources.
         samples: how many.
-        seed: of their order, or of a task's samples.
+        seed: of a task's samples.
         cache: folder of Megatron's sample indices; see :func:`index_cache`.
         split: of a task.
     """
@@ -273,7 +276,7 @@ def build_valid_set(
     if not data.valid:
         return None
     with checked_cache(_cache_of(cache, corpus)):
-        valid_set: Dataset[Any] = _build(data, data.valid, corpus, samples, seed, cache)
+        valid_set: Dataset[Any] = _build(data, data.valid, corpus, samples, _VALID_SEED, cache)
     return valid_set
 
 

@@ -256,7 +256,7 @@ class RunConfig:
 
     Args:
         output_dir: directory for everything that the run writes.
-        seed: seed of weights, data order and sampling.
+        seed: seed of weights, order of the training data and sampling; not of validation text.
         model: the looped transformer.
         gate: the exit gate.
         loss: the training objective.
