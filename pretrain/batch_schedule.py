@@ -23,9 +23,14 @@ class BatchSchedule:
         self._data, self._samples_per_microbatch = data, data.micro_batch_size * data_parallel_size
         self._pipeline = pipeline
 
-    def validation(self, samples: int) -> int:
-        """Return micro-batches per rank that read at least ``samples`` samples and fill the pipeline evenly."""
-        return -(-samples // (self._samples_per_microbatch * self._pipeline)) * self._pipeline
+    def validation(self, samples: int, held: int | None = None) -> int:
+        """Return micro-batches per rank that read at least ``samples`` samples and fill the pipeline evenly.
+
+        With ``held``, they read at most so many samples, unless that would be none.
+        """
+        unit = self._samples_per_microbatch * self._pipeline
+        most = samples if held is None else max(1, held // unit)
+        return min(-(-samples // unit), most) * self._pipeline
 
     def at(self, consumed_samples: int) -> tuple[int, int]:
         """Return micro-batches per rank and samples over all ranks for the step that starts at ``consumed_samples``."""

@@ -32,7 +32,8 @@ from looplm.failures import UserError
 from looplm.megatron import context_parallel
 from looplm.megatron.device import DEVICE, HAS_CUDA
 from pretrain.index_cache import checked_cache
-from pretrain.mixed_data import MixConfig, MixedDataset
+from pretrain.mix import samples_of_one_pass
+from pretrain.mixed_data import MixConfig, MixedDataset, pack
 from pretrain.stopping import end_workers, ignore_signals
 from pretrain.task_data import TaskDataset
 
@@ -210,17 +211,11 @@ class _Tokenizer:
 def samples_without_repetition(data: DataConfig, corpus: Corpus) -> int:
     """Return how many samples of the training mix surely need no source twice; 0 with conversations and for a task.
 
-    Up to there, Megatron's order does not depend on the number of samples that it is asked for. In a mix, it asks each
-    source for a surplus.
+    Up to there, Megatron's order does not depend on the number of samples that it is asked for.
     """
     if not corpus.train_tokens or any(source.prefix in corpus.conversations for source in data.train):
         return 0
-    once = [(tokens - 1) // data.seq_length for tokens in corpus.train_tokens]
-    if len(once) == 1:
-        return once[0]
-    surplus, weights = 1 + MixConfig.mid_level_dataset_surplus, [source.weight for source in data.train]
-    shares = [weight / sum(weights) for weight in weights]
-    return max(0, min(int((own / surplus - 1) / share) for own, share in zip(once, shares, strict=True)))
+    return samples_of_one_pass([(tokens - 1) // data.seq_length for tokens in corpus.train_tokens], data.train)
 
 
 def build_train_set(
@@ -254,6 +249,20 @@ def _rounded_up(number: int) -> int:
     """Return a number that is at most an eighth larger, and the same for most numbers that are a little larger."""
     unit = 1 << max(0, number.bit_length() - 4)
     return -(-number // unit) * unit
+
+
+def valid_samples(data: DataConfig, corpus: Corpus) -> int | None:
+    """Return how many samples ``data.valid`` has in one pass; None without it, and for a task, which has any number."""
+    if data.task is not None or not data.valid:
+        return None
+    held = list[int]()
+    for source in data.valid:
+        lengths_N = read_index(Path(f"{source.prefix}.idx")).lengths()
+        if source.prefix in corpus.conversations:
+            held.append(len(pack(lengths_N, data.seq_length + 1, 1, _VALID_SEED)[1]) - 1)
+        else:
+            held.append((int(lengths_N.sum()) - 1) // data.seq_length)
+    return samples_of_one_pass(held, data.valid)
 
 
 def build_valid_set(

@@ -43,7 +43,7 @@ from looplm.inference.early_exit import ExitRule
 from looplm.inference.kv_cache import CacheMode
 from looplm.megatron import process_groups
 from looplm.model import LoopLM
-from pretrain.data import Batch, build_valid_set, check_corpus, index_cache, micro_batches
+from pretrain.data import Batch, build_valid_set, check_corpus, index_cache, micro_batches, valid_samples
 from pretrain.evaluation_run import EvaluateConfig, check_exits, check_output, data_read, validation_run
 from pretrain.step import loop_losses
 from pretrain.task_data import TaskDataset
@@ -74,8 +74,17 @@ def main(argv: list[str]) -> None:
         count, rest = divmod(config.samples, config.batch_size * ranks)
         fix = f"give a multiple of {config.batch_size * ranks}: {ranks} ranks read batch_size={config.batch_size} each"
         require(rest == 0, "samples", config.samples, fix)
+        held = valid_samples(run.data, corpus)
+        if held is not None and held < config.samples:
+            unit, prefixes = config.batch_size * ranks, ", ".join(data_read(config, run))
+            fix = f"{prefixes} has {held} samples, {ranks} ranks read batch_size={config.batch_size} each; give fewer"
+            require(held >= unit, "batch_size", config.batch_size, fix)
+            count = held // unit
+            if process_groups.is_rank_0():
+                print(f"samples: {config.samples} becomes {count * unit}, because {prefixes} has {held} samples")
         opened = checkpoint.open_step(step, groups)
-        valid_set = build_valid_set(run.data, corpus, config.samples, run.seed, index_cache(run), config.split)
+        samples = count * config.batch_size * ranks
+        valid_set = build_valid_set(run.data, corpus, samples, run.seed, index_cache(run), config.split)
         assert valid_set is not None  # validation_run names data.valid
         batches = list(islice(micro_batches(valid_set, run.data, 0, rank, ranks), count))
         measured = measure(opened.model, batches, config.depth_list, groups, run.loss)

@@ -23,9 +23,10 @@ from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from pretrain import health, launcher, spikes
 from pretrain.batch_schedule import BatchSchedule
-from pretrain.data import Batch, Corpus, build_train_set, build_valid_set, index_cache, micro_batches
+from pretrain.data import Batch, Corpus, build_train_set, build_valid_set, index_cache, micro_batches, valid_samples
 from pretrain.loops import loops_of_step
 from pretrain.metrics import RunLog, last_validation
+from pretrain.mix import describe_passes
 from pretrain.progress import Progress, check_start, describe, own_steps
 from pretrain.trainer import Step, Trainer
 from pretrain.watchdog import Watchdog
@@ -58,7 +59,9 @@ class Run:
         watchdog.start_up("data index")
         self._progress = Progress.start(config, corpus, self._samples_of_the_run(), self._resumed, initial)
         self._batches = self._training_batches()
-        self._validated = self._schedule.validation(config.logging.eval_samples)  # micro-batches on each rank
+        self._valid_held = valid_samples(config.data, corpus)
+        asked = config.logging.eval_samples
+        self._validated = self._schedule.validation(asked, self._valid_held)  # micro-batches on each rank
         self._eval_samples = self._validated * config.data.micro_batch_size * groups.dp.size()
         self._valid_set = build_valid_set(config.data, corpus, self._eval_samples, config.seed, index_cache(config))
 
@@ -241,10 +244,15 @@ class Run:
             yield f"reads on at sample {self._progress.first_sample:,} of the mix, where {self._initial} stopped"
         if config.logging.eval_every and self._valid_set is None:
             yield f"logging.eval_every: {config.logging.eval_every} has no effect, because data.valid is empty"
+        if config.data.task is None:
+            tokens = (self._progress.first_sample + self._samples_of_the_run()) * config.data.seq_length
+            yield from describe_passes(config.data.train, self._corpus.train_tokens, tokens)
         if self._valid_set is not None and self._eval_samples != config.logging.eval_samples:
+            few = self._valid_held is not None and self._valid_held < config.logging.eval_samples
+            held = f"data.valid has {self._valid_held} samples, and " if few else ""
             yield (
-                f"logging.eval_samples: {config.logging.eval_samples} becomes {self._eval_samples}, so that every rank "
-                "of this layout reads whole micro-batches"
+                f"logging.eval_samples: {config.logging.eval_samples} becomes {self._eval_samples}, because {held}"
+                "every rank of this layout reads whole micro-batches"
             )
         if config.engine.emulated:
             yield (

@@ -12,6 +12,7 @@ from looplm.checkpoint import HostMemory
 from looplm.config import EngineConfig, RunConfig
 from pretrain.batch_schedule import schedule_on
 from pretrain.cluster.probes import RankInfo, WriteSpeed
+from pretrain.mix import MANY_PASSES
 
 GB = 10**9
 CAPABILITY = {"fp32": (0, 0), "bf16": (8, 0)}  # lowest compute capability with matrix products in the format
@@ -21,7 +22,6 @@ SLOW_GPU = 0.8  # of the median rate
 SLOW_NETWORK = 10 * GB  # bytes/s; NVLink and InfiniBand give several times as much
 SLOW_SAVE = 300.0  # seconds in which training waits
 SMALL_SHM = 1 * GB
-MANY_PASSES = 4.0  # over the same text: further ones teach little (Muennighoff et al., arXiv 2305.16264)
 
 Level = Literal["ok", "warn", "FAIL"]
 

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import subprocess
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from pretrain.data import (
     matches_data_order,
     micro_batches,
     samples_without_repetition,
+    valid_samples,
 )
+from pretrain.mix import describe_passes
 from pretrain.train import main as train_main
 from tests.support.tiny import EOS, VOCAB, run_config, write_prefix
 
@@ -157,6 +160,20 @@ def test_validation_is_always_the_same_for_every_seed(corpus, tmp_path, single_p
         rows.append(ids(micro_batches(valid_set, config.data, 0, 0, 1)))
     assert rows[0] == rows[1] == rows[2] and len(rows[0]) >= 4
     assert build_valid_set(dataclasses.replace(config.data, valid=()), found, 8, 1, index_cache(config)) is None
+
+
+def test_validation_reads_a_source_at_most_once(varied, single_process):
+    data = dataclasses.replace(varied.data, valid=varied.data.train[:1])
+    for sources, samples in ((1, 256), (2, 382)):
+        data = dataclasses.replace(data, valid=varied.data.train[:sources])
+        found = check_corpus(data, varied.model.vocab_size)
+        held = valid_samples(data, found)
+        assert held is not None and 0.99 * samples <= held <= samples
+        valid_set = build_valid_set(data, found, held, 1, index_cache(varied))
+        assert valid_set is not None
+        rows = ids(islice(micro_batches(valid_set, data, 0, 0, 1), held))
+        assert len(rows) == len(set(map(tuple, rows))) == held
+    assert valid_samples(dataclasses.replace(data, valid=()), found) is None
 
 
 @pytest.mark.promise(
@@ -331,6 +348,24 @@ def test_a_validation_reads_whole_micro_batches_that_fill_the_pipeline(ranks, pi
     data = DataConfig(train=(DataSource(prefix="x"),), micro_batch_size=micro, global_batch_size=micro * 192)
     count = BatchSchedule(data, ranks, pipeline).validation(samples)
     assert count == expected and count % pipeline == 0 and count * micro * ranks >= samples
+
+
+@pytest.mark.parametrize(("held", "expected"), [(99, 8), (32, 8), (31, 4), (16, 4), (15, 4)])
+def test_a_validation_reads_no_more_than_its_data_hold(held, expected):
+    """Two ranks of a pipeline with micro-batches of 4 on one replica; samples are asked for in units of 16."""
+    data = DataConfig(train=(DataSource(prefix="x"),), micro_batch_size=4, global_batch_size=16)
+    assert BatchSchedule(data, 1, 4).validation(32, held) == expected
+
+
+def test_passes_over_each_source_are_counted():
+    sources = (DataSource(prefix="d/web", weight=3), DataSource(prefix="d/wiki"))
+    web, many = "passes over the data: web 0.30, wiki 4.00", "more than 4 passes teach little (arXiv 2305.16264)"
+    assert list(describe_passes(sources, (1000, 25), 400)) == [web]
+    fix = "add data, lower the weight or train fewer steps"
+    web, warning = "passes over the data: web 0.31, wiki 4.10", f"warning: wiki: {many}; {fix}"
+    assert list(describe_passes(sources, (1000, 25), 410)) == [web, warning]
+    alike = (DataSource(prefix="a/train"), DataSource(prefix="b/train"))
+    assert list(describe_passes(alike, (10, 20), 20)) == ["passes over the data: a/train 1.00, b/train 0.50"]
 
 
 @pytest.mark.parametrize(

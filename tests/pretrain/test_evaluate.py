@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.manifest import read_manifest
 from looplm import checkpoint, reference
 from looplm.checkpoint import step_folder
 from looplm.config import TaskConfig, WordProblemConfig
@@ -87,6 +89,15 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
         depths[name] = json.loads(output.read_text())["depths"]
     assert depths["valid"] == report["depths"] and depths["train"] != depths["valid"]
 
+    held = (read_manifest(corpus / "valid").tokens - 1) // 32
+    capsys.readouterr()
+    main([*arguments, "--samples=1000", f"--output={tmp_path / 'all.json'}"])
+    line = f"samples: 1000 becomes {held // 2 * 2}, because {corpus / 'valid'} has {held} samples\n"
+    assert capsys.readouterr().out.startswith(line)
+    assert json.loads((tmp_path / "all.json").read_text())["tokens"] < 32 * held
+    fix = f"{corpus / 'valid'} has {held} samples, 1 ranks read batch_size=500 each; give fewer"
+    with pytest.raises(UserError, match=f"^{re.escape(f'batch_size: 500 is not allowed; {fix}')}$"):
+        main([*arguments, "--samples=1000", "--batch_size=500"])
     with pytest.raises(UserError, match="prompt_tokens: 32"):  # leaves no token to measure
         main([*arguments, "--kv_caches=last", "--prompt_tokens=32"])
     untrained = dataclasses.replace(

@@ -18,7 +18,7 @@ from looplm import chat, checkpoint, generate
 from looplm.checkpoint import step_folder
 from looplm.config import DataSource
 from looplm.failures import UserError
-from pretrain.data import build_train_set, build_valid_set, check_corpus, index_cache, micro_batches
+from pretrain.data import build_train_set, build_valid_set, check_corpus, index_cache, micro_batches, valid_samples
 from pretrain.mixed_data import best_fit, pack
 from pretrain.progress import Progress, describe
 from pretrain.train import train
@@ -139,6 +139,14 @@ def test_a_packing_is_cached(chats, tmp_path, single_process, monkeypatch):
     assert [path.name.partition("-packing")[2] for path in tmp_path.rglob("*-packing*")] == [".npz"], (
         "nothing half made"
     )
+
+
+def test_a_pass_over_validation_conversations(chats, tmp_path, single_process):
+    config = run_config(chats, tmp_path, data={"seq_length": 100}, model=LONG)
+    found = check_corpus(config.data, VOCAB)
+    held = valid_samples(config.data, found)
+    assert held is not None and held > 1
+    assert len(token_rows(build_valid_set(config.data, found, held, 1, index_cache(config)))) == held
 
 
 @pytest.mark.promise(text="A damaged packing in a cache is named and computed again", expected="the same samples")

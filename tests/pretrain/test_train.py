@@ -14,6 +14,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipeline.manifest import read_manifest
 from looplm import checkpoint
 from looplm.checkpoint import optimizer_state, step_folder
 from looplm.cli import to_dict
@@ -163,6 +164,17 @@ def test_validations_without_data_are_said_to_have_no_effect(corpus, tmp_path, s
     without = run_config(corpus, tmp_path / "without", logging={"eval_every": 3}, data={"valid": ()})
     assert exact(run(without)) == exact(kept)
     assert "logging.eval_every: 3 has no effect, because data.valid is empty" in capsys.readouterr().err
+
+
+def test_the_first_lines_count_passes_and_validation_samples(corpus, tmp_path, single_process, capsys):
+    config = run_config(corpus, tmp_path, logging={"eval_samples": 1000}, optim={"train_steps": 2, "decay_steps": 0})
+    run(config)
+    passes = 2 * 4 * 32 / read_manifest(corpus / "train").tokens
+    held = (read_manifest(corpus / "valid").tokens - 1) // 32
+    said = capsys.readouterr().err
+    assert f"passes over the data: train {passes:.2f}\n" in said
+    why = f"data.valid has {held} samples, and every rank of this layout reads whole micro-batches"
+    assert f"logging.eval_samples: 1000 becomes {held // 2 * 2}, because {why}\n" in said
 
 
 def test_a_run_with_emulated_fp8_says_so_and_resumes_without_it(corpus, tmp_path, single_process, capsys):
