@@ -1,9 +1,11 @@
-"""How often a run on text reads each of its sources."""
+"""The sources of a run on text: each is there once, and how often the run reads it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from looplm.config import DataSource
+from data_pipeline.manifest import read_manifest
+from looplm.bounds import require
+from looplm.config import DataConfig, DataSource
 from pretrain.mixed_data import MixConfig
 
 MANY_PASSES = 4.0  # over the same text: further ones teach little (Muennighoff et al., arXiv 2305.16264)
@@ -38,3 +40,16 @@ def describe_passes(sources: Sequence[DataSource], held: Sequence[int], tokens: 
     if many := ", ".join(name for name, number in times.items() if number > MANY_PASSES):
         why = f"more than {MANY_PASSES:g} passes teach little (arXiv 2305.16264)"
         yield f"warning: {many}: {why}; add data, lower the weight or train fewer steps"
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise a :class:`UserError` if a source is given twice, under any name, or held-out documents are trained on."""
+    seen = dict[str, str]()
+    for key, sources in (("data.train", data.train), ("data.valid", data.valid)):
+        for source in sources:
+            manifest = read_manifest(source.prefix)
+            fix = "its manifest says that it is held out for validation; train on a prefix of split train"
+            require(key == "data.valid" or manifest.split != "valid", key, source.prefix, fix)
+            fix = f"it holds the same data as {seen.get(manifest.fingerprint)}; give them once"
+            require(manifest.fingerprint not in seen, key, source.prefix, fix)
+            seen[manifest.fingerprint] = f"{source.prefix} in {key}"

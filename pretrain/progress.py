@@ -10,6 +10,7 @@ from looplm.config import RunConfig
 from looplm.failures import UserError
 from looplm.megatron.settings import DTYPES
 from pretrain.data import Corpus, data_order, matches_data_order, samples_without_repetition
+from pretrain.mix import check_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +136,10 @@ def check_start(config: RunConfig, corpus: Corpus, resumed: About | None, initia
 
     Raises:
         UserError: the weights belong to another tokenizer, or the run would resume in other data or another order, or
-            has more steps behind it than it is to have.
+            has more steps behind it than it is to have; or a new run has a source twice, or trains on held-out data.
     """
+    if resumed is None:  # an older run may have begun so
+        check_sources(config.data)
     for about, where in ((initial, config.checkpoint.initial), (resumed, config.output_dir)):
         if about is not None and about.tokenizer_sha256 != corpus.tokenizer.sha256:
             raise UserError(

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import re
 import shutil
 import subprocess
 from itertools import islice
@@ -14,8 +15,9 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest import read_manifest, write_manifest
 from data_pipeline.token_file import read_index
+from looplm import checkpoint
 from looplm.cli import to_dict
 from looplm.config import DataConfig, DataSource, ParallelConfig, RampUpConfig, RunConfig
 from looplm.failures import StorageFailure, UserError
@@ -34,6 +36,7 @@ from pretrain.data import (
     valid_samples,
 )
 from pretrain.mix import describe_passes
+from pretrain.progress import Progress, check_start, describe
 from pretrain.train import main as train_main
 from tests.support.tiny import EOS, VOCAB, run_config, write_prefix
 
@@ -355,6 +358,40 @@ def test_a_validation_reads_no_more_than_its_data_hold(held, expected):
     """Two ranks of a pipeline with micro-batches of 4 on one replica; samples are asked for in units of 16."""
     data = DataConfig(train=(DataSource(prefix="x"),), micro_batch_size=4, global_batch_size=16)
     assert BatchSchedule(data, 1, 4).validation(32, held) == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "key", "name", "same"),
+    [
+        (["train", "train"], ["valid"], "data.train", "train", "train in data.train"),
+        (["train"], ["train"], "data.valid", "train", "train in data.train"),
+        (["train"], ["copy"], "data.valid", "copy", "train in data.train"),
+        (["train"], ["valid", "valid"], "data.valid", "valid", "valid in data.valid"),
+        (["valid"], [], "data.train", "valid", ""),
+    ],
+)
+def test_a_new_run_reads_no_source_twice_and_no_held_out_text(
+    train, valid, key, name, same, corpus, tmp_path, monkeypatch
+):
+    shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
+    for suffix in ("bin", "idx"):
+        shutil.copy(corpus / f"train.{suffix}", tmp_path / f"copy.{suffix}")
+    record, copy = read_manifest(corpus / "train").tokenizer, tmp_path / "copy"
+    write_manifest(copy, source="other", split="valid", vocab_size=VOCAB, tokenizer=record, config_sha256="")
+    sources = {
+        key: tuple(DataSource(prefix=str(tmp_path / name)) for name in names)
+        for key, names in (("train", train), ("valid", valid))
+    }
+    config = run_config(corpus, tmp_path / "run", data=sources)
+    found = check_corpus(config.data, VOCAB)
+    fix = "its manifest says that it is held out for validation; train on a prefix of split train"
+    fix = f"it holds the same data as {tmp_path}/{same}; give them once" if same else fix
+    line = f"{key}: '{tmp_path}/{name}' is not allowed; {fix}"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        check_start(config, found, None, None)
+    monkeypatch.setattr(checkpoint, "git_revision", lambda: "")
+    about = describe(config, found, Progress(horizon_samples=1))
+    check_start(config, found, about, None)  # begun by an earlier version
 
 
 def test_passes_over_each_source_are_counted():
