@@ -124,17 +124,27 @@ class ParquetReader(SourceReader):
     def read_file(self, filepath: str) -> Iterator[Document]:
         path, first = self.path_of(filepath), 0
         with readable(path), pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            columns = [*self.columns, *(name for name in self.optional if name in {*names} - {*self.columns})]
-            for column in columns:
-                if column not in names:
-                    raise UserError(f"{path}: has no column {column!r}, only {', '.join(names)}; set text_key")
-                if names.count(column) > 1:
-                    raise UserError(f"{path}: has {names.count(column)} columns {column!r}; rename one of them")
+            columns = self._columns_of(table, path)
             for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
                 for index, record in enumerate(_rows(batch, path, first)):
                     yield from self.document_of(record, filepath, first + index)
                 first += batch.num_rows
+
+    def check_start(self, name: str) -> None:
+        """Check the columns alone: the first record lies in a row group, which would be read whole."""
+        path = self.path_of(name)
+        with readable(path), pyarrow.parquet.ParquetFile(path) as table:
+            self._columns_of(table, path)
+
+    def _columns_of(self, table: pyarrow.parquet.ParquetFile, path: Path) -> list[str]:
+        names = table.schema_arrow.names
+        columns = [*self.columns, *(name for name in self.optional if name in {*names} - {*self.columns})]
+        for column in columns:
+            if column not in names:
+                raise UserError(f"{path}: has no column {column!r}, only {', '.join(names)}; set text_key")
+            if names.count(column) > 1:
+                raise UserError(f"{path}: has {names.count(column)} columns {column!r}; rename one of them")
+        return columns
 
 
 def _parse(line: bytes, where: str, once: tuple[str, ...]) -> tuple[Any, bool]:

@@ -58,7 +58,7 @@ def _literal_start(pattern: str) -> str:
 
 
 def check_files(source: SourceConfig, files: list[Path]) -> None:
-    """Raise a :class:`UserError` if a file is empty, damaged at its start, or lacks the text key in its first record.
+    """Raise a :class:`UserError` if a file is empty, damaged at its start, or lacks the text key there.
 
     The reading step, which comes first, finds faults further in.
     """

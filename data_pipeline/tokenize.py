@@ -33,7 +33,7 @@ from data_pipeline.sources import check_files, find_files, read_documents
 from data_pipeline.text_encoder import TextEncoder, open_template, rewriting
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
 from data_pipeline.verify import check_prefix
-from data_pipeline.workspace import identity_hash, identity_of, is_finished, workspace
+from data_pipeline.workspace import identity_hash, identity_of, is_finished, require_unchanged, stamps_of, workspace
 from looplm.chat import TEMPLATE_FILE
 from looplm.cli import parse_config, run_main
 from looplm.failures import UserError
@@ -59,38 +59,44 @@ def build(config: PipelineConfig) -> None:
     """
     multiprocess.set_forkserver_preload(["data_pipeline.documents", "data_pipeline.shards"])  # once, not per worker
     output = Path(config.output_dir).resolve()
-    files = _check_inputs(config)
-    identity = identity_of(config, files)
+    encoder = _open_encoder(config)
+    files = {source.name: find_files(source) for source in config.sources}
+    stamps, identity = stamps_of(config, files), identity_of(config, files)
     if not is_finished(output, identity, config.replace):
+        _check_inputs(config, files, encoder)
         with writing(output), workspace(output, identity, config.replace) as work:
             runner = StepRunner(config.executor, work / "final" / "logs", config.verbose)
             split_documents(config, files, work, runner)
             _make_tokenizer(config, work / "split", work / "final" / "tokenizer.json", runner)
             counts = write_prefixes(config.tokenizer, work, runner)
             _write_manifests(config, work / "final", identity_hash(identity), counts)
+            require_unchanged(stamps, stamps_of(config, {source.name: find_files(source) for source in config.sources}))
     for prefix in sorted(path.with_suffix("") for path in output.glob("*.idx")):
         manifest = check_prefix(prefix, deep=False)
         print(f"{os.path.relpath(prefix)}: {manifest.describe()}, {manifest.vocab_size:,} ids")
 
 
-def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
-    """Return each source's files, after every check that needs no work on the data."""
+def _open_encoder(config: PipelineConfig) -> TextEncoder | None:
+    """Return the encoder of an existing tokenizer, after every check of it that needs no data."""
+    if config.tokenizer.path is None:
+        return None
+    tokenizer, where = load_tokenizer(config.tokenizer), f"tokenizer.path: {config.tokenizer.path}"
+    encoder = TextEncoder(tokenizer, config.tokenizer, where)
+    if any(source.chat is not None for source in config.sources):
+        _ = encoder.template.end_id  # refuses a template in which nothing can be packed
+    return encoder
+
+
+def _check_inputs(config: PipelineConfig, files: dict[str, list[Path]], encoder: TextEncoder | None) -> None:
+    """Check everything that needs no work on the data before hours of it begin."""
     for command in ("sbatch", "squeue") if config.executor.slurm is not None else ():
         if shutil.which(command) is None:
             raise UserError(f"executor.slurm: {command} is not on this machine; start on a login node or leave it null")
-    encoder = None
-    if config.tokenizer.path is not None:
-        tokenizer, where = load_tokenizer(config.tokenizer), f"tokenizer.path: {config.tokenizer.path}"
-        encoder = TextEncoder(tokenizer, config.tokenizer, where)
-        if any(source.chat is not None for source in config.sources):
-            _ = encoder.template.end_id  # refuses a template in which nothing can be packed
     if config.dedup.language is not None:
         check_language(config.dedup.language, "dedup.language")
-    files = {}
     for source in config.sources:
         if source.filters:
             check_language(source.language, f"sources.{source.name}.language")
-        files[source.name] = find_files(source)
         check_files(source, files[source.name])
         if encoder is not None:  # a loss shows in the first documents, not after hours
             documents: Iterable[Document] = islice(read_documents(source, files[source.name]), _TRIED_DOCUMENTS)
@@ -98,7 +104,6 @@ def _check_inputs(config: PipelineConfig) -> dict[str, list[Path]]:
                 documents = step.run(documents)
             encode = encoder.encode_texts if source.chat is None else encoder.encode_conversations
             list(encode(list(documents)))
-    return files
 
 
 def _make_tokenizer(config: PipelineConfig, split: Path, path: Path, runner: StepRunner) -> None:

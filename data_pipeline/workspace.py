@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,30 @@ def identity_of(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[st
     """Return everything on which the result depends: settings, and name, size and time of every input file."""
     identity = {key: value for key, value in to_dict(config).items() if key not in _WITHOUT_EFFECT}
     identity["executor"] = {"tasks": config.executor.tasks}
-    inputs = dict(files)
-    if config.tokenizer.path is not None:
-        inputs["tokenizer"] = [Path(config.tokenizer.path)]
-        inputs |= {"chat_template": found} if (found := template_files(config.tokenizer)) else {}
-    identity["inputs"] = {name: _listing_hash(paths) for name, paths in inputs.items()}
+    identity["inputs"] = {name: _listing_hash(paths) for name, paths in _inputs(config, files).items()}
     return identity
+
+
+def stamps_of(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[Path, tuple[int, int]]:
+    """Return size and time of every input file."""
+    paths = chain.from_iterable(_inputs(config, files).values())
+    return {path: (status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)}
+
+
+def require_unchanged(before: dict[Path, tuple[int, int]], after: dict[Path, tuple[int, int]]) -> None:
+    """Raise a :class:`UserError` that names the first input file that was changed, added or removed."""
+    for path, _ in sorted(before.items() ^ after.items()):
+        how = "is gone" if path not in after else "has changed" if path in before else "is new"
+        fix = "run again with --replace true when nothing writes there any more"
+        raise UserError(f"{path}: {how} since this build began; {fix}")
+
+
+def _inputs(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Return the files of every source, and those of an existing tokenizer."""
+    if config.tokenizer.path is None:
+        return files
+    found = template_files(config.tokenizer)
+    return files | {"tokenizer": [Path(config.tokenizer.path)]} | ({"chat_template": found} if found else {})
 
 
 def identity_hash(identity: dict[str, Any]) -> str:

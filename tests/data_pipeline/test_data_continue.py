@@ -152,3 +152,36 @@ def test_an_input_that_is_touched_after_the_work_is_named(settings: Any, tmp_pat
     )
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         tokenize.build(settings)
+
+
+def quick(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Put ``act`` in the place of all work on the data."""
+    monkeypatch.setattr(tokenize, "split_documents", lambda *_: act())
+    for name in ("_make_tokenizer", "write_prefixes", "_write_manifests"):
+        monkeypatch.setattr(tokenize, name, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda folder: (folder / "a.jsonl").touch(), "a.jsonl: has changed"),
+        (lambda folder: (folder / "a2.jsonl").write_text("{}"), "a2.jsonl: is new"),
+        (lambda folder: (folder / "a1.jsonl").unlink(), "a1.jsonl: is gone"),
+    ],
+)
+def test_inputs_that_change_during_a_build_are_named(change, line, settings, tmp_path, monkeypatch) -> None:
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "a1.jsonl")
+    every = replace(settings.sources[0], paths=(str(tmp_path / "a*.jsonl"),))
+    settings = replace(settings, sources=(every, settings.sources[1]))
+    quick(monkeypatch, lambda: change(tmp_path))
+    fix = "run again with --replace true when nothing writes there any more"
+    with pytest.raises(UserError, match=f"^{re.escape(f'{tmp_path}/{line} since this build began; {fix}')}$"):
+        tokenize.build(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_build_is_not_checked_again(settings, monkeypatch, tmp_path) -> None:
+    quick(monkeypatch, lambda: None)
+    tokenize.build(settings)
+    monkeypatch.setattr(tokenize, "_check_inputs", None)  # fails if it is called
+    tokenize.build(settings)

@@ -73,6 +73,19 @@ def test_parquet(tmp_path: Path) -> None:
         read("parquet", path)
 
 
+def test_the_check_of_a_parquet_file_reads_its_columns_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 9000]}), path, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"x" * 9000, b"\xff" * 9000))
+    source = SourceConfig(name="s", kind="parquet", paths=(str(path),))
+    check_files(source, [path])
+    with pytest.raises(UserError, match=r"a\.parquet:1: byte 1 of a text is not UTF-8 \(0xff\)"):
+        read("parquet", path)
+    with pytest.raises(UserError, match=f"^{path}: has no column 'body', only text; set text_key$"):
+        check_files(SourceConfig(name="s", kind="parquet", paths=(str(path),), text_key="body"), [path])
+
+
 def test_stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"b.py": b"x = 1\r\n", "a/c.py": b"y\n", "latin.py": b"# \xe9\n", "empty.py": b"", "n.txt": b"no"}
     for name, data in files.items():
