@@ -44,6 +44,7 @@ _SECONDS, _MEMORY = 5.0, 2**30  # processor time of one rendering, which usually
 _LONGEST, _POWER_BITS = 2**24, 2**12  # characters of a conversation; bits of an integer that is a power
 _PROBE = (Message("user", "2 + 2?"), Message(ANSWERS, "4"))
 _SHOWN = 40  # characters of a content in a message
+_PACKED_ON = datetime(2024, 7, 26)  # the day that Llama's templates write where they are given none
 
 
 class ImportedTemplate:
@@ -81,11 +82,12 @@ class ImportedTemplate:
         Raises:
             UserError: the template refuses the conversation, or fails.
         """
-        return self._render(messages, asks=True)
+        return self._render(messages, asks=True, now=datetime.now())
 
-    def _render(self, messages: Sequence[Message], *, asks: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, asks: bool, now: datetime = _PACKED_ON) -> str:
         listed = [{"role": message.role, "content": message.content} for message in messages]
         given: dict[str, Any] = {"messages": listed, "tools": None, "documents": None, "add_generation_prompt": asks}
+        given["strftime_now"] = now.strftime
         try:
             with _limits():
                 text = self._template.render({**self._tokens, **given})
@@ -103,6 +105,8 @@ class ImportedTemplate:
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Encode complete conversations to be trained on.
+
+        A template that writes today's date writes the same one always, or a build would depend on its day.
 
         Raises:
             UserError: a content holds the text of a special token, or it cannot be told what of the text is an answer.
@@ -122,7 +126,7 @@ class ImportedTemplate:
             UserError: no special token follows an answer.
         """
         question, answer = _PROBE
-        asked, answered = self.render([question]), self._render([question, answer], asks=False)
+        asked, answered = self._render([question], asks=True), self._render([question, answer], asks=False)
         if not answered.startswith(asked):
             fix = "pack conversations in ChatML"
             raise UserError(f"{self._where}: writes something else before an answer than when it asks for one; {fix}")
@@ -148,7 +152,7 @@ class ImportedTemplate:
         text, answers = self._render(messages, asks=False), list[tuple[int, int]]()
         for number, message in enumerate(messages):
             if message.role == ANSWERS and message.learned:
-                asked = self.render(messages[:number])
+                asked = self._render(messages[:number], asks=True)
                 answered = self._render(messages[: number + 1], asks=False)
                 content = answered.find(message.content.strip(), len(asked))
                 end = answered.find(self._special[self.end_id], content + len(message.content.strip()))
@@ -247,7 +251,6 @@ def _compile(source: str) -> Template:
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise,
-        "strftime_now": lambda form: datetime.now().strftime(form),
         "dict": _Dict(),
         "namespace": _Namespace,
     }

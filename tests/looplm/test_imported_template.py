@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,25 @@ def test_what_is_learned_is_what_transformers_masks() -> None:
         assert [int(is_learned) for is_learned in learned] == found["assistant_masks"]
     end, bos = (tokenizer_with_marks().token_to_id(name) for name in ("<|im_end|>", "<bos>"))
     assert ours.end_id == end and ours.mark_ids == {bos, end, tokenizer_with_marks().token_to_id("<|im_start|>")}
+
+
+def test_a_template_that_writes_the_date_packs_the_same_on_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_with_marks()
+    dated = "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ today() }}" + DEFAULT_SYSTEM
+    packed, asked = list[str](), list[str]()
+    for year in (2026, 2027):
+
+        class Day(datetime):
+            @classmethod
+            def now(cls, tz: Any = None, year: int = year) -> datetime:
+                return datetime(year, 1, 2)
+
+        monkeypatch.setattr(templates, "datetime", Day)
+        template = ImportedTemplate(dated, tokenizer, {}, "t.jinja")
+        packed.append(tokenizer.decode(template.encode([LONG_TALK[:2]])[0].ids, skip_special_tokens=False))
+        asked.append(template.render(TALK[:1]))
+    assert packed[0] == packed[1] and packed[0].startswith("26 Jul 2024<|im_start|>")
+    assert [text[:11] for text in asked] == ["02 Jan 2026", "02 Jan 2027"]
 
 
 def test_an_answer_that_is_context_is_not_learned() -> None:
