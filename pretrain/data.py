@@ -252,7 +252,10 @@ def _rounded_up(number: int) -> int:
 
 
 def valid_samples(data: DataConfig, corpus: Corpus) -> int | None:
-    """Return how many samples ``data.valid`` has in one pass; None without it, and for a task, which has any number."""
+    """Return how many samples read all of ``data.valid``; None without it, and for a task, which has any number.
+
+    Of several sources some are read more often until then, as their weights say.
+    """
     if data.task is not None or not data.valid:
         return None
     held = list[int]()
@@ -262,7 +265,8 @@ def valid_samples(data: DataConfig, corpus: Corpus) -> int | None:
             held.append(len(pack(lengths_N, data.seq_length + 1, 1, _VALID_SEED)[1]) - 1)
         else:
             held.append((int(lengths_N.sum()) - 1) // data.seq_length)
-    return samples_of_one_pass(held, data.valid)
+    total = sum(source.weight for source in data.valid)
+    return max(int(own * total / source.weight) for own, source in zip(held, data.valid, strict=True))
 
 
 def build_valid_set(

@@ -77,11 +77,13 @@ def main(argv: list[str]) -> None:
         held = valid_samples(run.data, corpus)
         if held is not None and held < config.samples:
             unit, prefixes = config.batch_size * ranks, ", ".join(data_read(config, run))
-            fix = f"{prefixes} has {held} samples, {ranks} ranks read batch_size={config.batch_size} each; give fewer"
+            fix = f"{held} samples read all of {prefixes}, and {ranks} ranks read that many each; give fewer"
             require(held >= unit, "batch_size", config.batch_size, fix)
             count = held // unit
             if process_groups.is_rank_0():
-                print(f"samples: {config.samples} becomes {count * unit}, because {prefixes} has {held} samples")
+                print(
+                    f"samples: {config.samples} becomes {count * unit}, because {held} samples read all of {prefixes}"
+                )
         opened = checkpoint.open_step(step, groups)
         samples = count * config.batch_size * ranks
         valid_set = build_valid_set(run.data, corpus, samples, run.seed, index_cache(run), config.split)

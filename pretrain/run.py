@@ -249,7 +249,7 @@ class Run:
             yield from describe_passes(config.data.train, self._corpus.train_tokens, tokens)
         if self._valid_set is not None and self._eval_samples != config.logging.eval_samples:
             few = self._valid_held is not None and self._valid_held < config.logging.eval_samples
-            held = f"data.valid has {self._valid_held} samples, and " if few else ""
+            held = f"{self._valid_held} samples read all of data.valid, and " if few else ""
             yield (
                 f"logging.eval_samples: {config.logging.eval_samples} becomes {self._eval_samples}, because {held}"
                 "every rank of this layout reads whole micro-batches"

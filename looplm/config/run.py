@@ -229,7 +229,8 @@ class LoggingConfig:
         log_every: steps between lines of metrics.jsonl and TensorBoard points.
         eval_every: steps between validations; 0 validates only after the last step. Without data.valid nothing is
             validated.
-        eval_samples: samples of a validation; rounded up to whole micro-batches on every rank, at most one pass.
+        eval_samples: samples of a validation; rounded up to whole micro-batches on every rank, and no more than read
+            all of data.valid once.
         dynamics_samples: of these, samples (at least one on each rank) on which a validation also looks at the loops
             themselves: attention on the first token, and the spectral radius of each loop (24 backward passes); 0 does
             not look.

@@ -165,17 +165,21 @@ def test_validation_is_always_the_same_for_every_seed(corpus, tmp_path, single_p
     assert build_valid_set(dataclasses.replace(config.data, valid=()), found, 8, 1, index_cache(config)) is None
 
 
-def test_validation_reads_a_source_at_most_once(varied, single_process):
-    data = dataclasses.replace(varied.data, valid=varied.data.train[:1])
-    for sources, samples in ((1, 256), (2, 382)):
-        data = dataclasses.replace(data, valid=varied.data.train[:sources])
+def test_a_validation_ends_when_it_has_read_all(varied, single_process):
+    one, other = varied.data.train[:2]
+    one = dataclasses.replace(one, weight=3 * other.weight)
+    held = list[int]()
+    for sources in ((one,), (other,), (one, other)):
+        data = dataclasses.replace(varied.data, valid=sources)
         found = check_corpus(data, varied.model.vocab_size)
-        held = valid_samples(data, found)
-        assert held is not None and 0.99 * samples <= held <= samples
-        valid_set = build_valid_set(data, found, held, 1, index_cache(varied))
+        samples = valid_samples(data, found)
+        assert samples is not None
+        held.append(samples)
+        valid_set = build_valid_set(data, found, samples, 1, index_cache(varied))
         assert valid_set is not None
-        rows = ids(islice(micro_batches(valid_set, data, 0, 0, 1), held))
-        assert len(rows) == len(set(map(tuple, rows))) == held
+        rows = set(map(tuple, ids(islice(micro_batches(valid_set, data, 0, 0, 1), samples))))
+        assert len(rows) >= 0.99 * sum(held[:2] if len(sources) > 1 else held[-1:]), "all that there is"
+    assert held[2] == max(held[0] * 4 // 3, held[1] * 4)
     assert valid_samples(dataclasses.replace(data, valid=()), found) is None
 
 

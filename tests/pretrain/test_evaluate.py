@@ -92,10 +92,10 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     held = (read_manifest(corpus / "valid").tokens - 1) // 32
     capsys.readouterr()
     main([*arguments, "--samples=1000", f"--output={tmp_path / 'all.json'}"])
-    line = f"samples: 1000 becomes {held // 2 * 2}, because {corpus / 'valid'} has {held} samples\n"
+    line = f"samples: 1000 becomes {held // 2 * 2}, because {held} samples read all of {corpus / 'valid'}\n"
     assert capsys.readouterr().out.startswith(line)
     assert json.loads((tmp_path / "all.json").read_text())["tokens"] < 32 * held
-    fix = f"{corpus / 'valid'} has {held} samples, 1 ranks read batch_size=500 each; give fewer"
+    fix = f"{held} samples read all of {corpus / 'valid'}, and 1 ranks read that many each; give fewer"
     with pytest.raises(UserError, match=f"^{re.escape(f'batch_size: 500 is not allowed; {fix}')}$"):
         main([*arguments, "--samples=1000", "--batch_size=500"])
     with pytest.raises(UserError, match="prompt_tokens: 32"):  # leaves no token to measure

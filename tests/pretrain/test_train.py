@@ -173,7 +173,7 @@ def test_the_first_lines_count_passes_and_validation_samples(corpus, tmp_path, s
     held = (read_manifest(corpus / "valid").tokens - 1) // 32
     said = capsys.readouterr().err
     assert f"passes over the data: train {passes:.2f}\n" in said
-    why = f"data.valid has {held} samples, and every rank of this layout reads whole micro-batches"
+    why = f"{held} samples read all of data.valid, and every rank of this layout reads whole micro-batches"
     assert f"logging.eval_samples: 1000 becomes {held // 2 * 2}, because {why}\n" in said
 
 
