@@ -111,6 +111,8 @@ class SourceConfig:
 class DedupConfig:
     """Deduplication over all sources together, so that no document of one source reappears in another.
 
+    The copy of the source that is listed first stays; within a source, the first copy in the order of the output.
+
     Args:
         exact: drop documents whose texts are equal byte for byte.
         minhash: drop near-duplicates (MinHash signatures, locality-sensitive hashing).
@@ -249,7 +251,7 @@ class PipelineConfig:
 
     Args:
         output_dir: a folder that holds only token files, manifests, tokenizer and logs.
-        sources: the sources of text.
+        sources: the sources of text; of a document that several have, the source listed first keeps its copy.
         tokenizer: the tokenizer, trained or existing.
         dedup: deduplication over all sources.
         executor: division of the work, on this machine or Slurm.

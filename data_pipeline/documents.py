@@ -10,14 +10,15 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.writers import JsonlWriter
 
-from data_pipeline.config import PipelineConfig
+from data_pipeline.config import PipelineConfig, SourceConfig
 from data_pipeline.conversations import MESSAGES
 from data_pipeline.executor import StepRunner
-from data_pipeline.filters import build_filters, find_duplicates
+from data_pipeline.filters import MAX_FILES, build_filters, find_duplicates
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.sources import make_reader
 from data_pipeline.token_file import MAX_DOCUMENTS
+from looplm.bounds import require
 from looplm.failures import UserError
 
 TRAIN, VALID = "train", "valid"
@@ -30,7 +31,7 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
     for source in config.sources:
         reader, writer = make_reader(source, files[source.name]), _writer(documents / source.name, "${rank}.jsonl")
         pipeline: list[Callable] = [reader, *build_filters(source), writer]
-        counts = runner.run(f"read-{source.name}", pipeline, tasks if source.limit is None else 1)
+        counts = runner.run(f"read-{source.name}", pipeline, _tasks_of(source, tasks))
         reasons = {key: count for key, count in sum(counts[:-1], Counter()).items() if key.startswith("dropped_")}
         dropped = _dropped({key.removeprefix("dropped_"): count for key, count in reasons.items()})
         if not counts[-1]["total"]:
@@ -42,19 +43,41 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
         runner.report(f"read {source.name}", counts[-1]["total"], dropped)
         fix = "change validation_fraction or give it more documents"
         _require_splits(config, source.name, _splits_of(documents / source.name, config), fix)
-    filters = find_duplicates(config.dedup, documents, work, runner)
+    written = _in_order(config, documents)
+    filters = find_duplicates(config.dedup, written, work, runner)
     split = partial(_add_prefix, config.seed, config.validation_fraction)
-    written = JsonLinesReader(Folder(str(documents)))
-    pipeline = [written, *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
-    counts = runner.run("split", pipeline)
+    pipeline = [JsonLinesReader(written), *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
+    counts = runner.run("split", pipeline, tasks=len(written.list_files()))
     kinds = ["exact duplicates"] * config.dedup.exact + ["near-duplicates"] * config.dedup.minhash
     duplicates = dict(zip(kinds, (count["dropped"] for count in counts[1:-1]), strict=True))
     note = f"{_dropped(duplicates)}; split by text" if config.validation_fraction else _dropped(duplicates)
     runner.report("deduplicate and split", counts[-1]["total"], note)
     for source in config.sources:
         left = {part for part in (TRAIN, VALID) if (work / "split" / f"{source.name}_{part}").exists()}
-        fix = "all were duplicates, of each other or of other sources' documents; leave the source out or give it more"
+        fix = "the others were duplicates, of each other or of sources listed before; list it earlier or give it more"
         _require_splits(config, source.name, left, fix)
+
+
+def check_count(config: PipelineConfig, files: dict[str, list[Path]]) -> None:
+    """Raise a :class:`UserError` if there could be more files of documents than datatrove can put in an order."""
+    tasks = config.executor.tasks
+    count = sum(min(len(files[source.name]), _tasks_of(source, tasks)) for source in config.sources)
+    fix = f"it makes up to {count:,} files of documents, and dedup.exact orders {MAX_FILES:,}; lower it"
+    require(count <= MAX_FILES or not config.dedup.exact, "executor.tasks", tasks, fix)
+
+
+def _tasks_of(source: SourceConfig, tasks: int) -> int:
+    return tasks if source.limit is None else 1  # the limit holds for each task
+
+
+def _in_order(config: PipelineConfig, documents: Path) -> Folder:
+    """Return the folder of what was read, with its files in the order of the sources, then of the tasks."""
+    names = [
+        f"{source.name}/{name}"
+        for source in config.sources
+        for name in Folder(str(documents / source.name)).list_files()
+    ]
+    return Folder(str(documents), tuple(names))
 
 
 def _splits_of(folder: Path, config: PipelineConfig) -> set[str]:

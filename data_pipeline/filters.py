@@ -7,7 +7,9 @@ of the package.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datatrove.data import Document
@@ -25,6 +27,7 @@ from data_pipeline.readers import JsonLinesReader
 from looplm.chat import ANSWERS, Message
 from looplm.failures import UserError
 
+MAX_FILES = 2**16 - 1  # of documents, if exact duplicates are dropped: datatrove stores their order in 16 bits
 _QUALITY = {
     "gopher_quality": filters.GopherQualityFilter,  # Rae et al. 2021, section A.1.1
     "gopher_repetition": filters.GopherRepetitionFilter,  # Rae et al. 2021, table A1
@@ -40,22 +43,23 @@ def build_filters(source: SourceConfig) -> list[BaseFilter]:
     return [LengthFilter(source.min_chars, source.max_chars), *answered, *quality]
 
 
-def find_duplicates(config: DedupConfig, documents: Path, work: Path, runner: StepRunner) -> list[PipelineStep]:
+def find_duplicates(config: DedupConfig, documents: Folder, work: Path, runner: StepRunner) -> list[PipelineStep]:
     """Find duplicates, and return the filters that drop them from ``documents``, in the order in which they must run.
 
-    Each step reads the same files with the same number of tasks, because datatrove identifies a document by its task
-    and its position in that task's input.
+    The first of equal or similar documents stays. Each step reads each file in a task of its own, because datatrove
+    identifies a document by its task and its position in that task's input: so the order of two documents is that of
+    their tasks, then that of their positions.
 
     Args:
-        documents: folder of datatrove's JSON lines.
+        documents: folder of datatrove's JSON lines, with its files in the order that decides which document stays.
         work: folder for signatures and results.
     """
     found: list[PipelineStep] = []
-    reader = JsonLinesReader(Folder(str(documents)))
+    reader, tasks = JsonLinesReader(documents), len(documents.list_files())
     if config.exact:
         signatures, results = (Folder(str(work / name)) for name in ("exact", "exact-found"))
         exact = dedup.ExactDedupConfig(content_getter=_content)
-        runner.run("exact-signatures", [reader, dedup.ExactDedupSignature(signatures, exact)])
+        runner.run("exact-signatures", [reader, _ExactSignatures(signatures, exact)], tasks)
         # One task: with more, datatrove 0.10.1 looks for a file named ".c4_sig", does not find it and drops nothing.
         runner.run("exact-find", [dedup.ExactFindDedups(signatures, results, exact)], tasks=1)
         found.append(dedup.ExactDedupFilter(results, exact))
@@ -66,12 +70,12 @@ def find_duplicates(config: DedupConfig, documents: Path, work: Path, runner: St
         sizes = {"num_buckets": config.buckets, "hashes_per_bucket": config.hashes_per_bucket}
         minhash = dedup.MinhashConfig(n_grams=config.ngram, norm_config=_normalization(config), **sizes)
         signature = _Signatures(signatures, minhash, language=config.language or _WhiteSpace())
-        counts = runner.run("minhash-signatures", [reader, *found, signature])[-1]
+        counts = runner.run("minhash-signatures", [reader, *found, signature], tasks)[-1]
         if short := counts["too_short"]:
             note = f"{short:,} others have fewer than dedup.ngram={config.ngram} words, too few to compare"
             runner.report("compare documents", counts["total"] - short, note)
         runner.run("minhash-buckets", [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)], config.buckets)
-        runner.run("minhash-cluster", [dedup.MinhashDedupCluster(pairs, results, minhash)], tasks=1)
+        runner.run("minhash-cluster", [_Clusters(pairs, results, minhash, save_cluster_id=True)], tasks=1)
         found.append(dedup.MinhashDedupFilter(results))
     return found
 
@@ -118,6 +122,35 @@ class AnswerFilter(BaseFilter):
         messages = (Message(*message) for message in doc.metadata[MESSAGES])
         answered = any(role == ANSWERS and content.strip() and learned for role, content, learned in messages)
         return answered or (False, "without_answer")
+
+
+class _ExactSignatures(dedup.ExactDedupSignature):
+    """datatrove's step, which gives documents of earlier tasks a higher priority.
+
+    Of equal documents, the one with the highest priority stays; within a task, the first.
+    """
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        self.config = replace(self.config, document_priority=lambda _: MAX_FILES - rank)
+        super().run(data, rank, world_size)
+
+
+class _Clusters(dedup.MinhashDedupCluster):
+    """datatrove's step, which keeps the first document of a cluster; datatrove's choice depends on the pairs' order."""
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        super().run(data, rank, world_size)
+        kept = set[int]()
+        for name in self.output_folder.list_files(glob_pattern="*.clusters"):
+            with self.output_folder.open(name, "rb") as stream:  # pairs of a document and the number of its cluster
+                pairs = np.frombuffer(stream.read(), "<u4").reshape(-1, 2).tolist()
+            removed = list[int]()
+            for document, cluster in pairs:
+                if cluster in kept:
+                    removed.append(document)
+                kept.add(cluster)
+            with self.output_folder.open(name.replace(".clusters", ".remove"), "wb") as stream:
+                stream.write(np.array(removed, "<u4").tobytes())
 
 
 class _Signatures(dedup.MinhashDedupSignature):

@@ -22,7 +22,7 @@ from datatrove.data import Document
 from tokenizers import Tokenizer
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.documents import TRAIN, VALID, split_documents
+from data_pipeline.documents import TRAIN, VALID, check_count, split_documents
 from data_pipeline.executor import StepRunner
 from data_pipeline.filters import build_filters, check_language
 from data_pipeline.folders import Folder
@@ -104,6 +104,7 @@ def _check_inputs(config: PipelineConfig, files: dict[str, list[Path]], encoder:
                 documents = step.run(documents)
             encode = encoder.encode_texts if source.chat is None else encoder.encode_conversations
             list(encode(list(documents)))
+    check_count(config, files)
 
 
 def _make_tokenizer(config: PipelineConfig, split: Path, path: Path, runner: StepRunner) -> None:

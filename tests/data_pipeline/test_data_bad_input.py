@@ -132,7 +132,7 @@ def test_a_source_of_duplicates_alone_is_refused(run: Callable[..., str], tmp_pa
     both = f'paths: ["{tmp_path}/a.jsonl"]}}\n  - {{name: b, kind: jsonl, paths: ["{tmp_path}/b.jsonl"]}}'
     (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
     line = run(change=(f'paths: ["{tmp_path}/a.jsonl"]}}', both))
-    assert "no document is left for its train split; all were duplicates" in line
+    assert "no document is left for its train split; the others were duplicates" in line
 
 
 def test_truncated_input_found_while_reading(run: Callable[..., str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Duplicates are dropped within and across sources; the split depends only on ids and seed."""
+"""Duplicates are dropped within and across sources, the first one stays; the split depends on texts and seed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import DedupConfig
-from data_pipeline.documents import split_of
+from data_pipeline.documents import check_count, split_documents, split_of
+from data_pipeline.executor import StepRunner
+from data_pipeline.folders import Folder
+from data_pipeline.readers import JsonLinesReader
+from data_pipeline.sources import find_files
+from looplm.failures import UserError
 
 pytestmark = pytest.mark.slow  # every test here starts a process or trains
 
@@ -49,6 +54,55 @@ def test_duplicates_are_dropped_over_all_sources(
 def test_without_deduplication_every_document_stays(sources: Any, config: Any, build: Any, decoded: Any) -> None:
     texts = run(build, decoded, config(sources, validation_fraction=0.0))
     assert (len(texts["a_train"]), len(texts["b_train"])) == (23, 15)
+
+
+def split_texts(config: Any, work: Path) -> list[str]:
+    """Return the texts of WORK/split, in the order of the sources, then of the output."""
+    (work / "final").mkdir(parents=True)
+    files = {source.name: find_files(source) for source in config.sources}
+    split_documents(config, files, work, StepRunner(config.executor, work / "final" / "logs"))
+    folders = (work / "split" / f"{source.name}_train" for source in config.sources)
+    return [document.text for folder in folders for document in JsonLinesReader(Folder(str(folder))).run()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "workers"), [("exact", 1, 1), ("exact", 3, 2), ("minhash", 1, 1), ("minhash", 3, 2)]
+)
+def test_the_first_copy_stays(
+    kind: str, tasks: int, workers: int, corpus: Any, jsonl: Any, config: Any, tmp_path: Path
+) -> None:
+    """Sources and files are listed against the alphabet, the copies are in disorder."""
+    own = corpus.documents(24, 10)
+    copies = own if kind == "exact" else [f"{text} again" for text in own]
+    for index in range(4):
+        texts = [*copies[index:16:4], *own[16:], *corpus.documents(3, 10)]
+        jsonl(f"b{index}", corpus.random.sample(texts, len(texts)))
+    sources = {
+        "c": jsonl("c", own[:8]),
+        "b": tmp_path / "b*.jsonl",
+        "a": jsonl("a", [*copies, *corpus.documents(1, 10)]),
+    }
+    settings = config(sources, tasks=tasks, workers=workers, validation_fraction=0.0)
+    everything = split_texts(settings, tmp_path / "all")
+    first = {text.removesuffix(" again"): text for text in reversed(everything)}
+    expected = [text for text in dict.fromkeys(everything) if first[text.removesuffix(" again")] == text]
+    dedup = DedupConfig(minhash=False) if kind == "exact" else DedupConfig(exact=False, buckets=4, hashes_per_bucket=4)
+    assert split_texts(replace(settings, dedup=dedup), tmp_path / "some") == expected
+    assert len(everything) == 8 + 4 * 15 + 25 and len(expected) == 24 + 13
+
+
+def test_more_files_than_can_be_ordered_are_refused(jsonl: Any, config: Any, monkeypatch: Any) -> None:
+    path = jsonl("a", ["a"])
+    settings = config({"a": path, "b": path}, tasks=3, dedup=True)
+    monkeypatch.setattr("data_pipeline.documents.MAX_FILES", 4)
+    check_count(settings, {"a": [path] * 9, "b": [path]})
+    with pytest.raises(UserError) as caught:
+        check_count(settings, {"a": [path] * 9, "b": [path] * 2})
+    fix = "it makes up to 5 files of documents, and dedup.exact orders 4; lower it"
+    assert str(caught.value) == f"executor.tasks: 3 is not allowed; {fix}"
+    check_count(replace(settings, dedup=DedupConfig(exact=False)), {"a": [path] * 9, "b": [path] * 2})
+    limited = tuple(replace(source, limit=1) for source in settings.sources)
+    check_count(replace(settings, sources=limited), {"a": [path] * 9, "b": [path] * 2})
 
 
 def test_split_by_document(corpus: Any, jsonl: Any, config: Any, build: Any, decoded: Any, tmp_path: Path) -> None:
