@@ -68,7 +68,8 @@ class SourceConfig:
         text_key: jsonl and parquet, without chat: the key or column of the text.
         chat: jsonl and parquet: the records are conversations, trained on their answers only; null: plain text.
         filters: quality filters, applied in this order; they were made for prose and reject source code.
-        language: with filters: datatrove's language code, by which they split words and sentences.
+        language: with filters: datatrove's language code, by which they split words and sentences, and gopher_quality
+            knows stop words. A filter that cannot judge the language is refused.
         min_chars: shorter documents are dropped.
         max_chars: longer documents are dropped; null: no limit.
         limit: read only this many documents, in one task, for a trial; null: read all.

@@ -17,15 +17,15 @@ from datatrove.pipeline import dedup, filters
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.text import TextNormConfig
-from datatrove.utils.word_tokenizers import StanzaTokenizer, TibetanTokenizer, WordTokenizer, load_word_tokenizer
+from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data_pipeline.config import DedupConfig, SourceConfig
 from data_pipeline.conversations import MESSAGES
 from data_pipeline.executor import StepRunner
 from data_pipeline.folders import Folder
+from data_pipeline.languages import stop_words
 from data_pipeline.readers import JsonLinesReader
 from looplm.chat import ANSWERS, Message
-from looplm.failures import UserError
 
 MAX_FILES = 2**16 - 1  # of documents, if exact duplicates are dropped: datatrove stores their order in 16 bits
 _QUALITY = {
@@ -38,7 +38,10 @@ _QUALITY = {
 
 def build_filters(source: SourceConfig) -> list[BaseFilter]:
     """Return the length filter, for conversations the answer filter, then the quality filters in the source's order."""
-    quality = [_QUALITY[name](language=source.language) for name in source.filters]
+    quality = []
+    for name in source.filters:
+        words = {"stop_words": stop_words(source.language)} if name == "gopher_quality" else {}
+        quality.append(_QUALITY[name](language=source.language, **words))
     answered = [] if source.chat is None else [AnswerFilter()]
     return [LengthFilter(source.min_chars, source.max_chars), *answered, *quality]
 
@@ -78,22 +81,6 @@ def find_duplicates(config: DedupConfig, documents: Folder, work: Path, runner: 
         runner.run("minhash-cluster", [_Clusters(pairs, results, minhash, save_cluster_id=True)], tasks=1)
         found.append(dedup.MinhashDedupFilter(results))
     return found
-
-
-def check_language(code: str, key: str) -> None:
-    """Raise a :class:`UserError` if datatrove cannot split words of this language on this machine without a network.
-
-    The reason is an unknown code, a missing package, or a tokenizer that would be downloaded.
-    """
-    try:
-        tokenizer = load_word_tokenizer(code)
-        if isinstance(tokenizer, StanzaTokenizer | TibetanTokenizer):
-            raise UserError(f"{key}: {code!r} needs a model that would be downloaded; choose a language without one")
-        tokenizer.word_tokenize("a")  # some packages are imported only here
-    except (ValueError, ImportError) as error:
-        reason = str(error).split("\n")[0]
-        fix = "give one of datatrove's codes such as eng or deu"
-        raise UserError(f"{key}: {code!r} cannot be used ({reason}); {fix}") from error
 
 
 class LengthFilter(BaseFilter):

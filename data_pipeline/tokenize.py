@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 from data_pipeline.config import PipelineConfig
 from data_pipeline.documents import TRAIN, VALID, check_count, split_documents
 from data_pipeline.executor import StepRunner
-from data_pipeline.filters import build_filters, check_language
+from data_pipeline.filters import build_filters
 from data_pipeline.folders import Folder
+from data_pipeline.languages import check_filters, check_language
 from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.shards import LOST, UNKNOWN, write_prefixes
@@ -95,8 +96,7 @@ def _check_inputs(config: PipelineConfig, files: dict[str, list[Path]], encoder:
     if config.dedup.language is not None:
         check_language(config.dedup.language, "dedup.language")
     for source in config.sources:
-        if source.filters:
-            check_language(source.language, f"sources.{source.name}.language")
+        check_filters(source)
         check_files(source, files[source.name])
         if encoder is not None:  # a loss shows in the first documents, not after hours
             documents: Iterable[Document] = islice(read_documents(source, files[source.name]), _TRIED_DOCUMENTS)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.config import PipelineConfig, SourceConfig, TokenizerConfig
 from data_pipeline.filters import build_filters
+from data_pipeline.languages import check_filters
 from data_pipeline.sources import check_files, find_files, read_documents
 from looplm import chat
 from looplm.bounds import path_field, require
@@ -152,6 +153,7 @@ def main(argv: list[str]) -> None:
 
 
 def _documents_of(source: SourceConfig) -> Callable[[], Iterable[Document]]:
+    check_filters(source)
     files = find_files(source)
     check_files(source, files)
 

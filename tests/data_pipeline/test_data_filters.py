@@ -8,9 +8,17 @@ from datatrove.data import Document
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.conversations import MESSAGES
-from data_pipeline.filters import AnswerFilter, _content, build_filters, check_language
+from data_pipeline.filters import AnswerFilter, _content, build_filters
+from data_pipeline.languages import check_filters, check_language
 from looplm.failures import UserError
 
+GERMAN = (
+    "Die Entwicklung der Stadt begann im zwölften Jahrhundert, als Kaufleute an der Furt einen Markt gründeten. "
+    "Im Laufe der Zeit wuchs die Siedlung zu einem Handelsplatz heran, der von einer Mauer umgeben war. "
+    "Nach dem großen Brand wurde das Rathaus neu errichtet und später um einen Turm erweitert. "
+    "Heute ist die Altstadt ein beliebtes Ziel, und viele Häuser stehen unter Denkmalschutz. "
+    "Neben dem Tourismus spielt auch die Landwirtschaft noch eine große Rolle."
+)
 CODE = "\n".join(f"if x[{index}] == {{'a': {index}}}: y.append(x[{index}])" for index in range(60))
 
 
@@ -40,6 +48,34 @@ def test_quality_filters_offline(corpus: Any, name: Any, reason: str, monkeypatc
     assert survivors([good, bad], filters=(name,)) == [good]
     *_, quality = build_filters(SourceConfig(name="s", kind="text", paths=("x",), filters=(name,)))
     assert quality.filter(Document(text=bad, id="0")) == (False, reason)
+
+
+@pytest.mark.parametrize("name", ["gopher_quality", "gopher_repetition", "c4", "fineweb_quality"])
+def test_filters_judge_by_the_language(name: Any) -> None:
+    options: dict[str, Any] = {"filters": (name,), "language": "deu"}
+    source = SourceConfig(name="s", kind="text", paths=("x",), **options)
+    check_filters(source)
+    assert vars(build_filters(source)[-1])["language"] == "deu"
+    assert survivors([GERMAN], **options) == [GERMAN]
+    assert survivors([GERMAN], filters=(name,)) == ([] if name == "gopher_quality" else [GERMAN])
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("gopher_quality", "zho"),  # words of one or two characters
+        ("gopher_quality", "sco"),  # split as English
+        ("gopher_quality", "fao"),  # without a list
+        ("c4", "zho"),
+        ("c4", "amh"),
+    ],
+)
+def test_languages_that_a_filter_cannot_judge(name: Any, code: str) -> None:
+    source = SourceConfig(name="s", kind="text", paths=("x",), filters=("fineweb_quality", name), language=code)
+    with pytest.raises(UserError) as caught:
+        check_filters(source)
+    refused = f"sources.s.filters: ['fineweb_quality', '{name}'] is not allowed"
+    assert str(caught.value) == f"{refused}; {name} cannot judge texts in language='{code}'; leave it out"
 
 
 def test_length() -> None:

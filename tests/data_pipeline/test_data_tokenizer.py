@@ -304,6 +304,10 @@ def test_the_command(tmp_path: Path, corpus: Any, jsonl: Any, capsys: pytest.Cap
     module.main(["--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "t" / "t.json")])
     assert vocab_size(Tokenizer.from_file(str(tmp_path / "t" / "t.json"))) == 300
     assert "300 tokens" in capsys.readouterr().out
+    text = (tmp_path / "c.yaml").read_text()
+    (tmp_path / "c.yaml").write_text(text.replace("name: a", "name: a, filters: [c4], language: amh"))
+    with pytest.raises(UserError, match=r"sources\.a\.filters: \['c4'\] is not allowed; c4 cannot judge"):
+        module.main(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_digits_are_tokens_of_their_own():
