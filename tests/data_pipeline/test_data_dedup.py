@@ -1,15 +1,18 @@
 """Duplicates are dropped within and across sources, the first one stays; the split depends on texts and seed."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 
 from data_pipeline.config import DedupConfig
 from data_pipeline.documents import check_count, split_documents, split_of
 from data_pipeline.executor import StepRunner
+from data_pipeline.filters import _Signatures, _WhiteSpace
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.sources import find_files
@@ -63,6 +66,23 @@ def split_texts(config: Any, work: Path) -> list[str]:
     split_documents(config, files, work, StepRunner(config.executor, work / "final" / "logs"))
     folders = (work / "split" / f"{source.name}_train" for source in config.sources)
     return [document.text for folder in folders for document in JsonLinesReader(Folder(str(folder))).run()]
+
+
+@pytest.mark.parametrize("shingles", [1, 4096, 4097, 20_000])
+def test_signatures_of_long_documents_are_the_librarys(shingles: int, corpus: Any, tmp_path: Path) -> None:
+    text = " ".join(corpus.word() for _ in range(shingles + 4))
+    ours, library = (
+        step(Folder(str(tmp_path)), MinhashConfig(), language=_WhiteSpace())
+        for step in (_Signatures, MinhashDedupSignature)
+    )
+    hashed = ours.get_shingles(text)
+    assert len(hashed) == shingles
+    tracemalloc.start()
+    signature = ours.get_signature(hashed)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert signature == library.get_signature(hashed)
+    assert peak < 12 * 2**20, f"{peak:,} bytes"
 
 
 @pytest.mark.parametrize(
