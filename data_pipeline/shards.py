@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.tokens import MegatronDocumentTokenizer
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
-from datatrove.utils.batching import batched
 from tqdm import tqdm
 
 from data_pipeline.config import TokenizerConfig
@@ -23,6 +22,7 @@ from data_pipeline.token_file import read_index, write_index
 from looplm.failures import UserError
 
 UNKNOWN, LOST = "unknown_tokens", "lost_characters"  # counters of a prefix
+_DOCUMENTS, _CHARACTERS = 1000, 2**22  # of a batch; encoding takes some 22 bytes per character
 
 
 def write_prefixes(config: TokenizerConfig, work: Path, runner: StepRunner) -> dict[str, Counter[str]]:
@@ -76,11 +76,24 @@ def merge_shards(shards: Sequence[str], prefix: str) -> None:
     write_index(Path(f"{prefix}.idx"), np.concatenate([index.lengths() for index in indices]), dtypes.pop())
 
 
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents in lists, each of which ends with the document that fills it."""
+    batch, characters = list[Document](), 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _DOCUMENTS or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
 class MegatronTokenizer(MegatronDocumentTokenizer):
     """datatrove's writer of Megatron shards, with every document encoded by :class:`TextEncoder`."""
 
     def __init__(self, shards: Folder, path: str, config: TokenizerConfig) -> None:
-        super().__init__(shards, None, path, config.eos_token, batch_size=1000)
+        super().__init__(shards, None, path, config.eos_token)
         self.config = config
 
     def write_tokens(self, data: Iterator[Document], filename: str) -> MegatronTokenizedFile:
@@ -92,7 +105,7 @@ class MegatronTokenizer(MegatronDocumentTokenizer):
         if any(MESSAGES in document.metadata for document in first):  # all documents of a shard are of one source
             encode, size = encoder.encode_conversations, 4  # the marks need int32
         shard = MegatronTokenizedFile(self.output_folder, filename, token_size=size)
-        for batch in batched(documents, self.batch_size):
+        for batch in batches(documents):
             for document in encode(batch):
                 shard.write(document.tokens)
                 self.stat_update("tokens", value=len(document.tokens))

@@ -29,7 +29,7 @@ from data_pipeline.folders import Folder
 from data_pipeline.languages import check_filters, check_language
 from data_pipeline.manifest import TokenizerRecord, write_manifest
 from data_pipeline.readers import JsonLinesReader
-from data_pipeline.shards import LOST, UNKNOWN, write_prefixes
+from data_pipeline.shards import LOST, UNKNOWN, batches, write_prefixes
 from data_pipeline.sources import check_files, find_files, read_documents
 from data_pipeline.text_encoder import TextEncoder, open_template, rewriting
 from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
@@ -103,7 +103,8 @@ def _check_inputs(config: PipelineConfig, files: dict[str, list[Path]], encoder:
             for step in build_filters(source):
                 documents = step.run(documents)
             encode = encoder.encode_texts if source.chat is None else encoder.encode_conversations
-            list(encode(list(documents)))
+            for batch in batches(documents):
+                list(encode(batch))
     check_count(config, files)
 
 

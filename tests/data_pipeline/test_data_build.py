@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datatrove.data import Document
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_pipeline import tokenize
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.shards import batches
+from data_pipeline.text_encoder import EncodedDocument, TextEncoder
 from data_pipeline.train_tokenizer import train_tokenizer
 from data_pipeline.verify import check_prefix
 from looplm.failures import UserError
@@ -56,6 +59,25 @@ def test_a_tokenizer_learns_from_the_training_documents_alone(
     monkeypatch.setattr(tokenize, "train_tokenizer", train)
     output = build(config(source))
     assert sorted(learned) == sorted(decoded(output / "a_train")) and decoded(output / "a_valid")
+
+
+def test_batches_of_long_documents_are_small(
+    source: Any, config: Any, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = build(config(source)) / "a_train.bin"
+    sizes, encode = list[int](), TextEncoder.encode_texts
+
+    def record(self: TextEncoder, documents: list[Document]) -> Iterator[EncodedDocument]:
+        sizes.append(sum(len(document.text) for document in documents[:-1]))
+        return encode(self, documents)
+
+    monkeypatch.setattr(TextEncoder, "encode_texts", record)
+    monkeypatch.setattr("data_pipeline.shards._CHARACTERS", 300)
+    many = build(config(source, output_dir=str(tmp_path / "many"))) / "a_train.bin"
+    assert max(sizes) < 300 and len(sizes) > 10
+    assert many.read_bytes() == one.read_bytes()
+    monkeypatch.setattr("data_pipeline.shards._DOCUMENTS", 2)
+    assert [len(batch) for batch in batches([Document("a", "id")] * 5)] == [2, 2, 1]
 
 
 def test_same_result_twice_and_no_work_the_third_time(
