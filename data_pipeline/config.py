@@ -156,8 +156,8 @@ class TokenizerConfig:
         chat_template: folder of the model of an existing tokenizer, with its chat_template.jinja or
             tokenizer_config.json: conversations are packed as that template renders them; null: in ChatML.
         allow_loss: an existing tokenizer may drop characters that it has no token for; they are counted.
-        train_chars: with vocab_size: characters of text, spread over all training files, on which a tokenizer is
-            trained.
+        train_chars: with vocab_size: characters of text on which a tokenizer is trained, from all training files in
+            proportion to their sizes.
         bos_token: beginning of a sequence; null if an existing tokenizer has none.
         eos_token: end of a document.
         pad_token: padding.

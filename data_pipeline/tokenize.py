@@ -32,7 +32,14 @@ from data_pipeline.readers import JsonLinesReader
 from data_pipeline.shards import LOST, UNKNOWN, batches, write_prefixes
 from data_pipeline.sources import check_files, find_files, read_documents
 from data_pipeline.text_encoder import TextEncoder, open_template, rewriting
-from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
+from data_pipeline.train_tokenizer import (
+    TextStream,
+    load_tokenizer,
+    sample_texts,
+    special_ids,
+    train_tokenizer,
+    vocab_size,
+)
 from data_pipeline.verify import check_prefix
 from data_pipeline.workspace import identity_hash, identity_of, is_finished, require_unchanged, stamps_of, workspace
 from looplm.chat import TEMPLATE_FILE
@@ -117,7 +124,8 @@ def _make_tokenizer(config: PipelineConfig, split: Path, path: Path, runner: Ste
     else:
         names = Folder(str(split)).list_files()  # SOURCE_SPLIT/TASK.jsonl.zst
         training = [name for name in names if Path(name).parent.name.endswith(f"_{TRAIN}")]
-        streams = [partial(JsonLinesReader(Folder(str(split))).read_file, name) for name in training]
+        reader = JsonLinesReader(Folder(str(split)))
+        streams = [TextStream((split / name).stat().st_size, partial(reader.read_file, name)) for name in training]
         texts = sample_texts(streams, config.tokenizer.train_chars)
         write_whole(path, train_tokenizer(texts, config.tokenizer).to_str(pretty=True))
     tokenizer = Tokenizer.from_file(str(path))

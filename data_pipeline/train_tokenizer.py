@@ -9,6 +9,7 @@ its own deduplicated training split instead.
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,13 @@ class SpecialIds(NamedTuple):
     eos: int
     pad: int
     begin: int | None = None
+
+
+class TextStream(NamedTuple):
+    """A part of the text from which a tokenizer learns: its size in bytes on disk, and a function that reads it."""
+
+    size: int
+    read: Callable[[], Iterable[Document]]
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -112,16 +120,23 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def sample_texts(streams: Sequence[Callable[[], Iterable[Document]]], budget: int) -> Iterator[str]:
-    """Yield texts of every stream, ``budget`` characters in all; later streams share what a short one leaves unused."""
-    for index, stream in enumerate(streams):
-        share = budget / (len(streams) - index)
-        for document in stream():
-            if share <= 0:
-                break
+def sample_texts(streams: Sequence[TextStream], budget: float) -> Iterator[str]:
+    """Yield texts of every stream, about ``budget`` characters in all, in proportion to the streams' sizes.
+
+    Later streams share what a short one leaves unused. They are left out until they make up for a text that is longer
+    than its stream's share, so that of many files with one text each, some of all are taken.
+    """
+    left, excess = sum(stream.size for stream in streams), 0.0
+    for stream in streams:
+        share = budget * stream.size / max(left, 1)
+        budget, left = budget - share, left - stream.size
+        share -= excess
+        for document in stream.read() if share > 0 else ():
             yield document.text
             share -= len(document.text)
-            budget -= len(document.text)
+            if share <= 0:
+                break
+        budget, excess = budget + max(share, 0), max(-share, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,25 +160,28 @@ def main(argv: list[str]) -> None:
     config = parse_config(
         TrainTokenizerConfig, argv, prog="python -m data_pipeline.train_tokenizer", description=str(__doc__)
     )
-    streams = [_documents_of(source) for source in config.sources]
+    sources = sorted(config.sources, key=lambda source: source.limit is None)  # others share what a limit leaves unused
+    streams = [stream for source in sources for stream in _streams_of(source)]
     tokenizer = train_tokenizer(sample_texts(streams, config.tokenizer.train_chars), config.tokenizer)
     write_whole(Path(config.output), tokenizer.to_str(pretty=True))
     ids = special_ids(tokenizer, config.tokenizer)
     print(f"{config.output}: {vocab_size(tokenizer):,} tokens, bos {ids.bos}, eos {ids.eos}, pad {ids.pad}")
 
 
-def _documents_of(source: SourceConfig) -> Callable[[], Iterable[Document]]:
+def _streams_of(source: SourceConfig) -> Iterator[TextStream]:
+    """Yield a stream for each file, or one in all if the source has a limit, which holds for all files together."""
     check_filters(source)
     files = find_files(source)
     check_files(source, files)
+    for part in [[path] for path in files] if source.limit is None else [files]:
+        yield TextStream(sum(path.stat().st_size for path in part), partial(_filtered, source, part))
 
-    def filtered() -> Iterator[Document]:
-        documents = read_documents(source, files)
-        for step in build_filters(source):
-            documents = step.run(documents)
-        return documents
 
-    return filtered
+def _filtered(source: SourceConfig, files: list[Path]) -> Iterator[Document]:
+    documents = read_documents(source, files)
+    for step in build_filters(source):
+        documents = step.run(documents)
+    return documents
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Trained and existing tokenizers."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,14 @@ from data_pipeline import train_tokenizer as module
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.manifest import read_manifest, write_manifest
 from data_pipeline.text_encoder import TextEncoder, rewriting
-from data_pipeline.train_tokenizer import load_tokenizer, sample_texts, special_ids, train_tokenizer, vocab_size
+from data_pipeline.train_tokenizer import (
+    TextStream,
+    load_tokenizer,
+    sample_texts,
+    special_ids,
+    train_tokenizer,
+    vocab_size,
+)
 from data_pipeline.verify import check_prefix
 from looplm.failures import UserError
 
@@ -50,14 +59,42 @@ def test_special_tokens_in_a_text_are_text(trained: Tokenizer) -> None:
     assert trained.decode(ids[:-1]) == text
 
 
-def test_sample_spreads_the_budget() -> None:
-    streams = [
-        lambda text=text, count=count: [Document(text, "id")] * count
-        for text, count in (("a" * 10, 2), ("b" * 10, 50), ("c" * 10, 50))
-    ]
-    taken = "".join(sample_texts(streams, 300))
-    assert taken.count("a") == 20 and taken.count("b") == taken.count("c") == 140
-    assert len("".join(sample_texts(streams, 10**6))) == 1020
+def stream(letter: str, count: int, size: int, length: int = 10) -> TextStream:
+    """Return a stream of ``count`` texts of ``length`` equal letters."""
+    return TextStream(size, lambda: [Document(letter * length, "id")] * count)
+
+
+@pytest.mark.parametrize(
+    ("streams", "budget", "taken"),
+    [
+        ([stream("a", 2, 1), stream("b", 50, 1), stream("c", 50, 1)], 300, {"a": 20, "b": 140, "c": 140}),
+        ([stream("a", 2, 1), stream("b", 50, 1), stream("c", 50, 1)], 10**6, {"a": 20, "b": 500, "c": 500}),
+        ([*(stream("a", 9, 1) for _ in range(64)), stream("b", 900, 576)], 1000, {"a": 100, "b": 900}),
+        ([stream(letter, 1, 5) for letter in "abcdefgh"], 30, {"a": 10, "c": 10, "f": 10}),  # one text per file
+    ],
+)
+def test_sample_spreads_the_budget(streams: list[TextStream], budget: int, taken: dict[str, int]) -> None:
+    assert Counter("".join(sample_texts(streams, budget))) == taken
+
+
+def test_the_command_learns_from_every_file(tmp_path: Path, jsonl: Any, monkeypatch: Any) -> None:
+    for letter in "abc":
+        jsonl(letter, [letter * 10] * 40)
+    jsonl("limited1", ["x" * 10] * 2), jsonl("limited2", ["x" * 10] * 78)
+    (tmp_path / "c.yaml").write_text(
+        f"output_dir: x\nsources:\n  - {{name: a, kind: jsonl, paths: ['{tmp_path}/[abc].jsonl']}}\n"
+        f"  - {{name: x, kind: jsonl, paths: ['{tmp_path}/l*.jsonl'], limit: 5}}\n"
+        "tokenizer: {vocab_size: 300, train_chars: 500}\n"
+    )
+    learned = list[str]()
+
+    def train(texts: Iterable[str], settings: TokenizerConfig) -> Tokenizer:
+        learned.extend(texts)
+        return train_tokenizer(learned, settings)
+
+    monkeypatch.setattr(module, "train_tokenizer", train)
+    module.main(["--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "t.json")])
+    assert Counter("".join(learned)) == {"a": 150, "b": 150, "c": 150, "x": 50}
 
 
 def save_tokenizer(path: Path, vocabulary: dict[str, int], **options: Any) -> TokenizerConfig:
