@@ -13,13 +13,14 @@ from datatrove.pipeline.writers import JsonlWriter
 from data_pipeline.config import PipelineConfig, SourceConfig
 from data_pipeline.conversations import MESSAGES
 from data_pipeline.executor import StepRunner
-from data_pipeline.filters import MAX_FILES, build_filters, find_duplicates
+from data_pipeline.filters import MAX_FILES, build_filters, files_needed, find_duplicates
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.sources import make_reader
 from data_pipeline.token_file import MAX_DOCUMENTS
 from looplm.bounds import require
 from looplm.failures import UserError
+from looplm.files import raise_file_limit
 
 TRAIN, VALID = "train", "valid"
 
@@ -59,11 +60,14 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
 
 
 def check_count(config: PipelineConfig, files: dict[str, list[Path]]) -> None:
-    """Raise a :class:`UserError` if there could be more files of documents than datatrove can put in an order."""
+    """Raise a :class:`UserError` if there could be more files of documents than the search for duplicates can take."""
     tasks = config.executor.tasks
     count = sum(min(len(files[source.name]), _tasks_of(source, tasks)) for source in config.sources)
     fix = f"it makes up to {count:,} files of documents, and dedup.exact orders {MAX_FILES:,}; lower it"
     require(count <= MAX_FILES or not config.dedup.exact, "executor.tasks", tasks, fix)
+    needed, limit = files_needed(config.dedup, count), raise_file_limit()
+    fix = f"a search for duplicates opens up to {needed:,} files, `ulimit -Hn` allows {limit:,}; lower it or raise that"
+    require(needed <= limit, "executor.tasks", tasks, fix)
 
 
 def _tasks_of(source: SourceConfig, tasks: int) -> int:

@@ -26,8 +26,10 @@ from data_pipeline.folders import Folder
 from data_pipeline.languages import stop_words
 from data_pipeline.readers import JsonLinesReader
 from looplm.chat import ANSWERS, Message
+from looplm.files import raise_file_limit
 
 MAX_FILES = 2**16 - 1  # of documents, if exact duplicates are dropped: datatrove stores their order in 16 bits
+_OTHER_FILES = 100  # libraries, logs, pipes
 _SHINGLES = 4096  # of a document, hashed at a time
 _QUALITY = {
     "gopher_quality": filters.GopherQualityFilter,  # Rae et al. 2021, section A.1.1
@@ -65,7 +67,7 @@ def find_duplicates(config: DedupConfig, documents: Folder, work: Path, runner: 
         exact = dedup.ExactDedupConfig(content_getter=_content)
         runner.run("exact-signatures", [reader, _ExactSignatures(signatures, exact)], tasks)
         # One task: with more, datatrove 0.10.1 looks for a file named ".c4_sig", does not find it and drops nothing.
-        runner.run("exact-find", [dedup.ExactFindDedups(signatures, results, exact)], tasks=1)
+        runner.run("exact-find", [_allow_files, dedup.ExactFindDedups(signatures, results, exact)], tasks=1)
         found.append(dedup.ExactDedupFilter(results, exact))
     if config.minhash:
         signatures, pairs, results = (
@@ -78,8 +80,10 @@ def find_duplicates(config: DedupConfig, documents: Folder, work: Path, runner: 
         if short := counts["too_short"]:
             note = f"{short:,} others have fewer than dedup.ngram={config.ngram} words, too few to compare"
             runner.report("compare documents", counts["total"] - short, note)
-        runner.run("minhash-buckets", [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)], config.buckets)
-        runner.run("minhash-cluster", [_Clusters(pairs, results, minhash, save_cluster_id=True)], tasks=1)
+        buckets = dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)
+        runner.run("minhash-buckets", [_allow_files, buckets], config.buckets)
+        clusters = _Clusters(pairs, results, minhash, save_cluster_id=True)
+        runner.run("minhash-cluster", [_allow_files, clusters], tasks=1)
         found.append(dedup.MinhashDedupFilter(results))
     return found
 
@@ -156,6 +160,20 @@ class _Signatures(dedup.MinhashDedupSignature):
         for start in range(_SHINGLES, len(shingles), _SHINGLES):
             least = np.minimum(least, super().get_signature(shingles[start : start + _SHINGLES])).tolist()
         return least
+
+
+def files_needed(config: DedupConfig, documents: int) -> int:
+    """Return the number of files that a step has open at most, for a number of files of documents.
+
+    The search for exact duplicates opens three for each (signatures, duplicates, numbers of copies), the clustering of
+    near-duplicates two (members, documents to remove).
+    """
+    return documents * max(3 * config.exact, 2 * config.minhash) + _OTHER_FILES
+
+
+def _allow_files(data: None, rank: int, world_size: int) -> None:
+    """Raise the limit of open files, in a task's process, which may be on another machine."""
+    raise_file_limit()
 
 
 def _normalization(config: DedupConfig) -> TextNormConfig:

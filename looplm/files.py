@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,6 +93,18 @@ def free_bytes(path: Path) -> int:
     with suppress(OSError):
         return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
     return 0
+
+
+def raise_file_limit() -> int:
+    """Raise the number of files that this process may have open as far as the system allows, and return it.
+
+    Login shells often have 1,024, and Slurm passes that on to its jobs.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # containers may refuse even that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def fsync(path: Path) -> None:

@@ -4,11 +4,9 @@ import gc
 import math
 import os
 import re
-import resource
-import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -20,6 +18,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from looplm.config import ParallelConfig
 from looplm.failures import Failure, Hang
+from looplm.files import raise_file_limit as raise_file_limit
 from looplm.megatron import device, patches
 
 TIMEOUT = timedelta(minutes=30)
@@ -61,22 +60,10 @@ def start(seed: int, layout: ParallelConfig | None = None, timeout: timedelta = 
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def raise_file_limit() -> int:
-    """Raise the number of files that this process may have open as far as the system allows, and return it.
-
-    A group of W ranks opens W + 3 on a rank, because each has a gloo half. Slurm passes on the limit of the login
-    shell, often 1,024, which the groups of some 90 ranks exceed.
-    """
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with suppress(ValueError, OSError):  # containers may refuse even that
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
-
-
 def files_needed(ranks: int, layout: ParallelConfig) -> int:
     """Return the number of files that a rank has open at most.
 
+    A group of W ranks opens W + 3 on a rank, because each has a gloo half: those of some 90 ranks exceed 1,024.
     Of Megatron's groups, two have all ranks, two those of a pipeline rank, and six those that also share their part of
     the matrices. The others are small.
     """

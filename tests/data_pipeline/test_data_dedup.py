@@ -1,10 +1,13 @@
 """Duplicates are dropped within and across sources, the first one stays; the split depends on texts and seed."""
 
+import resource
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
@@ -12,7 +15,7 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from data_pipeline.config import DedupConfig
 from data_pipeline.documents import check_count, split_documents, split_of
 from data_pipeline.executor import StepRunner
-from data_pipeline.filters import _Signatures, _WhiteSpace
+from data_pipeline.filters import _Signatures, _WhiteSpace, find_duplicates
 from data_pipeline.folders import Folder
 from data_pipeline.readers import JsonLinesReader
 from data_pipeline.sources import find_files
@@ -123,6 +126,33 @@ def test_more_files_than_can_be_ordered_are_refused(jsonl: Any, config: Any, mon
     check_count(replace(settings, dedup=DedupConfig(exact=False)), {"a": [path] * 9, "b": [path] * 2})
     limited = tuple(replace(source, limit=1) for source in settings.sources)
     check_count(replace(settings, sources=limited), {"a": [path] * 9, "b": [path] * 2})
+
+
+@pytest.mark.parametrize(("exact", "minhash", "needed"), [(True, True, 109), (False, True, 106), (False, False, 100)])
+def test_more_files_than_may_be_open_are_refused(
+    exact: bool, minhash: bool, needed: int, jsonl: Any, config: Any, monkeypatch: Any
+) -> None:
+    path = jsonl("a", ["a"])
+    settings = replace(config({"a": path}, tasks=3), dedup=DedupConfig(exact=exact, minhash=minhash))
+    monkeypatch.setattr("data_pipeline.documents.raise_file_limit", lambda: needed)
+    check_count(settings, {"a": [path] * 9})
+    monkeypatch.setattr("data_pipeline.documents.raise_file_limit", lambda: needed - 1)
+    with pytest.raises(UserError) as caught:
+        check_count(settings, {"a": [path] * 9})
+    opened = f"a search for duplicates opens up to {needed} files, `ulimit -Hn` allows {needed - 1}"
+    assert str(caught.value) == f"executor.tasks: 3 is not allowed; {opened}; lower it or raise that"
+
+
+def test_steps_that_open_many_files_raise_the_limit(tmp_path: Path) -> None:
+    runner, limits = Mock(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    runner.run.return_value = [Counter()]
+    find_duplicates(DedupConfig(), Folder(str(tmp_path), ("a",)), tmp_path, runner)
+    pipelines = {call.args[0]: call.args[1] for call in runner.run.call_args_list}
+    for name in ("exact-find", "minhash-buckets", "minhash-cluster"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] - 1, limits[1]))
+        pipelines[name][0](None, 0, 1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limits[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_split_by_document(corpus: Any, jsonl: Any, config: Any, build: Any, decoded: Any, tmp_path: Path) -> None:

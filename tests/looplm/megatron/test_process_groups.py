@@ -11,7 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 
 from looplm.config import ParallelConfig
-from looplm.megatron.process_groups import files_needed, raise_file_limit, seeded, start
+from looplm.files import raise_file_limit
+from looplm.megatron.process_groups import files_needed, seeded, start
 
 
 def drawn(part: str) -> tuple[float, ...]:
