@@ -73,6 +73,7 @@ class SourceConfig:
         min_chars: shorter documents are dropped.
         max_chars: longer documents are dropped; null: no limit.
         limit: read only this many documents, in one task, for a trial; null: read all.
+        validation_fraction: share of this source's documents held out; 0 holds out none; null: that of the whole.
     """
 
     name: str
@@ -85,6 +86,7 @@ class SourceConfig:
     min_chars: int = at_least(1, 1)
     max_chars: int | None = None
     limit: int | None = positive(None)
+    validation_fraction: float | None = at_least(0, None, below=1)
 
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
@@ -256,7 +258,8 @@ class PipelineConfig:
         tokenizer: the tokenizer, trained or existing.
         dedup: deduplication over all sources.
         executor: division of the work, on this machine or Slurm.
-        validation_fraction: share of the documents held out, chosen by a hash of their texts; 0 holds out none.
+        validation_fraction: share of the documents held out, chosen by a hash of their texts; 0 holds out none. A
+            source may have its own.
         seed: seed of that choice.
         replace: rebuild an output_dir, or finished steps of an unfinished one, that were made with other settings or
             input files instead of refusing.
@@ -277,6 +280,11 @@ class PipelineConfig:
         check_bounds(self, "")
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), "sources[].name", names, "every source needs its own name")
+        for source in self.sources:
+            one_share = self.fraction_of(source) == self.fraction_of(self.sources[0])
+            fix = "without dedup.exact, a text of two sources would be in both splits; give all sources the same"
+            key, share = f"sources.{source.name}.validation_fraction", self.fraction_of(source)
+            require(one_share or self.dedup.exact, key, share, fix)
         conversational = next((source.name for source in self.sources if source.chat is not None), None)
         template, fix = self.tokenizer.chat_template, "no source has conversations; leave it out"
         require(template is None or conversational is not None, "tokenizer.chat_template", template, fix)
@@ -288,3 +296,7 @@ class PipelineConfig:
             name = getattr(self.tokenizer, key)
             fix = f"the turns of sources.{conversational}.chat use it; name another token"
             require(conversational is None or name not in chat.SPECIAL_TOKENS, f"tokenizer.{key}", name, fix)
+
+    def fraction_of(self, source: SourceConfig) -> float:
+        """Return the share of a source's documents that is held out."""
+        return self.validation_fraction if source.validation_fraction is None else source.validation_fraction

@@ -42,21 +42,22 @@ def split_documents(config: PipelineConfig, files: dict[str, list[Path]], work: 
             amounts = f"{counts[-1]['total']:,} documents, a prefix holds at most {MAX_DOCUMENTS:,}"
             raise UserError(f"sources.{source.name}: {amounts}; split its paths over several sources")
         runner.report(f"read {source.name}", counts[-1]["total"], dropped)
-        fix = "change validation_fraction or give it more documents"
-        _require_splits(config, source.name, _splits_of(documents / source.name, config), fix)
+        found = _splits_of(documents / source.name, config.seed, config.fraction_of(source))
+        _require_splits(config, source, found, "give it more documents")
     written = _in_order(config, documents)
     filters = find_duplicates(config.dedup, written, work, runner)
-    split = partial(_add_prefix, config.seed, config.validation_fraction)
+    fractions = {source.name: config.fraction_of(source) for source in config.sources}
+    split = partial(_add_prefix, config.seed, fractions)
     pipeline = [JsonLinesReader(written), *filters, split, _writer(work / "split", "${prefix}/${rank}.jsonl")]
     counts = runner.run("split", pipeline, tasks=len(written.list_files()))
     kinds = ["exact duplicates"] * config.dedup.exact + ["near-duplicates"] * config.dedup.minhash
     duplicates = dict(zip(kinds, (count["dropped"] for count in counts[1:-1]), strict=True))
-    note = f"{_dropped(duplicates)}; split by text" if config.validation_fraction else _dropped(duplicates)
+    note = f"{_dropped(duplicates)}; split by text" if any(fractions.values()) else _dropped(duplicates)
     runner.report("deduplicate and split", counts[-1]["total"], note)
     for source in config.sources:
         left = {part for part in (TRAIN, VALID) if (work / "split" / f"{source.name}_{part}").exists()}
-        fix = "the others were duplicates, of each other or of sources listed before; list it earlier or give it more"
-        _require_splits(config, source.name, left, fix)
+        fix = "the others were duplicates, of each other or of sources listed before; list it earlier, give it more"
+        _require_splits(config, source, left, fix)
 
 
 def check_count(config: PipelineConfig, files: dict[str, list[Path]]) -> None:
@@ -84,25 +85,27 @@ def _in_order(config: PipelineConfig, documents: Path) -> Folder:
     return Folder(str(documents), tuple(names))
 
 
-def _splits_of(folder: Path, config: PipelineConfig) -> set[str]:
+def _splits_of(folder: Path, seed: int, fraction: float) -> set[str]:
     """Return the splits into which the documents of a folder fall; no more are read than it takes to see all."""
     found = set[str]()
     for document in JsonLinesReader(Folder(str(folder))).run():
-        found.add(split_of(document.text, config.seed, config.validation_fraction))
-        if len(found) == len(_splits(config)):
+        found.add(split_of(document.text, seed, fraction))
+        if len(found) == len(_splits(fraction)):
             break
     return found
 
 
-def _splits(config: PipelineConfig) -> tuple[str, ...]:
-    return (TRAIN, VALID) if config.validation_fraction else (TRAIN,)
+def _splits(fraction: float) -> tuple[str, ...]:
+    return (TRAIN, VALID) if fraction else (TRAIN,)
 
 
-def _require_splits(config: PipelineConfig, source: str, found: set[str], fix: str) -> None:
+def _require_splits(config: PipelineConfig, source: SourceConfig, found: set[str], fix: str) -> None:
     """Raise a :class:`UserError` if a source has no document for one of the splits."""
-    for part in _splits(config):
+    fraction, key = config.fraction_of(source), f"sources.{source.name}"
+    for part in _splits(fraction):
         if part not in found:
-            raise UserError(f"sources.{source}: no document is left for its {part} split; {fix}")
+            fix = f"{fix}, or change {key}.validation_fraction={fraction}"
+            raise UserError(f"{key}: no document is left for its {part} split; {fix}")
 
 
 def split_of(text: str, seed: int, validation_fraction: float) -> str:
@@ -115,12 +118,12 @@ def split_of(text: str, seed: int, validation_fraction: float) -> str:
 
 
 def _add_prefix(
-    seed: int, validation_fraction: float, documents: Iterator[Document], rank: int, world_size: int
+    seed: int, fractions: dict[str, float], documents: Iterator[Document], rank: int, world_size: int
 ) -> Iterator[Document]:
     """Add ``prefix`` (SOURCE_train or SOURCE_valid) to each document's metadata, for the writer."""
     for document in documents:
-        part = split_of(document.text, seed, validation_fraction)
-        document.metadata["prefix"] = f"{document.metadata['source']}_{part}"
+        source = document.metadata["source"]
+        document.metadata["prefix"] = f"{source}_{split_of(document.text, seed, fractions[source])}"
         yield document
 
 

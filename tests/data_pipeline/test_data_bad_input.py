@@ -125,7 +125,8 @@ def test_values(run: Callable[..., str], arguments: list[str], needles: list[str
 
 def test_a_split_without_documents_is_refused_before_the_search_for_duplicates(run, monkeypatch) -> None:
     monkeypatch.setattr(documents, "find_duplicates", lambda *_: pytest.fail("searched"))
-    assert "valid split" in run("--validation_fraction", "1e-9")
+    fix = "give it more documents, or change sources.a.validation_fraction=1e-09"
+    assert f"sources.a: no document is left for its valid split; {fix}" in run("--validation_fraction", "1e-9")
 
 
 def test_a_source_of_duplicates_alone_is_refused(run: Callable[..., str], tmp_path: Path) -> None:

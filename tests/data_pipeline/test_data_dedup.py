@@ -167,6 +167,22 @@ def test_split_by_document(corpus: Any, jsonl: Any, config: Any, build: Any, dec
     assert sorted(one["a_valid"]) != sorted(other["a_valid"])
 
 
+def test_a_source_may_have_its_own_share(corpus: Any, jsonl: Any, config: Any, build: Any, decoded: Any) -> None:
+    settings = config({name: jsonl(name, corpus.documents(20, 2)) for name in "abc"}, validation_fraction=0.02)
+    small, large, whole = settings.sources
+    own = (replace(small, validation_fraction=0.0), replace(large, validation_fraction=0.5), whole)
+    settings = replace(settings, sources=own, dedup=DedupConfig(minhash=False), validation_fraction=0.2)
+    texts = run(build, decoded, settings)
+    assert set(texts) == {"a_train", "b_train", "b_valid", "c_train", "c_valid"}
+    for name, fraction in (("b", 0.5), ("c", 0.2)):
+        assert all(split_of(text, settings.seed, fraction) == "valid" for text in texts[f"{name}_valid"])
+        assert all(split_of(text, settings.seed, fraction) == "train" for text in texts[f"{name}_train"])
+    with pytest.raises(UserError) as caught:
+        replace(settings, dedup=DedupConfig(exact=False))
+    fix = "without dedup.exact, a text of two sources would be in both splits; give all sources the same"
+    assert str(caught.value) == f"sources.b.validation_fraction: 0.5 is not allowed; {fix}"
+
+
 def test_split_share_and_independence() -> None:
     texts = [str(index) for index in range(20_000)]
     valid = {text for text in texts if split_of(text, 1, 0.05) == "valid"}
