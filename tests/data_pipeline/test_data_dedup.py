@@ -155,6 +155,24 @@ def test_steps_that_open_many_files_raise_the_limit(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_the_keys_of_minhash_reach_its_steps(tmp_path: Path) -> None:
+    runner, config = Mock(), DedupConfig(exact=False, ngram=3, buckets=5, hashes_per_bucket=2, language="deu")
+    runner.run.return_value = [Counter()]
+    find_duplicates(config, Folder(str(tmp_path), ("a",)), tmp_path, runner)
+    signatures, buckets, clusters = (call.args[1][-1] for call in runner.run.call_args_list)
+    for step in (signatures, buckets, clusters):
+        assert (step.config.n_grams, step.config.num_buckets, step.config.hashes_per_bucket) == (3, 5, 2)
+    assert signatures.language == "deu"
+
+
+def test_a_limit_holds_for_all_files_together(corpus: Any, jsonl: Any, config: Any, tmp_path: Path) -> None:
+    for name in "abc":
+        jsonl(name, corpus.documents(3, 1))
+    settings = config({"a": tmp_path / "[abc].jsonl"}, tasks=3, validation_fraction=0.0)
+    limited = replace(settings, sources=(replace(settings.sources[0], limit=4),))
+    assert len(split_texts(limited, tmp_path / "work")) == 4
+
+
 def test_split_by_document(corpus: Any, jsonl: Any, config: Any, build: Any, decoded: Any, tmp_path: Path) -> None:
     written = corpus.documents(60, 2)
     half = {"a": jsonl("a", written[:30]), "b": jsonl("b", written[30:])}
