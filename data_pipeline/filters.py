@@ -122,6 +122,8 @@ class _ExactSignatures(dedup.ExactDedupSignature):
     Of equal documents, the one with the highest priority stays; within a task, the first.
     """
 
+    config: dedup.ExactDedupConfig
+
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         self.config = replace(self.config, document_priority=lambda _: MAX_FILES - rank)
         super().run(data, rank, world_size)

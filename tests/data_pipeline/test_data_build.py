@@ -47,8 +47,8 @@ def test_counts_and_texts(corpus: Any, jsonl: Any, config: Any, build: Any, deco
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_tokenizer_learns_from_the_training_documents_alone(
-    source: Any, config: Any, build: Any, decoded: Any, monkeypatch: Any
+def test_a_tokenizer_learns_from_the_training_documents_alone_by_size(
+    source: Any, corpus: Any, jsonl: Any, config: Any, build: Any, decoded: Any, monkeypatch: Any
 ) -> None:
     learned = list[str]()
 
@@ -59,6 +59,14 @@ def test_a_tokenizer_learns_from_the_training_documents_alone(
     monkeypatch.setattr(tokenize, "train_tokenizer", train)
     output = build(config(source))
     assert sorted(learned) == sorted(decoded(output / "a_train")) and decoded(output / "a_valid")
+
+    small, large = corpus.documents(10, 3), corpus.documents(40, 3)
+    half = TokenizerConfig(vocab_size=320, train_chars=sum(map(len, [*small, *large])) // 2)
+    learned.clear()
+    build(
+        config({"b": jsonl("b", small), "c": jsonl("c", large)}, tokenizer=half, validation_fraction=0.0, replace=True)
+    )
+    assert 4 <= len({*learned} & {*small}) <= 6
 
 
 def test_batches_of_long_documents_are_small(

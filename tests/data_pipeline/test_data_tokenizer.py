@@ -78,13 +78,13 @@ def test_sample_spreads_the_budget(streams: list[TextStream], budget: int, taken
 
 
 def test_the_command_learns_from_every_file(tmp_path: Path, jsonl: Any, monkeypatch: Any) -> None:
-    for letter in "abc":
-        jsonl(letter, [letter * 10] * 40)
+    for letter, count in (("a", 40), ("b", 40), ("c", 80)):
+        jsonl(letter, [letter * 10] * count)
     jsonl("limited1", ["x" * 10] * 2), jsonl("limited2", ["x" * 10] * 78)
     (tmp_path / "c.yaml").write_text(
         f"output_dir: x\nsources:\n  - {{name: a, kind: jsonl, paths: ['{tmp_path}/[abc].jsonl']}}\n"
         f"  - {{name: x, kind: jsonl, paths: ['{tmp_path}/l*.jsonl'], limit: 5}}\n"
-        "tokenizer: {vocab_size: 300, train_chars: 500}\n"
+        "tokenizer: {vocab_size: 300, train_chars: 600}\n"
     )
     learned = list[str]()
 
@@ -94,7 +94,7 @@ def test_the_command_learns_from_every_file(tmp_path: Path, jsonl: Any, monkeypa
 
     monkeypatch.setattr(module, "train_tokenizer", train)
     module.main(["--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "t.json")])
-    assert Counter("".join(learned)) == {"a": 150, "b": 150, "c": 150, "x": 50}
+    assert Counter("".join(learned)) == {"a": 140, "b": 140, "c": 270, "x": 50}
 
 
 def save_tokenizer(path: Path, vocabulary: dict[str, int], **options: Any) -> TokenizerConfig:
