@@ -76,7 +76,9 @@ def kill_a_worker() -> None:
 def test_a_killed_worker(
     step: str, texts: Any, jsonl: Any, config: Any, build: Any, tmp_path: Path, record_property: Any
 ) -> None:
-    settings = config({"a": jsonl("a", texts)}, tasks=6, workers=2, dedup=True)
+    for part in range(6):  # a file for each task
+        jsonl(f"a{part}", texts[20 * part : 20 * part + 20])
+    settings = config({"a": tmp_path / "a*.jsonl"}, tasks=6, workers=2, dedup=True)
     killer = when_step_starts(step, tmp_path / "out.partial", kill_a_worker)
     with pytest.raises(StepFailed, match=rf"{step}: the process of task \d was ended by signal 9") as caught:
         build(settings)

@@ -112,8 +112,8 @@ def test_a_template_that_writes_the_date_packs_the_same_on_every_day(monkeypatch
 
         class Day(datetime):
             @classmethod
-            def now(cls, tz: Any = None, year: int = year) -> datetime:
-                return datetime(year, 1, 2)
+            def now(cls, tz: Any = None, year: int = year) -> "Day":
+                return cls(year, 1, 2)
 
         monkeypatch.setattr(templates, "datetime", Day)
         template = ImportedTemplate(dated, tokenizer, {}, "t.jinja")
