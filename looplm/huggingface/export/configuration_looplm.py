@@ -79,7 +79,7 @@ class LoopLMConfig(PretrainedConfig):
     """
 
     model_type = "looplm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list to it)
 
     def __init__(
         self,
