@@ -30,6 +30,14 @@ class LoopLMGateLinear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
+class LoopLMGateCell(nn.GRUCell):
+    """A GRU cell in fp32, whatever its weights are stored in. It is called: offloading loads a module's own weights."""
+
+    def forward(self, x_NZ: Tensor, state_NZ: Tensor) -> Tensor:  # type: ignore[override]
+        weights = (weight.float() for weight in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
+        return torch.gru_cell(x_NZ, state_NZ, *weights)
+
+
 class LoopLMLinearGate(LoopLMGateLinear):
     """Ouro's gate: ``a_r = w . h_r + b``."""
 
@@ -58,15 +66,14 @@ class LoopLMRecurrentGate(nn.Module):
         width = config.gate_state_size
         self.num_loops = config.total_ut_steps
         self.input_proj = LoopLMGateLinear(config.hidden_size, width, bias=False, start_std=config.hidden_size**-0.5)
-        self.cell = nn.GRUCell(width, width)
+        self.cell = LoopLMGateCell(width, width)
         self.readout = LoopLMGateLinear(width, 1)
         self.sequence_readout = LoopLMGateLinear(width, 1, bias=False) if config.gate_sequence_level else None
 
     def forward(self, h_BSD: Tensor, state_BSZ: Tensor | None, view: View, loop: int) -> tuple[Tensor, Tensor]:
-        u_BSZ, cell = self.input_proj(h_BSD), self.cell
+        u_BSZ = self.input_proj(h_BSD)
         state_BSZ = torch.zeros_like(u_BSZ) if state_BSZ is None else state_BSZ
-        weights = [weight.float() for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
-        state_BSZ = torch.gru_cell(u_BSZ.flatten(0, 1), state_BSZ.flatten(0, 1), *weights).view_as(u_BSZ)
+        state_BSZ = self.cell(u_BSZ.flatten(0, 1), state_BSZ.flatten(0, 1)).view_as(u_BSZ)
         logit_BS = self.readout(state_BSZ).squeeze(-1)
         if self.sequence_readout is not None:
             # The readout of a mean is the mean of readouts, and those are one number per token to keep.

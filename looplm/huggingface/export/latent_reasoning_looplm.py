@@ -27,6 +27,17 @@ class LoopLMRefiningCell(nn.GRUCell):
         self.reset_parameters()
         nn.init.constant_(self.bias_ih[self.hidden_size : 2 * self.hidden_size], math.log(2 * self.iterations - 1))
 
+    def forward(self, latent: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """Return the state after each step."""
+        state, states = latent, list[Tensor]()
+        input_reset, input_update, input_new = F.linear(latent, self.weight_ih, self.bias_ih).chunk(3, -1)
+        for _ in range(self.iterations):
+            reset, update, new = F.linear(state, self.weight_hh, self.bias_hh).chunk(3, -1)
+            new = torch.tanh(input_new + torch.sigmoid(input_reset + reset) * new)
+            state = torch.lerp(new, state, torch.sigmoid(input_update + update))
+            states.append(state)
+        return states
+
 
 class LoopLMLatentReasoning(nn.Module):
     """The latent's norm, and T steps of a GRU cell that reads it; keys and values grow from what comes out.
@@ -48,15 +59,9 @@ class LoopLMLatentReasoning(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         if self.norm is not None:
             latent = self.norm(latent)
-        cell, state, states = self.cell, latent, list[Tensor]()
-        input_reset, input_update, input_new = F.linear(latent, cell.weight_ih, cell.bias_ih).chunk(3, -1)
-        for _ in range(self.iterations):
-            reset, update, new = F.linear(state, cell.weight_hh, cell.bias_hh).chunk(3, -1)
-            new = torch.tanh(input_new + torch.sigmoid(input_reset + reset) * new)
-            state = torch.lerp(new, state, torch.sigmoid(input_update + update))
-            states.append(state)
+        states = self.cell(latent)
         if self.halt is None:
-            return state
+            return states[-1]
         logits = [self.halt(z) + uniform_offset(step, self.iterations) for step, z in enumerate(states)]
-        stop = exit_log_probs(torch.stack(logits)).exp().to(state.dtype)
+        stop = exit_log_probs(torch.stack(logits)).exp().to(states[-1].dtype)
         return (stop * torch.stack(states)).sum(0)
