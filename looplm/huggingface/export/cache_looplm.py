@@ -70,7 +70,9 @@ class LoopLMCache(DynamicCache):
             slot = block - self.blocks
         if rows is not None:
             held, new = self.layers[slot], slice(-first.size(-2), None)
-            held.keys[rows, :, new], held.values[rows, :, new] = first, second
+            # Under autocast a call's entries may be of another type than the cache, which joins all types.
+            held.keys[rows, :, new] = first.to(held.keys.dtype)
+            held.values[rows, :, new] = second.to(held.values.dtype)
             return held.keys[rows], held.values[rows]
         if loop > 0 and (self.shared or is_outside):
             self.layers[slot].crop(-first.size(-2))

@@ -171,6 +171,9 @@ def test_the_gate_is_fp32_under_autocast(model: LoopLMForCausalLM) -> None:
         output = model(IDS_BS, labels=IDS_BS, output_gate_logits=True)
         assert output.gate_logits.dtype == torch.float32 and output.loss.isfinite()
         assert generate(model, IDS_BS, max_new_tokens=3, do_sample=False).shape == (2, 12)
+        cache = LoopLMCache(model.config, "last")
+        exiting = {"past_key_values": cache, "early_exit_threshold": 0.6}
+        assert generate(model, IDS_BS, max_new_tokens=9, do_sample=False, **exiting).shape == (2, 18)
 
 
 @pytest.mark.parametrize("variant", ["mla", "gqa"])
