@@ -173,12 +173,12 @@ class View(NamedTuple):
             visible_B1ST = visible_BST.unsqueeze(1)
         return cls(cos_B1SK, sin_B1SK, visible_B1ST, mask_BT[:, past:], cache, first_BS)
 
-    def narrow(self, stay_N: Tensor) -> "View":
-        """Return the view of the rows in ``stay_N``."""
-        rows = torch.arange(len(stay_N), device=stay_N.device) if self.rows is None else self.rows
-        visible = self.visible_B1ST if self.visible_B1ST is None else self.visible_B1ST[stay_N]
-        cos, sin = (x[stay_N] if len(x) > 1 else x for x in (self.cos_B1SK, self.sin_B1SK))
-        return View(cos, sin, visible, self.counts_BS[stay_N], self.cache, None, rows[stay_N])
+    def narrow(self, stay: Tensor) -> "View":
+        """Return the view of the rows with the indices ``stay``."""
+        rows = stay if self.rows is None else self.rows[stay]
+        visible = self.visible_B1ST if self.visible_B1ST is None else self.visible_B1ST[stay]
+        cos, sin = (x[stay] if len(x) > 1 else x for x in (self.cos_B1SK, self.sin_B1SK))
+        return View(cos, sin, visible, self.counts_BS[stay], self.cache, None, rows)
 
 
 def first_tokens(

@@ -153,7 +153,8 @@ class Exits:
 
     def record(self, h_NSD: Tensor, logit_NS: Tensor, loop: int, rows: Tensor | None) -> Tensor:
         """Record the tokens that exit after this loop; return which rows have tokens that do not, [N]."""
-        here = slice(None) if rows is None else rows
+        here, device = slice(None) if rows is None else rows, self.h_BSD.device
+        h_NSD, logit_NS = h_NSD.to(device), logit_NS.to(device)  # the stack and the gate may be elsewhere
         log_survival_NS = self._log_survival_BS[here] + F.logsigmoid(-logit_NS.detach())
         self._log_survival_BS[here] = log_survival_NS
         exits_NS = -torch.expm1(log_survival_NS) >= self._threshold

@@ -74,8 +74,7 @@ class LoopLMPreTrainedModel(PreTrainedModel):
     config_class = LoopLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LoopLMBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["LoopLMBlock", "LoopLMRecurrentGate", "LoopLMMLPGate"]  # noqa: RUF012
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -205,8 +204,9 @@ class LoopLMModel(LoopLMPreTrainedModel):
                 if not stay_N.any():
                     shared.skip(range(loop + 1, depth))
                     break
-                view, h_BSD, entered_BSD = view.narrow(stay_N), h_BSD[stay_N], entered_BSD[stay_N]
-                state_NSZ = None if state_NSZ is None else state_NSZ[stay_N]
+                stay = stay_N.nonzero().squeeze(-1)
+                view, h_BSD, entered_BSD = view.narrow(stay), _take(h_BSD, stay), _take(entered_BSD, stay)
+                state_NSZ = None if state_NSZ is None else _take(state_NSZ, stay)
         if exits is not None:
             last_BSD = self._read_out(exits.h_BSD, whole, len(hidden))
         else:
@@ -353,16 +353,23 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None,
     ) -> Tensor:
         trained = min(len(hidden), self.config.total_ut_steps)
-        target_BS = labels_BS[:, 1:].to(hidden[0].device)
+        target_BS = labels_BS[:, 1:]
         states = [h_BSD[:, :-1] for h_BSD in hidden[:trained]]
         losses = [checkpoint(self._token_loss, h_BSD, target_BS, use_reentrant=False) for h_BSD in states]
-        p_RBS = exit_log_probs(gate_logit_RBS[:trained, :, :-1]).exp()
-        total = (p_RBS * torch.stack(losses)).sum()  # a label of -100 has a loss of 0 in every loop
+        loss_RBS = torch.stack(losses)
+        p_RBS = exit_log_probs(gate_logit_RBS[:trained, :, :-1]).exp().to(loss_RBS.device)
+        total = (p_RBS * loss_RBS).sum()  # a label of -100 has a loss of 0 in every loop
         counted = (target_BS != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return total / counted
+        return total / torch.as_tensor(counted, device=total.device)
 
     def _token_loss(self, h_BSD: Tensor, target_BS: Tensor) -> Tensor:
         """Return the loss [B, S] in fp32; under :func:`checkpoint`, the logits of one loop exist at a time."""
         logits_NV = self.lm_head(h_BSD).float().flatten(0, 1)
-        loss_N = F.cross_entropy(logits_NV, target_BS.flatten(), ignore_index=-100, reduction="none")
+        target_N = target_BS.flatten().to(logits_NV.device)
+        loss_N = F.cross_entropy(logits_NV, target_N, ignore_index=-100, reduction="none")
         return loss_N.view_as(target_BS)
+
+
+def _take(x_B: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows; a model that is spread over devices keeps their indices elsewhere."""
+    return x_B[rows.to(x_B.device)]

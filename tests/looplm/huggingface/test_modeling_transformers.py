@@ -25,7 +25,7 @@ def model(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
 def test_trainer_evaluates_and_predicts(model: LoopLMForCausalLM, tmp_path: Path) -> None:
     rows: list[dict[str, Tensor]] = [{"input_ids": ids, "labels": ids} for ids in IDS_BS]
     settings = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True)
-    trainer = Trainer(model, settings, eval_dataset=rows)  # type: ignore[arg-type]
+    trainer = Trainer(model, settings, eval_dataset=rows)
     with torch.no_grad():
         expected = model(IDS_BS, labels=IDS_BS)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=TOLERANCE)
