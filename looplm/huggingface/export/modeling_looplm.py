@@ -14,7 +14,6 @@ hidden, V vocabulary, R loops. Loops count from 0, depth from 1.
 Sources: loops, loss, Q-exit, shared caches: Ouro (arXiv 2510.25741).
 """
 
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .cache_looplm import LoopLMCache, View
 from .configuration_looplm import LoopLMConfig
@@ -32,39 +31,12 @@ from .latent_reasoning_looplm import LoopLMRefiningCell
 from .layers_looplm import LoopLMBlock
 from .loop_inputs_looplm import INJECTIONS, LoopLMDiagonalInjection, LoopLMLinearInjection, LoopLMStepEmbedding
 from .norm_looplm import LoopLMRMSNorm
+from .outputs_looplm import LoopLMCausalOutput, LoopLMModelOutput
 
+_logger = logging.get_logger(__name__)
+# Arguments that transformers passes to every model, and that change nothing here.
+_UNUSED = {"cache_position", "token_type_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions"}
 _OWN_START = (LoopLMDiagonalInjection, LoopLMLinearInjection, LoopLMStepEmbedding, LoopLMRefiningCell)
-
-
-@dataclass
-class LoopLMModelOutput(ModelOutput):
-    """Output of the stack.
-
-    Args:
-        last_hidden_state: [B, S, D], what the head reads of each token after the loop at which it exited.
-        past_key_values: the cache, if one is used.
-        hidden_states: on request, R tensors [B, S, D]: what the head reads after each loop, normed.
-        gate_logits: on request, [R, B, S] in fp32: the logit of exiting after each loop.
-        exit_depths: for a threshold below 1, [B, S]: number of loops that each token ran.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: "LoopLMCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    gate_logits: Tensor | None = None
-    exit_depths: Tensor | None = None
-
-
-@dataclass
-class LoopLMCausalOutput(ModelOutput):
-    """As :class:`LoopLMModelOutput`, with the ``loss`` and each token's ``logits`` [B, S, V] at its exit."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: "LoopLMCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    gate_logits: Tensor | None = None
-    exit_depths: Tensor | None = None
 
 
 class LoopLMPreTrainedModel(PreTrainedModel):
@@ -152,11 +124,18 @@ class LoopLMModel(LoopLMPreTrainedModel):
             output_gate_logits: return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
             seq_idx: [B, S], the number of each token's document, if several are packed into a row.
             cu_seq_lens_q: the ends of the documents of a single row, beginning with 0.
-            kwargs: other arguments that transformers passes to every model; unused.
+            kwargs: other arguments that transformers passes to every model; unused, with a warning if it is none of
+                those.
 
         Raises:
             ValueError: the arguments contradict each other.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions: True is not allowed, because the attention kernels return no weights; leave it out"
+            )
+        for name in kwargs.keys() - _UNUSED:
+            _logger.warning_once(f"{name}: has no effect on a LoopLM; leave it out, or correct its name")
         depth, threshold = self._plan(num_loops, early_exit_threshold)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give these or inputs_embeds, one of the two")
@@ -286,9 +265,27 @@ class LoopLMForCausalLM(LoopLMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: {generation_config.cache_implementation!r} is not allowed, because each loop "
+                "needs entries of its own; leave it out"
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LoopLMCache(self.config)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:  # called for assisted decoding only
+        if kwargs["generation_config"].assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit: it is not allowed, because it counts layers; give assistant_model, the same "
+                "model with a smaller num_loops"
+            )
+        if kwargs["model_kwargs"]["past_key_values"].shared:
+            raise ValueError(
+                "kv_cache: last is not allowed with drafts (assistant_model, prompt_lookup_num_tokens), because tokens "
+                "that are checked together see each other as of another loop; give per_loop"
+            )
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
     @can_return_tuple
     def forward(
