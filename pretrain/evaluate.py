@@ -133,6 +133,10 @@ def _measure_decoding(
 ) -> tuple[CacheLoss, ...]:
     """Return the losses of the same samples, decoded token by token through each cache at each threshold."""
     texts = [text for batch in batches for text in texts_of(*batch[:4])]
+    longest = torch.tensor(max(place + 1 for text in texts for place, counts in enumerate(text.counts) if counts))
+    dist.all_reduce(longest, dist.ReduceOp.MAX, groups.dp)
+    fix = f"the longest document has {int(longest)} tokens; give fewer, so that some are left to measure"
+    require(config.prompt_tokens < int(longest), "prompt_tokens", config.prompt_tokens, fix)
     rules = [
         ExitRule(max_depth=model.model_config.num_loops, threshold=threshold, signal=config.exit_signal)
         for threshold in config.threshold_list
@@ -192,10 +196,10 @@ def _show(evaluation: Evaluation) -> None:
     if evaluation.answers is not None:
         _show_answers(evaluation.answers)
     if evaluation.decoding is not None:
-        print(f"{'cache':>10} {'loss':>9} {'perplexity':>11} {'threshold':>10} {'mean depth':>11}")
+        print(f"{'cache':>10} {'loss':>9} {'perplexity':>11} {'threshold':>10} {'mean depth':>11} {'tokens':>9}")
     for row in evaluation.decoding or ():
         figures = f"{row.loss:>9.4f} {row.perplexity:>11.2f} {row.exit_threshold:>10} {row.mean_depth:>11.2f}"
-        print(f"{row.kv_cache:>10} {figures}")
+        print(f"{row.kv_cache:>10} {figures} {row.tokens:>9,}")
 
 
 def _show_answers(answers: TaskAnswers) -> None:

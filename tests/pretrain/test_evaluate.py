@@ -19,8 +19,8 @@ from looplm.config import TaskConfig, WordProblemConfig
 from looplm.evaluation.depth import DepthMeter
 from looplm.failures import UserError
 from looplm.megatron import process_groups
-from pretrain.data import build_valid_set, check_corpus, index_cache, micro_batches
-from pretrain.evaluate import THRESHOLDS, _index_folder, main
+from pretrain.data import Batch, build_valid_set, check_corpus, index_cache, micro_batches
+from pretrain.evaluate import THRESHOLDS, _index_folder, _measure_decoding, main
 from pretrain.evaluation_run import EvaluateConfig, data_read, validation_run
 from pretrain.train import train
 from tests.support.tiny import run_config
@@ -72,6 +72,7 @@ def test_command_measures_a_checkpoint_beyond_its_depth(corpus, tmp_path, single
     printed = capsys.readouterr().out
     assert "beyond training" in printed and "  per_loop " in printed
     rows = report["decoding"]
+    assert f"{rows[0]['mean_depth']:>11.2f} {rows[0]['tokens']:>9,}\n" in printed
     assert [(row["kv_cache"], row["exit_threshold"]) for row in rows] == [
         ("per_loop", 0.5),
         ("per_loop", 1.0),
@@ -188,3 +189,13 @@ UNDECODED = "is not allowed; it has no effect without kv_caches; give that too"
 def test_invalid_arguments(argv, words):
     with pytest.raises(UserError, match=words):
         main(argv)
+
+
+def test_decoding_needs_a_document_that_is_longer_than_the_prompt(single_process):
+    """Of two documents of 4 tokens in a sample of 8."""
+    start_SB = torch.tensor([[0]] * 4 + [[4]] * 4)
+    batch = Batch(torch.zeros(1, 8), torch.zeros(8, 1), torch.ones(8, 1), start_SB)
+    config = EvaluateConfig(checkpoint="x", kv_caches="last", prompt_tokens=4)
+    fix = "the longest document has 4 tokens; give fewer, so that some are left to measure"
+    with pytest.raises(UserError, match=f"^prompt_tokens: 4 is not allowed; {fix}$"):
+        _measure_decoding(None, [batch], config, single_process)  # type: ignore[arg-type]
