@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,9 @@ from looplm.inference.settings import GenerationConfig
 from looplm.inference.text_stream import Token
 from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES
+
+with suppress(ImportError):  # Python may be built without it
+    import readline  # noqa: F401  # input() then takes lines that the terminal would cut at 4095 bytes
 
 _SEPARATOR = "---"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -1,7 +1,12 @@
 """``python -m looplm.generate``: prompts, files of prompts, conversations, terminal output and sample files."""
 
 import json
+import os
+import pty
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +96,24 @@ def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException
         raise line
 
     monkeypatch.setattr("builtins.input", ask)
+
+
+@pytest.mark.slow
+def test_a_terminal_takes_a_line_of_any_length() -> None:
+    """A terminal in its usual mode keeps 4095 bytes of a line and drops the others."""
+    child, terminal = pty.fork()
+    if child == 0:
+        code = "from looplm import generate; print('read', len(generate._read_line()))"
+        os.execv(sys.executable, [sys.executable, "-W", "ignore", "-c", code])
+    seen, line = b"", [b"x" * 1000] * 5 + [b"\n"]
+    typist = threading.Thread(target=lambda: [os.write(terminal, part) for part in line])
+    with suppress(OSError):  # Linux's end of a terminal
+        while part := os.read(terminal, 65536):
+            seen += part
+            if b"> " in seen and not typist.ident:
+                typist.start()
+    os.waitpid(child, 0)
+    assert b"read 5000" in seen
 
 
 def test_each_answer_continues_the_conversation_and_reset_starts_over(
