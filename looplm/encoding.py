@@ -1,12 +1,11 @@
 """Text to token ids, with the token that stands before a text, as transformers encodes a prompt."""
 
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from looplm.failures import UserError
-
-_PROBE = "a"
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -42,10 +41,18 @@ def open_tokenizer(path: Path, fix: str) -> Tokenizer:
 
 def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the ids that a tokenizer's post-processor adds before and after each text."""
-    plain, full = (tokenizer.encode(_PROBE, add_special_tokens=special).ids for special in (False, True))
+    probe = _probe(tokenizer)
+    plain, full = (tokenizer.encode(probe, add_special_tokens=special).ids for special in (False, True))
     width = len(plain)
     start = next((place for place in range(len(full) - width + 1) if full[place : place + width] == plain), len(full))
     return full[:start], full[start + width :]
+
+
+def _probe(tokenizer: Tokenizer) -> str:
+    """Return a text that has tokens, none of them special: "a" unless that is not in the vocabulary."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    pieces = (tokenizer.decode([index]) for piece, index in tokenizer.get_vocab().items() if piece not in special)
+    return next((text for text in chain("a", pieces) if tokenizer.encode(text, add_special_tokens=False).ids), "")
 
 
 def begin_id(tokenizer: Tokenizer) -> int | None:
