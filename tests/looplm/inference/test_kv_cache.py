@@ -294,3 +294,4 @@ def test_rotations_of_far_positions_are_exact(single_process: ProcessGroupCollec
     expected = torch.stack((angle.cos(), angle.sin()), -1).bfloat16().float()
     found = torch.view_as_real(stack.turns(position, 1501)[:, 0])
     torch.testing.assert_close(found.reshape(expected.shape).cpu(), expected, atol=8e-3, rtol=0)
+    assert torch.equal(found, found.bfloat16().float()), "rounded to the model's dtype, as in training"
