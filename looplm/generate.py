@@ -77,6 +77,8 @@ class GenerateConfig(GenerationConfig):
         fix = "it belongs to prompt and prompts; leave it out with interactive"
         require(self.output is None or not self.interactive, "output", self.output, fix)
         require_file_place(self.output, "output")
+        fix = "all samples of a prompt are the same at temperature 0; give 1, or raise temperature"
+        require(self.num_samples == 1 or self.temperature > 0, "num_samples", self.num_samples, fix)
         fix = "a conversation begins without it; leave it out with chat"
         require(not (self.chat and self.add_bos), "add_bos", True, fix)
 

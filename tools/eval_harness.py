@@ -285,11 +285,12 @@ def generation_of(config: HarnessConfig, kwargs: Mapping[str, Any], context: int
     most = settings["max_gen_toks"]
     fix = f"give fewer than the model's context of {context} tokens in the task's generation_kwargs"
     require(most < context, "tasks: max_gen_toks", most, fix)
+    temperature = settings.get("temperature", 1.0) if settings["do_sample"] else 0.0
+    limits = {key: settings[key] for key in ("top_k", "top_p") if key in settings and temperature > 0}
     return config.generation(
         max_new_tokens=most,
-        temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
-        top_k=settings.get("top_k", 0),
-        top_p=settings.get("top_p", 1.0),
+        temperature=temperature,
+        **limits,
         stop=tuple(stop for stop in settings["until"] if stop),
     )
 

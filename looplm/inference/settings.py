@@ -57,9 +57,13 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
+        require(not isinstance(self.stop, str), "stop", self.stop, "give a list of strings")
         require("" not in self.stop, "stop", list(self.stop), "an empty string would stop at once; leave it out")
         for key, choices in (("kv_cache", get_args(CacheMode)), ("exit_signal", get_args(ExitSignal))):
             require(getattr(self, key) in choices, key, getattr(self, key), f"give one of {', '.join(choices)}")
+        greedy, fix = self.temperature == 0, "it has no effect at temperature 0; leave it out, or raise temperature"
+        require(not greedy or self.top_k == 0, "top_k", self.top_k, fix)
+        require(not greedy or self.top_p in (1, GenerationConfig.top_p), "top_p", self.top_p, fix)
         threshold = self.exit_threshold
         fix = "exit_threshold has no effect at a fixed depth; give one of the two"
         require(self.depth is None or threshold is None, "depth", self.depth, fix)

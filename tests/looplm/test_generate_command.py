@@ -300,6 +300,10 @@ def test_a_terminal_shows_depths_as_colors(
         (["--prompts={tmp}/latin1.txt"], "latin1.txt:2: not UTF-8 (byte 0xe9); save the file as UTF-8"),
         (["--prompts={tmp}/utf16.txt"], "utf16.txt: is UTF-16 text; save it as UTF-8"),
         (["--prompts={tmp}/utf16_bare.txt"], "utf16_bare.txt: is UTF-16 text; save it as UTF-8"),
+        (
+            ["--prompt=a", "--num_samples=2", "--temperature=0"],
+            "num_samples: 2 is not allowed; all samples of a prompt are the same at temperature 0; give 1, or raise",
+        ),
         (["--prompts={tmp}/empty.txt"], "prompt 1 of 1: '' is not allowed; it is empty"),
         (["--prompts={tmp}"], "cannot be read (Is a directory); name a UTF-8 text file"),
         (["--prompts={tmp}/long.txt", "--output={tmp}/samples.jsonl"], "prompt 1 of 1: the prompt has 128"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -114,6 +115,20 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop(ids: list[int], stop: li
             assert all(consumed[place : place + len(wanted)] != wanted for place in range(len(consumed)))
 
 
-def test_an_empty_stop_string_is_refused() -> None:
-    with pytest.raises(UserError, match=r"stop: .* an empty string would stop at once"):
-        GenerationConfig(stop=("a", ""))
+GREEDILY = "it has no effect at temperature 0; leave it out, or raise temperature"
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"stop": ("a", "")}, "stop: ['a', ''] is not allowed; an empty string would stop at once; leave it out"),
+        ({"stop": "\n"}, "stop: '\\n' is not allowed; give a list of strings"),
+        ({"temperature": 0.0, "top_k": 5}, f"top_k: 5 is not allowed; {GREEDILY}"),
+        ({"temperature": 0.0, "top_p": 0.5}, f"top_p: 0.5 is not allowed; {GREEDILY}"),
+    ],
+    ids=str,
+)
+def test_settings_without_effect_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        GenerationConfig(**keys)
+    assert str(caught.value) == message
