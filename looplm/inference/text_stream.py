@@ -6,6 +6,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 _INCOMPLETE = "\ufffd"  # tokenizers decode bytes that do not (yet) form a character to this
+_LONGEST = 3  # bytes of an incomplete character, each of which may be a token
 _FIRST_MARK = 0xD800
 
 
@@ -13,7 +14,8 @@ class Token(NamedTuple):
     """A generated token.
 
     Its text is empty if its bytes are only the beginning of a character. The token that completes the character carries
-    it, so the texts of all tokens join to the whole text.
+    it, so the texts of all tokens join to the whole text. In place of a token that a stop string cuts are the tokens of
+    its text before that, if the tokenizer has such.
     """
 
     id: int
@@ -38,7 +40,10 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._marks, self._stop = _marks(tokenizer, stop) if stop else ({}, [])
-        self._context, self._pending = list(prompt_ids), list[int]()
+        self._prompt_ids = list(prompt_ids)
+        begun = self._begun()  # tokens of a character that the prompt begins and the text may complete
+        self._context, self._pending = self._prompt_ids[: len(prompt_ids) - begun], self._prompt_ids[-begun:][:begun]
+        self._begun_text = self._decode_pending() if begun else ""
         self._text = ""  # with marks
         self._lengths: list[int] = []  # of each token's part of it
         self._shown = 0
@@ -53,7 +58,7 @@ class TextStream:
         if piece.endswith(_INCOMPLETE):
             self._append(Token(token_id, "", depth), "")
             return []
-        self._end_piece(piece)
+        piece = self._end_piece(piece)
         self._append(Token(token_id, piece, depth), piece if mark is None else mark)
         self._end_before_stop(self._lengths[-1])
         # The longest ending of the text that a stop string begins with may still be cut off.
@@ -73,18 +78,28 @@ class TextStream:
     def _flush(self) -> None:
         """Give the newest token the text of bytes that will form no character."""
         if self._pending:
-            piece = self._decode_pending()
-            self.tokens[-1] = self.tokens[-1]._replace(text=piece)
-            self._lengths[-1] = len(piece)
-            self._text += piece
-            self._end_piece(piece)
+            piece = self._end_piece(self._decode_pending())
+            if self.tokens:
+                self.tokens[-1] = self.tokens[-1]._replace(text=piece)
+                self._lengths[-1] = len(piece)
+                self._text += piece
 
-    def _end_piece(self, piece: str) -> None:
+    def _end_piece(self, piece: str) -> str:
         """Decode the next token behind the pending ones, and behind what was before them if they have no text.
 
-        Behind a special token alone, the next word would be the first of a text, and lose its space.
+        Behind a special token alone, the next word would be the first of a text, and lose its space. Returned is the
+        piece without what the prompt has shown of it, if that became no character.
         """
         self._context, self._pending = self._pending if piece else self._context + self._pending, []
+        shown, self._begun_text = self._begun_text, ""
+        return piece.removeprefix(shown)
+
+    def _begun(self) -> int:
+        """Return how many of the prompt's last tokens are the beginning of a character."""
+        texts = [self._tokenizer.decode(self._prompt_ids)]
+        while texts[-1].endswith(_INCOMPLETE) and len(texts) <= min(_LONGEST, len(self._prompt_ids)):
+            texts.append(self._tokenizer.decode(self._prompt_ids[: -len(texts)]))
+        return 0 if texts[-1].endswith(_INCOMPLETE) else len(texts) - 1
 
     def _decode_pending(self) -> str:
         """Decode in context, because some tokenizers drop the space before the first word of a text."""
@@ -98,14 +113,27 @@ class TextStream:
         if end is None:
             return
         self.stopped, self._text = True, self._text[:end]
-        length, kept = 0, 0
+        length, kept, is_cut = 0, 0, False
         while length < end:
             room = end - length
+            is_cut = self._lengths[kept] > room
             self.tokens[kept] = self.tokens[kept]._replace(text=self.tokens[kept].text[:room])
             self._lengths[kept] = min(self._lengths[kept], room)
             length += self._lengths[kept]
             kept += 1
         del self.tokens[kept:], self._lengths[kept:]
+        if is_cut:
+            self._encode_again()
+
+    def _encode_again(self) -> None:
+        """Put in place of the last token, whose text was cut, those of its text, if they decode to it."""
+        *_, (_, text, depth) = self.tokens
+        before = [*self._prompt_ids, *(token.id for token in self.tokens[:-1])]
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._tokenizer.decode(before + ids) == self._tokenizer.decode(before) + text:
+            *begin, end = ids
+            self.tokens[-1:] = [*(Token(index, "", depth) for index in begin), Token(end, text, depth)]
+            self._lengths[-1:] = [*(0 for _ in begin), len(text)]
 
     def _release(self, final: int) -> list[Token]:
         """Return the tokens that end within the first ``final`` characters and have not been returned yet."""

@@ -1,13 +1,12 @@
 """Generation: batches against single rows, early exit against a slow oracle, sampling, streaming, bad input."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from tokenizers import AddedToken
 
 from looplm.failures import UserError
 from looplm.inference import Generation, GenerationConfig, Generator
@@ -258,22 +257,6 @@ def test_stop_strings(stop: tuple[str, ...], expected: str) -> None:
     assert "".join(token.text for token in stream.tokens) == expected
     assert shown == stream.tokens
     assert stream.stopped == (expected != "abcdefg")
-
-
-def test_a_stop_string_that_ends_inside_a_token() -> None:
-    class Words(NamedTuple):  # a tokenizer whose tokens have several characters
-        words: tuple[str, ...] = ("one ", "two; three", " four")
-
-        def decode(self, ids: list[int]) -> str:
-            return "".join(self.words[i] for i in ids)
-
-        def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
-            return {}
-
-    stream = TextStream(Words(), [], stop=(";",))  # type: ignore[arg-type]
-    assert [token.text for token in stream.push(0, 4)] == ["one "]
-    assert [token.text for token in stream.push(1, 2)] == ["two"]
-    assert stream.stopped and [token.depth for token in stream.tokens] == [4, 2]
 
 
 def test_streaming_shows_what_is_returned(generator: Generator) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.process_groups_config import ProcessGroupCollection
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from looplm.failures import UserError
 from looplm.inference import GenerationConfig, Generator
@@ -132,3 +133,54 @@ def test_settings_without_effect_are_refused(keys: dict[str, Any], message: str)
     with pytest.raises(UserError) as caught:
         GenerationConfig(**keys)
     assert str(caught.value) == message
+
+
+def words(*pieces: str) -> Tokenizer:
+    """Return a tokenizer whose words are these; text is not split."""
+    tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "stop, pieces, expected",
+    [
+        (("\n",), [":\n"], [(":", ":", 1)]),
+        (("\n",), ["a", "bc\n"], [("a", "a", 1), ("b", "", 2), ("c", "bc", 2)]),  # no word is bc
+        ((")",), ["a", "x)"], [("a", "a", 1), ("x)", "x", 2)]),  # no word is x: it stays whole
+    ],
+    ids=str,
+)
+def test_a_token_that_a_stop_string_cuts_becomes_those_of_its_text(
+    stop: tuple[str, ...], pieces: list[str], expected: list[tuple[str, str, int]]
+) -> None:
+    tokenizer = words(":", ":\n", "a", "b", "c", "bc\n", "x)")
+    vocabulary = tokenizer.get_vocab()
+    stream = TextStream(tokenizer, [vocabulary["a"]], stop)
+    for depth, piece in enumerate(pieces, start=1):
+        stream.push(vocabulary[piece], depth)
+    stream.close()
+    assert stream.stopped
+    assert [(tokenizer.id_to_token(token.id), token.text, token.depth) for token in stream.tokens] == expected
+
+
+@pytest.mark.parametrize(
+    "prompt, added, text",
+    [
+        (ids_of("na\u00ef")[:-1], ids_of("\u00efve")[1:], "\u00efve"),
+        (ids_of("\u4e16")[:-1], ids_of("\u4e16")[2:], "\u4e16"),
+        (ids_of("\u4e16")[:1], ids_of("\u4e16")[1:], "\u4e16"),
+        (ids_of("\u4e16")[:1], ids_of("ab"), "ab"),
+        (ids_of("a\ufffd"), ids_of("b"), "b"),
+        (ids_of("\u4e16")[:1], [], ""),
+        (ids_of("\u4e16")[1:] * 3, ids_of("b"), "b"),
+    ],
+    ids=str,
+)
+def test_a_prompt_may_end_inside_a_character(prompt: list[int], added: list[int], text: str) -> None:
+    stream = TextStream(TOKENIZER, prompt)
+    for token_id in added:
+        stream.push(token_id, 1)
+    stream.close()
+    assert "".join(token.text for token in stream.tokens) == text and [t.id for t in stream.tokens] == added
