@@ -160,6 +160,10 @@ def frequencies(logits: list[float], **settings: Any) -> list[float]:
     return (ids.bincount(minlength=len(logits)) / n).tolist()
 
 
+def test_the_certainty_of_a_single_token_is_a_number() -> None:
+    assert certainty(torch.zeros(2, 1)).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     "settings, expected",
     [
