@@ -3,7 +3,7 @@
 transformers' ``apply_chat_template`` runs a template in jinja2's immutable sandbox, with a few additions, and encodes
 the text at once. The same happens here without transformers, so a model answers the same tokens in both. A template
 comes from anyone: it can read nothing but the messages and the names of special tokens, its time and its memory are
-bounded, and whatever it raises is a fault of its file.
+bounded by a process of its own, and whatever it raises is a fault of its file.
 
 To be trained on, a conversation is rendered as a whole. An answer is what the template adds after the point where it
 would ask for that answer, up to the special token that ends it::
@@ -13,13 +13,9 @@ would ask for that answer, up to the special token that ends it::
 """
 
 import json
-import resource
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,9 +33,10 @@ from looplm.encoding import remove_limits
 from looplm.failures import UserError
 from looplm.files import is_unicode
 from looplm.json_file import read_object
+from looplm.template_process import TemplateFault, TemplateProcess, serve
 
 _FIX = "repair the template, or remove it to chat in LoopLM's own"
-_ONE_AT_A_TIME = threading.Lock()  # the limit of memory is the process's
+_PROCESS = TemplateProcess("looplm.imported_template")
 _SECONDS, _MEMORY = 5.0, 2**30  # processor time of one rendering, which usually takes a millisecond; bytes
 _LONGEST, _POWER_BITS = 2**24, 2**12  # characters of a conversation; bits of an integer that is a power
 _PROBE = (Message("user", "2 + 2?"), Message(ANSWERS, "4"))
@@ -69,12 +66,10 @@ class ImportedTemplate:
         added = tokenizer.get_added_tokens_decoder()
         self._special = {number: token.content for number, token in added.items() if token.special}
         try:
-            with _limits():
-                self._template = _compile(source)
-        except TemplateSyntaxError as error:
-            raise UserError(f"{where}:{error.lineno}: not a valid template ({_reason(error)}); {_FIX}") from error
-        except (Exception, _TooLong) as error:  # of Python too, which compiles what Jinja makes of the template
-            raise UserError(f"{where}: not a valid template ({_reason(error)}); {_FIX}") from error
+            _PROCESS.render(source, None, _SECONDS)
+        except TemplateFault as fault:
+            line = "" if fault.line is None else f":{fault.line}"
+            raise UserError(f"{where}{line}: not a valid template ({fault.reason}); {_FIX}") from fault
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return a conversation so far as text, up to the point where the model's answer begins.
@@ -89,15 +84,9 @@ class ImportedTemplate:
         given: dict[str, Any] = {"messages": listed, "tools": None, "documents": None, "add_generation_prompt": asks}
         given["strftime_now"] = now.strftime
         try:
-            with _limits():
-                text = self._template.render({**self._tokens, **given})
-            if len(text) > _LONGEST:
-                raise OverflowError(f"its text is longer than {_LONGEST:,} characters")
-            if not is_unicode(text):
-                raise ValueError("its text holds half of a surrogate pair")
-            return text
-        except (Exception, _TooLong) as error:
-            raise UserError(f"{self._where}: does not render this conversation ({_reason(error)}); {_FIX}") from error
+            return _PROCESS.render(self.source, {**self._tokens, **given}, _SECONDS)
+        except TemplateFault as fault:
+            raise UserError(f"{self._where}: does not render this conversation ({fault.reason}); {_FIX}") from fault
 
     def ask(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of :meth:`render`. Special tokens in a message's content count as such, as in transformers."""
@@ -208,33 +197,21 @@ def _default(found: Any) -> Any:
     return named[0].get("template") if named else found
 
 
-class _TooLong(BaseException):
-    """The end of a template's time; not an Exception, because Jinja drops those while it folds constants."""
+def _rendered(source: str, given: Mapping[str, Any] | None) -> str:
+    """Return the text of a template; nothing if it is only to be compiled. Run in the process of templates."""
+    template = _compile(source)
+    if given is None:
+        return ""
+    text = template.render(given)
+    if len(text) > _LONGEST:
+        raise OverflowError(f"its text is longer than {_LONGEST:,} characters")
+    if not is_unicode(text):
+        raise ValueError("its text holds half of a surrogate pair")
+    return text
 
 
-@contextmanager
-def _limits() -> Iterator[None]:
-    """Bound the memory that a template takes and, in the main thread, which alone receives signals, its time.
-
-    Nested loops, texts that double and widths of filters can all take forever: too many to refuse one by one.
-    """
-    with _ONE_AT_A_TIME, ExitStack() as before:
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        most = min(limit for limit in (soft, used + _MEMORY) if limit != resource.RLIM_INFINITY)
-        before.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
-        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-        if threading.current_thread() is threading.main_thread():
-            before.callback(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, _end))
-            again = _SECONDS  # if one is dropped, as in a finalizer
-            before.callback(
-                signal.setitimer, signal.ITIMER_PROF, *signal.setitimer(signal.ITIMER_PROF, _SECONDS, again)
-            )
-        yield
-
-
-def _end(*_: object) -> NoReturn:
-    raise _TooLong(f"it takes longer than {_SECONDS:g} seconds")
+def _explained(error: Exception) -> tuple[str, int | None]:
+    return _reason(error), error.lineno if isinstance(error, TemplateSyntaxError) else None
 
 
 def _reason(error: BaseException) -> str:
@@ -245,6 +222,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
+@lru_cache(maxsize=8)
 def _compile(source: str) -> Template:
     """Compile a template with what transformers adds to Jinja."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
@@ -323,3 +301,7 @@ def _to_json(
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(str(message))  # whose own str() may fail, as that of a long integer does
+
+
+if __name__ == "__main__":
+    serve(_rendered, _explained, _MEMORY)

@@ -27,6 +27,7 @@ ROWS = (
         "looplm.encoding",
         "looplm.imported_template",
         "looplm.plain_text",
+        "looplm.template_process",
     ),
     ("looplm.config",),
     ("looplm.accounting",),

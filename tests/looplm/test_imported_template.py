@@ -1,9 +1,7 @@
 """Chat templates of imported models: the tokens that transformers gives, and what is refused."""
 
 import json
-import resource
-import signal
-import time
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +25,8 @@ from looplm.inference import generator as library
 from looplm.inference.request import Request
 from looplm.megatron import process_groups
 from tests.support.generation_oracle import EOS, GATES, MLA, build, byte_tokenizer
+
+pytestmark = pytest.mark.slow  # templates are rendered in a process
 
 # As SmolLM2's: a system message where the conversation has none.
 DEFAULT_SYSTEM = (
@@ -216,6 +216,12 @@ def test_templates_that_cannot_be_compiled_are_refused_in_one_line(
             "it takes longer than 0.5 seconds",
         ),
         ("{{ lipsum(n=100000000) }}", "it takes longer than 0.5 seconds"),
+        (
+            "{% set ns = namespace(a=[0], b=[0]) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}"
+            "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
+            "it takes longer than 0.5 seconds",
+        ),
+        ("{{ ('a' * 3000000).rfind('ab' ~ 'a' * 1500000) }}", "it takes longer than 0.5 seconds"),
         (f"{{{{ raise_exception({' * '.join(['9 ** 999'] * 5)}) }}}}", TOO_MANY_DIGITS),
         ("{{ raise_exception('no ' * 1000) }}", f"{'no ' * 66}no"),
     ],
@@ -225,13 +231,10 @@ def test_templates_that_hang_or_fill_the_memory_are_refused_in_one_line(
     source: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(templates, "_SECONDS", 0.5)
-    before = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGPROF)
     with pytest.raises(UserError) as caught:
         ImportedTemplate(source, byte_tokenizer(), {}, "t.jinja").render(TALK)
     fix = "repair the template, or remove it to chat in LoopLM's own"
     assert str(caught.value) == f"t.jinja: does not render this conversation ({reason}); {fix}"
-    assert (resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGPROF)) == before
-    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def test_a_thread_renders_as_the_main_one_does() -> None:
@@ -241,17 +244,41 @@ def test_a_thread_renders_as_the_main_one_does() -> None:
     assert rendered == template.render(TALK) and rendered.endswith("1024")
 
 
-def test_threads_leave_the_limits_of_the_process_as_they_were() -> None:
-    limit = resource.getrlimit(resource.RLIMIT_DATA)
+def test_a_forked_process_asks_one_of_its_own() -> None:
+    """Two that shared a process would read each other's answers."""
+    template = ImportedTemplate("{{ messages[0].content }}", byte_tokenizer(), {}, "t.jinja")
+    before = templates._PROCESS._process
+    child = os.fork()
+    if child == 0:
+        template.render([Message("user", "2")])
+        os._exit(templates._PROCESS._process is before)
+    assert template.render([Message("user", "1")]) == "1" and templates._PROCESS._process is before
+    assert os.waitpid(child, 0)[1] == 0
 
-    def enter(after: float) -> None:
-        time.sleep(after)
-        with templates._limits():
-            time.sleep(0.1)
 
-    with ThreadPoolExecutor() as threads:  # the second enters and leaves after the first, in which it began
-        list(threads.map(enter, [0.0, 0.05]))
-    assert resource.getrlimit(resource.RLIMIT_DATA) == limit
+def test_an_interrupted_rendering_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ImportedTemplate("{{ messages[0].content }}", byte_tokenizer(), {}, "t.jinja")
+
+    def interrupt(process: Any, request: str) -> str:
+        process.stdin.write(request + "\n")
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(templates._PROCESS, "_exchange", interrupt)
+        template.render([Message("user", "first")])
+    assert template.render([Message("user", "second")]) == "second"
+
+
+def test_a_process_that_was_killed_is_started_again() -> None:
+    template = ImportedTemplate("{{ messages[0].content }}", byte_tokenizer(), {}, "t.jinja")
+    process = templates._PROCESS._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    with pytest.raises(UserError, match=r"does not render this conversation \(it ends Python with status -9\); repair"):
+        template.render(TALK)
+    assert template.render(TALK) == TALK[0].content
 
 
 def write(folder: Path, template: str | None, config: dict[str, Any] | None = None) -> Path:
