@@ -255,7 +255,7 @@ test-layouts: $(READY)  ## every parallel layout, of which `make test` takes a s
 test-newest: $(NEWEST)/.installed  ## all tests and layouts with the newest pins, on Python 3.12
 	@LAYOUTS=all OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
-EXPORTED := $(addprefix tests/looplm/huggingface/test_modeling,.py _generation.py _files.py)
+EXPORTED := $(addprefix tests/looplm/huggingface/test_modeling,.py _generation.py _files.py _transformers.py)
 
 test-hf-oldest: $(HF_OLDEST)/.installed  ## the exported model with the oldest transformers
 	@OMP_NUM_THREADS=1 $(HF_OLDEST)/bin/python -m pytest $(or $(TESTS),$(EXPORTED))

@@ -1,7 +1,8 @@
-"""The exported model as accelerate places it: with weights offloaded, and spread over devices."""
+"""The exported model under accelerate: in a Trainer, with weights offloaded, and spread over devices."""
 
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,28 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
 
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from tests.support.generation_oracle import GATES, READ_OUTS, VARIANTS, VOCAB, build
 from tests.support.hf_models import generate, hf_model, random_ids
+from tests.support.parity import TOLERANCE
 
 IDS_BS = random_ids(2, 9, VOCAB)
 MODELS = VARIANTS | READ_OUTS
+
+
+def test_trainer_evaluates_and_predicts(tmp_path: Path, single_process: ProcessGroupCollection) -> None:
+    model = hf_model(build(VARIANTS["mla"], GATES["sequence"], single_process), GATES["sequence"])
+    rows: list[dict[str, Tensor]] = [{"input_ids": ids, "labels": ids} for ids in IDS_BS]
+    settings = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True)
+    trainer = Trainer(model, settings, eval_dataset=rows)
+    with torch.no_grad():
+        expected = model(IDS_BS, labels=IDS_BS)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=TOLERANCE)
+    found = trainer.predict(rows).predictions  # type: ignore[arg-type]
+    assert torch.allclose(torch.from_numpy(found), expected.logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,16 @@
-"""The exported model in the other classes of transformers: its Trainer, and what ``generate()`` can and cannot do."""
+"""What ``generate()`` and a call of the exported model cannot do, and what they do with a cache that is not new."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
-from transformers import Trainer, TrainingArguments
 
 from looplm.huggingface.export import modeling_looplm
 from looplm.huggingface.export.cache_looplm import LoopLMCache
 from looplm.huggingface.export.modeling_looplm import LoopLMForCausalLM
 from tests.support.generation_oracle import GATES, MLA, VOCAB, build
 from tests.support.hf_models import generate, hf_model, random_ids
-from tests.support.parity import TOLERANCE
 
 IDS_BS = random_ids(2, 9, VOCAB)
 
@@ -23,17 +19,6 @@ IDS_BS = random_ids(2, 9, VOCAB)
 def model(single_process: ProcessGroupCollection) -> LoopLMForCausalLM:
     """An MLA model whose gate reads the text so far. Shared by tests: do not change it."""
     return hf_model(build(MLA, GATES["sequence"], single_process), GATES["sequence"])
-
-
-def test_trainer_evaluates_and_predicts(model: LoopLMForCausalLM, tmp_path: Path) -> None:
-    rows: list[dict[str, Tensor]] = [{"input_ids": ids, "labels": ids} for ids in IDS_BS]
-    settings = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True)
-    trainer = Trainer(model, settings, eval_dataset=rows)
-    with torch.no_grad():
-        expected = model(IDS_BS, labels=IDS_BS)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=TOLERANCE)
-    found = trainer.predict(rows).predictions  # type: ignore[arg-type]
-    assert torch.allclose(torch.from_numpy(found), expected.logits, atol=1e-5)
 
 
 DRAFTS = (
