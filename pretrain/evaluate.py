@@ -133,10 +133,11 @@ def _measure_decoding(
 ) -> tuple[CacheLoss, ...]:
     """Return the losses of the same samples, decoded token by token through each cache at each threshold."""
     texts = [text for batch in batches for text in texts_of(*batch[:4])]
-    longest = torch.tensor(max(place + 1 for text in texts for place, counts in enumerate(text.counts) if counts))
-    dist.all_reduce(longest, dist.ReduceOp.MAX, groups.dp)
-    fix = f"the longest document has {int(longest)} tokens; give fewer, so that some are left to measure"
-    require(config.prompt_tokens < int(longest), "prompt_tokens", config.prompt_tokens, fix)
+    ends = (place + 1 for text in texts for place, counts in enumerate(text.counts) if counts)
+    last = torch.tensor(max(ends, default=0))
+    dist.all_reduce(last, dist.ReduceOp.MAX, groups.dp)
+    fix = f"no document has a token to measure behind its first {int(last)}; give fewer"
+    require(config.prompt_tokens < int(last), "prompt_tokens", config.prompt_tokens, fix)
     rules = [
         ExitRule(max_depth=model.model_config.num_loops, threshold=threshold, signal=config.exit_signal)
         for threshold in config.threshold_list

@@ -191,11 +191,12 @@ def test_invalid_arguments(argv, words):
         main(argv)
 
 
-def test_decoding_needs_a_document_that_is_longer_than_the_prompt(single_process):
+@pytest.mark.parametrize("counted", [4, 0])
+def test_decoding_needs_a_document_that_is_longer_than_the_prompt(counted, single_process):
     """Of two documents of 4 tokens in a sample of 8."""
     start_SB = torch.tensor([[0]] * 4 + [[4]] * 4)
-    batch = Batch(torch.zeros(1, 8), torch.zeros(8, 1), torch.ones(8, 1), start_SB)
+    batch = Batch(torch.zeros(1, 8), torch.zeros(8, 1), torch.full((8, 1), float(counted > 0)), start_SB)
     config = EvaluateConfig(checkpoint="x", kv_caches="last", prompt_tokens=4)
-    fix = "the longest document has 4 tokens; give fewer, so that some are left to measure"
+    fix = f"no document has a token to measure behind its first {counted}; give fewer"
     with pytest.raises(UserError, match=f"^prompt_tokens: 4 is not allowed; {fix}$"):
         _measure_decoding(None, [batch], config, single_process)  # type: ignore[arg-type]
