@@ -82,7 +82,7 @@ class ImportedTemplate:
     def _render(self, messages: Sequence[Message], *, asks: bool, now: datetime = _PACKED_ON) -> str:
         listed = [{"role": message.role, "content": message.content} for message in messages]
         given: dict[str, Any] = {"messages": listed, "tools": None, "documents": None, "add_generation_prompt": asks}
-        given["strftime_now"] = now.strftime
+        given["strftime_now"] = now.isoformat()  # its method does not travel to the process of templates
         try:
             return _PROCESS.render(self.source, {**self._tokens, **given}, _SECONDS)
         except TemplateFault as fault:
@@ -202,7 +202,7 @@ def _rendered(source: str, given: Mapping[str, Any] | None) -> str:
     template = _compile(source)
     if given is None:
         return ""
-    text = template.render(given)
+    text = template.render({**given, "strftime_now": datetime.fromisoformat(given["strftime_now"]).strftime})
     if len(text) > _LONGEST:
         raise OverflowError(f"its text is longer than {_LONGEST:,} characters")
     if not is_unicode(text):
