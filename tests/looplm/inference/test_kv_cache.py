@@ -70,7 +70,7 @@ def test_per_loop_equals_the_cacheless_model(variant: str, gate: str, single_pro
     threshold = splitting_threshold(model)
     ids_BS, steps = teacher_forced(model, ExitRule(max_depth=4, threshold=threshold))
     with torch.no_grad():
-        hidden, gate_logit_RSB = model(ids_BS)
+        hidden, gate_logit_RSB, _ = model(ids_BS)
         logits_RSBV = F.linear(torch.stack(hidden), model.head_weight())
     depth_SB = q_exit(exit_log_probs(gate_logit_RSB), threshold)
     depths = set()
