@@ -249,9 +249,13 @@ def test_a_forked_process_asks_one_of_its_own() -> None:
     template = ImportedTemplate("{{ messages[0].content }}", byte_tokenizer(), {}, "t.jinja")
     before = templates._PROCESS._process
     child = os.fork()
-    if child == 0:
-        template.render([Message("user", "2")])
-        os._exit(templates._PROCESS._process is before)
+    if child == 0:  # which must not go on with the tests, whatever it raises
+        status = 1
+        try:
+            template.render([Message("user", "2")])
+            status = int(templates._PROCESS._process is before)
+        finally:
+            os._exit(status)
     assert template.render([Message("user", "1")]) == "1" and templates._PROCESS._process is before
     assert os.waitpid(child, 0)[1] == 0
 
