@@ -34,6 +34,7 @@ from pretrain import launcher, run_lock
 from pretrain.stopping import STOPPED, StopRequest, end_workers
 
 INTERVAL = 1.0  # seconds between two looks at the store and at the deadlines
+SUSPENDED = 10.0  # seconds without a look after which the whole process must have been stopped
 GRACE = 3.0  # seconds in which other ranks answer a call, or end by themselves after a failure
 STARTUP_GRACE = 20.0  # seconds from a signal to the end of a start-up, less than torchrun's 30; nothing is lost
 ENDING = 60.0  # seconds for what follows a failure: closing process groups that may wait for a dead rank
@@ -65,7 +66,7 @@ class Watchdog:
     def __init__(self, health: HealthConfig, folder: Path) -> None:
         self.stop = StopRequest()
         self._health, self._folder = health, folder
-        self._begin = time.monotonic()
+        self._begin = self._looked = time.monotonic()
         self._startup: list[tuple[str, float]] | None = []  # names and times of the phases so far; None once it is over
         self._phase = Phase("start-up", self._begin, math.inf, "")
         self._store: Any = None
@@ -156,6 +157,7 @@ class Watchdog:
         return _KINDS.get(self._status, Failure)(f"rank {call['rank']} has failed: {call['line']}")
 
     def _watch(self) -> None:
+        self._looked = time.monotonic()
         while not self._ended.is_set():
             select.select([self.stop.pipe, self._wake], [], [], INTERVAL)
             if not self._ended.is_set():
@@ -163,7 +165,7 @@ class Watchdog:
 
     def _look(self) -> None:
         self.stop.poll()
-        phase, now = self._phase, time.monotonic()
+        phase, now = self._without_suspension(), time.monotonic()
         self._look_at_stop(phase, now)
         if now > phase.end:
             if phase.name == "closing":
@@ -175,6 +177,19 @@ class Watchdog:
                 self._answer(json.loads(self._store.get("call")))
         except dist.DistError:  # whoever holds the store has ended; the deadlines remain
             self._store = None
+
+    def _without_suspension(self) -> Phase:
+        """Return the phase; if the process was suspended, as Slurm and shells do it, its deadline is later by that."""
+        phase, now = self._phase, time.monotonic()
+        missed, self._looked = now - self._looked - INTERVAL, now
+        if missed < SUSPENDED:
+            return phase
+        print(f"rank {self._rank}: {phase.name}: suspended for {missed:.0f} s, which do not count", file=sys.stderr)
+        self._begin += missed
+        later = phase._replace(since=phase.since + missed, end=phase.end + missed)
+        if self._phase is phase:
+            self._phase = later
+        return later
 
     def _look_at_stop(self, phase: Phase, now: float) -> None:
         if self.stop.since is None:

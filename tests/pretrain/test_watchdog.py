@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from looplm.config import HealthConfig
 from looplm.failures import Hang
-from pretrain import launcher
+from pretrain import launcher, watchdog
 from pretrain.trainer import Trainer
 from pretrain.watchdog import Watchdog, describe
 from tests.faults import harness
@@ -144,6 +145,24 @@ def test_description_of_late_ranks() -> None:
     outside = dict.fromkeys(range(3), together) | {3: report({"all": 9}, waits=False)}
     assert describe(outside, 4) == "rank 3 is late, in step 2", "equal counts, but it is in no collective"
     assert describe({}, 20).startswith("ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more are not responding")
+
+
+def test_the_time_of_a_suspended_process_does_not_count(monkeypatch, tmp_path, capsys) -> None:
+    """A run that was stopped for an hour and continues is no hang; one that hangs after it is."""
+    clock, called = [0.0], list[str]()
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    dog = Watchdog(HealthConfig(step_timeout=100), tmp_path)
+    monkeypatch.setattr(dog, "_call", called.append)
+    dog.enter("step 7")
+    for moment in (*range(1, 50), *range(3649, 3690)):
+        clock[0] = moment
+        dog._look()
+    assert not called
+    assert capsys.readouterr().err == "rank 0: step 7: suspended for 3599 s, which do not count\n"
+    for moment in range(3690, 3701):
+        clock[0] = moment
+        dog._look()
+    assert called == ["step 7: not finished after 101 s (health.step_timeout)"]
 
 
 def test_times_of_the_start_up(tmp_path: Path) -> None:
