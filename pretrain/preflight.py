@@ -14,6 +14,7 @@ import os
 from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.failures import UserError
+from looplm.files import raise_file_limit
 from looplm.megatron import device, process_groups
 from pretrain.cluster import findings
 from pretrain.cluster.examine import examine
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
         gpus = findings.enough_gpus(ranks_on_node, device.visible_gpus())
         if gpus.level == "FAIL":
             raise UserError(f"{gpus.subject}: {gpus.text}")
-    files = findings.open_files(process_groups.files_needed(ranks, config.parallel), process_groups.raise_file_limit())
+    files = findings.open_files(process_groups.files_needed(ranks, config.parallel), raise_file_limit())
     if files.level == "FAIL":  # in gloo, as the ranks join
         raise UserError(f"{files.subject}: {files.text}")
     _say(files)

@@ -78,8 +78,7 @@ def main(argv: list[str]) -> None:
         print(plan(config, runner))
     elif word == "report":
         command_line = f"{PROG} run {path}"
-        runner.merge()
-        rows = runner.rows()
+        rows = runner.merge()
         verdict = write_page(
             evidence,
             path.stem,

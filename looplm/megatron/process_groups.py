@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from looplm.config import ParallelConfig
 from looplm.failures import Failure, Hang
-from looplm.files import raise_file_limit as raise_file_limit
+from looplm.files import raise_file_limit
 from looplm.megatron import device, patches
 
 TIMEOUT = timedelta(minutes=30)

@@ -249,7 +249,7 @@ def test_a_forked_process_asks_one_of_its_own() -> None:
     template = ImportedTemplate("{{ messages[0].content }}", byte_tokenizer(), {}, "t.jinja")
     before = templates._PROCESS._process
     child = os.fork()
-    if child == 0:  # which must not go on with the tests, whatever it raises
+    if child == 0:  # which must not run the other tests, whatever it raises
         status = 1
         try:
             template.render([Message("user", "2")])

@@ -59,8 +59,10 @@ class Runner:
         return (*known, *(row for row in runs if row is not None))
 
     def merge(self) -> tuple[Row, ...]:
-        """Add the folder's records to the file, and return all."""
-        return merge_rows(self.record, self.rows())
+        """Add the folder's records to the file, and return those of :meth:`rows`."""
+        rows = self.rows()
+        merge_rows(self.record, rows)
+        return rows
 
     def missing(self, rows: Sequence[Row]) -> list[Unit]:
         """Return the runs that can be started: without a record, and final ones only of arms whose rate is known."""

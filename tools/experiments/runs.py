@@ -21,7 +21,7 @@ from looplm.cli import from_dict, to_plain
 from looplm.config import RunConfig
 from looplm.failures import UserError
 from looplm.files import is_file_name
-from pretrain.batch_schedule import schedule_on
+from pretrain.batch_schedule import BatchSchedule
 from pretrain.loops import loops_of_step
 from tools.experiments.experiment import Experiment, Pair
 from tools.experiments.measure import MeasureConfig, Trial, evaluations
@@ -148,7 +148,8 @@ class Size:
     def of(cls, config: RunConfig) -> "Size":
         """Return the size of a run."""
         counts = parameter_counts(config.model, config.gate)
-        length, samples, schedule = config.data.seq_length, Counter[int](), schedule_on(config, ranks=1)
+        length, samples = config.data.seq_length, Counter[int]()
+        schedule = BatchSchedule(config.data, data_parallel_size=1)
         for step in range(config.optim.train_steps):
             samples[loops_of_step(config, step)] += schedule.at(samples.total())[1]
         tokens = length * samples.total()

@@ -82,7 +82,7 @@ class Fit(NamedTuple):
 
     @property
     def has_no_phi(self) -> bool:
-        """True if φ was searched up to a bound, so that it is none of the law's."""
+        """True if φ was searched up to a bound, so that the law does not determine it."""
         return min(abs(self.phi - end) for end in _PHI) < 1e-3
 
     @property

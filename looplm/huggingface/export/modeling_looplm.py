@@ -124,8 +124,8 @@ class LoopLMModel(LoopLMPreTrainedModel):
             output_gate_logits: return the gate's logits; beyond ``total_ut_steps`` they mean nothing.
             seq_idx: [B, S], the number of each token's document, if several are packed into a row.
             cu_seq_lens_q: the ends of the documents of a single row, beginning with 0.
-            kwargs: other arguments that transformers passes to every model; unused, with a warning if it is none of
-                those.
+            kwargs: other arguments that transformers passes to every model; unused, with a warning for an
+                argument that transformers does not pass.
 
         Raises:
             ValueError: the arguments contradict each other.

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from looplm.cli import from_dict
+from looplm.config import ParallelConfig
 from looplm.failures import UserError
 from tools.experiments.rows import Row
 from tools.experiments.runs import (
@@ -137,6 +138,7 @@ def test_a_run_whose_batch_grows_trains_on_fewer_tokens():
         run.data.seq_length * 6 * 4,
     )
     assert size.flops / size.trained_tokens == pytest.approx(constant.flops / constant.trained_tokens)
+    assert Size.of(replace(run, parallel=ParallelConfig(context=2))) == size, "whatever its layout"
 
 
 def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
