@@ -225,7 +225,7 @@ def test_where_the_gradients_of_a_looped_weight_are_summed(tmp_path, precision, 
 
 
 def test_too_few_files_end_the_command_before_the_ranks_join(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.process_groups, "raise_file_limit", lambda: 100)
+    monkeypatch.setattr(preflight, "raise_file_limit", lambda: 100)
     monkeypatch.setattr(preflight.process_groups, "start", pytest.fail)
     with pytest.raises(UserError, match=r"^files: a rank may have 100 open, and needs at most 310; raise"):
         run(run_config(tmp_path, tmp_path), tmp_path)
