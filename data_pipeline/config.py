@@ -16,6 +16,7 @@ Difference = Literal["case", "punctuation", "accents", "numbers"]
 
 BYTE_ALPHABET = 256  # a byte-level tokenizer contains every byte, so no text is unknown to it
 SPECIAL_TOKENS = 3  # bos, eos, pad
+TOKENIZER, CHAT_TEMPLATE = "tokenizer", "chat_template"  # inputs of a build beside its sources, under these names
 MAX_VOCAB_SIZE = NO_LOSS  # larger ids would contain the bit that marks tokens without loss
 
 
@@ -91,6 +92,11 @@ class SourceConfig:
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None
         require(plain, "sources[].name", self.name, "it is part of file names: give letters, digits, '.', '_' and '-'")
+        free, fix = (
+            self.name not in (TOKENIZER, CHAT_TEMPLATE),
+            "a build's record has that name for its own; give another",
+        )
+        require(free, "sources[].name", self.name, fix)
         section, paths, most = f"sources.{self.name}", list(self.paths), self.max_chars
         check_bounds(self, section)
         own = self.kind == "python-stdlib"

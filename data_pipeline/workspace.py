@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import PipelineConfig
+from data_pipeline.config import CHAT_TEMPLATE, TOKENIZER, PipelineConfig
 from data_pipeline.local_executor import FINISHED, TASKS, StepFailed
 from data_pipeline.slurm import JOB, unfinished_job
 from data_pipeline.sources import common_folder
@@ -59,7 +59,7 @@ def _inputs(config: PipelineConfig, files: dict[str, list[Path]]) -> dict[str, l
     if config.tokenizer.path is None:
         return files
     found = template_files(config.tokenizer)
-    return files | {"tokenizer": [Path(config.tokenizer.path)]} | ({"chat_template": found} if found else {})
+    return files | {TOKENIZER: [Path(config.tokenizer.path)]} | ({CHAT_TEMPLATE: found} if found else {})
 
 
 def identity_hash(identity: dict[str, Any]) -> str:
