@@ -35,6 +35,7 @@ from looplm.evaluation.cached import cache_losses, texts_of
 from looplm.evaluation.chains import voted_answers
 from looplm.evaluation.depth import DepthMeter
 from looplm.evaluation.dynamics import mean_over_ranks
+from looplm.evaluation.latent_steps import watched_steps
 from looplm.evaluation.readout import accuracies, fit_heads
 from looplm.evaluation.record import FILE_NAME, CacheLoss, Evaluation, TaskAnswers
 from looplm.evaluation.spectral_radius import spectral_radius
@@ -158,9 +159,10 @@ def _measure_answers(
     dist.all_reduce(highest, dist.ReduceOp.MAX, groups.dp)  # other ranks read other samples
     meter = AnswerMeter(max(loops, trained), trained, int(highest) + 1, THRESHOLDS)
     for batch in batches:
-        output = model(batch.ids_BS, meter.loops)
+        with watched_steps(model) as steps:
+            output = model(batch.ids_BS, meter.loops)
         assert batch.level_SB is not None
-        meter.add(output.hidden, model.head_weight(), output.gate_logit_RSB, batch.labels_SB, batch.level_SB)
+        meter.add(output.hidden, model.head_weight(), output.gate_logit_RSB, batch.labels_SB, batch.level_SB, steps)
     first_BS = batches[0].ids_BS
     looks = attention_sink(model, first_BS, meter.loops), spectral_radius(model, first_BS[:_FEW], meter.loops)
     sink, radius = (mean_over_ranks(values, groups.dp) for values in looks)
@@ -209,6 +211,9 @@ def _show_answers(answers: TaskAnswers) -> None:
     for at in answers.depths:
         by_level = " ".join(f"{share:.2f}" for share in at.accuracy_by_level[:shown])
         print(f"{at.depth:>10} {at.accuracy:>9.4f} {at.answers_changed:>9.4f}  {by_level}")
+    if levels.latent_steps:
+        steps = " ".join(f"{steps:.2f}" for steps in levels.latent_steps)
+        print(f"steps inside attention by {levels.name}: {steps}")
     if answers.loop_radius:
         print(f"spectral radius of each loop from the second on: {' '.join(f'{r:.2f}' for r in answers.loop_radius)}")
     if answers.refitted:

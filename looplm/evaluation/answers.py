@@ -33,10 +33,17 @@ class AnswerMeter:
         self._motion_R4 = torch.zeros(loops, 4, dtype=torch.float64)  # sums of _motion
         self._samples = torch.zeros(1, dtype=torch.float64)
         self._depth_L = torch.zeros(levels, dtype=torch.float64)  # expected exit depth
+        self._steps_L = torch.zeros(levels, dtype=torch.float64)  # expected steps of the unit inside attention
         self._exits_Q2 = torch.zeros(len(self.thresholds), 2, dtype=torch.float64)  # depth, right
 
     def add(
-        self, hidden: Sequence[Tensor], weight_VD: Tensor, gate_logit_RSB: Tensor, labels_SB: Tensor, level_SB: Tensor
+        self,
+        hidden: Sequence[Tensor],
+        weight_VD: Tensor,
+        gate_logit_RSB: Tensor,
+        labels_SB: Tensor,
+        level_SB: Tensor,
+        steps: Sequence[Tensor] = (),
     ) -> None:
         """Add one batch.
 
@@ -46,6 +53,7 @@ class AnswerMeter:
             gate_logit_RSB: the gate's logits.
             labels_SB: the right answers.
             level_SB: level of each label, -1 where there is no label.
+            steps: expected steps of the units inside attention, in each loop of each layer, [S, B].
         """
         counts_SB = level_SB >= 0
         level_N, label_N = level_SB[counts_SB], labels_SB[counts_SB]
@@ -66,6 +74,9 @@ class AnswerMeter:
             before = state_ND, log_p_NV
         self._right_RL.index_add_(1, level_N.cpu(), right_RN.double().cpu())
         self._add_exits(gate_logit_RSB[: self.trained_loops, counts_SB], right_RN, level_N.cpu())
+        if steps:
+            mean_SB = torch.stack(list(steps)).mean(0)
+            self._steps_L.index_add_(0, level_N.cpu(), mean_SB[counts_SB].double().cpu())
 
     def _add_exits(self, gate_logit_TN: Tensor, right_RN: Tensor, level_N: Tensor) -> None:
         log_p_TN = exit_log_probs(gate_logit_TN)
@@ -82,7 +93,7 @@ class AnswerMeter:
         A sample without any label counts as one whose answers are all right.
         """
         sums = (self._count_L, self._right_RL, self._loss_RL, self._whole_R, self._motion_R4, self._samples)
-        for total in (*sums, self._depth_L, self._exits_Q2):
+        for total in (*sums, self._depth_L, self._steps_L, self._exits_Q2):
             dist.all_reduce(total, group=group)
         kept = self._count_L.nonzero().flatten()
         levels = LevelAnswers(
@@ -90,6 +101,7 @@ class AnswerMeter:
             levels=tuple(kept.tolist()),
             labels=tuple(int(count) for count in self._count_L[kept].tolist()),
             expected_depth=tuple((self._depth_L[kept] / self._count_L[kept]).tolist()),
+            latent_steps=tuple((self._steps_L[kept] / self._count_L[kept]).tolist()) if self._steps_L.any() else (),
         )
         shares_Q2 = self._exits_Q2 / self._count_L.sum().clamp(min=1)
         exits = tuple(

@@ -54,12 +54,15 @@ class LevelAnswers:
         levels: in ascending order.
         labels: number of labels of each.
         expected_depth: mean of ``sum_r r p_r`` over the labels of each.
+        latent_steps: steps that the units inside attention expect to take, a mean over layers, loops and the labels of
+            each; empty without ``model.latent_halting``, and in older files.
     """
 
     name: str
     levels: tuple[int, ...]
     labels: tuple[int, ...]
     expected_depth: tuple[float, ...]
+    latent_steps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,8 +97,31 @@ class LatentReasoning(MegatronModule):
 
     def forward(self, latent_SBC: Tensor) -> Tensor:
         """Return the refined latent, [S, B, C] as the latent itself. Its gradient has that of the penalties."""
-        if self.norm is not None:
-            latent_SBC = self.norm(latent_SBC)
+        latent_SBC = self._normalized(latent_SBC)
+        states = self._states(latent_SBC)
+        penalized = self.training and (self.stability or self.ponder_cost)
+        if self.halt is None and not penalized:
+            return states[-1]
+        refined_SBC, state_TSBC, stop_TSB = states[-1], torch.stack(states), None
+        if self.halt is not None:
+            stop_TSB = self._stop_probabilities(self.halt, state_TSBC)
+            refined_SBC = (stop_TSB.to(state_TSBC.dtype).unsqueeze(-1) * state_TSBC).sum(0)
+        if penalized:
+            penalty = self._penalty(latent_SBC, state_TSBC, stop_TSB) * self._loss_scale(refined_SBC)
+            refined_SBC = MoEAuxLossAutoScaler.apply(refined_SBC, penalty)
+        return refined_SBC
+
+    def expected_steps(self, latent_SBC: Tensor) -> Tensor:
+        """Return after how many steps each position stops on average, 1 to T, [S, B]; of a unit that halts."""
+        assert self.halt is not None
+        stop_TSB = self._stop_probabilities(self.halt, torch.stack(self._states(self._normalized(latent_SBC))))
+        return _mean_step(stop_TSB)
+
+    def _normalized(self, latent_SBC: Tensor) -> Tensor:
+        return latent_SBC if self.norm is None else self.norm(latent_SBC)
+
+    def _states(self, latent_SBC: Tensor) -> list[Tensor]:
+        """Return the state after each step, [S, B, C]."""
         cell, state_SBC, states = self.cell, latent_SBC, list[Tensor]()
         input_reset, input_update, input_new = F.linear(latent_SBC, cell.weight_ih, cell.bias_ih).chunk(3, dim=-1)
         for _ in range(self.iterations):
@@ -107,17 +130,7 @@ class LatentReasoning(MegatronModule):
             new = torch.tanh(torch.addcmul(input_new, torch.sigmoid(input_reset + reset), new))
             state_SBC = torch.lerp(new, before, torch.sigmoid(input_update + update))
             states.append(state_SBC)
-        penalized = self.training and (self.stability or self.ponder_cost)
-        if self.halt is None and not penalized:
-            return state_SBC
-        refined_SBC, state_TSBC, stop_TSB = state_SBC, torch.stack(states), None
-        if self.halt is not None:
-            stop_TSB = self._stop_probabilities(self.halt, state_TSBC)
-            refined_SBC = (stop_TSB.to(state_TSBC.dtype).unsqueeze(-1) * state_TSBC).sum(0)
-        if penalized:
-            penalty = self._penalty(latent_SBC, state_TSBC, stop_TSB) * self._loss_scale(refined_SBC)
-            refined_SBC = MoEAuxLossAutoScaler.apply(refined_SBC, penalty)
-        return refined_SBC
+        return states
 
     def _stop_probabilities(self, halt: nn.Linear, state_TSBC: Tensor) -> Tensor:
         """Return the probability of stopping at each state, [T, S, B]."""
@@ -137,13 +150,18 @@ class LatentReasoning(MegatronModule):
         penalty = self.stability * moved_TSBC.square().mean(-1).sum()
         if stop_TSB is None:
             return penalty
-        step_T = torch.arange(1, len(stop_TSB) + 1, dtype=stop_TSB.dtype, device=stop_TSB.device)
-        return penalty + self.ponder_cost * torch.einsum("tsb,t->", stop_TSB, step_T)
+        return penalty + self.ponder_cost * _mean_step(stop_TSB).sum()
 
     def _loss_scale(self, like: Tensor) -> Tensor:
         """Return what Megatron multiplies the loss with before backward."""
         scale, one = self.config.grad_scale_func, torch.ones((), device=like.device)
         return one if scale is None else scale(one)
+
+
+def _mean_step(stop_TSB: Tensor) -> Tensor:
+    """Return the mean number of steps of each position, [S, B]."""
+    step_T = torch.arange(1, len(stop_TSB) + 1, dtype=stop_TSB.dtype, device=stop_TSB.device)
+    return torch.einsum("tsb,t->sb", stop_TSB, step_T)
 
 
 class _CausalConvolution(nn.Module):

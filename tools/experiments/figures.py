@@ -112,6 +112,8 @@ def _answers(answers: TaskAnswers, loops: int, gated: bool) -> Results:
         figures["attention_sink"] = sum(answers.attention_sink[:loops]) / loops
     if answers.loop_radius:
         curves["loop radius by depth"] = answers.loop_radius
+    if answers.levels.latent_steps:
+        curves["latent steps by level"] = answers.levels.latent_steps
     figures |= {f"solved@votes={voted.votes}": voted.solved for voted in answers.voted}
     if answers.refitted:
         curves["refitted accuracy by depth"] = answers.refitted

@@ -30,9 +30,10 @@ def test_every_figure_equals_a_loop_over_the_labels(single_process):
     lost: dict[tuple[int, int], float] = {}
     sums = {name: [0.0] * LOOPS for name in ("loss", "whole", "change", "cosine", "divergence", "changed")}
     depth_of: dict[int, list[float]] = {}
+    steps_of: dict[int, list[float]] = {}  # of two units
     exits: dict[float, list[tuple[int, bool]]] = {0.4: [], 1.0: []}
     for hidden, logit_RSB, labels_SB, level_SB in batches:
-        meter.add(hidden, weight_VD, logit_RSB, labels_SB, level_SB)
+        meter.add(hidden, weight_VD, logit_RSB, labels_SB, level_SB, [logit_RSB[0], logit_RSB[1]])
         p_TSB = reference.exit_distribution(logit_RSB[:TRAINED].double())
         for b in range(B):
             whole = [True] * LOOPS
@@ -58,6 +59,7 @@ def test_every_figure_equals_a_loop_over_the_labels(single_process):
                     before = state, p_V
                 p_T = p_TSB[:, s, b].tolist()
                 depth_of.setdefault(level, []).append(sum((r + 1) * p for r, p in enumerate(p_T)))
+                steps_of.setdefault(level, []).append(float(logit_RSB[0, s, b] + logit_RSB[1, s, b]) / 2)
                 first = 1 if p_T[0] >= 0.4 else 2 if p_T[0] + p_T[1] >= 0.4 else 3
                 exits[0.4].append((first, answers[first - 1] == int(labels_SB[s, b])))
                 exits[1.0].append((TRAINED, answers[TRAINED - 1] == int(labels_SB[s, b])))
@@ -70,6 +72,8 @@ def test_every_figure_equals_a_loop_over_the_labels(single_process):
     assert found.levels.labels == tuple(len(depth_of[level]) for level in found.levels.levels)
     mean = [sum(depth_of[level]) / len(depth_of[level]) for level in found.levels.levels]
     assert found.levels.expected_depth == pytest.approx(mean, rel=1e-5)
+    mean = [sum(steps_of[level]) / len(steps_of[level]) for level in found.levels.levels]
+    assert found.levels.latent_steps == pytest.approx(mean, rel=1e-5)
     for r, at in enumerate(found.depths):
         by_level = [sum(right[r, level]) / len(right[r, level]) for level in found.levels.levels]
         losses = [lost[r, level] / len(right[r, level]) for level in found.levels.levels]

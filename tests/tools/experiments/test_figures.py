@@ -210,6 +210,8 @@ def test_headline_figures_are_those_of_the_trained_depth():
         for n in (1, 2, 3, 4)
     )
     answers = replace(found.answers, depths=at, attention_sink=(0.1, 0.3, 0.8, 0.9))
-    figures, _ = figures_of("test", replace(found, depths=depths, answers=answers), run())
+    answers = replace(answers, levels=replace(answers.levels, latent_steps=(2.0, 3.5)))
+    figures, curves = figures_of("test", replace(found, depths=depths, answers=answers), run())
+    assert curves["test.latent steps by level"] == (2.0, 3.5)
     assert figures["test.loss"] == 3.0 and figures["test.accuracy"] == 0.7 and figures["test.whole_samples"] == 0.2
     assert figures["test.accuracy@level=2"] == 0.4 and figures["test.attention_sink"] == pytest.approx(0.2)
