@@ -210,7 +210,8 @@ def module_of(name: str) -> ModuleName:
     for start, module in rules:
         if name.startswith(start):
             return module
-    if "norm" in name:  # also Transformer Engine's layer_norm_weight inside a fused linear layer
+    *_, owner, own = name.split(".")
+    if "norm" in owner or "norm" in own:  # Transformer Engine's layer_norm_weight is inside a fused linear layer
         return "norms"
     return "attention" if ".self_attention." in name else "mlp"
 

@@ -294,8 +294,11 @@ def test_the_gradients_norm_is_logged_under_the_module_of_its_parameter():
     assert {module_of(f"{name}.weight") for name in ("injection", "step_embedding", "embedding.word_embeddings")} == {
         "embedding"
     }
-    assert {module_of(f"{attention}{name}.weight") for name in ("linear_gate", "linear_qkv")} == {"attention"}
-    assert module_of("gate.readout.weight") == "gate" and module_of(f"{attention}kv_layernorm.weight") == "norms"
+    units = ("kv_layernorm.cell", "kv_layernorm.halt", "linear_kv_down_proj.unit.mix")  # where latent reasoning is
+    assert {module_of(f"{attention}{name}.weight") for name in ("linear_gate", "linear_qkv", *units)} == {"attention"}
+    norms = ("kv_layernorm.weight", "kv_layernorm.norm.weight", "linear_qkv.layer_norm_weight")
+    assert {module_of(f"{attention}{name}") for name in norms} == {"norms"}
+    assert module_of("gate.readout.weight") == "gate"
 
 
 @pytest.mark.slow
