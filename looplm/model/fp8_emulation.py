@@ -140,9 +140,9 @@ class Rounding(nn.Module):
         return rounded, rounded
 
     def _delayed_scale(self, x: Tensor, learns: bool) -> Tensor:
-        """Return the current scale, and record this call's largest value for later calls."""
+        """Return the current scale, and record this call's largest value for later calls, in training alone."""
         scale = self.scale
-        if learns:
+        if learns and self.training:
             amax = largest(x)
             if dist.get_world_size() > 1:
                 dist.all_reduce(amax, dist.ReduceOp.MAX)

@@ -36,9 +36,16 @@ def run(config: RunConfig) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize(("precision", "recompute"), [("fp32", "none"), ("bf16", "loop")])
-def test_training_is_the_same_whether_validations_look_or_not(corpus, tmp_path, single_process, precision, recompute):
-    sections = {"optim": {"precision": precision}, "parallel": {"recompute": recompute}}
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"optim": {"precision": "bf16"}, "parallel": {"recompute": "loop"}},
+        {"engine": {"fp8": "emulate-hybrid", "fp8_recipe": "delayed"}},  # its scales remember what went before
+    ],
+    ids=["fp32", "bf16, recomputed", "fp8"],
+)
+def test_training_is_the_same_whether_validations_look_or_not(corpus, tmp_path, single_process, sections):
     looking, plain = (
         run(run_config(corpus, tmp_path / name, logging=logging, **sections))
         for name, logging in (("looking", LOOKS), ("plain", DOES_NOT))
