@@ -179,10 +179,14 @@ class Run:
         return loop_dynamics(self._trainer.model, ids_BS[:own], group)
 
     def _validation_batches(self) -> Iterator[Batch]:
-        """Return this rank's validation micro-batches, from the first on; the run has validation data."""
+        """Return this rank's validation micro-batches, from the first on; the run has validation data.
+
+        This process prepares them itself: processes for each validation would be forked in the middle of training, out
+        of a process with many threads, whose locks may be held just then.
+        """
         assert self._valid_set is not None
         rank, ranks = self._groups.dp.rank(), self._groups.dp.size()
-        return micro_batches(self._valid_set, self._config.data, 0, rank, ranks)
+        return micro_batches(self._valid_set, dataclasses.replace(self._config.data, num_workers=0), 0, rank, ranks)
 
     def _save(self) -> None:
         self._watchdog.enter(f"save of step {self._progress.step}")
