@@ -136,7 +136,8 @@ def check_start(config: RunConfig, corpus: Corpus, resumed: About | None, initia
 
     Raises:
         UserError: the weights belong to another tokenizer, or the run would resume in other data or another order, or
-            has more steps behind it than it is to have; or a new run has a source twice, or trains on held-out data.
+            in another pass, or has more steps behind it than it is to have; or a new run has a source twice, or trains
+            on held-out data.
     """
     if resumed is None:  # an older run may have begun so
         check_sources(config.data)
@@ -154,5 +155,10 @@ def check_start(config: RunConfig, corpus: Corpus, resumed: About | None, initia
     if resumed is not None:
         first, fix = config.data.first_sample, f"{config.output_dir} began with {resumed.first_sample}; leave it out"
         require(first in (None, resumed.first_sample), "data.first_sample", first, fix)
+        given, begun = config.data.horizon_samples, resumed.horizon_samples
+        if given is not None and config.checkpoint.initial is None:  # a stage that reads on has its predecessor's
+            kept = begun in (given, max(given, samples_without_repetition(config.data, corpus)))
+            fix = f"{config.output_dir} began with {begun}; leave it out"
+            require(kept, "data.horizon_samples", given, fix)
         fix = f"{config.output_dir} has trained {resumed.step} steps; give at least as many"
         require(resumed.step <= config.optim.train_steps, "optim.train_steps", config.optim.train_steps, fix)

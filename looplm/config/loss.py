@@ -36,8 +36,9 @@ class LossConfig:
             |z_t - z_{t-1}|² / C over steps, layers and loops, for every token, also one without a label.
         latent_ponder_cost: stage 1: weight of the mean number of these steps (model.latent_halting), summed alike. Both
             are added to the gradients, not to the loss that is logged.
-        backward_loops: stage 1: how many of the last loops the gradient of a loss flows through; the state that enters
-            the first of them is a constant. null: through all. With weights=last the embedding then learns only through
+        backward_loops: stage 1: how many of the last loops the gradient of the last loop's loss flows through; the
+            state that enters the first of them is a constant for all behind it, and the losses of loops in front of it
+            keep their own gradients. null: through all. With weights=last the embedding then learns only through
             model.injection, or from sampled_loops.
         loop_onset: stage 1: share of optim.train_steps, from the first step on, that run onset_loops loops; the others
             run model.num_loops. Record runs of small models switch loops on after 35 to 70 %.
@@ -70,7 +71,7 @@ class LossConfig:
     latent_stability: float = at_least(0, 0.0)
     latent_ponder_cost: float = at_least(0, 0.0)
     backward_loops: int | None = positive(None)
-    loop_onset: float = at_least(0, 0.0, at_most=1)
+    loop_onset: float = at_least(0, 0.0, below=1)
     onset_loops: int = positive(1)
     sampled_loops: Literal["none", "uniform", "poisson"] = "none"
     slope: float = positive(50.0)
@@ -92,6 +93,8 @@ class LossConfig:
         require(not self.frozen_trunk or not self.varies_loops, "loss.objective", self.objective, _ALL_LOOPS)
         fix = "it needs loss.loop_onset above 0; leave it out"
         require(self.loop_onset > 0 or self.onset_loops == 1, "loss.onset_loops", self.onset_loops, fix)
+        rate, fix = self.geometric_rate, "only loss.prior=geometric has it; leave it out"
+        require(self.prior == "geometric" or rate == LossConfig.geometric_rate, "loss.geometric_rate", rate, fix)
         fix = "give it with loss.prior=given, and only then"
         require(bool(self.prior_shares) == (self.prior == "given"), "loss.prior_shares", self.prior_shares, fix)
 
@@ -138,11 +141,11 @@ class LossConfig:
         require(not cost or model.latent_iterations > 0, "loss.latent_stability", cost, fix)
         cost, fix = self.latent_ponder_cost, "it needs model.latent_halting=true; leave it out"
         require(not cost or model.latent_halting, "loss.latent_ponder_cost", cost, fix)
-        fix = f"it must not exceed model.num_loops={loops}"
-        require(self.onset_loops <= loops, "loss.onset_loops", self.onset_loops, fix)
         key = "loop_onset" if self.loop_onset > 0 else "sampled_loops"
         fix = "with model.num_loops=1 there are no fewer loops; leave it out"
         require(loops > 1 or not self.varies_loops, f"loss.{key}", getattr(self, key), fix)
+        fix = f"give fewer than model.num_loops={loops}"
+        require(not self.loop_onset or self.onset_loops < loops, "loss.onset_loops", self.onset_loops, fix)
         fix = "weights of loops that do not run have no gradients to wait for; take parallel.overlap_grad_reduce=false"
         require(not (layout.overlap_grad_reduce and self.varies_loops), f"loss.{key}", getattr(self, key), fix)
         fix = "the gate stage needs at least 2 loops to choose from"

@@ -56,8 +56,9 @@ class OptimConfig:
         require(fits, "optim.warmup_steps", self.warmup_steps, fix)
         decays = self.schedule == "wsd" or self.decay_steps == 0
         require(decays, "optim.decay_steps", self.decay_steps, "only optim.schedule=wsd has it; leave it 0")
-        falls = self.schedule != "constant" or self.min_lr == 0
-        require(falls, "optim.min_lr", self.min_lr, "with optim.schedule=constant the rate never falls; leave it 0")
+        falls = self.schedule == "cosine" or self.decay_steps > 0 or self.min_lr == 0
+        fix = f"with optim.schedule={self.schedule} and optim.decay_steps=0 the rate never falls; leave it 0"
+        require(falls, "optim.min_lr", self.min_lr, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class DataConfig:
         horizon_samples: of text: samples in one shuffled pass over the mix, fixed at a run's start, or at that of the
             stage that it reads on from; null means the run's length. A pass is at least as long as no source repeats.
         cache_dir: of text: where Megatron keeps its sample indices; null means OUTPUT_DIR/index_cache.
-        num_workers: processes that prefetch batches.
+        num_workers: processes that prefetch training batches.
     """
 
     train: tuple[DataSource, ...] = ()

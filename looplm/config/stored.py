@@ -1,5 +1,6 @@
 """Configurations that earlier releases have stored."""
 
+import math
 from typing import Any
 
 import yaml
@@ -20,14 +21,22 @@ def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
         value = sections.get(section, {}).get(key, default)
         return yaml.safe_load(value) if isinstance(value, Plain) else value
 
+    def number(section: str, key: str) -> float:
+        value = stored(section, key)
+        return value if isinstance(value, int | float) else 0.0
+
     samples = stored("loss", "sampled_loops", "none") != "none"
-    varies = samples or bool(stored("loss", "loop_onset"))
+    late, few = number("loss", "loop_onset"), number("loss", "onset_loops")
+    loops = number("model", "num_loops") or math.inf
+    varies = samples or late > 0
     scales = stored("engine", "fp8") not in (None, "emulate-bf16")
     last, injects = stored("loss", "weights") == "last", stored("model", "injection", "none") != "none"
     refused = (
         ("loss", last and not injects and not samples, ("backward_loops",)),
         ("loss", stored("loss", "weights", "gate") != "gate", ("prior", "prior_shares", "geometric_rate")),
-        ("optim", stored("optim", "schedule") == "constant", ("min_lr",)),
+        ("loss", stored("loss", "prior", "uniform") != "geometric", ("geometric_rate",)),
+        ("loss", late >= 1 or few >= loops, ("loop_onset", "onset_loops")),
+        ("optim", stored("optim", "schedule", "wsd") != "cosine" and not stored("optim", "decay_steps"), ("min_lr",)),
         ("data", stored("data", "task") is not None, ("document_masking", "horizon_samples", "cache_dir")),
         ("engine", not scales or stored("engine", "fp8_recipe") != "delayed", ("amax_history",)),
         ("engine", not scales, ("fp8_recipe",)),

@@ -27,7 +27,7 @@ STEPS = 6
 
 
 def test_the_onset_runs_few_loops_then_all(corpus, tmp_path):
-    for share, onset in ((0.0, 0), (0.35, 2), (0.5, 3), (1.0, 6)):
+    for share, onset in ((0.0, 0), (0.35, 2), (0.5, 3), (0.99, 6)):
         config = run_config(corpus, tmp_path, loss={"loop_onset": share})
         assert [loops_of_step(config, step) for step in range(STEPS)] == [1] * onset + [3] * (STEPS - onset)
     config = run_config(corpus, tmp_path, loss={"loop_onset": 0.5, "onset_loops": 2, "sampled_loops": "uniform"})
@@ -65,7 +65,11 @@ def test_poisson_loops_follow_the_sum_over_rates(corpus, tmp_path):
     ("sections", "words"),
     [
         ({"loss": {"onset_loops": 2}}, r"loss\.onset_loops: 2 .* needs loss\.loop_onset above 0"),
-        ({"loss": {"loop_onset": 0.5, "onset_loops": 4}}, r"loss\.onset_loops: 4 .* not exceed model\.num_loops=3"),
+        (
+            {"loss": {"loop_onset": 0.5, "onset_loops": 3}},
+            r"loss\.onset_loops: 3 .* give fewer than model\.num_loops=3",
+        ),
+        ({"loss": {"loop_onset": 1.0}}, r"loss\.loop_onset: 1\.0 .* below 1"),
         (
             {"loss": {"sampled_loops": "uniform"}, "parallel": ParallelConfig(overlap_grad_reduce=True)},
             r"loss\.sampled_loops: 'uniform' .* take parallel\.overlap_grad_reduce=false",

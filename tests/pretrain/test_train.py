@@ -103,6 +103,11 @@ def test_a_stage_reads_on_where_the_one_before_it_stopped(corpus, tmp_path, sing
     assert (stored["first_sample"], stored["horizon_samples"]) == (24, about.horizon_samples)
     with pytest.raises(UserError, match=r"data\.first_sample: 0 is not allowed; .*second began with 24; leave it out"):
         run(dataclasses.replace(second, data=dataclasses.replace(second.data, first_sample=0)))
+    longer = run_config(corpus, tmp_path / "whole", optim={**STEADY, "train_steps": 12}, data={"horizon_samples": 9999})
+    with pytest.raises(
+        UserError, match=r"data\.horizon_samples: 9999 is not allowed; .*whole began with 200; leave it"
+    ):
+        run(longer)
 
 
 @pytest.mark.parametrize(("data", "seed", "first"), [({}, 1234, 24), ({"first_sample": 8}, 1234, 8), ({}, 9, 0)])

@@ -98,7 +98,8 @@ MISTAKES = {
     ("--optim.warmup_steps", "11"): r"optim\.warmup_steps: 11 .*optim\.train_steps=10",
     ("--optim.schedule", "cosine", "--optim.decay_steps", "3"): r"optim\.decay_steps: 3 .*wsd",
     ("--optim.schedule", "constant", "--optim.min_lr", "1e-4"): (
-        r"^optim\.min_lr: 0\.0001 is not allowed; with optim\.schedule=constant the rate never falls; leave it 0$"
+        r"^optim\.min_lr: 0\.0001 is not allowed; with optim\.schedule=constant and optim\.decay_steps=0 the rate "
+        r"never falls; leave it 0$"
     ),
     ("--health.spike_window", "8"): rf"^health\.spike_window: 8 {NO_SPIKES}$",
     ("--health.spike_steps", "2"): rf"^health\.spike_steps: 2 {NO_SPIKES}$",

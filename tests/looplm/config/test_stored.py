@@ -31,6 +31,10 @@ def test_keys_that_earlier_releases_did_not_heed_do_not_keep_a_checkpoint_from_b
     "stored",
     [
         {"optim": {"schedule": "constant", "decay_steps": 0, "min_lr": 1e-4}},
+        {"optim": {"decay_steps": 0, "min_lr": 1e-4}},
+        {"loss": {"geometric_rate": 0.2}},
+        {"loss": {"loop_onset": 1.0}},
+        {"loss": {"loop_onset": 0.5, "onset_loops": 3}},
         {"data": {"train": [], "valid": [], "task": {"sums": {}}, "horizon_samples": 8, "cache_dir": "c"}},
         {"data": {"train": [], "valid": [], "task": {"sums": {}}, "document_masking": False}},
         {"engine": {"fp8_recipe": "delayed", "amax_history": 7}},
