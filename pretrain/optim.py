@@ -8,10 +8,12 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, Optimiz
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from torch import Tensor, nn
 
 from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
+from looplm.model.latent_reasoning import LatentReasoning
 from looplm.parameters import decayed_names
 
 
@@ -51,26 +53,31 @@ def wrap_data_parallel(model: LoopLM, loss: LossConfig, layout: ParallelConfig) 
         finalize_model_grads([ddp], None, **keys)
 
     model.config.finalize_model_grads_func = finalize
-    if layout.overlap_param_gather and model.post_process:
-        _gather_before_gate(ddp)
+    if layout.overlap_param_gather:
+        _gather_in_time(ddp)
     return ddp
 
 
-def _gather_before_gate(ddp: DistributedDataParallel) -> None:
-    """Have the weights of the gate and the head gathered before the gate runs, which is before the head.
+def _gather_in_time(ddp: DistributedDataParallel) -> None:
+    """Have weights gathered before a module reads them that does not own them.
 
-    Megatron waits for a weight's gathering when the forward of the module that owns it begins. The gate reads its
-    layers' weights without that, and so does the head.
+    Megatron waits for a weight's gathering when the forward of the module that owns it begins. The gate and the unit
+    inside attention read their layers' weights without that, and so does the head, which runs behind the gate.
     """
     model: LoopLM = ddp.module
-    weights = [*model.gate.parameters(), model.head_weight()]
-    groups = [ddp.param_to_bucket_group[weight] for weight in weights if weight.requires_grad]
+    readers: list[tuple[nn.Module, list[Tensor]]] = [
+        (module, list(module.parameters())) for module in model.modules() if isinstance(module, LatentReasoning)
+    ]
+    if model.post_process:
+        readers.append((model.gate, [*model.gate.parameters(), model.head_weight()]))
+    for module, weights in readers:
+        groups = [ddp.param_to_bucket_group[weight] for weight in weights if weight.requires_grad]
 
-    def finish(*_: object) -> None:
-        for group in groups:
-            group.finish_param_sync()
+        def finish(*_: object, groups: list[Any] = groups) -> None:
+            for group in groups:
+                group.finish_param_sync()
 
-    model.gate.register_forward_pre_hook(finish)
+        module.register_forward_pre_hook(finish)
 
 
 def build_optimizer(ddp: DistributedDataParallel, optim: OptimConfig, layout: ParallelConfig) -> MegatronOptimizer:

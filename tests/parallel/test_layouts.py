@@ -242,7 +242,7 @@ if EVERYTHING:
         *cases(LATER[18], "CP2", "TP2 + SP, loop", "PP2", "DP2, overlapped"),
         *cases(LATER[19], "TP2 + SP", "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
         *cases(LATER[20], "TP2 + SP", "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "DP2"),
-        *cases(LATER[21], "PP2", "CP2", "DP2, overlapped"),
+        *cases(LATER[21], "PP2", "CP2", "DP2, overlapped", "DP2 + distributed optimizer, gathered late"),
         *cases(LATER[22], "PP2", "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
         *cases(LATER[23], "PP2, loop", "PP2 x DP2, overlapped"),
         *cases(LATER[24], "PP2", "CP2", "DP2, overlapped"),

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from functools import partial
 from itertools import chain, pairwise, repeat
 from typing import Any, get_args
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 
+import pretrain.optim
 from looplm import reference
 from looplm.config import PENALTIES, GateConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, Recompute
 from looplm.model import LoopLM, head
@@ -287,6 +290,22 @@ def test_schedules(single_process, changes, expected):
         trainer.scheduler.step(1)
         rates.append(1e3 * trainer.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The next bucket's parameter all-gather")  # so small are the buckets
+def test_weights_that_a_module_reads_without_owning_them_are_gathered_before(single_process, monkeypatch):
+    """In small buckets: with Megatron's, of 40 million parameters, a tiny model has one."""
+    small = partial(DistributedDataParallelConfig, bucket_size=500)
+    monkeypatch.setattr(pretrain.optim, "DistributedDataParallelConfig", small)
+    model = dataclasses.replace(MODEL, latent_iterations=2, latent_halting=True)
+    late = ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    losses = []
+    for layout in (ParallelConfig(), late):
+        torch.manual_seed(3)
+        trainer = Trainer(LoopLM(model, GATE, single_process), LossConfig(), OPTIM, layout, single_process)
+        losses.append([trainer.train(iter([make_batch(step, masked=0)]), 1).stats for step in range(3)])
+    assert losses[0] == losses[1]
 
 
 def test_the_gradients_norm_is_logged_under_the_module_of_its_parameter():
