@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from looplm import checkpoint
 from looplm.files import xxh3_of
 from looplm.megatron import device
+from pretrain.cluster.job_memory import available_bytes
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class RankInfo:
     versions: str  # of the software, with the code's revision
     clock: float  # seconds since 1970, read by all ranks right after a barrier
     flops: float  # per second, of a matrix product on its device
-    ram_bytes: int  # free main memory
+    ram_bytes: int  # main memory that its job may still take
     shm_bytes: int  # size of /dev/shm
 
 
@@ -56,7 +56,7 @@ def describe_ranks() -> list[RankInfo]:
         versions=f"{versions}, this code {revision or 'of unknown revision'}",
         clock=now,
         flops=flops,
-        ram_bytes=psutil.virtual_memory().available,
+        ram_bytes=available_bytes(),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else 0,
     )
     return gather(mine)

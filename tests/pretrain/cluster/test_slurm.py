@@ -203,6 +203,8 @@ def test_a_task_is_one_process_of_any_command(cluster: Cluster) -> None:
     done = cluster.run("task", "tools.upcycle", "depth", "--layers", "48", env=cluster.one_node)
     assert (done.returncode, done.stderr) == (0, "")
     assert cluster.read("python") == ["-m", "tools.upcycle", "depth", "--layers", "48", "96"]
+    package = cluster.run("task", "tools.bench", env=cluster.one_node)
+    assert (package.returncode, cluster.read("python")[1]) == (0, "tools.bench"), package.stderr
     for arguments, told in (((), "module: ''"), (("tools.up",), "module: 'tools.up' is not one of this repository's")):
         wrong = cluster.run("task", *arguments, env=cluster.one_node)
         assert (wrong.returncode, wrong.stderr.count("\n"), wrong.stderr.startswith(f"error: {told}")) == (2, 1, True)
@@ -356,6 +358,13 @@ def test_preprocessing_hides_its_own_size_from_its_arrays(cluster: Cluster) -> N
     done = cluster.run("preprocess", "--config", str(cluster.config), env=cluster.job | kept | overriding)
     assert (done.returncode, done.stderr) == (0, "")
     assert cluster.read("python") == ["-m", "data_pipeline.tokenize", "--config", str(cluster.config), *kept]
+
+
+def test_preprocessing_in_a_container_is_refused(cluster: Cluster) -> None:
+    done = cluster.run("preprocess", "--config", str(cluster.config), env=cluster.job | {"CONTAINER": "looplm.sif"})
+    told = f"executor.slurm, sbatch pretrain/slurm/task.sbatch data_pipeline.tokenize --config {cluster.config}"
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: CONTAINER: 'looplm.sif' is not used here; unset it ") and told in done.stderr
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
