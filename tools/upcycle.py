@@ -43,7 +43,7 @@ class Conversion:
     Args:
         output: directory to create; it must not exist.
         data: prefix of tokenized data on which losses before and after are measured; null measures none.
-        samples: number of sequences.
+        samples: number of sequences; the data must hold that many.
         seq_length: tokens of each; null takes 256, or the model's maximum if that is less.
     """
 
@@ -64,15 +64,13 @@ class Conversion:
         """True if a key names data to read."""
         return self.data is not None
 
-    def read(
-        self, prefix: str, source: Source, groups: ProcessGroupCollection, samples: int | None = None
-    ) -> list[Batch]:
-        """Return samples of a data prefix for the source's model; ``--samples`` of them, if not told."""
-        config, count, run = source.state.config, samples or self.samples, source.run
+    def read(self, prefix: str, source: Source, groups: ProcessGroupCollection, key: str = "samples") -> list[Batch]:
+        """Return samples of a data prefix for the source's model, as many as ``key`` says."""
+        config, count, run = source.state.config, getattr(self, key), source.run
         length = self.seq_length or min(256, config.max_sequence_length)
         masks = (run is None or run.data.document_masking) and not config.latent_reads_positions
         sha256 = source.about.tokenizer_sha256
-        return read_samples(prefix, count, length, config, sha256, groups, masks_documents=masks)
+        return read_samples(prefix, count, length, config, sha256, groups, masks_documents=masks, key=key)
 
     def open(self, groups: ProcessGroupCollection) -> Source:
         """Read the source."""
@@ -273,13 +271,14 @@ class LatentConfig(FromCheckpoint):
 
     def convert(self, source: Source, groups: ProcessGroupCollection) -> Upcycled:
         """Return the model with latent attention."""
-        moments_LDD = None
+        moments_LDD, batches = None, list[Batch]()
         if self.calibrate is not None:
+            if self.refit_samples:  # before the long work, which too large a number would lose
+                batches = self.read(self.calibrate, source, groups, "refit_samples")
             moments_LDD = second_moments(source.state, self.read(self.calibrate, source, groups), groups)
         result = to_latent(source.state, self.kv_lora_rank, self.qk_rope_head_dim, moments_LDD, self.latent_norm)
-        if self.calibrate is None or not self.refit_samples or not result.approximate:
+        if not batches or not result.approximate:
             return result
-        batches = self.read(self.calibrate, source, groups, self.refit_samples)
         fitted = f"output projections: fitted to what attention gave on {self.refit_samples} sequences"
         state = refit(source.state, result.state, batches, groups)
         return Upcycled(state, result.exact, [*result.approximate, fitted])

@@ -106,7 +106,7 @@ def test_samples_are_read_as_the_source_was_trained(masks, corpus, tmp_path, sin
     config = run_config(corpus, tmp_path / "run", data={"document_masking": masks})
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     prefix = str(corpus / "valid")
-    conversion = LoopsConfig(checkpoint=config.output_dir, output=str(tmp_path / "out"), data=prefix, loops=2)
+    conversion = LoopsConfig(checkpoint=config.output_dir, output=str(tmp_path / "out"), data=prefix, samples=8, loops=2)
     (batch, *_) = conversion.read(prefix, conversion.open(single_process), single_process)
     assert (batch.document_start_SB is not None) == masks
 

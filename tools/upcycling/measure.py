@@ -18,7 +18,7 @@ from looplm.bounds import require
 from looplm.config import DataConfig, DataSource, LossConfig, ModelConfig
 from looplm.evaluation.depth import DepthMeter
 from looplm.failures import UserError
-from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches
+from pretrain.data import Batch, build_valid_set, check_corpus, micro_batches, valid_samples
 from pretrain.step import loop_losses
 from tools.upcycling.model_state import ModelState, assemble
 
@@ -36,6 +36,7 @@ def read_samples(
     groups: ProcessGroupCollection,
     *,
     masks_documents: bool = True,
+    key: str = "samples",
 ) -> list[Batch]:
     """Return samples of a data prefix, the same in every call, in equal batches of at most 4.
 
@@ -47,10 +48,11 @@ def read_samples(
         tokenizer_sha256: of the model's tokenizer.
         groups: process groups of a single process.
         masks_documents: a token sees its own document alone (``data.document_masking``).
+        key: that gives ``samples``, for a message.
 
     Raises:
-        UserError: ``length`` exceeds the model's maximum, the data is damaged or too short, or its tokenizer differs
-            from the model's.
+        UserError: ``length`` exceeds the model's maximum, the data is damaged or holds fewer samples, or its tokenizer
+            differs from the model's.
     """
     most = config.max_sequence_length
     require(length <= most, "seq_length", length, f"give at most the model's max_sequence_length={most}")
@@ -60,6 +62,9 @@ def read_samples(
     corpus = check_corpus(data, config.vocab_size)
     if corpus.tokenizer.sha256 != tokenizer_sha256:
         raise UserError(f"{prefix}: made with another tokenizer than the model's; tokenize it with the model's")
+    held = valid_samples(data, corpus)
+    assert held is not None, "the data is no task"
+    require(samples <= held, key, samples, f"{prefix} holds {held} sequences of {length} tokens; give at most {held}")
     with TemporaryDirectory() as folder:  # for Megatron's indices, so that nothing is written beside the data
         dataset = build_valid_set(data, corpus, samples, _SEED, Path(folder))
         assert dataset is not None

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from looplm.inference import GenerationConfig, Generator
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.parity import assert_close_relative, relative_error
-from tests.support.tiny import MODEL, VOCAB, run_config, train_rows
+from tests.support.tiny import MODEL, VOCAB, run_config, train_rows, write_chat_corpus
 from tools.upcycle import main
 from tools.upcycling.latent import Projections, factorize, importance, to_latent
 from tools.upcycling.measure import read_samples, second_moments
@@ -205,6 +206,19 @@ def test_as_many_samples_are_read_as_are_asked_for(corpus, single_process):
         assert all((batch.document_start_SB is not None) == masks for batch in batches)
 
 
+@pytest.mark.parametrize(("name", "held"), [("valid", 23), ("chat/valid", 5)])
+def test_no_text_is_read_twice(name, held, corpus, tmp_path, single_process):
+    write_chat_corpus(tmp_path / "chat")
+    prefix = str((corpus if name == "valid" else tmp_path) / name)
+    sha256 = json.loads(Path(f"{prefix}.manifest.json").read_text())["tokenizer"]["sha256"]
+    batches = read_samples(prefix, held, 32, MHA, sha256, single_process)
+    rows = [tuple(row) for batch in batches for row in batch.ids_BS.tolist()]
+    assert len(rows) == len(set(rows)) == held
+    fix = f"{prefix} holds {held} sequences of 32 tokens; give at most {held}"
+    with pytest.raises(UserError, match=f"^refit_samples: {held + 1} is not allowed; {fix}$"):
+        read_samples(prefix, held + 1, 32, MHA, sha256, single_process, key="refit_samples")
+
+
 def test_second_moments_are_those_of_attentions_input(corpus, single_process):
     state = random_state(MHA)
     record = json.loads((corpus / "valid.manifest.json").read_text())["tokenizer"]
@@ -303,6 +317,9 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(
         r"nowhere": [*half, "--calibrate=nowhere"],
         r"elsewhere": [*half, f"--calibrate={corpus / 'train'}", "--data=elsewhere"],
         r"seq_length: 65 is not": [*half, f"--data={corpus / 'valid'}", "--seq_length=65"],
+        r"^samples: 12 is not allowed; .*valid holds 11 sequences of 64 tokens; give at most 11$": [
+            *(*half, f"--data={corpus / 'valid'}", "--samples=12")
+        ],
         r"refit_samples: 8 is not allowed; with model.num_loops=\d": [
             *(*half, f"--calibrate={corpus / 'train'}", "--refit_samples=8")
         ],

@@ -121,6 +121,10 @@ def test_the_command_fits_and_says_so(corpus, tmp_path, single_process, monkeypa
     argv += ["--latent_norm=false", f"--data={corpus / 'valid'}", "--samples=8", "--seq_length=32"]
     with pytest.raises(UserError, match="refit_samples: 64 is not allowed; name the data to fit to with calibrate"):
         main([*argv, f"--output={tmp_path / 'none'}", "--refit_samples=64"])
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.upcycle.to_latent", lambda *_: pytest.fail("work began before the mistake was found"))
+        with pytest.raises(UserError, match="^refit_samples: 201 is not allowed; .*train holds 200 sequences of 32 tok"):
+            main([*argv, f"--output={tmp_path / 'none'}", f"--calibrate={corpus / 'train'}", "--refit_samples=201"])
     losses, read = {}, []
 
     def counted(before: ModelState, after: ModelState, batches: list[Batch], groups: Any) -> ModelState:
