@@ -1,11 +1,12 @@
 """Convert a trained model to another, and report what is preserved exactly and what approximately.
 
 A training checkpoint becomes a training directory that pretrain.train resumes at the same step. Without Adam's moments
-the result is weights alone, for checkpoint.initial. With --data, losses before and after are measured.
+the result is weights alone, for checkpoint.initial. With --data, losses before and after are measured. tools.smollm
+makes models/smollm2; docs/hugging_face.md says which other models of Hugging Face can be converted.
 
     python -m tools.upcycle depth --checkpoint runs/ouro-1.4b/stage1a --output runs/deep --layers 48 --how stack
-    python -m tools.upcycle dense --input models/Llama-3.2-1B --output runs/looped --layers 4:12 --loops 4
-    python -m tools.upcycle retrofit --input models/SmolLM2-135M --output runs/looped --layers 10:20 --loops 2
+    python -m tools.upcycle dense --input models/smollm2 --output runs/looped --layers 4:12 --loops 4
+    python -m tools.upcycle retrofit --input models/smollm2 --output runs/looped --layers 10:20 --loops 2
 """
 
 import sys
