@@ -24,6 +24,12 @@ from tools.upcycling.structure import copy_layers
 
 # Properties of a family that its config.json does not mention.
 FAMILIES = dict[str, dict[str, Any]](llama={}, mistral={}, qwen2={"qkv_bias": True}, qwen3={"qk_norm": True})
+# What transformers takes for a missing key, where it is not what we take.
+_MISSING: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
 # Files that are still valid for the result, although it no longer belongs to the source's family.
 _CARRIED = (GENERATION, TOKENIZER_CONFIG, companion_files.SPECIAL_TOKENS, TEMPLATE_FILE, "LICENSE")
 _READ = (CONFIG, companion_files.TOKENIZER)  # and the weights: what the result is made of
@@ -115,9 +121,10 @@ def _describe(folder: Path) -> HFDescription:
     if not isinstance(family, str) or family not in FAMILIES:
         fix = f"give one of {', '.join(FAMILIES)}"
         raise UserError(f"{path}: model_type: {family!r} is not a dense model that can be converted; {fix}")
+    values = _MISSING.get(family, {}) | values
     window = values.get("sliding_window")
     if family == "mistral" and window is not None:
-        raise UserError(f"{path}: sliding_window: {window!r} is not supported; it must be null")
+        raise UserError(f"{path}: sliding_window: {window!r} is not supported; it must be null, not missing (4096)")
     ours = {"model_type": LOOPLM, "attention": "mha", "sandwich_norm": False, "total_ut_steps": 1}
     generation = folder / GENERATION
     generation_values = read_json(generation) if generation.is_file() else {}

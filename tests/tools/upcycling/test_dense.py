@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from looplm import checkpoint
 from looplm.config import GateConfig
@@ -36,6 +44,10 @@ CASES = {
     "wide-heads-long-waves": LlamaConfig(**WIDE),
     "biases": Qwen2Config(**SIZES),
     "normed-heads": Qwen3Config(**SIZES, head_dim=12),
+}
+GROUPED_BY_DEFAULT = {
+    groups: SIZES | {"hidden_size": 128, "num_attention_heads": 2 * groups, "num_key_value_heads": groups}
+    for groups in (8, 32)
 }
 IDS_BS = torch.arange(40).view(2, 20) * 7 % VOCAB
 
@@ -66,6 +78,26 @@ def test_one_loop_over_all_layers_is_the_dense_model(case, corpus, tmp_path, sin
     model = assemble(loop_layers(source.state, None, 1, GateConfig()).state, single_process)
     logits = (model(IDS_BS).hidden[-1] @ model.head_weight().T).transpose(0, 1)
     assert_close_relative({"logits": logits}, {"logits": expected})
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        (MistralConfig(**GROUPED_BY_DEFAULT[8], sliding_window=None), ["num_key_value_heads"]),
+        (Qwen2Config(**GROUPED_BY_DEFAULT[32]), ["num_key_value_heads"]),
+        (Qwen3Config(**GROUPED_BY_DEFAULT[32], head_dim=128), ["num_key_value_heads", "head_dim"]),
+    ],
+    ids=["mistral", "qwen2", "qwen3"],
+)
+def test_a_missing_key_means_what_transformers_takes_for_it(family, left_out, corpus, tmp_path):
+    folder = save(family, tmp_path / "dense", corpus)
+    whole = open_dense(folder, None, "<eos>").state
+    values = json.loads((folder / "config.json").read_text())
+    for key in left_out:
+        del values[key]
+    (folder / "config.json").write_text(json.dumps(values))
+    assert open_dense(folder, None, "<eos>").state.config == whole.config
+    assert type(family).from_pretrained(folder).to_dict() == family.to_dict()
 
 
 @pytest.mark.promise(
@@ -197,6 +229,9 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing(llama, corpus, tmp_pat
         r"input: .* no config.json here": [f"--input={tmp_path}"],
         r"model_type: 'gpt2' is not a dense model": [changed(model_type="gpt2")],
         r"sliding_window: 16 is not supported": [changed(model_type="mistral", sliding_window=16)],
+        config_path + r"sliding_window: 4096 is not supported; it must be null, not missing \(4096\)$": [
+            changed(model_type="mistral")
+        ],
         r"attention_bias: True is not supported": [changed(attention_bias=True)],
         r"hidden_act: 'gelu' is not supported": [changed(hidden_act="gelu")],
         r"rope_parameters: .*it must be of type default, without scaled positions": [changed(rope_parameters=scaled)],
