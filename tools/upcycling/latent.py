@@ -228,7 +228,7 @@ def _describe(plain: ModelConfig, latent: ModelConfig) -> tuple[list[str], list[
         exact.append("the latent: its norm does nothing at full width, up to the norms' epsilon")
     else:
         projected = "values" if kept == keys else "values and keys without position"
-        rank = keys * latent.v_head_dim * (1 if kept == keys else 2)
+        rank = min(plain.hidden_size, keys * latent.v_head_dim * (1 if kept == keys else 2))
         width = f"{latent.kv_lora_rank} of {plain.hidden_size}"
         if not latent.kv_latent_norm and latent.kv_lora_rank >= rank:
             exact.append(f"{projected}: the latent of {width} has their rank, {rank}, and no norm")

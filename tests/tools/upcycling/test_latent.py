@@ -83,6 +83,8 @@ def test_without_its_norm_a_latent_as_wide_as_the_values_is_exact(single_process
     assert_close_relative({"model": torch.stack(model(IDS_BS).hidden)}, {"model": expected}, tolerance=1e-4)
     normed = to_latent(state, width, None, None, latent_norm=True)
     assert relative_error(hidden(normed.state), expected) > 0.1, "the norm is in the way"
+    wide = to_latent(random_state(CASES["wide-heads-long-waves"]), 32, None, None, latent_norm=False)
+    assert not wide.approximate, "48 rows on 32 inputs have a rank of 32"
     narrower = to_latent(state, width - 1, None, None, latent_norm=False)
     assert f"their rank is {width}" in narrower.approximate[0]
 
