@@ -1,7 +1,7 @@
 """The small files beside the weights: configuration, tokenizer, chat template, special tokens.
 
 Files that came with imported weights are kept in a checkpoint's ``companions/`` and leave with an export: unchanged if
-nothing they say has changed, otherwise with that change alone.
+nothing they say has changed, otherwise with that change alone. An export's upcycle.json names no folders.
 """
 
 import json
@@ -19,9 +19,12 @@ from looplm.failures import UserError
 from looplm.huggingface import config_json
 from looplm.huggingface.config_json import CONFIG, GENERATION, LOOPLM, HFDescription, TokenIds, read_json
 from looplm.huggingface.weight_files import is_inside
+from looplm.json_file import parse_object
 
 TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS, CARD = "special_tokens_map.json", "README.md"
+CONVERSIONS = "upcycle.json"  # list that tools.upcycle extends by a record each time
+_PATHS = ("source", "output", "checkpoint", "input", "data", "calibrate", "tokenizer")  # keys of its records
 # Code that travels inside an export in the looplm layout.
 CODE = tuple(sorted((Path(__file__).parent / "export").glob("*_looplm.py")))
 Values = Mapping[str, Any]
@@ -111,6 +114,10 @@ def write(
         if path.name not in rewritten and (before is not None or path.suffix != ".py"):
             shutil.copyfile(path, target / path.name)
     shutil.copyfile(tokenizer, target / TOKENIZER)
+    records = read_conversions(companions)
+    published = [_without_folders(record) for record in records]
+    if published != records:  # the folders of whoever converted the model are not published
+        _write_json(target / CONVERSIONS, published)
 
     config = config_json.to_config_json(after, dtype)
     if before is None:
@@ -130,6 +137,36 @@ def write(
         for path in CODE:
             shutil.copyfile(path, target / path.name)
     return before is not None and (target / CONFIG).read_bytes() == (companions / CONFIG).read_bytes()
+
+
+def read_conversions(folder: Path) -> list[dict[str, Any]]:
+    """Return the records in the ``upcycle.json`` of companions, the first conversion first; none without the file.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    path, fix = folder / CONVERSIONS, "get the checkpoint again"
+    if not path.is_file():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON in UTF-8 ({error}); {fix}") from error
+    records = parse_object(f'{{"records": {text}}}', str(path), fix)["records"]
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path}: is not a list of conversions; {fix}")
+    return records
+
+
+def _without_folders(record: Values) -> dict[str, Any]:
+    """Return a record of ``upcycle.json`` whose paths are reduced to their last names."""
+    reduced = dict(record)
+    for key, value in record.items():
+        if isinstance(value, dict):
+            reduced[key] = _without_folders(value)
+        elif key in _PATHS and isinstance(value, str):
+            reduced[key] = Path(value).name
+    return reduced
 
 
 def _imported_description(companions: Path, hf_layout: str, tokenizer: Tokenizer) -> HFDescription | None:
@@ -174,7 +211,7 @@ def _update(original: Path, target: Path, before: Values, after: Values, default
         _write_json(target / original.name, changed)
 
 
-def _write_json(path: Path, values: Values) -> None:
+def _write_json(path: Path, values: Values | list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -34,6 +34,10 @@ BIG = 10**9
 LINEAR = GateConfig(kind="linear")
 MHA = dataclasses.replace(MODEL, attention="mha", num_attention_heads=4)
 
+SETTINGS = {"output": "/home/someone/deep", "data": "../text/valid", "samples": 16, "eos_token": "</s>", "tokenizer": None}
+UPCYCLED = {"kind": "dense", "source": "/home/someone/models/llama", "settings": SETTINGS, "exact": ["1/2 of it"]}
+REDUCED = UPCYCLED | {"source": "llama", "settings": SETTINGS | {"output": "deep", "data": "valid"}}
+
 
 @pytest.fixture(autouse=True)
 def code(tmp_path_factory, monkeypatch):
@@ -308,6 +312,17 @@ def test_a_directory_of_hugging_faces_cache(corpus, tmp_path, single_process):
     assert import_source(examine(snapshot), tmp_path / "ours", single_process) == []
     companions = {path.name for path in (tmp_path / "ours/companions").iterdir()}
     assert companions == {"chat_template.jinja", "config.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(("record", "published"), [(UPCYCLED, REDUCED), (REDUCED, REDUCED)])
+def test_an_export_names_no_folders(record, published, corpus, tmp_path, single_process):
+    source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")
+    (source / "upcycle.json").write_text(json.dumps([record]))
+    import_source(examine(source), tmp_path / "ours", single_process)
+    export(tmp_path / "ours", tmp_path / "out", single_process)
+    texts = [(tmp_path / folder / "upcycle.json").read_text() for folder in ("hf", "ours/companions", "out")]
+    assert texts[0] == texts[1], "the checkpoint's own record keeps its paths"
+    assert json.loads(texts[2]) == [published] and (texts[2] == texts[1]) == (record == published)
 
 
 def test_special_tokens_without_ids_in_any_file(corpus, tmp_path, single_process):
