@@ -25,14 +25,14 @@ from looplm.bounds import check_bounds, path_field, positive, require
 from looplm.checkpoint import COMPANION_FOLDER, step_folder
 from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
-from looplm.huggingface.companion_files import TOKENIZER
+from looplm.huggingface.companion_files import CONVERSIONS, TOKENIZER
 from looplm.megatron import process_groups
 from pretrain import train as pretrain
 from pretrain.data import Batch, check_corpus
 from tools import upcycle
 from tools.studies.study import Study, markdown_table
 from tools.upcycling.measure import measure, read_samples
-from tools.upcycling.model_state import RECORD, ModelState, assemble, open_source
+from tools.upcycling.model_state import ModelState, assemble, open_source
 
 POINTS = 8  # checkpoints at which a result is measured
 WARMUP_STEPS = 5  # some results have no moments, so that Adam's first steps would have the learning rate's full length
@@ -162,7 +162,7 @@ def produce(name: str, planned: PlannedResult, config: StudyConfig, run: RunConf
         measured = ("--data", held_out, "--samples", str(config.samples), "--seq_length", str(run.data.seq_length))
         upcycle.main([planned.command, key, str(source), "--output", str(start), *planned.arguments, *measured])
     train_on(planned, config, run, start, trained_on)
-    record = json.loads((start / COMPANION_FOLDER / RECORD).read_text())[-1]
+    record = json.loads((start / COMPANION_FOLDER / CONVERSIONS).read_text())[-1]
     before, after = record["before"], record["after"]
     groups = process_groups.start(run.seed)
     try:

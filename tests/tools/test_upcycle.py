@@ -21,7 +21,7 @@ from looplm.model.exit_gate import exit_log_probs
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.parity import assert_close_relative
-from tests.support.tiny import EOS, MODEL, VOCAB, run_config, train_rows, write_prefix
+from tests.support.tiny import EOS, MODEL, VOCAB, about_weights, run_config, train_rows, write_prefix
 from tools.upcycle import LoopsConfig, main
 from tools.upcycling.measure import read_samples
 from tools.upcycling.model_state import ModelState, assemble, open_source
@@ -171,6 +171,34 @@ def test_weights_alone_stay_weights_alone_and_initialize_a_run(tiny_run, corpus,
         checkpoint={"initial": str(tmp_path / "short")},
     )
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
+
+
+def save_weights(folder: Path, corpus: Path, groups, dtype: str = "float32", record: str | None = None) -> list[str]:
+    """Write random weights alone, with an upcycle.json; return the argument that names them."""
+    model, companions = LoopLM(MODEL, GateConfig(state_size=8), groups, getattr(torch, dtype)), folder.parent / "beside"
+    companions.mkdir(exist_ok=True)
+    if record is not None:
+        (companions / "upcycle.json").write_text(record)
+    tokenizer = corpus / "tokenizer.json"
+    about = about_weights(dtype, tokenizer)
+    checkpoint.save_weights(folder, model, GateConfig(state_size=8), about, tokenizer, companions)
+    return [f"--checkpoint={folder}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("[{", r"cannot be read as JSON in UTF-8 \(Expecting .*\); get the checkpoint again"),
+        ("{}", "is not a list of conversions; get the checkpoint again"),
+        ("[1]", "is not a list of conversions; get the checkpoint again"),
+    ],
+)
+def test_a_damaged_record_is_found_before_the_work(record, words, corpus, tmp_path, single_process, monkeypatch):
+    source = save_weights(tmp_path / "weights", corpus, single_process, record=record)
+    monkeypatch.setattr("tools.upcycle.change_loops", lambda *_: pytest.fail("work began before the fault was found"))
+    with pytest.raises(UserError, match=f"^{tmp_path}/weights/companions/upcycle.json: {words}$"):
+        main(["loops", *source, f"--output={tmp_path / 'out'}", "--loops=2"])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ One process holds the whole model on the CPU. Every kind of upcycling is a pure 
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,11 +25,10 @@ from looplm.cli import to_dict
 from looplm.config import GateConfig, ModelConfig, ParallelConfig, RunConfig
 from looplm.failures import UserError
 from looplm.files import write_whole
+from looplm.huggingface.companion_files import CONVERSIONS, read_conversions
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
 from pretrain.trainer import Trainer
-
-RECORD = "upcycle.json"
 
 
 class ModelState(NamedTuple):
@@ -59,6 +59,7 @@ class Source(NamedTuple):
     run: RunConfig | None = None  # the run that trained the model; None if it cannot be resumed
     scheduler: dict[str, Any] | None = None  # state of the run's learning-rate schedule
     left_behind: tuple[str, ...] = ()  # files beside the model that do not fit the result
+    conversions: Sequence[dict[str, Any]] = ()  # records of those that made the model
 
 
 def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
@@ -69,10 +70,11 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
     step = step_folder.locate(directory)
     run, about = checkpoint.read_config(step), checkpoint.read_about(step)
     files = step / "tokenizer.json", tuple(sorted((step / COMPANION_FOLDER).glob("*")))
+    earlier = read_conversions(step / COMPANION_FOLDER)
     if run is None or about.objective != "entropy_regularised":
         opened = checkpoint.open_step(step, groups)
         state = ModelState(opened.model.model_config, opened.gate, _weights(opened.model))
-        return Source(step, state, about, *files)
+        return Source(step, state, about, *files, conversions=earlier)
     checkpoint.check_tokens(step, about, run.model.vocab_size)
     training = _training_state(LoopLM(run.model, run.gate, groups, DTYPES[run.optim.precision]), run, groups)
     checkpoint.load_run(step, training)
@@ -81,7 +83,7 @@ def open_source(directory: str, groups: ProcessGroupCollection) -> Source:
         if optimizer_state.MAIN in adam:  # bf16 weights are rounded copies of the optimizer's
             weights[name] = adam.pop(optimizer_state.MAIN).detach().cpu()
     state = ModelState(run.model, run.gate, weights, moments)
-    return Source(step, state, about, *files, run, training.scheduler.state_dict())
+    return Source(step, state, about, *files, run, training.scheduler.state_dict(), conversions=earlier)
 
 
 def assemble(state: ModelState, groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32) -> LoopLM:
@@ -130,8 +132,7 @@ def write(
         companions.mkdir()
         for path in source.companions:
             shutil.copyfile(path, companions / path.name)
-        earlier = json.loads((companions / RECORD).read_text()) if (companions / RECORD).exists() else []
-        write_whole(companions / RECORD, json.dumps([*earlier, record], indent=1) + "\n")
+        write_whole(companions / CONVERSIONS, json.dumps([*source.conversions, record], indent=1) + "\n")
         if source.run is None or state.moments is None:
             about = replace(about, objective=WEIGHTS_ONLY, dtype=about.dtype or "float32", optimizer_step=None)
             model = assemble(state, groups, getattr(torch, about.dtype))
