@@ -28,7 +28,7 @@ from pretrain.data import Batch
 from tools.upcycling.dense import loop_layers, open_dense, parse_range
 from tools.upcycling.latent import latent_config, to_latent
 from tools.upcycling.measure import measure, read_samples, second_moments
-from tools.upcycling.model_state import Source, Upcycled, converted_run, open_source, write
+from tools.upcycling.model_state import Source, Upcycled, as_stored, converted_run, open_source, write
 from tools.upcycling.refit import check_refit, refit
 from tools.upcycling.retrofit import Trial, retrofit, search
 from tools.upcycling.structure import LayerOrder, change_gate, change_loops, deepen
@@ -312,6 +312,7 @@ def _convert(word: str, config: Conversion) -> dict[str, Any]:
         config.check(source)
         batches = None if config.data is None else config.read(config.data, source, groups)
         result = resumable(config.convert(source, groups), source, Path(config.output))
+        result = result._replace(state=as_stored(result.state, source))
         record: dict[str, Any] = {"kind": word, "source": str(source.folder), "settings": asdict(config)}
         record |= {"exact": result.exact, "approximate": result.approximate}
         if batches is not None:

@@ -23,7 +23,7 @@ from pretrain.train import train
 from tests.support.parity import assert_close_relative
 from tests.support.tiny import EOS, MODEL, VOCAB, about_weights, run_config, train_rows, write_prefix
 from tools.upcycle import LoopsConfig, main
-from tools.upcycling.measure import read_samples
+from tools.upcycling.measure import measure, read_samples
 from tools.upcycling.model_state import ModelState, assemble, open_source
 from tools.upcycling.structure import change_gate, change_loops, copy_layers, deepen
 
@@ -186,6 +186,14 @@ def save_weights(folder: Path, corpus: Path, groups, dtype: str = "float32", rec
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loops", [1, 2])
+def test_a_gate_that_chooses_nothing_is_untrained(loops, corpus, tmp_path, single_process):
+    source = save_weights(tmp_path / "weights", corpus, single_process)
+    main(["loops", *source, f"--output={tmp_path / 'out'}", f"--loops={loops}"])
+    assert checkpoint.read_about(tmp_path / "out").gate_trained == (loops > 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "words"),
     [
@@ -199,6 +207,17 @@ def test_a_damaged_record_is_found_before_the_work(record, words, corpus, tmp_pa
     monkeypatch.setattr("tools.upcycle.change_loops", lambda *_: pytest.fail("work began before the fault was found"))
     with pytest.raises(UserError, match=f"^{tmp_path}/weights/companions/upcycle.json: {words}$"):
         main(["loops", *source, f"--output={tmp_path / 'out'}", "--loops=2"])
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_the_weights_that_are_written(corpus, tmp_path, single_process):
+    source = save_weights(tmp_path / "weights", corpus, single_process, "bfloat16")
+    measured = [f"--data={corpus / 'valid'}", "--samples=4", "--seq_length=32"]
+    main(["depth", *source, f"--output={tmp_path / 'deep'}", "--layers=4", "--residual_scale=0.3", *measured])
+    (record,) = json.loads((tmp_path / "deep/companions/upcycle.json").read_text())
+    written = open_source(str(tmp_path / "deep"), single_process)
+    batches = read_samples(str(corpus / "valid"), 4, 32, MODEL, written.about.tokenizer_sha256, single_process)
+    assert record["after"] == measure(written.state, batches, 3, single_process)
 
 
 @pytest.mark.slow

@@ -109,10 +109,18 @@ def converted_run(run: RunConfig, state: ModelState, output: Path) -> RunConfig:
     return replace(run, output_dir=str(output), model=state.config, gate=state.gate, checkpoint=start)
 
 
+def as_stored(state: ModelState, source: Source) -> ModelState:
+    """Return the state with the weights that :func:`write` stores: rounded, unless fp32 ones are stored with moments."""
+    if source.run is not None and state.moments is not None:
+        return state
+    dtype = _dtype_of(source.about)
+    return state._replace(weights={name: weight.to(dtype).float() for name, weight in state.weights.items()})
+
+
 def write(
     output: Path, source: Source, state: ModelState, record: dict[str, Any], groups: ProcessGroupCollection
 ) -> None:
-    """Write ``state`` to ``output``, completely or not at all.
+    """Write ``state``, from :func:`as_stored`, to ``output``, completely or not at all.
 
     With moments it is a training directory that ``pretrain.train`` resumes at the source's step, otherwise weights
     alone, for ``checkpoint.initial``. ``record`` is appended to the list in the companions' upcycle.json.
@@ -134,8 +142,8 @@ def write(
             shutil.copyfile(path, companions / path.name)
         write_whole(companions / CONVERSIONS, json.dumps([*source.conversions, record], indent=1) + "\n")
         if source.run is None or state.moments is None:
+            model = assemble(state, groups, _dtype_of(about))
             about = replace(about, objective=WEIGHTS_ONLY, dtype=about.dtype or "float32", optimizer_step=None)
-            model = assemble(state, groups, getattr(torch, about.dtype))
             checkpoint.save_weights(output, model, state.gate, about, source.tokenizer, companions)
             return
         run = converted_run(source.run, state, output)
@@ -163,6 +171,12 @@ def _adam_state(name: str, weight: Tensor, state: ModelState) -> dict[str, Tenso
 
 def _training_state(model: LoopLM, run: RunConfig, groups: ProcessGroupCollection) -> TrainingState:
     return Trainer(model, run.loss, run.optim, ParallelConfig(), groups).state
+
+
+def _dtype_of(about: About) -> torch.dtype:
+    """Return the dtype of weights alone."""
+    dtype: torch.dtype = getattr(torch, about.dtype or "float32")
+    return dtype
 
 
 def _weights(model: LoopLM) -> dict[str, Tensor]:
