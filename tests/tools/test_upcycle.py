@@ -4,10 +4,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data_pipeline.manifest import TokenizerRecord
 from looplm import checkpoint, reference
@@ -24,7 +26,7 @@ from tests.support.parity import assert_close_relative
 from tests.support.tiny import EOS, MODEL, VOCAB, about_weights, run_config, train_rows, write_prefix
 from tools.upcycle import LoopsConfig, main
 from tools.upcycling.measure import measure, read_samples
-from tools.upcycling.model_state import ModelState, assemble, open_source
+from tools.upcycling.model_state import ModelState, Source, assemble, open_source
 from tools.upcycling.structure import change_gate, change_loops, copy_layers, deepen
 
 pytestmark = pytest.mark.usefixtures("keep_process_groups")
@@ -106,9 +108,23 @@ def test_samples_are_read_as_the_source_was_trained(masks, corpus, tmp_path, sin
     config = run_config(corpus, tmp_path / "run", data={"document_masking": masks})
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     prefix = str(corpus / "valid")
-    conversion = LoopsConfig(checkpoint=config.output_dir, output=str(tmp_path / "out"), data=prefix, samples=8, loops=2)
+    conversion = LoopsConfig(
+        checkpoint=config.output_dir, output=str(tmp_path / "out"), data=prefix, samples=8, loops=2
+    )
     (batch, *_) = conversion.read(prefix, conversion.open(single_process), single_process)
     assert (batch.document_start_SB is not None) == masks
+
+
+def test_a_latent_that_reads_other_positions_is_measured_without_masks(monkeypatch):
+    """It reads latents of the document before, so that no run of it has masks (data.document_masking)."""
+    read = dict[str, Any]()
+    monkeypatch.setattr("tools.upcycle.read_samples", lambda *_, **keys: read.update(keys))
+    config = LoopsConfig(checkpoint="runs/a", output="runs/no_such_run", data="text", loops=2)
+    for mixing in (0, 2):
+        model = dataclasses.replace(MODEL, latent_iterations=2, latent_mixing=mixing)
+        source = Source(Path("runs/a"), ModelState(model, GateConfig(), {}), about_weights("float32"), Path("t"), ())
+        config.read("text", source, ProcessGroupCollection())
+        assert read["masks_documents"] == (mixing == 0)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def converted_run(run: RunConfig, state: ModelState, output: Path) -> RunConfig:
 
 
 def as_stored(state: ModelState, source: Source) -> ModelState:
-    """Return the state with the weights that :func:`write` stores: rounded, unless fp32 ones are stored with moments."""
+    """Return the state with weights as :func:`write` stores them: rounded, unless moments keep fp32 ones too."""
     if source.run is not None and state.moments is not None:
         return state
     dtype = _dtype_of(source.about)

@@ -34,7 +34,13 @@ BIG = 10**9
 LINEAR = GateConfig(kind="linear")
 MHA = dataclasses.replace(MODEL, attention="mha", num_attention_heads=4)
 
-SETTINGS = {"output": "/home/someone/deep", "data": "../text/valid", "samples": 16, "eos_token": "</s>", "tokenizer": None}
+SETTINGS = {
+    "output": "/home/someone/deep",
+    "data": "../text/valid",
+    "samples": 16,
+    "eos_token": "</s>",
+    "tokenizer": None,
+}
 UPCYCLED = {"kind": "dense", "source": "/home/someone/models/llama", "settings": SETTINGS, "exact": ["1/2 of it"]}
 REDUCED = UPCYCLED | {"source": "llama", "settings": SETTINGS | {"output": "deep", "data": "valid"}}
 
@@ -316,7 +322,9 @@ def test_a_directory_of_hugging_faces_cache(corpus, tmp_path, single_process):
 
 @pytest.mark.parametrize(("record", "published"), [(UPCYCLED, REDUCED), (REDUCED, REDUCED)])
 def test_an_export_names_no_folders(record, published, corpus, tmp_path, single_process):
-    source = ouro.write_folder(tmp_path / "hf", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json")
+    source = ouro.write_folder(
+        tmp_path / "hf", ouro.random_tensors(ouro.CONFIG), ouro.CONFIG, corpus / "tokenizer.json"
+    )
     (source / "upcycle.json").write_text(json.dumps([record]))
     import_source(examine(source), tmp_path / "ours", single_process)
     export(tmp_path / "ours", tmp_path / "out", single_process)

@@ -44,7 +44,8 @@ def oracle(before: ModelState, after: ModelState) -> dict[str, torch.Tensor]:
         for state in (before, after)
     ]
     olds, news = read[::2], read[1::2]
-    x = [old["embedding.word_embeddings.weight"][batch.ids_BS.T] for batch in batches()]
+    step_D = old.get("step_embedding.weight", torch.zeros(1, D, dtype=torch.float64))[0]
+    x = [old["embedding.word_embeddings.weight"][batch.ids_BS.T] + step_D for batch in batches()]
     z, found = list(x), {}
     for layer in range(LAYERS):
         prefix = f"decoder.layers.{layer}."
@@ -66,9 +67,9 @@ def oracle(before: ModelState, after: ModelState) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("rank", [12, 20])
-def test_projections_are_those_of_least_squares(rank, single_process):
-    before = random_state(ONCE)
+@pytest.mark.parametrize(("rank", "step_embedding"), [(12, "none"), (20, "none"), (12, "learned")])
+def test_projections_are_those_of_least_squares(rank, step_embedding, single_process):
+    before = random_state(replace(ONCE, step_embedding=step_embedding))
     after = to_latent(before, rank, 8, None, latent_norm=False).state
     fitted = refit(before, after, batches(), single_process)
     expected = oracle(before, after)
@@ -123,7 +124,8 @@ def test_the_command_fits_and_says_so(corpus, tmp_path, single_process, monkeypa
         main([*argv, f"--output={tmp_path / 'none'}", "--refit_samples=64"])
     with monkeypatch.context() as patch:
         patch.setattr("tools.upcycle.to_latent", lambda *_: pytest.fail("work began before the mistake was found"))
-        with pytest.raises(UserError, match="^refit_samples: 201 is not allowed; .*train holds 200 sequences of 32 tok"):
+        message = r"^refit_samples: 201 is not allowed; .*train holds 200 sequences of 32 tokens; give at most 200$"
+        with pytest.raises(UserError, match=message):
             main([*argv, f"--output={tmp_path / 'none'}", f"--calibrate={corpus / 'train'}", "--refit_samples=201"])
     losses, read = {}, []
 

@@ -1,8 +1,12 @@
 """Retrofits: one loop is the dense model in transformers, two are the range twice; the search picks the best."""
 
 import json
+import re
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +17,10 @@ from looplm.config import GateConfig
 from looplm.failures import UserError
 from tests.support.parity import assert_close_relative
 from tests.tools.upcycling.test_dense import CASES, IDS_BS, SIZES, save
-from tools.upcycle import main
+from tools.upcycle import RetrofitConfig, main
 from tools.upcycling.dense import open_dense
 from tools.upcycling.model_state import ModelState, assemble
-from tools.upcycling.retrofit import retrofit
+from tools.upcycling.retrofit import Trial, retrofit
 from tools.upcycling.structure import copy_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("keep_process_groups")]
@@ -89,6 +93,22 @@ def test_the_search_writes_the_best_range(llama, corpus, tmp_path, capsys, singl
     assert opened.model.model_config.injection == "additive"
     record = json.loads((tmp_path / "out" / "companions" / "upcycle.json").read_text())[-1]
     assert record["after"]["loss_per_depth"][-1] == pytest.approx(losses[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(("second", "best"), [(3.0, "0:2"), (inf, None)])
+def test_a_loss_that_is_not_finite_is_never_the_best(second, best, tmp_path, monkeypatch):
+    config = RetrofitConfig(input="hf", output=str(tmp_path / "out"), data="text", layers="1:3", search=("0:2", "2:4"))
+    trials = [Trial("1:3", 1.0, (2.0, nan)), Trial("2:4", 1.0, (1.0, -inf)), Trial("0:2", 1.0, (2.0, second))]
+    monkeypatch.setattr("tools.upcycle.search", lambda *_: iter(trials))
+    monkeypatch.setattr("tools.upcycle.retrofit", lambda source, layers, *_: layers)
+    monkeypatch.setattr(RetrofitConfig, "read", lambda *_: [])
+    source: Any = SimpleNamespace(state=None)
+    if best is None:
+        fix = "no range has a finite loss; is the source whole?"
+        with pytest.raises(UserError, match=rf"^search: \['1:3', '0:2', '2:4'\] is not allowed; {re.escape(fix)}$"):
+            config.convert(source, source)
+    else:
+        assert config.convert(source, source) == best
 
 
 @pytest.mark.parametrize(
