@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from looplm.bounds import check_bounds, non_empty, path_field, positive
+from looplm.bounds import check_bounds, non_empty, path_field, positive, require
 from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.megatron import process_groups
@@ -49,13 +49,15 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "")
+        fix = "only decoding reads it; add decoding to parts, or leave it out"
+        require(self.checkpoint is None or "decoding" in self.parts, "checkpoint", self.checkpoint, fix)
 
 
 def main(argv: list[str]) -> None:
     """``python -m tools.bench``"""
     config = parse_config(BenchConfig, argv, prog="python -m tools.bench", description=str(__doc__))
     recipe = parse_config(RunConfig, ["--config", config.recipe], prog="", description="")
-    if config.checkpoint is not None and "decoding" in config.parts:
+    if config.checkpoint is not None:
         check_workload(config.checkpoint)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {processor()}")
     groups = process_groups.start(recipe.seed)

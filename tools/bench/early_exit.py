@@ -69,14 +69,14 @@ def check_workload(directory: str) -> None:
     run = checkpoint.read_config(step)
     if run is None or not run.data.valid:
         raise UserError(f"checkpoint: {step} was trained without data.valid; give one of a run that has it")
-    fix = f"its validation samples are too short for {PROMPT} + {NEW} tokens; give a checkpoint of longer ones"
-    require(run.data.seq_length >= PROMPT + NEW, "checkpoint", str(step), fix)
+    fix = f"no document in its validation samples has {PROMPT} + {NEW} tokens; give a checkpoint of longer ones"
+    require(len(_long_texts(step)) > 0, "checkpoint", str(step), fix)
 
 
 def trained_workload(directory: str, groups: ProcessGroupCollection) -> Workload:
     """Return a checkpoint's model and validation text, at the lowest threshold that costs at most 1 %."""
     opened = checkpoint.open_model(directory, groups)
-    texts = [text for text in _validation_texts(opened.folder) if len(text.ids) >= PROMPT + NEW]
+    texts = _long_texts(opened.folder)
     full = ExitRule(max_depth=opened.model.model_config.num_loops)
     some = texts[:LOSS_TEXTS]
     measured = decode_texts(opened.model, some, PROMPT, LOSS_TEXTS, CACHE, full)
@@ -183,8 +183,8 @@ class _GivenDepths(ExitDecider):
         return ExitDecision([loop + 1 >= depth for loop, depth in zip(loops, depths, strict=True)])
 
 
-def _validation_texts(folder: Path) -> list[Text]:
-    """Return the documents in the validation samples that the checkpoint's run measured."""
+def _long_texts(folder: Path) -> list[Text]:
+    """Return the documents, long enough to decode, in the validation samples that the checkpoint's run measured."""
     run = checkpoint.read_config(folder)
     assert run is not None, "the checkpoint was made by a run"
     corpus = check_corpus(run.data, run.model.vocab_size)
@@ -193,4 +193,5 @@ def _validation_texts(folder: Path) -> list[Text]:
         valid_set = build_valid_set(run.data, corpus, run.logging.eval_samples, run.seed, Path(indices))
         assert valid_set is not None, "the recipe has data.valid"
         batches = islice(micro_batches(valid_set, run.data, 0, 0, 1), count)
-        return [text for batch in batches for text in texts_of(*batch[:4])]
+        texts = [text for batch in batches for text in texts_of(*batch[:4])]
+    return [text for text in texts if len(text.ids) >= PROMPT + NEW]

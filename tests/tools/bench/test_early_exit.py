@@ -5,12 +5,15 @@ import dataclasses
 import pytest
 
 from looplm.config import GateConfig
-from looplm.evaluation.cached import decode_texts
+from looplm.evaluation.cached import Text, decode_texts
+from looplm.failures import UserError
 from looplm.inference.early_exit import ExitRule
+from looplm.megatron import process_groups
 from pretrain.data import check_corpus
 from pretrain.train import train
 from tests.support.tiny import MODEL, run_config
 from tools.bench import early_exit
+from tools.bench.__main__ import BenchConfig, main
 
 PROMPT, NEW = 4, 6
 
@@ -44,9 +47,9 @@ def test_the_lowest_threshold_within_a_percent_is_taken(corpus, tmp_path, single
     train(config, check_corpus(config.data, config.model.vocab_size), single_process)
     (tmp_path / "run").rename(tmp_path / "moved")
     workload = early_exit.trained_workload(str(tmp_path / "moved"), single_process)
-    all_texts = early_exit._validation_texts(tmp_path / "moved/checkpoints/step_00000006")
+    texts = early_exit._long_texts(tmp_path / "moved/checkpoints/step_00000006")
     assert not (tmp_path / "run").exists(), "nothing is written where the run once was"
-    texts = [text for text in all_texts if len(text.ids) >= PROMPT + NEW]
+    assert len(texts) > 4 and all(len(text.ids) >= PROMPT + NEW for text in texts)
     assert list(workload.texts) == [text.ids for text in texts]
 
     def loss(threshold: float) -> float:
@@ -57,3 +60,19 @@ def test_the_lowest_threshold_within_a_percent_is_taken(corpus, tmp_path, single
     lower = [threshold for threshold in early_exit.THRESHOLDS if threshold < workload.rule.threshold]
     assert all(loss(threshold) > 1.01 * loss(1.0) for threshold in lower)
     assert f"threshold {workload.rule.threshold}" in capsys.readouterr().out
+    early_exit.check_workload(str(tmp_path / "moved"))
+
+
+@pytest.mark.slow
+def test_documents_that_are_too_short_are_refused_before_anything_is_measured(tiny_run, monkeypatch):
+    monkeypatch.setattr(early_exit, "texts_of", lambda ids_BS, *_: [Text(row[:9], [], []) for row in ids_BS.tolist()])
+    monkeypatch.setattr(process_groups, "start", lambda *_: pytest.fail("measurements began before the refusal"))
+    fix = "no document in its validation samples has 4 \\+ 6 tokens; give a checkpoint of longer ones"
+    with pytest.raises(UserError, match=f"^checkpoint: '{tiny_run}/checkpoints/step_00000006' is not allowed; {fix}$"):
+        main(["--checkpoint", str(tiny_run)])
+
+
+def test_a_checkpoint_that_nothing_reads_is_refused():
+    fix = "only decoding reads it; add decoding to parts, or leave it out"
+    with pytest.raises(UserError, match=f"^checkpoint: 'runs/a' is not allowed; {fix}$"):
+        BenchConfig(checkpoint="runs/a", parts=("training",))
