@@ -68,10 +68,10 @@ def main(argv: list[str]) -> None:
         date=f"{begin:%Y-%m-%d}",
         revision=str(report.value_of(parts, "software", "revision") or "unknown"),
         seconds=round(time.monotonic() - start, 1),
-        logs=str(logs),
+        logs=logs.name,
         parts=tuple(parts),
     )
-    print(report.text(check))
+    print(report.text(check, logs))
     output = Path(config.output or RECORDS[config.device])
     for path in report.write(check, report.free_stem(output, check.machine, check.date)):
         print(path)

@@ -46,7 +46,8 @@ def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
         precision: [r.values["worst"] for r in rows["parity"] if precision in r.name] for precision in ("fp32", "bf16")
     }
     assert max(errors["fp32"]) < 2e-5 and 1e-3 < max(errors["bf16"]) < 0.3  # type: ignore[type-var,operator]
-    log = (Path(check.logs) / "resume.log").read_text()
+    logs = tmp_path / "logs" / check.logs
+    log = (logs / "resume.log").read_text()
     assert log.count("resuming after step 2 of 4") == 2, "once in each case"
     assert [row.values["resumed"] for row in rows["resume"]] == ["equal", "equal"]
     assert {"packed documents", "one document"} == {row.name.split(", ")[1] for row in rows["speed"]}
@@ -58,9 +59,7 @@ def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
     assert kinds == {"training step", "decoding, batch 1"} and any(": gap " in row.name for row in rows["profile"])
     page = next((tmp_path / "record").glob("*.md")).read_text()
     assert page == report.page(check) and "its figures mean nothing" in page
-    assert sorted(path.stem for path in Path(check.logs).glob("*")) == sorted(
-        n for n, s in statuses.items() if s == "ok"
-    )
+    assert sorted(path.stem for path in logs.glob("*")) == sorted(n for n, s in statuses.items() if s == "ok")
 
 
 @pytest.mark.slow
@@ -72,7 +71,7 @@ def test_without_a_gpu_the_first_part_says_so_and_no_other_starts(tmp_path: Path
         environment.status == "failed" and "sees no GPU; look at the driver, or give --device cpu" in environment.note
     )
     assert parity.status == "not run" and parity.note == f"environment failed: {environment.note}"
-    assert f"its log: {check.logs}/environment.log" in done.stdout and check.machine == "unknown"
+    assert f"its log: {tmp_path / 'logs' / check.logs}/environment.log" in done.stdout and check.machine == "unknown"
 
 
 def test_a_part_that_fails_does_not_keep_the_others_from_running(
@@ -91,6 +90,8 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--output", str(tmp_path)])
     assert ended.value.code == 1 and started == list(PARTS)
+    (record,) = tmp_path.glob("*.json")
+    assert "/" not in report.read(record).logs, "a record holds no path"
     shown = capsys.readouterr().out
     assert "parity failed: it broke" in shown and shown.count(" failed: ") == 1
     started.clear()

@@ -85,7 +85,7 @@ def describe_host() -> dict[str, Value]:
         "cores": os.cpu_count(),
         "memory GiB": round(memory.total / GIB, 1),
         "threads": torch.get_num_threads(),
-        "C compiler": shutil.which("cc") or shutil.which("gcc") or "none",  # torch.compile needs one on a GPU
+        "C compiler": Path(shutil.which("cc") or shutil.which("gcc") or "none").name,  # for torch.compile on a GPU
     }
 
 

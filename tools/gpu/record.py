@@ -5,6 +5,7 @@ how the part ended.
 """
 
 import json
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from looplm.failures import UserError, printable
 Status = Literal["ok", "failed", "not run"]
 Value = str | int | float | None
 LONGEST = 240  # characters of a reason in a table
+# The folders of an absolute path, but not the start of a URL: they say who ran the check, and where.
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/:,;'\"()\[\]]+/)+(?=[^\s/:,;'\"()\[\]])")
 
 
 class NotRun(Exception):
@@ -133,8 +136,8 @@ def status_of(rows: tuple[Row, ...], fault: str) -> Status:
 
 
 def short(text: str) -> str:
-    """Return a message as one line that fits into a table."""
-    line = printable(" ".join(text.split()))
+    """Return a message as one line that fits into a table, with paths reduced to their last names."""
+    line = printable(_FOLDERS.sub("", " ".join(text.split())))
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 

@@ -24,7 +24,7 @@ class Check:
         date: day of the check, 2026-11-29.
         revision: of the code.
         seconds: time of all parts.
-        logs: folder with a log of each part.
+        logs: name of the folder with a log of each part.
         parts: in the order in which they ran.
     """
 
@@ -94,8 +94,8 @@ def page(check: Check) -> str:
     return "\n".join(lines) + "\n"
 
 
-def text(check: Check) -> str:
-    """Return the record for a terminal: each part's rows, then the parts."""
+def text(check: Check, logs: Path) -> str:
+    """Return the record for a terminal: each part's rows, then the parts, with the logs of those that failed."""
     lines = []
     for part in check.parts:
         if part.rows:
@@ -103,7 +103,7 @@ def text(check: Check) -> str:
     lines += ["", check.title, *aligned([PART_COLUMNS, *map(_part_cells, check.parts)])]
     for part in check.failed:
         lines.append(f"{part.name} failed: {part.note}")
-        lines.append(f"  its log: {check.logs}/{part.log}")
+        lines.append(f"  its log: {logs / part.log}")
     return "\n".join(lines)
 
 

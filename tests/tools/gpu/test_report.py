@@ -9,6 +9,7 @@ import pytest
 
 from looplm.failures import UserError
 from tools.gpu import report
+from tools.gpu.environment import describe_host
 from tools.gpu.parts import PARTS, TOTAL_S, stretched
 from tools.gpu.record import LONGEST, Mismatch, NotRun, PartRecord, Row, Rows, read_rows, short, status_of
 
@@ -27,7 +28,7 @@ CHECK = report.Check(
     date="2026-11-29",
     revision="abc",
     seconds=12.0,
-    logs="runs/gpu-check/x",
+    logs="x",
     parts=(
         part(
             "environment",
@@ -75,7 +76,7 @@ def test_the_page_shows_every_row_with_its_reason() -> None:
 
 
 def test_the_terminal_ends_with_the_parts_and_where_the_logs_of_failed_ones_are() -> None:
-    lines = report.text(CHECK).splitlines()
+    lines = report.text(CHECK, Path("runs/gpu-check/x")).splitlines()
     assert lines[-2:] == ["speed failed: out | of memory", "  its log: runs/gpu-check/x/speed.log"]
     assert lines[-5].split() == ["environment", "ok", "1.2", "30"]
     rows = [line for line in lines if line.startswith(("  mla", "  mha", "  what"))]
@@ -143,3 +144,21 @@ def test_the_status_of_a_part_follows_from_its_rows() -> None:
 
 def test_a_reason_is_one_printable_line() -> None:
     assert short("a\n  b\x1b[31m") == "a b\\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("No such file: '/home/someone/x/cc'", "No such file: 'cc'"),
+        ('File "/usr/lib/python3.12/a.py", line 3', 'File "a.py", line 3'),
+        ("/tmp/a/libx.so.3: not found (/opt/b/)", "libx.so.3: not found (b/)"),
+        ("see https://docs.nvidia.com/cuda/x, and docs/gpu.md; 9 / 2 tokens/s", None),
+    ],
+)
+def test_a_reason_names_no_folder(text: str, shown: str | None) -> None:
+    assert short(text) == (shown or text)
+
+
+def test_a_record_has_the_compilers_name_without_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/home/someone/bin/{name}" if name == "gcc" else None)
+    assert describe_host()["C compiler"] == "gcc"
