@@ -10,7 +10,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,10 @@ class StudyConfig:
 
 
 class Run(NamedTuple):
-    """One finished training. Its validation loss is that of the last loop at the end, in nats per token."""
+    """One finished training. Its validation loss is that of the last loop at the end, in nats per token.
+
+    The minutes are those of its steps.
+    """
 
     variant: str
     seed: int
@@ -100,14 +102,14 @@ def train(recipe: str, folder: Path, variant: str, seed: int) -> Run:
     command = [sys.executable, "-m", "pretrain.train", "--config", recipe, "--output_dir", str(folder)]
     command += ["--seed", str(seed), "--engine.fp8", fp8, "--engine.fp8_recipe", fp8_recipe, "--checkpoint.keep", "1"]
     folder.mkdir(exist_ok=True)
-    begin = time.monotonic()
     with (folder / "log.txt").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         sys.exit(f"error: {variant}, seed {seed}, ended with status {code}; see {folder / 'log.txt'}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss_per_loop"] for row in rows if row["kind"] == "valid"]
-    return Run(variant, seed, losses[-1][-1], losses[-1], round((time.monotonic() - begin) / 60, 2))
+    seconds = sum(row["seconds"] for row in rows if row["kind"] == "train")  # of every attempt
+    return Run(variant, seed, losses[-1][-1], losses[-1], round(seconds / 60, 2))
 
 
 def table(runs: list[Run]) -> str:

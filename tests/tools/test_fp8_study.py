@@ -31,8 +31,8 @@ class FakeSubprocess:
         assert values["--seed"] == seed
         loss = LOSSES[variant, int(seed)]
         rows = [
-            {"kind": kind, "loss_per_loop": [9.0, loss + extra]}
-            for kind, extra in (("valid", 1.0), ("valid", 0.0), ("train", 2.0))
+            {"kind": kind, "loss_per_loop": [9.0, loss + extra], **({"seconds": 45.0} if kind == "train" else {})}
+            for kind, extra in (("train", 3.0), ("valid", 1.0), ("valid", 0.0), ("train", 2.0))
         ]
         Path(values["--output_dir"], "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return self
@@ -76,6 +76,7 @@ def test_variants_are_compared_seed_by_seed_and_a_repeated_command_resumes(train
     assert report["commit"] == "abc" and {"recipe", "machine", "versions"} <= set(report)
     losses = {(run["variant"], run["seed"]): run["validation_loss"] for run in report["runs"]}
     assert losses == LOSSES and len(report["runs"]) == 4
+    assert {run["minutes"] for run in report["runs"]} == {1.5}, "two steps of 45 s, whichever attempt made them"
     assert "| hybrid-tensorwise | 4.0200 | 4.9500 | 4.4850 | -0.25%, -1.00% |" in (tmp_path / "table.md").read_text()
     with pytest.raises(UserError, match=r"settings\.json: belongs to a study with other settings"):
         main([*argv, "--recipe", "configs/longer/../quickstart/pretrain.yaml"])
