@@ -27,6 +27,7 @@ from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.huggingface.companion_files import CONVERSIONS, TOKENIZER
 from looplm.megatron import process_groups
+from looplm.yaml_text import read_yaml
 from pretrain import train as pretrain
 from pretrain.data import Batch, check_corpus
 from tools import upcycle
@@ -103,7 +104,8 @@ def main(argv: list[str]) -> None:
     """``python -m tools.upcycle_study [--layers 4] [--steps 40]``"""
     config = parse_config(StudyConfig, argv, prog=PROG, description=str(__doc__))
     run = parse_config(RunConfig, ["--config", config.recipe], prog=PROG, description="")
-    study = Study(Path(config.output_dir), asdict(config), Result)
+    keys = {name: read_yaml(path).values for name, path in (("recipe", config.recipe), ("plain", config.plain))}
+    study = Study(Path(config.output_dir), asdict(config) | {"keys": keys}, Result)
     train_sources(config, run, study.folder)
     results = list[Result]()
     for name, planned in tqdm(plan(config, run).items(), unit="result", disable=None):

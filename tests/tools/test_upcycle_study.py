@@ -43,6 +43,12 @@ def test_results_are_produced_and_trained_on_once(corpus, tmp_path, monkeypatch,
     main(argv)  # finished results are not repeated
     with pytest.raises(UserError, match="a study with other settings"):
         main([*argv, "--samples", "8"])
+    for name, old, new in (("recipe", "lr: 0.01", "lr: 0.02"), ("plain", "head_dim: 16", "head_dim: 8")):
+        path, text = tmp_path / f"{name}.yaml", (tmp_path / f"{name}.yaml").read_text()
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match="a study with other settings"):
+            main(argv)
+        path.write_text(text)
 
 
 @pytest.mark.parametrize(
