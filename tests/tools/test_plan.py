@@ -150,6 +150,18 @@ def test_recomputation_costs_a_forward() -> None:
     assert backward("loop") - backward("none") == pytest.approx(forward.layers + forward.attention)
 
 
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"context": 8}, {"pipeline": 2, "context": 2}])
+@pytest.mark.parametrize("model", [MLA, MHA, replace(MHA, qk_norm=True), AROUND])
+def test_selective_recomputation_takes_time(model: ModelConfig, layout: dict[str, int]) -> None:
+    """Forward writes the same whatever it keeps, and backward writes what attention's core does once more."""
+    on = cluster(8)
+    plain, selective = (planned(2, model, parallel=layout | {"recompute": mode}) for mode in ("none", "selective"))
+    assert pass_time(selective, 0, on, backward=False) == pass_time(plain, 0, on, backward=False)
+    found, unrecomputed = (pass_time(one, 0, on, backward=True) for one in (selective, plain))
+    assert found.traffic > unrecomputed.traffic and found.attention > unrecomputed.attention
+    assert step_time(selective, on, 64).total > step_time(plain, on, 64).total
+
+
 def test_the_head_computes_its_gradients_in_the_forward_pass() -> None:
     """Three products of the head's size in stage 1, one where only the gate is trained; none in backward."""
     stages = planned(), planned(loss={"objective": "adaptive_gate"}, checkpoint={"initial": "unused"})

@@ -112,25 +112,46 @@ def in_flight(run: PlannedRun, rank: int) -> int:
 
 def layer_bytes(run: PlannedRun) -> float:
     """Return the bytes kept of one layer in one pass."""
+    return _layer_bytes(run, selective=run.config.parallel.recompute == "selective")
+
+
+def _layer_bytes(run: PlannedRun, selective: bool) -> float:
     model, e, tensor = run.config.model, run.number_bytes, run.config.parallel.tensor
     d = model.hidden_size
     norms = (4 if model.sandwich_norm else 2) * _norm_bytes(run, d)
     inputs = 2 * run.shard_tokens * d * e  # of the first projections of attention and feed-forward layer
     # Both halves of the first product, from which backward computes silu again, and the second product's input.
     feed_forward = 3 * run.tokens * model.ffn_hidden_size * e / tensor
-    return norms + inputs + feed_forward + _attention_bytes(run) + _rotary_bytes(run)
+    return norms + inputs + feed_forward + _attention_bytes(run, selective) + _rotary_bytes(run)
 
 
 def written_bytes(run: PlannedRun) -> float:
     """Return the bytes that a layer writes in forward, of what it could keep.
 
-    That is what it keeps, and MHA's one projection, from which attention copies its queries, keys and values.
+    That is what it keeps if nothing is recomputed, and MHA's one projection, from which attention copies its queries,
+    keys and values.
+    """
+    widths, heads = run.config.model.attention_widths, run.config.model.num_attention_heads
+    written = _layer_bytes(run, selective=False)
+    if widths.latents or run.config.model.qk_norm:
+        return written  # there is no such projection, or it is kept
+    width = widths.query_key * (heads + widths.key_heads) + widths.value * widths.key_heads
+    return written + run.tokens / run.config.parallel.tensor * width * run.number_bytes
+
+
+def core_bytes(run: PlannedRun) -> float:
+    """Return the part of :func:`written_bytes` that attention's core writes; ``selective`` writes it again in backward.
+
+    That is the result, the sums of its rows, and copies: of the keys and values of all context-parallel ranks, or else
+    of MHA's values, which are a view of the one projection.
     """
     layout, widths, heads = run.config.parallel, run.config.model.attention_widths, run.config.model.num_attention_heads
-    if widths.latents or layout.recompute == "selective" or run.config.model.qk_norm:
-        return layer_bytes(run)  # there is no such projection, or it is kept
-    width = widths.query_key * (heads + widths.key_heads) + widths.value * widths.key_heads
-    return layer_bytes(run) + run.tokens / layout.tensor * width * run.number_bytes
+    copied = widths.value * widths.key_heads * (not widths.latents)
+    if layout.context > 1:
+        copied = layout.context * widths.key_heads * (widths.query_key + widths.value)
+    numbers = copied + widths.value * heads
+    padding = _padding_bytes(run) if run.padded_heads else 0.0
+    return run.tokens / layout.tensor * (numbers * run.number_bytes + heads * FP32) + padding
 
 
 def _norm_bytes(run: PlannedRun, width: int) -> float:
@@ -138,7 +159,7 @@ def _norm_bytes(run: PlannedRun, width: int) -> float:
     return run.shard_tokens * (width * run.number_bytes + FP32)
 
 
-def _attention_bytes(run: PlannedRun) -> float:
+def _attention_bytes(run: PlannedRun, selective: bool) -> float:
     """Return the bytes kept between the input of the first projection and the output of the last."""
     layout, e = run.config.parallel, run.number_bytes
     model = run.config.model
@@ -146,7 +167,7 @@ def _attention_bytes(run: PlannedRun) -> float:
     tokens = run.tokens / layout.tensor
     value, query, key = widths.value * widths.key_heads, widths.query_key * heads, widths.query_key * widths.key_heads
     out, latents, row_sums = widths.value * heads, _latent_bytes(run), tokens * heads * FP32
-    if layout.recompute == "selective":
+    if selective:
         # The core's inputs, and its result, which is the last projection's input. Plain attention's values are a view
         # of the output of the one projection that computes queries, keys and values.
         inputs = query + key + (value if widths.latents else query + key + value)

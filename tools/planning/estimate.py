@@ -16,7 +16,7 @@ from looplm.config import DataConfig, RunConfig
 from pretrain.batch_schedule import BatchSchedule
 from pretrain.loops import loops_of_step
 from tools.planning import communication
-from tools.planning.activations import written_bytes
+from tools.planning.activations import core_bytes, written_bytes
 from tools.planning.flops import backward_flops, forward_flops, fp8_share, model_flops_per_token
 from tools.planning.hardware import ADAM_BYTES, LOGIT_BYTES, LOGIT_GRADIENT_BYTES, Cluster
 from tools.planning.memory import FP32, Memory, fullest_rank_memory, optimizer_shards
@@ -147,13 +147,17 @@ def pass_time(run: PlannedRun, rank: int, cluster: Cluster, backward: bool) -> P
 
 
 def _memory_traffic_bytes(run: PlannedRun, rank: int, traffic: float, backward: bool) -> float:
-    """Return the memory traffic of one pass: a multiple of what layers write, and in forward that of the head."""
-    layers = run.layers_in_a_pass(rank, backward) * written_bytes(run) * traffic / 3
+    """Return the memory traffic of one pass: a multiple of what layers write, and in forward that of the head.
+
+    Backward has twice that of forward, and that of what it recomputes.
+    """
+    layers, written = run.layers_in_a_pass(rank, backward) * traffic / 3, written_bytes(run)
     if not backward:
-        return layers + (_head_traffic_bytes(run) if run.is_last(rank) else 0.0)
+        return layers * written + (_head_traffic_bytes(run) if run.is_last(rank) else 0.0)
     if run.frozen:
         return 0.0
-    return layers * (3 if run.config.parallel.recompute in ("full", "loop") else 2)
+    again = {"none": 0.0, "selective": core_bytes(run), "full": written, "loop": written}
+    return layers * (2 * written + again[run.config.parallel.recompute])
 
 
 def _head_traffic_bytes(run: PlannedRun) -> float:
