@@ -24,9 +24,10 @@ from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.failures import UserError
 from looplm.files import write_whole
+from looplm.megatron.settings import _CAPABILITY
 from tools import timeline
 from tools.planning.estimate import budget_of
-from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, GpuName, NetworkName, is_legal_number
+from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, Gpu, GpuName, NetworkName, is_legal_number
 from tools.planning.report import describe_search, detail, explain_refusals, table
 from tools.planning.search import Ranking, rank_layouts
 from tools.rehearsal.rehearsal import plan_rehearsal, rehearse
@@ -81,9 +82,18 @@ class PlanConfig(PlanOptions, RunConfig):
         PlanOptions.__post_init__(self)
         fix = "a GPU is planned for bf16; give --optim.precision bf16"
         require(self.optim.precision == "bf16", "optim.precision", self.optim.precision, fix)
-        with_fp8 = ", ".join(name for name, gpu in GPUS.items() if gpu.fp8_tflops)
-        able = not self.engine.real_fp8 or GPUS[self.gpu].fp8_tflops > 0
-        require(able, "engine.fp8", self.engine.fp8, f"{self.gpu} has none; these have: {with_fp8}")
+        if self.engine.real_fp8:
+            self._check_fp8(GPUS[self.gpu])
+
+    def _check_fp8(self, gpu: Gpu) -> None:
+        """Raise if the GPU has no FP8, or not the scales of ``engine.fp8_recipe``."""
+        able = ", ".join(name for name, one in GPUS.items() if one.fp8_tflops)
+        require(gpu.fp8_tflops > 0, "engine.fp8", self.engine.fp8, f"{self.gpu} has none; these have: {able}")
+        recipe, have = self.engine.fp8_recipe, gpu.capability
+        need = _CAPABILITY[recipe]
+        able = ", ".join(name for name, one in GPUS.items() if one.capability >= need)
+        fix = f"it needs compute capability {need[0]}.{need[1]}, {self.gpu} has {have[0]}.{have[1]}; these have it: "
+        require(have >= need, "engine.fp8_recipe", recipe, fix + able)
 
     @property
     def cluster(self) -> Cluster:

@@ -588,6 +588,11 @@ def test_a_rehearsal_begins_after_the_report(
         ([*FEW, "--gpus", "0"], "gpus: 0 is not allowed"),
         ([*FEW, "--gpus", "12"], "gpus: 12 is not allowed; give whole nodes of gpus_per_node=8, 16 for instance"),
         ([*FEW, *FP8, "--gpu", "a100-80"], "engine.fp8: 'hybrid' is not allowed; a100-80 has none; these have: h100"),
+        (
+            [*FEW, *FP8, "--engine.fp8_recipe", "mxfp8"],
+            r"engine.fp8_recipe: 'mxfp8' is not allowed; it needs compute capability 10\.0, h100 has 9\.0; "
+            "these have it: b200$",
+        ),
         ([*FEW, "--optim.precision", "fp32"], "optim.precision: 'fp32' is not allowed; .* --optim.precision bf16"),
         ([*FEW, "--price_per_gpu_hour", "0"], "price_per_gpu_hour: 0.0 is not allowed"),
         ([*FEW, "--assume.matmul", "1.5"], "assume.matmul: 1.5 is not allowed"),

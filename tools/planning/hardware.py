@@ -1,6 +1,7 @@
 """GPUs and networks from the vendors' data sheets: dense peaks, memory visible to torch, bandwidth in one direction."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from looplm.bounds import at_least, check_bounds, positive
@@ -21,15 +22,19 @@ class Gpu:
     fp8_tflops: float  # 0 if the device has no FP8
     hbm_gbs: float  # memory
     nvlink_gbs: float  # to the other GPUs of its node
+    capability: tuple[int, int]  # compute capability: (9, 0) is Hopper
 
 
 # The SXM boards; sparse peaks, which the sheets print first, are twice these.
+_AMPERE = partial(Gpu, bf16_tflops=BF16_TFLOPS["A100"], fp8_tflops=0, nvlink_gbs=300, capability=(8, 0))
+_HOPPER = partial(Gpu, bf16_tflops=BF16_TFLOPS["H100"], fp8_tflops=1979, nvlink_gbs=450, capability=(9, 0))
+_BLACKWELL = partial(Gpu, bf16_tflops=BF16_TFLOPS["B200"], fp8_tflops=4500, nvlink_gbs=900, capability=(10, 0))
 GPUS: dict[GpuName, Gpu] = {
-    "a100-40": Gpu(memory_gib=39.4, bf16_tflops=BF16_TFLOPS["A100"], fp8_tflops=0, hbm_gbs=1555, nvlink_gbs=300),
-    "a100-80": Gpu(memory_gib=79.1, bf16_tflops=BF16_TFLOPS["A100"], fp8_tflops=0, hbm_gbs=2039, nvlink_gbs=300),
-    "h100": Gpu(memory_gib=79.1, bf16_tflops=BF16_TFLOPS["H100"], fp8_tflops=1979, hbm_gbs=3350, nvlink_gbs=450),
-    "h200": Gpu(memory_gib=139.8, bf16_tflops=BF16_TFLOPS["H200"], fp8_tflops=1979, hbm_gbs=4800, nvlink_gbs=450),
-    "b200": Gpu(memory_gib=178.4, bf16_tflops=BF16_TFLOPS["B200"], fp8_tflops=4500, hbm_gbs=7700, nvlink_gbs=900),
+    "a100-40": _AMPERE(memory_gib=39.4, hbm_gbs=1555),
+    "a100-80": _AMPERE(memory_gib=79.1, hbm_gbs=2039),
+    "h100": _HOPPER(memory_gib=79.1, hbm_gbs=3350),
+    "h200": _HOPPER(memory_gib=139.8, hbm_gbs=4800),
+    "b200": _BLACKWELL(memory_gib=178.4, hbm_gbs=7700),
 }
 
 # Gigabytes per second and GPU in each direction. Every GPU has an adapter of that many gigabits. With eth-100 a node of
