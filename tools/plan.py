@@ -27,7 +27,17 @@ from looplm.files import write_whole
 from looplm.megatron.settings import _CAPABILITY
 from tools import timeline
 from tools.planning.estimate import budget_of
-from tools.planning.hardware import GPUS, NETWORKS, Assumptions, Cluster, Gpu, GpuName, NetworkName, is_legal_number
+from tools.planning.hardware import (
+    GPUS,
+    NETWORKS,
+    SHARED_NETWORK,
+    Assumptions,
+    Cluster,
+    Gpu,
+    GpuName,
+    NetworkName,
+    is_legal_number,
+)
 from tools.planning.report import describe_search, detail, explain_refusals, table
 from tools.planning.search import Ranking, rank_layouts
 from tools.rehearsal.rehearsal import plan_rehearsal, rehearse
@@ -98,13 +108,13 @@ class PlanConfig(PlanOptions, RunConfig):
     @property
     def cluster(self) -> Cluster:
         """The cluster in the formulas' terms, at the FP8 peak if the recipe's layers multiply in FP8."""
-        network, fp8 = NETWORKS[self.network], self.engine.real_fp8
+        sharing = self.gpus_per_node if self.network == SHARED_NETWORK else 1
         return Cluster(
             gpu=GPUS[self.gpu],
             gpus=self.gpus,
             node=self.gpus_per_node,
-            network_gbs=network,
-            fp8=fp8,
+            network_gbs=NETWORKS[self.network] / sharing,
+            fp8=self.engine.real_fp8,
             assume=self.assume,
         )
 

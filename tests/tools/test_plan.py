@@ -252,11 +252,24 @@ def test_messages_computed_by_hand() -> None:
     assert ways[1] == 2 * ways[0] - hidden / 2 + 8 * 2 * hidden / 2
 
 
-def test_link_bandwidth() -> None:
-    """NVLink inside a node; across nodes, the adapters of all the group's members on a node."""
+@pytest.mark.parametrize(
+    ("network", "node", "found"),
+    [
+        ("ib-400", 8, {(8, 1): 450, (4, 2): 450, (16, 1): 400, (8, 8): 50, (32, 2): 200, (2, 32): 50}),
+        ("ib-400", 4, {(8, 1): 200, (4, 2): 100, (16, 1): 200, (8, 8): 50, (32, 2): 100, (2, 32): 50}),
+        ("eth-100", 8, {(8, 1): 450, (4, 2): 450, (16, 1): 12.5, (8, 8): 12.5 / 8, (32, 2): 6.25, (2, 32): 12.5 / 8}),
+        ("eth-100", 4, {(8, 1): 12.5, (4, 2): 6.25, (16, 1): 12.5, (8, 8): 12.5 / 4, (32, 2): 6.25, (2, 32): 12.5 / 4}),
+    ],
+)
+def test_link_bandwidth(network: str, node: int, found: dict[tuple[int, int], float]) -> None:
+    """NVLink inside a node; across nodes, the adapters of all the group's members on a node, or their part of one."""
+    arguments = ["--network", network, "--gpus", "64", "--gpus_per_node", str(node), "--assume.links", "1"]
+    big = parse_config(PlanConfig, [*FEW, *arguments], prog="plan", description="").cluster
+    assert {key: big.link_bytes_per_s(*key) / 1e9 for key in found} == found
+
+
+def test_messages_take_the_links_time() -> None:
     big = cluster(64, assume=Assumptions(links=1.0))
-    found = {key: big.link_bytes_per_s(*key) / 1e9 for key in ((8, 1), (4, 2), (16, 1), (8, 8), (32, 2), (2, 32))}
-    assert found == {(8, 1): 450, (4, 2): 450, (16, 1): 400, (8, 8): 50, (32, 2): 200, (2, 32): 50}
     one = communication._ring(big, 8, 8, 8e9, 2)
     assert one.bytes == 7e9 and one.seconds == pytest.approx(7e9 / 50e9 + 2 * LATENCY_S)
     crossing = planned(16, parallel={"pipeline": 4})

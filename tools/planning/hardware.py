@@ -37,9 +37,10 @@ GPUS: dict[GpuName, Gpu] = {
     "b200": _BLACKWELL(memory_gib=178.4, hbm_gbs=7700),
 }
 
-# Gigabytes per second and GPU in each direction. Every GPU has an adapter of that many gigabits. With eth-100 a node of
-# eight shares one, as on machines that were not bought for training.
-NETWORKS: dict[NetworkName, float] = {"eth-100": 12.5 / 8, "ib-100": 12.5, "ib-200": 25, "ib-400": 50, "ib-800": 100}
+# Gigabytes per second of an adapter in each direction. Every GPU has its own; in SHARED_NETWORK a node has one, as
+# machines have that were not bought for training.
+NETWORKS: dict[NetworkName, float] = {"eth-100": 12.5, "ib-100": 12.5, "ib-200": 25, "ib-400": 50, "ib-800": 100}
+SHARED_NETWORK: NetworkName = "eth-100"
 LATENCY_S = 20e-6  # of a collective operation or a message of any size
 ADAM_BYTES = 64  # memory traffic per main weight: torch's AdamW reads and writes its four fp32 arrays several times
 LOGIT_BYTES = 16  # memory traffic per logit for the losses: bf16 product, fp32 copy, log-probabilities
