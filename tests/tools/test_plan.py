@@ -297,6 +297,33 @@ def test_a_pipeline_step_takes_as_long_as_its_schedule(micro_batches: int, last:
     assert time.matmul + time.attention + time.traffic + time.bubble - messages == pytest.approx(simulated)
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "loop"])
+def test_a_steps_seconds_computed_by_hand(mode: str) -> None:
+    """MHA on two replicas: 16 micro-batches of 2 x 1,024 tokens in 4 loops of 8 layers, numbers of 2 bytes."""
+    layout = {"recompute": mode, "distributed_optimizer": True, "overlap_grad_reduce": False}
+    time = step_time(planned(2, MHA, parallel=layout), cluster(2), 64)
+    tokens, passes, again = 2048, 16 * 4, 1 if mode in ("full", "loop") else 0
+    projections = 512 * (4 + 2 + 2 + 4) * 128 + 3 * 512 * 1408
+    layers, head = 8 * 2 * tokens * projections, 2 * tokens * 512 * 4096 * 3
+    assert time.matmul == pytest.approx(passes * (layers * (3 + again) + head + 3 * GATE_FLOPS) / (989e12 * 0.65))
+    core = 1 if mode != "none" else 0
+    scores = 8 * tokens * 4 * 4 * 128 * 1024 / 2
+    assert time.attention == pytest.approx(passes * scores * (3.5 + core) / (989e12 * 0.4))
+    # Norms and first projections' inputs; queries, keys, values, twice, and the result; feed-forward layer; rotation.
+    written = tokens * (4 * (512 * 2 + 4) + 2 * 512 * 2 + (2 * 1024 + 512) * 2 + 4 * 4 + 3 * 1408 * 2)
+    written += 4 * 1024 * 128 * 2
+    of_core = tokens * ((256 + 512) * 2 + 4 * 4)  # values and result, and sums of the rows
+    recomputed = {"none": 0, "selective": of_core}.get(mode, written)
+    logits = tokens * 4096 * (16 + 10) + 12 * 4096 * 512
+    traffic = 8 * (3 * written + recomputed) * 6 / 3 + logits
+    assert time.traffic == pytest.approx(passes * traffic / 3350e9)
+    weights = sum(parameter_counts(MHA, GateConfig()).values())
+    assert time.gradients == pytest.approx(4 * weights / 2 / (450e9 * 0.75) + LATENCY_S)
+    assert time.weights == pytest.approx(2 * weights / 2 / (450e9 * 0.75) + LATENCY_S)
+    assert time.optimizer == pytest.approx(64 * weights / 2 / 3350e9)
+    assert time.tensor == time.context == time.bubble == 0
+
+
 def test_gradient_reduction_overlaps_the_backward_of_one_loop() -> None:
     def exposed(overlap: bool, replicas: int = 64) -> float:
         parallel = {"overlap_grad_reduce": overlap, "distributed_optimizer": True}
