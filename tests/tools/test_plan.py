@@ -30,7 +30,7 @@ from tools import plan as plan_command
 from tools.plan import PlanConfig, main
 from tools.planning import communication, schedule
 from tools.planning import estimate as estimates
-from tools.planning.activations import in_flight, layer_bytes, peak_activation_bytes
+from tools.planning.activations import core_bytes, in_flight, layer_bytes, peak_activation_bytes
 from tools.planning.estimate import budget_of, days, estimate, pass_time, step_time
 from tools.planning.flops import backward_flops, forward_flops, fp8_share, model_flops_per_token
 from tools.planning.hardware import GIB, GPUS, LATENCY_S, Assumptions, Cluster, is_legal_number
@@ -216,6 +216,25 @@ def test_only_a_gpu_pads_values_to_the_width_of_queries() -> None:
     tokens, heads, widths = 2 * 1024, MLA.num_attention_heads, MLA.attention_widths
     padded_value_and_output = 2 * widths.query_key - widths.value
     assert padding(model=MLA) == tokens * heads * padded_value_and_output * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "numbers"),
+    [
+        (MHA, 1, 4 * 128 + 2 * 128),  # the result, and a copy of the values
+        (MHA, 8, 4 * 128 + 8 * 2 * (128 + 128)),  # the result, and all ranks' keys and values
+        (MLA, 1, 4 * (64 + 96 + 32)),  # the result, also padded to 96, and the values' padding
+        (
+            MLA,
+            8,
+            4 * (64 + 96 + 8 * (96 + 64 + 96)),
+        ),  # the result, also padded; gathered keys and values; padded values
+    ],
+)
+def test_the_bytes_that_attentions_core_writes(model: ModelConfig, context: int, numbers: int) -> None:
+    """For each token and besides the sums of the rows, which are in fp32."""
+    found = core_bytes(planned(model=model, parallel={"context": context}))
+    assert found == 2 * 1024 / context * (2 * numbers + 4 * 4)
 
 
 def test_a_frozen_trunk_has_no_backward() -> None:
