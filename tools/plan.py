@@ -24,7 +24,7 @@ from looplm.cli import parse_config, run_main
 from looplm.config import RunConfig
 from looplm.failures import UserError
 from looplm.files import write_whole
-from looplm.megatron.settings import _CAPABILITY
+from looplm.megatron.settings import FP8_CAPABILITY
 from tools import timeline
 from tools.planning.estimate import budget_of
 from tools.planning.hardware import (
@@ -100,7 +100,7 @@ class PlanConfig(PlanOptions, RunConfig):
         able = ", ".join(name for name, one in GPUS.items() if one.fp8_tflops)
         require(gpu.fp8_tflops > 0, "engine.fp8", self.engine.fp8, f"{self.gpu} has none; these have: {able}")
         recipe, have = self.engine.fp8_recipe, gpu.capability
-        need = _CAPABILITY[recipe]
+        need = FP8_CAPABILITY[recipe]
         able = ", ".join(name for name, one in GPUS.items() if one.capability >= need)
         fix = f"it needs compute capability {need[0]}.{need[1]}, {self.gpu} has {have[0]}.{have[1]}; these have it: "
         require(have >= need, "engine.fp8_recipe", recipe, fix + able)

@@ -28,7 +28,7 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "loop": {},
 }
 # Smallest compute capability for each FP8 recipe: Ada, Hopper, Blackwell.
-_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def transformer_config(
@@ -125,7 +125,7 @@ def check_engine(engine: EngineConfig) -> None:
     fix = "emulation is for machines without a GPU; take engine.transformer_impl=transformer_engine"
     require(not (engine.emulated and HAS_CUDA), "engine.fp8", engine.fp8, fix)
     if engine.real_fp8 and HAS_CUDA:
-        need, have = _CAPABILITY[engine.fp8_recipe], compute_capability()
+        need, have = FP8_CAPABILITY[engine.fp8_recipe], compute_capability()
         fix = f"it needs compute capability {need[0]}.{need[1]}, this GPU has {have[0]}.{have[1]}"
         require(have >= need, "engine.fp8_recipe", engine.fp8_recipe, fix)
 
