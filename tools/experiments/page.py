@@ -3,7 +3,7 @@
 The same experiment and rows give the same bytes, in whatever order the rows come.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -201,9 +201,13 @@ def _worth_section(worths: Sequence[Worth], table: Table) -> list[str]:
 
 
 def _reasons(findings: Sequence[Finding]) -> list[str]:
-    """Return why each test was chosen, a line per reason."""
-    made = [(finding, finding.comparison) for finding in findings if finding.comparison]
-    return [f"{finding.title}: {comparison.test}, because {comparison.reason}" for finding, comparison in made]
+    """Return why each test was chosen, a line per reason with the comparisons that have it."""
+    titles = defaultdict[str, list[str]](list)
+    for title, comparison in ((finding.title, finding.comparison) for finding in findings):
+        if comparison is not None:
+            titles[f"{comparison.test}, because {comparison.reason}"].append(title)
+    all_alike = len(titles) == 1 and len(findings) > 1
+    return [f"{'each comparison' if all_alike else '; '.join(of)}: {why}" for why, of in titles.items()]
 
 
 def _runs(rows: Sequence[Row]) -> list[str]:
