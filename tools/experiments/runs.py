@@ -227,7 +227,7 @@ def config_of(config: ExperimentConfig, unit: Unit, folder: Path) -> RunConfig:
     whole = config.run_config(unit.arm).optim
     if unit.trial == "sweep" and config.sweep.steps is not None:
         optim["train_steps"] = config.sweep.steps
-        optim["decay_steps"] = whole.decay_steps * config.sweep.steps // whole.train_steps
+        optim["decay_steps"] = -(-whole.decay_steps * config.sweep.steps // whole.train_steps)  # at least one, if any
     optim["min_lr"] = whole.min_lr / whole.lr * unit.lr  # the same share of the rate for every rate
     return config.run_config(unit.arm, output_dir=str(folder / "run"), seed=unit.seed, optim=optim)
 

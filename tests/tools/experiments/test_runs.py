@@ -71,10 +71,10 @@ def row(unit: Unit, loss: float) -> Row:
 
 
 def test_a_trial_has_the_same_share_of_decay_and_is_checked_before_anything_runs():
-    optim = {"schedule": "wsd", "train_steps": 40, "warmup_steps": 2, "decay_steps": 10}
+    optim = {"schedule": "wsd", "train_steps": 40, "warmup_steps": 2, "decay_steps": 9}
     config = mini(base={"optim": optim})
     assert config_of(config, sweep_units(config)[0], Path("x")).optim.decay_steps == 1  # of 4 steps
-    assert config_of(config, Unit("final", "1x2", 1, 0.001), Path("x")).optim.decay_steps == 10
+    assert config_of(config, Unit("final", "1x2", 1, 0.001), Path("x")).optim.decay_steps == 9
     with pytest.raises(UserError, match=r"arms\.1x2: optim\.warmup_steps: 5 .*train_steps=4"):
         mini(arms={"1x2": {"optim": {"warmup_steps": 5}}})
 

@@ -77,7 +77,7 @@ def test_every_arm_on_text_trains(name, tmp_path, single_process):
     data = {**prefixes, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 2}
     model = {"vocab_size": VOCAB, "max_sequence_length": 32}
     for arm in config.arms:
-        optim = {"train_steps": 2, "warmup_steps": 0, "decay_steps": 0}
+        optim = {"train_steps": 2, "warmup_steps": 0, "decay_steps": 1}
         changes = {"optim": optim, "model": model, "data": data, "checkpoint": {"save_every": 0}}
         run = config.run_config(arm, output_dir=str(tmp_path / arm), **changes)
         assert train(run, check_corpus(run.data, VOCAB), single_process)
