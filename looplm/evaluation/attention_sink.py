@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looplm.evaluation.hooks import inputs_watched
 from looplm.model import LoopLM
 
 
@@ -38,13 +39,8 @@ def _watched(model: LoopLM) -> Iterator[list[float]]:
         query, key = inputs[:2]
         shares.append(float(_first_weight(query, key, core.softmax_scale or key.size(-1) ** -0.5)))
 
-    cores = [layer.self_attention.core_attention for layer in model.decoder.layers]
-    handles = [core.register_forward_pre_hook(look) for core in cores]
-    try:
+    with inputs_watched([layer.self_attention.core_attention for layer in model.decoder.layers], look):
         yield shares
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_weight(query_SBHK: Tensor, key_SBGK: Tensor, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looplm.evaluation.hooks import inputs_watched
 from looplm.model import LoopLM
 from looplm.model.latent_reasoning import LatentReasoning
 
@@ -27,9 +28,5 @@ def watched_steps(model: LoopLM) -> Iterator[list[Tensor]]:
             steps.append(unit.expected_steps(inputs[0]))
 
     units = [module for module in model.modules() if isinstance(module, LatentReasoning) and module.halt is not None]
-    handles = [unit.register_forward_pre_hook(look) for unit in units]
-    try:
+    with inputs_watched(units, look):
         yield steps
-    finally:
-        for handle in handles:
-            handle.remove()
