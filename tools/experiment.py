@@ -74,11 +74,15 @@ def main(argv: list[str]) -> None:
     config = parse_config(ExperimentConfig, ["--config", str(path)], prog=PROG, description=str(__doc__))
     folder, evidence = Path(command.output_dir) / path.stem, Path(command.evidence)
     runner = Runner(config, folder, evidence / f"{path.stem}.jsonl")
+    if config.retired and word != "plan":
+        print(config.retired)
     if word == "plan":
         print(plan(config, runner))
     elif word == "report":
         command_line = f"{PROG} run {path}"
         rows = runner.merge()
+        if not rows and not config.live_arms:
+            return
         verdict = write_page(
             evidence,
             path.stem,
@@ -86,7 +90,7 @@ def main(argv: list[str]) -> None:
             rows,
             source=path.read_text(),
             command=command_line,
-            missing=runner.total - len(rows),
+            missing=runner.total - runner.done(rows),
             worths=config.worths(arms_of(rows)),
         )
         print(f"{evidence / path.stem}.md: {verdict.answer}. {verdict.reason}")
@@ -105,13 +109,14 @@ def plan(config: ExperimentConfig, runner: Runner) -> str:
     for arm, size in config.sizes.items():
         per_token, whole = size.flops_per_token / 1e6, size.flops / 1e15
         lines.append(f"{arm:<{width}} {size.parameters:>12,} {per_token:>14.3f} {whole:>12.4f}")
+    lines += [str(config.retired)] if config.retired else []
     lines += ["", *(f"{pair.better} against {pair.than}: equal {pair.matched}" for pair in config.pairs), ""]
     lines.append(f"decides: {claim_of(config.decides)}")
     rows, sweep = runner.rows(), len(sweep_units(config))
-    lines.append(f"{sweep} trials of learning rates and {runner.total - sweep} runs, {len(rows)} of them done")
+    lines.append(f"{sweep} trials of learning rates and {runner.total - sweep} runs, {runner.done(rows)} of them done")
     if rows:
         rate = sum(row.flops_per_token * row.tokens for row in rows) / sum(row.seconds for row in rows)
-        left = sum(config.sizes[arm].flops for arm in config.arms) * len(config.seeds) / rate / 3600
+        left = sum(config.sizes[arm].flops for arm in config.live_arms) * len(config.seeds) / rate / 3600
         lines.append(f"about {left:.1f} hours of one core for all seeds, at the rate of the runs done")
     return "\n".join(lines)
 

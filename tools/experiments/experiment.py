@@ -51,6 +51,22 @@ class Decides:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retired:
+    """Arms with keys that are gone from the code: they are not run any more, and their records stay.
+
+    Args:
+        revision: the last one of the code that runs them.
+        arms: their names.
+    """
+
+    revision: str = non_empty()
+    arms: tuple[str, ...] = non_empty()
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.arms)}: retired; revision {self.revision} is the last that runs them"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A question, and how it is decided.
 
@@ -62,6 +78,7 @@ class Experiment:
         curves: series of results that are drawn.
         tuned_by: the loss on validation data by which an arm's learning rate was chosen: valid.loss, or
             valid.loss@depth=N.
+        retired: arms that are compared and not run any more.
     """
 
     question: str = non_empty()
@@ -70,6 +87,7 @@ class Experiment:
     figures: tuple[str, ...] = non_empty()
     curves: tuple[str, ...] = ("test.accuracy by level", "test.accuracy by depth")
     tuned_by: str = non_empty("valid.loss")
+    retired: Retired | None = None
 
     def __post_init__(self) -> None:
         check_bounds(self, "")

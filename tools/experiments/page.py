@@ -186,7 +186,7 @@ def page(report: Report, plots: Sequence[str]) -> str:
         "Bands around curves are 95 % t intervals over seeds." if any("-by-" in file for file in plots) else "",
         _STAIRS if any(file.endswith("-by-level-and-depth.svg") for file in plots) else "",
         "## Runs",
-        f"- command: `{report.command}`\n{_list(_runs(report.rows))}",
+        f"- command: `{report.command}`\n{_list([*_runs(report.rows), *_retired(report.experiment)])}",
         "## As written before it ran",
         "\n".join(f"    {line}".rstrip() for line in report.source.strip().splitlines()),
     ]
@@ -225,6 +225,11 @@ def _runs(rows: Sequence[Row]) -> list[str]:
         f"{formats.duration(max(row.seconds for row in rows))} for the longest run",
         f"tokens: {formats.count(sum(row.tokens for row in rows))} trained in all",
     ]
+
+
+def _retired(experiment: Experiment) -> list[str]:
+    """Return which arms the command does not repeat."""
+    return [] if experiment.retired is None else [str(experiment.retired)]
 
 
 def _mixed(final: Sequence[Row]) -> list[str]:

@@ -40,6 +40,8 @@ class Runner:
     def rows(self) -> tuple[Row, ...]:
         """Return the records of the experiment's runs: those of the file, and those of the folder that it lacks.
 
+        Those of retired arms are at the end.
+
         Raises:
             UserError: a record is of an arm that the experiment lacks, was made with other settings, or at another rate
                 than the best, because the sweep has more rates now.
@@ -56,7 +58,8 @@ class Runner:
         known = [row for row in trials if row is not None]
         self._refuse_other_rates(found, known)
         runs = [next((row for row in found if unit.is_of(row)), None) for unit in final_units(self.config, known)]
-        return (*known, *(row for row in runs if row is not None))
+        retired = [row for row in found if row.arm not in self.config.live_arms]
+        return (*known, *(row for row in runs if row is not None), *retired)
 
     def merge(self) -> tuple[Row, ...]:
         """Add the folder's records to the file, and return those of :meth:`rows`."""
@@ -71,8 +74,12 @@ class Runner:
 
     @property
     def total(self) -> int:
-        """Number of runs."""
-        return len(sweep_units(self.config)) + len(self.config.seeds) * len(self.config.arms)
+        """Number of runs, without those of retired arms."""
+        return len(sweep_units(self.config)) + len(self.config.seeds) * len(self.config.live_arms)
+
+    def done(self, rows: Sequence[Row]) -> int:
+        """Return how many of these runs have a record."""
+        return sum(row.arm in self.config.live_arms for row in rows)
 
     def run(self, jobs: int) -> None:
         """Run everything that is missing, ``jobs`` processes at a time.
@@ -83,7 +90,7 @@ class Runner:
         before = signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
         running, elsewhere = dict[Unit, subprocess.Popen[bytes]](), dict[Unit, float]()
         rows = self.rows()
-        with tqdm(total=self.total, initial=len(rows), unit="run", disable=None) as bar:
+        with tqdm(total=self.total, initial=self.done(rows), unit="run", disable=None) as bar:
             try:
                 while True:
                     for unit, status in _ended(running):
@@ -95,7 +102,7 @@ class Runner:
                             raise UserError(f"{unit.name} ended with status {status}; see {log}")
                         else:
                             rows = self.rows()
-                            bar.update(len(rows) - bar.n)
+                            bar.update(self.done(rows) - bar.n)
                             _say(bar, unit, rows)
                     missing = self.missing(rows)
                     if not missing and not running:
@@ -119,8 +126,10 @@ class Runner:
         fix = "restore the experiment's file, or remove the record"
         if row.arm not in self.config.arms:
             raise UserError(f"{path}: {row.label}: the experiment has no such arm; {fix}")
-        size = Size.of(config_of(self.config, Unit(row.trial, row.arm, row.seed, row.lr), self.folder))
-        same = (row.parameters, row.tokens) == (size.parameters, size.trained_tokens)
+        same = True
+        if row.arm in self.config.live_arms:
+            size = Size.of(config_of(self.config, Unit(row.trial, row.arm, row.seed, row.lr), self.folder))
+            same = (row.parameters, row.tokens) == (size.parameters, size.trained_tokens)
         if not same or row.settings != settings_of(self.config, row.arm):
             raise UserError(f"{path}: {row.label}: was made with other settings than the experiment has now; {fix}")
         self._checked.add(key)

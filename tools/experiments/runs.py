@@ -80,14 +80,16 @@ class ExperimentConfig(Experiment):
             require(not arm.startswith("_"), "arms", arm, "legends leave out names that begin with _")
         for seed in self.sweep.seeds:
             require(seed not in self.seeds, "sweep.seeds", seed, "rates tuned on a seed would favor it; give another")
+        named = [("retired.arms", arm) for arm in (self.retired.arms if self.retired else ())]
+        named += [(f"pairs.{key}", getattr(pair, key)) for pair in self.pairs for key in ("better", "than")]
+        for key, arm in named:
+            require(arm in self.arms, key, arm, f"give one of {', '.join(self.arms)}")
         for pair in self.pairs:
-            for key, arm in (("better", pair.better), ("than", pair.than)):
-                require(arm in self.arms, f"pairs.{key}", arm, f"give one of {', '.join(self.arms)}")
             self._refuse_unfair(pair)
-        for arm in self.arms:
+        for arm in self.live_arms:
             self._check(arm)
         if self.worth is not None:
-            runs = {arm: self.run_config(arm) for arm in self.arms}
+            runs = {arm: self.run_config(arm) for arm in self.live_arms}
             check_series(self.worth, runs, {arm: size.trained_tokens for arm, size in self.sizes.items()})
 
     def run_config(self, arm: str, **changes: Any) -> RunConfig:
@@ -95,16 +97,21 @@ class ExperimentConfig(Experiment):
         values = merged(merged(self.base, self.arms[arm]), {"output_dir": "run"}, changes)
         return from_dict(RunConfig, values, where=f"arms.{arm}")
 
+    @property
+    def live_arms(self) -> tuple[str, ...]:
+        """The arms that are not retired."""
+        return tuple(arm for arm in self.arms if self.retired is None or arm not in self.retired.arms)
+
     @cached_property
     def sizes(self) -> Mapping[str, "Size"]:
-        """The size of each arm."""
-        return {arm: Size.of(self.run_config(arm)) for arm in self.arms}
+        """The size of each arm that is not retired."""
+        return {arm: Size.of(self.run_config(arm)) for arm in self.live_arms}
 
     def worths(self, arms: Mapping[str, Arm]) -> tuple[Worth, ...]:
         """Return what a loop is worth in each series, from the final runs by arm; nothing if it is not asked."""
         if self.worth is None:
             return ()
-        return worth_of(self.worth, {arm: Layers.of(self.run_config(arm)) for arm in self.arms}, arms)
+        return worth_of(self.worth, {arm: Layers.of(self.run_config(arm)) for arm in self.live_arms}, arms)
 
     def _check(self, arm: str) -> None:
         """Raise if a run of an arm could not start, or could not be measured after it has trained."""
@@ -124,7 +131,9 @@ class ExperimentConfig(Experiment):
             require(split.valid not in tuned, f"measure.tests.{name}.valid", split.valid, _TUNED)
 
     def _refuse_unfair(self, pair: Pair) -> None:
-        """Raise unless the two arms have equal what the pair says."""
+        """Raise unless the two arms have equal what the pair says; those that are retired had it when they ran."""
+        if not {pair.better, pair.than} <= set(self.live_arms):
+            return
         sizes = [self.sizes[arm] for arm in (pair.better, pair.than)]
         attribute = pair.matched.replace(" ", "_")
         first, second = (float(getattr(size, attribute)) for size in sizes)
@@ -194,13 +203,13 @@ def settings_of(config: ExperimentConfig, arm: str) -> str:
 def sweep_units(config: ExperimentConfig) -> list[Unit]:
     """Return the trials of the learning rates; none if there is only one rate."""
     rates = config.sweep.rates if len(config.sweep.rates) > 1 else ()
-    return [Unit("sweep", arm, seed, lr) for seed in config.sweep.seeds for arm in config.arms for lr in rates]
+    return [Unit("sweep", arm, seed, lr) for seed in config.sweep.seeds for arm in config.live_arms for lr in rates]
 
 
 def final_units(config: ExperimentConfig, rows: Sequence[Row]) -> Iterator[Unit]:
     """Yield the runs whose figures count, seed by seed, for the arms whose rate is known."""
     for seed in config.seeds:
-        for arm in config.arms:
+        for arm in config.live_arms:
             rate = best_rate(config, arm, rows)
             if rate is not None:
                 yield Unit("final", arm, seed, rate)

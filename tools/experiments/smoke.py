@@ -73,7 +73,7 @@ def one_per_task(folder: Path) -> list[Path]:
     first = dict[str, Path]()
     for path in files:
         config = _experiment(_read(path))
-        for arm in config.arms:
+        for arm in config.live_arms:
             if (task := config.run_config(arm).data.task) is not None:
                 first.setdefault(task.name, path)
     if not first:
@@ -101,6 +101,7 @@ def shrunk(values: dict[str, Any], *, whole: bool) -> dict[str, Any]:
     return values | {
         "seeds": list(config.seeds[:many]),
         "sweep": {"rates": list(config.sweep.rates[:many]), "seeds": list(config.sweep.seeds[:1]), "steps": _STEPS},
+        "retired": None,
         "pairs": [pair for pair in values["pairs"] if {pair["better"], pair["than"]} <= set(arms)],
         "base": merged(values["base"], {"data": rows, "checkpoint": {"save_every": _STEPS}}),
         "arms": {

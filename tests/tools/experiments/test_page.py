@@ -8,7 +8,7 @@ import pytest
 
 from looplm.failures import UserError
 from tests.support.experiments import a_row, an_experiment, some_rows
-from tools.experiments.experiment import Decides
+from tools.experiments.experiment import Decides, Retired
 from tools.experiments.page import write_page
 from tools.experiments.rows import Row
 
@@ -90,6 +90,12 @@ def test_the_runs_can_be_repeated_from_the_page(text):
     assert "- runs: 14 final, 9 in the sweep\n- seeds: 0, 1, 2, 3, 4 final, 100 in the sweep\n" in text
     assert "- machine: 2 cores, x86\\_64\n- commit: 0123456\n" in text
     assert "- time: 1.7 h in all, 6.5 min for the longest run\n- tokens: 70.7 M trained in all\n" in text
+
+
+def test_the_page_names_arms_that_its_command_does_not_repeat(tmp_path, text):
+    assert "retired" not in text
+    found = written(tmp_path, some_rows(), retired=Retired(revision="0123abc", arms=("deep",)))
+    assert "- deep: retired; revision 0123abc is the last that runs them\n" in found
 
 
 def test_the_experiment_stands_as_it_was_written(text):

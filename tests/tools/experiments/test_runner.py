@@ -15,7 +15,7 @@ import pytest
 from looplm.cli import parse_config
 from looplm.failures import UserError
 from tests.support.experiments import a_row
-from tests.tools.experiments.test_runs import MINI, mini
+from tests.tools.experiments.test_runs import MINI, mini, with_retired_arm
 from tools import experiment
 from tools.experiments.rows import Row, merge_rows, read_row, write_row
 from tools.experiments.runner import Runner, keep_niceness
@@ -100,6 +100,31 @@ def test_a_record_of_other_settings_is_refused(tmp_path):
     write_row(tmp_path / "runs/final_9x9/row.json", replace(old, arm="9x9"))
     with pytest.raises(UserError, match=r"final_9x9/row.json: arm 9x9, .*: the experiment has no such arm; restore"):
         Runner(config, tmp_path / "runs", record).rows()
+
+
+def test_the_records_of_retired_arms_stay(tmp_path):
+    config, record = with_retired_arm(), tmp_path / "mini.jsonl"
+    settings = settings_of(config, "gone")
+    old = a_row(arm="gone", seed=1, settings=settings)
+    trials = [a_record(config, unit, figures={"valid.loss": 1.0}) for unit in sweep_units(config)]
+    merge_rows(record, [*trials, old])
+    runner = Runner(config, tmp_path / "runs", record)
+    rows = runner.rows()
+    assert rows[-1] == old and {unit.arm for unit in runner.missing(rows)} == {"1x1", "1x2"}
+    assert (runner.done(rows), runner.total) == (8, 8 + 4)
+    write_row(tmp_path / "runs/old/row.json", replace(old, seed=2, settings="0"))
+    with pytest.raises(UserError, match=r"row.json: arm gone, seed 2, .* was made with other settings"):
+        runner.rows()
+
+
+def test_an_experiment_whose_arms_are_all_retired_has_nothing_to_do(tmp_path, capsys):
+    """``make evidence`` repeats the others; a page is written only where the records are."""
+    file, places = tmp_path / "mini.yaml", ["--output_dir", str(tmp_path / "runs"), "--evidence", str(tmp_path / "e")]
+    file.write_text(MINI + "retired: {revision: 0123abc, arms: [1x1, 1x2]}\n")
+    for word in ("run", "report"):
+        experiment.main([word, str(file), *places])
+        assert "1x1, 1x2: retired; revision 0123abc is the last that runs them" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("e/*.*"))
 
 
 def test_a_final_run_at_another_rate_than_the_best_is_refused(tmp_path):

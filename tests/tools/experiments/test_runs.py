@@ -52,6 +52,12 @@ def mini(**changes: Any) -> ExperimentConfig:
     return from_dict(ExperimentConfig, merged(yaml.safe_load(MINI), changes), where="mini")
 
 
+def with_retired_arm() -> ExperimentConfig:
+    """Return the experiment with an arm whose key does not exist."""
+    pairs = [PAIR, {"better": "gone", "than": "1x1", "matched": "flops"}]
+    return mini(pairs=pairs, arms={"gone": {"model": {"gone": 1}}}, retired={"revision": "0123abc", "arms": ["gone"]})
+
+
 def row(unit: Unit, loss: float) -> Row:
     return Row(
         arm=unit.arm,
@@ -167,6 +173,7 @@ def test_a_runs_config_is_the_arms_with_its_rate_and_seed():
         ({"arms": {"mla/mha": {}}}, r"arms: 'mla/mha' is not allowed; give a name that a folder can have"),
         ({"tuned_by": "valid.accuracy"}, r"tuned_by: 'valid.accuracy' is not allowed; give valid.loss"),
         ({"tuned_by": "valid.loss@depth=2"}, r"tuned_by: 'valid.loss@depth=2' is not allowed; arm 1x1 has 1 loops"),
+        ({"retired": {"revision": "0123abc", "arms": ["1x3"]}}, "retired.arms: '1x3' is not allowed; give one of 1x1"),
         ({"arms": {"1x1": {"model": {"num_loop": 1}}}}, "arms.1x1: model.num_loop: unknown key; did you mean"),
     ],
 )
@@ -175,9 +182,21 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(changes, messag
         mini(**changes)
 
 
+def test_retired_arms_are_compared_and_not_run():
+    config = with_retired_arm()
+    trials = [row(unit, 1.0) for unit in sweep_units(config)]
+    units = [*sweep_units(config), *final_units(config, trials)]
+    assert {unit.arm for unit in units} == set(config.sizes) == set(config.live_arms) == {"1x1", "1x2"}
+    assert config.retired is not None and str(config.retired) == (
+        "gone: retired; revision 0123abc is the last that runs them"
+    )
+    with pytest.raises(UserError, match=r"arms\.gone: model\.gone: unknown key"):
+        replace(config, retired=None)
+
+
 def test_every_experiment_of_the_repository_can_be_planned():
     files = [path for pattern in ("*.yaml", "text/*.yaml") for path in Path("configs/experiments").glob(pattern)]
     assert len(files) > 20
     for path in files:
         config = from_dict(ExperimentConfig, yaml.safe_load(path.read_text()), where=str(path))
-        assert len(config.sizes) == len(config.arms) and config.question.endswith("?"), path
+        assert len(config.sizes) == len(config.live_arms) and config.question.endswith("?"), path
