@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from looplm.checkpoint import check_fit, step_folder
 from looplm.failures import UserError
 from tools.experiments.rows import Row, merge_rows, read_row, read_rows
 from tools.experiments.runs import ExperimentConfig, Size, Unit, config_of, final_units, settings_of, sweep_units
@@ -85,11 +86,13 @@ class Runner:
         """Run everything that is missing, ``jobs`` processes at a time.
 
         Raises:
-            UserError: a run failed; the others are stopped, and continue when the command is repeated.
+            UserError: the checkpoint that an arm begins with is missing or does not fit, before anything runs; or a run
+                failed: the others are stopped, and continue when the command is repeated.
         """
         before = signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
         running, elsewhere = dict[Unit, subprocess.Popen[bytes]](), dict[Unit, float]()
         rows = self.rows()
+        self._check_initial(self.missing(rows))
         with tqdm(total=self.total, initial=self.done(rows), unit="run", disable=None) as bar:
             try:
                 while True:
@@ -133,6 +136,16 @@ class Runner:
         if not same or row.settings != settings_of(self.config, row.arm):
             raise UserError(f"{path}: {row.label}: was made with other settings than the experiment has now; {fix}")
         self._checked.add(key)
+
+    def _check_initial(self, units: Sequence[Unit]) -> None:
+        """Raise unless the checkpoints that runs begin with are whole and fit their arms."""
+        for arm in {unit.arm: None for unit in units}:
+            run = self.config.run_config(arm)
+            try:
+                if run.checkpoint.initial is not None:
+                    check_fit(step_folder.locate(run.checkpoint.initial), run.model, run.gate)
+            except UserError as error:
+                raise UserError(f"arms.{arm}: checkpoint.initial: {error}") from error
 
     def _refuse_other_rates(self, found: Sequence[Row], trials: Sequence[Row]) -> None:
         """Raise if a final run was made at another rate than the best: a run at the best would be its double."""

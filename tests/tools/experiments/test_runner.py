@@ -167,6 +167,14 @@ def test_a_run_that_diverges_is_recorded(tmp_path):
     assert found.diverged and found.figures == {} and found.tokens == 384
 
 
+def test_an_initial_checkpoint_is_looked_at_before_anything_runs(tmp_path):
+    """An arm that comes last would find it missing, or of another shape, after hours."""
+    config = mini(arms={"1x2": {"checkpoint": {"initial": str(tmp_path / "dense")}}}, sweep={"rates": [1e-3]})
+    with pytest.raises(UserError, match=r"arms\.1x2: checkpoint\.initial: .*/dense"):
+        Runner(config, tmp_path / "runs", tmp_path / "mini.jsonl").run(1)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_failing_run_is_named_with_its_log(tmp_path):
     broken = mini(base={"model": {"vocab_size": 3}}, sweep={"rates": [1e-3]})
     with pytest.raises(UserError, match=r"final_1x1_lr0.001_seed1 ended with status 2; see .*log.txt"):
