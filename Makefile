@@ -5,7 +5,7 @@
 .PHONY: help install quickstart ouro-tiny longer fp8-study upcycle-study evidence evidence-smoke plan-check rehearse
 .PHONY: gpu-check gpu-bundle
 .PHONY: test faults fuzz test-fast test-layouts test-newest test-hf-oldest test-te check format bench docs
-.PHONY: text-levers worth smollm smollm-long clean clean-quickstart clean-ouro-tiny clean-smollm
+.PHONY: text-levers worth smollm smollm-long smollm-latent clean clean-quickstart clean-ouro-tiny clean-smollm
 
 # The first Python that really runs (a pyenv shim may not), is 3.10 to 3.12 and can make a virtual environment.
 PROBE   := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -202,7 +202,7 @@ EVIDENCE := runs/evidence
 experiment = for word in "run --jobs $(JOBS)" report; do $(PY) -m tools.experiment $$word $(1) \
 	--output_dir $(EVIDENCE)/runs --evidence $(EVIDENCE) || exit; done
 
-ON_TEXT := text-levers worth smollm-long
+ON_TEXT := text-levers worth smollm-long smollm-latent
 
 evidence: $(filter $(ON_TEXT),$(EXPERIMENTS))
 evidence: $(READY)  ## repeat the recorded experiments, JOBS=2 runs at a time; continues if stopped (hours to days)
@@ -222,6 +222,9 @@ text-levers worth:
 
 smollm-long: $(SMOL_OK)/looped  ## does looping a real model pay? Against the dense one at equal FLOPs (three hours)
 	@$(PY) -m data_pipeline.tokenize --config $(TEXT)/data/prose.yaml
+	@$(call experiment,$(TEXT)/$@.yaml)
+
+smollm-latent: $(SMOL_LATENTS)  ## what a narrow latent costs a real model, before and after some training (three hours)
 	@$(call experiment,$(TEXT)/$@.yaml)
 
 evidence-smoke: $(READY)  ## an experiment of each task in small, up to its page; keeps nothing (4 minutes)

@@ -67,5 +67,14 @@ $(SMOL_OK)/report: $(SMOL_OK)/evaluation $(SMOL_C)/prompts.txt
 	@$(PY) -m pretrain.report $(SMOL)
 	@touch $@
 
+# Latents of other widths, for make smollm-latent: WIDTHxROTARY, with the latent's norm or without.
+SMOL_SHAPES  := 192x192 320x64 192x64 128x64
+SMOL_LATENTS := $(addprefix $(SMOL)/latents/,$(SMOL_SHAPES) $(addsuffix _norm,384x192 $(SMOL_SHAPES)))
+
+$(SMOL)/latents/%: | $(SMOL_OK)/latent
+	@shape=$(subst _norm,,$*); $(PY) -m tools.upcycle latent --checkpoint $(SMOL)/dense --output $@ \
+		--kv_lora_rank $${shape%x*} --qk_rope_head_dim $${shape#*x} --latent_norm $(if $(findstring norm,$*),true,false) \
+		--calibrate $(SMOL)/data/python-stdlib_train --refit_samples 64 $(SMOL_ON)
+
 clean-smollm:  ## delete the results of smollm
 	rm -rf $(SMOL)
