@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from looplm.config import PENALTIES, LossConfig
+from looplm.config import LossConfig
 from looplm.model import LoopLM, LoopOutput
 from looplm.model.exit_gate import exit_entropy, exit_log_probs
 from looplm.model.head import DirectGradient, HeadLosses, token_losses, weighted_losses
@@ -26,7 +26,7 @@ from looplm.model.losses import (
     geometric_prior,
     mean_depth,
     mean_exit_distribution,
-    state_penalty,
+    state_changes,
 )
 from looplm.model.pipeline import Head, LoopView
 from pretrain.data import Batch
@@ -134,11 +134,10 @@ def loop_losses(
 
 def _penalty(model: LoopLM | DistributedDataParallel, output: LoopOutput, loss: LossConfig) -> Tensor | None:
     """Return the penalty of the states of the whole sequence, if the loss has one."""
-    weights = {key: getattr(loss, key) for key in PENALTIES}
-    if not any(weights.values()):
+    if not loss.stability:
         return None
     inner: LoopLM = model.module if isinstance(model, DistributedDataParallel) else model
-    penalty_SB = state_penalty(output.hidden, **weights)
+    penalty_SB = loss.stability * state_changes(output.hidden)
     if inner.config.sequence_parallel:  # equal on every rank, as the gate's logits are
         penalty_SB = gather_from_sequence_parallel_region(
             penalty_SB, tensor_parallel_output_grad=False, group=inner.tp_group

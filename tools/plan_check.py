@@ -63,7 +63,7 @@ BY_SEQUENCE: Sections = {
     **BF16,
 }
 LAST_LOSS: Sections = {"loss": {"weights": "last"}}
-PENALIZED: Sections = {"loss": {"stability": 0.1, "sparsity": 0.1}}
+PENALIZED: Sections = {"loss": {"stability": 0.1}}
 ADDED = {"model": {"injection": "additive"}}
 INJECTED = {"model": {"injection": "linear"}}
 BY_CHANNEL = {"model": {"injection": "diagonal"}}

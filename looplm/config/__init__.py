@@ -12,7 +12,6 @@ stored.py    configurations that earlier releases have stored
 from looplm.config.engine import EMULATED as EMULATED
 from looplm.config.engine import EngineConfig as EngineConfig
 from looplm.config.engine import Recipe as Recipe
-from looplm.config.loss import PENALTIES as PENALTIES
 from looplm.config.loss import LossConfig as LossConfig
 from looplm.config.model import GateConfig as GateConfig
 from looplm.config.model import Injection as Injection

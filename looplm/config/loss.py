@@ -7,8 +7,6 @@ from looplm.bounds import at_least, check_bounds, positive, require
 from looplm.config.model import ModelConfig
 from looplm.config.parallel import ParallelConfig
 
-PENALTIES = ("stability", "fixed_point", "sparsity")  # keys of LossConfig that weigh functions of the hidden states
-
 _ALL_LOOPS = "the gate stage runs all loops; leave out loss.loop_onset and loss.sampled_loops"
 
 
@@ -29,9 +27,6 @@ class LossConfig:
         ponder_cost: stage 1, weights=gate: nats that each loop costs a token: the loss gets this times the token's mean
             depth (Adaptive Computation Time, arXiv 1603.08983).
         stability: stage 1: weight of how much the loops change what the head reads: sum of |h_r - h_{r-1}|² / D, r > 1.
-        fixed_point: stage 1: weight of the last of these terms, so that further loops are safe (arXiv 2608.18222).
-        sparsity: stage 1: weight of the mean over the loops of (|h_r|_1 / |h_r|_2)² / D, from 1/D to 1 (Hoyer-square,
-            arXiv 1908.09979).
         latent_stability: stage 1: weight of how much the steps of model.latent_iterations move the latent: sum of
             |z_t - z_{t-1}|² / C over steps, layers and loops, for every token, also one without a label.
         latent_ponder_cost: stage 1: weight of the mean number of these steps (model.latent_halting), summed alike. Both
@@ -66,8 +61,6 @@ class LossConfig:
     prior_shares: tuple[float, ...] = positive(())
     ponder_cost: float = at_least(0, 0.0)
     stability: float = at_least(0, 0.0)
-    fixed_point: float = at_least(0, 0.0)
-    sparsity: float = at_least(0, 0.0)
     latent_stability: float = at_least(0, 0.0)
     latent_ponder_cost: float = at_least(0, 0.0)
     backward_loops: int | None = positive(None)
@@ -87,7 +80,7 @@ class LossConfig:
             require(self.regularizes or value == plain, f"loss.{key}", value, fix)
         fix = "it needs loss.weights=gate; leave it out"
         require(self.weights == "gate" or self.prior == "uniform", "loss.prior", self.prior, fix)
-        for key in (*PENALTIES, "latent_stability", "latent_ponder_cost", "backward_loops"):
+        for key in ("stability", "latent_stability", "latent_ponder_cost", "backward_loops"):
             value, fix = getattr(self, key), "the gate stage trains the gate alone; leave it out"
             require(not self.frozen_trunk or not value, f"loss.{key}", value, fix)
         require(not self.frozen_trunk or not self.varies_loops, "loss.objective", self.objective, _ALL_LOOPS)
@@ -129,14 +122,13 @@ class LossConfig:
         truncated = self.weights == "last" and self.backward_loops not in (None, loops)
         reached = not truncated or model.injection != "none" or self.sampled_loops != "none"
         require(reached, "loss.backward_loops", last, fix)
-        for key in PENALTIES:
-            value = getattr(self, key)
-            fix = "the loops' states are never together on a rank of a pipeline; take parallel.pipeline=1"
-            require(not value or layout.pipeline == 1, f"loss.{key}", value, fix)
-            fix = "it would hold the coda's output, not the loops' states; take model.coda_layers=0"
-            require(not value or not model.coda_layers, f"loss.{key}", value, fix)
-            fix = "with one loop there is no change of the state; leave it out"
-            require(not value or loops > 1 or key == "sparsity", f"loss.{key}", value, fix)
+        weight = self.stability
+        fix = "the loops' states are never together on a rank of a pipeline; take parallel.pipeline=1"
+        require(not weight or layout.pipeline == 1, "loss.stability", weight, fix)
+        fix = "it would hold the coda's output, not the loops' states; take model.coda_layers=0"
+        require(not weight or not model.coda_layers, "loss.stability", weight, fix)
+        fix = "with one loop there is no change of the state; leave it out"
+        require(not weight or loops > 1, "loss.stability", weight, fix)
         cost, fix = self.latent_stability, "it needs the steps of model.latent_iterations; leave it out"
         require(not cost or model.latent_iterations > 0, "loss.latent_stability", cost, fix)
         cost, fix = self.latent_ponder_cost, "it needs model.latent_halting=true; leave it out"

@@ -22,7 +22,7 @@ class LoopLosses(NamedTuple):
     token_loss_RSB: Tensor  # cross-entropy in nats
     gate_logit_RSB: Tensor
     expected: Tensor | None  # sum over loops and tokens of p_r times the cross-entropy; None if the gate alone trains
-    penalty_SB: Tensor | None = None  # from :func:`state_penalty`, if the objective has one
+    penalty_SB: Tensor | None = None  # of the states, if the objective has one (loss.stability)
 
     @classmethod
     def of(cls, losses: Sequence[HeadLosses], gate_logit_RSB: Tensor, penalty_SB: Tensor | None = None) -> "LoopLosses":
@@ -84,27 +84,15 @@ def mean_depth(gate_logit_RSB: Tensor) -> Tensor:
     return torch.einsum("rsb,r->sb", p_RSB, torch.arange(1, len(p_RSB) + 1).to(p_RSB))
 
 
-def state_penalty(hidden: Sequence[Tensor], *, stability: float, fixed_point: float, sparsity: float) -> Tensor:
-    """Return what the states of all loops add to each token's loss: [S, B].
-
-    With c_r = |h_r - h_{r-1}|² / D, it is ``stability sum_{r>1} c_r + fixed_point c_R`` and, weighed by ``sparsity``,
-    the mean over the loops of Hoyer-square, (|h_r|_1 / |h_r|_2)² / D (arXiv 1908.09979).
+def state_changes(hidden: Sequence[Tensor]) -> Tensor:
+    """Return how much the loops change each token's state: the sum of |h_r - h_{r-1}|² / D over r > 1, [S, B].
 
     Args:
         hidden: after each loop [S, B, D], in fp32 or lower; computed in fp32.
-        stability: weight.
-        fixed_point: weight.
-        sparsity: weight.
     """
     states = [h_SBD.float() for h_SBD in hidden]
-    total_SB = torch.zeros_like(states[0][..., 0])
     changes = [(after - before).square().mean(-1) for before, after in pairwise(states)]
-    if changes:
-        total_SB = total_SB + stability * torch.stack(changes).sum(0) + fixed_point * changes[-1]
-    if sparsity:
-        hoyer = [h.abs().sum(-1).square() / h.square().sum(-1) / h.size(-1) for h in states]
-        total_SB = total_SB + sparsity * torch.stack(hoyer).mean(0)
-    return total_SB
+    return torch.stack(changes).sum(0) if changes else torch.zeros_like(states[0][..., 0])
 
 
 def adaptive_gate_loss(

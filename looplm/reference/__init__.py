@@ -12,7 +12,7 @@ from looplm.reference.losses import geometric_prior as geometric_prior
 from looplm.reference.losses import latent_penalty as latent_penalty
 from looplm.reference.losses import masked_mean as masked_mean
 from looplm.reference.losses import q_exit as q_exit
-from looplm.reference.losses import state_penalty as state_penalty
+from looplm.reference.losses import state_changes as state_changes
 from looplm.reference.losses import token_losses as token_losses
 from looplm.reference.model import Output as Output
 from looplm.reference.model import Params as Params

@@ -63,18 +63,11 @@ def entropy_regularised_loss(
     return masked_mean((p_RSB * cost_RSB).sum(0) + beta * penalty_SB, mask_SB)
 
 
-def state_penalty(hidden: Sequence[Tensor], stability: float, fixed_point: float, sparsity: float) -> Tensor:
-    """Return a SB tensor: how much the states h_r move, in all loops and in the last, and how dense they are.
-
-    Terms: sum_r |h_r - h_(r-1)|^2 / D, the last of these, and the mean of (|h|_1 / |h|_2)^2 / D (1908.09979).
-    """
-    width, total_SB = hidden[0].shape[-1], torch.zeros_like(hidden[0][..., 0])
-    for r in range(1, len(hidden)):
-        moved_SB = torch.linalg.vector_norm(hidden[r] - hidden[r - 1], dim=-1) ** 2 / width
-        total_SB = total_SB + moved_SB * (stability + (fixed_point if r == len(hidden) - 1 else 0))
-    for h_SBD in hidden:
-        norms = [torch.linalg.vector_norm(h_SBD, ord=order, dim=-1) for order in (1, 2)]
-        total_SB = total_SB + sparsity / len(hidden) * (norms[0] / norms[1]) ** 2 / width
+def state_changes(hidden: Sequence[Tensor]) -> Tensor:
+    """Return sum_r |h_r - h_(r-1)|^2 / D of each token, a SB tensor."""
+    total_SB = torch.zeros_like(hidden[0][..., 0])
+    for before_SBD, after_SBD in pairwise(hidden):
+        total_SB = total_SB + torch.linalg.vector_norm(after_SBD - before_SBD, dim=-1) ** 2 / after_SBD.shape[-1]
     return total_SB
 
 

@@ -11,7 +11,6 @@ backward. Under a pipeline these are the passes that its schedule has in flight.
 
 from math import ceil
 
-from looplm.config import PENALTIES
 from looplm.parameters import gate_rows
 from tools.planning.planned_run import PlannedRun
 
@@ -245,7 +244,7 @@ def _rotary_bytes(run: PlannedRun) -> float:
 
 
 def _loss_bytes(run: PlannedRun) -> float:
-    """Return the bytes kept after a loop, on average, by the head, the gate, and the penalties of the states.
+    """Return the bytes kept after a loop, on average, by the head, the gate, and the penalty of the states.
 
     The head has computed the hidden state's gradient, unless the loop's losses have none.
     """
@@ -256,12 +255,10 @@ def _loss_bytes(run: PlannedRun) -> float:
 
 
 def _penalty_bytes(run: PlannedRun) -> float:
-    """Return the bytes kept by the penalties of the states: fp32 differences of the loops, and for sparsity copies."""
-    loss = run.config.loss
-    if not any(getattr(loss, key) for key in PENALTIES):
+    """Return the bytes kept by the penalty of the states: fp32 differences of the loops."""
+    if not run.config.loss.stability:
         return 0.0
-    states = (run.num_loops - 1) / run.num_loops + (loss.sparsity > 0 and run.number_bytes < FP32)
-    return states * run.shard_tokens * run.config.model.hidden_size * FP32
+    return (run.num_loops - 1) / run.num_loops * run.shard_tokens * run.config.model.hidden_size * FP32
 
 
 def _deepest_bytes(run: PlannedRun) -> float:
