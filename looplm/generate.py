@@ -25,7 +25,6 @@ from looplm.files import is_unicode, write_whole
 from looplm.huggingface.config_json import TokenIds
 from looplm.imported_template import ImportedTemplate, imported_template
 from looplm.inference.generator import Generator
-from looplm.inference.kv_cache import check_cached
 from looplm.inference.request import Generation, Request
 from looplm.inference.settings import GenerationConfig
 from looplm.inference.text_stream import Token
@@ -90,7 +89,6 @@ def main(argv: list[str]) -> None:
     groups = process_groups.start(config.seed)
     try:
         opened = open_model(config.checkpoint, groups, DTYPES[config.precision])
-        check_cached(opened.model.model_config)
         config.exit_rule(opened.model.model_config, opened.about.gate_trained)  # raise before the first line is read
         generator = Generator.of(opened, False if config.chat else config.add_bos)
         printer = Printer(opened.model.model_config.num_loops)

@@ -167,14 +167,9 @@ def _latent_attention(model: Any) -> list[Parameter]:
         ]
     down, out = (latent + model.qk_rope_head_dim, d), (d, heads * model.v_head_dim)
     out_sides = (hidden, "model.num_attention_heads x v_head_dim")
-    if not model.latent_rotary_key:
-        rows.append(_attention("linear_kv_down_proj", "kv_a_proj_with_mqa", down, (down_side, hidden)))
-    else:  # of our own modules, so that no width has to suit FP8
-        name, key = "self_attention.linear_kv_down_proj", (model.qk_rope_head_dim, latent)
-        rows.append(_row("layers", f"{name}.weight", "self_attn.kv_a_proj.weight", (latent, d)))
-        rows.append(_row("layers", f"{name}.rotary_key.weight", "self_attn.k_rope_proj.weight", key))
     return [
         *rows,
+        _attention("linear_kv_down_proj", "kv_a_proj_with_mqa", down, (down_side, hidden)),
         *_before_keys_and_values(model),
         _attention("linear_kv_up_proj", "kv_b_proj", (key_value_width, latent), (key_value_side, kv_rank), by_head),
         *_output_gate(model, "v_head_dim"),
@@ -194,12 +189,9 @@ def _before_keys_and_values(model: Any) -> Iterator[Parameter]:
     shapes: dict[str, Shape] = {"norm.weight": (width,)} if model.kv_latent_norm else {}
     shapes |= _gru_cell(width)
     shapes |= {"halt.weight": (1, width), "halt.bias": (1,)} if model.latent_halting else {}
-    shapes |= {"halt_sequence.weight": (1, width)} if model.latent_sequence_halting else {}
-    shapes |= {"mix.weight": (width, model.latent_mixing)} if model.latent_mixing else {}
-    place = "linear_kv_down_proj.unit" if model.latent_rotary_key else "kv_layernorm"
     for name, shape in shapes.items():
-        ours, theirs = f"self_attention.{place}.{name}", f"self_attn.latent_reasoning.{name}"
-        uses = steps if name in ("cell.weight_hh", "halt.weight", "halt_sequence.weight", "mix.weight") else 1
+        ours, theirs = f"self_attention.kv_layernorm.{name}", f"self_attn.latent_reasoning.{name}"
+        uses = steps if name in ("cell.weight_hh", "halt.weight") else 1
         yield _row("layers", ours, theirs, shape)._replace(uses=uses)
 
 

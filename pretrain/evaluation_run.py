@@ -173,8 +173,8 @@ def _text_run(config: EvaluateConfig, trained: RunConfig | None, stored: ModelDe
         raise UserError("valid: the checkpoint was made without data.valid; name a prefix with --valid")
     rows, model = config.batch_size, stored.model
     if trained is None:
-        length, masks = min(1024, model.max_sequence_length), not model.latent_reads_positions
-        data, optim = DataConfig(train=valid, seq_length=length, document_masking=masks), OptimConfig(train_steps=1)
+        length = min(1024, model.max_sequence_length)
+        data, optim = DataConfig(train=valid, seq_length=length), OptimConfig(train_steps=1)
         trained = RunConfig(output_dir=folder, data=data, optim=optim, **stored._asdict())
     data = replace(trained.data, task=None, train=valid, seq_length=config.seq_length or trained.data.seq_length)
     data = replace(data, valid=valid, micro_batch_size=rows, global_batch_size=rows, rampup=None, cache_dir=None)
@@ -202,7 +202,6 @@ def _task_run(
 def _check_decoding(config: EvaluateConfig, run: RunConfig) -> None:
     """Raise if the model or its samples cannot be decoded as asked."""
     check_signal(config.exit_signal, run.model)
-    run.model.refuse_reading_positions("a cache has no room for what its next latent reads; leave kv_caches out")
     length = run.data.seq_length
     fix = f"samples have {length} tokens; give fewer, so that some are left to measure"
     require(config.prompt_tokens < length, "prompt_tokens", config.prompt_tokens, fix)

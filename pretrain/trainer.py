@@ -18,7 +18,6 @@ from looplm.checkpoint import TrainingState
 from looplm.config import LossConfig, OptimConfig, ParallelConfig
 from looplm.megatron.device import DEVICE
 from looplm.model import LoopLM
-from looplm.model.latent_reasoning import weigh_penalties
 from looplm.model.pipeline import LoopView, loop_views
 from pretrain.data import Batch
 from pretrain.norms import LARGEST_SQUARE, GradientNorms, LoopNorms, Norms, trained_modules
@@ -93,7 +92,6 @@ class Trainer:
         groups: ProcessGroupCollection,
     ) -> None:
         self.model, self.groups = model, groups
-        weigh_penalties(model, loss)
         self.ddp = wrap_data_parallel(model, loss, parallel)
         self.optimizer = build_optimizer(self.ddp, optim, parallel)
         self.scheduler = build_scheduler(self.optimizer, optim)

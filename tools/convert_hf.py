@@ -55,8 +55,8 @@ class ExportConfig:
     Args:
         checkpoint: a training directory (its newest checkpoint is used), a step directory, or imported weights.
         output: directory to create.
-        layout: ouro (for Ouro's own code; vLLM up to 0.26), looplm (all but latents that read other positions; its
-            code is written beside it), or auto: ouro if it holds the model.
+        layout: ouro (for Ouro's own code; vLLM up to 0.26), looplm (every model; its code is written beside it),
+            or auto: ouro if it holds the model.
         dtype: dtype of the weights; null keeps the checkpoint's.
         max_shard_gb: largest size of a weight file, in units of 1e9 bytes.
     """

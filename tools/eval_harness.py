@@ -38,7 +38,7 @@ from looplm.encoding import encode
 from looplm.failures import UserError
 from looplm.files import write_whole
 from looplm.inference import GenerationConfig, Generator
-from looplm.inference.kv_cache import CacheMode, check_cached
+from looplm.inference.kv_cache import CacheMode
 from looplm.inference.scheduler import NOT_FINITE
 from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES
@@ -320,7 +320,6 @@ def find_tasks(config: HarnessConfig, model: ModelConfig) -> TaskManager:
         raise UserError(f"tasks: {config.tasks}: cannot be loaded: {' '.join(str(error).split())}") from error
     for name, task in tasks.items():  # all kinds of requests before the first is made: scoring would be lost
         if task.OUTPUT_TYPE == "generate_until":
-            check_cached(model)
             generation_of(config, task.config.generation_kwargs or {}, model.max_sequence_length)
         own = task.config.num_fewshot
         shots = own if config.num_fewshot is None or own == 0 else config.num_fewshot  # as the harness takes them

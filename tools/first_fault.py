@@ -25,8 +25,8 @@ class Watch:
     """Hooks on every module, which find the first output, or else the first gradient, that is not finite.
 
     A loop lasts until its end norm has run. The coda then reads out the loop that has ended, and after the last loop
-    the gate runs once for each. A module may run several times in a loop, or not in all of them, so its own calls tell
-    no loop. Backward starts at the last loop's end, so the first gradient found is the one closest to the loss.
+    the gate runs once for each. A module may not run in all loops, so its own calls tell no loop. Backward starts at
+    the last loop's end, so the first gradient found is the one closest to the loss.
     """
 
     def __init__(self, model: LoopLM, length: int) -> None:

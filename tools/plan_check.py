@@ -54,14 +54,6 @@ AROUND = {"model": {"prelude_layers": 1, "coda_layers": 1}}
 PLAIN_LATENT = {"model": {"kv_latent_norm": False}}
 REASONING: Sections = {"model": {"latent_iterations": 3, "latent_halting": True}}
 ONE_DOCUMENT = {"data": {"document_masking": False}}
-KEY_FROM_LATENT: Sections = {"model": {"latent_iterations": 2, "latent_rotary_key": True}}
-MIXING: Sections = {"model": {"latent_iterations": 3, "latent_mixing": 3}, **ONE_DOCUMENT}
-BY_SEQUENCE: Sections = {
-    "model": REASONING["model"] | MIXING["model"] | {"latent_sequence_halting": True},
-    "loss": {"latent_stability": 0.1},
-    **ONE_DOCUMENT,
-    **BF16,
-}
 LAST_LOSS: Sections = {"loss": {"weights": "last"}}
 PENALIZED: Sections = {"loss": {"stability": 0.1}}
 ADDED = {"model": {"injection": "additive"}}
@@ -82,9 +74,6 @@ CHECKS: dict[str, MemoryCheck] = {
     "alone, none, MLA, plain latent": MemoryCheck(1, ParallelConfig(), sections=PLAIN_LATENT),
     "alone, none, MLA, latent reasoning": MemoryCheck(1, ParallelConfig(), sections=REASONING),
     "alone, none, MLA, latent reasoning, bf16": MemoryCheck(1, ParallelConfig(), sections=REASONING | BF16),
-    "alone, none, MLA, latent rotary key": MemoryCheck(1, ParallelConfig(), sections=KEY_FROM_LATENT),
-    "alone, none, MLA, latent mixing": MemoryCheck(1, ParallelConfig(), sections=MIXING),
-    "alone, none, MLA, latent mixing, bf16": MemoryCheck(1, ParallelConfig(), sections=BY_SEQUENCE),
     "alone, none, MLA, linear injection": MemoryCheck(1, ParallelConfig(), sections=INJECTED),
     "alone, none, MHA, additive injection": MemoryCheck(1, ParallelConfig(), "mha", ADDED),
     "alone, loop, MLA, linear injection": MemoryCheck(1, ParallelConfig(recompute="loop"), sections=INJECTED),

@@ -33,7 +33,6 @@ from looplm.json_file import read_object
 from looplm.megatron import process_groups
 from looplm.megatron.settings import DTYPES
 from looplm.model import LoopLM
-from looplm.model.latent_reasoning import weigh_penalties
 from looplm.yaml_text import read_yaml
 from pretrain.batch_schedule import BatchSchedule
 from pretrain.data import (
@@ -253,7 +252,6 @@ def replay(
         checkpoint.load_weights(target.weights.folder, model, config.gate)
     if config.loss.frozen_trunk:
         freeze_trunk(model)
-    weigh_penalties(model, config.loss)
     model.train()
     loops = loops_of_step(config, target.step - 1)
     print("\n".join(_heading(target, config, loops)))
@@ -314,7 +312,7 @@ def _compute(model: LoopLM, norms: LoopNorms, batch: Batch, config: RunConfig, l
         losses = loop_losses(model, batch, config.loss, loops, norms, loops)
         watch.look("loss", "the head", losses.token_loss_RSB)
         total = objective(config.loss, losses, batch.mask_SB)
-        total.backward()  # a sum over the tokens, as in training: the penalties of latents are added to its gradients
+        total.backward()
     squares = dict.fromkeys(MODULES, 0.0)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

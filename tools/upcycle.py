@@ -69,7 +69,7 @@ class Conversion:
         """Return samples of a data prefix for the source's model, as many as ``key`` says."""
         config, count, run = source.state.config, getattr(self, key), source.run
         length = self.seq_length or min(256, config.max_sequence_length)
-        masks = (run is None or run.data.document_masking) and not config.latent_reads_positions
+        masks = run is None or run.data.document_masking
         sha256 = source.about.tokenizer_sha256
         return read_samples(prefix, count, length, config, sha256, groups, masks_documents=masks, key=key)
 

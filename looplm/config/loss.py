@@ -27,10 +27,6 @@ class LossConfig:
         ponder_cost: stage 1, weights=gate: nats that each loop costs a token: the loss gets this times the token's mean
             depth (Adaptive Computation Time, arXiv 1603.08983).
         stability: stage 1: weight of how much the loops change what the head reads: sum of |h_r - h_{r-1}|² / D, r > 1.
-        latent_stability: stage 1: weight of how much the steps of model.latent_iterations move the latent: sum of
-            |z_t - z_{t-1}|² / C over steps, layers and loops, for every token, also one without a label.
-        latent_ponder_cost: stage 1: weight of the mean number of these steps (model.latent_halting), summed alike. Both
-            are added to the gradients, not to the loss that is logged.
         backward_loops: stage 1: how many of the last loops the gradient of the last loop's loss flows through; the
             state that enters the first of them is a constant for all behind it, and the losses of loops in front of it
             keep their own gradients. null: through all. With weights=last the embedding then learns only through
@@ -61,8 +57,6 @@ class LossConfig:
     prior_shares: tuple[float, ...] = positive(())
     ponder_cost: float = at_least(0, 0.0)
     stability: float = at_least(0, 0.0)
-    latent_stability: float = at_least(0, 0.0)
-    latent_ponder_cost: float = at_least(0, 0.0)
     backward_loops: int | None = positive(None)
     loop_onset: float = at_least(0, 0.0, below=1)
     onset_loops: int = positive(1)
@@ -80,7 +74,7 @@ class LossConfig:
             require(self.regularizes or value == plain, f"loss.{key}", value, fix)
         fix = "it needs loss.weights=gate; leave it out"
         require(self.weights == "gate" or self.prior == "uniform", "loss.prior", self.prior, fix)
-        for key in ("stability", "latent_stability", "latent_ponder_cost", "backward_loops"):
+        for key in ("stability", "backward_loops"):
             value, fix = getattr(self, key), "the gate stage trains the gate alone; leave it out"
             require(not self.frozen_trunk or not value, f"loss.{key}", value, fix)
         require(not self.frozen_trunk or not self.varies_loops, "loss.objective", self.objective, _ALL_LOOPS)
@@ -129,10 +123,6 @@ class LossConfig:
         require(not weight or not model.coda_layers, "loss.stability", weight, fix)
         fix = "with one loop there is no change of the state; leave it out"
         require(not weight or loops > 1, "loss.stability", weight, fix)
-        cost, fix = self.latent_stability, "it needs the steps of model.latent_iterations; leave it out"
-        require(not cost or model.latent_iterations > 0, "loss.latent_stability", cost, fix)
-        cost, fix = self.latent_ponder_cost, "it needs model.latent_halting=true; leave it out"
-        require(not cost or model.latent_halting, "loss.latent_ponder_cost", cost, fix)
         key = "loop_onset" if self.loop_onset > 0 else "sampled_loops"
         fix = "with model.num_loops=1 there are no fewer loops; leave it out"
         require(loops > 1 or not self.varies_loops, f"loss.{key}", getattr(self, key), fix)

@@ -11,7 +11,6 @@ from looplm.bounds import at_least, check_bounds, positive, require
 ATTENTION_KEYS = {
     "mla": (
         *("q_lora_rank", "kv_lora_rank", "kv_latent_norm", "latent_iterations", "latent_halting"),
-        *("latent_mixing", "latent_sequence_halting", "latent_rotary_key"),
         *("qk_nope_head_dim", "qk_rope_head_dim", "qk_rope_period", "v_head_dim"),
     ),
     "mha": ("num_query_groups", "head_dim", "qkv_bias", "qk_norm"),
@@ -74,13 +73,6 @@ class ModelConfig:
             from it, in every layer and loop; 0 leaves it as it is.
         latent_halting: latent_iterations > 1 only: weigh the states of these steps by a learned probability of stopping
             at each; otherwise the last one is taken.
-        latent_mixing: latent_iterations > 0 only: positions, a token's own and those before it, that a causal
-            convolution mixes in front of each of these steps; 0 mixes none. Like the next key, it can neither be
-            decoded nor exported, and needs whole sequences of one document.
-        latent_sequence_halting: latent_halting only: the probability of stopping also reads the mean of the states of
-            all positions so far.
-        latent_rotary_key: latent_iterations > 0 only: the rotary key is projected from the refined latent, and not from
-            the hidden state; it cannot be exported.
         attention_gate: a sigmoid of the block's input that is multiplied onto the attention's output, before the output
             projection: none, head (one for each head) or element (one for each channel of a head; arXiv 2505.06708).
         qk_nope_head_dim: mla only: width of the part of a query or key head without rotary embedding; may be 0.
@@ -126,9 +118,6 @@ class ModelConfig:
     kv_latent_norm: bool = True
     latent_iterations: int = at_least(0, 0, at_most=MAX_DEPTH)
     latent_halting: bool = False
-    latent_mixing: int = at_least(0, 0, at_most=16)
-    latent_sequence_halting: bool = False
-    latent_rotary_key: bool = False
     attention_gate: Literal["none", "head", "element"] = "none"
     qk_nope_head_dim: int = at_least(0, 128)
     qk_rope_head_dim: int = positive(64)
@@ -154,12 +143,6 @@ class ModelConfig:
         require(mla or not steps, "model.latent_iterations", steps, f"{fix}; leave it out")
         fix = f"with model.latent_iterations={steps} there is nothing to weigh; leave it out"
         require(steps > 1 or not self.latent_halting, "model.latent_halting", True, fix)
-        fix = "only the steps of model.latent_iterations mix; leave it 0"
-        require(steps > 0 or not self.latent_mixing, "model.latent_mixing", self.latent_mixing, fix)
-        fix = "it needs model.latent_halting=true; leave it false"
-        require(self.latent_halting or not self.latent_sequence_halting, "model.latent_sequence_halting", True, fix)
-        fix = "only the steps of model.latent_iterations refine the latent; leave it false"
-        require(steps > 0 or not self.latent_rotary_key, "model.latent_rotary_key", True, fix)
         heads, rope = self.num_attention_heads, self.qk_rope_head_dim
         if self.attention == "mla":
             require(rope % 2 == 0, "model.qk_rope_head_dim", rope, "give an even number")
@@ -187,16 +170,6 @@ class ModelConfig:
         """Initial gain of the norms behind the sublayers."""
         loops = self.num_loops if self.residual_gain == "depth" else self.num_loops**2
         return float((2 * (self.num_layers * loops + self.unlooped_layers)) ** -0.5)
-
-    @property
-    def latent_reads_positions(self) -> bool:
-        """True if a latent is refined with those of other positions."""
-        return self.latent_mixing > 0 or self.latent_sequence_halting
-
-    def refuse_reading_positions(self, fix: str) -> None:
-        """Raise a :class:`UserError` that ends in ``fix`` if a latent is refined with those of other positions."""
-        require(self.latent_mixing == 0, "model.latent_mixing", self.latent_mixing, fix)
-        require(not self.latent_sequence_halting, "model.latent_sequence_halting", True, fix)
 
     @property
     def unlooped_layers(self) -> int:

@@ -294,12 +294,6 @@ class RunConfig:
         fix = "later loops would need the prelude's output on the first rank again; take parallel.pipeline=1 or none"
         at_hand = model.injection == "none" or not model.prelude_layers or self.parallel.pipeline == 1
         require(at_hand, "model.injection", model.injection, fix)
-        if self.parallel.context > 1 or self.parallel.sequence_parallel:
-            fix = "its latents read other positions; take parallel.tensor=1 and parallel.context=1"
-            model.refuse_reading_positions(fix)
-        if self.data.document_masking and self.data.task is None:
-            fix = "its latents would read the document before; take data.document_masking=false"
-            model.refuse_reading_positions(fix)
         engine, initial, frozen = self.engine, self.checkpoint.initial, self.loss.frozen_trunk
         widths = linear_widths(model, self.parallel.tensor)
         engine.check(model.num_layers, widths, self.parallel, length * self.data.micro_batch_size, frozen)

@@ -2,7 +2,7 @@
 
 There are two Hugging Face layouts. ``ouro`` is that of the released Ouro models with all its keys: multi-head or
 grouped attention, sandwich norms, the linear gate, an untied head. ``looplm`` is ours, and its code travels with it; it
-holds every model but those whose latents read other positions, or give the rotary key.
+holds every model.
 
 A key that changes what the model computes, in a way that ours cannot, is refused. An unknown key is kept:
 :func:`merge_changes` changes only those entries of a ``config.json`` that have changed since it was read.
@@ -11,7 +11,7 @@ A key that changes what the model computes, in a way that ours cannot, is refuse
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,7 @@ def from_config_json(values: Mapping[str, Any], generation: Mapping[str, Any], w
 
 def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
     """Say why a model does not fit Ouro's layout; None if it does."""
-    width, absent = model.num_attention_heads * model.attention_head_dim, _first_changed(model, _OPTIONAL_KEYS)
+    width, absent = model.num_attention_heads * model.attention_head_dim, _first_lever(model)
     faults = {
         f"model.attention={model.attention} is not mha": model.attention != "mha",
         f"gate.kind={gate.kind} is not linear": gate.kind != "linear",
@@ -195,16 +195,10 @@ def ouro_fault(model: ModelConfig, gate: GateConfig) -> str | None:
     return next((fault for fault, holds in faults.items() if holds), None)
 
 
-def looplm_fault(model: ModelConfig) -> str | None:
-    """Say why a model does not fit our layout: it sets a key that the layout does not know yet; None if it fits."""
-    known = {*_MODEL_KEYS, *_LOOPLM_KEYS, *_OPTIONAL_KEYS}
-    return _first_changed(model, [field.name for field in dataclasses.fields(model) if field.name not in known])
-
-
-def _first_changed(model: ModelConfig, keys: Iterable[str]) -> str | None:
-    """Return the first of these keys that differs from its default, with its value; None if none does."""
+def _first_lever(model: ModelConfig) -> str | None:
+    """Return the first optional key that differs from its default, with its value; None if no key does."""
     defaults = {field.name: field.default for field in dataclasses.fields(model)}
-    changed = (key for key in keys if getattr(model, key) != defaults[key] and key not in foreign_keys(model))
+    changed = (key for key in _OPTIONAL_KEYS if getattr(model, key) != defaults[key] and key not in foreign_keys(model))
     return next((f"model.{key}={getattr(model, key)}" for key in changed), None)
 
 

@@ -25,7 +25,7 @@ from looplm.checkpoint import COMPANION_FOLDER, WEIGHTS_ONLY, About, OpenedModel
 from looplm.failures import UserError
 from looplm.huggingface import companion_files, weight_files
 from looplm.huggingface.companion_files import CARD, TOKENIZER
-from looplm.huggingface.config_json import LOOPLM, OURO, HFDescription, TokenIds, looplm_fault, ouro_fault
+from looplm.huggingface.config_json import LOOPLM, OURO, HFDescription, TokenIds, ouro_fault
 from looplm.huggingface.model_card import model_card
 from looplm.huggingface.names import join, split, stored_shapes
 from looplm.huggingface.weight_files import StoredTensor
@@ -124,9 +124,6 @@ def choose_hf_layout(requested: str, found: checkpoint.ModelDescription) -> str:
     fault = ouro_fault(found.model, found.gate)
     if requested == OURO and fault is not None:
         raise UserError(f"layout: 'ouro' does not hold this model ({fault}); give looplm or auto")
-    fault_of_ours = looplm_fault(found.model)
-    if fault_of_ours is not None:
-        raise UserError(f"layout: no Hugging Face layout holds {fault_of_ours} yet; use the checkpoint itself")
     return (OURO if fault is None else LOOPLM) if requested == "auto" else requested
 
 

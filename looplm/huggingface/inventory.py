@@ -13,7 +13,7 @@ from looplm.config import GateConfig, ModelConfig
 from looplm.config.model import GATE_KEYS
 from looplm.failures import UserError
 from looplm.huggingface.companion_files import read_description
-from looplm.huggingface.config_json import CONFIG, TokenIds, looplm_fault, ouro_fault
+from looplm.huggingface.config_json import CONFIG, TokenIds, ouro_fault
 from looplm.huggingface.convert import examine
 from looplm.huggingface.weight_files import find_tensors
 from looplm.parameters import Shape
@@ -66,13 +66,12 @@ def _checkpoint(path: Path) -> list[Row]:
     origin = f"{about.objective}, step {about.step}, {about.tokens:,} tokens"
     if about.objective == WEIGHTS_ONLY:
         origin = "weights alone"
-    fault, fault_of_ours = ouro_fault(model, gate), looplm_fault(model)
-    layout = f"layout {'ouro' if fault is None else f'looplm ({fault})'}"
+    fault = ouro_fault(model, gate)
     return [
         ("directory", f"{step}: checkpoint, {origin}"),
         *_model(model, gate, about.gate_trained),
         ("parameters", _counts(stored_tensors(step, ModelDescription(model, gate)))),
-        ("export", layout if fault_of_ours is None else f"no: no layout holds {fault_of_ours} yet"),
+        ("export", f"layout {'ouro' if fault is None else f'looplm ({fault})'}"),
         ("tokens", _ids(TokenIds(about.bos_id, about.eos_ids, about.pad_id))),
         ("beside", _names(step / COMPANION_FOLDER)),
         ("whole", "; ".join(["yes", *faults])),

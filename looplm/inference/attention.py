@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.config import ModelConfig
-from looplm.inference.kv_cache import check_cached
 
 Query = tuple[Tensor, ...]
 
@@ -80,13 +79,8 @@ class CachedLatentAttention:
             self._query = module.linear_q_up_proj.weight.detach()
         else:
             self._query = module.linear_q_proj.weight.detach()
-        down = module.linear_kv_down_proj
-        self._down = down.weight.detach()
-        check_cached(config)
+        self._down = module.linear_kv_down_proj.weight.detach()
         self._refine = module.kv_layernorm if config.latent_iterations else None
-        self._rotary_key = None
-        if config.latent_rotary_key:
-            self._refine, self._rotary_key = down.unit, down.rotary_key.weight.detach()
         has_norm = config.kv_latent_norm and self._refine is None
         self._norm = module.kv_layernorm.weight.detach() if has_norm else None
         self._up = module.linear_kv_up_proj.weight.detach()
@@ -108,8 +102,6 @@ class CachedLatentAttention:
             latent = torch.rms_norm(latent, self._norm.shape, self._norm, self.eps)
         if self._refine is not None:
             latent = self._refine(latent)
-        if self._rotary_key is not None:
-            key_rope = F.linear(latent, self._rotary_key)
         turned = rotate(torch.cat((rope, key_rope.unsqueeze(2)), dim=2), turn_SN1K)
         return (nope, turned[:, :, : self.heads]), torch.cat((latent, turned[:, :, self.heads]), dim=-1)
 

@@ -33,12 +33,6 @@ from looplm.config import ModelConfig
 CacheMode = Literal["per_loop", "last", "mean", "first"]
 
 
-def check_cached(model: ModelConfig) -> None:
-    """Raise a :class:`UserError` if no cache can hold what a model's latents read."""
-    fix = "a cache has no room for the states that its next latent reads; score it without a cache"
-    model.refuse_reading_positions(fix)
-
-
 class CacheIndex(NamedTuple):
     """Lanes and positions that the tokens of a pass write and read, computed once for all layers."""
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from looplm.config import ModelConfig
 from looplm.model.attention_gate import HeadAttention, OutputGate
-from looplm.model.latent_reasoning import LatentReasoning, RefinedDownProjection
+from looplm.model.latent_reasoning import LatentReasoning
 from looplm.model.norms import RMSNorm
 from looplm.parameters import chosen
 
@@ -51,11 +51,7 @@ def _latent_attention(model: ModelConfig, modules: AttentionModules) -> ModuleSp
     fuses_norm = model.kv_latent_norm and not model.latent_iterations
     return ModuleSpec(
         module=LatentAttention,
-        params={
-            "rope_period": model.rope_period,
-            "latent_rotary_key": model.latent_rotary_key,
-            **_params(model, modules),
-        },
+        params={"rope_period": model.rope_period, **_params(model, modules)},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=modules.column,
             linear_q_down_proj=modules.replicated,
@@ -74,7 +70,6 @@ def _before_keys_and_values(model: ModelConfig, modules: AttentionModules) -> ty
     """Return what the latent passes before keys and values are projected from it."""
     if model.latent_iterations:
         unit = {"iterations": model.latent_iterations, "halts": model.latent_halting, "has_norm": model.kv_latent_norm}
-        unit |= {"mixed": model.latent_mixing, "halts_by_sequence": model.latent_sequence_halting}
         return ModuleSpec(module=LatentReasoning, params=unit)
     return modules.latent_norm if model.kv_latent_norm else IdentityOp
 
@@ -111,14 +106,10 @@ class LatentAttention(OutputGate, MLASelfAttention):
 
     Args:
         rope_period: width after which the frequencies of the rotary part repeat (``model.qk_rope_period``).
-        latent_rotary_key: project the rotary key from the refined latent.
     """
 
-    def __init__(self, *args: Any, rope_period: int, latent_rotary_key: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rope_period: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if latent_rotary_key:  # Megatron splits both from one projection, and refines the latent behind it
-            self.linear_kv_down_proj = RefinedDownProjection(self.config, self.kv_layernorm)
-            self.add_module("kv_layernorm", IdentityOp())
         width = self.config.qk_pos_emb_head_dim
         one_key = RotaryEmbedding(
             rope_period, rotary_percent=1.0, rotary_base=self.config.rotary_base, cp_group=self.pg_collection.cp

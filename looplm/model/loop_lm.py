@@ -232,16 +232,10 @@ class LoopLM(LanguageModule):
         Args:
             ids_BS: token ids of this rank's positions.
             document_start_SB: as in :meth:`forward`.
-
-        Raises:
-            UserError: latents read other positions, and would read those of other documents.
         """
-        if document_start_SB is not None:
-            fix = "its latents would read the document before; read without document masking"
-            self.model_config.refuse_reading_positions(fix)
-        elif self.cp_group.size() == 1:
-            return None
-        else:
+        if document_start_SB is None:
+            if self.cp_group.size() == 1:
+                return None
             document_start_SB = torch.zeros(ids_BS.t().shape, dtype=torch.int64)
         if self.attends_packed:
             return document_offsets(document_start_SB).to(DEVICE)

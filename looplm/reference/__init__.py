@@ -9,7 +9,6 @@ from looplm.reference.losses import entropy as entropy
 from looplm.reference.losses import entropy_regularised_loss as entropy_regularised_loss
 from looplm.reference.losses import exit_distribution as exit_distribution
 from looplm.reference.losses import geometric_prior as geometric_prior
-from looplm.reference.losses import latent_penalty as latent_penalty
 from looplm.reference.losses import masked_mean as masked_mean
 from looplm.reference.losses import q_exit as q_exit
 from looplm.reference.losses import state_changes as state_changes

@@ -7,7 +7,6 @@ Sources: both losses, Q-exit: Ouro (arXiv 2510.25741).
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,16 +68,6 @@ def state_changes(hidden: Sequence[Tensor]) -> Tensor:
     for before_SBD, after_SBD in pairwise(hidden):
         total_SB = total_SB + torch.linalg.vector_norm(after_SBD - before_SBD, dim=-1) ** 2 / after_SBD.shape[-1]
     return total_SB
-
-
-def latent_penalty(refinements: Sequence[Any], stability: float, ponder_cost: float) -> Tensor:
-    """Return |dz|^2 / C of latent reasoning and its mean number of steps, summed over tokens, layers and loops."""
-    moved = [
-        torch.linalg.vector_norm(after_SBC - before_SBC) ** 2 / after_SBC.shape[-1]
-        for states, _ in refinements
-        for before_SBC, after_SBC in pairwise(states)
-    ]
-    return stability * sum(moved) + ponder_cost * sum(torch.as_tensor(steps).sum() for _, steps in refinements)
 
 
 def adaptive_gate_loss(

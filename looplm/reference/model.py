@@ -34,13 +34,8 @@ Params = Mapping[str, Tensor]
 class Output(NamedTuple):
     hidden: tuple[Tensor, ...]  # R tensors [S, B, D]: what the head reads after each loop
     gate_logit_RSB: Tensor
-    refinements: list["Refinement"]  # of each layer and loop
+    latent_steps: list[Tensor]  # of each layer and loop: mean number of steps of latent reasoning, [S, B]
     state: tuple[Tensor, ...]  # R tensors [S, B, D]: what the next loop reads
-
-
-class Refinement(NamedTuple):
-    states: list[Tensor]  # the latent [S, B, C], and what it is after each step
-    mean_step_SB: Tensor | float  # of the stopping time
 
 
 def forward(
@@ -87,7 +82,7 @@ def forward(
             read_SBD = rms_norm(read_SBD, params["coda.final_layernorm.weight"], cfg.norm_eps)
         hidden.append(read_SBD)
         logits.append(logit_SB)
-    return Output(tuple(hidden), torch.stack(logits), view.refinements, tuple(states))
+    return Output(tuple(hidden), torch.stack(logits), view.latent_steps, tuple(states))
 
 
 def inject(p: Params, kind: str, h_SBD: Tensor, entered_SBD: Tensor) -> Tensor:
@@ -146,13 +141,11 @@ def latent_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor
 
     down_SBX = F.linear(x_SBD, p["linear_kv_down_proj.weight"])
     latent_SBC, k_rope = down_SBX[:, :, : cfg.kv_lora_rank], down_SBX[:, :, cfg.kv_lora_rank :]
-    unit = scope(p, "linear_kv_down_proj.unit." if cfg.latent_rotary_key else "kv_layernorm.")
+    unit = scope(p, "kv_layernorm.")
     if cfg.kv_latent_norm:
         latent_SBC = rms_norm(latent_SBC, unit["norm.weight" if cfg.latent_iterations else "weight"], cfg.norm_eps)
     if cfg.latent_iterations:
         latent_SBC = refine(unit, cfg, latent_SBC, view)
-    if cfg.latent_rotary_key:
-        k_rope = F.linear(latent_SBC, p["linear_kv_down_proj.rotary_key.weight"])
     kv = F.linear(latent_SBC, p["linear_kv_up_proj.weight"])
     k_nope, v_SBHK = kv.unflatten(-1, (heads, nope + cfg.v_head_dim)).split([nope, cfg.v_head_dim], dim=-1)
 
@@ -169,27 +162,18 @@ def refine(p: Params, cfg: Any, latent_SBC: Tensor, view: "View") -> Tensor:
 
     A token that has not stopped before step t of T stops there with probability sigmoid(w z_t + b + logit(1/(T-t+1))).
     """
-    state_SBC, last, mean_SBC, running_SB1 = latent_SBC, cfg.latent_iterations, 0.0, 1.0
-    states, mean_step = [latent_SBC], 0.0
+    state_SBC, last, mean_SBC = latent_SBC, cfg.latent_iterations, torch.zeros_like(latent_SBC)
+    running_SB1, steps_SB1 = torch.ones_like(latent_SBC[..., :1]), torch.zeros_like(latent_SBC[..., :1])
     for step in range(1, last + 1):
-        mixed_SBC = state_SBC
-        for back in range(cfg.latent_mixing):  # the last weight is that of the position itself
-            earlier_SBC = F.pad(state_SBC, (0, 0, 0, 0, back, 0))[: len(state_SBC)]
-            mixed_SBC = mixed_SBC + p["mix.weight"][:, cfg.latent_mixing - 1 - back] * earlier_SBC
-        state_SBC = gru_cell(scope(p, "cell."), latent_SBC, mixed_SBC)
-        states.append(state_SBC)
-        mean_step = mean_step + running_SB1  # each step is taken by the tokens that have not stopped before it
+        state_SBC = gru_cell(scope(p, "cell."), latent_SBC, state_SBC)
+        steps_SB1 = steps_SB1 + running_SB1  # each step is taken by the tokens that have not stopped before it
         if cfg.latent_halting and step < last:
-            logit_SB1 = F.linear(state_SBC, p["halt.weight"], p["halt.bias"])
-            if cfg.latent_sequence_halting:
-                count_S11 = torch.arange(1, len(state_SBC) + 1, device=state_SBC.device)[:, None, None]
-                logit_SB1 = logit_SB1 + F.linear(state_SBC.cumsum(0) / count_S11, p["halt_sequence.weight"])
-            odds_SB1 = logit_SB1.exp() / (last - step)
+            odds_SB1 = F.linear(state_SBC, p["halt.weight"], p["halt.bias"]).exp() / (last - step)
             stop_SB1 = odds_SB1 / (1 + odds_SB1)
             mean_SBC = mean_SBC + running_SB1 * stop_SB1 * state_SBC
             running_SB1 = running_SB1 * (1 - stop_SB1)
-    view.refinements.append(Refinement(states, mean_step))
-    return mean_SBC + running_SB1 * state_SBC if cfg.latent_halting else state_SBC
+    view.latent_steps.append(steps_SB1.squeeze(-1))
+    return mean_SBC + running_SB1 * state_SBC
 
 
 def grouped_attention(p: Params, cfg: Any, x_SBD: Tensor, view: "View") -> Tensor:
@@ -223,7 +207,7 @@ class View(NamedTuple):
     visible_BSS: Tensor  # True where query i may see key j; B is 1 when documents do not differ by sample
     packed: bool  # samples hold several documents, so that a causal mask is not enough
     fused: bool  # scaled_dot_product_attention in place of the explicit softmax
-    refinements: list[Refinement]  # collected on the way
+    latent_steps: list[Tensor]  # collected on the way
 
     @classmethod
     def of(cls, cfg: Any, ids_BS: Tensor, document_start_SB: Tensor | None, fused: bool) -> "View":

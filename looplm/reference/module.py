@@ -32,7 +32,7 @@ class ReferenceLM(nn.Module):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             value = torch.ones(shape) if "norm" in path[-1] else torch.randn(shape) * cfg.init_std
-            zero = "bias" in leaf or path[-1] in ("readout", "sequence_readout", "halt", "halt_sequence", "mix")
+            zero = "bias" in leaf or path[-1] in ("readout", "sequence_readout", "halt")
             owner.register_parameter(leaf, nn.Parameter(torch.zeros(shape) if zero else value))
 
     def forward(
@@ -58,11 +58,7 @@ def before_keys_and_values(cfg: Any, c: int) -> Shapes:
     unit |= {"cell.bias_ih": (3 * c,), "cell.bias_hh": (3 * c,)}
     unit |= {"norm.weight": (c,)} if cfg.kv_latent_norm else {}
     unit |= {"halt.weight": (1, c), "halt.bias": (1,)} if cfg.latent_halting else {}
-    unit |= {"halt_sequence.weight": (1, c)} if cfg.latent_sequence_halting else {}
-    unit |= {"mix.weight": (c, cfg.latent_mixing)} if cfg.latent_mixing else {}
-    place = "linear_kv_down_proj.unit" if cfg.latent_rotary_key else "kv_layernorm"
-    key: Shapes = {"linear_kv_down_proj.rotary_key.weight": (cfg.qk_rope_head_dim, c)} if cfg.latent_rotary_key else {}
-    return key | {f"{place}.{name}": shape for name, shape in unit.items()}
+    return {f"kv_layernorm.{name}": shape for name, shape in unit.items()}
 
 
 def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
@@ -71,7 +67,7 @@ def parameter_shapes(cfg: Any, gate_cfg: Any) -> Shapes:
     if cfg.attention == "mla":
         c, rope, per_query = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
         attention: Shapes = {
-            "linear_kv_down_proj.weight": (c if cfg.latent_rotary_key else c + rope, d),
+            "linear_kv_down_proj.weight": (c + rope, d),
             **before_keys_and_values(cfg, c),
             "linear_kv_up_proj.weight": (heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), c),
             "linear_proj.weight": (d, heads * cfg.v_head_dim),

@@ -176,22 +176,6 @@ def test_the_checkpoint_is_opened_as_asked(
     assert asked == [("runs/any", torch.float32), ("runs/any", torch.bfloat16)]
 
 
-@pytest.mark.parametrize("words", [["--prompt=a"], ["--interactive=true"]])
-def test_a_model_that_no_cache_can_hold_is_refused_before_a_line_is_read(
-    words: list[str], single_process: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    latents: dict[str, Any] = {"latent_iterations": 2, "latent_halting": True, "latent_mixing": 2}
-    model = build(replace(MLA, **latents), GATES["lru"], single_process)
-    for module in (command, library):
-        monkeypatch.setattr(module, "open_model", lambda *_: Opened(model))
-    monkeypatch.setattr(process_groups, "stop", lambda: None)
-    type_lines(monkeypatch, KeyError)
-    with pytest.raises(UserError) as caught:
-        command.main(["--checkpoint=runs/any", *words])
-    fix = "a cache has no room for the states that its next latent reads; score it without a cache"
-    assert str(caught.value) == f"model.latent_mixing: 2 is not allowed; {fix}"
-
-
 def test_a_question_is_read_although_a_whole_answer_would_not_fit(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,10 +25,6 @@ MODELS = {
     "prelude and coda": ModelConfig(**SIZES, **MLA, prelude_layers=1, coda_layers=2),
     "plain latent": ModelConfig(**SIZES, **MLA, kv_latent_norm=False),
     "latent reasoning": ModelConfig(**SIZES, **MLA, latent_iterations=2, latent_halting=True),
-    "latent mixing": ModelConfig(
-        **SIZES, **MLA, latent_iterations=2, latent_halting=True, latent_mixing=3, latent_sequence_halting=True
-    ),
-    "latent rotary key": ModelConfig(**SIZES, **MLA, latent_iterations=2, latent_rotary_key=True),
     "plain latent reasoning": ModelConfig(**SIZES, **MLA, latent_iterations=1, kv_latent_norm=False),
     "linear injection": ModelConfig(**SIZES, **MLA, injection="linear"),
     "step embedding": ModelConfig(**SIZES, **MLA, step_embedding="learned"),
@@ -99,7 +95,7 @@ def test_every_key_of_a_variant_is_listed_and_shapes_that_variant_alone() -> Non
             assert (changed != before) == (key in GATE_KEYS[gate.kind]), (gate.kind, key)
     mla, mha = MODELS["mla"], MODELS["mha"]
     assert foreign_keys(mla) == set(ATTENTION_KEYS["mha"]) and foreign_keys(mha) == set(ATTENTION_KEYS["mla"])
-    refused = {"latent_iterations", "latent_halting", "latent_mixing", "latent_sequence_halting", "latent_rotary_key"}
+    refused = {"latent_iterations", "latent_halting"}
     for key in foreign_keys(mha) - refused - {"q_lora_rank", "qk_rope_period"}:  # these are null by default
         changed = parameters(dataclasses.replace(mha, **{key: getattr(mha, key) + 8}), GateConfig())
         assert changed == parameters(mha, GateConfig()), key

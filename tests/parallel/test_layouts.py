@@ -40,8 +40,6 @@ LINEAR = GateConfig(kind="linear")
 # With the default slope of 50, the gate stage's targets (sigmoids of the slope times differences of losses) would be
 # dominated by rounding.
 GATE_STAGE = {"loss": {"objective": "adaptive_gate", "slope": 5.0}, "checkpoint": {"initial": "unused"}}
-LATENT_LOSS = {"loss": {"latent_stability": 0.5, "latent_ponder_cost": 0.2}}
-ONE_DOCUMENT = {"data": {"document_masking": False}}
 
 LATER = (
     "mha biases, normed heads",
@@ -67,8 +65,6 @@ LATER = (
     "mha sampled loops",
     "mla latent reasoning",
     "mla one loop",
-    "mla latents that read other positions",
-    "mla latent rotary key",
 )  # initialized last: a new model must not move the others' seeds
 MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     "mla lru": (MLA, LRU, {}),
@@ -96,25 +92,13 @@ MODELS: dict[str, tuple[ModelConfig, GateConfig, dict[str, Any]]] = {
     LATER[18]: (dataclasses.replace(MHA, attention_gate="head"), LINEAR, {}),
     LATER[19]: (MLA, LRU, {"loss": {"loop_onset": 0.5, "onset_loops": 2}}),
     LATER[20]: (dataclasses.replace(MHA, num_loops=3), LINEAR, {"loss": {"sampled_loops": "uniform"}}),  # 2, then 1
-    LATER[21]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, LATENT_LOSS),
+    LATER[21]: (dataclasses.replace(MLA, latent_iterations=2, latent_halting=True), LRU, {}),
     LATER[22]: (dataclasses.replace(MLA, num_loops=1), LRU, {}),
-    LATER[23]: (
-        dataclasses.replace(
-            MLA, latent_iterations=2, latent_halting=True, latent_mixing=3, latent_sequence_halting=True
-        ),
-        LRU,
-        LATENT_LOSS | ONE_DOCUMENT,
-    ),
-    LATER[24]: (
-        dataclasses.replace(MLA, latent_iterations=2, latent_halting=True, latent_rotary_key=True),
-        LRU,
-        LATENT_LOSS,
-    ),
-    "mla lru one document": (MLA, LRU, ONE_DOCUMENT),
+    "mla lru one document": (MLA, LRU, {"data": {"document_masking": False}}),
     "mla lru gate stage": (MLA, LRU, GATE_STAGE),
     "mha linear gate stage": (MHA, LINEAR, GATE_STAGE),
 }
-DRAWN = ("gate.", ".mix.", ".halt")  # parts of the names of weights that the tests draw themselves
+DRAWN = ("gate.", ".halt.")  # parts of the names of weights that the tests draw themselves
 STEPS = 10 if EVERYTHING else 4  # of SEVERAL_STEPS; the other models train for two
 SEVERAL_STEPS = ("mla lru", "mha linear")
 MODELS |= {f"{name} in brief": MODELS[name] for name in SEVERAL_STEPS}  # the same for two steps
@@ -222,8 +206,6 @@ CASES = [
     *cases(LATER[19], "PP2"),
     *cases(LATER[20], "PP2"),
     *cases(LATER[21], "TP2 + SP"),
-    *cases(LATER[23], "PP2"),
-    *cases(LATER[24], "TP2 + SP"),
 ]
 if EVERYTHING:
     CASES += [
@@ -244,8 +226,6 @@ if EVERYTHING:
         *cases(LATER[20], "TP2 + SP", "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "DP2"),
         *cases(LATER[21], "PP2", "CP2", "DP2, overlapped", "DP2 + distributed optimizer, gathered late"),
         *cases(LATER[22], "PP2", "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
-        *cases(LATER[23], "PP2, loop", "PP2 x DP2, overlapped"),
-        *cases(LATER[24], "PP2", "CP2", "DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
     ModelInLayout("TP2 + SP x PP2", "mla lru"),

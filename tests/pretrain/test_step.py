@@ -174,29 +174,6 @@ def test_truncated_gradients_and_the_penalty_of_the_states_equal_plain_torch(sin
     assert_close_relative(found, {name: grad_of(plain[name]) for name in trained}, 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("halting", [False, True], ids=["last step", "halting"])
-def test_penalties_of_latent_reasoning_equal_plain_torch(single_process, halting):
-    """Gradients of two uneven micro-batches. The logged loss is the one without the penalties."""
-    weights = 0.5, 0.2 if halting else 0.0
-    loss = LossConfig(weights="last", latent_stability=weights[0], latent_ponder_cost=weights[1])
-    looped, trainer = make_opinionated(single_process, loss, latent_iterations=3, latent_halting=halting)
-    batches, model = [make_batch(0, masked=7), make_batch(1, masked=0)], looped.model_config
-    plain = oracle_copy(dict(looped.named_parameters()))
-    total, tokens = torch.zeros((), dtype=torch.float64), sum(batch.mask_SB.sum() for batch in batches)
-    penalty = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        output = reference.forward(plain, model, GATE, batch.ids_BS)
-        losses_SB = reference.token_losses(output.hidden[-1], reference.head_weight(plain, model), batch.labels_SB)
-        total = total + (losses_SB * batch.mask_SB).sum()
-        penalty = penalty + reference.latent_penalty(output.refinements, *weights)
-    ((total + penalty) / tokens).backward()
-    stats, _ = trainer.backward(iter(batches), 2)
-    assert stats.loss == pytest.approx((total / tokens).item(), rel=1e-6)
-    found = {name: p.main_grad for name, p in looped.named_parameters() if not name.startswith("gate.")}
-    assert_close_relative(found, {name: grad_of(plain[name]) for name in found}, 1e-5)
-
-
 def make_opinionated(single_process, loss: LossConfig, precision="fp32", layout=ParallelConfig(), **changes):  # noqa: B008
     """Return a model and its trainer whose gate is not at its initial weights, which are the uniform prior."""
     torch.manual_seed(4)  # with it no gradient of the gate cancels to nearly zero, where rounding would be compared

@@ -40,7 +40,6 @@ VARIANTS = {
     "mla-query-latent": replace(MLA, q_lora_rank=14, sandwich_norm=False, qk_rope_period=2),
     "mla-plain-latent": replace(MLA, kv_latent_norm=False),
     "mla-latent-halting": replace(MLA, latent_iterations=2, latent_halting=True, q_lora_rank=14),
-    "mla-latent-rotary-key": replace(MLA, latent_iterations=2, latent_rotary_key=True, q_lora_rank=14),
     "mha": replace(MHA, head_dim=12),
     "gqa-biases-normed-heads": replace(MHA, num_query_groups=2, qkv_bias=True, qk_norm=True),
     "gqa": replace(MHA, num_query_groups=2, tie_embeddings=True),

@@ -36,7 +36,6 @@ MISTAKES = [
     ["--tasks", "tiny_choice", "--depth", "10001"],
     ["--tasks", "tiny_choice", "--num_fewshot", "6"],
     ["--tasks", "tiny_choice,tiny_own", "--num_fewshot", "5"],
-    ["--tasks", "tiny_choice,tiny_text", "--checkpoint", "step-mixing"],
 ]
 
 

@@ -83,8 +83,6 @@ def found(
     checkpoint.save_weights(folder / "step-bos", model, GATE, with_bos, folder / "tokenizer.json")
     opened = checkpoint.open_model(str(folder / "step-bos"), single_process, dtype=None)
     export_model(opened, folder / "export-bos", "looplm", None, 10**9)
-    mixing = build(replace(MODEL, latent_iterations=2, latent_halting=True, latent_mixing=2), GATE, single_process)
-    checkpoint.save_weights(folder / "step-mixing", mixing, GATE, about, corpus / "tokenizer.json")
     with torch.no_grad():
         model.head_weight().fill_(math.nan)
     checkpoint.save_weights(folder / "step-nan", model, GATE, about, corpus / "tokenizer.json")
@@ -162,7 +160,6 @@ def test_mistakes_give_a_one_line_error(found: dict[str, Any]) -> None:
     expected += [
         "num_fewshot: 6 is not allowed; give at most 5, as tiny_choice has no more documents for them",
         "num_fewshot: 5 is not allowed; give at most 4, as tiny_own has no more documents for them",
-        "model.latent_mixing: 2 is not allowed; a cache has no room for the states that its next latent reads",
     ]
     for message, part in zip(found["mistakes"], expected, strict=True):
         assert part in message and "\n" not in message, message

@@ -4,12 +4,10 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data_pipeline.manifest import TokenizerRecord
 from looplm import checkpoint, reference
@@ -26,7 +24,7 @@ from tests.support.parity import assert_close_relative
 from tests.support.tiny import EOS, MODEL, VOCAB, about_weights, run_config, train_rows, write_prefix
 from tools.upcycle import LoopsConfig, main
 from tools.upcycling.measure import measure, read_samples
-from tools.upcycling.model_state import ModelState, Source, assemble, open_source
+from tools.upcycling.model_state import ModelState, assemble, open_source
 from tools.upcycling.structure import change_gate, change_loops, copy_layers, deepen
 
 pytestmark = pytest.mark.usefixtures("keep_process_groups")
@@ -113,18 +111,6 @@ def test_samples_are_read_as_the_source_was_trained(masks, corpus, tmp_path, sin
     )
     (batch, *_) = conversion.read(prefix, conversion.open(single_process), single_process)
     assert (batch.document_start_SB is not None) == masks
-
-
-def test_a_latent_that_reads_other_positions_is_measured_without_masks(monkeypatch):
-    """It reads latents of the document before, so that no run of it has masks (data.document_masking)."""
-    read = dict[str, Any]()
-    monkeypatch.setattr("tools.upcycle.read_samples", lambda *_, **keys: read.update(keys))
-    config = LoopsConfig(checkpoint="runs/a", output="runs/no_such_run", data="text", loops=2)
-    for mixing in (0, 2):
-        model = dataclasses.replace(MODEL, latent_iterations=2, latent_mixing=mixing)
-        source = Source(Path("runs/a"), ModelState(model, GateConfig(), {}), about_weights("float32"), Path("t"), ())
-        config.read("text", source, ProcessGroupCollection())
-        assert read["masks_documents"] == (mixing == 0)
 
 
 @pytest.mark.slow

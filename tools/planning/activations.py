@@ -217,23 +217,16 @@ def _reasoning_bytes(run: PlannedRun) -> float:
 
     The last state is counted with the latents, as the input of the up-projection.
     """
-    model, loss, steps = run.config.model, run.config.loss, run.config.model.latent_iterations
+    model, steps = run.config.model, run.config.model.latent_iterations
     if steps == 0:
         return 0.0
-    latents, in_fp32 = float(steps * STEP_STATES), 0
-    if model.latent_mixing:  # the cell reads a sum, so the latent is one more; the convolution keeps padded states
-        length = run.config.data.seq_length
-        latents += 1 + steps * (length + model.latent_mixing - 1) / length
+    latents, in_fp32 = steps * STEP_STATES, 0
     if model.latent_halting:
         latents += steps  # stacked for their mean
         if run.number_bytes == FP32:  # the readout keeps the states themselves; the cell has kept all but the last
-            latents += steps if model.latent_mixing else 1
-        else:  # each readout keeps an fp32 copy
-            in_fp32 += steps * (2 if model.latent_sequence_halting else 1)
-    if loss.latent_stability or loss.latent_ponder_cost:
-        in_fp32 += steps  # differences of the states, squared
-    if model.latent_rotary_key:
-        latents += 1  # the key's projection reads it; the up-projection reads it joined with the key
+            latents += 1
+        else:  # the readout keeps an fp32 copy
+            in_fp32 += steps
     return run.shard_tokens * model.kv_lora_rank * (latents * run.number_bytes + in_fp32 * FP32)
 
 

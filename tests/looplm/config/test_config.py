@@ -55,23 +55,6 @@ MISTAKES = {
     ("--model.attention", "mha", "--model.num_query_groups", "3"): r"model\.num_query_groups: 3 .*multiple",
     ("--model.head_dim", "8"): r"model\.head_dim: 8 .*mha",
     ("--model.attention", "mha", "--model.latent_iterations", "2"): r"model\.latent_iterations: 2 .*mla",
-    ("--loss.latent_stability", "1"): r"loss\.latent_stability: 1\.0 .*latent_iterations",
-    ("--model.latent_iterations", "2", "--loss.latent_ponder_cost", "1"): r"loss\.latent_ponder_cost: 1\.0 .*halting",
-    ("--model.latent_mixing", "3"): r"model\.latent_mixing: 3 .*latent_iterations",
-    ("--model.latent_rotary_key", "true"): r"model\.latent_rotary_key: True .*latent_iterations",
-    ("--model.latent_sequence_halting", "true"): r"model\.latent_sequence_halting: True .*latent_halting=true",
-    ("--model.latent_iterations", "2", "--model.latent_mixing", "3", "--parallel.context", "2"): (
-        r"model\.latent_mixing: 3 .*parallel\.context=1"
-    ),
-    ("--model.latent_iterations", "2", "--model.latent_mixing", "3", "--parallel.tensor", "2"): (
-        r"model\.latent_mixing: 3 .*parallel\.tensor=1"
-    ),
-    (
-        "--model.latent_iterations",
-        "2",
-        "--model.latent_mixing",
-        "3",
-    ): r"model\.latent_mixing: 3 .*document_masking=false",
     ("--model.latent_halting", "true"): r"model\.latent_halting: True .*latent_iterations=0",
     ("--model.qk_rope_head_dim", "7"): r"model\.qk_rope_head_dim: 7 .*even",
     ("--logging.dynamics_samples", "65"): r"logging\.dynamics_samples: 65 .*at most logging\.eval_samples=64",

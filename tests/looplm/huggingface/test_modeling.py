@@ -5,13 +5,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from looplm import reference
-from looplm.huggingface.config_json import looplm_fault
 from tests.looplm.model.test_loop_lm import BETA, CASES, build
 from tests.support.hf_models import hf_model, random_ids, to_ours
 from tests.support.parity import assert_close_relative, gradients, oracle_copy
 
 
-@pytest.mark.parametrize("case", [case for case, (model, _) in CASES.items() if looplm_fault(model) is None])
+@pytest.mark.parametrize("case", CASES)
 def test_everything_equals_the_oracle(case: str, single_process: ProcessGroupCollection) -> None:
     """The test adds the entropy term, because without it the gate's gradient is a small difference of large numbers."""
     config, gate = CASES[case]

@@ -89,16 +89,6 @@ def test_a_tiny_temperature_takes_the_likeliest_token():
     assert torch.allclose(probabilities(logits_NV, 0.7), (logits_NV.double() / 0.7).softmax(-1))
 
 
-@pytest.mark.parametrize(("key", "value"), [("latent_mixing", 3), ("latent_sequence_halting", True)])
-def test_a_latent_that_reads_other_positions_is_not_decoded(
-    key: str, value: Any, single_process: ProcessGroupCollection
-) -> None:
-    changes: dict[str, Any] = {"latent_iterations": 2, "latent_halting": True, key: value}
-    generator = Generator(build(replace(MLA, **changes), GATES["lru"], single_process), TOKENIZER, NEVER)
-    with pytest.raises(UserError, match=rf"model\.{key}: {value} .*score it without a cache"):
-        generator.generate(PROMPTS, GREEDY)
-
-
 @pytest.mark.parametrize(
     "signal, threshold, mode, loops",
     [("confidence", 0.06, "last", 6), ("entropy", 0.12, "mean", 4), ("change", 0.4, "last", 6)],

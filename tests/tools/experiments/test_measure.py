@@ -10,7 +10,6 @@ from tests.tools.experiments.test_runs import mini
 from tools.experiments.measure import evaluations
 from tools.experiments.runs import Unit, config_of
 
-LATENTS = {"attention": "mla", "latent_iterations": 2, "latent_mixing": 2}
 TEXT = {"task": None, "train": [{"prefix": "a"}], "valid": [{"prefix": "b"}]}
 TEXT_MEASURE = {"refit_steps": 0, "tests": {"other": {"valid": "c"}}}
 
@@ -68,10 +67,6 @@ def test_text_has_no_test_but_those_that_are_named():
         (
             {"measure": {"votes": [3]}, "base": {"data": {"task": {"p_hop": {"hops": [1, 2], "alphabet": 3}}}}},
             r"votes: '3' is not allowed; samples of this task have their labels at different positions",
-        ),
-        (
-            {"measure": {"kv_caches": ["last"]}, "arms": {"1x2": {"model": LATENTS}, "1x1": {"model": LATENTS}}},
-            r"model.latent_mixing: 2 is not allowed; a cache has no room",
         ),
         (on_text(measure={"votes": [1]}), r"measure.votes: \(1,\) is not allowed; only a task has a test of its own"),
         (on_text(data={"valid": []}), r"data.valid: \[\] is not allowed; an experiment is measured on one source"),

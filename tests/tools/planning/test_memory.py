@@ -19,7 +19,6 @@ ALONE = ["alone, none, MHA", "alone, none, MLA, bf16", "alone, full, MLA", "alon
 ALONE += ["alone, none, MHA, step embedding", "alone, none, MHA, head gate", "alone, selective, MLA, element gate"]
 ALONE += ["alone, none, MLA, plain latent", "alone, none, MLA, prelude and coda", "alone, full, MHA, prelude and coda"]
 ALONE += ["alone, none, MLA, latent reasoning", "alone, none, MLA, latent reasoning, bf16"]
-ALONE += ["alone, none, MLA, latent mixing", "alone, none, MLA, latent mixing, bf16"]
 ALONE += ["alone, none, MLA, linear injection"]
 ALONE += ["alone, none, MHA, last loop's loss, bf16", "alone, none, MHA, penalized states, bf16"]
 TOGETHER = [
