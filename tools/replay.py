@@ -237,7 +237,7 @@ def _read_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path}: is missing; give a training directory, or a file of its folder failures")
-    config = from_dict(RunConfig, upgrade_config(read_yaml(str(path)).values), where=str(path))
+    config = from_dict(RunConfig, upgrade_config(read_yaml(str(path)).values, str(path)), where=str(path))
     engine = replace(config.engine, fp8_params=False)  # they need a distributed optimizer, and no checkpoint has them
     data = replace(config.data, micro_batch_size=1, num_workers=0)
     return replace(config, output_dir=str(run), parallel=ParallelConfig(), engine=engine, data=data)

@@ -199,14 +199,15 @@ def _upgrade(values: dict[str, Any], path: Path) -> dict[str, Any]:
 def read_config(step: Path) -> RunConfig | None:
     """Return the configuration of the run that made a checkpoint; None for weights alone."""
     values, path = _read_yaml(step)
-    return from_dict(RunConfig, upgrade_config(values), where=path) if "output_dir" in values else None
+    return from_dict(RunConfig, upgrade_config(values, path), where=path) if "output_dir" in values else None
 
 
 def read_model(step: Path) -> ModelDescription:
     """Return the configuration of a checkpoint's weights."""
     values, path = _read_yaml(step)
-    model = from_dict(ModelConfig, values.get("model", {}), where=path)
-    return ModelDescription(model, from_dict(GateConfig, values.get("gate", {}), where=path))
+    values = upgrade_config({"model": values.get("model", {}), "gate": values.get("gate", {})}, path)
+    model = from_dict(ModelConfig, values["model"], where=path)
+    return ModelDescription(model, from_dict(GateConfig, values["gate"], where=path))
 
 
 def _read_yaml(step: Path) -> tuple[dict[str, Any], str]:

@@ -155,14 +155,15 @@ def _read_config(folder: Path) -> tuple[str, RunConfig | None]:
     newest_first = sorted(folder.glob("checkpoints/step_*/config.yaml"), reverse=True)
     for path in (folder / "config.yaml", *newest_first):
         if path.is_file():
-            values = upgrade_config(read_yaml(str(path)).values)
+            values = upgrade_config(read_yaml(str(path)).values, str(path))
             return _read_text(path), from_dict(RunConfig, values, where=str(path))
     return "", None
 
 
 def _read_model(folder: Path) -> ModelConfig:
     path = str(folder / "config.yaml")
-    return from_dict(ModelConfig, read_yaml(path).values.get("model", {}), where=path)
+    values = upgrade_config({"model": read_yaml(path).values.get("model", {})}, path)
+    return from_dict(ModelConfig, values["model"], where=path)
 
 
 def _read_text(path: Path) -> str:
