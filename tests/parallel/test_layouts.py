@@ -205,7 +205,7 @@ CASES = [
     *cases(LATER[18], "TP2 without SP"),
     *cases(LATER[19], "PP2"),
     *cases(LATER[20], "PP2"),
-    *cases(LATER[21], "TP2 + SP"),
+    *cases(LATER[21], "TP2 + SP", "PP2"),
 ]
 if EVERYTHING:
     CASES += [
@@ -224,7 +224,7 @@ if EVERYTHING:
         *cases(LATER[18], "CP2", "TP2 + SP, loop", "PP2", "DP2, overlapped"),
         *cases(LATER[19], "TP2 + SP", "CP2", "PP2, loop", "TP2 + SP x PP2", "DP2 + distributed optimizer"),
         *cases(LATER[20], "TP2 + SP", "CP2", "TP2 + SP, loop", "TP2 + SP x PP2", "DP2"),
-        *cases(LATER[21], "PP2", "CP2", "DP2, overlapped", "DP2 + distributed optimizer, gathered late"),
+        *cases(LATER[21], "CP2", "PP2, loop", "DP2, overlapped", "DP2 + distributed optimizer, gathered late"),
         *cases(LATER[22], "PP2", "PP4", "TP2 + SP x PP2", "PP2 x DP2, overlapped"),
     ]
 FOUR_RANK_SAMPLE = {
