@@ -26,8 +26,8 @@ TEXTS = {
     "bos_token", "eos_token", "pad_token", "special_tokens",
     "answer_key", "ignore", "messages_key", "prompt_key", "text_key", "language", "name", "partition", "qos", "time",
     "prompt", "stop", "depths", "votes", "kv_caches", "exit_thresholds", "tasks",
-    "group", "question", "figure", "figures", "curves", "better", "than", "tuned_by", "base", "arms", "tests", "series", "revision",
-    "parts", "rank", "roles", "variants", "arguments", "run", "start", "only", "layers", "search",
+    "group", "question", "figure", "figures", "curves", "better", "than", "tuned_by", "base", "arms", "tests", "series",
+    "parts", "rank", "revision", "roles", "variants", "arguments", "run", "start", "only", "layers", "search",
 }  # fmt: skip
 
 
