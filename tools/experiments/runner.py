@@ -55,12 +55,12 @@ class Runner:
         for row in recorded:
             self._check(row, self.record)
         found = [*recorded, *self._read.values()]
-        trials = [next((row for row in found if unit.is_of(row)), None) for unit in sweep_units(self.config)]
-        known = [row for row in trials if row is not None]
+        first = {Unit(row.trial, row.arm, row.seed, row.lr): row for row in reversed(found)}  # the file's own, if any
+        known = [first[unit] for unit in sweep_units(self.config) if unit in first]
         self._refuse_other_rates(found, known)
-        runs = [next((row for row in found if unit.is_of(row)), None) for unit in final_units(self.config, known)]
-        retired = [row for row in found if row.arm not in self.config.live_arms]
-        return (*known, *(row for row in runs if row is not None), *retired)
+        runs = [first[unit] for unit in final_units(self.config, known) if unit in first]
+        retired = [row for unit, row in first.items() if unit.arm not in self.config.live_arms]
+        return (*known, *runs, *retired)
 
     def merge(self) -> tuple[Row, ...]:
         """Add the folder's records to the file, and return those of :meth:`rows`."""
@@ -89,10 +89,10 @@ class Runner:
             UserError: the checkpoint that an arm begins with is missing or does not fit, before anything runs; or a run
                 failed: the others are stopped, and continue when the command is repeated.
         """
-        before = signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
-        running, elsewhere = dict[Unit, subprocess.Popen[bytes]](), dict[Unit, float]()
         rows = self.rows()
         self._check_initial(self.missing(rows))
+        before = signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: the runs are told, save, and continue later
+        running, elsewhere = dict[Unit, subprocess.Popen[bytes]](), dict[Unit, float]()
         with tqdm(total=self.total, initial=self.done(rows), unit="run", disable=None) as bar:
             try:
                 while True:
@@ -129,11 +129,11 @@ class Runner:
         fix = "restore the experiment's file, or remove the record"
         if row.arm not in self.config.arms:
             raise UserError(f"{path}: {row.label}: the experiment has no such arm; {fix}")
-        same = True
-        if row.arm in self.config.live_arms:
+        same = row.settings == settings_of(self.config, row.arm)
+        if same and row.arm in self.config.live_arms:
             size = Size.of(config_of(self.config, Unit(row.trial, row.arm, row.seed, row.lr), self.folder))
             same = (row.parameters, row.tokens) == (size.parameters, size.trained_tokens)
-        if not same or row.settings != settings_of(self.config, row.arm):
+        if not same:
             raise UserError(f"{path}: {row.label}: was made with other settings than the experiment has now; {fix}")
         self._checked.add(key)
 
